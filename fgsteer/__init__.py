@@ -1,0 +1,65 @@
+"""fgsteer: steer language models with the features of sparse autoencoders.
+
+    import fgsteer as fg
+    model, tokenizer = fg.load_model("default")
+    sae = fg.load_sae("default")
+    stats = fg.collect(model, tokenizer, fg.load_contrast("wedding"), sae=sae)
+    vec = fg.fgaa(stats, sae)
+    print(fg.generate(model, tokenizer, ["I think"], steering=[vec.add(8.0)], max_new_tokens=32))
+
+Names load on first use, so that importing fgsteer costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "errors": (
+        "DataError",
+        "FgsteerError",
+        "FgsteerWarning",
+        "FormatError",
+        "HookpointError",
+        "PairingError",
+        "PairingWarning",
+        "SelectionError",
+        "SelectionWarning",
+        "SteeringError",
+        "UntouchedWarning",
+    ),
+    "hookpoints": ("Hookpoint",),
+    "data": ("ContrastPair", "ContrastSet", "load_contrast", "load_neutral", "shipped_contrasts"),
+    "models": ("load_model", "logit_lens"),
+    "sae": ("SAE",),
+    "density": ("FeatureDensity", "measure_density"),
+    "sae_loaders": ("load_sae",),
+    "activations": ("record",),
+    "statistics": ("Contrast", "ContrastStatistics", "Moments", "collect"),
+    "effects": ("EffectApproximator", "load_effects"),
+    "interventions": ("Ablate", "Add", "Affine", "Clamp", "ClampFeature", "Intervention"),
+    "vector": ("FeatureWeight", "SteeringVector"),
+    "methods": ("METHODS", "ace", "build", "caa", "fgaa", "from_features", "sae_ts", "sta"),
+    "steering": ("generate", "steer"),
+    "calibration": ("calibrate", "cross_entropy"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fgsteer")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'fgsteer' has no attribute {name!r}")
+    value = getattr(import_module(f"fgsteer.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,250 @@
+"""Reading activations: texts to token rows, and one truncated forward pass per batch.
+
+``record`` runs a model only as far as the last hookpoint asked for; no later block
+and no head is computed. ``token_rows`` decides which tokens of a text are read.
+
+    acts = record(model, ids, mask, [Hookpoint(6)])[Hookpoint(6)]      (batch, tokens, d_model)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from fgsteer.data import Text
+from fgsteer.errors import DataError
+from fgsteer.hookpoints import Hookpoint, decoder_of, resolve
+from fgsteer.models import input_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TokenRule = Literal["all", "last", "answer", "letter"] | int
+WINDOW = 4096  # texts tokenised and sorted by length together: bounds memory, not results
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One text as token ids, with the indices that are read. ``index`` is its place in the input."""
+
+    ids: Sequence[int]
+    selected: Sequence[int]
+    index: int
+    positive: bool = True
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right: ids, attention mask and read mask, each (batch, tokens)."""
+
+    ids: Int[Tensor, "batch tokens"]
+    attention: Int[Tensor, "batch tokens"]
+    selected: Bool[Tensor, "batch tokens"]
+    rows: Sequence[TokenRow]
+
+
+class _Reached(Exception):  # noqa: N818
+    """Every hookpoint asked for has been read: the forward pass may stop."""
+
+
+def primary(output: Any) -> Tensor:
+    """The hidden states of a module output: a tensor, or the first entry of a tuple."""
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def record(
+    model: nn.Module,
+    ids: Int[Tensor, "batch tokens"],
+    attention: Int[Tensor, "batch tokens"] | None,
+    hookpoints: Iterable[Hookpoint],
+) -> dict[Hookpoint, Float[Tensor, "batch tokens d_model"]]:
+    """Activations (batch, tokens, d_model) at each hookpoint, in the model's dtype.
+
+    The forward pass stops at the last of them. Raises HookpointError for one that the
+    model lacks.
+    """
+    wanted = list(dict.fromkeys(hookpoints))
+    found: dict[Hookpoint, Tensor] = {}
+
+    def keep(hookpoint: Hookpoint, value: Tensor) -> None:
+        found[hookpoint] = value
+        if len(found) == len(wanted):
+            raise _Reached
+
+    with ExitStack() as stack:
+        for hookpoint in wanted:
+            module, is_input = resolve(model, hookpoint)
+            if is_input:
+
+                def before(
+                    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at: Hookpoint = hookpoint
+                ) -> None:
+                    keep(at, args[0] if args else kwargs["hidden_states"])
+
+                handle = module.register_forward_pre_hook(before, with_kwargs=True)
+            else:
+
+                def after(_: nn.Module, __: tuple[Any, ...], output: Any, at: Hookpoint = hookpoint) -> None:
+                    keep(at, primary(output))
+
+                handle = module.register_forward_hook(after)
+            stack.callback(handle.remove)
+        with suppress(_Reached):
+            decoder_of(model)(input_ids=ids, attention_mask=attention, use_cache=False)
+    return found
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> tuple[str, int, bool]:
+    """(text, where the completion starts in it, whether special tokens are still to be added).
+
+    Strings are joined by a space unless one of them brings white space; chat messages go
+    through the tokenizer's template. Raises DataError when the template cannot place them.
+    """
+    if isinstance(prompt, str) and isinstance(completion, str):
+        joint = "" if not prompt or prompt[-1:].isspace() or completion[:1].isspace() else " "
+        return prompt + joint + completion, len(prompt) + len(joint), True
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(
+            "chat messages", "a tokenizer with a chat template", "set tokenizer.chat_template or pass strings"
+        )
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt)
+    if isinstance(completion, str):
+        head = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+        return head + completion, len(head), False
+    messages = list(completion)
+    text = str(tokenizer.apply_chat_template(before + messages, tokenize=False))
+    if not before:
+        return text, 0, False
+    opens = messages[0]["role"] == "assistant"
+    head = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=opens))
+    if not text.startswith(head):
+        raise DataError("a chat template that rewrites earlier turns", "one under which the prompt is a prefix")
+    return text, len(head), False
+
+
+def _answer_start(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], offsets: Any, text: str, start: int, special: bool
+) -> int:
+    """Index of the first token of the completion (0 without a prompt)."""
+    if start == 0:
+        return 0
+    if offsets is not None:
+        inside = [i for i, (a, b) in enumerate(offsets) if b > a >= start]
+        return inside[0] if inside else len(ids)
+    return len(tokenizer(text[:start].rstrip(), add_special_tokens=special)["input_ids"])
+
+
+def _letter_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], answer: int, where: str) -> int:
+    """Index of the one completion token that is the completion's letter. Raises DataError."""
+    pieces = [tokenizer.decode([i]) for i in ids[answer:]]
+    found = [n for n, piece in enumerate(pieces) if len(piece.strip()) == 1 and piece.strip().isalpha()]
+    if len(found) != 1:
+        raise DataError(
+            f"{where} ends in tokens {pieces}",
+            "exactly one token that is a single letter",
+            'use tokens="answer" or rows whose letter is a token of its own',
+        )
+    return answer + found[0]
+
+
+def select_tokens(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], answer: int, rule: TokenRule, bos: bool, where: str
+) -> list[int]:
+    """Indices of the tokens that a rule reads; position 0 only with ``bos``. Raises DataError."""
+    first = 0 if bos else 1
+    last = len(ids) - 1
+    if rule == "all":
+        chosen = list(range(first, len(ids)))
+    elif rule == "answer":
+        chosen = list(range(max(first, answer), len(ids)))
+    elif rule == "last":
+        chosen = [last] if last >= first else []
+    elif rule == "letter":
+        chosen = [_letter_token(tokenizer, ids, answer, where)]
+    elif isinstance(rule, int) and not isinstance(rule, bool):
+        place = rule if rule >= 0 else len(ids) + rule
+        if place == 0 and not bos:
+            raise DataError(
+                f"tokens={rule} is position 0 of {where}", "a later token", "pass bos=True to read position 0"
+            )
+        chosen = [place] if first <= place <= last else []
+    else:
+        raise DataError(f"tokens={rule!r}", "all, last, answer, letter or a token index")
+    if not chosen or chosen[0] < first:
+        raise DataError(
+            f"{where} has {len(ids)} token(s) and none to read under tokens={rule!r}",
+            "at least one token besides position 0",
+            "drop the text, choose another rule, or pass bos=True",
+        )
+    return chosen
+
+
+def token_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[tuple[Text, Text, bool]],
+    *,
+    rule: TokenRule = "all",
+    bos: bool = False,
+    max_tokens: int | None = None,
+) -> Iterator[list[TokenRow]]:
+    """Windows of rows sorted by length, from (prompt, completion, positive) triples.
+
+    Texts longer than ``max_tokens`` keep their first tokens. Raises DataError naming the text.
+    """
+    numbered = enumerate(texts)
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    while window := list(islice(numbered, WINDOW)):
+        rendered = [(i, positive, *render(tokenizer, p, c)) for i, (p, c, positive) in window]
+        rows = []
+        for special in (True, False):
+            group = [r for r in rendered if r[4] == special]
+            if not group:
+                continue
+            encoded = tokenizer([r[2] for r in group], add_special_tokens=special, return_offsets_mapping=fast)
+            for n, (index, positive, text, start, _) in enumerate(group):
+                offsets = encoded["offset_mapping"][n] if fast else None
+                ids = list(encoded["input_ids"][n])
+                where = f"text {index} ({'positive' if positive else 'negative'}) {text!r:.60}"
+                answer = _answer_start(tokenizer, ids, offsets, text, start, special)
+                ids = ids[:max_tokens]
+                rows.append(TokenRow(ids, select_tokens(tokenizer, ids, answer, rule, bos, where), index, positive))
+        rows.sort(key=lambda row: (len(row.ids), row.index))
+        yield rows
+
+
+def batches(rows: Sequence[TokenRow], *, batch_tokens: int, pad_id: int, device: torch.device | str) -> Iterator[Batch]:
+    """Right-padded batches of at most ``batch_tokens`` padded tokens (one row at least), longest first."""
+    start = len(rows)
+    while start:
+        longest = len(rows[start - 1].ids)
+        size = max(1, batch_tokens // max(1, longest))
+        chosen = rows[max(0, start - size) : start]
+        start -= len(chosen)
+        ids = torch.full((len(chosen), longest), pad_id, dtype=torch.long)
+        attention = torch.zeros_like(ids)
+        selected = torch.zeros_like(ids, dtype=torch.bool)
+        for n, row in enumerate(chosen):
+            ids[n, : len(row.ids)] = torch.as_tensor(row.ids)
+            attention[n, : len(row.ids)] = 1
+            selected[n, torch.as_tensor(row.selected)] = True
+        yield Batch(ids.to(device), attention.to(device), selected.to(device), chosen)
+
+
+def text_batches(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Iterable[tuple[Text, Text, bool]], **options: Any
+) -> Iterator[Batch]:
+    """Batches of (prompt, completion, positive) triples on the model's input device; see ``token_rows``."""
+    batch_tokens = options.pop("batch_tokens")
+    pad_id = tokenizer.pad_token_id
+    pad_id = pad_id if isinstance(pad_id, int) else 0
+    device = input_device(model)
+    for rows in token_rows(tokenizer, texts, **options):
+        yield from batches(rows, batch_tokens=batch_tokens, pad_id=pad_id, device=device)

@@ -1,0 +1,231 @@
+"""Contrast data: what shows a behavior and what does not, and the files it comes in.
+
+A ``ContrastSet`` holds pairs, or positives and negatives of any two sizes. Texts are
+strings or chat messages; an optional prompt stands before a pair's two completions.
+
+    load_contrast("wedding")          a set that ships with the package
+    load_contrast("pairs.jsonl")      rows {"positive", "negative"} and the like
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fgsteer.errors import DataError, FormatError
+from fgsteer.files import read_json, text_sha256
+
+Message = Mapping[str, str]
+Text = str | Sequence[Message]
+
+SHIPPED = Path(__file__).resolve().parent / "contrast_sets"
+
+# Field names of one row: where the prompt, the positive and the negative stand.
+_ROWS: tuple[tuple[str | None, str, str], ...] = (
+    ("prompt", "positive", "negative"),
+    ("prompt", "chosen", "rejected"),
+    ("question", "answer_matching_behavior", "answer_not_matching_behavior"),
+)
+
+
+def check_text(value: object, where: str, *, empty: bool = False) -> Text:
+    """The value as a text. Raises DataError naming where it stood."""
+    if isinstance(value, str):
+        if not value.strip() and not empty:
+            raise DataError(f"{where} is empty", "a text or chat messages")
+        return value
+    if isinstance(value, Sequence) and (value or empty):
+        for number, message in enumerate(value):
+            fields = ("role", "content")
+            if not isinstance(message, Mapping) or not all(isinstance(message.get(f), str) for f in fields):
+                raise DataError(f"{where}, message {number}: {message!r}", 'an object {"role": text, "content": text}')
+        return value
+    raise DataError(f"{where} is {type(value).__name__} {value!r:.60}", "a text or a list of chat messages")
+
+
+@dataclass(frozen=True)
+class ContrastPair:
+    """Two completions of one prompt, with and without the behavior.
+
+    Each of ``positive``, ``negative`` and ``prompt`` is a string or a list of chat
+    messages. Raises DataError for anything else, or for an empty completion.
+    """
+
+    positive: Text
+    negative: Text
+    prompt: Text = ""
+
+    def __post_init__(self) -> None:
+        check_text(self.positive, "positive")
+        check_text(self.negative, "negative")
+        check_text(self.prompt, "prompt", empty=True)
+
+
+@dataclass(frozen=True)
+class ContrastSet:
+    """Texts with and without a behavior: ``pairs``, or ``positives`` and ``negatives``, or both.
+
+    The two sides need not be of equal size. ``held_out`` is a set of the same behavior
+    that nothing is built from. Raises DataError when a side is empty.
+    """
+
+    name: str
+    pairs: Sequence[ContrastPair] = ()
+    positives: Sequence[Text] = ()
+    negatives: Sequence[Text] = ()
+    held_out: ContrastSet | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("positives", "negatives"):
+            texts = getattr(self, field)
+            if isinstance(texts, str):
+                raise DataError(f"{field} of {self.name!r} is one string", "a list of texts")
+            object.__setattr__(
+                self, field, tuple(check_text(t, f"{field}[{i}] of {self.name!r}") for i, t in enumerate(texts))
+            )
+        pairs = tuple(self.pairs)
+        for number, pair in enumerate(pairs):
+            if not isinstance(pair, ContrastPair):
+                raise DataError(f"pairs[{number}] of {self.name!r} is {type(pair).__name__}", "a ContrastPair")
+        object.__setattr__(self, "pairs", pairs)
+        for positive, word in ((True, "positive"), (False, "negative")):
+            if not self.count(positive):
+                raise DataError(f"contrast set {self.name!r} has no {word} text", "at least one on either side")
+
+    def side(self, positive: bool) -> Iterator[tuple[Text, Text]]:
+        """(prompt, completion) of every text of one side, in order; no prompt is ""."""
+        for pair in self.pairs:
+            yield pair.prompt, pair.positive if positive else pair.negative
+        for text in self.positives if positive else self.negatives:
+            yield "", text
+
+    def count(self, positive: bool) -> int:
+        """Number of texts of one side."""
+        return len(self.pairs) + len(self.positives if positive else self.negatives)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the texts, in order, without the name and the held-out part."""
+        plain = [
+            [[_plain(prompt), _plain(completion)] for prompt, completion in self.side(positive)]
+            for positive in (True, False)
+        ]
+        return text_sha256(plain)
+
+
+def _plain(text: Text) -> str | list[dict[str, str]]:
+    return text if isinstance(text, str) else [dict(message) for message in text]
+
+
+def _row_pair(row: object, where: str) -> ContrastPair:
+    """One row as a pair. Raises DataError naming file, line and field."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where} is {type(row).__name__}", "an object with positive and negative")
+    for prompt, positive, negative in _ROWS:
+        if positive in row or negative in row:
+            for field in (positive, negative):
+                if field not in row:
+                    raise DataError(f"{where} has no field {field!r}", f"{positive} and {negative}")
+            check_text(row[positive], f"{where}, field {positive!r}")
+            check_text(row[negative], f"{where}, field {negative!r}")
+            before = check_text(row.get(prompt, "") if prompt else "", f"{where}, field {prompt!r}", empty=True)
+            return ContrastPair(row[positive], row[negative], before)
+    raise DataError(
+        f"{where} has fields {', '.join(map(repr, row)) or 'none'}",
+        " or ".join(f"{positive}/{negative}" for _, positive, negative in _ROWS),
+    )
+
+
+def _two_sided(value: Mapping[str, Any], name: str, where: str) -> ContrastSet:
+    """A set from an object of two lists, with an optional held_out object of the same form."""
+    sides = {}
+    for field in ("positive", "negative"):
+        key = field if field in value else field + "s"
+        if key not in value:
+            raise DataError(f"{where} has no field {field!r}", "an object with lists positive and negative")
+        if not isinstance(value[key], list) or not value[key]:
+            raise DataError(f"{where}, field {key!r} is {value[key]!r:.40}", "a list of texts, not empty")
+        sides[field] = [check_text(t, f"{where}, field {key!r}[{i}]") for i, t in enumerate(value[key])]
+    held_out = value.get("held_out")
+    if held_out is not None and not isinstance(held_out, Mapping):
+        raise DataError(f"{where}, field 'held_out' is {type(held_out).__name__}", "an object")
+    return ContrastSet(
+        name=str(value.get("name", name)),
+        positives=sides["positive"],
+        negatives=sides["negative"],
+        held_out=_two_sided(held_out, f"{name}:held_out", f"{where}, held_out") if held_out else None,
+    )
+
+
+def _read_lines(path: Path) -> list[ContrastPair]:
+    """Pairs of a JSONL file. Raises DataError naming the line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}", "a UTF-8 text file") from error
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is not JSON: {error}", "one JSON object a line") from error
+        pairs.append(_row_pair(row, where))
+    return pairs
+
+
+def shipped_contrasts() -> list[str]:
+    """Names of the contrast sets that ship with the package."""
+    return sorted(p.stem for p in SHIPPED.glob("*.json") if p.stem != "neutral")
+
+
+def load_contrast(source: str | Path) -> ContrastSet:
+    """A contrast set by its shipped name, or from a .json or .jsonl file.
+
+    JSON: ``{"positive": [...], "negative": [...]}`` of any sizes, or a list of rows.
+    A row has ``positive`` and ``negative`` (with an optional ``prompt``), ``prompt``,
+    ``chosen`` and ``rejected``, or CAA's ``question``, ``answer_matching_behavior`` and
+    ``answer_not_matching_behavior``. Any text may be a list of chat messages.
+
+    Raises DataError naming the file, the line or row, and the field.
+    """
+    name = str(source)
+    if name in shipped_contrasts():
+        source = SHIPPED / f"{name}.json"
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(
+            f"no contrast set {name!r}", f"a .json or .jsonl file, or one of {', '.join(shipped_contrasts())}"
+        )
+    if path.suffix == ".jsonl":
+        return ContrastSet(path.stem, pairs=_read_lines(path))
+    try:
+        value = read_json(path)
+    except FormatError as error:
+        raise DataError(str(error)) from error
+    if isinstance(value, Mapping):
+        return _two_sided(value, path.stem, str(path))
+    if isinstance(value, list):
+        return ContrastSet(path.stem, pairs=[_row_pair(row, f"{path}, row {i}") for i, row in enumerate(value, 1)])
+    raise DataError(f"{path} holds {type(value).__name__}", "an object of two lists, or a list of rows")
+
+
+def load_neutral() -> tuple[list[str], list[str]]:
+    """The shipped neutral sentences and neutral prompts, on no behavior in particular."""
+    value = read_json(SHIPPED / "neutral.json")
+    return list(value["texts"]), list(value["prompts"])
+
+
+def as_contrast(contrast: ContrastSet | str | Path | Sequence[ContrastPair]) -> ContrastSet:
+    """A contrast set from any of the forms that public functions accept."""
+    if isinstance(contrast, ContrastSet):
+        return contrast
+    if isinstance(contrast, str | Path):
+        return load_contrast(contrast)
+    return ContrastSet("pairs", pairs=list(contrast))

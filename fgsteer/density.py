@@ -1,0 +1,157 @@
+"""Feature density: on which share of ordinary tokens a feature fires, and whether only on BOS.
+
+Streamed once per SAE over a generic corpus, token by token, and kept with the SAE.
+
+    density = measure_density(model, tokenizer, texts, sae)
+    density.save("density.safetensors")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fgsteer.errors import FormatError, PairingError
+from fgsteer.files import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from fgsteer.sae import SAE
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureDensity:
+    """Token-level firing counts of every feature over a corpus; two of them add up.
+
+    ``fired (d_sae,)``: tokens besides position 0 on which the feature is > 0, of ``tokens``.
+    ``documents (d_sae,)``: documents in which it fires at all, position 0 included;
+    ``first (d_sae,)``: those in which its largest activation is at position 0.
+    ``max_density``: the θ of FGAA's filter recommended for this SAE, where one was tuned.
+    """
+
+    fired: Float[Tensor, " d_sae"]
+    documents: Float[Tensor, " d_sae"]
+    first: Float[Tensor, " d_sae"]
+    tokens: int
+    sae_sha256: str
+    max_density: float | None = None
+    corpus: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def density(self) -> Float[Tensor, " d_sae"]:
+        """Share of tokens (position 0 aside) on which each feature fires, (d_sae,)."""
+        return self.fired / max(1, self.tokens)
+
+    def bos_features(self, share: float = 0.99) -> Float[Tensor, " d_sae"]:
+        """Mask (d_sae,) of features that peak on position 0 in at least this share of their documents.
+
+        FGAA step 3 (arXiv 2501.09929).
+        """
+        return (self.documents > 0) & (self.first >= share * self.documents)
+
+    def check(self, sae: SAE) -> FeatureDensity:
+        """Itself, when measured on this SAE. Raises PairingError."""
+        if self.sae_sha256 != sae.sha256 or len(self.fired) != sae.d_sae:
+            raise PairingError(
+                f"density measured on SAE {self.sae_sha256[:12]}",
+                f"one of this SAE {sae.sha256[:12]} ({sae.source})",
+                "measure it again with fgsteer density",
+            )
+        return self
+
+    def __add__(self, other: FeatureDensity) -> FeatureDensity:
+        if self.sae_sha256 != other.sae_sha256:
+            raise PairingError("densities of two SAEs", "of one SAE")
+        return FeatureDensity(
+            self.fired + other.fired,
+            self.documents + other.documents,
+            self.first + other.first,
+            self.tokens + other.tokens,
+            self.sae_sha256,
+            self.max_density if self.max_density == other.max_density else None,
+            {"parts": [self.corpus, other.corpus]},
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors, whole."""
+        header = {
+            "tokens": self.tokens,
+            "sae_sha256": self.sae_sha256,
+            "max_density": self.max_density,
+            "corpus": self.corpus,
+        }
+        tensors = {name: getattr(self, name) for name in ("fired", "documents", "first")}
+        write_tensors(path, tensors, kind="density", header=header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureDensity:
+        """Read a file that ``save`` wrote. Raises FormatError."""
+        tensors, header = read_tensors(path, kind="density")
+        try:
+            return cls(
+                tensors["fired"].double(),
+                tensors["documents"].double(),
+                tensors["first"].double(),
+                tokens=int(header["tokens"]),
+                sae_sha256=str(header["sae_sha256"]),
+                max_density=None if header["max_density"] is None else float(header["max_density"]),
+                corpus=dict(header["corpus"]),
+            )
+        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise FormatError(f"{path} is damaged: {error}", "a file written by FeatureDensity.save") from error
+
+
+@torch.no_grad()
+def measure_density(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    sae: SAE,
+    *,
+    batch_tokens: int = 8192,
+    max_tokens: int = 256,
+    corpus: dict[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> FeatureDensity:
+    """Stream a generic corpus through the SAE and count, token by token, where each feature fires.
+
+    Texts keep their first ``max_tokens`` tokens. ``progress`` is called with the number of
+    texts done. Memory is O(d_sae) besides one batch. FGAA steps 2 and 3 (arXiv 2501.09929).
+    Raises DataError for a text of one token, PairingError for an SAE of another width.
+    """
+    from fgsteer.activations import record, text_batches
+    from fgsteer.models import check_pairing
+    from fgsteer.statistics import row_groups
+
+    check_pairing(model, sae.hookpoint, sae.d_model, sae.model_name, "SAE")
+    fired, documents, first = (torch.zeros(sae.d_sae, dtype=torch.float64) for _ in range(3))
+    tokens = done = 0
+    local = sae
+    triples = (("", text, True) for text in texts)
+    for batch in text_batches(
+        model, tokenizer, triples, rule="all", bos=True, batch_tokens=batch_tokens, max_tokens=max_tokens
+    ):
+        values = record(model, batch.ids, batch.attention, [sae.hookpoint])[sae.hookpoint]
+        if local.W_enc.device != values.device or local.W_enc.dtype != torch.float32:
+            local = sae.to(values.device, torch.float32)
+        real = batch.selected.to(values.device)
+        for rows in row_groups(real, sae.d_sae):
+            acts = local.encode(values[rows]) * real[rows][..., None]
+            peak, place = acts.max(1)
+            fires = peak > 0
+            fired += (acts[:, 1:] > 0).sum((0, 1)).cpu()
+            documents += fires.sum(0).cpu()
+            first += (fires & (place == 0)).sum(0).cpu()
+        tokens += int(real[:, 1:].sum())
+        done += len(batch.rows)
+        if progress is not None:
+            progress(done)
+    return FeatureDensity(fired, documents, first, tokens, sae.sha256, corpus=corpus or {})

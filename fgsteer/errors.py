@@ -1,0 +1,66 @@
+"""Every error and warning that fgsteer raises on purpose.
+
+    FgsteerError
+    ├── DataError          a text, row or file of contrast data
+    ├── HookpointError     a layer, site or architecture that does not exist
+    ├── PairingError       two things that do not belong together (shapes, hashes)
+    ├── SelectionError     nothing left to steer with
+    ├── FormatError        a file that is not what it should be
+    └── SteeringError      an intervention that cannot be applied as asked
+    FgsteerWarning
+    ├── PairingWarning     things that may not belong together (names)
+    ├── SelectionWarning   a selection that is weaker than it looks
+    └── UntouchedWarning   a steered run in which no token was steered
+
+An error says what came, what was expected, and what to change.
+"""
+
+from __future__ import annotations
+
+
+class FgsteerError(Exception):
+    """Base of every fgsteer error: what was got, what was expected, what to change."""
+
+    def __init__(self, got: str, expected: str = "", change: str = "") -> None:
+        parts = [got, f"expected {expected}" if expected else "", change]
+        super().__init__("; ".join(part for part in parts if part))
+
+
+class DataError(FgsteerError, ValueError):
+    """A text, row or file of contrast data cannot be used."""
+
+
+class HookpointError(FgsteerError, ValueError):
+    """The model has no such layer, site or known block structure."""
+
+
+class PairingError(FgsteerError, ValueError):
+    """Two objects do not belong together: other shapes, another hookpoint, another hash."""
+
+
+class SelectionError(FgsteerError, ValueError):
+    """A selection of features is empty or impossible."""
+
+
+class FormatError(FgsteerError, ValueError):
+    """A file is missing, truncated or of another format."""
+
+
+class SteeringError(FgsteerError, RuntimeError):
+    """An intervention cannot be applied as asked."""
+
+
+class FgsteerWarning(UserWarning):
+    """Base of every fgsteer warning."""
+
+
+class PairingWarning(FgsteerWarning):
+    """Names of a model, SAE or vector differ, though their shapes agree."""
+
+
+class SelectionWarning(FgsteerWarning):
+    """A selection ran with less evidence or fewer filters than its method asks for."""
+
+
+class UntouchedWarning(FgsteerWarning):
+    """A steered run in which an intervention touched no token."""

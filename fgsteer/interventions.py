@@ -1,0 +1,333 @@
+"""Interventions: how a vector acts on an activation, all of them one equation.
+
+    h' = h + Σⱼ (αⱼ − λⱼ · (readⱼ(h) − μⱼ)) · wⱼ
+
+with ``read`` a projection or a feature activation. Add has λ = 0; Ablate, Clamp,
+Affine and ClampFeature have λ = 1 and replace what they read. ``apply`` is the one
+kernel; ``stack`` puts one intervention per batch row into a single update.
+
+    Add(Hookpoint(6), v, coefficient=8.0)
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fgsteer.errors import PairingError, SelectionError, SteeringError
+from fgsteer.hookpoints import Hookpoint
+from fgsteer.sae import SAE
+
+Scope = Literal["all", "prompt", "generated", "last_prompt_on"]
+SCOPES: tuple[Scope, ...] = ("all", "prompt", "generated", "last_prompt_on")
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """A rank-k update for R rows: ``h += Σⱼ (constⱼ − λⱼ·read(h)ⱼ) wⱼ`` (R = 1 serves every row).
+
+    ``write (R, k, d_model)`` holds the w, ``const (R, k)`` is α + λμ, ``lam (R, k)`` is λ.
+    What is read is ``read (R, k, d_model) · h``, or the activations of the k features of
+    ``sae`` (of those named in ``features``, where it has more); else the update is constant.
+    """
+
+    write: Float[Tensor, "rows k d_model"]
+    const: Float[Tensor, "rows k"]
+    lam: Float[Tensor, "rows k"]
+    read: Float[Tensor, "rows k d_model"] | None = None
+    sae: SAE | None = None
+    features: tuple[int, ...] = ()
+
+    def to(self, device: torch.device) -> Update:
+        """The same update on a device, in float32."""
+        return Update(
+            self.write.to(device, torch.float32),
+            self.const.to(device, torch.float32),
+            self.lam.to(device, torch.float32),
+            None if self.read is None else self.read.to(device, torch.float32),
+            None if self.sae is None else self.sae.to(device, torch.float32),
+            self.features,
+        )
+
+    def rows(self, repeats: int) -> Update:
+        """Each row repeated in place, for beams and several sequences per prompt."""
+        if repeats == 1 or len(self.write) == 1:
+            return self
+        parts = [self.write, self.const, self.lam, self.read]
+        write, const, lam, read = (None if p is None else p.repeat_interleave(repeats, 0) for p in parts)
+        assert write is not None
+        assert const is not None
+        assert lam is not None
+        return Update(write, const, lam, read, self.sae, self.features)
+
+    def change(self, h: Float[Tensor, "batch tokens d_model"]) -> Tensor:
+        """The float32 change of h, (batch, tokens, d_model), or broadcastable to it."""
+        if self.sae is not None:
+            wide = h.float()
+            acts = self.sae.encode_selected(wide, self.features) if self.features else self.sae.encode(wide)
+            amount = self.const[:, None] - self.lam[:, None] * acts
+            scale = self.sae.input_scale(wide)
+            return amount @ self.write * scale
+        if self.read is None:
+            return self.const[:, None] @ self.write
+        amount = self.const[:, None] - self.lam[:, None] * (h.float() @ self.read.transpose(1, 2))
+        return amount @ self.write
+
+
+def apply(h: Float[Tensor, "batch tokens d_model"], update: Update, where: Tensor | None = None) -> Tensor:
+    """``h`` plus the update's change, cast to h's dtype; a new tensor, h is not written to.
+
+    ``where (batch, tokens)`` limits it; elsewhere h comes back bit for bit.
+    """
+    change = update.change(h).to(h.dtype)
+    if where is None:
+        return h + change
+    return torch.where(where[..., None], h + change, h)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Intervention(ABC):
+    """How an activation at ``hookpoint`` is changed, and on which tokens.
+
+    ``scope``: all tokens, prompt, generated, or last_prompt_on (the last prompt token and
+    everything after it). Padding is never touched, position 0 only with ``bos=True``.
+    ``model_name`` is the model that it was made for, where known.
+    """
+
+    hookpoint: Hookpoint
+    scope: Scope = "all"
+    bos: bool = False
+    model_name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
+        if self.scope not in SCOPES:
+            raise SteeringError(f"scope {self.scope!r}", f"one of {', '.join(SCOPES)}")
+
+    @property
+    @abstractmethod
+    def d_model(self) -> int:
+        """Width of the activation it acts on."""
+
+    @abstractmethod
+    def update(self) -> Update:
+        """The kernel's form of this intervention, for one row."""
+
+
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise SteeringError(f"{name} = {value}", "a finite number")
+    return float(value)
+
+
+def _vector(name: str, value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim != 1 or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise PairingError(f"{name} is {got}", "one floating-point vector (d_model,)")
+    if not bool(torch.isfinite(value).all()):
+        raise SteeringError(f"{name} holds nan or inf", "finite values")
+    return value.detach().float().clone()  # the caller's tensor may change later
+
+
+def _unit(direction: Tensor) -> tuple[Tensor, Tensor]:
+    """(unit vector, norm). Raises SteeringError for a zero direction."""
+    norm = direction.norm()
+    if not norm > 0:
+        raise SteeringError("a direction of norm 0", "a direction to read along")
+    return direction / norm, norm
+
+
+def _projection(unit: Tensor, const: Tensor | float) -> Update:
+    one = torch.ones(1, 1)
+    row = unit[None, None]
+    return Update(write=row, const=one.to(unit) * const, lam=one.to(unit), read=row)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Add(Intervention):
+    """``h' = h + c·v`` for ``direction`` v (d_model,), ``coefficient`` c (CAA, arXiv 2312.06681)."""
+
+    direction: Float[Tensor, " d_model"]
+    coefficient: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "direction", _vector("direction", self.direction))
+        object.__setattr__(self, "coefficient", _finite("coefficient", self.coefficient))
+
+    @property
+    def d_model(self) -> int:
+        """Width of the direction."""
+        return self.direction.shape[0]
+
+    def update(self) -> Update:
+        """w = v, λ = 0, α = c."""
+        row = self.direction[None, None]
+        const = torch.full((1, 1), self.coefficient).to(row)
+        return Update(write=row, const=const, lam=torch.zeros_like(const))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Clamp(Intervention):
+    """``h' = h + (t − r̂·h) r̂``: the projection on ``direction`` r (d_model,) becomes ``target`` t.
+
+    ``target`` is in units of the residual stream along the unit vector r̂.
+    Raises SteeringError for a zero direction.
+    """
+
+    direction: Float[Tensor, " d_model"]
+    target: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "direction", _vector("direction", self.direction))
+        object.__setattr__(self, "target", _finite("target", self.target))
+        _unit(self.direction)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the direction."""
+        return self.direction.shape[0]
+
+    def update(self) -> Update:
+        """w = r̂, read = r̂·h, λ = 1, μ = 0, α = t."""
+        return _projection(_unit(self.direction)[0], self.target)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Ablate(Intervention):
+    """``h' = h − (r̂·h) r̂``: the projection on ``direction`` r (d_model,) becomes 0 (arXiv 2406.11717).
+
+    Raises SteeringError for a zero direction.
+    """
+
+    direction: Float[Tensor, " d_model"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "direction", _vector("direction", self.direction))
+        _unit(self.direction)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the direction."""
+        return self.direction.shape[0]
+
+    def update(self) -> Update:
+        """w = r̂, read = r̂·h, λ = 1, μ = 0, α = 0."""
+        return _projection(_unit(self.direction)[0], 0.0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Affine(Intervention):
+    """``h' = h − proj_r(h) + proj_r(r⁻) + α·r``: ACE (arXiv 2411.09003).
+
+    ``direction`` r and ``reference`` r⁻ are (d_model,); ``alpha`` 0 is the reference (the
+    negative mean), 1 the positive mean. Hence ``r̂·h' = r̂·r⁻ + α‖r‖`` for every h.
+    Raises SteeringError for a zero direction, PairingError for unequal widths.
+    """
+
+    direction: Float[Tensor, " d_model"]
+    reference: Float[Tensor, " d_model"]
+    alpha: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "direction", _vector("direction", self.direction))
+        object.__setattr__(self, "reference", _vector("reference", self.reference))
+        object.__setattr__(self, "alpha", _finite("alpha", self.alpha))
+        if self.reference.shape != self.direction.shape:
+            raise PairingError(f"a reference of width {len(self.reference)}", f"{len(self.direction)}, the direction's")
+        _unit(self.direction)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the direction."""
+        return self.direction.shape[0]
+
+    def update(self) -> Update:
+        """w = r̂, read = r̂·h, λ = 1, μ = r̂·r⁻, α·‖r‖."""
+        unit, norm = _unit(self.direction)
+        return _projection(unit, unit @ self.reference + self.alpha * norm)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClampFeature(Intervention):
+    """``h' = h + Σⱼ (tⱼ − fⱼ(h)) W_dec[j]``: features take set activations, the SAE's error is kept.
+
+    ``targets`` {feature id: activation}; every fⱼ is read from the same h, so a clamp of
+    several features is joint. Raises SelectionError for no or unknown ids.
+    """
+
+    sae: SAE
+    targets: Mapping[int, float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.targets:
+            raise SelectionError("no feature to clamp", "at least one {id: activation}")
+        clean = {int(j): _finite(f"target of feature {j}", t) for j, t in self.targets.items()}
+        object.__setattr__(self, "targets", clean)
+        for feature in clean:
+            self.sae.direction(feature)
+        if self.hookpoint != self.sae.hookpoint:
+            raise PairingError(f"a clamp at {self.hookpoint}", f"{self.sae.hookpoint}, where its SAE was trained")
+
+    @property
+    def d_model(self) -> int:
+        """Width of the SAE's input."""
+        return self.sae.d_model
+
+    def update(self) -> Update:
+        """w = W_dec[j], read = fⱼ(h), λ = 1, μ = 0, α = tⱼ."""
+        features = list(self.targets)
+        const = torch.tensor([list(self.targets.values())], device=self.sae.W_dec.device)
+        competing = self.sae.activation == "topk"
+        return Update(
+            write=self.sae.W_dec[features][None].float(),
+            const=const,
+            lam=torch.ones_like(const),
+            sae=self.sae if competing else self.sae.restrict(features),
+            features=tuple(features) if competing else (),
+        )
+
+
+def stack(rows: Sequence[Intervention | None]) -> list[tuple[Update, list[int]]]:
+    """Updates that apply one intervention to each row, with the rows that each of them touches.
+
+    Linear reads share one update, in which other rows have w = 0; feature reads share one
+    per intervention. Every row keeps its own scope, so callers group by scope first.
+    """
+    feature_rows: dict[int, tuple[Intervention, list[int]]] = {}
+    linear: dict[int, Update] = {}
+    for number, item in enumerate(rows):
+        if isinstance(item, ClampFeature):
+            feature_rows.setdefault(id(item), (item, []))[1].append(number)
+        elif item is not None:
+            linear[number] = item.update()
+    built = [(item.update(), numbers) for item, numbers in feature_rows.values()]
+    if linear:
+        built.append((_stack_linear(linear, len(rows)), list(linear)))
+    return built
+
+
+def _stack_linear(updates: Mapping[int, Update], count: int) -> Update:
+    """Rank-one updates of some of ``count`` rows as one update; the other rows get w = 0."""
+    sample = next(iter(updates.values()))
+    write = torch.zeros(count, 1, sample.write.shape[-1], device=sample.write.device)
+    read = torch.zeros_like(write)
+    const = torch.zeros(count, 1, device=write.device)
+    lam = torch.zeros_like(const)
+    for number, update in updates.items():
+        write[number], const[number], lam[number] = update.write[0], update.const[0], update.lam[0]
+        if update.read is not None:
+            read[number] = update.read[0]
+    reads = any(update.read is not None for update in updates.values())
+    return Update(write, const, lam, read if reads else None)

@@ -1,0 +1,263 @@
+"""The SAE methods by their papers' names: each composes a selection and a projection.
+
+| weights come from            | decoder rows      | effect approximator |
+|------------------------------|-------------------|---------------------|
+| statistics of a contrast     | ``sta``           | ``fgaa``            |
+| given feature ids            | ``from_features`` | ``sae_ts``          |
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fgsteer.density import FeatureDensity
+from fgsteer.effects import EffectApproximator
+from fgsteer.errors import PairingError, SelectionError, SelectionWarning
+from fgsteer.methods.projection import decode_weights, project
+from fgsteer.methods.provenance import provenance
+from fgsteer.methods.selection import filter_bos, filter_density, keep_extremes, signed_min_max, top_mask
+from fgsteer.sae import SAE
+from fgsteer.statistics import Contrast, ContrastStatistics
+from fgsteer.vector import SteeringVector
+
+FeatureIds = Mapping[int, float] | Iterable[int] | int
+STA_PAIRS = 80  # below about this many examples a side, frequencies are too coarse to select by
+
+
+def _feature_contrast(stats: ContrastStatistics, sae: SAE) -> Contrast:
+    """The feature contrast, checked to be of this SAE. Raises PairingError."""
+    read = stats.reading.get("sae")
+    if read and read.get("sha256") != sae.sha256:
+        raise PairingError(
+            f"statistics of SAE {read.get('sha256', '')[:12]} ({read.get('source')})",
+            f"of this SAE {sae.sha256[:12]} ({sae.source})",
+            "collect again with this SAE",
+        )
+    _, contrast = stats.at("feature", sae.hookpoint)
+    if len(contrast.difference) != sae.d_sae:
+        raise PairingError(f"feature statistics of {len(contrast.difference)} features", f"{sae.d_sae}")
+    return contrast
+
+
+def _vector(
+    method: str,
+    direction: Tensor,
+    weights: Float[Tensor, " d_sae"],
+    sae: SAE,
+    hyperparameters: Mapping[str, Any],
+    stats: ContrastStatistics | None = None,
+) -> SteeringVector:
+    features = {int(j): float(weights[j]) for j in weights.nonzero()[:, 0]}
+    return SteeringVector(
+        direction.float(),
+        sae.hookpoint,
+        features=features,
+        provenance=provenance(method, hyperparameters, stats, sae, features),
+    )
+
+
+def sta(
+    stats: ContrastStatistics,
+    sae: SAE,
+    *,
+    p: float = 0.35,
+    mode: Literal["act_and_freq", "act", "freq"] = "act_and_freq",
+    atoms: Literal["signed", "positive"] = "signed",
+    norm_match: bool = True,
+    compat: bool = False,
+) -> SteeringVector:
+    """Steering target atoms: ``v = Σ_kept Δaⱼ W_dec[j]``, scaled to CAA's norm (arXiv 2505.20322).
+
+    ``Δa = mean z̄⁺ − mean z̄⁻``, ``Δf = Σ1[z̄⁺>0] − Σ1[z̄⁻>0]``, both normalised by signed
+    min–max; a feature is a candidate where the two agree in sign. Kept are candidates in
+    the top ``k = int(p·d_sae)`` by frequency and by amplitude (``mode`` picks one or both).
+    ``atoms="positive"`` keeps only Δa > 0 and Δf > 0, the paper's formula. Counts are made
+    comparable for sides of unequal size by scaling to the larger side.
+
+    ``compat=True`` reproduces the reference code: thresholds are the k-th largest values
+    (0-based) of |s| and |Δa| and ties and zeros pass, so with fewer than k + 1 scoring
+    features its filters switch off; raw counts are used.
+
+    Raises SelectionError for p outside (0, 1] or when nothing is kept, PairingError for
+    statistics of another SAE. Warns SelectionWarning below about 80 examples a side.
+    """
+    if not 0 < p <= 1 or (compat and int(p * sae.d_sae) >= sae.d_sae):
+        raise SelectionError(f"p = {p}", "a share in (0, 1], below 1 with compat=True")
+    if mode not in ("act_and_freq", "act", "freq") or atoms not in ("signed", "positive"):
+        raise SelectionError(
+            f"mode {mode!r}, atoms {atoms!r}", "mode act_and_freq, act or freq, and atoms signed or positive"
+        )
+    contrast = _feature_contrast(stats, sae)
+    amplitude, frequency = contrast.difference, _frequency_difference(contrast, raw=compat)
+    if min(contrast.positive.count, contrast.negative.count) < STA_PAIRS and mode != "act":
+        counts = (contrast.positive.count, contrast.negative.count)
+        warnings.warn(
+            f"STA from {counts[0]} and {counts[1]} examples; frequencies are coarse below about {STA_PAIRS} a side",
+            SelectionWarning,
+            stacklevel=2,
+        )
+    k = int(p * sae.d_sae)
+    kept = _sta_compat(amplitude, frequency, k, mode) if compat else _sta_strict(amplitude, frequency, max(1, k), mode)
+    if atoms == "positive":
+        kept &= (amplitude > 0) & ((frequency > 0) if mode != "act" else True)
+    weights = torch.where(kept, amplitude, 0.0)
+    if not bool(weights.any()):
+        raise SelectionError("no feature passed STA's filters", "at least one", "raise p or add contrast data")
+    direction = decode_weights(weights, sae)
+    if norm_match:
+        direction = direction * (stats.at("residual", sae.hookpoint)[1].difference.norm() / direction.norm())
+    hyper = {"p": p, "mode": mode, "atoms": atoms, "norm_match": norm_match, "compat": compat}
+    return _vector("sta", direction, weights, sae, hyper, stats)
+
+
+def _frequency_difference(contrast: Contrast, *, raw: bool) -> Float[Tensor, " n"]:
+    """Δf: difference of firing counts, scaled to the larger side unless raw."""
+    positive, negative = contrast.positive, contrast.negative
+    larger = max(positive.count, negative.count)
+    up, down = (1.0, 1.0) if raw else (larger / positive.count, larger / negative.count)
+    return positive.fired * up - negative.fired * down
+
+
+def _sta_strict(amplitude: Tensor, frequency: Tensor, k: int, mode: str) -> Tensor:
+    """Candidates in the exact top k of each ranking that the mode uses."""
+    if mode == "act":
+        return top_mask(amplitude.abs(), k)
+    score, gain = signed_min_max(frequency), signed_min_max(amplitude)
+    candidate = score * gain > 0
+    kept = top_mask(torch.where(candidate, score.abs(), 0.0), k)
+    if mode == "act_and_freq":
+        kept &= top_mask(torch.where(candidate, amplitude.abs(), 0.0), k)
+    return kept
+
+
+def _sta_compat(amplitude: Tensor, frequency: Tensor, k: int, mode: str) -> Tensor:
+    """The reference's thresholds, ties and zeros included."""
+    score, gain = signed_min_max(frequency), signed_min_max(amplitude)
+    score = torch.where(score * gain > 0, score, 0.0)
+    by_frequency = score.abs() >= score.abs().sort(descending=True).values[k]
+    by_amplitude = amplitude.abs() >= amplitude.abs().sort(descending=True).values[k]
+    return {"act_and_freq": by_frequency & by_amplitude, "act": by_amplitude, "freq": by_frequency}[mode]
+
+
+def fgaa(
+    stats: ContrastStatistics,
+    sae: SAE,
+    effects: EffectApproximator | None = None,
+    *,
+    n_positive: int = 16,
+    n_negative: int = 0,
+    density: FeatureDensity | None = None,
+    max_density: float | None = None,
+    bos_share: float | None = 0.99,
+    bias_weight: float = 1.0,
+    normalize: bool = True,
+) -> SteeringVector:
+    """Feature guided activation additions (arXiv 2501.09929).
+
+    ``t``: mean feature difference, zeroed where a feature's token-level density exceeds
+    ``max_density`` or where it peaks on position 0 in ``bos_share`` of its documents, then
+    the ``n_positive`` largest and ``n_negative`` most negative entries. Through effects,
+    ``v = M t/‖M t‖ − λ_b M b/‖M b‖`` with λ_b = ``bias_weight``; without, ``v = Σ tⱼ W_dec[j]``,
+    labelled ``projection: decoder`` in the provenance. ``normalize`` scales v to norm 1
+    (False leaves it, as in the paper).
+
+    ``density`` defaults to the SAE's; ``max_density`` to the one tuned for it, else the
+    paper's 0.01; ``math.inf`` and ``bos_share=None`` switch the filters off. n₁ and n₂ are
+    tuned per task in the paper: 16 and 0 are this package's starting point.
+
+    Raises SelectionError when the filters leave nothing, PairingError for statistics,
+    density or effects of another SAE. Warns SelectionWarning when no density is known.
+    """
+    weights = _feature_contrast(stats, sae).difference
+    density = density.check(sae) if density is not None else sae.density
+    removed: dict[str, list[int]] = {}
+    if density is None:
+        warnings.warn(
+            "this SAE has no density, so FGAA's density and BOS filters are off; measure it with fgsteer density",
+            SelectionWarning,
+            stacklevel=2,
+        )
+    else:
+        if max_density is None:
+            max_density = density.max_density if density.max_density is not None else 0.01
+        unfiltered = keep_extremes(weights, n_positive, n_negative)
+        weights = filter_density(weights, density, max_density)
+        removed["density"] = _lost(unfiltered, weights)
+        if bos_share is not None:
+            before = weights
+            weights = filter_bos(weights, density, bos_share)
+            removed["bos"] = _lost(keep_extremes(before, n_positive, n_negative), weights)
+    weights = keep_extremes(weights, n_positive, n_negative)
+    if not bool(weights.any()):
+        raise SelectionError(
+            f"no feature passed FGAA's filters (of the strongest, density removed {removed.get('density', [])})",
+            "at least one",
+            f"raise max_density (now {max_density}) or add contrast data",
+        )
+    direction, projection = project(weights, sae, effects, bias_weight)
+    if normalize:
+        direction = direction / direction.norm()
+    hyper = {
+        "n_positive": n_positive,
+        "n_negative": n_negative,
+        "max_density": max_density if density is not None and max_density != float("inf") else None,
+        "bos_share": bos_share if density is not None else None,
+        "projection": projection,
+        "bias_weight": bias_weight if effects is not None else None,
+        "normalize": normalize,
+        "removed": removed,
+    }
+    return _vector("fgaa", direction, weights, sae, hyper, stats)
+
+
+def _lost(before: Tensor, after: Tensor) -> list[int]:
+    """Features with a weight before a filter and none after it."""
+    return [int(j) for j in ((before != 0) & (after == 0)).nonzero()[:, 0]]
+
+
+def feature_weights(features: FeatureIds, sae: SAE) -> Float[Tensor, " d_sae"]:
+    """Weights (d_sae,) of {id: weight}, of several ids (weight 1 each), or of one id. Raises SelectionError."""
+    if isinstance(features, int):
+        features = {features: 1.0}
+    given = dict(features.items()) if isinstance(features, Mapping) else {int(j): 1.0 for j in features}
+    if not given or not all(torch.isfinite(torch.tensor(list(given.values())))):
+        raise SelectionError(f"features {given}", "at least one id, with finite weights")
+    weights = torch.zeros(sae.d_sae, dtype=torch.float64)
+    for feature, weight in given.items():
+        sae.direction(int(feature))
+        weights[int(feature)] = weight
+    return weights
+
+
+def from_features(sae: SAE, features: FeatureIds, *, normalize: bool = True) -> SteeringVector:
+    """``v = Σⱼ wⱼ W_dec[j]`` for features {id: weight}, ids, or one id; norm 1 unless ``normalize=False``.
+
+    Raises SelectionError for unknown ids or weights that cancel.
+    """
+    weights = feature_weights(features, sae)
+    direction = decode_weights(weights, sae)
+    if normalize:
+        direction = direction / direction.norm()
+    return _vector("from_features", direction, weights, sae, {"normalize": normalize, "projection": "decoder"})
+
+
+def sae_ts(
+    sae: SAE, features: FeatureIds, effects: EffectApproximator, *, bias_weight: float = 1.0, normalize: bool = True
+) -> SteeringVector:
+    """SAE-targeted steering: ``v = M t/‖M t‖ − λ_b M b/‖M b‖``, scaled to norm 1 (arXiv 2411.02193).
+
+    ``features`` give t as in ``from_features``. Raises SelectionError for unknown ids,
+    PairingError for effects of another SAE.
+    """
+    weights = feature_weights(features, sae)
+    direction, projection = project(weights, sae, effects, bias_weight)
+    if normalize:
+        direction = direction / direction.norm()
+    hyper = {"bias_weight": bias_weight, "normalize": normalize, "projection": projection}
+    return _vector("sae_ts", direction, weights, sae, hyper)

@@ -1,0 +1,40 @@
+"""What a vector remembers of how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fgsteer.sae import SAE
+from fgsteer.statistics import ContrastStatistics
+
+
+def library_version() -> str:
+    """The installed version of fgsteer."""
+    try:
+        return version("fgsteer")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def provenance(
+    method: str,
+    hyperparameters: Mapping[str, Any],
+    stats: ContrastStatistics | None = None,
+    sae: SAE | None = None,
+    features: Iterable[int] = (),
+) -> dict[str, Any]:
+    """Method, hyperparameters, model, SAE, data and version as plain JSON."""
+    record: dict[str, Any] = {"method": method, "hyperparameters": dict(hyperparameters), "version": library_version()}
+    if stats is not None:
+        record["model"] = stats.reading.get("model")
+        record["reading"] = {key: stats.reading.get(key) for key in ("tokens", "bos", "max_tokens")}
+        record["data"] = [dict(entry) for entry in stats.data]
+    if sae is not None:
+        record["sae"] = {"source": sae.source, "sha256": sae.sha256, "d_sae": sae.d_sae}
+        record.setdefault("model", {"name": sae.model_name, "d_model": sae.d_model})
+        if sae.density is not None:
+            shares = sae.density.density
+            record["feature_density"] = {str(j): float(shares[j]) for j in features}
+    return record

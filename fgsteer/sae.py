@@ -1,0 +1,204 @@
+"""Sparse autoencoders as immutable tensors in one canonical form.
+
+Every convention that a trained SAE may carry (decoder bias subtracted from the
+input, activations rescaled by decoder norms) is folded into the weights when it is
+loaded, so that ``feature_acts = φ(x̃ W_enc + b_enc)`` and ``x̂ = feature_acts W_dec + b_dec``
+hold for all of them; ``x̃`` is the input after its normalisation.
+
+    acts = sae.encode(h)              (..., d_sae)
+    v = sae.direction(42)             (d_model,)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fgsteer.errors import PairingError, SelectionError
+from fgsteer.files import tensor_sha256, text_sha256
+from fgsteer.hookpoints import Hookpoint
+
+if TYPE_CHECKING:
+    from fgsteer.density import FeatureDensity
+
+Activation = Literal["relu", "jumprelu", "topk", "gated"]
+InputNorm = Literal["none", "layer_norm", "constant_norm_rescale"]
+
+
+@dataclass(frozen=True, eq=False)
+class SAE:
+    """A sparse autoencoder: ``W_enc (d_model, d_sae)``, ``W_dec (d_sae, d_model)`` and what goes with them.
+
+    ``activation`` is relu; jumprelu, active where the pre-activation exceeds
+    ``threshold (d_sae,)``; topk, the ``k`` largest pre-activations; or gated, with
+    ``gate_bias (d_sae,)`` on the gate and ``gate_scale (d_sae,)`` on the magnitude.
+    ``density`` holds token-level firing statistics where they are known; ``fingerprint`` is the
+    hash of the weights as stored, before anything was folded into them.
+    Raises PairingError when the shapes do not fit together.
+    """
+
+    W_enc: Float[Tensor, "d_model d_sae"]
+    W_dec: Float[Tensor, "d_sae d_model"]
+    b_enc: Float[Tensor, " d_sae"]
+    b_dec: Float[Tensor, " d_model"]
+    hookpoint: Hookpoint
+    activation: Activation = "relu"
+    threshold: Float[Tensor, " d_sae"] | None = None
+    k: int | None = None
+    gate_bias: Float[Tensor, " d_sae"] | None = None
+    gate_scale: Float[Tensor, " d_sae"] | None = None
+    input_norm: InputNorm = "none"
+    model_name: str = ""
+    source: str = ""
+    density: FeatureDensity | None = None
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.hookpoint, str):
+            object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
+        needed: dict[str, tuple[int, ...]] = {
+            "W_dec": (self.d_sae, self.d_model),
+            "b_enc": (self.d_sae,),
+            "b_dec": (self.d_model,),
+        }
+        if self.activation == "jumprelu":
+            needed["threshold"] = (self.d_sae,)
+        if self.activation == "gated":
+            needed["gate_bias"] = needed["gate_scale"] = (self.d_sae,)
+        for name, shape in needed.items():
+            tensor = getattr(self, name)
+            if tensor is None or tuple(tensor.shape) != shape:
+                got = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
+                raise PairingError(
+                    f"{name} has {got}", f"{shape} beside W_enc {tuple(self.W_enc.shape)} ({self.activation})"
+                )
+        if self.activation == "topk" and not (self.k and 0 < self.k <= self.d_sae):
+            raise PairingError(f"k = {self.k}", f"1 to d_sae = {self.d_sae} for a topk SAE")
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations it reads."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.W_enc.shape[1]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash that binds densities and effects to this SAE; the same on every machine and after ``to``."""
+        if self.fingerprint:
+            return self.fingerprint
+        parts = (self.W_enc, self.W_dec, self.b_enc, self.b_dec, self.threshold, self.gate_bias, self.gate_scale)
+        return text_sha256([tensor_sha256(*parts), self.activation, self.k, self.input_norm, str(self.hookpoint)])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
+        """The same SAE on another device or in another dtype; its hash is kept."""
+        moved = {
+            name: getattr(self, name).to(device=device, dtype=dtype)
+            for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "gate_bias", "gate_scale")
+            if getattr(self, name) is not None
+        }
+        return replace(self, fingerprint=self.sha256, **moved)
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """(x̃, scale, shift) with x = x̃·scale + shift."""
+        if self.input_norm == "layer_norm":
+            shift = x.mean(-1, keepdim=True)
+            scale = x.std(-1, keepdim=True) + 1e-5
+            return (x - shift) / scale, scale, shift
+        if self.input_norm == "constant_norm_rescale":
+            scale = x.norm(dim=-1, keepdim=True) / self.d_model**0.5
+            return x / scale, scale, 0.0
+        return x, 1.0, 0.0
+
+    def _activate(self, pre: Tensor) -> Tensor:
+        """φ of the pre-activations."""
+        if self.activation == "topk":
+            assert self.k is not None
+            values, ids = pre.topk(self.k, dim=-1, sorted=False)
+            return torch.zeros_like(pre).scatter_(-1, ids, values.relu_())
+        if self.activation == "jumprelu":
+            assert self.threshold is not None
+            return pre.relu() * (pre > self.threshold)
+        if self.activation == "gated":
+            assert self.gate_bias is not None
+            assert self.gate_scale is not None
+            return (pre + self.gate_bias > 0) * (pre * self.gate_scale + self.b_enc).relu()
+        return pre.relu()
+
+    def _pre(self, x: Tensor) -> Tensor:
+        x = self._normalised(x.to(self.W_enc))[0]
+        if self.activation == "gated":  # its bias belongs to the magnitude, not to the gate
+            return x @ self.W_enc
+        return torch.addmm(self.b_enc, x.reshape(-1, self.d_model), self.W_enc).view(*x.shape[:-1], self.d_sae)
+
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations ``φ(x̃ W_enc + b_enc)`` of x (..., d_model), in the SAE's dtype and device.
+
+        Raises PairingError when the last dimension of x is not d_model.
+        """
+        self._check_width(x)
+        return self._activate(self._pre(x))
+
+    def encode_selected(
+        self, x: Float[Tensor, "*batch d_model"], features: Sequence[int] | Tensor
+    ) -> Float[Tensor, "*batch n"]:
+        """Activations (..., n) of the given feature ids, equal to ``encode(x)[..., features]``.
+
+        Only their n encoder columns are read, except for topk, where every feature decides.
+        Raises PairingError for a wrong width, SelectionError for an id outside 0 … d_sae − 1.
+        """
+        if self.activation == "topk":
+            return self.encode(x)[..., self._columns(features)]
+        return self.restrict(features).encode(x)
+
+    def restrict(self, features: Sequence[int] | Tensor) -> SAE:
+        """The SAE of the given features alone, in their order. Raises SelectionError for topk, or unknown ids."""
+        if self.activation == "topk":
+            raise SelectionError("a topk SAE", "one whose features do not compete", "use encode_selected")
+        columns = self._columns(features)
+        parts = {
+            name: getattr(self, name)[columns]
+            for name in ("W_dec", "b_enc", "threshold", "gate_bias", "gate_scale")
+            if getattr(self, name) is not None
+        }
+        return replace(self, W_enc=self.W_enc[:, columns], density=None, fingerprint="", **parts)
+
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_model"]:
+        """``feature_acts W_dec + b_dec`` (..., d_model), in the normalised input's units."""
+        return feature_acts.to(self.W_dec) @ self.W_dec + self.b_dec
+
+    def reconstruct(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """x̂ (..., d_model) in the units of x: encode, decode, undo the input normalisation."""
+        self._check_width(x)
+        _, scale, shift = self._normalised(x.to(self.W_enc))
+        return self.decode(self.encode(x)) * scale + shift
+
+    def input_scale(self, x: Float[Tensor, "*batch d_model"]) -> Tensor | float:
+        """Factor (..., 1) by which a unit of feature activation acts on x: 1 without input normalisation."""
+        return self._normalised(x.to(self.W_enc))[1]
+
+    def direction(self, feature: int) -> Float[Tensor, " d_model"]:
+        """Decoder row ``W_dec[feature]`` (d_model,), not normalised. Raises SelectionError."""
+        return self.W_dec[int(self._columns([feature])[0])]
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.d_model:
+            raise PairingError(
+                f"activations of width {x.shape[-1]}",
+                f"d_model = {self.d_model} of this SAE (at {self.hookpoint} of {self.model_name or 'its model'})",
+            )
+
+    def _columns(self, features: Sequence[int] | Tensor) -> Tensor:
+        columns = torch.as_tensor(features, dtype=torch.long, device=self.W_enc.device)
+        if columns.numel() and not (int(columns.min()) >= 0 and int(columns.max()) < self.d_sae):
+            raise SelectionError(f"feature ids {columns.tolist()}", f"0 to {self.d_sae - 1}")
+        return columns

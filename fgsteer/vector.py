@@ -1,0 +1,207 @@
+"""Steering vectors: a direction at a hookpoint, what it is made of, and where it came from.
+
+A vector says nothing of strength; ``.add``, ``.affine``, ``.ablate`` and ``.clamp`` give
+the interventions that apply it. Vectors at one hookpoint add, subtract and scale.
+
+    vec.save("wedding.safetensors")
+    with steer(model, SteeringVector.load("wedding.safetensors").add(8.0)): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fgsteer.errors import FormatError, PairingError, SelectionError, SteeringError
+from fgsteer.files import read_tensors, write_tensors
+from fgsteer.hookpoints import Hookpoint
+from fgsteer.interventions import Ablate, Add, Affine, Clamp, _vector
+from fgsteer.models import check_pairing
+
+
+@dataclass(frozen=True)
+class FeatureWeight:
+    """One feature of a vector: its id, its weight (activation units), and what is known of it."""
+
+    id: int
+    weight: float
+    density: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """``direction (d_model,)`` at a hookpoint, with the features it was decoded from.
+
+    ``reference (d_model,)`` is the mean that ``affine`` starts from, where the method kept
+    one; ``features`` maps feature ids to their weights; ``provenance`` records method,
+    hyperparameters, model, SAE and data. Constructs from a bare tensor and a hookpoint
+    or its name. Raises PairingError for a tensor that is not one finite vector.
+    """
+
+    direction: Float[Tensor, " d_model"]
+    hookpoint: Hookpoint
+    reference: Float[Tensor, " d_model"] | None = None
+    features: Mapping[int, float] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
+        object.__setattr__(self, "direction", _vector("direction", self.direction))
+        if self.reference is not None:
+            object.__setattr__(self, "reference", _vector("reference", self.reference))
+            if self.reference.shape != self.direction.shape:
+                raise PairingError(
+                    f"a reference of width {len(self.reference)}", f"{len(self.direction)}, the direction's"
+                )
+
+    @property
+    def d_model(self) -> int:
+        """Width of the direction."""
+        return self.direction.shape[0]
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm of the direction, in residual-stream units."""
+        return float(self.direction.norm())
+
+    def add(self, coefficient: float = 1.0, **scope: Any) -> Add:
+        """``h + c·v``; keywords ``scope`` and ``bos`` as in Intervention."""
+        return Add(direction=self.direction, coefficient=coefficient, **self._place, **scope)
+
+    def ablate(self, **scope: Any) -> Ablate:
+        """``h − (v̂·h) v̂``. Raises SteeringError for a zero direction."""
+        return Ablate(direction=self.direction, **self._place, **scope)
+
+    def clamp(self, target: float, **scope: Any) -> Clamp:
+        """``h + (t − v̂·h) v̂``; target in residual-stream units along v̂."""
+        return Clamp(direction=self.direction, target=target, **self._place, **scope)
+
+    def affine(self, alpha: float = 1.0, **scope: Any) -> Affine:
+        """ACE: ``r̂·h' = r̂·r⁻ + α‖r‖`` (arXiv 2411.09003). Raises SteeringError without a reference."""
+        if self.reference is None:
+            raise SteeringError(
+                f"a {self.provenance.get('method', 'bare')} vector without a reference",
+                "one that keeps the negative mean",
+                "build it with ace(), or use clamp(target)",
+            )
+        return Affine(direction=self.direction, reference=self.reference, alpha=alpha, **self._place, **scope)
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        made = self.provenance.get("model")
+        return {
+            "hookpoint": self.hookpoint,
+            "model_name": (made.get("name") or "") if isinstance(made, Mapping) else "",
+        }
+
+    def __repr__(self) -> str:
+        method = self.provenance.get("method", "bare")
+        return (
+            f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, "
+            f"{len(self.features)} features)"
+        )
+
+    def unit(self) -> SteeringVector:
+        """The vector scaled to norm 1. Raises SelectionError for a zero direction."""
+        if not self.norm > 0:
+            raise SelectionError("a direction of norm 0", "one that can be normalised")
+        return self * (1 / self.norm)
+
+    def __mul__(self, factor: float) -> SteeringVector:
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        return replace(
+            self,
+            direction=self.direction * factor,
+            features={j: w * factor for j, w in self.features.items()},
+            provenance={**self.provenance, "scale": self.provenance.get("scale", 1.0) * factor},
+        )
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> SteeringVector:
+        return self * -1.0
+
+    def __add__(self, other: SteeringVector) -> SteeringVector:
+        return self._plus(other, 1.0)
+
+    def __sub__(self, other: SteeringVector) -> SteeringVector:
+        return self._plus(other, -1.0)
+
+    def _plus(self, other: SteeringVector, sign: float) -> SteeringVector:
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        if (self.hookpoint, self.d_model) != (other.hookpoint, other.d_model):
+            raise PairingError(
+                f"vectors at {self.hookpoint} (d_model {self.d_model}) and {other.hookpoint} (d_model {other.d_model})",
+                "one hookpoint",
+                "steer with both interventions in a list instead",
+            )
+        features = dict(self.features) if self._sae_sha256 == other._sae_sha256 else {}
+        for feature, weight in other.features.items() if self._sae_sha256 == other._sae_sha256 else ():
+            features[feature] = features.get(feature, 0.0) + sign * weight
+        kept = {key: self.provenance.get(key) for key in ("model", "sae")}
+        shared = {key: value for key, value in kept.items() if value and value == other.provenance.get(key)}
+        return SteeringVector(
+            self.direction + sign * other.direction,
+            self.hookpoint,
+            features=features,
+            provenance={
+                **shared,
+                "method": "sum",
+                "terms": [dict(self.provenance), {**other.provenance, "sign": sign}],
+            },
+        )
+
+    @property
+    def _sae_sha256(self) -> str | None:
+        sae = self.provenance.get("sae")
+        return sae.get("sha256") if isinstance(sae, Mapping) else None
+
+    def top_features(self, n: int = 20) -> list[FeatureWeight]:
+        """The n features of largest absolute weight, largest first, with density where known."""
+        density = self.provenance.get("feature_density") or {}
+        order = sorted(self.features.items(), key=lambda item: (-abs(item[1]), item[0]))
+        return [FeatureWeight(j, w, density.get(str(j))) for j, w in order[:n]]
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model of another width, warn by name about another model.
+
+        Raises PairingError or HookpointError; warns PairingWarning.
+        """
+        check_pairing(model, self.hookpoint, self.d_model, self._place["model_name"], "vector")
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors with a JSON header, whole."""
+        tensors = {"direction": self.direction}
+        if self.reference is not None:
+            tensors["reference"] = self.reference
+        header = {
+            "hookpoint": str(self.hookpoint),
+            "features": {str(j): float(w) for j, w in self.features.items()},
+            "provenance": dict(self.provenance),
+        }
+        write_tensors(path, tensors, kind="vector", header=header)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> SteeringVector:
+        """Read a file that ``save`` wrote; given a model, ``check`` it. Raises FormatError, PairingError."""
+        tensors, header = read_tensors(path, kind="vector")
+        try:
+            vector = cls(
+                tensors["direction"],
+                Hookpoint.parse(header["hookpoint"]),
+                tensors.get("reference"),
+                {int(j): float(w) for j, w in header["features"].items()},
+                dict(header["provenance"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise FormatError(f"{path} is damaged: {error}", "a file written by SteeringVector.save") from error
+        if model is not None:
+            vector.check(model)
+        return vector
