@@ -51,9 +51,9 @@ __all__ = sorted(_HOME_OF)  # noqa: PLE0605
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from fgsteer.methods.provenance import library_version
 
-        return version("fgsteer")
+        return library_version()
     if name not in _HOME_OF:
         raise AttributeError(f"module 'fgsteer' has no attribute {name!r}")
     value = getattr(import_module(f"fgsteer.{_HOME_OF[name]}"), name)

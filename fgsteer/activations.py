@@ -137,7 +137,7 @@ def _answer_start(
     if start == 0:
         return 0
     if offsets is not None:
-        inside = [i for i, (a, b) in enumerate(offsets) if b > a >= start]
+        inside = [i for i, (a, b) in enumerate(offsets) if b > start]
         return inside[0] if inside else len(ids)
     return len(tokenizer(text[:start].rstrip(), add_special_tokens=special)["input_ids"])
 

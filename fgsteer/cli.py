@@ -429,12 +429,13 @@ def _describe_installation() -> dict[str, Any]:
 
     import fgsteer as fg
     from fgsteer.files import read_json
+    from fgsteer.methods.provenance import library_version
     from fgsteer.models import pretrained_dir
 
     folder = pretrained_dir()
     figures = read_json(folder / "figures.json")
     return {
-        "versions": {name: version(name) for name in ("fgsteer", "torch", "transformers", "sae-lens")},
+        "versions": {"fgsteer": library_version()} | {n: version(n) for n in ("torch", "transformers", "sae-lens")},
         "cuda": torch.cuda.device_count(),
         "methods": list(fg.METHODS),
         "contrast_sets": fg.shipped_contrasts(),

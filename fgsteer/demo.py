@@ -22,7 +22,7 @@ import fgsteer as fg
 from fgsteer.interventions import Intervention
 from fgsteer.reading import FeatureRow, describe_features
 
-CONCEPTS = ("wedding", "sea")
+CONCEPTS = ("love", "wedding")
 METHODS = ("caa", "ace", "sta", "fgaa")
 CE_RISE = 0.3  # nats per token of neutral text that every method is allowed to cost
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fgsteer.errors import FormatError, PairingError
@@ -50,7 +50,7 @@ class FeatureDensity:
         """Share of tokens (position 0 aside) on which each feature fires, (d_sae,)."""
         return self.fired / max(1, self.tokens)
 
-    def bos_features(self, share: float = 0.99) -> Float[Tensor, " d_sae"]:
+    def bos_features(self, share: float = 0.99) -> Bool[Tensor, " d_sae"]:
         """Mask (d_sae,) of features that peak on position 0 in at least this share of their documents.
 
         FGAA step 3 (arXiv 2501.09929).

@@ -41,10 +41,8 @@ class EffectApproximator:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
-        if self.b.shape != self.M.shape[1:]:
-            raise PairingError(
-                f"b of shape {tuple(self.b.shape)}", f"({self.M.shape[1]},) beside M {tuple(self.M.shape)}"
-            )
+        if self.M.ndim != 2 or self.b.shape != self.M.shape[1:]:
+            raise PairingError(f"M {tuple(self.M.shape)} and b {tuple(self.b.shape)}", "(d_model, d_sae) and (d_sae,)")
 
     @classmethod
     def fit(

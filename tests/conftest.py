@@ -7,11 +7,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook
-
-# shapes in annotations are checked in the tests only
-install_import_hook("fgsteer", "beartype.beartype")
-
 import pytest
 import torch
 

@@ -1,0 +1,99 @@
+"""The embedded default and the command line, end to end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fgsteer as fg
+from fgsteer.cli import app
+from fgsteer.files import read_json
+from fgsteer.models import pretrained_dir
+
+runner = CliRunner()
+
+
+def test_every_shipped_file_is_the_indexed_one():
+    folder = pretrained_dir()
+    index = read_json(folder / "index.json")
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"index.json"}
+    assert found == set(index["files"])
+    for name, entry in index["files"].items():
+        data = (folder / name).read_bytes()
+        assert (hashlib.sha256(data).hexdigest(), len(data)) == (entry["sha256"], entry["bytes"]), name
+    assert sum(entry["bytes"] for entry in index["files"].values()) < 48e6
+
+
+def test_density_belongs_to_the_sae():
+    sae = fg.load_sae("default")
+    assert sae.density is not None
+    assert sae.density.density.sum() == pytest.approx(sae.k, rel=0.05)  # L0 by two counts
+
+
+def invoke(*arguments):
+    result = runner.invoke(app, list(arguments))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_the_stages_compose_through_files(tmp_path):
+    stats, vec = str(tmp_path / "s.safetensors"), str(tmp_path / "v.safetensors")
+    invoke("collect", "love", "-o", stats, "--json", "--device", "cpu")
+    for method in ("caa", "ace", "fgaa"):
+        told = json.loads(invoke("build", method, "--stats", stats, "-o", vec, "--json").stdout)
+        assert told["method"] == method
+    told = json.loads(invoke("features", vec, "--json", "--top", "3").stdout)
+    assert len(told["features"]) == 3
+    assert told["features"][0]["density"] > 0
+    options = ("--vector", vec, "-c", "60", "--max-new-tokens", "12", "--json", "--device", "cpu")
+    told = json.loads(invoke("generate", "I think", *options).stdout)
+    assert told["steered"] != told["unsteered"]
+    assert json.loads(invoke("info", vec, "--json").stdout)["provenance"]["method"] == "fgaa"
+    assert "parameters" in json.loads(invoke("info", "--json").stdout)["default"]
+    corpus = tmp_path / "c.txt"
+    corpus.write_text("The man walked home.\nShe sang a song.\n")
+    told = json.loads(invoke("density", str(corpus), "-o", str(tmp_path / "d"), "--json", "--device", "cpu").stdout)
+    assert told["l0"] == pytest.approx(24, abs=0.5)
+    told = invoke("build", "from_features", "--features", "12:1.5,40", "-o", vec)
+    assert "2 features" in told.stdout
+    with pytest.raises(fg.DataError, match="key=value"):
+        invoke("build", "fgaa", "--stats", stats, "--set", "n", "-o", vec)
+
+
+def test_methods_separate_held_out_sentences():
+    """Vectors built from the training sentences rank held-out ones (chance is 0.5)."""
+    model, tokenizer = fg.load_model("default")
+    sae = fg.load_sae("default")
+    contrast = fg.load_contrast("love")
+    stats = fg.collect(model, tokenizer, contrast, sae=sae)
+    held = fg.collect(model, tokenizer, contrast.held_out, sae=sae)
+    gap = held.at("residual")[1].difference
+    with pytest.warns(fg.SelectionWarning, match="40 and 40"):
+        vectors = [fg.sta(stats, sae), fg.caa(stats), fg.fgaa(stats, sae)]
+    for vec in vectors:
+        assert float(torch.cosine_similarity(vec.direction.double(), gap, dim=0)) > 0.3
+
+
+def test_calibrate_reaches_its_target():
+    model, tokenizer = fg.load_model("default")
+    texts = fg.load_neutral()[0][:6]
+    vec = fg.from_features(fg.load_sae("default"), 12)
+    c = fg.calibrate(model, tokenizer, vec.add, texts, target_ce_rise=0.4)
+    rise = fg.cross_entropy(model, tokenizer, texts, steering=vec.add(c)) - fg.cross_entropy(model, tokenizer, texts)
+    assert rise == pytest.approx(0.4, rel=0.03)  # calibrate's tolerance is 2 %
+
+
+def test_demo_shows_both_concepts_in_time(capsys):
+    began = time.perf_counter()
+    told = json.loads(invoke("demo", "--json").stdout)
+    assert time.perf_counter() - began < 60
+    for entry in told:
+        assert set(entry["texts"]) == {"unsteered", "caa", "ace", "sta", "fgaa"}
+        assert all(text != entry["texts"]["unsteered"] for n, text in entry["texts"].items() if n != "unsteered")
+        assert len(entry["features"]["fgaa"]) == 5

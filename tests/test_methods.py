@@ -1,0 +1,181 @@
+"""Every method against the naive loops of tests/reference, and its filters and refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fgsteer as fg
+from tests.conftest import make_sae
+from tests.reference import methods as reference
+
+D, K = 32, 24
+
+
+def examples(seed, n, shift=0.0):
+    """n example vectors (K,), sparse and non-negative, exact in binary so that ties cannot differ."""
+    g = np.random.default_rng(seed)
+    z = np.round(g.normal(shift, 1.0, (n, K)).clip(0) * 64) / 64
+    return z * (g.random((n, K)) < 0.6)
+
+
+def build_stats(sae, up, down, h_up, h_down):
+    def contrast(a, b):
+        return fg.Contrast(fg.Moments.of(torch.as_tensor(a)), fg.Moments.of(torch.as_tensor(b)))
+
+    at = sae.hookpoint
+    return fg.ContrastStatistics({at: contrast(h_up, h_down)}, {at: contrast(up, down)})
+
+
+@pytest.fixture
+def case():
+    sae = make_sae()
+    g = np.random.default_rng(5)
+    up, down = examples(1, 90, 0.4), examples(2, 90)
+    h_up, h_down = g.normal(0.3, 1, (90, D)), g.normal(0, 1, (90, D))
+    return sae, up, down, h_up, h_down, build_stats(sae, up, down, h_up, h_down)
+
+
+def close(got, expected):
+    # directions are stored in float32; the references sum in float64
+    assert np.allclose(got.double().numpy(), expected, rtol=2e-6, atol=1e-6)
+
+
+def test_caa_and_ace(case):
+    *_, h_up, h_down, stats = case
+    expected = reference.caa(list(h_up), list(h_down))
+    close(fg.caa(stats).direction, expected)
+    close(fg.ace(stats).direction, expected)
+    close(fg.ace(stats).reference, h_down.mean(0))
+    assert fg.caa(stats).reference is None
+
+
+@pytest.mark.parametrize("compat", [False, True])
+@pytest.mark.parametrize("mode", ["act_and_freq", "act", "freq"])
+@pytest.mark.parametrize("atoms", ["signed", "positive"])
+@pytest.mark.parametrize("p", [0.1, 0.35, 0.9])
+def test_sta(case, compat, mode, atoms, p):
+    sae, up, down, h_up, h_down, stats = case
+    options = {"p": p, "mode": mode, "atoms": atoms, "compat": compat}
+    direction, weights = reference.sta(
+        list(up), list(down), sae.W_dec.double().numpy(), reference.caa(list(h_up), list(h_down)), **options
+    )
+    got = fg.sta(stats, sae, **options)
+    close(got.direction, direction)
+    weights = {j: w for j, w in weights.items() if w != 0}
+    assert set(got.features) == set(weights)
+    assert all(abs(got.features[j] - w) < 1e-12 for j, w in weights.items())  # float64 on both sides
+
+
+def test_sta_counts_are_comparable_for_unequal_sides(case):
+    sae, up, down, h_up, h_down, _ = case
+    doubled = build_stats(sae, np.concatenate([up, up]), down, np.concatenate([h_up, h_up]), h_down)
+    assert set(fg.sta(doubled, sae).features) == set(fg.sta(case[-1], sae).features)
+
+
+def density_of(sae, shares, first=None, **extra):
+    shares = torch.as_tensor(shares, dtype=torch.float64)
+    first = torch.zeros(K, dtype=torch.float64) if first is None else first
+    return fg.FeatureDensity(shares * 1000, torch.full((K,), 100.0).double(), first, 1000, sae.sha256, **extra)
+
+
+@pytest.mark.parametrize(("n_positive", "n_negative"), [(3, 0), (5, 2), (0, 4), (64, 64)])
+@pytest.mark.parametrize("through", ["decoder", "effects"])
+def test_fgaa(case, n_positive, n_negative, through):
+    sae, up, down, *_, stats = case
+    shares = np.linspace(0, 0.03, K)
+    first = torch.zeros(K, dtype=torch.float64)
+    first[[2, 5]] = torch.tensor([100.0, 99.0]).double()
+    first[6] = 98
+    effects = None
+    g = torch.Generator().manual_seed(3)
+    if through == "effects":
+        M, b = torch.randn(D, K, generator=g), torch.randn(K, generator=g)
+        effects = fg.EffectApproximator(M, b, sae.hookpoint, sae.sha256)
+    target = reference.fgaa_target(
+        list(up),
+        list(down),
+        density=shares,
+        max_density=0.02,
+        bos_features=[2, 5],
+        n_positive=n_positive,
+        n_negative=n_negative,
+    )
+    expected = (
+        reference.project_decoder(target, sae.W_dec.double().numpy())
+        if effects is None
+        else reference.project_effects(target, M.double().numpy(), b.double().numpy())
+    )
+    options = {"n_positive": n_positive, "n_negative": n_negative, "max_density": 0.02}
+    got = fg.fgaa(stats, sae, effects, density=density_of(sae, shares, first), **options)
+    close(got.direction, reference.unit(expected))
+    assert got.features == pytest.approx({j: t for j, t in enumerate(target) if t})
+    assert got.provenance["hyperparameters"]["projection"] == through
+
+
+def test_fgaa_refuses_when_everything_is_filtered_and_warns_without_density(case):
+    sae, *_, stats = case
+    with pytest.raises(fg.SelectionError, match="raise max_density"):
+        fg.fgaa(stats, sae, density=density_of(sae, np.full(K, 0.5)))
+    with pytest.warns(fg.SelectionWarning, match="no density"):
+        fg.fgaa(stats, sae)
+    tuned = density_of(sae, np.full(K, 0.5), max_density=0.6)
+    assert fg.fgaa(stats, sae, density=tuned).provenance["hyperparameters"]["max_density"] == 0.6
+
+
+def test_given_features(case):
+    sae = case[0]
+    given = {3: 2.0, 7: -1.0}
+    target = np.zeros(K)
+    target[[3, 7]] = [2.0, -1.0]
+    expected = reference.project_decoder(target, sae.W_dec.double().numpy())
+    close(fg.from_features(sae, given, normalize=False).direction, expected)
+    close(fg.from_features(sae, given).direction, reference.unit(expected))
+    close(fg.from_features(sae, 3, normalize=False).direction, sae.W_dec[3].numpy())
+    g = torch.Generator().manual_seed(3)
+    M, b = torch.randn(D, K, generator=g), torch.randn(K, generator=g)
+    effects = fg.EffectApproximator(M, b, sae.hookpoint, sae.sha256)
+    expected = reference.project_effects(target, M.double().numpy(), b.double().numpy(), 0.5)
+    close(fg.sae_ts(sae, given, effects, bias_weight=0.5).direction, reference.unit(expected))
+    for wrong in ({}, [99], {1: float("nan")}):
+        with pytest.raises(fg.SelectionError):
+            fg.from_features(sae, wrong)
+
+
+def test_build_is_the_method_by_name(case):
+    sae, *_, stats = case
+    for name in ("caa", "ace", "sta"):
+        assert torch.equal(
+            fg.build(name, stats=stats, sae=sae).direction, fg.build(name, stats=stats, sae=sae).direction
+        )
+    assert torch.equal(fg.build("sta", stats=stats, sae=sae, p=0.5).direction, fg.sta(stats, sae, p=0.5).direction)
+    for wrong in ({"name": "steer"}, {"name": "caa"}, {"name": "caa", "stats": stats, "p": 1}):
+        with pytest.raises(fg.SelectionError):
+            fg.build(**wrong)
+
+
+def test_statistics_and_effects_of_another_sae_are_refused(case):
+    sae, *_, stats = case
+    other = make_sae(seed=9)
+    bound = fg.ContrastStatistics(stats.residual, stats.feature, {"sae": {"sha256": other.sha256, "source": "other"}})
+    with pytest.raises(fg.PairingError, match="other"):
+        fg.sta(bound, sae)
+    effects = fg.EffectApproximator(torch.ones(D, K), torch.ones(K), sae.hookpoint, other.sha256)
+    with pytest.raises(fg.PairingError, match="measured on SAE"):
+        fg.sae_ts(sae, [1], effects)
+
+
+def test_ridge_equals_the_loop_and_recovers_a_planted_map(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    X, M = torch.randn(400, 8, generator=g), torch.randn(8, 5, generator=g)
+    Y = X @ M + torch.randn(400, 5, generator=g) * M.norm(dim=0)  # signal-to-noise about 1
+    fit = fg.EffectApproximator.fit(X, Y, hookpoint="blocks.1.hook_resid_post", sae_sha256="x", ridge=3.0)
+    M_ref, b_ref = reference.ridge(X.double().numpy(), Y.double().numpy(), 3.0)
+    close(fit.M, M_ref)
+    close(fit.b, b_ref)
+    assert float(torch.cosine_similarity(fit.M, M, dim=0).min()) > 0.9
+    fit.save(tmp_path / "e.safetensors")
+    back = fg.load_effects(tmp_path / "e.safetensors")
+    assert torch.equal(back.M, fit.M)
+    assert back.hookpoint == fit.hookpoint

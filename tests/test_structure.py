@@ -1,0 +1,150 @@
+"""The shape of the package: layers, exports, docstrings, a light --help, shapes as annotated, GPU twins."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fgsteer as fg
+
+PACKAGE = Path(fg.__file__).parent
+# each may import only those before it (inside functions too)
+ORDER = (
+    "errors",
+    "files",
+    "hookpoints",
+    "data",
+    "models",
+    "sae",
+    "activations",
+    "statistics",
+    "density",
+    "sae_loaders",
+    "effects",
+    "interventions",
+    "vector",
+    "methods.provenance",
+    "methods.selection",
+    "methods.projection",
+    "methods.difference",
+    "methods.named",
+    "methods",
+    "steering",
+    "calibration",
+    "reading",
+    "__init__",
+    "demo",
+    "cli",
+)
+
+
+def imports(path):
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fgsteer"):
+            yield node.module.removeprefix("fgsteer").lstrip(".") or "__init__"
+        elif isinstance(node, ast.Import):
+            yield from ("__init__" for alias in node.names if alias.name == "fgsteer")
+
+
+def test_each_module_imports_only_earlier_ones():
+    found = {
+        ".".join(p.relative_to(PACKAGE).with_suffix("").parts).replace("methods.__init__", "methods"): p
+        for p in PACKAGE.rglob("*.py")
+    }
+    assert set(found) == set(ORDER)
+    for name, path in found.items():
+        for other in imports(path):
+            assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+
+
+def test_exports_exist_and_are_documented():
+    for name in fg.__all__:
+        value = getattr(fg, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert inspect.getdoc(value), name
+            assert len(inspect.getdoc(value)) > 20, name
+    with pytest.raises(AttributeError):
+        _ = fg.nothing
+
+
+def test_help_is_light():
+    code = "import sys; sys.argv = ['fgsteer', '--help']\nfrom fgsteer.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers', 'sae_lens'} & set(sys.modules)"
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.5
+
+
+MAIN_JOB = """
+from jaxtyping import install_import_hook
+install_import_hook("fgsteer", "beartype.beartype")
+import torch, warnings
+import fgsteer as fg
+from tests.tiny import tiny_model, word_tokenizer
+from tests.conftest import make_sae
+warnings.simplefilter("ignore")
+model, tokenizer = tiny_model("llama"), word_tokenizer()
+data = fg.ContrastSet("x", positives=["the bride wore a ring", "the groom"], negatives=["a dog sat"])
+for activation in ("relu", "jumprelu", "topk", "gated"):
+    sae = make_sae(activation)
+    stats = fg.collect(model, tokenizer, data, sae=sae)
+    effects = fg.EffectApproximator(torch.randn(32, 24), torch.randn(24), sae.hookpoint, sae.sha256)
+    density = fg.measure_density(model, tokenizer, ["the man sat", "a cat ran"], sae)
+    vectors = [fg.caa(stats), fg.ace(stats), fg.sta(stats, sae), fg.fgaa(stats, sae, density=density, max_density=1.0),
+               fg.fgaa(stats, sae, effects), fg.from_features(sae, [1]), fg.sae_ts(sae, [1], effects)]
+    clamp = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={1: 2.0})
+    entries = [v.add(1.0) for v in vectors] + [vectors[1].affine(1.0), clamp, None]
+    fg.generate(model, tokenizer, ["the man"] * len(entries), steering=entries, max_new_tokens=3)
+    fg.cross_entropy(model, tokenizer, ["the man sat"], steering=vectors[0].add(1.0))
+"""
+
+
+def test_shapes_are_as_annotated():
+    """The main job with every tensor annotation checked at run time."""
+    result = subprocess.run(
+        [sys.executable, "-c", MAIN_JOB], check=False, capture_output=True, text=True, cwd=PACKAGE.parent
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_twin_of_collect_and_steer(dtype, tokenizer):
+    from tests.conftest import make_sae
+    from tests.tiny import tiny_model
+
+    data = fg.ContrastSet("x", positives=["the bride wore a ring"], negatives=["a dog sat", "a cat"])
+    sae = make_sae("jumprelu")
+    results = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model("llama", dtype=dtype).to(device)
+        stats = fg.collect(model, tokenizer, data, sae=sae)
+        items = [fg.ace(stats).affine(1.0), fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={1: 2.0})]
+        ids = tokenizer("the man sat", return_tensors="pt")["input_ids"].to(device)
+        with fg.steer(model, items):
+            logits = model(ids).logits.float().cpu()
+            model.generate(ids, max_new_tokens=3, cache_implementation="static")
+        results.append((stats.at("residual")[1].difference, logits))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1  # bfloat16 keeps 8 bits
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance * float(a.abs().max()))

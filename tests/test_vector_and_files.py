@@ -1,0 +1,186 @@
+"""Vectors: arithmetic, files, checks; hookpoints; contrast data; every damaged file is a typed error."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import fgsteer as fg
+from fgsteer.hookpoints import resolve
+from tests.tiny import LAYERS
+
+AT = "blocks.1.hook_resid_post"
+
+
+def vector(**extra):
+    return fg.SteeringVector(torch.arange(4.0) + 1, AT, features={3: 2.0, 1: -3.0}, **extra)
+
+
+def test_arithmetic():
+    a, b = vector(), fg.SteeringVector(torch.ones(4), AT, features={3: 1.0})
+    assert torch.equal((a + b).direction, a.direction + 1)
+    assert torch.equal((a - b * 2).direction, a.direction - 2)
+    assert torch.equal((-a).direction, (a * -1).direction)
+    assert (2 * a).features == {3: 4.0, 1: -6.0}
+    assert (a - b).features == {3: 1.0, 1: -3.0}
+    assert a.unit().norm == pytest.approx(1.0, abs=1e-6)
+    assert [f.id for f in a.top_features(1)] == [1]
+    with pytest.raises(fg.PairingError, match="one hookpoint"):
+        _ = a + fg.SteeringVector(torch.ones(4), "blocks.0.hook_resid_post")
+
+
+def test_the_callers_tensor_is_not_shared():
+    x = torch.ones(4)
+    v = fg.SteeringVector(x, AT)
+    x.mul_(5)
+    assert v.norm == 2.0
+
+
+def test_round_trip(tmp_path):
+    v = vector(reference=torch.zeros(4), provenance={"method": "ace", "model": {"name": "m"}})
+    v.save(tmp_path / "v.safetensors")
+    back = fg.SteeringVector.load(tmp_path / "v.safetensors")
+    assert torch.equal(back.direction, v.direction)
+    assert torch.equal(back.reference, v.reference)
+    assert (back.hookpoint, back.features, back.provenance) == (v.hookpoint, v.features, v.provenance)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["v.safetensors"]
+
+
+def test_checked_against_the_model(llama):
+    with pytest.raises(fg.PairingError, match="d_model 4"):
+        vector().check(llama)
+    llama.config._name_or_path = "tiny/llama"
+    other = fg.SteeringVector(torch.ones(32), AT, provenance={"model": {"name": "gpt2"}})
+    try:
+        with pytest.warns(fg.PairingWarning, match="gpt2"):
+            other.check(llama)
+    finally:
+        llama.config._name_or_path = ""
+    with pytest.raises(fg.SteeringError, match="reference"):
+        vector().affine(1.0)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 8, 40, -1])
+def test_damaged_files_are_typed_errors(tmp_path, cut):
+    path = tmp_path / "v.safetensors"
+    vector().save(path)
+    path.write_bytes(path.read_bytes()[:cut])
+    for load in (
+        fg.SteeringVector.load,
+        fg.ContrastStatistics.load,
+        fg.FeatureDensity.load,
+        fg.EffectApproximator.load,
+    ):
+        with pytest.raises(fg.FormatError):
+            load(path)
+
+
+def test_hostile_headers_are_typed_errors(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "v.safetensors"
+    good = {"kind": "vector", "hookpoint": AT, "features": {}, "provenance": {}}
+    for bad in (
+        None,
+        [],
+        {**good, "hookpoint": 5},
+        {**good, "features": {"x": 1}},
+        {**good, "features": {"1": 10**400}},
+        {**good, "provenance": 3},
+        {**good, "kind": "statistics"},
+    ):
+        save_file({"direction": torch.ones(4)}, path, metadata={"fgsteer": json.dumps(bad)})
+        with pytest.raises(fg.FormatError):
+            fg.SteeringVector.load(path)
+    with pytest.raises(fg.FormatError, match="no file"):
+        fg.SteeringVector.load(tmp_path / "none")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    from fgsteer.files import whole
+
+    path = tmp_path / "f"
+    path.write_text("old")
+
+    def fail():
+        with whole(path) as beside:
+            beside.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_hookpoint_names():
+    assert fg.Hookpoint.parse("blocks.12.hook_resid_post") == fg.Hookpoint.parse("model.layers.12")
+    assert fg.Hookpoint.parse("transformer.h.3.output") == fg.Hookpoint(3)
+    assert fg.Hookpoint.parse("gpt_neox.layers.3.input") == fg.Hookpoint(3, "resid_pre")
+    for wrong in ("blocks.1.hook_z", "layer 3", "blocks.x.hook_resid_post"):
+        with pytest.raises(fg.HookpointError, match="resid_pre"):
+            fg.Hookpoint.parse(wrong)
+
+
+def test_sublayers_add_up_to_the_block(family_model, tokenizer):
+    """What attn_out and mlp_out write is all that a block adds to the stream, in every family."""
+    ids = tokenizer("the man took the ring", return_tensors="pt")["input_ids"]
+    for layer in range(LAYERS):
+        points = [fg.Hookpoint(layer, s) for s in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+        before, attention, mlp, after = fg.record(family_model, ids, None, points).values()
+        # float32 sums of three terms
+        assert torch.allclose(before + attention + mlp, after, rtol=1e-5, atol=1e-4)
+
+
+def test_unknown_architecture_is_refused():
+    with pytest.raises(fg.HookpointError, match="get_decoder"):
+        resolve(torch.nn.Linear(2, 2), fg.Hookpoint(0))
+
+
+def test_contrast_files(tmp_path):
+    def write(name, text):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return tmp_path / name
+
+    rows = [
+        {"prompt": "p", "positive": "a", "negative": "b"},
+        {"prompt": "p", "chosen": "a\u2028c", "rejected": "b"},
+        {"question": "q", "answer_matching_behavior": "(A)", "answer_not_matching_behavior": "(B)"},
+    ]
+    lines = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
+    assert [p.prompt for p in fg.load_contrast(write("r.jsonl", lines)).pairs] == ["p", "p", "q"]
+    assert fg.load_contrast(write("r.json", json.dumps(rows))).count(True) == 3
+    two = fg.load_contrast(write("t.json", json.dumps({"positive": ["a", "b"], "negative": ["c"]})))
+    assert (two.count(True), two.count(False)) == (2, 1)
+    for name, text, match in (
+        ("a.jsonl", '{"positive": "a"}', r"line 1 has no field 'negative'"),
+        (
+            "b.jsonl",
+            '{"positive": "a", "negative": "b"}\n{"prompt": "p", "chosen": 3, "rejected": "x"}',
+            r"line 2, field 'chosen'",
+        ),
+        ("c.jsonl", "{", "line 1 is not JSON"),
+        ("d.json", '{"positive": ["a", 3], "negative": ["b"]}', r"field 'positive'\[1\]"),
+        ("e.json", "{", "line 1"),
+        ("f.json", '{"positive": []}', "positive"),
+    ):
+        with pytest.raises(fg.DataError, match=match):
+            fg.load_contrast(write(name, text))
+    with pytest.raises(fg.DataError, match="wedding"):
+        fg.load_contrast("nothing")
+
+
+def test_shipped_sets_are_whole_and_disjoint():
+    names = fg.shipped_contrasts()
+    assert len(names) >= 14
+    seen = set()
+    for name in names:
+        contrast = fg.load_contrast(name)
+        assert (contrast.count(True), contrast.count(False)) == (40, 40)
+        assert (contrast.held_out.count(True), contrast.held_out.count(False)) == (20, 20)
+        texts = [*contrast.positives, *contrast.negatives, *contrast.held_out.positives, *contrast.held_out.negatives]
+        assert len(set(texts)) == 120
+        assert not seen & set(texts)
+        seen |= set(texts)
