@@ -14,7 +14,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,7 +122,9 @@ def collect(
     pairs = fg.load_contrast(contrast)
     language_model, tokenizer = _load_model(model, device, dtype)
     autoencoder = None if no_sae else _load_sae(sae, sae_id)
-    rule: Any = int(tokens) if tokens.lstrip("-").isdigit() else tokens
+    rule: Any = tokens
+    with suppress(ValueError):
+        rule = int(tokens)
     total = pairs.count(True) + pairs.count(False)
     with _progress("collecting", total, as_json) as progress:
         stats = fg.collect(

@@ -59,9 +59,14 @@ def _from_folder(folder: Path) -> SAE:
     if not isinstance(config, Mapping):
         raise FormatError(f"{folder / 'cfg.json'} holds {type(config).__name__}", "an object")
     metadata = config.get("metadata") or {}
+    if not isinstance(metadata, Mapping) or not ({"architecture", "d_sae"} & set(config)):
+        raise FormatError(f"{folder / 'cfg.json'} with fields {', '.join(config) or 'none'}", "a sae-lens config")
     if metadata.get("sae_lens_version"):
         state = _read_state(folder / "sae_weights.safetensors")
-        sae = canonical(config, state, metadata, source=str(folder))
+        try:
+            sae = canonical(config, state, metadata, source=str(folder))
+        except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+            raise FormatError(f"the SAE in {folder} is damaged: {error}", "weights that fit its cfg.json") from error
     else:
         import sae_lens
 
@@ -181,7 +186,7 @@ def _hookpoint(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> Hookpo
     """The hookpoint that the metadata names, the Hugging Face name first."""
     names = [m.get(key) for m in (metadata, config) for key in ("hf_hook_name", "hook_name")]
     for name in names:
-        if name:
+        if isinstance(name, str) and name:
             try:
                 return Hookpoint.parse(name)
             except HookpointError:

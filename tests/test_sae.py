@@ -132,7 +132,16 @@ def test_refusals(tmp_path):
     (tmp_path / "sae_weights.safetensors").write_bytes(b"short")
     with pytest.raises(fg.FormatError, match="not readable"):
         fg.load_sae(tmp_path)
-    config = json.loads((tmp_path / "cfg.json").read_text())
+    live("topk").save_model(tmp_path)
+    good = json.loads((tmp_path / "cfg.json").read_text())
+    for wrong in ({"metadata": "text"}, {"k": "four"}, {"metadata": {**good["metadata"], "hook_name": 3}}):
+        (tmp_path / "cfg.json").write_text(json.dumps({**good, **wrong}))
+        with pytest.raises(fg.FgsteerError):
+            fg.load_sae(tmp_path)
+    (tmp_path / "cfg.json").write_text("{}")
+    with pytest.raises(fg.FormatError, match="sae-lens config"):
+        fg.load_sae(tmp_path)
+    config = dict(good)
     config["architecture"] = "temporal"
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     with pytest.raises(fg.FgsteerError):
