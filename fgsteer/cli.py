@@ -249,6 +249,7 @@ def build(
     sae: SaeOption = "default",
     sae_id: SaeIdOption = None,
     effects: Annotated[str | None, typer.Option(help='Effect approximator: a file, or "default".')] = None,
+    density: Annotated[Path | None, typer.Option(help="Density of the SAE, if not in its folder.")] = None,
     features: Annotated[str | None, typer.Option(help="Feature ids with weights, such as 12:1.5,40.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A parameter of the method, such as n_positive=8.")
@@ -265,6 +266,8 @@ def build(
         inputs["sae"] = _load_sae(sae, sae_id)
     if effects is not None:
         inputs["effects"] = fg.load_effects(effects)
+    if density is not None:
+        inputs["density"] = fg.FeatureDensity.load(density)
     if features is not None:
         inputs["features"] = _feature_weights(features)
     vector = fg.build(method, **inputs)
@@ -331,9 +334,13 @@ def _print_features(told: dict[str, Any]) -> None:
     for heading in ("feature", "weight", "density"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("tokens its weight pushes towards")
+    labelled = any(row["label"] for row in told["features"])
+    if labelled:
+        table.add_column("label")
     for row in told["features"]:
         share = "?" if row["density"] is None else f"{row['density']:.3%}"
-        table.add_row(str(row["id"]), f"{row['weight']:.4f}", share, Text(" ".join(row["tokens"])))
+        label = [Text(row["label"])] if labelled else []
+        table.add_row(str(row["id"]), f"{row['weight']:.4f}", share, Text(" ".join(row["tokens"])), *label)
     console.print(table)
 
 

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """One feature of a vector: id, weight, token-level density, and top logit-lens tokens of its direction."""
+    """One feature of a vector: id, weight, density, top logit-lens tokens of its direction, label ("" if unknown)."""
 
     id: int
     weight: float
     density: float | None
     tokens: tuple[str, ...]
+    label: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -70,6 +71,12 @@ def describe_features(
     promoted = top_tokens(model, tokenizer, directions, tokens)
     density = None if sae.density is None else sae.density.density
     return [
-        FeatureRow(row.id, row.weight, row.density if density is None else float(density[row.id]), words)
+        FeatureRow(
+            row.id,
+            row.weight,
+            row.density if density is None else float(density[row.id]),
+            words,
+            sae.labels.get(row.id, ""),
+        )
         for row, words in zip(rows, promoted, strict=True)
     ]

@@ -11,8 +11,8 @@ hold for all of them; ``x̃`` is the input after its normalisation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -38,8 +38,9 @@ class SAE:
     ``activation`` is relu; jumprelu, active where the pre-activation exceeds
     ``threshold (d_sae,)``; topk, the ``k`` largest pre-activations; or gated, with
     ``gate_bias (d_sae,)`` on the gate and ``gate_scale (d_sae,)`` on the magnitude.
-    ``density`` holds token-level firing statistics where they are known; ``fingerprint`` is the
-    hash of the weights as stored, before anything was folded into them.
+    ``density`` holds token-level firing statistics where they are known, ``labels``
+    what features are said to mean; ``fingerprint`` is the hash of the weights as stored,
+    before anything was folded into them.
     Raises PairingError when the shapes do not fit together.
     """
 
@@ -57,6 +58,7 @@ class SAE:
     model_name: str = ""
     source: str = ""
     density: FeatureDensity | None = None
+    labels: Mapping[int, str] = field(default_factory=dict)
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
@@ -170,7 +172,7 @@ class SAE:
             for name in ("W_dec", "b_enc", "threshold", "gate_bias", "gate_scale")
             if getattr(self, name) is not None
         }
-        return replace(self, W_enc=self.W_enc[:, columns], density=None, fingerprint="", **parts)
+        return replace(self, W_enc=self.W_enc[:, columns], density=None, labels={}, fingerprint="", **parts)
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_model"]:
         """``feature_acts W_dec + b_dec`` (..., d_model), in the normalised input's units."""

@@ -26,12 +26,14 @@ from fgsteer.sae import SAE
 _ARCHITECTURES = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated"}
 _INPUT_NORMS = ("none", "layer_norm", "constant_norm_rescale")
 DENSITY_FILE = "density.safetensors"
+LABELS_FILE = "labels.json"
 
 
 def load_sae(source: Any = DEFAULT, sae_id: str | None = None, *, device: torch.device | str = "cpu") -> SAE:
     """An ``SAE`` from "default", a sae-lens folder, a sae-lens release and id, or a live ``sae_lens.SAE``.
 
-    Weights come in float32. A file ``density.safetensors`` in a local folder becomes ``sae.density``.
+    Weights come in float32. In a local folder, ``density.safetensors`` becomes ``sae.density``
+    and ``labels.json`` ({"id": "label"}) ``sae.labels``.
     Raises FormatError when nothing is there or it is damaged, PairingError for a kind
     that has no exact canonical form, HookpointError for an unknown hook name.
     """
@@ -76,7 +78,18 @@ def _from_folder(folder: Path) -> SAE:
     if (folder / DENSITY_FILE).is_file():
         density = FeatureDensity.load(folder / DENSITY_FILE)
         sae = replace(sae, density=density.check(sae))
+    if (folder / LABELS_FILE).is_file():
+        sae = replace(sae, labels=_read_labels(folder / LABELS_FILE))
     return sae
+
+
+def _read_labels(path: Path) -> dict[int, str]:
+    """Labels of a JSON object {"id": "label"}. Raises FormatError."""
+    value = read_json(path)
+    try:
+        return {int(feature): str(label) for feature, label in value.items()}
+    except (AttributeError, ValueError) as error:
+        raise FormatError(f"{path} holds {value!r:.60}", 'an object {"feature id": "label"}') from error
 
 
 def _default_folder() -> Path | None:

@@ -108,6 +108,24 @@ def test_centred_training_is_folded():
     assert torch.allclose(fg.load_sae(theirs).encode(x), expected, atol=1e-5)
 
 
+def test_density_and_labels_load_with_a_folder(tmp_path):
+    live("standard").save_model(tmp_path)
+    sae = fg.load_sae(tmp_path)
+    counts = torch.ones(K, dtype=torch.float64)
+    fg.FeatureDensity(counts, counts, counts, 10, sae.sha256).save(tmp_path / "density.safetensors")
+    (tmp_path / "labels.json").write_text('{"3": "weddings"}')
+    sae = fg.load_sae(tmp_path)
+    assert sae.density.density.tolist() == [0.1] * K
+    assert sae.labels == {3: "weddings"}
+    fg.FeatureDensity(counts, counts, counts, 10, "another").save(tmp_path / "density.safetensors")
+    with pytest.raises(fg.PairingError, match="density measured"):
+        fg.load_sae(tmp_path)
+    (tmp_path / "density.safetensors").unlink()
+    (tmp_path / "labels.json").write_text("[]")
+    with pytest.raises(fg.FormatError, match="label"):
+        fg.load_sae(tmp_path)
+
+
 def test_restrict_and_casts_keep_values_and_hash():
     sae = make_sae("gated")
     x = torch.randn(3, 32)
