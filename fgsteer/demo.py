@@ -108,8 +108,8 @@ def run(console: Console, concepts: Sequence[str] = CONCEPTS, *, as_json: bool =
     if not as_json:
         console.print(
             f"The embedded default: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-            f"{sae.d_sae} features at {sae.hookpoint}.\nEvery method is set to cost neutral text "
-            f"{CE_RISE} nats a token; strength is a multiple\nof the unit vector, for ace its alpha."
+            f"{sae.d_sae} features at {sae.hookpoint}. Every method costs neutral text {CE_RISE} nats "
+            "a token; strength multiplies the unit vector (for ace it is alpha)."
         )
     shown = []
     for concept in concepts:
