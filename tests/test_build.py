@@ -1,0 +1,58 @@
+"""pretrained/build.py rebuilds a miniature of the default from a folder of corpora, every stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fgsteer as fg
+
+ROOT = Path(fg.__file__).resolve().parent.parent
+SCRIPT = ROOT / "pretrained" / "build.py"
+RECIPE = {
+    "steps": 2,
+    "compile": False,
+    "batch": 4,
+    "vocab_size": 400,
+    "layers": 2,
+    "d_model": 64,
+    "d_mlp": 128,
+    "sae_tokens": 8192,
+    "sae_batch": 1024,
+    "sae_width": 256,
+}
+
+
+@pytest.mark.slow
+def test_a_miniature_is_rebuilt_and_loads(tmp_path):
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        from corpus import SOURCES, clean
+    finally:
+        sys.path.pop(0)
+    assert (
+        clean("Title: T\n\nAuthor: A\n\n-------\nIt was _so_<br />good &amp; \u201cnice\u201d.")
+        == 'It was so\ngood & "nice".'
+    )
+    corpora = tmp_path / "corpora"
+    corpora.mkdir()
+    sentences = [t for name in fg.shipped_contrasts() for t in fg.load_contrast(name).positives]
+    documents = [" ".join(sentences[i : i + 6]) for i in range(0, len(sentences), 2)]
+    for number, source in enumerate(SOURCES):
+        text = "\n<|endoftext|>\n".join(f"{number} {d} {d}" for d in documents)
+        (corpora / f"{source.file}.txt").write_text(text)
+    out = tmp_path / "out"
+    arguments = ["--corpora", corpora, "--work", tmp_path / "work", "--target", out, "--recipe", json.dumps(RECIPE)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for _ in range(2):  # the second run finds everything done
+        subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], check=True, env=environment)
+    sae = fg.load_sae(out / "sae")
+    assert (sae.d_model, sae.d_sae) == (64, 256)
+    assert sae.density is not None
+    model, tokenizer = fg.load_model(out / "model")
+    assert fg.generate(model, tokenizer, ["The"], max_new_tokens=2)
