@@ -69,9 +69,11 @@ def record(
     """Activations (batch, tokens, d_model) at each hookpoint, in the model's dtype.
 
     The forward pass stops at the last of them. Raises HookpointError for one that the
-    model lacks.
+    model lacks, DataError for none.
     """
     wanted = list(dict.fromkeys(hookpoints))
+    if not wanted:
+        raise DataError("no hookpoint", "at least one")
     found: dict[Hookpoint, Tensor] = {}
 
     def keep(hookpoint: Hookpoint, value: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fgsteer.activations import text_batches
-from fgsteer.errors import SteeringError
+from fgsteer.errors import DataError, SteeringError
 from fgsteer.interventions import Intervention
 from fgsteer.steering import Steering, steer
 
@@ -30,8 +30,10 @@ def cross_entropy(
 ) -> float:
     """Mean negative log-likelihood of the texts, in nats per predicted token, under steering if given.
 
-    Raises DataError for a text of one token.
+    Raises DataError for no text, or a text of one token.
     """
+    if isinstance(texts, str) or not len(texts):
+        raise DataError(f"texts {texts!r:.40}", "a list of at least one text")
     total, count = 0.0, 0
     with steer(model, steering):
         for batch in text_batches(
@@ -64,6 +66,8 @@ def calibrate(
     rule of SAE-TS (arXiv 2411.02193). Raises SteeringError when the rise at c = 0 is above
     the target already, or no coefficient reaches it.
     """
+    if not start > 0:
+        raise SteeringError(f"start = {start}", "a coefficient > 0 to double from")
     base = cross_entropy(model, tokenizer, texts)
 
     def rise(coefficient: float) -> float:

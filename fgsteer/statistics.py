@@ -120,10 +120,9 @@ class ContrastStatistics:
     data: Sequence[Mapping[str, Any]] = ()
 
     def __add__(self, other: ContrastStatistics) -> ContrastStatistics:
+        ours, theirs = _identity(self.reading), _identity(other.reading)
         differing = {
-            key: (self.reading.get(key), other.reading.get(key))
-            for key in {*self.reading, *other.reading}
-            if self.reading.get(key) != other.reading.get(key)
+            key: (ours.get(key), theirs.get(key)) for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)
         }
         if differing or set(self.residual) != set(other.residual) or set(self.feature) != set(other.feature):
             raise PairingError(
@@ -189,6 +188,12 @@ class ContrastStatistics:
             )
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise FormatError(f"{path} is damaged: {error}", "a file written by ContrastStatistics.save") from error
+
+
+def _identity(reading: Mapping[str, Any]) -> dict[str, Any]:
+    """A reading with its SAE named by hash alone: one SAE may have been loaded from two places."""
+    sae = reading.get("sae")
+    return {**reading, "sae": sae.get("sha256") if isinstance(sae, Mapping) else sae}
 
 
 def pool_residual(activations: Tensor, selected: Tensor) -> Float[Tensor, "batch d_model"]:
