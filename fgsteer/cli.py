@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fgsteer.errors import DataError, FgsteerError, FgsteerWarning, FormatError
+from fgsteer.errors import DataError, FgsteerError, FgsteerWarning
 
 app = typer.Typer(
     help="Steer language models with the features of sparse autoencoders.",
@@ -143,24 +143,6 @@ def collect(
     _show(told, as_json, lambda v: typer.echo(f"{v['out']}: {v['data'][0]['count']} texts at {v['hookpoints']}"))
 
 
-def _documents(path: Path) -> Iterator[str]:
-    """Documents of a corpus: lines of a text file, or the field "text" of JSONL rows. Raises DataError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if path.suffix != ".jsonl":
-                    yield line.strip()
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise DataError(f"{path}, line {number}", 'an object with a text in the field "text"')
-                yield row["text"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}", "a UTF-8 .txt or .jsonl file") from error
-
-
 @app.command()
 def density(
     corpus: Annotated[Path, typer.Argument(help='Text file, a document a line, or JSONL with a field "text".')],
@@ -179,8 +161,9 @@ def density(
     A file density.safetensors in an SAE's folder is loaded with it.
     """
     import fgsteer as fg
+    from fgsteer.data import read_documents
 
-    total = sum(1 for _ in _documents(corpus))
+    total = sum(1 for _ in read_documents(corpus))
     if not total:
         raise DataError(f"{corpus} has no document", "one a line")
     language_model, tokenizer = _load_model(model, device, dtype)
@@ -189,7 +172,7 @@ def density(
         measured = fg.measure_density(
             language_model,
             tokenizer,
-            _documents(corpus),
+            read_documents(corpus),
             autoencoder,
             batch_tokens=batch_tokens,
             max_tokens=max_tokens,
@@ -412,44 +395,10 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a file holds and where it came from, or what is installed."""
-    told = _describe_file(file) if file is not None else _describe_installation()
+    from fgsteer.info import describe_file, describe_installation
+
+    told = describe_file(file) if file is not None else describe_installation()
     _show(told, as_json, lambda v: typer.echo(json.dumps(v, indent=2, ensure_ascii=False)))
-
-
-def _describe_file(path: Path) -> dict[str, Any]:
-    """Header and tensor shapes of an fgsteer file. Raises FormatError."""
-    from fgsteer.files import read_tensors
-
-    for kind in ("vector", "statistics", "density", "effects"):
-        try:
-            tensors, header = read_tensors(path, kind=kind)
-        except FormatError as error:
-            if "expected an fgsteer" in str(error) and kind != "effects":
-                continue
-            raise
-        return {**header, "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()}}
-    raise FormatError(f"{path}", "an fgsteer file")
-
-
-def _describe_installation() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    import torch
-
-    import fgsteer as fg
-    from fgsteer.files import read_json
-    from fgsteer.methods.provenance import library_version
-    from fgsteer.models import pretrained_dir
-
-    folder = pretrained_dir()
-    figures = read_json(folder / "figures.json")
-    return {
-        "versions": {"fgsteer": library_version()} | {n: version(n) for n in ("torch", "transformers", "sae-lens")},
-        "cuda": torch.cuda.device_count(),
-        "methods": list(fg.METHODS),
-        "contrast_sets": fg.shipped_contrasts(),
-        "default": {key: figures[key] for key in ("parameters", "training_tokens", "bits_per_byte", "sae")},
-    }
 
 
 def main() -> None:

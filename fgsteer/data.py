@@ -216,6 +216,24 @@ def load_contrast(source: str | Path) -> ContrastSet:
     raise DataError(f"{path} holds {type(value).__name__}", "an object of two lists, or a list of rows")
 
 
+def read_documents(path: Path) -> Iterator[str]:
+    """Documents of a corpus: lines of a text file, or the field "text" of JSONL rows. Raises DataError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                if path.suffix != ".jsonl":
+                    yield line.strip()
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise DataError(f"{path}, line {number}", 'an object with a text in the field "text"')
+                yield row["text"]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}", "a UTF-8 .txt or .jsonl file") from error
+
+
 def load_neutral() -> tuple[list[str], list[str]]:
     """The shipped neutral sentences and neutral prompts, on no behavior in particular."""
     value = read_json(SHIPPED / "neutral.json")

@@ -96,6 +96,8 @@ class FeatureDensity:
         """Read a file that ``save`` wrote. Raises FormatError."""
         tensors, header = read_tensors(path, kind="density")
         try:
+            if len({tuple(tensors[name].shape) for name in ("fired", "documents", "first")}) != 1:
+                raise ValueError("counts of unequal widths")
             return cls(
                 tensors["fired"].double(),
                 tensors["documents"].double(),

@@ -90,6 +90,9 @@ class Moments:
         return Moments(self.count, self.mean.cpu(), self.m2.cpu(), self.fired.cpu())
 
 
+Totals = dict[tuple[Space, Hookpoint, bool], Moments]  # by space, hookpoint, and whether positive
+
+
 @dataclass(frozen=True, eq=False)
 class Contrast:
     """Moments of the two sides, in one space at one hookpoint."""
@@ -243,6 +246,15 @@ def _texts(contrast: ContrastSet) -> Iterator[tuple[Text, Text, bool]]:
             yield prompt, completion, positive
 
 
+def _add_examples(totals: Totals, space: Space, at: Hookpoint, rows: Tensor, positive: Tensor) -> None:
+    """Merge a batch's examples (batch, n) into the totals of the side that each belongs to."""
+    for side in (True, False):
+        part = rows[positive == side]
+        if len(part):
+            moments, key = Moments.of(part), (space, at, side)
+            totals[key] = totals[key] + moments if key in totals else moments
+
+
 def collect(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -276,7 +288,7 @@ def collect(
         resolve(model, at)
     if sae is not None:
         check_pairing(model, sae.hookpoint, sae.d_model, sae.model_name, "SAE")
-    widths: dict[tuple[Space, Hookpoint, bool], Moments] = {}
+    totals: Totals = {}
     placed: dict[torch.device, SAE] = {}
     done = 0
     for batch in text_batches(
@@ -293,19 +305,14 @@ def collect(
                     placed[values.device] = sae.to(values.device, torch.float32)
                 pooled.append(("feature", pool_features(placed[values.device], values, selected)))
             for space, rows in pooled:
-                for side in (True, False):
-                    part = rows[positive == side]
-                    if len(part):
-                        key = (space, at, side)
-                        moments = Moments.of(part)
-                        widths[key] = widths[key] + moments if key in widths else moments
+                _add_examples(totals, space, at, rows, positive)
         done += len(batch.rows)
         if progress is not None:
             progress(done)
     tables: dict[Space, dict[Hookpoint, Contrast]] = {"residual": {}, "feature": {}}
-    for space, at, side in widths:
+    for space, at, side in totals:
         if side:
-            tables[space][at] = Contrast(widths[space, at, True].cpu(), widths[space, at, False].cpu())
+            tables[space][at] = Contrast(totals[space, at, True].cpu(), totals[space, at, False].cpu())
     reading = {
         "model": identity(model),
         "sae": {"source": sae.source, "sha256": sae.sha256} if sae is not None else None,

@@ -39,6 +39,7 @@ ORDER = (
     "steering",
     "calibration",
     "reading",
+    "info",
     "__init__",
     "demo",
     "cli",

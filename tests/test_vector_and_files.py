@@ -98,6 +98,31 @@ def test_hostile_headers_are_typed_errors(tmp_path):
         fg.SteeringVector.load(tmp_path / "none")
 
 
+def test_hostile_statistics_density_and_effects_are_typed_errors(tmp_path):
+    from safetensors.torch import save_file
+
+    one = torch.ones(3, dtype=torch.float64)
+    key = f"residual/{AT}/positive"
+    cases = []
+    for count, parts in ((float("inf"), (one, one, one)), (0, (one, one, one)), (2, (one, one[:2], one))):
+        tensors = {f"{key}/{n}": t.clone() for n, t in zip(("mean", "m2", "fired"), parts, strict=True)}
+        header = {"kind": "statistics", "reading": {}, "data": [], "counts": {key: count}}
+        cases.append((fg.ContrastStatistics, tensors, header))
+    cases.append((fg.ContrastStatistics, {"x": one}, {"kind": "statistics", "reading": None, "data": [], "counts": {}}))
+    density = {"kind": "density", "tokens": 5, "sae_sha256": "x", "max_density": None, "corpus": {}}
+    names = ("fired", "documents", "first")
+    for extra, widths in (({"tokens": float("inf")}, (3, 3, 3)), ({"max_density": "x"}, (3, 3, 3)), ({}, (3, 2, 3))):
+        tensors = {n: torch.ones(w) for n, w in zip(names, widths, strict=True)}
+        cases.append((fg.FeatureDensity, tensors, {**density, **extra}))
+    effects = {"kind": "effects", "hookpoint": AT, "sae_sha256": "x", "about": {}}
+    cases.append((fg.EffectApproximator, {"M": torch.ones(3), "b": torch.ones(3)}, effects))
+    for owner, tensors, header in cases:
+        path = tmp_path / "f.safetensors"
+        save_file(tensors, path, metadata={"fgsteer": json.dumps(header)})
+        with pytest.raises(fg.FormatError):
+            owner.load(path)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     from fgsteer.files import whole
 
