@@ -3,26 +3,34 @@
 ``ŷ = x M + b`` predicts the change of every feature's mean activation in generated text
 when ``x`` is added to the residual stream (SAE-TS, arXiv 2411.02193).
 
-    effects = EffectApproximator.fit(vectors, measured, hookpoint=..., sae_sha256=..., ridge=1.0)
+    effects = EffectApproximator.measure(model, tokenizer, sae, work="effects.parts")
     v = effects.project(target)
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.data import load_neutral
 from fgsteer.errors import FormatError, PairingError, SelectionError
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.models import DEFAULT, pretrained_dir
+from fgsteer.ridge import LinearMoments, best_ridge
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from fgsteer.sae import SAE
 
 
@@ -52,44 +60,95 @@ class EffectApproximator:
         *,
         hookpoint: Hookpoint | str,
         sae_sha256: str,
-        ridge: float,
+        ridge: float | None = None,
     ) -> EffectApproximator:
-        """Ridge regression on centred data: ``M = (XᵀX + λI)⁻¹ XᵀY``, ``b = ȳ − x̄ M`` (SAE-TS, METHODS §6).
+        """Ridge regression on centred data: ``M = (XᵀX + λI)⁻¹ XᵀY``, ``b = ȳ − x̄ M`` (SAE-TS, arXiv 2411.02193).
 
-        ``ridge`` is λ on the scale of the sum XᵀX. Raises PairingError for unequal numbers of rows.
+        ``ridge`` is λ on the scale of the sum XᵀX; by default it is chosen on every tenth
+        vector, left out for that, and the fit repeated with all. Raises PairingError for
+        unequal numbers of rows, DataError for too few to choose λ.
         """
-        if len(vectors) != len(effects):
-            raise PairingError(f"{len(vectors)} vectors and {len(effects)} effects", "one effect per vector")
-        x, y = vectors.double(), effects.double()
-        x_mean, y_mean = x.mean(0), y.mean(0)
-        xc, yc = x - x_mean, y - y_mean
-        gram = xc.T @ xc + ridge * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        M = torch.linalg.solve(gram, xc.T @ yc)
-        return cls(
-            M.float(),
-            (y_mean - x_mean @ M).float(),
-            Hookpoint.parse(hookpoint),
-            sae_sha256,
-            {"ridge": ridge, "vectors": len(vectors)},
-        )
+        everything = LinearMoments.of(vectors, effects)
+        if ridge is None:
+            left_out = torch.arange(len(vectors)) % 10 == 0
+            train = LinearMoments.of(vectors[~left_out], effects[~left_out])
+            share = best_ridge(train, LinearMoments.of(vectors[left_out], effects[left_out]))
+            ridge = share * everything.mean_eigenvalue()
+        M, b = everything.fit(ridge)
+        about = {"ridge": ridge, "vectors": len(vectors)}
+        return cls(M.float(), b.float(), Hookpoint.parse(hookpoint), sae_sha256, about)
+
+    @classmethod
+    def measure(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sae: SAE,
+        *,
+        vectors: int | Float[Tensor, "n d_model"] | None = None,
+        prompts: Sequence[str] | None = None,
+        texts: Sequence[str] | None = None,
+        work: str | Path | None = None,
+        progress: Callable[[int], None] | None = None,
+        **plan: Any,
+    ) -> EffectApproximator:
+        """Measure effects on features of generated text and fit them (SAE-TS, arXiv 2411.02193).
+
+        For each vector ``x = c·v̂``, with c set so that adding x costs the texts
+        ``target_ce_rise`` nats a token, ``y = E_steered[f] − E_unsteered[f]``: feature activations
+        of sampled continuations, read by the unsteered model and averaged over rollouts and
+        new tokens, steered and unsteered drawn with the same random numbers. Then ridge, with λ
+        by validation, as ``measuring.fit_parts`` says; its figures are in ``about``.
+
+        ``vectors (n, d_model)`` are directions, by default the SAE's decoder rows (a number:
+        that many of them); ``prompts`` and ``texts`` default to the shipped neutral ones;
+        ``rollouts``, ``sampling``, ``target_ce_rise`` and ``rows`` go to ``measuring.Plan``.
+        ``work`` is a folder for measured parts, from which a killed run goes on to the same
+        result. Raises PairingError for an SAE of another width or parts of another plan,
+        DataError for too few vectors.
+        """
+        from fgsteer.measuring import Plan, decoder_directions, fit_parts
+
+        neutral_texts, neutral_prompts = load_neutral()
+        directions = vectors if isinstance(vectors, Tensor) else decoder_directions(sae, vectors)
+        chosen = Plan(directions, prompts or neutral_prompts, texts or neutral_texts, **plan)
+        with ExitStack() as stack:
+            folder = Path(work) if work else Path(stack.enter_context(TemporaryDirectory()))
+            M, b, figures = fit_parts(chosen.parts(model, tokenizer, sae, folder, progress))
+        M, b = M.float(), b.float()
+        alive = (M.norm(dim=0) > 0).cpu()
+        cosine = torch.cosine_similarity(M.T.cpu()[alive], sae.W_dec.cpu().float()[alive], dim=1).mean()
+        figures["cosine_to_decoder"] = float(cosine)
+        return cls(M, b, sae.hookpoint, sae.sha256, {**figures, "plan": chosen.describe(model, sae)})
 
     def predict(self, vector: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
         """Predicted effect ``x M + b`` (..., d_sae) of a vector (..., d_model)."""
         return vector.to(self.M) @ self.M + self.b
 
-    def project(self, target: Float[Tensor, " d_sae"], *, bias_weight: float = 1.0) -> Float[Tensor, " d_model"]:
-        """``M t/‖M t‖ − λ_b · M b/‖M b‖`` (d_model,) for target feature weights t (d_sae,).
+    def project(
+        self, target: Float[Tensor, " d_sae"], *, bias_weight: float = 1.0, mu: float = math.inf
+    ) -> Float[Tensor, " d_model"]:
+        """``s/‖s‖ − λ_b · M b/‖M b‖`` (d_model,) for target feature weights t (d_sae,); ``s = M t``.
 
-        ``bias_weight`` is λ_b; a zero ``M b`` drops its term. SAE-TS (arXiv 2411.02193),
-        FGAA step 5 (arXiv 2501.09929). Raises SelectionError when ``M t`` is zero.
+        ``bias_weight`` is λ_b; a zero ``M b`` drops its term. A finite ``mu`` weighs effects on
+        other features: ``s = (M Mᵀ + μI)⁻¹ M t``, with μ in mean eigenvalues of ``M Mᵀ``; inf is
+        SAE-TS, 0 the pseudo-inverse. SAE-TS (arXiv 2411.02193), FGAA step 5 (arXiv 2501.09929).
+        Raises SelectionError when ``M t`` is zero or μ is negative.
         """
-        wanted: Tensor = self.M @ target.to(self.M)
-        norm = wanted.norm()
-        if not norm > 0:
+        if not mu >= 0:
+            raise SelectionError(f"mu = {mu}", "a number ≥ 0, or inf")
+        M = self.M.double()
+        wanted: Tensor = M @ target.to(M)
+        if not wanted.norm() > 0:
             raise SelectionError("a target whose M t is zero", "at least one feature that the approximator can move")
-        always: Tensor = self.M @ self.b
-        bias = always / always.norm() if always.norm() > 0 else torch.zeros_like(always)
-        direction: Tensor = wanted / norm - bias_weight * bias
+        if mu != math.inf:
+            gram = M @ M.T
+            level = mu * gram.diagonal().mean()
+            inverse = torch.linalg.pinv(gram + level * torch.eye(len(gram), dtype=gram.dtype), hermitian=True)
+            wanted = inverse @ wanted
+        always = M @ self.b.double()
+        bias = always / always.norm() if always.norm() > 0 else always
+        direction: Tensor = wanted / wanted.norm() - bias_weight * bias
         return direction
 
     def check(self, sae: SAE) -> EffectApproximator:

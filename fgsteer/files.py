@@ -65,7 +65,8 @@ def read_json(path: str | Path) -> Any:
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str, header: Mapping[str, Any]) -> None:
     """Write tensors and a JSON header whole, as safetensors of the given kind."""
-    metadata = {"format": "pt", "fgsteer": json.dumps({"kind": kind, **header}, ensure_ascii=False)}
+    # one key: safetensors writes several in an order that changes from run to run
+    metadata = {"fgsteer": json.dumps({"kind": kind, **header}, ensure_ascii=False)}
     owned = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     with whole(path) as beside:
         save_file(owned, beside, metadata=metadata)

@@ -1,0 +1,275 @@
+"""Effects: measured against one row at a time, fitted against the normal equations, resumed after kills."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import fgsteer as fg
+from fgsteer import measuring
+from fgsteer.calibration import calibrate_many
+from fgsteer.hookpoints import blocks_of
+from fgsteer.measuring import Agreement, Plan, decoder_directions, fit_parts
+from fgsteer.ridge import LinearMoments, best_ridge, ridge_path
+from fgsteer.rollouts import Sampling, choose, encode_prompts, rollout_features
+from tests.conftest import make_sae
+from tests.reference import effects as reference
+
+PROMPTS = ["the man sat", "a queen", "the old king took the ship"]
+HOW = Sampling(max_new_tokens=5, top_k=12, top_p=0.8, seed=3)
+
+
+def own_texts(model, tokenizer):
+    """Texts that the random model finds likely, so that steering makes them less so."""
+    return fg.generate(model, tokenizer, PROMPTS, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def texts(models, tokenizer):
+    return own_texts(models["llama"], tokenizer)
+
+
+def plan(sae, texts, count=40, **options):
+    given = {"prompts": PROMPTS, "texts": texts, "rollouts": 2, "sampling": HOW, "rows": 24, **options}
+    return Plan(decoder_directions(sae, count), **given)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_measured_effects_equal_one_row_at_a_time(family, models, tokenizer, sae, tmp_path):
+    model = models[family]
+    part = next(plan(sae, own_texts(model, tokenizer)).parts(model, tokenizer, sae, tmp_path))
+    ids = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    for number in range(3):
+        for half, rollouts in ((part.even, [0]), (part.odd, [1])):
+            expected = reference.effect(
+                model,
+                blocks_of(model)[sae.hookpoint.layer],
+                sae.encode,
+                ids,
+                part.vectors[number],
+                lambda rollout, step: HOW.noise(rollout, step, len(PROMPTS), model.config.vocab_size),
+                HOW,
+                rollouts,
+            )
+            # float32 sums over 15 tokens; a token chosen differently would show as about 0.1
+            assert np.allclose(half[number].numpy(), expected, atol=2e-5)
+    assert part.even.abs().max() > 0.1
+    assert torch.allclose(part.vectors, decoder_directions(sae, 40)[: len(part.vectors)] * part.strengths[:, None])
+
+
+def test_without_change_there_is_no_effect(llama, tokenizer, sae):
+    prompts = encode_prompts(tokenizer, PROMPTS)
+    v = fg.SteeringVector(sae.direction(0), sae.hookpoint)
+    acts = rollout_features(llama, prompts, sae, [None, v.add(0.0), v.add(30.0)], HOW, 1)
+    assert torch.equal(acts[0], acts[1])
+    assert not torch.allclose(acts[0], acts[2])
+
+
+def test_choose_samples_from_the_filtered_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5])
+    how = Sampling(top_k=4, top_p=0.9, temperature=0.7, seed=1)
+    draws = 4000
+    noise = torch.cat([how.noise(r, 0, 100, 5) for r in range(draws // 100)])
+    counts = torch.bincount(choose(logits.expand(draws, -1), noise, how), minlength=5) / draws
+    kept = torch.tensor([0, 4, 1])  # these hold 0.96 of the top four's probability, the first two 0.84
+    p = torch.zeros(5)
+    p[kept] = (logits[kept] / 0.7).softmax(0)
+    assert (counts - p).abs().max() < 4 * math.sqrt(0.25 / draws)  # four standard errors at most
+    assert counts[2] == counts[3] == 0
+    assert torch.equal(how.noise(2, 3, 4, 9), how.noise(2, 3, 4, 9))
+    assert not torch.equal(how.noise(2, 3, 4, 9), how.noise(3, 2, 4, 9))
+
+
+def test_strengths_cost_the_target(llama, tokenizer, sae, texts):
+    directions = decoder_directions(sae, 5)
+    makes = [fg.SteeringVector(d, sae.hookpoint).add for d in directions]
+    found = calibrate_many(llama, tokenizer, makes, texts, target_ce_rise=0.2, start=4.0, tolerance=0.05)
+    base = fg.cross_entropy(llama, tokenizer, texts)
+    for make, c in zip(makes, found, strict=True):
+        rise = fg.cross_entropy(llama, tokenizer, texts, steering=make(c)) - base
+        assert rise == pytest.approx(0.2, rel=0.051)  # the tolerance asked for, and float32 sums
+    null = fg.SteeringVector(torch.zeros(32), sae.hookpoint).add
+    assert math.isnan(calibrate_many(llama, tokenizer, [null], texts, target_ce_rise=0.2)[0])
+
+
+def planted(seed=0, n=600, d=12, k=30, noise=1.0):
+    """Anisotropic inputs and noisy linear effects: noise of the signal's own standard deviation times ``noise``."""
+    g = np.random.default_rng(seed)
+    x = g.normal(size=(n, d)) * np.geomspace(1, 0.2, d)
+    M = g.normal(size=(d, k)) * (g.random(k) < 0.5)
+    signal = x @ M + g.normal(size=k)
+    return x, M, signal + noise * signal.std(0) * g.normal(size=(n, k))
+
+
+def test_ridge_equals_the_normal_equations():
+    x, _, y = planted(n=80)
+    halves = LinearMoments.of(torch.tensor(x[:33]), torch.tensor(y[:33])) + LinearMoments.of(
+        torch.tensor(x[33:]), torch.tensor(y[33:])
+    )
+    for penalty in (0.0, 0.5, 300.0):
+        M, b = halves.fit(penalty)
+        expected_M, expected_b = reference.ridge(x, y, penalty)
+        assert np.allclose(M, expected_M, atol=1e-9)  # float64, condition number below 100
+        assert np.allclose(b, expected_b, atol=1e-9)
+    x2, _, y2 = planted(seed=1, n=40)
+    other = LinearMoments.of(torch.tensor(x2), torch.tensor(y2))
+    for penalty, score in zip((0.1, 50.0), ridge_path(halves, other, (0.1, 50.0)), strict=True):
+        M, b = reference.ridge(x, y, penalty)
+        assert score == pytest.approx(reference.r2(x2, y2, M, b, y.mean(0)), abs=1e-9)
+        mean = torch.tensor(y.mean(0))
+        total = other.about(torch.zeros_like(other.x), mean).yy
+        error = other.squared_error(torch.tensor(M), torch.tensor(b))
+        assert 1 - error / total == pytest.approx(score, abs=1e-9)
+
+
+def test_planted_effects_are_recovered_at_signal_to_noise_one():
+    x, M, y = planted()
+    effects = fg.EffectApproximator.fit(
+        torch.tensor(x), torch.tensor(y), hookpoint="blocks.1.hook_resid_post", sae_sha256="x"
+    )
+    real = np.abs(M).sum(0) > 0
+    got = effects.M.double().numpy()
+    cosines = (got * M).sum(0)[real] / np.linalg.norm(got, axis=0)[real] / np.linalg.norm(M, axis=0)[real]
+    assert cosines.min() > 0.9
+    assert torch.allclose(
+        effects.predict(torch.tensor(x[:2])), torch.tensor(x[:2] @ got).float() + effects.b, atol=1e-4
+    )
+    with pytest.raises(fg.PairingError, match="one output per input"):
+        fg.EffectApproximator.fit(torch.ones(3, 2), torch.ones(2, 2), hookpoint="blocks.0", sae_sha256="x", ridge=1.0)
+
+
+def test_validation_shrinks_noise_and_keeps_signal():
+    for noise, low, high in ((0.05, 0.0, 0.1), (20.0, 1.0, math.inf)):
+        x, _, y = planted(noise=noise)
+        train, rest = (LinearMoments.of(torch.tensor(x[s]), torch.tensor(y[s])) for s in (slice(400), slice(400, 600)))
+        assert low <= best_ridge(train, rest) <= high
+
+
+def test_figures_tell_effect_from_noise():
+    """A tenth of the variance is noise in one run, all of it in the other."""
+    for noise, r2, ceiling in ((0.3, 0.85, 0.9), (None, 0.0, 0.0)):
+        x, _, clean = planted(noise=0.0, n=2000)
+        if noise is None:
+            clean = clean * 0 + clean.mean(0)
+        g = np.random.default_rng(7)
+        scale = (noise or 1.0) * planted()[2].std(0)
+        even, odd = (torch.tensor(clean + math.sqrt(2) * scale * g.normal(size=clean.shape)).float() for _ in range(2))
+        strengths = torch.ones(len(x))
+        strengths[::7] = torch.nan
+        parts = [
+            measuring.Part(
+                torch.tensor(x[i : i + 100]).float(), strengths[i : i + 100], even[i : i + 100], odd[i : i + 100], i
+            )
+            for i in range(0, len(x), 100)
+        ]
+        _, _, figures = fit_parts(parts)
+        assert figures["skipped"] == len(strengths[::7])
+        assert figures["vectors"] + figures["skipped"] == 2000
+        assert figures["ceiling"] == pytest.approx(ceiling, abs=0.06)
+        assert figures["r2"] <= figures["ceiling"] + 0.03  # 170 held-out vectors of 30 features each
+        assert figures["r2"] >= r2 - 0.02
+        assert figures["shuffled"] < 0.05
+        assert figures["explained"] >= figures["explained_by_bias"] - 0.02
+
+
+def test_agreement_adds_up():
+    g = torch.Generator().manual_seed(0)
+    even, odd = torch.randn(20, 3, generator=g), torch.randn(20, 3, generator=g)
+    whole, sum_ = Agreement.of(even, odd), Agreement.of(even[:6], odd[:6]) + Agreement.of(even[6:], odd[6:])
+    assert sum_.ceiling == pytest.approx(whole.ceiling, abs=1e-12)
+    covariance = sum(np.cov(even[:, j], odd[:, j])[0, 1] for j in range(3))
+    variance = sum(np.var(((even + odd) / 2)[:, j].double().numpy(), ddof=1) for j in range(3))
+    assert whole.ceiling == pytest.approx(covariance / variance, rel=1e-5)  # float32 inputs
+
+
+def measure(llama, tokenizer, sae, texts, work, **options):
+    return fg.EffectApproximator.measure(
+        llama, tokenizer, sae, prompts=PROMPTS, texts=texts, rollouts=2, sampling=HOW, rows=9, work=work, **options
+    )
+
+
+def test_killed_at_any_write_it_ends_the_same(llama, tokenizer, texts, tmp_path, monkeypatch):
+    sae = make_sae(d_sae=24)
+    unbroken = measure(llama, tokenizer, sae, texts, None)
+    unbroken.save(tmp_path / "whole.safetensors")
+    lottery, kills, original = random.Random(1), 0, measuring.write_tensors
+
+    def write(path, *args, **kwargs):
+        if lottery.random() < 0.5:
+            raise KeyboardInterrupt
+        original(path, *args, **kwargs)
+        if lottery.random() < 0.5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "write_tensors", write)
+    for _ in range(100):
+        try:
+            broken = measure(llama, tokenizer, sae, texts, tmp_path / "parts")
+            break
+        except KeyboardInterrupt:
+            kills += 1
+    broken.save(tmp_path / "broken.safetensors")
+    assert kills >= 4  # of eight parts and a baseline
+    assert (tmp_path / "broken.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert not llama._forward_hooks
+    with pytest.raises(fg.PairingError, match="sampling"):
+        fg.EffectApproximator.measure(
+            llama, tokenizer, sae, prompts=PROMPTS, texts=texts, rollouts=2, rows=9, work=tmp_path / "parts"
+        )
+
+
+def test_measure_reports_and_serves_the_methods(llama, tokenizer, texts):
+    sae = make_sae(d_sae=24)
+    done = []
+    effects = measure(llama, tokenizer, sae, texts, None, progress=done.append)
+    assert done == list(range(3, 25, 3))
+    assert set(effects.about) >= {"r2", "ceiling", "shuffled", "explained", "explained_by_bias", "cosine_to_decoder"}
+    vec = fg.sae_ts(sae, [3], effects)
+    assert vec.norm == pytest.approx(1.0, abs=1e-6)
+    with pytest.raises(fg.PairingError, match="measure effects on this SAE"):
+        fg.sae_ts(make_sae(d_sae=24, seed=5), [3], effects)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.3, 10.0])
+def test_projection_that_minds_other_features(mu):
+    g = np.random.default_rng(2)
+    M, b, t = g.normal(size=(6, 15)), g.normal(size=15), np.zeros(15)
+    t[[2, 9]] = 1.0, -0.5
+    effects = fg.EffectApproximator(torch.tensor(M).float(), torch.tensor(b).float(), "blocks.0.hook_resid_post", "x")
+    gram = M @ M.T
+    s = np.linalg.inv(gram + mu * np.trace(gram) / 6 * np.eye(6)) @ (M @ t)
+    always = M @ b
+    expected = s / np.linalg.norm(s) - 0.7 * always / np.linalg.norm(always)
+    got = effects.project(torch.tensor(t), bias_weight=0.7, mu=mu)
+    assert np.allclose(got, expected, atol=1e-5)  # M is stored in float32
+    if mu == 0:  # the pseudo-inverse: no other direction fits t better
+        best = np.linalg.lstsq(M.T, t, rcond=None)[0]
+        plain = effects.project(torch.tensor(t), bias_weight=0.0, mu=0.0)
+        assert np.allclose(plain, best / np.linalg.norm(best), atol=1e-5)
+    far = effects.project(torch.tensor(t), mu=1e9)
+    assert torch.allclose(far, effects.project(torch.tensor(t)), atol=1e-6)  # mu → inf is SAE-TS
+
+
+def test_refusals(llama, tokenizer, sae, texts):
+    effects = fg.EffectApproximator(torch.ones(3, 4), torch.ones(4), "blocks.0.hook_resid_post", "x")
+    with pytest.raises(fg.SelectionError, match="mu = -1"):
+        effects.project(torch.ones(4), mu=-1)
+    for options, message in (
+        ({"rollouts": 3}, "even number"),
+        ({"vectors": torch.ones(4)}, r"\(n, d_model\)"),
+        ({"target_ce_rise": 0.0}, "nats"),
+        ({"prompts": ["the", ""]}, "none empty"),
+        ({"vectors": 5}, "too few vectors"),
+    ):
+        given = {"prompts": PROMPTS, "texts": texts, "sampling": HOW, "rows": 6, "rollouts": 2, **options}
+        with pytest.raises(fg.DataError, match=message):
+            fg.EffectApproximator.measure(llama, tokenizer, sae, **given)
+    for wrong in ({"top_p": 0.0}, {"top_k": 0}, {"temperature": 0.0}, {"max_new_tokens": 0}):
+        with pytest.raises(fg.DataError, match="top_p in"):
+            Sampling(**wrong)
+    with pytest.raises(fg.PairingError, match="d_model 8"):
+        fg.EffectApproximator.measure(llama, tokenizer, make_sae(d_model=8), prompts=PROMPTS, texts=texts)
