@@ -15,6 +15,7 @@ import fgsteer as fg
 from fgsteer.hookpoints import decoder_of, resolve
 from tests.conftest import make_sae
 from tests.reference import scores as reference
+from tests.tiny import word_tokenizer
 
 K = 24
 NAMES = ("mean_difference", "frequency", "welch_t", "f_statistic", "pearson", "mutual_information")
@@ -88,6 +89,14 @@ def test_merged_statistics_score_as_one():
     merged = contrast_of(pos[:4], neg[:2]) + contrast_of(pos[4:], neg[2:])
     for name in NAMES:
         assert np.allclose(fg.SCORES[name](merged), getattr(reference, name)(pos, neg), rtol=1e-12)
+
+
+def test_information_never_has_the_sign_of_its_rounding():
+    n = 10**8
+    up = torch.linspace(1, n - 5, 2000).floor().double()  # shares that differ by 1e-8: about 1e-16 nats
+    zero = torch.zeros(2000).double()
+    contrast = fg.Contrast(fg.Moments(n, zero, zero, up + 1), fg.Moments(n, zero, zero, up))
+    assert bool((fg.SCORES["mutual_information"](contrast) >= 0).all())
 
 
 def test_too_few_examples_are_named():
@@ -223,6 +232,13 @@ def test_output_score_is_one_feature_at_a_time(family_model, tokenizer, activati
     some = fg.output_scores(family_model, tokenizer, sae, [5, 2], **options)
     assert some.nonzero()[:, 0].tolist() == [2, 5]
     assert np.allclose(some[[2, 5]], got[[2, 5]], rtol=1e-3, atol=1e-6)
+
+
+def test_output_score_steers_a_prompt_of_one_token(llama):
+    tokenizer, sae = word_tokenizer(bos=False), make_sae()
+    got = fg.output_scores(llama, tokenizer, sae, prompt="bride", coefficient=1.0, top_tokens=3)
+    expected = [naive_output_score(llama, tokenizer, sae, j, "bride", 1.0, 3) for j in range(K)]
+    assert np.allclose(got, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_a_feature_that_writes_a_token_scores_best_and_plugs_into_fgaa(llama, tokenizer):
