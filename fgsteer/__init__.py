@@ -40,8 +40,20 @@ _HOMES = {
     "effects": ("EffectApproximator", "load_effects"),
     "interventions": ("Ablate", "Add", "Affine", "Clamp", "ClampFeature", "Intervention"),
     "vector": ("FeatureWeight", "SteeringVector"),
-    "methods": ("METHODS", "ace", "build", "caa", "fgaa", "from_features", "sae_ts", "sta"),
+    "methods": (
+        "METHODS",
+        "SCORES",
+        "ace",
+        "build",
+        "caa",
+        "fgaa",
+        "from_features",
+        "sae_ts",
+        "select_features",
+        "sta",
+    ),
     "steering": ("generate", "steer"),
+    "output_score": ("output_scores",),
     "calibration": ("calibrate", "cross_entropy"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -36,11 +36,13 @@ ORDER = (
     "measuring",
     "effects",
     "methods.provenance",
+    "methods.scores",
     "methods.selection",
     "methods.projection",
     "methods.difference",
     "methods.named",
     "methods",
+    "output_score",
     "reading",
     "info",
     "__init__",
@@ -116,11 +118,13 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     effects = fg.EffectApproximator(torch.randn(32, 24), torch.randn(24), sae.hookpoint, sae.sha256)
     density = fg.measure_density(model, tokenizer, ["the man sat", "a cat ran"], sae)
     vectors = [fg.caa(stats), fg.ace(stats), fg.sta(stats, sae), fg.fgaa(stats, sae, density=density, max_density=1.0),
-               fg.fgaa(stats, sae, effects), fg.from_features(sae, [1]), fg.sae_ts(sae, [1], effects)]
+               fg.fgaa(stats, sae, effects, score="pearson"), fg.from_features(sae, [1]), fg.sae_ts(sae, [1], effects)]
     clamp = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={1: 2.0})
     entries = [v.add(1.0) for v in vectors] + [vectors[1].affine(1.0), clamp, None]
     fg.generate(model, tokenizer, ["the man"] * len(entries), steering=entries, max_new_tokens=3)
     fg.cross_entropy(model, tokenizer, ["the man sat"], steering=vectors[0].add(1.0))
+    out = fg.output_scores(model, tokenizer, sae, [1, 2], prompt="the man")
+    fg.select_features(stats.at("feature")[1], sae, score=1 + out, density=density, max_density=1.0)
 """
 
 

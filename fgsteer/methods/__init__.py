@@ -12,6 +12,8 @@ from typing import Any
 from fgsteer.errors import SelectionError
 from fgsteer.methods.difference import ace, caa
 from fgsteer.methods.named import fgaa, from_features, sae_ts, sta
+from fgsteer.methods.scores import SCORES
+from fgsteer.methods.selection import select_features
 from fgsteer.vector import SteeringVector
 
 METHODS: dict[str, Callable[..., SteeringVector]] = {
@@ -46,4 +48,4 @@ def build(name: str, **inputs: Any) -> SteeringVector:
     return method(**given)
 
 
-__all__ = ["METHODS", "ace", "build", "caa", "fgaa", "from_features", "sae_ts", "sta"]
+__all__ = ["METHODS", "SCORES", "ace", "build", "caa", "fgaa", "from_features", "sae_ts", "select_features", "sta"]

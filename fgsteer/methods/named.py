@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -21,12 +21,12 @@ from fgsteer.effects import EffectApproximator
 from fgsteer.errors import PairingError, SelectionError, SelectionWarning
 from fgsteer.methods.projection import decode_weights, project
 from fgsteer.methods.provenance import provenance
-from fgsteer.methods.selection import filter_bos, filter_density, keep_extremes, signed_min_max, top_mask
+from fgsteer.methods.scores import SCORES
+from fgsteer.methods.selection import FeatureIds, feature_weights, select_features, signed_min_max, top_mask
 from fgsteer.sae import SAE
 from fgsteer.statistics import Contrast, ContrastStatistics
 from fgsteer.vector import SteeringVector
 
-FeatureIds = Mapping[int, float] | Iterable[int] | int
 STA_PAIRS = 80  # below about this many examples a side, frequencies are too coarse to select by
 
 
@@ -94,7 +94,8 @@ def sta(
             f"mode {mode!r}, atoms {atoms!r}", "mode act_and_freq, act or freq, and atoms signed or positive"
         )
     contrast = _feature_contrast(stats, sae)
-    amplitude, frequency = contrast.difference, _frequency_difference(contrast, raw=compat)
+    amplitude = SCORES["amplitude"](contrast)
+    frequency = contrast.positive.fired - contrast.negative.fired if compat else SCORES["frequency"](contrast)
     if min(contrast.positive.count, contrast.negative.count) < STA_PAIRS and mode != "act":
         counts = (contrast.positive.count, contrast.negative.count)
         warnings.warn(
@@ -114,14 +115,6 @@ def sta(
         direction = direction * (stats.at("residual", sae.hookpoint)[1].difference.norm() / direction.norm())
     hyper = {"p": p, "mode": mode, "atoms": atoms, "norm_match": norm_match, "compat": compat}
     return _vector("sta", direction, weights, sae, hyper, stats)
-
-
-def _frequency_difference(contrast: Contrast, *, raw: bool) -> Float[Tensor, " n"]:
-    """Δf: difference of firing counts, scaled to the larger side unless raw."""
-    positive, negative = contrast.positive, contrast.negative
-    larger = max(positive.count, negative.count)
-    up, down = (1.0, 1.0) if raw else (larger / positive.count, larger / negative.count)
-    return positive.fired * up - negative.fired * down
 
 
 def _sta_strict(amplitude: Tensor, frequency: Tensor, k: int, mode: str) -> Tensor:
@@ -150,6 +143,7 @@ def fgaa(
     sae: SAE,
     effects: EffectApproximator | None = None,
     *,
+    score: str | Tensor = "mean_difference",
     n_positive: int = 16,
     n_negative: int = 0,
     density: FeatureDensity | None = None,
@@ -167,78 +161,44 @@ def fgaa(
     labelled ``projection: decoder`` in the provenance. ``normalize`` scales v to norm 1
     (False leaves it, as in the paper).
 
+    ``score`` ranks the features instead: a name in ``SCORES`` or a tensor (d_sae,). Chosen
+    features keep their mean difference as weight, and those whose score has the other sign
+    are no candidates.
+
     ``density`` defaults to the SAE's; ``max_density`` to the one tuned for it, else the
     paper's 0.01; ``math.inf`` and ``bos_share=None`` switch the filters off. n₁ and n₂ are
     tuned per task in the paper: 16 and 0 are this package's starting point.
 
-    Raises SelectionError when the filters leave nothing, PairingError for statistics,
-    density or effects of another SAE. Warns SelectionWarning when no density is known.
+    Raises SelectionError for an unknown score or when the filters leave nothing,
+    PairingError for statistics, density or effects of another SAE. Warns SelectionWarning
+    when no density is known.
     """
-    weights = _feature_contrast(stats, sae).difference
-    density = density.check(sae) if density is not None else sae.density
-    removed: dict[str, list[int]] = {}
-    if density is None:
-        warnings.warn(
-            "this SAE has no density, so FGAA's density and BOS filters are off; measure it with fgsteer density",
-            SelectionWarning,
-            stacklevel=2,
-        )
-    else:
-        if max_density is None:
-            max_density = density.max_density if density.max_density is not None else 0.01
-        unfiltered = keep_extremes(weights, n_positive, n_negative)
-        weights = filter_density(weights, density, max_density)
-        removed["density"] = _lost(unfiltered, weights)
-        if bos_share is not None:
-            before = weights
-            weights = filter_bos(weights, density, bos_share)
-            removed["bos"] = _lost(keep_extremes(before, n_positive, n_negative), weights)
-    weights = keep_extremes(weights, n_positive, n_negative)
-    if not bool(weights.any()):
-        raise SelectionError(
-            f"no feature passed FGAA's filters (of the strongest, density removed {removed.get('density', [])})",
-            "at least one",
-            f"raise max_density (now {max_density}) or add contrast data",
-        )
+    weights, hyper = select_features(
+        _feature_contrast(stats, sae),
+        sae,
+        score=score,
+        n_positive=n_positive,
+        n_negative=n_negative,
+        density=density,
+        max_density=max_density,
+        bos_share=bos_share,
+    )
     direction, projection = project(weights, sae, effects, bias_weight)
     if normalize:
         direction = direction / direction.norm()
-    hyper = {
-        "n_positive": n_positive,
-        "n_negative": n_negative,
-        "max_density": max_density if density is not None and max_density != float("inf") else None,
-        "bos_share": bos_share if density is not None else None,
+    hyper |= {
         "projection": projection,
         "bias_weight": bias_weight if effects is not None else None,
         "normalize": normalize,
-        "removed": removed,
     }
     return _vector("fgaa", direction, weights, sae, hyper, stats)
-
-
-def _lost(before: Tensor, after: Tensor) -> list[int]:
-    """Features with a weight before a filter and none after it."""
-    return [int(j) for j in ((before != 0) & (after == 0)).nonzero()[:, 0]]
-
-
-def feature_weights(features: FeatureIds, sae: SAE) -> Float[Tensor, " d_sae"]:
-    """Weights (d_sae,) of {id: weight}, of several ids (weight 1 each), or of one id. Raises SelectionError."""
-    if isinstance(features, int):
-        features = {features: 1.0}
-    given = dict(features.items()) if isinstance(features, Mapping) else {int(j): 1.0 for j in features}
-    if not given or not all(torch.isfinite(torch.tensor(list(given.values())))):
-        raise SelectionError(f"features {given}", "at least one id, with finite weights")
-    weights = torch.zeros(sae.d_sae, dtype=torch.float64)
-    for feature, weight in given.items():
-        sae.direction(int(feature))
-        weights[int(feature)] = weight
-    return weights
 
 
 def from_features(sae: SAE, features: FeatureIds, *, normalize: bool = True) -> SteeringVector:
     """``v = Σⱼ wⱼ W_dec[j]`` for features {id: weight}, ids, or one id; norm 1 unless ``normalize=False``.
 
-    Raises SelectionError for unknown ids or weights that cancel.
+    Raises SelectionError for ids that are no integers, repeated or out of range, weights
+    that are no finite numbers, or directions that cancel.
     """
     weights = feature_weights(features, sae)
     direction = decode_weights(weights, sae)
