@@ -61,7 +61,7 @@ NO_SUBLAYERS = {
     "gemma4": "layer_scalar",
 }
 STEERED = sorted(MORE_FAMILIES)
-SUBLAYERED = [family for family in STEERED if family not in NO_SUBLAYERS]
+SUBLAYERED = [family for family in (*FAMILIES, *STEERED) if family not in NO_SUBLAYERS]
 
 model_of = functools.cache(tiny_model)
 
@@ -181,7 +181,7 @@ def test_blocks_of_a_vision_tower_are_not_the_models():
             fg.Hookpoint.parse(name)
 
 
-@pytest.mark.parametrize("family", STEERED)
+@pytest.mark.parametrize("family", [*FAMILIES, *STEERED])
 def test_mixed_rows_equal_the_recompute(family):
     """Left padding, a cache, another composition in each row; sublayers where they are sites."""
     model, tokenizer = model_of(family), word_tokenizer()
