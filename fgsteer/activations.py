@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fgsteer.data import Text
-from fgsteer.errors import DataError
+from fgsteer.errors import DataError, HookpointError
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve
-from fgsteer.models import input_device
+from fgsteer.models import input_device, warn_of_dropout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +59,20 @@ def primary(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
+def by_token(hidden: Tensor, batch: int, length: int) -> Float[Tensor, "batch tokens width"]:
+    """Hidden states as (batch, tokens, width), also of modules that flatten batch and tokens (OPT's fc2).
+
+    Raises HookpointError when there is not one vector a token.
+    """
+    if hidden.numel() != batch * length * hidden.shape[-1]:
+        raise HookpointError(
+            f"hidden states of shape {tuple(hidden.shape)}",
+            f"one vector for each of {batch} x {length} tokens",
+            "models with several residual streams are not supported",
+        )
+    return hidden.reshape(batch, length, -1)
+
+
 @torch.no_grad()
 def record(
     model: nn.Module,
@@ -69,15 +83,16 @@ def record(
     """Activations (batch, tokens, d_model) at each hookpoint, in the model's dtype.
 
     The forward pass stops at the last of them. Raises HookpointError for one that the
-    model lacks, DataError for none.
+    model lacks, DataError for none; warns FgsteerWarning of a model in train mode with dropout.
     """
+    warn_of_dropout(model)
     wanted = list(dict.fromkeys(hookpoints))
     if not wanted:
         raise DataError("no hookpoint", "at least one")
     found: dict[Hookpoint, Tensor] = {}
 
     def keep(hookpoint: Hookpoint, value: Tensor) -> None:
-        found[hookpoint] = value
+        found[hookpoint] = by_token(value, *ids.shape).clone()  # Falcon adds to its MLP's output in place
         if len(found) == len(wanted):
             raise _Reached
 

@@ -9,7 +9,7 @@ modules both parse, and ``resolve`` finds the module whose output (or input) it 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -20,15 +20,49 @@ Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
 SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 
 _SAE_LENS = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
-_HUGGING_FACE = re.compile(r"(?:\w+\.)*(?:layers|h)\.(\d+)(?:\.(input|output))?")
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_MLP = ("mlp", "feed_forward", "block_sparse_moe")
-# Blocks with a norm between a sublayer and the residual stream: what is added
-# to the stream is the norm's output, so that is attn_out and mlp_out there.
-_POST_NORMS = (
-    ("post_attention_layernorm", "post_feedforward_layernorm"),  # Gemma 2 and 3, OLMo 2
-    ("post_self_attn_layernorm", "post_mlp_layernorm"),  # GLM 4
+# any path to the language model's blocks, none to those of a vision or audio tower
+_HUGGING_FACE = re.compile(
+    r"(?!.*(?:vision|visual|audio|encoder))(?:\w+\.)*(?:layers|h)\.(\d+)"
+    r"(?:\.(?!input$|output$)(\w+))?(?:\.(input|output))?"
 )
+# Modules that a name may mean a site by; resolve() refuses the name where a block adds another module's output.
+_MODULES: dict[str, Site] = {
+    "self_attn": "attn_out",
+    "attn": "attn_out",
+    "attention": "attn_out",
+    "self_attention": "attn_out",
+    "post_self_attn_layernorm": "attn_out",
+    "mlp": "mlp_out",
+    "fc2": "mlp_out",
+    "post_feedforward_layernorm": "mlp_out",
+    "post_mlp_layernorm": "mlp_out",
+}
+# The modules whose outputs a block adds to the residual stream, at attn_out and mlp_out. Where a
+# norm stands between a sublayer and the stream, that is the norm. Names do not tell what a block
+# does with an output, so blocks that are not here are refused; tests/test_families.py checks each.
+_PLAIN = (
+    "LlamaDecoderLayer MistralDecoderLayer MixtralDecoderLayer Qwen2DecoderLayer Qwen2MoeDecoderLayer "
+    "Qwen3DecoderLayer Qwen3MoeDecoderLayer GemmaDecoderLayer PhiDecoderLayer Phi3DecoderLayer "
+    "PhimoeDecoderLayer OlmoDecoderLayer OlmoeDecoderLayer CohereDecoderLayer Cohere2DecoderLayer "
+    "GlmDecoderLayer GptOssDecoderLayer DeepseekV2DecoderLayer DeepseekV3DecoderLayer SmolLM3DecoderLayer "
+    "StableLmDecoderLayer Starcoder2DecoderLayer NemotronDecoderLayer"
+)
+_POST_NORM = "Gemma2DecoderLayer Gemma3DecoderLayer Olmo2DecoderLayer Olmo3DecoderLayer Exaone4DecoderLayer"
+_GPT = "GPT2Block GPTNeoBlock GPTJBlock GPTBigCodeBlock CodeGenBlock"
+_SUBLAYERS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(_PLAIN.split(), ("self_attn", "mlp")),
+    **dict.fromkeys(_POST_NORM.split(), ("post_attention_layernorm", "post_feedforward_layernorm")),
+    **dict.fromkeys(_GPT.split(), ("attn", "mlp")),
+    "Glm4DecoderLayer": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    "GPTNeoXLayer": ("attention", "mlp"),
+    "FalconDecoderLayer": ("self_attention", "mlp"),
+    "OPTDecoderLayer": ("self_attn", "fc2"),
+}
+_NOT_ADDED = {
+    "BloomBlock": "its sublayers return their output with the residual added",
+    "GraniteDecoderLayer": "sublayer outputs are scaled by residual_multiplier",
+    "Gemma4TextDecoderLayer": "the sum is scaled by layer_scalar",
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -37,13 +71,15 @@ class Hookpoint:
 
     ``resid_post`` of block ℓ is the block's output (Hugging Face ``hidden_states[ℓ+1]``
     before any final norm); ``attn_out`` and ``mlp_out`` are what the sublayer adds to
-    the residual stream, after a post-norm where the architecture has one.
+    the residual stream, after a post-norm where the architecture has one. ``module`` is
+    the sublayer's module name where it was parsed from one; ``resolve`` holds a model to it.
 
     Raises HookpointError for a negative layer or an unknown site.
     """
 
     layer: int
     site: Site = "resid_post"
+    module: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.layer < 0:
@@ -55,19 +91,27 @@ class Hookpoint:
     def parse(cls, name: str | Hookpoint) -> Hookpoint:
         """Hookpoint from a sae-lens name or a Hugging Face module name.
 
-        Accepts ``blocks.12.hook_resid_post`` and the like, ``model.layers.12``,
-        ``transformer.h.12.output``, ``model.layers.12.input``. Raises HookpointError.
+        Accepts ``blocks.12.hook_resid_post`` and the like; blocks, as ``model.layers.12``,
+        ``transformer.h.12.output``, ``model.language_model.layers.12.input``; and sublayers,
+        as ``model.layers.12.self_attn``, ``model.layers.12.mlp.output``. Raises HookpointError,
+        also for a module that is different things in different families.
         """
         if isinstance(name, Hookpoint):
             return name
         if match := _SAE_LENS.fullmatch(name):
             return cls(int(match[1]), match[2])  # type: ignore[arg-type]
-        if match := _HUGGING_FACE.fullmatch(name):
-            return cls(int(match[1]), "resid_pre" if match[2] == "input" else "resid_post")
+        match = _HUGGING_FACE.fullmatch(name)
+        if match and match[2] is None:
+            return cls(int(match[1]), "resid_pre" if match[3] == "input" else "resid_post")
+        if match and match[2] in _MODULES and match[3] != "input":
+            return cls(int(match[1]), _MODULES[match[2]], match[2])
+        change = f"sites are {', '.join(SITES)}"
+        if match and match[2] == "post_attention_layernorm":
+            change = "that norm's output is attn_out in some families and the MLP's input in others: name the site"
         raise HookpointError(
             f"hookpoint {name!r}",
-            "a name like blocks.12.hook_resid_post, model.layers.12 or model.layers.12.input",
-            f"sites are {', '.join(SITES)}",
+            "a name like blocks.12.hook_resid_post, model.layers.12, model.layers.12.input or model.layers.12.mlp",
+            change,
         )
 
     def __str__(self) -> str:
@@ -104,23 +148,30 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     return found[0]
 
 
-def _sublayer(block: nn.Module, site: Site) -> nn.Module:
-    """The module of a block whose output is added to the residual stream at ``site``."""
-    index = 0 if site == "attn_out" else 1
-    for pair in _POST_NORMS:
-        if all(hasattr(block, name) for name in pair):
-            return getattr(block, pair[index])  # type: ignore[no-any-return]
-    names = _ATTENTION if site == "attn_out" else _MLP
-    for name in names:
-        module = getattr(block, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    children = ", ".join(name for name, _ in block.named_children())
-    raise HookpointError(
-        f"site {site} on a {type(block).__name__} with children {children}",
-        f"a child named {' or '.join(names)}",
-        "use resid_pre or resid_post, which every block has",
-    )
+def _sublayer(block: nn.Module, hookpoint: Hookpoint) -> nn.Module:
+    """The module of a block whose output is added to the residual stream at ``hookpoint.site``.
+
+    Raises HookpointError where there is none, or where it is not the module that the hookpoint names.
+    """
+    kind = type(block).__name__
+    names = _SUBLAYERS.get(kind)
+    reason = _NOT_ADDED.get(kind, "what it adds to the residual stream is not known")
+    if getattr(block, "do_layer_norm_before", True) is False:
+        names, reason = None, "a norm follows each sum, so no output is added to the residual stream"
+    if names is None:
+        raise HookpointError(
+            f"site {hookpoint.site} on a {kind}: {reason}",
+            "a block that adds the outputs of its attention and its MLP, each once",
+            "use resid_pre or resid_post, which every block has",
+        )
+    name = names[0 if hookpoint.site == "attn_out" else 1]
+    if hookpoint.module and hookpoint.module != name:
+        raise HookpointError(
+            f"module {hookpoint.module!r} of block {hookpoint.layer}",
+            f"{name!r}, whose output a {kind} adds to the residual stream",
+            f"for that write {hookpoint}",
+        )
+    return getattr(block, name)  # type: ignore[no-any-return]
 
 
 def resolve(model: nn.Module, hookpoint: Hookpoint) -> tuple[nn.Module, bool]:
@@ -137,4 +188,4 @@ def resolve(model: nn.Module, hookpoint: Hookpoint) -> tuple[nn.Module, bool]:
     block = blocks[hookpoint.layer]
     if hookpoint.site in ("resid_pre", "resid_post"):
         return block, hookpoint.site == "resid_pre"
-    return _sublayer(block, hookpoint.site), False
+    return _sublayer(block, hookpoint), False

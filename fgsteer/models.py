@@ -7,6 +7,7 @@ Nothing is wrapped: every fgsteer function takes the plain model and tokenizer.
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fgsteer.errors import DataError, FormatError, PairingError, PairingWarning
+from fgsteer.errors import DataError, FgsteerWarning, FormatError, HookpointError, PairingError, PairingWarning
 from fgsteer.hookpoints import Hookpoint, blocks_of, decoder_of, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT = "default"
+FINAL_NORMS = (
+    "norm",
+    "ln_f",
+    "final_layer_norm",
+    "final_layernorm",
+    "final_norm",
+    "norm_f",
+    "embedding_norm",  # LFM 2
+    "layer_norm",
+)
 
 
 def pretrained_dir() -> Path:
@@ -96,6 +107,19 @@ def input_device(model: nn.Module) -> torch.device:
     return placed[0] if placed else torch.device("cpu")
 
 
+def warn_of_dropout(model: nn.Module) -> None:
+    """Warn FgsteerWarning of a model in train mode whose dropout is not zero: its activations are random."""
+    if not model.training:
+        return
+    config = getattr(model, "config", None)
+    settings = config.get_text_config().to_dict() if config is not None else {}
+    active = re.compile(r"(?!classifier|summary).*(?:drop|jitter)")  # no rate of a head that language models lack
+    rates = [rate for name, rate in settings.items() if active.match(name) and isinstance(rate, float)]
+    if any(rates) or any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):
+        message = "the model is in train mode and drops activations at random; call model.eval() first"
+        warnings.warn(message, FgsteerWarning, stacklevel=4)
+
+
 def check_pairing(model: nn.Module, hookpoint: Hookpoint, width: int, made_for: str, what: str) -> None:
     """Refuse a vector, SAE or intervention that cannot belong to the model; warn by name of one that may not.
 
@@ -123,19 +147,20 @@ def logit_lens(model: nn.Module, directions: torch.Tensor) -> torch.Tensor:
     """Logits (n, vocabulary) that directions (n, d_model) add, read through final norm and head.
 
     ``U(norm(v) − norm(0))``: the norm's gain acts, its bias does not. Raises DataError
-    for a wrong width.
+    for a wrong width, HookpointError for a decoder whose final norm is not known.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     if directions.ndim != 2 or directions.shape[1] != d_model(model):
         raise DataError(f"directions of shape {tuple(directions.shape)}", f"(n, {d_model(model)})")
     decoder = decoder_of(model)
-    norms = [
-        module
-        for name, module in decoder.named_children()
-        if not isinstance(module, nn.ModuleList | nn.Embedding) and "norm" in name.lower().replace("ln_f", "norm")
-    ]
+    named = [name for name in FINAL_NORMS if hasattr(decoder, name)]
+    if not named:
+        raise HookpointError(f"decoder {type(decoder).__name__}", f"a final norm named {', '.join(FINAL_NORMS)}")
+    norm = getattr(decoder, named[0])  # None in OPT-350m
     weight: torch.Tensor = head.weight
     rows: torch.Tensor = directions.to(weight.device, weight.dtype)
-    if norms:
-        rows = norms[-1](rows) - norms[-1](torch.zeros_like(rows))
+    if norm is not None:
+        rows = norm(rows) - norm(torch.zeros_like(rows))
+    if isinstance(narrow := getattr(decoder, "project_out", None), nn.Module):  # OPT-350m
+        rows = narrow(rows)
     return (rows @ weight.T).float()

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fgsteer.activations import primary
+from fgsteer.activations import by_token, primary
 from fgsteer.data import Text, check_text
 from fgsteer.errors import DataError, SteeringError, UntouchedWarning
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve
 from fgsteer.interventions import Intervention, Scope, Update, apply, stack
-from fgsteer.models import check_pairing, input_device
+from fgsteer.models import check_pairing, input_device, warn_of_dropout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -264,8 +264,7 @@ class _Session:
         """Apply the groups in order to hidden states of any layout."""
         positions = self.positions
         shape = h.shape
-        if h.ndim == 2:  # some expert layers flatten batch and tokens
-            h = h.view(positions.batch, positions.length, shape[-1])
+        h = by_token(h, positions.batch, positions.length)
         repeats = 1 if self.rows == 1 else positions.batch // self.rows
         for group in groups:
             where = positions.where(group.scope, group.bos, h.device)
@@ -282,7 +281,7 @@ class _Session:
             else:
                 group.touched = True
                 h = apply(h, update)
-        return h.view(shape)
+        return h.reshape(shape)
 
     def _output_hook(self, groups: Sequence[Group]) -> Callable[..., Any]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
@@ -374,8 +373,10 @@ def steer(model: PreTrainedModel, steering: Steering, *, per_row: bool | None = 
     Nested blocks on one model compose, the inner one acting first. Unsteered rows and
     tokens keep their activations bit for bit. ``HookpointError`` and ``PairingError`` are
     raised before anything is hooked; ``SteeringError`` for a compiled model or another
-    number of rows than entries. Warns UntouchedWarning when an intervention touched no token.
+    number of rows than entries. Warns UntouchedWarning when an intervention touched no token,
+    FgsteerWarning of a model in train mode with dropout.
     """
+    warn_of_dropout(model)
     rows = _entries(steering, per_row)
     if any(_is_compiled(module) for module in model.modules()):
         raise SteeringError(

@@ -14,6 +14,7 @@ import fgsteer as fg
 from fgsteer.hookpoints import resolve
 from tests.conftest import make_sae
 from tests.reference import sparse as reference
+from tests.tiny import D_MODEL
 
 UP = ["the bride wore a ring", "the groom took the bride in the church", "wedding ring", "she said yes"]
 DOWN = ["the dog sat on bread", "a cat ran", "the king of the old sea ship was sad and the man is good"]
@@ -32,7 +33,7 @@ def naive_examples(model, tokenizer, texts, hookpoint, sae=None):
             kept["h"] = args[0] if args else kwargs["hidden_states"]
 
         def after(_, __, out, kept=kept):
-            kept["h"] = out[0] if isinstance(out, tuple) else out
+            kept["h"] = (out[0] if isinstance(out, tuple) else out).clone()  # a block may go on to change it
 
         handle = (
             module.register_forward_pre_hook(before, with_kwargs=True)
@@ -41,7 +42,7 @@ def naive_examples(model, tokenizer, texts, hookpoint, sae=None):
         )
         model(tokenizer(text, return_tensors="pt")["input_ids"])
         handle.remove()
-        h = kept["h"][0, 1:].detach()
+        h = kept["h"].reshape(-1, D_MODEL)[1:].detach()
         rows.append(h.mean(0).numpy() if sae is None else np.mean([sae.encode(t).numpy() for t in h], 0))
     return rows
 

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 import fgsteer as fg
+from fgsteer.hookpoints import resolve
 from fgsteer.interventions import SCOPES
 from tests.conftest import make_sae
 from tests.reference import apply as reference
@@ -57,12 +58,12 @@ def naive_greedy(model, ids, items, new=NEW):
         handles = []
         for item in items:
             where = reference.positions(item.scope, len(ids), prompt_length, 0, bos=item.bos)
-            module, is_input = fg.hookpoints_resolve(model, item.hookpoint)
+            module, is_input = resolve(model, item.hookpoint)
             assert not is_input
 
             def hook(_, __, out, item=item, where=where):
                 h = out[0] if isinstance(out, tuple) else out
-                changed = naive_change(h[0], item, where)[None].to(h.dtype)
+                changed = naive_change(h.reshape(-1, D_MODEL), item, where).view_as(h).to(h.dtype)
                 return (changed, *out[1:]) if isinstance(out, tuple) else changed
 
             handles.append(module.register_forward_hook(hook))
@@ -72,13 +73,6 @@ def naive_greedy(model, ids, items, new=NEW):
             handle.remove()
         ids.append(int(logits.argmax()))
     return ids[prompt_length:]
-
-
-@pytest.fixture(autouse=True)
-def _resolve(monkeypatch):
-    from fgsteer.hookpoints import resolve
-
-    monkeypatch.setattr(fg, "hookpoints_resolve", resolve, raising=False)
 
 
 def count_hooks(model):

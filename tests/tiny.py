@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
@@ -110,14 +111,135 @@ FAMILIES = {
 }
 
 
+_GQA = {"num_key_value_heads": 2, "head_dim": 8}
+_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_GEMMA3 = {
+    **_GQA,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_OLD = {"n_embd": D_MODEL, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64}
+
+
+def _config(model_type, **extra):
+    """A config of the tiny shape; an extra of None takes an entry of the shape away."""
+    settings = {key: value for key, value in {**_SHAPE, **extra}.items() if value is not None}
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def _falcon(**extra):
+    return _config("falcon", intermediate_size=None, ffn_hidden_size=48, **extra)
+
+
+def _gemma3_wrapper():
+    return AutoConfig.for_model(
+        "gemma3",
+        text_config={**_SHAPE, **_GEMMA3},
+        vision_config=_VISION,
+        mm_tokens_per_image=4,
+        image_token_index=VOCAB - 1,
+        boi_token_index=VOCAB - 2,
+        eoi_token_index=VOCAB - 3,
+        pad_token_id=1,
+        bos_token_id=0,
+    )
+
+
+# families that run a smaller matrix of the steering tests than FAMILIES
+MORE_FAMILIES = {
+    "mistral": lambda: _config("mistral", **_GQA),
+    "qwen3": lambda: _config("qwen3", **_GQA),
+    "gemma3": lambda: _config("gemma3_text", **_GEMMA3),
+    "gemma3 with vision": _gemma3_wrapper,
+    "phi": lambda: _config("phi"),
+    "phi3": lambda: _config("phi3", num_key_value_heads=2),
+    "mixtral": lambda: _config("mixtral", **_GQA, **_EXPERTS),
+    "falcon": _falcon,
+    "falcon, new decoder": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2),
+    "falcon, alibi": lambda: _falcon(parallel_attn=False, alibi=True, multi_query=False),
+    "opt": lambda: _config("opt", ffn_dim=48, word_embed_proj_dim=D_MODEL),
+    "opt, post-norm": lambda: _config("opt", ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
+    "olmo2": lambda: _config("olmo2", num_key_value_heads=2),
+    "cohere": lambda: _config("cohere", num_key_value_heads=2, logit_scale=1.0),
+    "qwen3_moe": lambda: _config("qwen3_moe", **_GQA, **_EXPERTS),
+    "gpt_oss": lambda: _config("gpt_oss", **_GQA, **_EXPERTS, sliding_window=8),
+    "granite": lambda: _config("granite", num_key_value_heads=2, residual_multiplier=0.5),
+    "bloom": lambda: _config("bloom"),
+    "gemma4": lambda: _config(
+        "gemma4_text",
+        **_GEMMA3 | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+        global_head_dim=8,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+    ),
+}
+# families whose blocks are checked to add up, no more
+OTHER_FAMILIES = {
+    "codegen": lambda: _config("codegen", **_OLD, rotary_dim=8),
+    "cohere2": lambda: _config("cohere2", num_key_value_heads=2),
+    "deepseek_v2": lambda: _config("deepseek_v2", **_LATENT),
+    "deepseek_v3": lambda: _config("deepseek_v3", **_LATENT),
+    "exaone4": lambda: _config("exaone4", num_key_value_heads=2),
+    "gemma": lambda: _config("gemma", **_GQA),
+    "glm": lambda: _config("glm", **_GQA),
+    "glm4": lambda: _config("glm4", **_GQA),
+    "gpt_bigcode": lambda: _config("gpt_bigcode"),
+    "gpt_neo": lambda: _config(
+        "gpt_neo",
+        num_hidden_layers=None,
+        num_attention_heads=None,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        attention_types=[[["global", "local"], 1], [["global"], 1]],
+    ),
+    "gptj": lambda: _config("gptj", **_OLD, rotary_dim=8),
+    "nemotron": lambda: _config("nemotron", num_key_value_heads=2),
+    "olmo": lambda: _config("olmo", num_key_value_heads=2),
+    "olmo3": lambda: _config("olmo3", num_key_value_heads=2),
+    "olmoe": lambda: _config("olmoe", num_key_value_heads=2, **_EXPERTS),
+    "phimoe": lambda: _config("phimoe", num_key_value_heads=2, **_EXPERTS),
+    "qwen2_moe": lambda: _config("qwen2_moe", num_key_value_heads=2, shared_expert_intermediate_size=16, **_EXPERTS),
+    "smollm3": lambda: _config("smollm3", num_key_value_heads=2),
+    "stablelm": lambda: _config("stablelm", num_key_value_heads=2),
+    "starcoder2": lambda: _config("starcoder2", num_key_value_heads=2),
+}
+_ALL = {**FAMILIES, **MORE_FAMILIES, **OTHER_FAMILIES}
+
+
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32):
     """A random model of a family whose logits are spread enough for greedy decoding to vary."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(_ALL[family](), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.mul_(4.0 if "embed" in name or "wte" in name else 3.0)
+            else:  # no gain is one and no bias zero
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.generation_config.eos_token_id = None  # every row runs to its length
     return model.to(dtype).eval()
 
