@@ -198,6 +198,87 @@ def density(
     )
 
 
+@app.command()
+def effects(
+    out: OutOption,
+    model: ModelOption = "default",
+    sae: SaeOption = "default",
+    sae_id: SaeIdOption = None,
+    vectors: Annotated[int | None, typer.Option(help="Decoder rows to measure, drawn by seed; default: all.")] = None,
+    rows_of: Annotated[str | None, typer.Option("--rows-of", help="Another SAE whose decoder rows to measure.")] = None,
+    rows_of_id: Annotated[str | None, typer.Option("--rows-of-id", help="Its id within a sae-lens release.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; default: shipped neutral ones.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="Texts that set the strength; default: shipped neutral.")] = None,
+    n_texts: Annotated[int, typer.Option(help="How many of the texts to use.")] = 8,
+    rollouts: Annotated[int, typer.Option(help="Continuations of each prompt per vector; even.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each continuation.")] = 32,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Of sampling.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Of sampling; 0.3 in SAE-TS.")] = 0.3,
+    ce_rise: Annotated[float, typer.Option(help="Nats a token that each vector may cost the texts.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seed of vectors and sampling.")] = 0,
+    rows: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 512,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of measured parts, to go on from; default: OUT.parts.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how vectors move features of generated text, fit the linear effect approximator, write it.
+
+    A killed run goes on where it stopped, to the same result: say the same command again.
+    """
+    import fgsteer as fg
+    from fgsteer.data import read_documents
+    from fgsteer.measuring import decoder_directions
+    from fgsteer.rollouts import Sampling
+
+    language_model, tokenizer = _load_model(model, device, dtype)
+    autoencoder = _load_sae(sae, sae_id)
+    source = _load_sae(rows_of, rows_of_id) if rows_of is not None else autoencoder
+    directions = decoder_directions(source, vectors, seed)
+    neutral, starts = fg.load_neutral()
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    with _progress("measuring effects", len(directions), as_json) as progress:
+        measured = fg.EffectApproximator.measure(
+            language_model,
+            tokenizer,
+            autoencoder,
+            vectors=directions,
+            prompts=list(read_documents(prompts)) if prompts else starts,
+            texts=(list(read_documents(texts)) if texts else neutral)[:n_texts],
+            rollouts=rollouts,
+            sampling=sampling,
+            target_ce_rise=ce_rise,
+            rows=rows,
+            work=work or out.with_name(out.name + ".parts"),
+            progress=progress,
+        )
+    measured.save(out)
+    _show({"out": str(out), **measured.about}, as_json, _print_effects)
+
+
+def _print_effects(told: dict[str, Any]) -> None:
+    typer.echo(
+        f"{told['out']}: {told['vectors']} vectors, {told['skipped']} left out; "
+        f"λ = {told['ridge_in_mean_eigenvalues']:.3g} mean eigenvalues"
+    )
+    typer.echo(f"on {told['held_out_vectors']} vectors held out, R² about the mean effect")
+    rows = (
+        ("fit", told["r2"]),
+        ("bias only", 0.0),
+        ("fit to shuffled effects", told["shuffled"]),
+        ("ceiling set by sampling noise", told["ceiling"]),
+    )
+    for name, value in rows:
+        typer.echo(f"  {name:<30} {value:6.3f}")
+    typer.echo(
+        f"share of all squared effect: fit {told['explained']:.3f}, bias only {told['explained_by_bias']:.3f}; "
+        f"mean cosine of M's columns to decoder rows {told['cosine_to_decoder']:.3f}"
+    )
+
+
 def _settings(pairs: list[str]) -> dict[str, Any]:
     """key=value options as Python values (JSON where it parses). Raises DataError."""
     settings = {}

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -150,6 +151,7 @@ def fgaa(
     max_density: float | None = None,
     bos_share: float | None = 0.99,
     bias_weight: float = 1.0,
+    mu: float = math.inf,
     normalize: bool = True,
 ) -> SteeringVector:
     """Feature guided activation additions (arXiv 2501.09929).
@@ -157,7 +159,8 @@ def fgaa(
     ``t``: mean feature difference, zeroed where a feature's token-level density exceeds
     ``max_density`` or where it peaks on position 0 in ``bos_share`` of its documents, then
     the ``n_positive`` largest and ``n_negative`` most negative entries. Through effects,
-    ``v = M t/‖M t‖ − λ_b M b/‖M b‖`` with λ_b = ``bias_weight``; without, ``v = Σ tⱼ W_dec[j]``,
+    ``v = M t/‖M t‖ − λ_b M b/‖M b‖`` with λ_b = ``bias_weight`` (a finite ``mu``
+    weighs off-target effects: ``EffectApproximator.project``); without, ``v = Σ tⱼ W_dec[j]``,
     labelled ``projection: decoder`` in the provenance. ``normalize`` scales v to norm 1
     (False leaves it, as in the paper).
 
@@ -183,12 +186,13 @@ def fgaa(
         max_density=max_density,
         bos_share=bos_share,
     )
-    direction, projection = project(weights, sae, effects, bias_weight)
+    direction, projection = project(weights, sae, effects, bias_weight, mu)
     if normalize:
         direction = direction / direction.norm()
     hyper |= {
         "projection": projection,
         "bias_weight": bias_weight if effects is not None else None,
+        "mu": None if mu == math.inf else mu,
         "normalize": normalize,
     }
     return _vector("fgaa", direction, weights, sae, hyper, stats)
@@ -208,16 +212,23 @@ def from_features(sae: SAE, features: FeatureIds, *, normalize: bool = True) -> 
 
 
 def sae_ts(
-    sae: SAE, features: FeatureIds, effects: EffectApproximator, *, bias_weight: float = 1.0, normalize: bool = True
+    sae: SAE,
+    features: FeatureIds,
+    effects: EffectApproximator,
+    *,
+    bias_weight: float = 1.0,
+    mu: float = math.inf,
+    normalize: bool = True,
 ) -> SteeringVector:
     """SAE-targeted steering: ``v = M t/‖M t‖ − λ_b M b/‖M b‖``, scaled to norm 1 (arXiv 2411.02193).
 
     ``features`` give t as in ``from_features``. Raises SelectionError for unknown ids,
-    PairingError for effects of another SAE.
+    PairingError for effects of another SAE. ``mu`` as in ``EffectApproximator.project``.
     """
     weights = feature_weights(features, sae)
-    direction, projection = project(weights, sae, effects, bias_weight)
+    direction, projection = project(weights, sae, effects, bias_weight, mu)
     if normalize:
         direction = direction / direction.norm()
-    hyper = {"bias_weight": bias_weight, "normalize": normalize, "projection": projection}
+    off_target = None if mu == math.inf else mu
+    hyper = {"bias_weight": bias_weight, "mu": off_target, "normalize": normalize, "projection": projection}
     return _vector("sae_ts", direction, weights, sae, hyper)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -31,11 +32,15 @@ def decode_weights(weights: Float[Tensor, " d_sae"], sae: SAE) -> Float[Tensor, 
 
 
 def project(
-    weights: Float[Tensor, " d_sae"], sae: SAE, effects: EffectApproximator | None, bias_weight: float
+    weights: Float[Tensor, " d_sae"],
+    sae: SAE,
+    effects: EffectApproximator | None,
+    bias_weight: float,
+    mu: float = math.inf,
 ) -> tuple[Float[Tensor, " d_model"], Projection]:
     """The direction of feature weights, and which of the two projections made it."""
     if effects is None:
         return decode_weights(weights, sae), "decoder"
     if not bool(weights.any()):
         raise SelectionError("no feature with a weight", "at least one", "loosen the filters or add data")
-    return effects.check(sae).project(weights.float(), bias_weight=bias_weight).double(), "effects"
+    return effects.check(sae).project(weights.float(), bias_weight=bias_weight, mu=mu).double(), "effects"
