@@ -20,7 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import fgsteer as fg
 from fgsteer.files import whole, write_json
+from fgsteer.rollouts import Sampling
 
 HERE = Path(__file__).resolve().parent
 
@@ -57,6 +58,11 @@ class Recipe:
     sae_tokens: int = 2_500_000
     sae_batch: int = 4096  # tokens in an optimizer step
     sae_lr: float = 8e-4
+    effects_vectors: int = 4096  # decoder rows measured
+    effects_texts: int = 8  # neutral texts that set each row's strength
+    effects_rollouts: int = 2  # of each neutral prompt
+    effects_tokens: int = 24
+    effects_top_p: float = 1.0
 
 
 # ---------------------------------------------------------------- tokens and language model
@@ -348,6 +354,25 @@ def stage_density(work: Path) -> None:
     fg.FeatureDensity(**{**vars(density), "max_density": chosen_theta}).save(work / "density.safetensors")
 
 
+def stage_effects(work: Path, recipe: Recipe) -> None:
+    """Measure and fit the effect approximator in bfloat16, a part at a time; stored in float16."""
+    model, tokenizer = load_lm(work)
+    texts, prompts = fg.load_neutral()
+    measured = fg.EffectApproximator.measure(
+        model.to(torch.bfloat16),  # type: ignore[arg-type]
+        tokenizer,  # type: ignore[arg-type]
+        fg.load_sae(work / "sae"),
+        vectors=recipe.effects_vectors,
+        prompts=prompts,
+        texts=texts[: recipe.effects_texts],
+        rollouts=recipe.effects_rollouts,
+        sampling=Sampling(max_new_tokens=recipe.effects_tokens, top_p=recipe.effects_top_p, seed=recipe.seed),
+        work=work / "effects.parts",
+        progress=lambda done: print(f"effects of {done} vectors", flush=True),
+    )
+    replace(measured, M=measured.M.half(), b=measured.b.half()).save(work / "effects.safetensors")
+
+
 def single_feature_auc(work: Path) -> dict[str, dict[str, float]]:
     """Per concept, the best single feature (max over tokens, chosen on train) and its held-out AUC."""
     model, tokenizer = load_lm(work)
@@ -394,6 +419,7 @@ def stage_figures(work: Path, recipe: Recipe) -> None:
         "held_out_bytes": sizes,
         "sae": sae_figures(work, texts),
         "concepts": single_feature_auc(work),
+        "effects": fg.EffectApproximator.load(work / "effects.safetensors").about,
         "samples": [[prompt, text] for prompt, text in zip(prompts, samples, strict=False)],
     }
     write_json(work / "figures.json", figures)
@@ -407,7 +433,7 @@ def stage_pack(work: Path, recipe: Recipe, target: Path) -> None:
     shutil.copytree(work / "tokenizer", part / "model", dirs_exist_ok=True)
     shutil.copytree(work / "sae", part / "sae")
     shutil.copy(work / "density.safetensors", part / "sae" / "density.safetensors")
-    for name in ("figures.json", "density.json"):
+    for name in ("effects.safetensors", "figures.json", "density.json"):
         shutil.copy(work / name, part / name)
     files = {
         str(path.relative_to(part)): {
@@ -446,6 +472,7 @@ def main() -> None:
         (work / "lm", lambda: stage_lm(work, recipe)),
         (work / "sae", lambda: stage_sae(work, recipe)),
         (work / "density.safetensors", lambda: stage_density(work)),
+        (work / "effects.safetensors", lambda: stage_effects(work, recipe)),
         (work / "figures.json", lambda: stage_figures(work, recipe)),
         (arguments.target / "index.json", lambda: stage_pack(work, recipe, arguments.target)),
     ]

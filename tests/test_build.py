@@ -25,6 +25,8 @@ RECIPE = {
     "sae_tokens": 8192,
     "sae_batch": 1024,
     "sae_width": 256,
+    "effects_vectors": 40,
+    "effects_tokens": 2,
 }
 
 
@@ -54,5 +56,6 @@ def test_a_miniature_is_rebuilt_and_loads(tmp_path):
     sae = fg.load_sae(out / "sae")
     assert (sae.d_model, sae.d_sae) == (64, 256)
     assert sae.density is not None
+    assert fg.EffectApproximator.load(out / "effects.safetensors").check(sae).about["vectors"] == 40
     model, tokenizer = fg.load_model(out / "model")
     assert fg.generate(model, tokenizer, ["The"], max_new_tokens=2)

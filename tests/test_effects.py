@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -220,6 +224,34 @@ def test_killed_at_any_write_it_ends_the_same(llama, tokenizer, texts, tmp_path,
         fg.EffectApproximator.measure(
             llama, tokenizer, sae, prompts=PROMPTS, texts=texts, rollouts=2, rows=9, work=tmp_path / "parts"
         )
+
+
+@pytest.mark.slow
+def test_the_command_killed_ten_times_ends_with_the_same_file(tmp_path):
+    """On the embedded default: kill -9 at random moments, ten times, then let it end."""
+    options = "--vectors 160 --rollouts 2 --max-new-tokens 4 --n-texts 2 --rows 128 --device cpu --json".split()
+    lottery = random.Random(0)
+
+    def start(out):
+        command = [sys.executable, "-c", "from fgsteer.cli import main; main()", "effects", "-o", str(out), *options]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def parts():
+        return len(list((tmp_path / "broken.safetensors.parts").glob("part-*.safetensors")))
+
+    assert start(tmp_path / "whole.safetensors").wait() == 0
+    for _ in range(10):
+        seen, run = parts(), start(tmp_path / "broken.safetensors")
+        while parts() == seen and run.poll() is None:  # into its first new part, or beyond
+            time.sleep(0.01)
+        time.sleep(lottery.random() * 0.3)
+        assert run.poll() is None
+        run.kill()
+        run.wait()
+    assert parts() < 20
+    run = start(tmp_path / "broken.safetensors")
+    assert json.loads(run.communicate()[0])["vectors"] == 160
+    assert (tmp_path / "broken.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
 def test_measure_reports_and_serves_the_methods(llama, tokenizer, texts):
