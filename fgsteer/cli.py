@@ -401,6 +401,38 @@ def info(
     _show(told, as_json, lambda v: typer.echo(json.dumps(v, indent=2, ensure_ascii=False)))
 
 
+@app.command()
+def saes(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Only SAEs of this model, by any spelling.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option("--layer", help="Only SAEs of this 0-based layer.")] = None,
+    search: Annotated[str, typer.Option("--search", help="Words that release, id or hookpoint must have.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """List the pretrained SAEs of sae-lens's registry, for --sae RELEASE --sae-id ID."""
+    from fgsteer.registry import registry
+
+    _show([row.as_dict() for row in registry(model, layer, search)], as_json, _print_saes)
+
+
+def _print_saes(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        typer.echo("none in the registry of the installed sae-lens; --search takes words of its releases")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("release", "id", "hookpoint", "width", "L0", "neuronpedia"):
+        table.add_column(heading, justify="right" if heading in ("width", "L0") else "left", overflow="fold")
+    for row in rows:
+        l0 = "" if row["l0"] is None else f"{row['l0']:g}"
+        told = (row["release"], row["sae_id"], row["hookpoint"], row["width"], l0, row["neuronpedia"])
+        table.add_row(*map(Text, told))
+    _console().print(table)
+
+
 def main() -> None:
     """Run the command line; fgsteer's own errors end with one line and exit status 2."""
 

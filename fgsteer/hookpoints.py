@@ -16,13 +16,17 @@ from torch import nn
 
 from fgsteer.errors import HookpointError
 
-Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
-SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in"]
+SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in")
 
-_SAE_LENS = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
+# TransformerLens's names; its hook_mlp_in is another place, before the norm
+_HOOKS: dict[str, Site] = {f"hook_{site}": site for site in SITES[:4]} | {"attn.hook_z": "z", "mlp.hook_in": "mlp_in"}
+_NAMES = {site: name for name, site in _HOOKS.items()}
+_SAE_LENS = re.compile(rf"blocks\.(\d+)\.({'|'.join(map(re.escape, _HOOKS))})")
 _HUGGING_FACE = re.compile(r"(?:\w+\.)*(?:layers|h)\.(\d+)(?:\.(input|output))?")
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _MLP = ("mlp", "feed_forward", "block_sparse_moe")
+_OUTPUT_PROJECTION = ("o_proj", "c_proj", "dense", "out_proj", "wo")
 # Blocks with a norm between a sublayer and the residual stream: what is added
 # to the stream is the norm's output, so that is attn_out and mlp_out there.
 _POST_NORMS = (
@@ -33,11 +37,13 @@ _POST_NORMS = (
 
 @dataclass(frozen=True, order=True)
 class Hookpoint:
-    """A 0-based block and a site in it: resid_pre, resid_post, attn_out or mlp_out.
+    """A 0-based block and a site in it: resid_pre, resid_post, attn_out, mlp_out, z or mlp_in.
 
     ``resid_post`` of block ℓ is the block's output (Hugging Face ``hidden_states[ℓ+1]``
     before any final norm); ``attn_out`` and ``mlp_out`` are what the sublayer adds to
-    the residual stream, after a post-norm where the architecture has one.
+    the residual stream, after a post-norm where the architecture has one. ``z`` is the
+    input of attention's output projection, the heads' outputs side by side (n_heads·d_head
+    wide); ``mlp_in`` is the input of the MLP, after its norm and the norm's gain.
 
     Raises HookpointError for a negative layer or an unknown site.
     """
@@ -61,7 +67,7 @@ class Hookpoint:
         if isinstance(name, Hookpoint):
             return name
         if match := _SAE_LENS.fullmatch(name):
-            return cls(int(match[1]), match[2])  # type: ignore[arg-type]
+            return cls(int(match[1]), _HOOKS[match[2]])
         if match := _HUGGING_FACE.fullmatch(name):
             return cls(int(match[1]), "resid_pre" if match[2] == "input" else "resid_post")
         raise HookpointError(
@@ -71,7 +77,7 @@ class Hookpoint:
         )
 
     def __str__(self) -> str:
-        return f"blocks.{self.layer}.hook_{self.site}"
+        return f"blocks.{self.layer}.{_NAMES[self.site]}"
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -110,7 +116,11 @@ def _sublayer(block: nn.Module, site: Site) -> nn.Module:
     for pair in _POST_NORMS:
         if all(hasattr(block, name) for name in pair):
             return getattr(block, pair[index])  # type: ignore[no-any-return]
-    names = _ATTENTION if site == "attn_out" else _MLP
+    return _child(block, _ATTENTION if site == "attn_out" else _MLP, site)
+
+
+def _child(block: nn.Module, names: tuple[str, ...], site: Site) -> nn.Module:
+    """The first child of one of these names. Raises HookpointError."""
     for name in names:
         module = getattr(block, name, None)
         if isinstance(module, nn.Module):
@@ -137,4 +147,8 @@ def resolve(model: nn.Module, hookpoint: Hookpoint) -> tuple[nn.Module, bool]:
     block = blocks[hookpoint.layer]
     if hookpoint.site in ("resid_pre", "resid_post"):
         return block, hookpoint.site == "resid_pre"
+    if hookpoint.site == "z":
+        return _child(_child(block, _ATTENTION, "z"), _OUTPUT_PROJECTION, "z"), True
+    if hookpoint.site == "mlp_in":
+        return _child(block, _MLP, "mlp_in"), True
     return _sublayer(block, hookpoint.site), False
