@@ -403,9 +403,7 @@ def info(
 
 @app.command()
 def saes(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Only SAEs of this model, by any spelling.")
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Only SAEs of this model.")] = None,
     layer: Annotated[int | None, typer.Option("--layer", help="Only SAEs of this 0-based layer.")] = None,
     search: Annotated[str, typer.Option("--search", help="Words that release, id or hookpoint must have.")] = "",
     as_json: JsonOption = False,
@@ -417,20 +415,20 @@ def saes(
 
 
 def _print_saes(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
+    """A block per release, a line per SAE, never folded: ids are there to be copied."""
+    from itertools import groupby
 
     if not rows:
         typer.echo("none in the registry of the installed sae-lens; --search takes words of its releases")
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("release", "id", "hookpoint", "width", "L0", "neuronpedia"):
-        table.add_column(heading, justify="right" if heading in ("width", "L0") else "left", overflow="fold")
-    for row in rows:
-        l0 = "" if row["l0"] is None else f"{row['l0']:g}"
-        told = (row["release"], row["sae_id"], row["hookpoint"], row["width"], l0, row["neuronpedia"])
-        table.add_row(*map(Text, told))
-    _console().print(table)
+    for (release, model), members in groupby(rows, key=lambda row: (row["release"], row["model"])):
+        lines = [
+            (r["sae_id"], r["hookpoint"], r["width"], "" if r["l0"] is None else f"L0 {r['l0']:g}", r["neuronpedia"])
+            for r in members
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        typer.echo(f"{release}  ({model})")
+        for line in lines:
+            typer.echo("  " + "  ".join(map(str.ljust, line, widths)).rstrip())
 
 
 def main() -> None:
