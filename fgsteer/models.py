@@ -140,9 +140,9 @@ def residual_direction(model: nn.Module, hookpoint: Hookpoint, directions: torch
             "one whose effect on the residual stream is linear",
             "steer with it at its own hookpoint, or read an SAE on resid_post, attn_out or mlp_out",
         )
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    W_O = weight.T if isinstance(module, nn.Linear) else weight
-    return directions.to(weight.device, weight.dtype) @ W_O
+    embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    rows = directions.to(next(module.parameters()).device, embedding.dtype)
+    return module(rows) - module(torch.zeros_like(rows))  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

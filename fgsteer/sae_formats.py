@@ -20,7 +20,7 @@ from fgsteer.errors import FormatError, HookpointError, PairingError
 from fgsteer.files import tensor_sha256, text_sha256
 from fgsteer.hookpoints import Hookpoint, Site
 from fgsteer.registry import RegistryRow
-from fgsteer.sae import SAE
+from fgsteer.sae import SAE, InputNorm
 
 ARCHITECTURES = {
     "standard": "relu",
@@ -37,6 +37,10 @@ _TRAINING = (
     "is a training checkpoint, whose k holds over a batch",
     "the jumprelu that sae-lens's save_inference_model writes",
 )
+_IN_NORM = (
+    "reads inside the MLP's norm, before its gain, which only the model's weights hold",
+    "a transcoder that reads mlp.hook_in (Gemma Scope 2, mwhanna-qwen3), or an SAE on mlp_out",
+)
 _CROSS_LAYER = (
     "is a cross-layer transcoder, whose features write at many layers at once",
     "a transcoder of one layer, or an SAE on mlp_out",
@@ -49,20 +53,19 @@ REFUSED = {  # architecture, or conversion of sae-lens's registry: (why, what to
     "matryoshka_batchtopk": _TRAINING,
     "mntss_clt_layer_transcoder": _CROSS_LAYER,
     "clt": _CROSS_LAYER,
+    "gemma_2_transcoder": _IN_NORM,
     "connor_rob_hook_z": (
         "was trained on z without the value biases, which TransformerLens folds away and the model adds",
         "gpt2-small-attn-out-v5-32k, or another SAE on attn_out",
     ),
 }
 _UNREACHABLE = {  # hook names of TransformerLens that are no input or output of a module: (why, instead)
-    "hook_resid_mid": ("lies between attention and MLP, where no module ends", "an SAE on resid_pre or resid_post"),
-    "hook_mlp_in": ("lies before the MLP's norm, where no module ends", "an SAE on resid_pre, or one on mlp.hook_in"),
-    "ln2.hook_normalized": (
-        "lies inside the MLP's norm, before its gain",
-        "a transcoder that reads mlp.hook_in (Gemma Scope 2, mwhanna-qwen3), or an SAE on mlp_out",
-    ),
-    "hook_embed": ("is the token embedding", "an SAE on resid_pre of layer 0"),
+    "hook_resid_mid": ("reads between attention and MLP, where no module ends", "an SAE on resid_pre or resid_post"),
+    "hook_mlp_in": ("reads before the MLP's norm, where no module ends", "an SAE on resid_pre, or one on mlp.hook_in"),
+    "ln2.hook_normalized": _IN_NORM,
+    "hook_embed": ("reads the token embedding", "an SAE on resid_pre of layer 0"),
 }
+_KWARGS, _OUT = "model_from_pretrained_kwargs", ("hf_hook_name_out", "hook_name_out")
 _HF_HOOKS: tuple[tuple[str, Site], ...] = (  # Gemma Scope 2's names of places
     (r"layers\.(\d+)\.self_attn\.o_proj\.input", "z"),
     (r"layers\.(\d+)\.pre_feedforward_layernorm\.output", "mlp_in"),
@@ -78,6 +81,13 @@ def refuse(kind: str, what: str) -> None:
     if kind in REFUSED:
         why, instead = REFUSED[kind]
         raise PairingError(f"{what} {why}", instead)
+
+
+def refuse_place(hook_name: str) -> None:
+    """Nothing for most hook names. Raises HookpointError with the reason for one that no module reads or writes."""
+    why, instead = _UNREACHABLE.get(hook_name.split(".", 2)[-1], ("", ""))
+    if why:
+        raise HookpointError(f"an SAE at {hook_name}, which {why}", instead)
 
 
 def canonical(
@@ -97,20 +107,8 @@ def canonical(
     ``W_dec /= n`` with n the decoder row norms; training on mean-centred residuals, ``W_enc −= mean(W_enc, 0)``.
     Raises PairingError for architectures and normalisations without an exact form.
     """
-    architecture = str(config.get("architecture", "standard"))
-    what = f"a sae-lens SAE of architecture {architecture!r}"
-    refuse(architecture, what)
-    if architecture not in ARCHITECTURES:
-        raise PairingError(what, f"one of {', '.join(ARCHITECTURES)}")
+    architecture, norm, factor = _kind(config, norm_scaling_factor)
     transcoder = "transcoder" in architecture
-    norm = config.get("normalize_activations") or "none"
-    factor = norm_scaling_factor if norm == "expected_average_only_in" else None
-    if (norm not in INPUT_NORMS and factor is None) or (transcoder and norm != "none"):
-        raise PairingError(
-            f"normalize_activations = {norm!r}{' of a transcoder' if transcoder else ''}",
-            f"one of {', '.join(INPUT_NORMS)}, or expected_average_only_in with its factor",
-            "pass norm_scaling_factor=, or fold it with fold_activation_norm_scaling_factor of sae-lens",
-        )
     tensors = _tensors(architecture, state)
     W_enc, W_dec, b_dec = tensors["W_enc"], tensors["W_dec"], tensors["b_dec"]
     b_enc = tensors["b_mag" if architecture == "gated" else "b_enc"]
@@ -118,11 +116,8 @@ def canonical(
         W_enc, W_dec, b_dec = W_enc * factor, W_dec / factor, b_dec / factor
     subtracted = config.get("apply_b_dec_to_input", True) and not transcoder
     shift = b_dec @ W_enc if subtracted else torch.zeros_like(b_enc)
-    kwargs = metadata.get("model_from_pretrained_kwargs") or config.get("model_from_pretrained_kwargs") or {}
-    read = _place((metadata, config), ("hf_hook_name", "hook_name"), hookpoint if not transcoder else None)
-    if read.site == "z" and kwargs.get("fold_value_biases"):
-        refuse("connor_rob_hook_z", "an SAE")
-    if kwargs.get("center_writing_weights") and read.site not in ("z", "mlp_in"):
+    read = _place((metadata, config), ("hf_hook_name", "hook_name"), None if transcoder else hookpoint)
+    if _centred(metadata.get(_KWARGS) or config.get(_KWARGS) or {}, read):
         W_enc = W_enc - W_enc.mean(0)  # trained on h − mean(h): (h − h̄) W = h (W − W̄)
     gate_bias = gate_scale = None
     if architecture == "gated":
@@ -134,19 +129,18 @@ def canonical(
     if architecture == "topk" and config.get("rescale_acts_by_decoder_norm"):
         norms = W_dec.norm(dim=-1)
         W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms.clamp(min=1e-12)[:, None]
-    out = ("hf_hook_name_out", "hook_name_out")
     return SAE(
         W_enc=W_enc.contiguous(),
         W_dec=W_dec.contiguous(),
         b_enc=b_enc,
         b_dec=b_dec,
-        hookpoint=_place((metadata, config), out, hookpoint) if transcoder else read,
+        hookpoint=_place((metadata, config), _OUT, hookpoint) if transcoder else read,
         activation=ARCHITECTURES[architecture],  # type: ignore[arg-type]
         threshold=tensors.get("threshold") if "jumprelu" in architecture else None,
         k=config.get("k") if architecture == "topk" else None,
         gate_bias=gate_bias,
         gate_scale=gate_scale,
-        input_norm="none" if factor is not None else norm,  # type: ignore[arg-type]
+        input_norm=norm,
         model_name=str(metadata.get("model_name") or config.get("model_name") or ""),
         source=source,
         fingerprint=_fingerprint(config, state, factor),
@@ -154,6 +148,38 @@ def canonical(
         reads=read if transcoder else None,
         W_skip=tensors["W_skip"].T.contiguous() if "skip" in architecture else None,
     )
+
+
+def _kind(config: Mapping[str, Any], factor: float | None) -> tuple[str, InputNorm, float | None]:
+    """(architecture, input normalisation, factor to fold). Raises PairingError with the reason for another kind."""
+    architecture = str(config.get("architecture", "standard"))
+    what = f"a sae-lens SAE of architecture {architecture!r}"
+    refuse(architecture, what)
+    if architecture not in ARCHITECTURES:
+        raise PairingError(what, f"one of {', '.join(ARCHITECTURES)}")
+    norm = config.get("normalize_activations") or "none"
+    transcoder = "transcoder" in architecture
+    if norm == "none" or (norm in INPUT_NORMS and not transcoder):
+        return architecture, norm, None
+    if norm == "expected_average_only_in" and factor is not None and not transcoder:
+        return architecture, "none", factor
+    raise PairingError(
+        f"normalize_activations = {norm!r}{' of a transcoder' if transcoder else ''}",
+        "none" if transcoder else f"one of {', '.join(INPUT_NORMS)}, or expected_average_only_in with its factor",
+        "pass norm_scaling_factor=, or fold it with fold_activation_norm_scaling_factor of sae-lens",
+    )
+
+
+def _centred(kwargs: Mapping[str, Any], read: Hookpoint) -> bool:
+    """Whether TransformerLens, loaded so, gives mean-centred values at a hookpoint.
+
+    Raises PairingError where it gives values that the model alone does not have.
+    """
+    if read.site == "z" and kwargs.get("fold_value_biases"):
+        refuse("connor_rob_hook_z", "this SAE")
+    if read.site == "mlp_in" and kwargs.get("fold_ln"):
+        refuse("gemma_2_transcoder", "this transcoder")
+    return bool(kwargs.get("center_writing_weights")) and read.site not in ("z", "mlp_in")
 
 
 def _tensors(architecture: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -194,12 +220,10 @@ def _place(configs: tuple[Mapping[str, Any], ...], keys: tuple[str, ...], given:
             if given is not None and given != found:
                 raise PairingError(f"hookpoint={given}", f"{found}, where this SAE was trained", "leave it out")
             return found
+    for name in names:
+        refuse_place(name)
     if given is not None:
         return given
-    for name in names:
-        why, instead = _UNREACHABLE.get(name.split(".", 2)[-1], ("", ""))
-        if why:
-            raise HookpointError(f"an SAE at {name}, which {why}", instead)
     raise HookpointError(
         f"SAE hook names {names}",
         "a residual, attn_out, mlp_out, z or mlp_in hook",
@@ -244,9 +268,7 @@ def sparsify(
         raise PairingError(
             f"a sparsify SAE with {', '.join(unlike) or f'activation {activation!r}'}",
             "topk of the ReLU, from this activation alone",
-            "groupmax competes within groups of features, which no canonical activation expresses"
-            if activation == "groupmax"
-            else "",
+            "groupmax keeps one feature of each group, which no canonical activation does; train with topk",
         )
     tensors = {name: tensor.detach().float() for name, tensor in state.items()}
     missing = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"} - set(tensors)

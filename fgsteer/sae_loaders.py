@@ -28,7 +28,7 @@ from fgsteer.hookpoints import Hookpoint
 from fgsteer.models import DEFAULT, pretrained_dir
 from fgsteer.registry import RegistryRow, find_row
 from fgsteer.sae import SAE
-from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, sparsify
+from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, refuse_place, sparsify
 
 DENSITY_FILE = "density.safetensors"
 LABELS_FILE = "labels.json"
@@ -174,6 +174,7 @@ def _from_release(release: str, sae_id: str, given: dict[str, Any]) -> SAE:
     """A release of sae-lens's registry, or a folder of any Hugging Face repository."""
     row = find_row(release, sae_id) or RegistryRow(release, sae_id, model="", repo_id=release, path=sae_id)
     refuse(row.conversion, f"{release}/{sae_id}")
+    refuse_place(row.hookpoint)
     if given["norm_scaling_factor"] is None:
         given = {**given, "norm_scaling_factor": row.norm_scaling_factor}
     sae = _cached_first(lambda: _read_release(row, given), f"{release}/{sae_id}")

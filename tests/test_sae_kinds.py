@@ -52,6 +52,7 @@ REFUSED = [
     ("resid_mid", "standard", hook("blocks.1.hook_resid_mid"), "between attention and MLP"),
     ("before the norm's gain", "jumprelu_transcoder", hook("blocks.1.ln2.hook_normalized"), "before its gain"),
     ("before the norm", "transcoder", hook("blocks.1.hook_mlp_in"), "before the MLP's norm"),
+    ("folded gain", "transcoder", hook("blocks.1.mlp.hook_in", fold_ln=True), "before its gain"),
     ("token embedding", "standard", hook("hook_embed"), "token embedding"),
     ("z without value biases", "standard", hook("blocks.1.attn.hook_z", fold_value_biases=True), "value biases"),
 ]
@@ -78,6 +79,7 @@ def test_read_as_sae_lens_reads_it(kind, architecture, options, tmp_path):
     assert (expected > 0).any(0).sum() > 3
     # float32, with biases and factors folded in another order
     assert torch.allclose(ours.encode(x), expected, atol=1e-5)
+    assert torch.allclose(fg.load_sae(theirs).encode(x), expected, atol=1e-5)
     assert torch.allclose(ours.encode_selected(x, [7, 0, 3]), expected[:, [7, 0, 3]], atol=1e-5)
     if "centred" not in kind:
         assert torch.allclose(ours.reconstruct(x), theirs(x).detach(), atol=3e-5)
@@ -95,8 +97,11 @@ def decoded(sae, feature):
 @pytest.mark.parametrize(("kind", "architecture", "options", "reason"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_refused_with_the_reason(kind, architecture, options, reason, tmp_path):
     folder_of(tmp_path, config_of(architecture, options), state_of(architecture))
-    with pytest.raises((fg.PairingError, fg.HookpointError), match=reason):
-        fg.load_sae(tmp_path)
+    for place in (None, "blocks.1.hook_resid_post"):  # which does not talk it round
+        with pytest.raises((fg.PairingError, fg.HookpointError), match=reason):
+            fg.load_sae(
+                tmp_path, hookpoint=place if reason in ("between attention and MLP", "token embedding") else None
+            )
 
 
 def test_places_of_z_and_of_transcoders(tmp_path):

@@ -102,8 +102,10 @@ def test_releases_that_are_refused_before_any_download():
         ("temporal-sae-gemma-2-2b", "blocks.12.hook_resid_post", "all the tokens before"),
         ("mntss-gemma-2-2b-2.5m-clt-as-per-layer", "layer_0", "cross-layer"),
         ("gpt2-small-hook-z-kk", "blocks.5.hook_z", "value biases"),
+        ("gpt2-small-resid-mid-v5-32k", "blocks.5.hook_resid_mid", "between attention and MLP"),
+        ("gemma-scope-2b-pt-transcoders", "layer_0/width_16k/average_l0_76", "before its gain"),
     ):
-        with pytest.raises(fg.PairingError, match=words):
+        with pytest.raises((fg.PairingError, fg.HookpointError), match=words):
             fg.load_sae(release, sae_id)
     with pytest.raises(fg.FormatError, match="gpt2-small-res-jb"):
         fg.load_sae("gpt2-small-res-jbb", "x")
