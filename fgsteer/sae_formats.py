@@ -157,7 +157,7 @@ def _kind(config: Mapping[str, Any], factor: float | None) -> tuple[str, InputNo
     refuse(architecture, what)
     if architecture not in ARCHITECTURES:
         raise PairingError(what, f"one of {', '.join(ARCHITECTURES)}")
-    norm = config.get("normalize_activations") or "none"
+    norm: Any = config.get("normalize_activations") or "none"
     transcoder = "transcoder" in architecture
     if norm == "none" or (norm in INPUT_NORMS and not transcoder):
         return architecture, norm, None
@@ -217,9 +217,7 @@ def _place(configs: tuple[Mapping[str, Any], ...], keys: tuple[str, ...], given:
     for name in names:
         found = _parse(name)
         if found is not None:
-            if given is not None and given != found:
-                raise PairingError(f"hookpoint={given}", f"{found}, where this SAE was trained", "leave it out")
-            return found
+            return _agree(found, given)
     for name in names:
         refuse_place(name)
     if given is not None:
@@ -229,6 +227,13 @@ def _place(configs: tuple[Mapping[str, Any], ...], keys: tuple[str, ...], given:
         "a residual, attn_out, mlp_out, z or mlp_in hook",
         "pass hookpoint=, for example blocks.12.hook_resid_post",
     )
+
+
+def _agree(found: Hookpoint, given: Hookpoint | None) -> Hookpoint:
+    """The hookpoint found. Raises PairingError for another one given."""
+    if given is not None and given != found:
+        raise PairingError(f"hookpoint={given}", f"{found}, where this SAE was trained", "leave it out")
+    return found
 
 
 def _parse(name: str) -> Hookpoint | None:
@@ -268,7 +273,7 @@ def sparsify(
         raise PairingError(
             f"a sparsify SAE with {', '.join(unlike) or f'activation {activation!r}'}",
             "topk of the ReLU, from this activation alone",
-            "groupmax keeps one feature of each group, which no canonical activation does; train with topk",
+            "competition within groups, signed activations and other inputs have no canonical form: train with topk",
         )
     tensors = {name: tensor.detach().float() for name, tensor in state.items()}
     missing = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"} - set(tensors)
@@ -302,28 +307,30 @@ def _module_places(
 ) -> tuple[Hookpoint | None, Hookpoint]:
     """Where a sparsify coder reads (None: where it writes) and writes."""
     match = _MODULE.fullmatch(folder)
-    if match is None and (given is None or transcode):
+    if match is None:
+        if given is not None and not transcode:
+            return None, given
         raise HookpointError(
             f"sparsify hookpoint {folder!r}",
             "a folder named after a block or sublayer, such as layers.12, layers.3.mlp or h.5",
             "rename it, or pass hookpoint= (of an SAE that is no transcoder)",
         )
-    if match is None or (given is not None and not transcode):
-        assert given is not None
-        return None, given
     layer, sublayer = int(match[1]), match[2]
     if sublayer and _POST_NORM.search(model_name):
         raise PairingError(
             f"a sparsify SAE on {folder} of {model_name}, before the sublayer's post-norm",
             "one on a whole block, such as layers.12",
         )
+    sites: tuple[Site, Site]
     if sublayer is None:
-        return (Hookpoint(layer, "resid_pre") if transcode else None), Hookpoint(layer, "resid_post")
-    if sublayer == "mlp":
-        return (Hookpoint(layer, "mlp_in") if transcode else None), Hookpoint(layer, "mlp_out")
-    if transcode:
+        sites = "resid_pre", "resid_post"
+    elif sublayer == "mlp":
+        sites = "mlp_in", "mlp_out"
+    elif transcode:
         raise HookpointError(f"a transcoder of {folder}", "one of an MLP or of a whole block")
-    return None, Hookpoint(layer, "attn_out")
+    else:
+        sites = "resid_pre", "attn_out"
+    return Hookpoint(layer, sites[0]) if transcode else None, _agree(Hookpoint(layer, sites[1]), given)
 
 
 def gemma_scope_2(row: RegistryRow, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

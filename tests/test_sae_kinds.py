@@ -97,11 +97,8 @@ def decoded(sae, feature):
 @pytest.mark.parametrize(("kind", "architecture", "options", "reason"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_refused_with_the_reason(kind, architecture, options, reason, tmp_path):
     folder_of(tmp_path, config_of(architecture, options), state_of(architecture))
-    for place in (None, "blocks.1.hook_resid_post"):  # which does not talk it round
-        with pytest.raises((fg.PairingError, fg.HookpointError), match=reason):
-            fg.load_sae(
-                tmp_path, hookpoint=place if reason in ("between attention and MLP", "token embedding") else None
-            )
+    with pytest.raises((fg.PairingError, fg.HookpointError), match=reason):
+        fg.load_sae(tmp_path)
 
 
 def test_places_of_z_and_of_transcoders(tmp_path):
@@ -127,6 +124,12 @@ def test_given_hookpoint_fills_a_gap_and_never_contradicts(tmp_path):
     folder_of(tmp_path, config_of("standard", {}), state_of("standard"))
     with pytest.raises(fg.PairingError, match="leave it out"):
         fg.load_sae(tmp_path, hookpoint="model.layers.4")
+    folder_of(tmp_path, config_of("standard", hook("blocks.1.hook_resid_mid")), state_of("standard"))
+    with pytest.raises(fg.HookpointError, match="between attention and MLP"):
+        fg.load_sae(tmp_path, hookpoint="model.layers.1")
+    sparsify_files(tmp_path / "layers.3")
+    with pytest.raises(fg.PairingError, match="leave it out"):
+        fg.load_sae(tmp_path / "layers.3", hookpoint="model.layers.4")
 
 
 @pytest.mark.parametrize("transcode", [False, True])
