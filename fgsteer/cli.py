@@ -482,6 +482,36 @@ def info(
     _show(told, as_json, lambda v: typer.echo(json.dumps(v, indent=2, ensure_ascii=False)))
 
 
+@app.command()
+def saes(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Only SAEs of this model.")] = None,
+    layer: Annotated[int | None, typer.Option("--layer", help="Only SAEs of this 0-based layer.")] = None,
+    search: Annotated[str, typer.Option("--search", help="Words that release, id or hookpoint must have.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """List the pretrained SAEs of sae-lens's registry, for --sae RELEASE --sae-id ID."""
+    from fgsteer.registry import registry
+
+    _show([row.as_dict() for row in registry(model, layer, search)], as_json, _print_saes)
+
+
+def _print_saes(rows: list[dict[str, Any]]) -> None:
+    """A block per release, a line per SAE, never folded: ids are there to be copied."""
+    from itertools import groupby
+
+    if not rows:
+        typer.echo("none in the registry of the installed sae-lens; --search takes words of its releases")
+    for (release, model), members in groupby(rows, key=lambda row: (row["release"], row["model"])):
+        lines = [
+            (r["sae_id"], r["hookpoint"], r["width"], "" if r["l0"] is None else f"L0 {r['l0']:g}", r["neuronpedia"])
+            for r in members
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        typer.echo(f"{release}  ({model})")
+        for line in lines:
+            typer.echo("  " + "  ".join(map(str.ljust, line, widths)).rstrip())
+
+
 def main() -> None:
     """Run the command line; fgsteer's own errors end with one line and exit status 2."""
 

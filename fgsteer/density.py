@@ -133,7 +133,7 @@ def measure_density(
     from fgsteer.models import check_pairing
     from fgsteer.statistics import row_groups
 
-    check_pairing(model, sae.hookpoint, sae.d_model, sae.model_name, "SAE")
+    check_pairing(model, sae.input_hookpoint, sae.d_model, sae.model_name, "SAE")
     fired, documents, first = (torch.zeros(sae.d_sae, dtype=torch.float64) for _ in range(3))
     tokens = done = 0
     local = sae
@@ -141,7 +141,7 @@ def measure_density(
     for batch in text_batches(
         model, tokenizer, triples, rule="all", bos=True, batch_tokens=batch_tokens, max_tokens=max_tokens
     ):
-        values = record(model, batch.ids, batch.attention, [sae.hookpoint])[sae.hookpoint]
+        values = record(model, batch.ids, batch.attention, [sae.input_hookpoint])[sae.input_hookpoint]
         if local.W_enc.device != values.device or local.W_enc.dtype != torch.float32:
             local = sae.to(values.device, torch.float32)
         real = batch.selected.to(values.device)

@@ -16,15 +16,20 @@ from torch import nn
 
 from fgsteer.errors import HookpointError
 
-Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
-SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in"]
+SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in")
 
-_SAE_LENS = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
+# TransformerLens's names; its hook_mlp_in is another place, before the norm
+_HOOKS: dict[str, Site] = {f"hook_{site}": site for site in SITES[:4]} | {"attn.hook_z": "z", "mlp.hook_in": "mlp_in"}
+_NAMES = {site: name for name, site in _HOOKS.items()}
+_SAE_LENS = re.compile(rf"blocks\.(\d+)\.({'|'.join(map(re.escape, _HOOKS))})")
 # any path to the language model's blocks, none to those of a vision or audio tower
 _HUGGING_FACE = re.compile(
     r"(?!.*(?:vision|visual|audio|encoder))(?:\w+\.)*(?:layers|h)\.(\d+)"
     r"(?:\.(?!input$|output$)(\w+))?(?:\.(input|output))?"
 )
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_OUTPUT_PROJECTION = ("o_proj", "c_proj", "dense", "out_proj")
 # Modules that a name may mean a site by; resolve() refuses the name where a block adds another module's output.
 _MODULES: dict[str, Site] = {
     "self_attn": "attn_out",
@@ -67,11 +72,13 @@ _NOT_ADDED = {
 
 @dataclass(frozen=True, order=True)
 class Hookpoint:
-    """A 0-based block and a site in it: resid_pre, resid_post, attn_out or mlp_out.
+    """A 0-based block and a site in it: resid_pre, resid_post, attn_out, mlp_out, z or mlp_in.
 
     ``resid_post`` of block ℓ is the block's output (Hugging Face ``hidden_states[ℓ+1]``
     before any final norm); ``attn_out`` and ``mlp_out`` are what the sublayer adds to
-    the residual stream, after a post-norm where the architecture has one. ``module`` is
+    the residual stream, after a post-norm where the architecture has one. ``z`` is the
+    input of attention's output projection, the heads' outputs side by side (n_heads·d_head
+    wide); ``mlp_in`` is the input of the MLP, after its norm and the norm's gain. ``module`` is
     the sublayer's module name where it was parsed from one; ``resolve`` holds a model to it.
 
     Raises HookpointError for a negative layer or an unknown site.
@@ -99,7 +106,7 @@ class Hookpoint:
         if isinstance(name, Hookpoint):
             return name
         if match := _SAE_LENS.fullmatch(name):
-            return cls(int(match[1]), match[2])  # type: ignore[arg-type]
+            return cls(int(match[1]), _HOOKS[match[2]])
         match = _HUGGING_FACE.fullmatch(name)
         if match and match[2] is None:
             return cls(int(match[1]), "resid_pre" if match[3] == "input" else "resid_post")
@@ -115,7 +122,7 @@ class Hookpoint:
         )
 
     def __str__(self) -> str:
-        return f"blocks.{self.layer}.hook_{self.site}"
+        return f"blocks.{self.layer}.{_NAMES[self.site]}"
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -148,11 +155,8 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     return found[0]
 
 
-def _sublayer(block: nn.Module, hookpoint: Hookpoint) -> nn.Module:
-    """The module of a block whose output is added to the residual stream at ``hookpoint.site``.
-
-    Raises HookpointError where there is none, or where it is not the module that the hookpoint names.
-    """
+def _added(block: nn.Module, site: Site) -> tuple[str, str]:
+    """Names of the two modules whose outputs a block adds to the residual stream. Raises HookpointError."""
     kind = type(block).__name__
     names = _SUBLAYERS.get(kind)
     reason = _NOT_ADDED.get(kind, "what it adds to the residual stream is not known")
@@ -160,18 +164,40 @@ def _sublayer(block: nn.Module, hookpoint: Hookpoint) -> nn.Module:
         names, reason = None, "a norm follows each sum, so no output is added to the residual stream"
     if names is None:
         raise HookpointError(
-            f"site {hookpoint.site} on a {kind}: {reason}",
+            f"site {site} on a {kind}: {reason}",
             "a block that adds the outputs of its attention and its MLP, each once",
             "use resid_pre or resid_post, which every block has",
         )
-    name = names[0 if hookpoint.site == "attn_out" else 1]
+    return names
+
+
+def _sublayer(block: nn.Module, hookpoint: Hookpoint) -> nn.Module:
+    """The module whose output a block adds to the residual stream at ``hookpoint.site``.
+
+    Raises HookpointError where there is none, or where it is not the module that the hookpoint names.
+    """
+    name = _added(block, hookpoint.site)[0 if hookpoint.site == "attn_out" else 1]
     if hookpoint.module and hookpoint.module != name:
         raise HookpointError(
             f"module {hookpoint.module!r} of block {hookpoint.layer}",
-            f"{name!r}, whose output a {kind} adds to the residual stream",
+            f"{name!r}, whose output a {type(block).__name__} adds to the residual stream",
             f"for that write {hookpoint}",
         )
     return getattr(block, name)  # type: ignore[no-any-return]
+
+
+def _child(block: nn.Module, names: tuple[str, ...], site: Site) -> nn.Module:
+    """The first child of one of these names. Raises HookpointError."""
+    for name in names:
+        module = getattr(block, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    children = ", ".join(name for name, _ in block.named_children())
+    raise HookpointError(
+        f"site {site} on a {type(block).__name__} with children {children}",
+        f"a child named {' or '.join(names)}",
+        "use resid_pre or resid_post, which every block has",
+    )
 
 
 def resolve(model: nn.Module, hookpoint: Hookpoint) -> tuple[nn.Module, bool]:
@@ -188,4 +214,9 @@ def resolve(model: nn.Module, hookpoint: Hookpoint) -> tuple[nn.Module, bool]:
     block = blocks[hookpoint.layer]
     if hookpoint.site in ("resid_pre", "resid_post"):
         return block, hookpoint.site == "resid_pre"
+    _added(block, hookpoint.site)
+    if hookpoint.site == "z":
+        return _child(_child(block, _ATTENTION, "z"), _OUTPUT_PROJECTION, "z"), True
+    if hookpoint.site == "mlp_in":
+        return _child(block, ("mlp",), "mlp_in"), True
     return _sublayer(block, hookpoint), False

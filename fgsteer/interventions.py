@@ -277,6 +277,12 @@ class ClampFeature(Intervention):
         object.__setattr__(self, "targets", clean)
         for feature in clean:
             self.sae.direction(feature)
+        if self.sae.reads is not None:
+            raise PairingError(
+                f"a clamp of a transcoder's features, read at {self.sae.reads}",
+                "an SAE that reads where it steers",
+                "steer with its directions: from_features(sae, ids) and .add(coefficient)",
+            )
         if self.hookpoint != self.sae.hookpoint:
             raise PairingError(f"a clamp at {self.hookpoint}", f"{self.sae.hookpoint}, where its SAE was trained")
 

@@ -122,7 +122,8 @@ class Plan:
 
         Raises PairingError when the folder holds the parts of another plan.
         """
-        check_pairing(model, sae.hookpoint, sae.d_model, sae.model_name, "SAE")
+        for place in {sae.hookpoint, sae.input_hookpoint}:
+            check_pairing(model, place, sae.d_model, sae.model_name, "SAE")
         folder.mkdir(parents=True, exist_ok=True)
         described, note = self.describe(model, sae), folder / "plan.json"
         if not note.exists():

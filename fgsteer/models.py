@@ -17,6 +17,7 @@ from torch import nn
 
 from fgsteer.errors import DataError, FgsteerWarning, FormatError, HookpointError, PairingError, PairingWarning
 from fgsteer.hookpoints import Hookpoint, blocks_of, decoder_of, resolve
+from fgsteer.registry import bare_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,20 +127,46 @@ def check_pairing(model: nn.Module, hookpoint: Hookpoint, width: int, made_for: 
     Raises HookpointError for a place the model lacks, PairingError for another d_model;
     warns PairingWarning when it was made for a model of another name.
     """
-    resolve(model, hookpoint)
+    needed = width_at(model, hookpoint)
     name = str(getattr(model.config, "_name_or_path", "") or "")
-    if width != d_model(model):
+    if width != needed:
         raise PairingError(
             f"a {what} of d_model {width}{f' made for {made_for}' if made_for else ''}",
-            f"{d_model(model)}, the width of {name or type(model).__name__}",
+            f"{needed}, the width of {name or type(model).__name__} at {hookpoint}",
         )
-    if made_for and name and _last_part(made_for) != _last_part(name):
+    if made_for and name and bare_name(made_for) != bare_name(name):
         warnings.warn(f"the {what} was made for {made_for!r} and the model is {name!r}", PairingWarning, stacklevel=3)
 
 
-def _last_part(name: str) -> str:
-    """A model name without its organisation or folder, in lower case."""
-    return name.rstrip("/").rsplit("/", 1)[-1].lower()
+def width_at(model: nn.Module, hookpoint: Hookpoint) -> int:
+    """Width of the activations at a hookpoint: d_model, or n_heads · d_head at z. Raises HookpointError."""
+    module, _ = resolve(model, hookpoint)
+    if hookpoint.site != "z":
+        return d_model(model)
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return int(getattr(module, "in_features", weight.shape[0]))  # a Conv1D, as in GPT-2, is (in, out)
+
+
+@torch.no_grad()
+def residual_direction(model: nn.Module, hookpoint: Hookpoint, directions: torch.Tensor) -> torch.Tensor:
+    """What directions (..., width) at a hookpoint add to the residual stream, (..., d_model).
+
+    ``v W_O`` at z, v itself at resid_pre, resid_post, attn_out and mlp_out. Raises
+    HookpointError where that is not linear: at mlp_in, and at z before a post-norm.
+    """
+    module, _ = resolve(model, hookpoint)
+    if hookpoint.site not in ("z", "mlp_in"):
+        return directions
+    sublayer, _ = resolve(model, Hookpoint(hookpoint.layer, "attn_out"))
+    if hookpoint.site == "mlp_in" or all(part is not module for part in sublayer.modules()):
+        raise HookpointError(
+            f"a direction at {hookpoint} of a {type(model).__name__}",
+            "one whose effect on the residual stream is linear",
+            "steer with it at its own hookpoint, or read an SAE on resid_post, attn_out or mlp_out",
+        )
+    embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    rows = directions.to(next(module.parameters()).device, embedding.dtype)
+    return module(rows) - module(torch.zeros_like(rows))  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def output_scores(
 
 def _largest_activation(model: PreTrainedModel, ids: Tensor, sae: SAE) -> float:
     """The largest feature activation on the last token of ids (1, tokens), in units of the residual stream."""
-    h = record(model, ids, None, [sae.hookpoint])[sae.hookpoint][:, -1].float()
+    h = record(model, ids, None, [sae.input_hookpoint])[sae.input_hookpoint][:, -1].float()
     local = sae.to(h.device, torch.float32)
     largest = float((local.encode(h) * local.input_scale(h)).max())
     if not largest > 0:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fgsteer.errors import PairingError
-from fgsteer.models import logit_lens
+from fgsteer.models import logit_lens, residual_direction
 from fgsteer.sae import SAE
 from fgsteer.vector import SteeringVector
 
@@ -58,7 +58,9 @@ def describe_features(
     """The vector's features of largest absolute weight, with what is known of each.
 
     A feature's tokens are those that its decoder row raises most, or lowers most when its
-    weight is negative. Raises PairingError for an SAE that the vector was not made with.
+    weight is negative; on z, what it adds through the output projection. Raises PairingError
+    for an SAE that the vector was not made with, HookpointError where its directions do not
+    act linearly on the residual stream.
     """
     made = (vector.provenance.get("sae") or {}).get("sha256")
     if made and made != sae.sha256:
@@ -68,7 +70,7 @@ def describe_features(
         return []
     signs = torch.tensor([1.0 if row.weight >= 0 else -1.0 for row in rows])
     directions = torch.stack([sae.direction(row.id).cpu() for row in rows]) * signs[:, None]
-    promoted = top_tokens(model, tokenizer, directions, tokens)
+    promoted = top_tokens(model, tokenizer, residual_direction(model, sae.hookpoint, directions), tokens)
     density = None if sae.density is None else sae.density.density
     return [
         FeatureRow(

@@ -133,6 +133,6 @@ def rollout_features(
     # padding goes to the right, where learned positions do not count it
     order = (torch.arange(length, device=ids.device) + (mask == 0).sum(1, keepdim=True)) % length
     new = order >= length - how.max_new_tokens
-    values = record(model, ids.gather(1, order), mask.gather(1, order), [sae.hookpoint])[sae.hookpoint]
+    values = record(model, ids.gather(1, order), mask.gather(1, order), [sae.input_hookpoint])[sae.input_hookpoint]
     pooled = pool_features(sae, values, new.to(values.device))
     return pooled.view(len(steering), -1, sae.d_sae).mean(1)

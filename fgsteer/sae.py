@@ -40,7 +40,10 @@ class SAE:
     ``gate_bias (d_sae,)`` on the gate and ``gate_scale (d_sae,)`` on the magnitude.
     ``density`` holds token-level firing statistics where they are known, ``labels``
     what features are said to mean; ``fingerprint`` is the hash of the weights as stored,
-    before anything was folded into them.
+    before anything was folded into them. ``neuronpedia`` is its id there.
+
+    A transcoder encodes what is at ``reads`` and writes, and steers, at ``hookpoint``;
+    ``W_skip (d_model, d_model)`` is its linear path from the one to the other, if any.
     Raises PairingError when the shapes do not fit together.
     """
 
@@ -60,10 +63,16 @@ class SAE:
     density: FeatureDensity | None = None
     labels: Mapping[int, str] = field(default_factory=dict)
     fingerprint: str = ""
+    neuronpedia: str = ""
+    reads: Hookpoint | None = None
+    W_skip: Float[Tensor, "d_model d_model"] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.hookpoint, str):
-            object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
+        object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
+        if self.reads is not None:
+            object.__setattr__(self, "reads", Hookpoint.parse(self.reads))
+            if self.input_norm != "none":
+                raise PairingError(f"a transcoder with input_norm = {self.input_norm!r}", "none")
         needed: dict[str, tuple[int, ...]] = {
             "W_dec": (self.d_sae, self.d_model),
             "b_enc": (self.d_sae,),
@@ -73,6 +82,8 @@ class SAE:
             needed["threshold"] = (self.d_sae,)
         if self.activation == "gated":
             needed["gate_bias"] = needed["gate_scale"] = (self.d_sae,)
+        if self.W_skip is not None:
+            needed["W_skip"] = (self.d_model, self.d_model)
         for name, shape in needed.items():
             tensor = getattr(self, name)
             if tensor is None or tuple(tensor.shape) != shape:
@@ -85,13 +96,18 @@ class SAE:
 
     @property
     def d_model(self) -> int:
-        """Width of the activations it reads."""
+        """Width of the activations it reads: the model's d_model, or n_heads · d_head on z."""
         return self.W_enc.shape[0]
 
     @property
     def d_sae(self) -> int:
         """Number of features."""
         return self.W_enc.shape[1]
+
+    @property
+    def input_hookpoint(self) -> Hookpoint:
+        """Where the activations that it encodes are: ``hookpoint``, except for a transcoder."""
+        return self.reads or self.hookpoint
 
     @cached_property
     def sha256(self) -> str:
@@ -105,7 +121,7 @@ class SAE:
         """The same SAE on another device or in another dtype; its hash is kept."""
         moved = {
             name: getattr(self, name).to(device=device, dtype=dtype)
-            for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "gate_bias", "gate_scale")
+            for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "gate_bias", "gate_scale", "W_skip")
             if getattr(self, name) is not None
         }
         return replace(self, fingerprint=self.sha256, **moved)
@@ -179,9 +195,14 @@ class SAE:
         return feature_acts.to(self.W_dec) @ self.W_dec + self.b_dec
 
     def reconstruct(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """x̂ (..., d_model) in the units of x: encode, decode, undo the input normalisation."""
+        """x̂ (..., d_model) in the units of x: encode, decode, undo the input normalisation.
+
+        Of a transcoder: what it predicts at ``hookpoint`` from x at ``reads``, ``+ x W_skip``.
+        """
         self._check_width(x)
         _, scale, shift = self._normalised(x.to(self.W_enc))
+        if self.W_skip is not None:
+            shift = x.to(self.W_skip) @ self.W_skip
         return self.decode(self.encode(x)) * scale + shift
 
     def input_scale(self, x: Float[Tensor, "*batch d_model"]) -> Tensor | float:
@@ -196,7 +217,7 @@ class SAE:
         if x.shape[-1] != self.d_model:
             raise PairingError(
                 f"activations of width {x.shape[-1]}",
-                f"d_model = {self.d_model} of this SAE (at {self.hookpoint} of {self.model_name or 'its model'})",
+                f"d_model = {self.d_model} of this SAE (at {self.input_hookpoint} of {self.model_name or 'its model'})",
             )
 
     def _columns(self, features: Sequence[int] | Tensor) -> Tensor:

@@ -1,86 +1,146 @@
 """From every way that people keep SAEs to the one canonical ``SAE``.
 
 load_sae("default")                                         the embedded one
-load_sae("path/to/folder")                                  a saved sae-lens SAE
+load_sae("path/to/folder")                                  a saved sae-lens or sparsify SAE
 load_sae("gemma-scope-2b-pt-res-canonical", "layer_12/width_16k/canonical")
+load_sae("EleutherAI/sae-pythia-160m-32k", "layers.5")      a folder of a Hugging Face repository
 load_sae(my_sae_lens_sae)                                   a live object
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fgsteer.density import FeatureDensity
-from fgsteer.errors import FormatError, HookpointError, PairingError
-from fgsteer.files import read_json, tensor_sha256, text_sha256
+from fgsteer.errors import FgsteerError, FormatError, PairingError
+from fgsteer.files import read_json
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.models import DEFAULT, pretrained_dir
+from fgsteer.registry import RegistryRow, find_row
 from fgsteer.sae import SAE
+from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, refuse_place, sparsify
 
-_ARCHITECTURES = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated"}
-_INPUT_NORMS = ("none", "layer_norm", "constant_norm_rescale")
 DENSITY_FILE = "density.safetensors"
 LABELS_FILE = "labels.json"
+_DAMAGE = (OSError, RuntimeError, IndexError, TypeError, AttributeError, KeyError, ValueError, UnpicklingError)
+_hub = threading.Lock()
+T = TypeVar("T")
 
 
-def load_sae(source: Any = DEFAULT, sae_id: str | None = None, *, device: torch.device | str = "cpu") -> SAE:
-    """An ``SAE`` from "default", a sae-lens folder, a sae-lens release and id, or a live ``sae_lens.SAE``.
+def load_sae(
+    source: Any = DEFAULT,
+    sae_id: str | None = None,
+    *,
+    hookpoint: Hookpoint | str | None = None,
+    norm_scaling_factor: float | None = None,
+    device: torch.device | str = "cpu",
+) -> SAE:
+    """An ``SAE`` from "default", a folder, a sae-lens release and id, a hub repository and folder, or a live object.
 
-    Weights come in float32. In a local folder, ``density.safetensors`` becomes ``sae.density``
-    and ``labels.json`` ({"id": "label"}) ``sae.labels``.
+    Weights come in float32. Folders are those of sae-lens or of sparsify; ``fgsteer saes``
+    lists the releases. A transcoder reads at ``sae.reads`` and steers at ``sae.hookpoint``;
+    an SAE on hook_z reads and steers the input of the output projection.
+    ``hookpoint`` says where an SAE was trained that does not say so itself;
+    ``norm_scaling_factor`` is the factor f on the input of an expected_average_only_in SAE
+    that was saved without it. In a local folder, ``density.safetensors`` becomes
+    ``sae.density`` and ``labels.json`` ({"id": "label"}) ``sae.labels``.
+
+    What is in the Hugging Face cache is read without a request, so a release whose files
+    changed since is not refreshed: delete it from the cache for that. Some releases are
+    pickles: they are read as weights only, which runs no code.
+
     Raises FormatError when nothing is there or it is damaged, PairingError for a kind
     that has no exact canonical form, HookpointError for an unknown hook name.
     """
     if isinstance(source, SAE):
         return source.to(device)
+    given: dict[str, Any] = {
+        "hookpoint": None if hookpoint is None else Hookpoint.parse(hookpoint),
+        "norm_scaling_factor": norm_scaling_factor,
+    }
     if not isinstance(source, str | Path):
-        return _from_live(source).to(device)
+        return _from_live(source, given).to(device)
     if str(source) == DEFAULT and sae_id is None:
-        return _from_folder(pretrained_dir() / "sae").to(device)
-    if sae_id is not None:
-        return _from_release(str(source), sae_id).to(device)
-    folder = Path(source)
+        return replace(_from_folder(pretrained_dir() / "sae", given), source=DEFAULT).to(device)
+    folder = Path(source) / (sae_id or "")
+    if sae_id is not None and not (folder / "cfg.json").is_file():
+        return _from_release(str(source), sae_id, given).to(device)
     if not (folder / "cfg.json").is_file():
         raise FormatError(
-            f"no SAE at {source!r}",
-            'a folder with cfg.json and sae_weights.safetensors, or "default"',
-            "for a sae-lens release pass its sae_id too",
+            f"no SAE at {str(source)!r}{_subfolders(folder)}",
+            'a folder with cfg.json and its weights, or "default"',
+            "for a sae-lens release or a folder of a run pass its sae_id too",
         )
-    return _from_folder(folder).to(device)
+    return _from_folder(folder, given).to(device)
 
 
-def _from_folder(folder: Path) -> SAE:
-    """A folder saved by sae-lens 6 (read directly) or an earlier one (read by sae-lens)."""
+def _subfolders(folder: Path) -> str:
+    """The SAEs one level below a folder, as part of a message."""
+    found = sorted(path.parent.name for path in folder.glob("*/cfg.json"))
+    return f", which holds several: {', '.join(found)}" if found else ""
+
+
+def _from_folder(folder: Path, given: Mapping[str, Any]) -> SAE:
+    """A folder of sparsify or of sae-lens 6 (read directly), or of an earlier sae-lens (read by it)."""
     config = read_json(folder / "cfg.json")
     if not isinstance(config, Mapping):
         raise FormatError(f"{folder / 'cfg.json'} holds {type(config).__name__}", "an object")
     metadata = config.get("metadata") or {}
-    if not isinstance(metadata, Mapping) or not ({"architecture", "d_sae"} & set(config)):
-        raise FormatError(f"{folder / 'cfg.json'} with fields {', '.join(config) or 'none'}", "a sae-lens config")
-    if metadata.get("sae_lens_version"):
-        state = _read_state(folder / "sae_weights.safetensors")
-        try:
-            sae = canonical(config, state, metadata, source=str(folder))
-        except (RuntimeError, IndexError, TypeError, AttributeError) as error:
-            raise FormatError(f"the SAE in {folder} is damaged: {error}", "weights that fit its cfg.json") from error
-    else:
-        import sae_lens
+    if not isinstance(metadata, Mapping) or not (is_sparsify(config) or {"architecture", "d_sae"} & set(config)):
+        raise FormatError(
+            f"{folder / 'cfg.json'} with fields {', '.join(config) or 'none'}", "a sae-lens config or a sparsify config"
+        )
+    with _damage(f"the SAE in {folder}"):
+        if is_sparsify(config):
+            sae = _read_sparsify(folder, config, given)
+        elif metadata.get("sae_lens_version"):
+            state = _read_state(folder / "sae_weights.safetensors")
+            sae = canonical(config, state, metadata, source=str(folder), **given)
+        else:
+            import sae_lens
 
-        sae = replace(_from_live(sae_lens.SAE.load_from_disk(folder)), source=str(folder))
-    if folder == _default_folder():
-        sae = replace(sae, source=DEFAULT)
+            sae = replace(_from_live(sae_lens.SAE.load_from_disk(folder), given), source=str(folder))
     if (folder / DENSITY_FILE).is_file():
         density = FeatureDensity.load(folder / DENSITY_FILE)
         sae = replace(sae, density=density.check(sae))
     if (folder / LABELS_FILE).is_file():
         sae = replace(sae, labels=_read_labels(folder / LABELS_FILE))
     return sae
+
+
+@contextlib.contextmanager
+def _damage(what: str) -> Iterator[None]:
+    """Errors of a config and weights that do not fit together, as FormatError."""
+    try:
+        yield
+    except FgsteerError:
+        raise
+    except _DAMAGE as error:
+        raise FormatError(f"{what} cannot be read: {error}", "a config and weights that fit it") from error
+
+
+def _read_sparsify(folder: Path, config: Mapping[str, Any], given: Mapping[str, Any]) -> SAE:
+    """A sparsify folder; the run's config.json beside it names the model."""
+    run = folder.resolve().parent / "config.json"
+    told = read_json(run) if run.is_file() else {}
+    return sparsify(
+        config,
+        _read_state(folder / "sae.safetensors"),
+        folder.name,
+        source=str(folder),
+        model_name=str(told.get("model") or "") if isinstance(told, Mapping) else "",
+        hookpoint=given["hookpoint"],
+    )
 
 
 def _read_labels(path: Path) -> dict[int, str]:
@@ -90,13 +150,6 @@ def _read_labels(path: Path) -> dict[int, str]:
         return {int(feature): str(label) for feature, label in value.items()}
     except (AttributeError, ValueError) as error:
         raise FormatError(f"{path} holds {value!r:.60}", 'an object {"feature id": "label"}') from error
-
-
-def _default_folder() -> Path | None:
-    try:
-        return pretrained_dir() / "sae"
-    except FormatError:
-        return None
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -109,103 +162,78 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise FormatError(f"{path} is not readable: {error}", "safetensors weights beside cfg.json") from error
 
 
-def _from_release(release: str, sae_id: str) -> SAE:
-    """A sae-lens release; its own errors name unknown releases and ids."""
-    import sae_lens
-
-    loaded = sae_lens.SAE.from_pretrained(release, sae_id)
-    return replace(_from_live(loaded), source=f"{release}/{sae_id}")
-
-
-def _from_live(sae: Any) -> SAE:
+def _from_live(sae: Any, given: Mapping[str, Any]) -> SAE:
     """A live ``sae_lens.SAE``. Raises PairingError for any other object."""
     if not hasattr(sae, "cfg") or not hasattr(sae, "state_dict"):
         raise PairingError(f"a {type(sae).__name__}", "a name, a folder, an fgsteer SAE or a sae_lens.SAE")
     config = sae.cfg.to_dict()
-    return canonical(config, sae.state_dict(), config.get("metadata") or {}, source="sae_lens")
+    return canonical(config, sae.state_dict(), config.get("metadata") or {}, source="sae_lens", **given)
 
 
-def canonical(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], metadata: Mapping[str, Any], *, source: str
-) -> SAE:
-    """The canonical SAE of a sae-lens config and state.
+def _from_release(release: str, sae_id: str, given: dict[str, Any]) -> SAE:
+    """A release of sae-lens's registry, or a folder of any Hugging Face repository."""
+    row = find_row(release, sae_id) or RegistryRow(release, sae_id, model="", repo_id=release, path=sae_id)
+    refuse(row.conversion, f"{release}/{sae_id}")
+    refuse_place(row.hookpoint)
+    if given["norm_scaling_factor"] is None:
+        given = {**given, "norm_scaling_factor": row.norm_scaling_factor}
+    sae = _cached_first(lambda: _read_release(row, given), f"{release}/{sae_id}")
+    return replace(sae, source=f"{release}/{sae_id}", neuronpedia=row.neuronpedia or sae.neuronpedia)
 
-    Folds, each exact: the decoder bias subtracted from the input,
-    ``b_enc −= b_dec W_enc``; topk's decoder-norm rescaling, ``W_enc ·= n``, ``b_enc ·= n``,
-    ``W_dec /= n`` with n the decoder row norms; training on mean-centred residuals, ``W_enc −= mean(W_enc, 0)``.
-    Raises PairingError for architectures and normalisations without an exact form.
+
+def _read_release(row: RegistryRow, given: Mapping[str, Any]) -> SAE:
+    """The files of a row, from the cache or the hub, by the reader of their layout."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if row.conversion == "gemma_3":  # sae-lens's reader asks the hub for shapes, cached or not
+        path = hf_hub_download(row.repo_id, f"{row.path}/params.safetensors")
+        config, state = gemma_scope_2(row, _read_state(Path(path)))
+        return canonical(config, state, {}, source="", **given)
+    if row.conversion in ("sae_lens", "sparsify"):
+        path = hf_hub_download(row.repo_id, f"{row.path}/cfg.json")
+        told = read_json(path)
+        if isinstance(told, Mapping) and is_sparsify(told):  # sae-lens's reader transposes W_dec
+            with contextlib.suppress(EntryNotFoundError):  # names the model, where a run kept it
+                hf_hub_download(row.repo_id, "config.json")
+            hf_hub_download(row.repo_id, f"{row.path}/sae.safetensors")
+            return _read_sparsify(Path(path).parent, told, given)
+    config, state = _by_sae_lens(row)
+    return canonical(config, state, config.get("metadata") or {}, source="", **given)
+
+
+def _by_sae_lens(row: RegistryRow) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, state) by sae-lens's own reader of the layout; its pickles as weights only. Raises FormatError."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
+        raise FormatError(
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, under which a downloaded pickle may run code", "it unset"
+        )
+    read = loaders.NAMED_PRETRAINED_SAE_LOADERS.get(row.conversion)
+    if read is None:
+        raise FormatError(f"{row.release} in layout {row.conversion!r}", "one that the installed sae-lens reads")
+    overrides = {**row.overrides, "device": "cpu", "dtype": "float32"}
+    config, state, _ = read(row.repo_id, row.path, "cpu", False, overrides)
+    return loaders.handle_config_defaulting(config), state
+
+
+def _cached_first(read: Callable[[], T], what: str) -> T:
+    """What ``read`` gives from the Hugging Face cache alone, without a request; else with the hub.
+
+    Raises FormatError.
     """
-    architecture = str(config.get("architecture", "standard"))
-    if architecture not in _ARCHITECTURES:
-        raise PairingError(
-            f"a sae-lens SAE of architecture {architecture!r}",
-            f"one of {', '.join(_ARCHITECTURES)}",
-            "batchtopk SAEs are saved as jumprelu by sae-lens: save with save_inference_model",
-        )
-    norm = config.get("normalize_activations") or "none"
-    if norm not in _INPUT_NORMS:
-        raise PairingError(
-            f"normalize_activations = {norm!r}",
-            f"one of {', '.join(_INPUT_NORMS)}",
-            "fold it first with fold_activation_norm_scaling_factor(factor) of sae-lens",
-        )
-    if config.get("reshape_activations") not in (None, "none"):
-        raise PairingError("an SAE on hook_z", "one on resid_pre, resid_post, attn_out or mlp_out")
-    try:
-        tensors = {name: tensor.detach().float().clone() for name, tensor in state.items()}
-        W_enc, W_dec, b_dec = tensors["W_enc"], tensors["W_dec"], tensors["b_dec"]
-        b_enc = tensors["b_mag"] if architecture == "gated" else tensors["b_enc"]
-    except KeyError as error:
-        raise FormatError(f"SAE weights hold {', '.join(state)}", f"{error} for architecture {architecture}") from error
-    shift = b_dec @ W_enc if config.get("apply_b_dec_to_input", True) else torch.zeros_like(b_enc)
-    kwargs = metadata.get("model_from_pretrained_kwargs") or config.get("model_from_pretrained_kwargs") or {}
-    if kwargs.get("center_writing_weights"):  # trained on h − mean(h): (h − h̄) W = h (W − W̄)
-        W_enc = W_enc - W_enc.mean(0)
-    gate_bias = gate_scale = None
-    if architecture == "gated":
-        gate_scale = tensors["r_mag"].exp()
-        gate_bias = tensors["b_gate"] - shift
-        b_enc = b_enc - shift * gate_scale
-    else:
-        b_enc = b_enc - shift
-    if architecture == "topk" and config.get("rescale_acts_by_decoder_norm"):
-        norms = W_dec.norm(dim=-1)
-        W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms.clamp(min=1e-12)[:, None]
-    return SAE(
-        W_enc=W_enc.contiguous(),
-        W_dec=W_dec.contiguous(),
-        b_enc=b_enc,
-        b_dec=b_dec,
-        hookpoint=_hookpoint(metadata, config),
-        activation=_ARCHITECTURES[architecture],  # type: ignore[arg-type]
-        threshold=tensors.get("threshold"),
-        k=config.get("k") if architecture == "topk" else None,
-        gate_bias=gate_bias,
-        gate_scale=gate_scale,
-        input_norm=norm,  # type: ignore[arg-type]
-        model_name=str(metadata.get("model_name") or config.get("model_name") or ""),
-        source=source,
-        fingerprint=_fingerprint(config, state),
-    )
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-
-def _fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """Hash of the weights as stored: folding rounds differently from machine to machine."""
-    keys = ("architecture", "k", "normalize_activations", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm")
-    return text_sha256([tensor_sha256(*(state[n] for n in sorted(state))), [config.get(key) for key in keys]])
-
-
-def _hookpoint(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> Hookpoint:
-    """The hookpoint that the metadata names, the Hugging Face name first."""
-    names = [m.get(key) for m in (metadata, config) for key in ("hf_hook_name", "hook_name")]
-    for name in names:
-        if isinstance(name, str) and name:
-            try:
-                return Hookpoint.parse(name)
-            except HookpointError:
-                continue
-    raise HookpointError(
-        f"SAE hook names {[n for n in names if n]}",
-        "a residual, attn_out or mlp_out hook",
-        "set cfg.metadata.hook_name, for example blocks.12.hook_resid_post",
-    )
+    with _damage(what), _hub:
+        offline = constants.HF_HUB_OFFLINE
+        try:
+            constants.HF_HUB_OFFLINE = True
+            return read()
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            if offline:
+                raise FormatError(f"{what} is not in the Hugging Face cache", change="unset HF_HUB_OFFLINE") from error
+        finally:
+            constants.HF_HUB_OFFLINE = offline
+        return read()

@@ -273,7 +273,8 @@ def collect(
     Per example i: ``h̄ᵢ = mean_t h_t`` and ``z̄ᵢ = mean_t φ(h_t)`` over the tokens that the
     rule selects; kept are count, mean, M2 over examples and ``Σᵢ 1[z̄ᵢ > 0]``.
 
-    ``hookpoints`` default to the SAE's; strings are parsed. ``tokens``: all, last, answer
+    ``hookpoints`` default to the SAE's; strings are parsed. A transcoder's features are kept
+    under the hookpoint that it writes, read from the one that it reads. ``tokens``: all, last, answer
     (the completion after its prompt), letter (the single-letter answer token), or an
     index. Position 0 and padding are not read, position 0 only with ``bos=True``.
     ``batch_tokens`` bounds a batch and changes nothing but speed. ``progress`` is called
@@ -287,25 +288,27 @@ def collect(
     for at in wanted:
         resolve(model, at)
     if sae is not None:
-        check_pairing(model, sae.hookpoint, sae.d_model, sae.model_name, "SAE")
+        check_pairing(model, sae.input_hookpoint, sae.d_model, sae.model_name, "SAE")
+    recorded = wanted if sae is None else [*wanted, sae.input_hookpoint]
     totals: Totals = {}
     placed: dict[torch.device, SAE] = {}
     done = 0
     for batch in text_batches(
         model, tokenizer, _texts(contrast), rule=tokens, bos=bos, batch_tokens=batch_tokens, max_tokens=max_tokens
     ):
-        acts = record(model, batch.ids, batch.attention, wanted)
+        acts = record(model, batch.ids, batch.attention, recorded)
         positive = torch.tensor([row.positive for row in batch.rows])
         for at, values in acts.items():
             selected = batch.selected.to(values.device)
-            pooled: list[tuple[Space, Tensor]] = [("residual", pool_residual(values, selected))]
-            _check_finite(pooled[0][1], at, batch)
-            if sae is not None and at == sae.hookpoint:
+            rows = pool_residual(values, selected)
+            _check_finite(rows, at, batch)
+            if at in wanted:
+                _add_examples(totals, "residual", at, rows, positive)
+            if sae is not None and at == sae.input_hookpoint:
                 if values.device not in placed:
                     placed[values.device] = sae.to(values.device, torch.float32)
-                pooled.append(("feature", pool_features(placed[values.device], values, selected)))
-            for space, rows in pooled:
-                _add_examples(totals, space, at, rows, positive)
+                rows = pool_features(placed[values.device], values, selected)
+                _add_examples(totals, "feature", sae.hookpoint, rows, positive)
         done += len(batch.rows)
         if progress is not None:
             progress(done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -229,7 +230,7 @@ def test_killed_at_any_write_it_ends_the_same(llama, tokenizer, texts, tmp_path,
 @pytest.mark.slow
 def test_the_command_killed_ten_times_ends_with_the_same_file(tmp_path):
     """On the embedded default: kill -9 at random moments, ten times, then let it end."""
-    options = "--vectors 160 --rollouts 2 --max-new-tokens 4 --n-texts 2 --rows 128 --device cpu --json".split()
+    options = shlex.split("--vectors 160 --rollouts 2 --max-new-tokens 4 --n-texts 2 --rows 128 --device cpu --json")
     lottery = random.Random(0)
 
     def start(out):

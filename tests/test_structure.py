@@ -19,6 +19,7 @@ PACKAGE = Path(fg.__file__).parent
 ORDER = (
     "errors",
     "files",
+    "registry",
     "hookpoints",
     "data",
     "models",
@@ -26,6 +27,7 @@ ORDER = (
     "activations",
     "statistics",
     "density",
+    "sae_formats",
     "sae_loaders",
     "interventions",
     "vector",
