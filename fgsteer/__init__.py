@@ -34,6 +34,8 @@ _HOMES = {
     "models": ("load_model", "logit_lens"),
     "sae": ("SAE",),
     "density": ("FeatureDensity", "measure_density"),
+    "examples": ("Excerpt", "FeatureExamples", "measure_examples"),
+    "labels": ("load_labels",),
     "sae_loaders": ("load_sae",),
     "activations": ("record",),
     "statistics": ("Contrast", "ContrastStatistics", "Moments", "collect"),
@@ -43,6 +45,8 @@ _HOMES = {
     "methods": ("METHODS", "ace", "build", "caa", "fgaa", "from_features", "sae_ts", "sta"),
     "steering": ("generate", "steer"),
     "calibration": ("calibrate", "cross_entropy"),
+    "reading": ("FeatureRow", "describe_features"),
+    "search": ("FoundFeature", "find_features"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -271,60 +272,147 @@ def build(
     )
 
 
+def _measure_examples(corpus: Path, parts: tuple[Any, Any, Any], as_json: bool, **options: Any) -> Any:
+    """Excerpts of a corpus file, with a progress bar. Raises DataError for one without documents."""
+    import fgsteer as fg
+    from fgsteer.data import read_documents
+
+    total = sum(1 for _ in read_documents(corpus))
+    if not total:
+        raise DataError(f"{corpus} has no document", "one a line")
+    model, tokenizer, sae = parts
+    about = {"name": corpus.name, "texts": total}
+    with _progress("measuring excerpts", total, as_json) as progress:
+        return fg.measure_examples(
+            model, tokenizer, read_documents(corpus), sae, corpus=about, progress=progress, **options
+        )
+
+
 @app.command()
-def features(
-    file: Annotated[Path, typer.Argument(help="A vector written by fgsteer build.")],
-    top: Annotated[int, typer.Option(help="How many features, by absolute weight.")] = 20,
+def examples(
+    corpus: Annotated[Path, typer.Argument(help='Text file, a document a line, or JSONL with a field "text".')],
+    out: OutOption,
+    top: Annotated[int, typer.Option(help="Excerpts kept of each feature.")] = 8,
+    window: Annotated[int, typer.Option(help="Tokens kept on either side of a peak.")] = 12,
     model: ModelOption = "default",
     sae: SaeOption = "default",
     sae_id: SaeIdOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens read of each document.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch.")] = 8192,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a vector is made of: feature ids, weights, density, and the tokens they raise."""
-    import fgsteer as fg
-    from fgsteer.reading import describe_features, top_tokens
-
-    vector = fg.SteeringVector.load(file)
-    language_model, tokenizer = _load_model(model, "cpu", None)
-    vector.check(language_model)
-    raised, lowered = (
-        top_tokens(language_model, tokenizer, (sign * vector.direction)[None], 10)[0] for sign in (1.0, -1.0)
+    """Find where in a corpus each feature fires most; write the excerpts for fgsteer features --examples."""
+    parts = (*_load_model(model, device, dtype), _load_sae(sae, sae_id))
+    measured = _measure_examples(
+        corpus, parts, as_json, top=top, window=window, max_tokens=max_tokens, batch_tokens=batch_tokens
     )
+    measured.save(out)
+    fired = int((measured.documents >= 0).any(1).sum())
+    told = {"out": str(out), "texts": measured.corpus["texts"], "features": len(measured.features), "fired": fired}
+    _show(
+        told,
+        as_json,
+        lambda v: typer.echo(f"{v['out']}: {v['fired']} of {v['features']} features fired in {v['texts']} texts"),
+    )
+
+
+def _feature_ids(text: str) -> list[int]:
+    """Ids of "12,40". Raises DataError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise DataError(f"--feature {text}", "ids, such as 12,40") from error
+
+
+@app.command()
+def features(
+    file: Annotated[Path | None, typer.Argument(help="A vector written by fgsteer build.")] = None,
+    feature: Annotated[str | None, typer.Option("--feature", help="Ids such as 12,40 instead of a vector.")] = None,
+    search: Annotated[str | None, typer.Option("--search", help="A word, to find features for it.")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Show excerpts of this text file (a document a line) or JSONL.")
+    ] = None,
+    examples: Annotated[Path | None, typer.Option(help="Excerpts written by fgsteer examples.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Labels: a Neuronpedia export or its folder.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write feature cards as one HTML page.")] = None,
+    top: Annotated[int, typer.Option(help="How many features, by absolute weight or by --search's score.")] = 20,
+    model: ModelOption = "default",
+    sae: SaeOption = "default",
+    sae_id: SaeIdOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show features, of a vector, by id or for a word: density, label, the tokens they raise, excerpts.
+
+    A search that finds nothing ends with exit status 1.
+    """
+    import fgsteer as fg
+    from fgsteer.cards import print_features, write_page
+
+    if sum(given is not None for given in (file, feature, search)) != 1:
+        raise DataError("none or several of a vector file, --feature and --search", "one of them")
+    if corpus is not None and examples is not None:
+        raise DataError("--corpus and --examples", "one of them")
+    vector = None if file is None else fg.SteeringVector.load(file)
+    ids = None if feature is None else _feature_ids(feature)
+    language_model, tokenizer = _load_model(model, device, None)
+    told: dict[str, Any] = {"heading": "Features" if search is None else f"Features for {search!r}"}
+    if vector is not None:
+        told = _describe_direction(vector, language_model, tokenizer)
+    told.update(sae=None, corpus=None)
     rows = []
-    if vector.features:
-        rows = describe_features(vector, language_model, tokenizer, _load_sae(sae, sae_id), top=top)
-    told = {
-        "method": vector.provenance.get("method"),
-        "hookpoint": str(vector.hookpoint),
-        "raises": list(raised),
-        "lowers": list(lowered),
-        "features": [row.as_dict() for row in rows],
+    if vector is None or vector.features:
+        autoencoder = _load_sae(sae, sae_id)
+        if labels is not None:
+            autoencoder = replace(autoencoder, labels=fg.load_labels(labels, autoencoder))
+        parts = (language_model, tokenizer, autoencoder)
+        known = None if examples is None else fg.FeatureExamples.load(examples)
+        if corpus is not None:  # a search reads the excerpts of every feature
+            shown = ids if vector is None else [row.id for row in vector.top_features(top)]
+            known = _measure_examples(corpus, parts, as_json, features=shown)
+        rows = _feature_rows(vector or ids, search, parts, known, top)
+        told.update(sae=autoencoder.source, corpus=None if known is None else known.corpus)
+    told["features"] = [row.as_dict() for row in rows]
+    if html is not None:
+        about = {"SAE": told["sae"], "Excerpts from": (told["corpus"] or {}).get("name")}
+        about |= {f"{name}:": " ".join(told[name]) for name in ("raises", "lowers") if name in told}
+        write_page(html, told["heading"], rows, [f"{name} {value}" for name, value in about.items() if value])
+    _show(told, as_json, print_features)
+    if search is not None and not rows:
+        typer.echo(f"no feature found for {search!r}: try another word, --corpus or --labels", err=True)
+        raise typer.Exit(1)
+
+
+def _describe_direction(vector: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What a vector is and the tokens that its direction raises and lowers. Raises PairingError."""
+    from fgsteer.reading import top_tokens
+
+    vector.check(model)
+    method, hookpoint = vector.provenance.get("method"), str(vector.hookpoint)
+    tokens = [list(top_tokens(model, tokenizer, (sign * vector.direction)[None], 10)[0]) for sign in (1.0, -1.0)]
+    return {
+        "heading": f"{method} at {hookpoint}",
+        "method": method,
+        "hookpoint": hookpoint,
+        "raises": tokens[0],
+        "lowers": tokens[1],
     }
-    _show(told, as_json, _print_features)
 
 
-def _print_features(told: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
+def _feature_rows(chosen: Any, search: str | None, parts: tuple[Any, Any, Any], known: Any, top: int) -> list[Any]:
+    """Facts on the features of a vector, on ids, or on what a search finds."""
+    import fgsteer as fg
 
-    console = _console()
-    console.print(Text(f"{told['method']} at {told['hookpoint']}"))
-    console.print(Text(f"  raises  {' '.join(told['raises'])}\n  lowers  {' '.join(told['lowers'])}"))
-    if not told["features"]:
-        console.print("  no features: this method works on residual means")
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("feature", "weight", "density"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("tokens its weight pushes towards")
-    labelled = any(row["label"] for row in told["features"])
-    if labelled:
-        table.add_column("label")
-    for row in told["features"]:
-        share = "?" if row["density"] is None else f"{row['density']:.3%}"
-        label = [Text(row["label"])] if labelled else []
-        table.add_row(str(row["id"]), f"{row['weight']:.4f}", share, Text(" ".join(row["tokens"])), *label)
-    console.print(table)
+    model, tokenizer, sae = parts
+    why = {}
+    if search is not None:
+        found = fg.find_features(search, sae, model, tokenizer, examples=known, top=top)
+        why = {entry.id: entry.why for entry in found}
+        chosen = list(why)
+    rows: list[Any] = fg.describe_features(chosen, model, tokenizer, sae, top=top, examples=known, why=why)
+    return rows
 
 
 @app.command()

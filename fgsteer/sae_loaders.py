@@ -20,6 +20,7 @@ from fgsteer.density import FeatureDensity
 from fgsteer.errors import FormatError, HookpointError, PairingError
 from fgsteer.files import read_json, tensor_sha256, text_sha256
 from fgsteer.hookpoints import Hookpoint
+from fgsteer.labels import load_labels
 from fgsteer.models import DEFAULT, pretrained_dir
 from fgsteer.sae import SAE
 
@@ -79,17 +80,8 @@ def _from_folder(folder: Path) -> SAE:
         density = FeatureDensity.load(folder / DENSITY_FILE)
         sae = replace(sae, density=density.check(sae))
     if (folder / LABELS_FILE).is_file():
-        sae = replace(sae, labels=_read_labels(folder / LABELS_FILE))
+        sae = replace(sae, labels=load_labels(folder / LABELS_FILE, sae))
     return sae
-
-
-def _read_labels(path: Path) -> dict[int, str]:
-    """Labels of a JSON object {"id": "label"}. Raises FormatError."""
-    value = read_json(path)
-    try:
-        return {int(feature): str(label) for feature, label in value.items()}
-    except (AttributeError, ValueError) as error:
-        raise FormatError(f"{path} holds {value!r:.60}", 'an object {"feature id": "label"}') from error
 
 
 def _default_folder() -> Path | None:

@@ -26,6 +26,8 @@ ORDER = (
     "activations",
     "statistics",
     "density",
+    "examples",
+    "labels",
     "sae_loaders",
     "effects",
     "interventions",
@@ -39,6 +41,8 @@ ORDER = (
     "steering",
     "calibration",
     "reading",
+    "search",
+    "cards",
     "info",
     "__init__",
     "demo",
@@ -111,6 +115,9 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     stats = fg.collect(model, tokenizer, data, sae=sae)
     effects = fg.EffectApproximator(torch.randn(32, 24), torch.randn(24), sae.hookpoint, sae.sha256)
     density = fg.measure_density(model, tokenizer, ["the man sat", "a cat ran"], sae)
+    examples = fg.measure_examples(model, tokenizer, ["the man sat", "a cat ran"], sae)
+    fg.describe_features([1], model, tokenizer, sae, examples=examples)
+    fg.find_features("cat", sae, model, tokenizer, examples=examples)
     vectors = [fg.caa(stats), fg.ace(stats), fg.sta(stats, sae), fg.fgaa(stats, sae, density=density, max_density=1.0),
                fg.fgaa(stats, sae, effects), fg.from_features(sae, [1]), fg.sae_ts(sae, [1], effects)]
     clamp = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={1: 2.0})
