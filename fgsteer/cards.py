@@ -48,17 +48,19 @@ body{margin:0 auto;padding:1rem;max-width:80rem;background:var(--page);color:var
 h1{font-size:1.4rem;margin:0 0 .25rem}h2{font-size:1.1rem;margin:0}p{margin:.25rem 0}
 a{color:var(--link)}.quiet,dt{color:var(--quiet)}
 main{display:grid;gap:1rem;align-items:start;grid-template-columns:repeat(auto-fill,minmax(min(100%%,34rem),1fr));margin-top:1rem}
-article{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem;break-inside:avoid}
+article{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem .75rem;margin:.5rem 0;font-size:.9rem}
 dd{margin:0}dd code{background:var(--page);border-radius:.2rem;padding:0 .25rem;font-size:.85rem;white-space:pre-wrap}
 ol{list-style:none;margin:.75rem 0 0;padding:0;font-size:.95rem}
-li{display:grid;grid-template-columns:3.2rem 1fr;gap:.5rem;padding:.3rem 0;border-top:1px solid var(--line)}
+li{display:grid;grid-template-columns:3.2rem 1fr;gap:.5rem;padding:.3rem 0;break-inside:avoid;
+ border-top:1px solid var(--line)}
 li>b{font-weight:400;font-size:.85rem;text-align:right;color:var(--quiet);font-variant-numeric:tabular-nums}
-q{quotes:none;unicode-bidi:isolate;white-space:pre-wrap}q span{border-radius:.15rem}
+q{quotes:none;unicode-bidi:isolate}q span{border-radius:.15rem;white-space:pre-wrap}
 mark{background:none;color:inherit}mark span{font-weight:600;text-decoration:underline;text-underline-offset:.15em}
 .scale span{display:inline-block;padding:0 .4rem;color:var(--text)}.scale>span{white-space:nowrap;padding:0}
 %(shades)s
-@media print{body{padding:0;max-width:none;font-size:9pt}main{display:block}article{margin-bottom:.75rem}
+@media print{html{font-size:9pt}body{padding:0;max-width:none;background:none}main{display:block}
+ article{margin-bottom:.75rem}h2,dl{break-after:avoid}
  span{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
@@ -126,7 +128,7 @@ def _excerpt(excerpt: Excerpt, largest: float) -> str:
     spans = []
     for first, end in _characters(excerpt.tokens):
         value = max(excerpt.activations[first:end])
-        text = "".join(excerpt.tokens[first:end]).replace("\n", "↵")
+        text = _visible("".join(excerpt.tokens[first:end]))
         word = text.lstrip() or text
         shown = escape(word)
         if value > 0:
@@ -136,6 +138,11 @@ def _excerpt(excerpt: Excerpt, largest: float) -> str:
             shown = f"<mark>{shown}</mark>"
         spans.append(text[: len(text) - len(word)] + shown)
     return f"<li><b>{excerpt.activations[excerpt.peak]:.2f}</b><q>{''.join(spans)}</q></li>"
+
+
+def _visible(text: str) -> str:
+    """Text without line breaks, control or direction characters."""
+    return "".join(c if c.isprintable() else "↵" if c == "\n" else "·" for c in text)
 
 
 def _characters(tokens: Sequence[str]) -> Iterable[tuple[int, int]]:
@@ -184,7 +191,7 @@ def print_features(told: dict[str, Any]) -> None:
 
 def _line(excerpt: dict[str, Any], text: Any) -> Any:
     """One excerpt as a line of rich text, the peak in bold, as much before it as fits beside its number."""
-    tokens, peak = [t.replace("\n", "↵") for t in excerpt["tokens"]], excerpt["peak"]
+    tokens, peak = [_visible(t) for t in excerpt["tokens"]], excerpt["peak"]
     before = "".join(tokens[:peak])[-32:]
     return text.assemble(
         (f"{excerpt['activations'][peak]:8.2f}  ", "dim"),
