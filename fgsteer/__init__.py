@@ -35,6 +35,8 @@ _HOMES = {
     "models": ("load_model", "logit_lens", "residual_direction"),
     "sae": ("SAE",),
     "density": ("FeatureDensity", "measure_density"),
+    "examples": ("Excerpt", "FeatureExamples", "measure_examples"),
+    "labels": ("load_labels",),
     "sae_loaders": ("load_sae",),
     "activations": ("record",),
     "statistics": ("Contrast", "ContrastStatistics", "Moments", "collect"),
@@ -56,6 +58,8 @@ _HOMES = {
     "steering": ("generate", "steer"),
     "output_score": ("output_scores",),
     "calibration": ("calibrate", "cross_entropy"),
+    "reading": ("FeatureRow", "describe_features"),
+    "search": ("FoundFeature", "find_features"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -72,8 +72,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str,
         save_file(owned, beside, metadata=metadata)
 
 
-def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON header of a file of the given kind. Raises FormatError."""
+def read_tensors(path: str | Path, *, kind: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON header of a file of the given kind, or of any. Raises FormatError."""
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("fgsteer", "null"))
@@ -83,8 +83,8 @@ def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dic
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not a readable safetensors file: {error}") from error
     found = header.get("kind") if isinstance(header, dict) else None
-    if found != kind:
-        raise FormatError(f"{path} holds {found or 'no fgsteer header'}", f"an fgsteer {kind} file")
+    if not found or kind not in (found, None):
+        raise FormatError(f"{path} holds {found or 'no fgsteer header'}", f"an fgsteer {kind or 'kind of'} file")
     return tensors, header
 
 

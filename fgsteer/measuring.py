@@ -208,7 +208,7 @@ class _Meter:
 
 @torch.no_grad()
 def typical_norm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sae: SAE, texts: Sequence[str]) -> float:
-    """Median norm of the activations that the SAE reads, over the texts' tokens besides position 0."""
+    """Median norm of the activations where the SAE writes, over the texts' tokens besides position 0."""
     norms = []
     triples = (("", text, True) for text in texts)
     for batch in text_batches(model, tokenizer, triples, rule="all", batch_tokens=4096):

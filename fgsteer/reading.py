@@ -1,17 +1,20 @@
-"""Reading a vector: its features with density and the tokens that each of them promotes.
+"""Reading features: what is known of each, from a vector or by id.
 
 for row in describe_features(vec, model, tokenizer, sae): print(row)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import torch
 from torch import nn
 
 from fgsteer.errors import PairingError
+from fgsteer.examples import Excerpt, FeatureExamples
 from fgsteer.models import logit_lens, residual_direction
 from fgsteer.sae import SAE
 from fgsteer.vector import SteeringVector
@@ -22,13 +25,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """One feature of a vector: id, weight, density, top logit-lens tokens of its direction, label ("" if unknown)."""
+    """One feature: id, weight (None outside a vector), density, the tokens it pushes towards and away from.
+
+    Tokens are the logit lens of its decoder row times the weight's sign. ``label``, ``link`` (its
+    page at Neuronpedia), ``excerpts`` and ``why`` (it was found) are empty where nothing is known.
+    """
 
     id: int
-    weight: float
+    weight: float | None
     density: float | None
     tokens: tuple[str, ...]
     label: str = ""
+    lowered: tuple[str, ...] = ()
+    link: str = ""
+    excerpts: tuple[Excerpt, ...] = ()
+    why: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -46,39 +57,57 @@ def top_tokens(
     return [tuple(tokenizer.decode([int(i)]).strip() for i in row) for row in ids]
 
 
+def feature_link(sae: SAE, feature: int) -> str:
+    """The feature's page at Neuronpedia, "" for an SAE without ``neuronpedia`` ("gemma-2-2b/12-gemmascope-res-16k")."""
+    return f"https://www.neuronpedia.org/{quote(sae.neuronpedia)}/{feature}" if sae.neuronpedia else ""
+
+
 def describe_features(
-    vector: SteeringVector,
+    features: SteeringVector | Sequence[int],
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     sae: SAE,
     *,
     top: int = 20,
     tokens: int = 6,
+    examples: FeatureExamples | None = None,
+    why: Mapping[int, tuple[str, ...]] | None = None,
 ) -> list[FeatureRow]:
-    """The vector's features of largest absolute weight, with what is known of each.
+    """What is known of a vector's ``top`` features of largest absolute weight, or of the ids given.
 
-    A feature's tokens are those that its decoder row raises most, or lowers most when its
-    weight is negative; on z, what it adds through the output projection. Raises PairingError
-    for an SAE that the vector was not made with, HookpointError where its directions do not
-    act linearly on the residual stream.
+    ``examples`` brings excerpts, ``why`` what a search found each id for. Directions on z are
+    read through the output projection. Raises PairingError for an SAE that the vector or the
+    examples were not made with, SelectionError for an unknown id, HookpointError where
+    directions do not act linearly on the residual stream.
     """
-    made = (vector.provenance.get("sae") or {}).get("sha256")
-    if made and made != sae.sha256:
-        raise PairingError(f"a vector made with SAE {made[:12]}", f"this SAE {sae.sha256[:12]} ({sae.source})")
-    rows = vector.top_features(top)
-    if not rows:
+    if examples is not None:
+        examples.check(sae)
+    entries: list[tuple[int, float | None, float | None]]
+    if isinstance(features, SteeringVector):
+        made = (features.provenance.get("sae") or {}).get("sha256")
+        if made and made != sae.sha256:
+            raise PairingError(f"a vector made with SAE {made[:12]}", f"this SAE {sae.sha256[:12]} ({sae.source})")
+        entries = [(row.id, row.weight, row.density) for row in features.top_features(top)]
+    else:
+        entries = [(int(feature), None, None) for feature in features]
+    if not entries:
         return []
-    signs = torch.tensor([1.0 if row.weight >= 0 else -1.0 for row in rows])
-    directions = torch.stack([sae.direction(row.id).cpu() for row in rows]) * signs[:, None]
-    promoted = top_tokens(model, tokenizer, residual_direction(model, sae.hookpoint, directions), tokens)
+    signs = torch.tensor([-1.0 if (weight or 0) < 0 else 1.0 for _, weight, _ in entries])
+    rows = torch.stack([sae.direction(feature).cpu() for feature, _, _ in entries]) * signs[:, None]
+    directions = residual_direction(model, sae.hookpoint, rows)
+    raised, lowered = (top_tokens(model, tokenizer, sign * directions, tokens) for sign in (1.0, -1.0))
     density = None if sae.density is None else sae.density.density
     return [
         FeatureRow(
-            row.id,
-            row.weight,
-            row.density if density is None else float(density[row.id]),
-            words,
-            sae.labels.get(row.id, ""),
+            feature,
+            weight,
+            known if density is None else float(density[feature]),
+            raised[n],
+            sae.labels.get(feature, ""),
+            lowered[n],
+            feature_link(sae, feature),
+            () if examples is None else examples.of(feature, tokenizer),
+            (why or {}).get(feature, ()),
         )
-        for row, words in zip(rows, promoted, strict=True)
+        for n, (feature, weight, known) in enumerate(entries)
     ]

@@ -25,6 +25,7 @@ from fgsteer.density import FeatureDensity
 from fgsteer.errors import FgsteerError, FormatError, PairingError
 from fgsteer.files import read_json
 from fgsteer.hookpoints import Hookpoint
+from fgsteer.labels import load_labels
 from fgsteer.models import DEFAULT, pretrained_dir
 from fgsteer.registry import RegistryRow, find_row
 from fgsteer.sae import SAE
@@ -114,7 +115,7 @@ def _from_folder(folder: Path, given: Mapping[str, Any]) -> SAE:
         density = FeatureDensity.load(folder / DENSITY_FILE)
         sae = replace(sae, density=density.check(sae))
     if (folder / LABELS_FILE).is_file():
-        sae = replace(sae, labels=_read_labels(folder / LABELS_FILE))
+        sae = replace(sae, labels=load_labels(folder / LABELS_FILE, sae))
     return sae
 
 
@@ -141,15 +142,6 @@ def _read_sparsify(folder: Path, config: Mapping[str, Any], given: Mapping[str, 
         model_name=str(told.get("model") or "") if isinstance(told, Mapping) else "",
         hookpoint=given["hookpoint"],
     )
-
-
-def _read_labels(path: Path) -> dict[int, str]:
-    """Labels of a JSON object {"id": "label"}. Raises FormatError."""
-    value = read_json(path)
-    try:
-        return {int(feature): str(label) for feature, label in value.items()}
-    except (AttributeError, ValueError) as error:
-        raise FormatError(f"{path} holds {value!r:.60}", 'an object {"feature id": "label"}') from error
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ ORDER = (
     "activations",
     "statistics",
     "density",
+    "examples",
+    "labels",
     "sae_formats",
     "sae_loaders",
     "interventions",
@@ -46,9 +48,15 @@ ORDER = (
     "methods",
     "output_score",
     "reading",
+    "search",
+    "cards",
     "info",
     "__init__",
     "demo",
+    "cli.common",
+    "cli.measure",
+    "cli.vectors",
+    "cli.read",
     "cli",
 )
 
@@ -65,14 +73,17 @@ def imports(path):
         if id(node) in typing_only:
             continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fgsteer"):
-            yield node.module.removeprefix("fgsteer").lstrip(".") or "__init__"
+            home = node.module.removeprefix("fgsteer").lstrip(".")
+            for alias in node.names:
+                inner = f"{home}.{alias.name}".lstrip(".")
+                yield inner if inner in ORDER else home or "__init__"
         elif isinstance(node, ast.Import):
             yield from ("__init__" for alias in node.names if alias.name == "fgsteer")
 
 
 def test_each_module_imports_only_earlier_ones():
     found = {
-        ".".join(p.relative_to(PACKAGE).with_suffix("").parts).replace("methods.__init__", "methods"): p
+        ".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): p
         for p in PACKAGE.rglob("*.py")
     }
     assert set(found) == set(ORDER)
@@ -119,6 +130,9 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     stats = fg.collect(model, tokenizer, data, sae=sae)
     effects = fg.EffectApproximator(torch.randn(32, 24), torch.randn(24), sae.hookpoint, sae.sha256)
     density = fg.measure_density(model, tokenizer, ["the man sat", "a cat ran"], sae)
+    examples = fg.measure_examples(model, tokenizer, ["the man sat", "a cat ran"], sae)
+    fg.describe_features([1], model, tokenizer, sae, examples=examples)
+    fg.find_features("cat", sae, model, tokenizer, examples=examples)
     vectors = [fg.caa(stats), fg.ace(stats), fg.sta(stats, sae), fg.fgaa(stats, sae, density=density, max_density=1.0),
                fg.fgaa(stats, sae, effects, score="pearson"), fg.from_features(sae, [1]), fg.sae_ts(sae, [1], effects)]
     clamp = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={1: 2.0})

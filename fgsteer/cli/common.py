@@ -1,0 +1,78 @@
+"""What the commands share: the application, options, loading, and how results are shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fgsteer.errors import DataError
+
+app = typer.Typer(
+    help="Steer language models with the features of sparse autoencoders.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help='"default", or a Hugging Face id or path.')]
+SaeOption = Annotated[str, typer.Option("--sae", help='"default", a folder, or a sae-lens release (with --sae-id).')]
+SaeIdOption = Annotated[str | None, typer.Option("--sae-id", help="The id within a sae-lens release.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="File to write (safetensors).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value, for scripts.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, auto …; default: cuda if any.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 …; default: the checkpoint's.")]
+
+
+def load_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer of the options. Raises DataError for an unknown dtype."""
+    import torch
+
+    import fgsteer as fg
+
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise DataError(f"--dtype {dtype}", "float32, bfloat16 or float16")
+    options = {"device_map": "auto"} if device == "auto" else {}
+    model, tokenizer = fg.load_model(name, dtype=getattr(torch, dtype) if dtype else None, **options)
+    if device != "auto":
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model, tokenizer
+
+
+def load_sae(name: str, sae_id: str | None) -> Any:
+    """The SAE of the options."""
+    import fgsteer as fg
+
+    return fg.load_sae(name, sae_id)
+
+
+def show(value: Any, as_json: bool, text: Callable[[Any], None]) -> None:
+    """Print a result as JSON or for a reader."""
+    if as_json:
+        typer.echo(json.dumps(value, ensure_ascii=False))
+    else:
+        text(value)
+
+
+def console() -> Any:
+    """A terminal that prints text as it is."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@contextmanager
+def progress_bar(what: str, total: int | None, as_json: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error; the block gets a function to report how many are done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=as_json, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)

@@ -1,0 +1,252 @@
+"""Commands that run a model over text and write what they measured."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fgsteer.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    SaeIdOption,
+    SaeOption,
+    app,
+    load_model,
+    load_sae,
+    progress_bar,
+    show,
+)
+from fgsteer.errors import DataError
+
+
+@app.command()
+def collect(
+    contrast: Annotated[str, typer.Argument(help="A shipped contrast set, or a .json or .jsonl file.")],
+    out: OutOption,
+    model: ModelOption = "default",
+    sae: SaeOption = "default",
+    sae_id: SaeIdOption = None,
+    no_sae: Annotated[bool, typer.Option("--no-sae", help="Residual statistics only (with --hookpoint).")] = False,
+    hookpoint: Annotated[
+        list[str] | None, typer.Option("--hookpoint", help="More hookpoints, such as blocks.2.hook_resid_post.")
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="all, last, answer, letter, or an index.")] = "all",
+    bos: Annotated[bool, typer.Option("--bos", help="Read position 0 too.")] = False,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch.")] = 8192,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read both sides of a contrast through the model and the SAE; write statistics."""
+    import fgsteer as fg
+
+    pairs = fg.load_contrast(contrast)
+    language_model, tokenizer = load_model(model, device, dtype)
+    autoencoder = None if no_sae else load_sae(sae, sae_id)
+    rule: Any = tokens
+    with suppress(ValueError):
+        rule = int(tokens)
+    total = pairs.count(True) + pairs.count(False)
+    with progress_bar("collecting", total, as_json) as progress:
+        stats = fg.collect(
+            language_model,
+            tokenizer,
+            pairs,
+            sae=autoencoder,
+            hookpoints=hookpoint,
+            tokens=rule,
+            bos=bos,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+    stats.save(out)
+    told = {"out": str(out), "hookpoints": [str(at) for at in stats.residual], "data": [dict(d) for d in stats.data]}
+    show(told, as_json, lambda v: typer.echo(f"{v['out']}: {v['data'][0]['count']} texts at {v['hookpoints']}"))
+
+
+@app.command()
+def density(
+    corpus: Annotated[Path, typer.Argument(help='Text file, a document a line, or JSONL with a field "text".')],
+    out: OutOption,
+    model: ModelOption = "default",
+    sae: SaeOption = "default",
+    sae_id: SaeIdOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens read of each document.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch.")] = 8192,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure on which share of a corpus's tokens each feature fires; write it beside the SAE.
+
+    A file density.safetensors in an SAE's folder is loaded with it.
+    """
+    import fgsteer as fg
+    from fgsteer.data import read_documents
+
+    total = sum(1 for _ in read_documents(corpus))
+    if not total:
+        raise DataError(f"{corpus} has no document", "one a line")
+    language_model, tokenizer = load_model(model, device, dtype)
+    autoencoder = load_sae(sae, sae_id)
+    with progress_bar("measuring density", total, as_json) as progress:
+        measured = fg.measure_density(
+            language_model,
+            tokenizer,
+            read_documents(corpus),
+            autoencoder,
+            batch_tokens=batch_tokens,
+            max_tokens=max_tokens,
+            corpus={"name": corpus.name, "texts": total},
+            progress=progress,
+        )
+    measured.save(out)
+    shares = measured.density
+    told = {
+        "out": str(out),
+        "tokens": measured.tokens,
+        "l0": float(shares.sum()),
+        "dead": int((shares == 0).sum()),
+        "bos_features": measured.bos_features().nonzero()[:, 0].tolist(),
+    }
+    show(
+        told,
+        as_json,
+        lambda v: typer.echo(
+            f"{v['out']}: {v['tokens']} tokens, L0 {v['l0']:.1f}, {v['dead']} features never fired, "
+            f"{len(v['bos_features'])} only on position 0"
+        ),
+    )
+
+
+@app.command()
+def effects(
+    out: OutOption,
+    model: ModelOption = "default",
+    sae: SaeOption = "default",
+    sae_id: SaeIdOption = None,
+    vectors: Annotated[int | None, typer.Option(help="Decoder rows to measure, drawn by seed; default: all.")] = None,
+    rows_of: Annotated[str | None, typer.Option("--rows-of", help="Another SAE whose decoder rows to measure.")] = None,
+    rows_of_id: Annotated[str | None, typer.Option("--rows-of-id", help="Its id within a sae-lens release.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; default: shipped neutral ones.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="Texts that set the strength; default: shipped neutral.")] = None,
+    n_texts: Annotated[int, typer.Option(help="How many of the texts to use.")] = 8,
+    rollouts: Annotated[int, typer.Option(help="Continuations of each prompt per vector; even.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each continuation.")] = 32,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Of sampling.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Of sampling; 0.3 in SAE-TS.")] = 0.3,
+    ce_rise: Annotated[float, typer.Option(help="Nats a token that each vector may cost the texts.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seed of vectors and sampling.")] = 0,
+    rows: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 512,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of measured parts, to go on from; default: OUT.parts.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how vectors move features of generated text, fit the linear effect approximator, write it.
+
+    A killed run goes on where it stopped, to the same result: say the same command again.
+    """
+    import fgsteer as fg
+    from fgsteer.data import read_documents
+    from fgsteer.measuring import decoder_directions
+    from fgsteer.rollouts import Sampling
+
+    language_model, tokenizer = load_model(model, device, dtype)
+    autoencoder = load_sae(sae, sae_id)
+    source = load_sae(rows_of, rows_of_id) if rows_of is not None else autoencoder
+    directions = decoder_directions(source, vectors, seed)
+    neutral, starts = fg.load_neutral()
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    with progress_bar("measuring effects", len(directions), as_json) as progress:
+        measured = fg.EffectApproximator.measure(
+            language_model,
+            tokenizer,
+            autoencoder,
+            vectors=directions,
+            prompts=list(read_documents(prompts)) if prompts else starts,
+            texts=(list(read_documents(texts)) if texts else neutral)[:n_texts],
+            rollouts=rollouts,
+            sampling=sampling,
+            target_ce_rise=ce_rise,
+            rows=rows,
+            work=work or out.with_name(out.name + ".parts"),
+            progress=progress,
+        )
+    measured.save(out)
+    show({"out": str(out), **measured.about}, as_json, _print_effects)
+
+
+def _print_effects(told: dict[str, Any]) -> None:
+    typer.echo(
+        f"{told['out']}: {told['vectors']} vectors, {told['skipped']} left out; "
+        f"λ = {told['ridge_in_mean_eigenvalues']:.3g} mean eigenvalues"
+    )
+    typer.echo(f"on {told['held_out_vectors']} vectors held out, R² about the mean effect")
+    rows = (
+        ("fit", told["r2"]),
+        ("bias only", 0.0),
+        ("fit to shuffled effects", told["shuffled"]),
+        ("ceiling set by sampling noise", told["ceiling"]),
+    )
+    for name, value in rows:
+        typer.echo(f"  {name:<30} {value:6.3f}")
+    typer.echo(
+        f"share of all squared effect: fit {told['explained']:.3f}, bias only {told['explained_by_bias']:.3f}; "
+        f"mean cosine of M's columns to decoder rows {told['cosine_to_decoder']:.3f}"
+    )
+
+
+def measure_excerpts(corpus: Path, parts: tuple[Any, Any, Any], as_json: bool, **options: Any) -> Any:
+    """Excerpts of a corpus file, with a progress bar. Raises DataError for one without documents."""
+    import fgsteer as fg
+    from fgsteer.data import read_documents
+
+    total = sum(1 for _ in read_documents(corpus))
+    if not total:
+        raise DataError(f"{corpus} has no document", "one a line")
+    model, tokenizer, sae = parts
+    about = {"name": corpus.name, "texts": total}
+    with progress_bar("measuring excerpts", total, as_json) as progress:
+        return fg.measure_examples(
+            model, tokenizer, read_documents(corpus), sae, corpus=about, progress=progress, **options
+        )
+
+
+@app.command()
+def examples(
+    corpus: Annotated[Path, typer.Argument(help='Text file, a document a line, or JSONL with a field "text".')],
+    out: OutOption,
+    top: Annotated[int, typer.Option(help="Excerpts kept of each feature.")] = 8,
+    window: Annotated[int, typer.Option(help="Tokens kept on either side of a peak.")] = 12,
+    model: ModelOption = "default",
+    sae: SaeOption = "default",
+    sae_id: SaeIdOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens read of each document.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch.")] = 8192,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find where in a corpus each feature fires most; write the excerpts for fgsteer features --examples."""
+    parts = (*load_model(model, device, dtype), load_sae(sae, sae_id))
+    measured = measure_excerpts(
+        corpus, parts, as_json, top=top, window=window, max_tokens=max_tokens, batch_tokens=batch_tokens
+    )
+    measured.save(out)
+    fired = int((measured.documents >= 0).any(1).sum())
+    told = {"out": str(out), "texts": measured.corpus["texts"], "features": len(measured.features), "fired": fired}
+    show(
+        told,
+        as_json,
+        lambda v: typer.echo(f"{v['out']}: {v['fired']} of {v['features']} features fired in {v['texts']} texts"),
+    )

@@ -1,0 +1,167 @@
+"""Commands that show what is in a vector, an SAE, a file, the registry."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fgsteer.cli.common import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    SaeIdOption,
+    SaeOption,
+    app,
+    load_model,
+    load_sae,
+    show,
+)
+from fgsteer.cli.measure import measure_excerpts
+from fgsteer.errors import DataError
+
+
+def _feature_ids(text: str) -> list[int]:
+    """Ids of "12,40". Raises DataError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise DataError(f"--feature {text}", "ids, such as 12,40") from error
+
+
+@app.command()
+def features(
+    file: Annotated[Path | None, typer.Argument(help="A vector written by fgsteer build.")] = None,
+    feature: Annotated[str | None, typer.Option("--feature", help="Ids such as 12,40 instead of a vector.")] = None,
+    search: Annotated[str | None, typer.Option("--search", help="A word, to find features for it.")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Show excerpts of this text file (a document a line) or JSONL.")
+    ] = None,
+    examples: Annotated[Path | None, typer.Option(help="Excerpts written by fgsteer examples.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Labels: a Neuronpedia export or its folder.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write feature cards as one HTML page.")] = None,
+    top: Annotated[int, typer.Option(help="How many features, by absolute weight or by --search's score.")] = 20,
+    model: ModelOption = "default",
+    sae: SaeOption = "default",
+    sae_id: SaeIdOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show features, of a vector, by id or for a word: density, label, the tokens they raise, excerpts.
+
+    A search that finds nothing ends with exit status 1.
+    """
+    import fgsteer as fg
+    from fgsteer.cards import print_features, write_page
+
+    if sum(given is not None for given in (file, feature, search)) != 1:
+        raise DataError("none or several of a vector file, --feature and --search", "one of them")
+    if corpus is not None and examples is not None:
+        raise DataError("--corpus and --examples", "one of them")
+    vector = None if file is None else fg.SteeringVector.load(file)
+    ids = None if feature is None else _feature_ids(feature)
+    language_model, tokenizer = load_model(model, device, None)
+    told: dict[str, Any] = {"heading": "Features" if search is None else f"Features for {search!r}"}
+    if vector is not None:
+        told = _describe_direction(vector, language_model, tokenizer)
+    told.update(sae=None, corpus=None)
+    rows = []
+    if vector is None or vector.features:
+        autoencoder = load_sae(sae, sae_id)
+        if labels is not None:
+            autoencoder = replace(autoencoder, labels=fg.load_labels(labels, autoencoder))
+        parts = (language_model, tokenizer, autoencoder)
+        known = None if examples is None else fg.FeatureExamples.load(examples)
+        if corpus is not None:  # a search reads the excerpts of every feature
+            shown = ids if vector is None else [row.id for row in vector.top_features(top)]
+            known = measure_excerpts(corpus, parts, as_json, features=shown)
+        rows = _feature_rows(vector or ids, search, parts, known, top)
+        told.update(sae=autoencoder.source, corpus=None if known is None else known.corpus)
+    told["features"] = [row.as_dict() for row in rows]
+    if html is not None:
+        about = {"SAE": told["sae"], "Excerpts from": (told["corpus"] or {}).get("name")}
+        about |= {f"{name}:": " ".join(told[name]) for name in ("raises", "lowers") if name in told}
+        write_page(html, told["heading"], rows, [f"{name} {value}" for name, value in about.items() if value])
+    show(told, as_json, print_features)
+    if search is not None and not rows:
+        typer.echo(f"no feature found for {search!r}: try another word, --corpus or --labels", err=True)
+        raise typer.Exit(1)
+
+
+def _describe_direction(vector: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What a vector is and the tokens that its direction raises and lowers. Raises PairingError."""
+    from fgsteer.models import residual_direction
+    from fgsteer.reading import top_tokens
+
+    vector.check(model)
+    written = residual_direction(model, vector.hookpoint, vector.direction)
+    method, hookpoint = vector.provenance.get("method"), str(vector.hookpoint)
+    tokens = [list(top_tokens(model, tokenizer, (sign * written)[None], 10)[0]) for sign in (1.0, -1.0)]
+    return {
+        "heading": f"{method} at {hookpoint}",
+        "method": method,
+        "hookpoint": hookpoint,
+        "raises": tokens[0],
+        "lowers": tokens[1],
+    }
+
+
+def _feature_rows(chosen: Any, search: str | None, parts: tuple[Any, Any, Any], known: Any, top: int) -> list[Any]:
+    """Facts on the features of a vector, on ids, or on what a search finds."""
+    import fgsteer as fg
+
+    model, tokenizer, sae = parts
+    why = {}
+    if search is not None:
+        found = fg.find_features(search, sae, model, tokenizer, examples=known, top=top)
+        why = {entry.id: entry.why for entry in found}
+        chosen = list(why)
+    rows: list[Any] = fg.describe_features(chosen, model, tokenizer, sae, top=top, examples=known, why=why)
+    return rows
+
+
+@app.command()
+def saes(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Only SAEs of this model.")] = None,
+    layer: Annotated[int | None, typer.Option("--layer", help="Only SAEs of this 0-based layer.")] = None,
+    search: Annotated[str, typer.Option("--search", help="Words that release, id or hookpoint must have.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """List the pretrained SAEs of sae-lens's registry, for --sae RELEASE --sae-id ID."""
+    from fgsteer.registry import registry
+
+    show([row.as_dict() for row in registry(model, layer, search)], as_json, _print_saes)
+
+
+def _print_saes(rows: list[dict[str, Any]]) -> None:
+    """A block per release, a line per SAE, never folded: ids are there to be copied."""
+    from itertools import groupby
+
+    if not rows:
+        typer.echo("none in the registry of the installed sae-lens; --search takes words of its releases")
+    for (release, model), members in groupby(rows, key=lambda row: (row["release"], row["model"])):
+        lines = [
+            (r["sae_id"], r["hookpoint"], r["width"], "" if r["l0"] is None else f"L0 {r['l0']:g}", r["neuronpedia"])
+            for r in members
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        typer.echo(f"{release}  ({model})")
+        for line in lines:
+            typer.echo("  " + "  ".join(map(str.ljust, line, widths)).rstrip())
+
+
+@app.command()
+def info(
+    file: Annotated[
+        Path | None, typer.Argument(help="Any file that fgsteer wrote; nothing: this installation.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a file holds and where it came from, or what is installed."""
+    from fgsteer.info import describe_file, describe_installation
+
+    told = describe_file(file) if file is not None else describe_installation()
+    show(told, as_json, lambda v: typer.echo(json.dumps(v, indent=2, ensure_ascii=False)))

@@ -1,0 +1,174 @@
+"""Commands that build vectors and steer with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fgsteer.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    SaeIdOption,
+    SaeOption,
+    app,
+    console,
+    load_model,
+    load_sae,
+    show,
+)
+from fgsteer.errors import DataError
+
+
+@app.command()
+def demo(
+    concepts: Annotated[list[str] | None, typer.Argument(help="Shipped concepts; two by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Steer the embedded default towards two concepts by four methods, side by side."""
+    from fgsteer.demo import CONCEPTS, run
+
+    result = run(console(), concepts or CONCEPTS, as_json=as_json)
+    show(result, as_json, lambda _: None)
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """key=value options as Python values (JSON where it parses). Raises DataError."""
+    settings = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise DataError(f"--set {pair}", "key=value, such as --set n_positive=8")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings
+
+
+def _feature_weights(text: str) -> dict[int, float]:
+    """{id: weight} of "12:1.5,40". Raises DataError."""
+    weights: dict[int, float] = {}
+    for part in text.split(","):
+        feature, _, weight = part.partition(":")
+        try:
+            given = int(feature)
+            value = float(weight or 1.0)
+        except ValueError as error:
+            raise DataError(f"--features {text}", "ids with optional weights, such as 12:1.5,40") from error
+        if given in weights:
+            raise DataError(f"--features {text} names {given} twice", "each id once")
+        weights[given] = value
+    return weights
+
+
+@app.command()
+def build(
+    method: Annotated[str, typer.Argument(help="caa, ace, sta, fgaa, sae_ts or from_features.")],
+    out: OutOption,
+    stats: Annotated[Path | None, typer.Option(help="Statistics written by fgsteer collect.")] = None,
+    sae: SaeOption = "default",
+    sae_id: SaeIdOption = None,
+    effects: Annotated[str | None, typer.Option(help='Effect approximator: a file, or "default".')] = None,
+    density: Annotated[Path | None, typer.Option(help="Density of the SAE, if not in its folder.")] = None,
+    features: Annotated[str | None, typer.Option(help="Feature ids with weights, such as 12:1.5,40.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A parameter of the method, such as n_positive=8.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Build a steering vector by a method's name; write it."""
+    import fgsteer as fg
+
+    inputs: dict[str, Any] = _settings(settings or [])
+    if stats is not None:
+        inputs["stats"] = fg.ContrastStatistics.load(stats)
+    if method not in ("caa", "ace"):
+        inputs["sae"] = load_sae(sae, sae_id)
+    if effects is not None:
+        inputs["effects"] = fg.load_effects(effects)
+    if density is not None:
+        inputs["density"] = fg.FeatureDensity.load(density)
+    if features is not None:
+        inputs["features"] = _feature_weights(features)
+    vector = fg.build(method, **inputs)
+    vector.save(out)
+    told = {
+        "out": str(out),
+        "method": method,
+        "hookpoint": str(vector.hookpoint),
+        "norm": vector.norm,
+        "features": len(vector.features),
+    }
+    show(
+        told,
+        as_json,
+        lambda v: typer.echo(
+            f"{v['out']}: {v['method']} at {v['hookpoint']}, norm {v['norm']:.3f}, {v['features']} features"
+        ),
+    )
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="Texts to continue.")],
+    vector: Annotated[list[Path] | None, typer.Option("--vector", "-v", help="Vectors to apply together.")] = None,
+    coefficient: Annotated[
+        list[float] | None, typer.Option("--coefficient", "-c", help="One per vector: add's c, affine's α, clamp's t.")
+    ] = None,
+    operation: Annotated[str, typer.Option("--op", help="add, affine, ablate or clamp.")] = "add",
+    scope: Annotated[str, typer.Option(help="all, prompt, generated or last_prompt_on.")] = "all",
+    model: ModelOption = "default",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 48,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue prompts, unsteered and steered side by side."""
+    import torch
+
+    import fgsteer as fg
+
+    paths = vector or []
+    strengths = coefficient or [1.0] * len(paths)
+    if operation not in ("add", "affine", "ablate", "clamp"):
+        raise DataError(f"--op {operation}", "add, affine, ablate or clamp")
+    if len(strengths) != len(paths):
+        raise DataError(f"{len(strengths)} coefficients for {len(paths)} vectors", "one each, in the same order")
+    language_model, tokenizer = load_model(model, device, dtype)
+    loaded = [fg.SteeringVector.load(path) for path in paths]
+    arguments = [() if operation == "ablate" else (c,) for c in strengths]
+    steering = [
+        getattr(loaded_vector, operation)(*given, scope=scope)
+        for loaded_vector, given in zip(loaded, arguments, strict=True)
+    ]
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+
+    def run(entries: Any) -> list[str]:
+        torch.manual_seed(seed)
+        texts: list[str] = fg.generate(
+            language_model, tokenizer, prompts, steering=entries, max_new_tokens=max_new_tokens, **sampling
+        )
+        return texts
+
+    told = {"prompts": prompts, "unsteered": run(None)}
+    if steering:
+        told["steered"] = run([steering] * len(prompts))
+    show(told, as_json, _print_texts)
+
+
+def _print_texts(told: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    screen = console()
+    for number, prompt in enumerate(told["prompts"]):
+        for name in ("unsteered", "steered"):
+            if name in told:
+                screen.print(Text.assemble((f"{name}: ", "dim"), prompt, (told[name][number], "bold")))

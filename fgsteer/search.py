@@ -1,0 +1,167 @@
+"""Search: the features of an SAE that have to do with a word, and why each was found.
+
+for found in find_features("wedding", sae, model, tokenizer): print(found.id, found.why)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fgsteer.activations import record, text_batches
+from fgsteer.errors import DataError
+from fgsteer.models import logit_lens
+from fgsteer.sae import SAE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fgsteer.examples import FeatureExamples
+
+BEGINNINGS = ("They talked about the", "I remember this", "It was all about", "She wrote the word")
+NEAREST = 256  # features whose raised tokens are looked at: those nearest the word's unembedding
+RAISED = 10  # tokens that a feature counts as raising
+
+
+@dataclass(frozen=True)
+class FoundFeature:
+    """A feature found for a word: id, score, and the reasons in words."""
+
+    id: int
+    score: float
+    why: tuple[str, ...]
+
+
+def find_features(
+    word: str,
+    sae: SAE,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    examples: FeatureExamples | None = None,
+    top: int = 20,
+) -> list[FoundFeature]:
+    """The features that have most to do with a word or phrase, best first; case does not matter.
+
+    ``score = label + excerpts + fires + raises``. ``label``: 1 when the feature's label has the word.
+    ``excerpts``: share of its top excerpts that peak on it. ``fires``: its activation on the word's last
+    token after each of a few plain beginnings, the least of them, over the largest in its excerpts (of
+    any feature on the word where none are given), times ln(density)/ln(1/tokens) where that is known.
+    ``raises``: 1/rank of a word of one token among those the feature raises, where it is one of the
+    first ten and its logit √(2 ln vocabulary) standard deviations over the mean: more than chance gives.
+    Whole words and their plurals count; in scripts without case any occurrence does.
+    Raises DataError for an empty word, PairingError for excerpts of another SAE.
+    """
+    if not word.strip():
+        raise DataError("an empty word", "a word or phrase to search for")
+    word = " ".join(word.split())
+    evidence = [
+        _labelled(word, sae.labels),
+        {} if examples is None else _peaking(word, examples.check(sae), tokenizer),
+        _firing(word, sae, model, tokenizer, examples),
+        _raising(word, sae, model, tokenizer),
+    ]
+    ids = {feature for part in evidence for feature in part}
+    found = [
+        FoundFeature(
+            feature,
+            sum(part[feature][0] for part in evidence if feature in part),
+            tuple(part[feature][1] for part in evidence if feature in part),
+        )
+        for feature in ids
+    ]
+    return sorted(found, key=lambda f: (-f.score, f.id))[:top]
+
+
+def word_pattern(word: str) -> re.Pattern[str]:
+    """Matches a word and its plural in any case; within longer words only in scripts that have no case."""
+    text = re.escape(word)
+    if not (word.isascii() or word.lower() != word.upper()):
+        return re.compile(text)
+    return re.compile(rf"(?<!\w){text}(?:s|es)?(?!\w)", re.IGNORECASE)
+
+
+Evidence = dict[int, tuple[float, str]]
+
+
+def _labelled(word: str, labels: Mapping[int, str]) -> Evidence:
+    pattern = word_pattern(word)
+    return {feature: (1.0, "label") for feature, label in labels.items() if pattern.search(label)}
+
+
+def _peaking(word: str, examples: FeatureExamples, tokenizer: PreTrainedTokenizerBase) -> Evidence:
+    """Share of each feature's excerpts in which its peak is on the word."""
+    pattern = word_pattern(word)
+    tokens = examples.tokens.tolist()
+    hits: dict[int, int] = {}
+    for row, slot in (examples.documents >= 0).nonzero().tolist():
+        text = str(tokenizer.decode([i for i in tokens[row][slot] if i >= 0]))
+        if pattern.search(text) and examples.excerpt(row, slot, tokenizer).peaks_on(pattern):
+            hits[row] = hits.get(row, 0) + 1
+    top = examples.documents.shape[1]
+    filled = (examples.documents >= 0).sum(1).tolist()
+    ids = examples.features.tolist()
+    return {ids[r]: (n / top, f"peaks on it in {n} of {filled[r]} excerpts") for r, n in hits.items()}
+
+
+def _spellings(word: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """The word as given, in lower case and capitalised, with its tokens inside a sentence: the shortest of these."""
+
+    def ids(text: str) -> list[int]:
+        return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    before = BEGINNINGS[0]
+    spelled = {
+        form: ids(f"{before} {form}")[len(ids(before)) :] for form in (word, word.lower(), word[0].upper() + word[1:])
+    }
+    shortest = min(len(tokens) for tokens in spelled.values())
+    return {form: tokens for form, tokens in spelled.items() if len(tokens) == shortest > 0}
+
+
+@torch.no_grad()
+def _firing(
+    word: str, sae: SAE, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: FeatureExamples | None
+) -> Evidence:
+    """Activation on the word after every beginning, weighed by how strong that is for the feature and how rare."""
+    forms = _spellings(word, tokenizer)
+    if not forms:
+        return {}
+    triples = [(beginning, form, True) for form in forms for beginning in BEGINNINGS]
+    acts = torch.zeros(len(triples), sae.d_sae)
+    for batch in text_batches(model, tokenizer, triples, rule="last", batch_tokens=1024):
+        values = record(model, batch.ids, batch.attention, [sae.input_hookpoint])[sae.input_hookpoint]
+        read = sae.encode(values[batch.selected.to(values.device)].to(sae.W_enc.device))
+        acts[[row.index for row in batch.rows]] = read.float().cpu()
+    least = acts.view(len(forms), len(BEGINNINGS), -1).amin(1).amax(0)
+    largest = least.max().expand_as(least) if examples is None else examples.largest(sae.d_sae).maximum(least)
+    share = least / largest.clamp(min=1e-9)
+    if sae.density is not None:
+        share *= 1 - (sae.density.fired + 1).log().float() / math.log(sae.density.tokens + 1)
+    pieces = len(next(iter(forms.values())))
+    on = "it" if pieces == 1 else f"the last of its {pieces} tokens"
+    ids = share.nonzero()[:, 0].tolist()
+    return {j: (float(share[j]), f"fires on {on}: {float(least[j]):.1f}") for j in ids}
+
+
+@torch.no_grad()
+def _raising(word: str, sae: SAE, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Evidence:
+    """Where a word of one token stands among those that each feature raises."""
+    tokens = sorted({ids[0] for ids in _spellings(word, tokenizer).values() if len(ids) == 1})
+    if not tokens:
+        return {}
+    head = model.get_output_embeddings().weight  # type: ignore[operator]
+    likeness = nn.functional.normalize(sae.W_dec.to(head), dim=1) @ head[tokens].T
+    near = likeness.amax(1).topk(min(NEAREST, sae.d_sae)).indices.cpu()
+    logits = logit_lens(model, sae.W_dec[near.to(sae.W_dec.device)]).cpu()
+    chance = math.sqrt(2 * math.log(logits.shape[1]))  # what the largest of as many Gaussian draws comes to
+    standing = (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True)
+    best = standing[:, tokens].amax(1)
+    ranks = 1 + (standing > best[:, None]).sum(1)
+    chosen = ((best > chance) & (ranks <= RAISED)).nonzero()[:, 0].tolist()
+    return {int(near[n]): (1 / int(ranks[n]), f"raises it (rank {int(ranks[n])})") for n in chosen}
