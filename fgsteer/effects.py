@@ -128,27 +128,25 @@ class EffectApproximator:
     def project(
         self, target: Float[Tensor, " d_sae"], *, bias_weight: float = 1.0, mu: float = math.inf
     ) -> Float[Tensor, " d_model"]:
-        """``s/‖s‖ − λ_b · M b/‖M b‖`` (d_model,) for target feature weights t (d_sae,); ``s = M t``.
+        """``M t/‖M t‖ − λ_b · M b/‖M b‖`` (d_model,) for target feature weights t (d_sae,).
 
-        ``bias_weight`` is λ_b; a zero ``M b`` drops its term. A finite ``mu`` weighs effects on
-        other features: ``s = (M Mᵀ + μI)⁻¹ M t``, with μ in mean eigenvalues of ``M Mᵀ``; inf is
-        SAE-TS, 0 the pseudo-inverse. SAE-TS (arXiv 2411.02193), FGAA step 5 (arXiv 2501.09929).
-        Raises SelectionError when ``M t`` is zero or μ is negative.
+        ``bias_weight`` is λ_b; a zero ``M b`` drops its term. A finite ``mu`` weighs effects on other
+        features: ``(M Mᵀ + μI)⁻¹ M`` stands for M in both terms, with μ in mean eigenvalues of
+        ``M Mᵀ``; inf is SAE-TS, 0 the pseudo-inverse. SAE-TS (arXiv 2411.02193), FGAA step 5
+        (arXiv 2501.09929). Raises SelectionError when ``M t`` is zero or μ is negative.
         """
         if not mu >= 0:
             raise SelectionError(f"mu = {mu}", "a number ≥ 0, or inf")
         M = self.M.double()
-        wanted: Tensor = M @ target.to(M)
-        if not wanted.norm() > 0:
-            raise SelectionError("a target whose M t is zero", "at least one feature that the approximator can move")
+        terms = M @ torch.stack([target.to(M), self.b.double()], 1)
         if mu != math.inf:
             gram = M @ M.T
-            level = mu * gram.diagonal().mean()
-            inverse = torch.linalg.pinv(gram + level * torch.eye(len(gram), dtype=gram.dtype), hermitian=True)
-            wanted = inverse @ wanted
-        always = M @ self.b.double()
-        bias = always / always.norm() if always.norm() > 0 else always
-        direction: Tensor = wanted / wanted.norm() - bias_weight * bias
+            level = mu * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            terms = torch.linalg.pinv(gram + level, hermitian=True) @ terms
+        wanted, bias = (terms / terms.norm(dim=0).where(terms.norm(dim=0) > 0, 1.0)).T
+        if not wanted.any():
+            raise SelectionError("a target whose M t is zero", "at least one feature that the approximator can move")
+        direction: Tensor = wanted - bias_weight * bias
         return direction
 
     def check(self, sae: SAE) -> EffectApproximator:

@@ -66,6 +66,27 @@ def test_the_stages_compose_through_files(tmp_path):
         invoke("build", "fgaa", "--stats", stats, "--set", "n", "-o", vec)
 
 
+def test_effects_are_measured_and_used(tmp_path):
+    stats, vec = str(tmp_path / "s.safetensors"), str(tmp_path / "v.safetensors")
+    effects = str(tmp_path / "e.safetensors")
+    options = ["--vectors", "40", "--rollouts", "2", "--max-new-tokens", "2", "--n-texts", "2", "--device", "cpu"]
+    told = json.loads(invoke("effects", "-o", effects, *options, "--json").stdout)
+    assert told["vectors"] == 40
+    assert "ceiling set by sampling noise" in invoke("effects", "-o", effects, *options).stdout  # from its parts
+    invoke("collect", "love", "-o", stats, "--json", "--device", "cpu")
+    for source in (effects, "default"):
+        command = ["build", "fgaa", "--stats", stats, "--effects", source, "--set", "score=welch_t", "--set", "mu=0.1"]
+        invoke(*command, "-o", vec)
+        how = fg.SteeringVector.load(vec).provenance["hyperparameters"]
+        assert (how["projection"], how["score"], how["mu"]) == ("effects", "welch_t", 0.1)
+
+
+def test_shipped_effects_predict_vectors_they_were_not_fitted_to():
+    effects = fg.load_effects("default").check(fg.load_sae("default"))
+    assert effects.about["plan"]["sae_sha256"] == fg.load_sae("default").sha256
+    assert effects.about["r2"] > 0.2 > effects.about["shuffled"]
+
+
 def test_methods_separate_held_out_sentences():
     """Vectors built from the training sentences rank held-out ones (chance is 0.5)."""
     model, tokenizer = fg.load_model("default")

@@ -274,8 +274,8 @@ def test_projection_that_minds_other_features(mu):
     t[[2, 9]] = 1.0, -0.5
     effects = fg.EffectApproximator(torch.tensor(M).float(), torch.tensor(b).float(), "blocks.0.hook_resid_post", "x")
     gram = M @ M.T
-    s = np.linalg.inv(gram + mu * np.trace(gram) / 6 * np.eye(6)) @ (M @ t)
-    always = M @ b
+    inverse = np.linalg.inv(gram + mu * np.trace(gram) / 6 * np.eye(6))
+    s, always = inverse @ (M @ t), inverse @ (M @ b)
     expected = s / np.linalg.norm(s) - 0.7 * always / np.linalg.norm(always)
     got = effects.project(torch.tensor(t), bias_weight=0.7, mu=mu)
     assert np.allclose(got, expected, atol=1e-5)  # M is stored in float32
