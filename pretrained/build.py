@@ -60,6 +60,7 @@ class Recipe:
     sae_lr: float = 8e-4
     effects_vectors: int = 4096  # decoder rows measured
     effects_texts: int = 8  # neutral texts that set each row's strength
+    effects_ce_rise: float = 0.5  # nats a token that it costs them
     effects_rollouts: int = 2  # of each neutral prompt
     effects_tokens: int = 24
     effects_top_p: float = 1.0
@@ -366,6 +367,7 @@ def stage_effects(work: Path, recipe: Recipe) -> None:
         prompts=prompts,
         texts=texts[: recipe.effects_texts],
         rollouts=recipe.effects_rollouts,
+        target_ce_rise=recipe.effects_ce_rise,
         sampling=Sampling(max_new_tokens=recipe.effects_tokens, top_p=recipe.effects_top_p, seed=recipe.seed),
         work=work / "effects.parts",
         progress=lambda done: print(f"effects of {done} vectors", flush=True),

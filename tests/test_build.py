@@ -15,7 +15,7 @@ import fgsteer as fg
 ROOT = Path(fg.__file__).resolve().parent.parent
 SCRIPT = ROOT / "pretrained" / "build.py"
 RECIPE = {
-    "steps": 2,
+    "steps": 40,
     "compile": False,
     "batch": 4,
     "vocab_size": 400,
@@ -27,6 +27,7 @@ RECIPE = {
     "sae_width": 256,
     "effects_vectors": 40,
     "effects_tokens": 2,
+    "effects_ce_rise": 0.05,
 }
 
 
