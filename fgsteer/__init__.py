@@ -57,7 +57,7 @@ _HOMES = {
     ),
     "steering": ("generate", "steer"),
     "output_score": ("output_scores",),
-    "calibration": ("calibrate", "cross_entropy"),
+    "calibration": ("calibrate", "calibrate_many", "cross_entropies", "cross_entropy"),
     "reading": ("FeatureRow", "describe_features"),
     "search": ("FoundFeature", "find_features"),
 }

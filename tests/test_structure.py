@@ -173,3 +173,30 @@ def test_gpu_twin_of_collect_and_steer(dtype, tokenizer):
     tolerance = 1e-4 if dtype == torch.float32 else 0.1  # bfloat16 keeps 8 bits
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance * float(a.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_twin_of_effects_and_reading(dtype, tokenizer):
+    """Strengths and excerpts agree with the CPU; effects are measured, fitted and kept on the host."""
+    from tests.conftest import make_sae
+    from tests.tiny import tiny_model
+
+    sae = make_sae("topk", d_sae=24)
+    prompts = ["the man sat", "a queen", "the old king took the ship"]
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model("llama", dtype=dtype).to(device)
+        texts = fg.generate(tiny_model("llama"), tokenizer, prompts, max_new_tokens=12)
+        effects = fg.EffectApproximator.measure(
+            model, tokenizer, sae, prompts=prompts, texts=texts, rollouts=2, rows=24, target_ce_rise=0.2
+        )
+        assert effects.M.device.type == "cpu"
+        makes = [fg.SteeringVector(sae.direction(j), sae.hookpoint).add for j in range(4)]
+        strengths = fg.calibrate_many(model, tokenizer, makes, texts, target_ce_rise=0.2)
+        examples = fg.measure_examples(model, tokenizer, texts, sae, top=2)
+        scores = fg.output_scores(model, tokenizer, sae, prompt="the old king")
+        found.append((torch.tensor(strengths), examples.activations.amax((1, 2)), scores))
+    tolerance = 0.05 if dtype == torch.float32 else 0.3  # the strengths' own tolerance is 2 %; bfloat16 keeps 8 bits
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance)
