@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -13,16 +14,19 @@ import time
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import fgsteer as fg
 from fgsteer import measuring
 from fgsteer.calibration import calibrate_many
+from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import blocks_of
 from fgsteer.measuring import Agreement, Plan, decoder_directions, fit_parts
 from fgsteer.ridge import LinearMoments, best_ridge, ridge_path
-from fgsteer.rollouts import Sampling, choose, encode_prompts, rollout_features
+from fgsteer.rollouts import Sampling, choose, encode_prompts, rollout, rollout_features
 from tests.conftest import make_sae
 from tests.reference import effects as reference
+from tests.tiny import tiny_model, word_tokenizer
 
 PROMPTS = ["the man sat", "a queen", "the old king took the ship"]
 HOW = Sampling(max_new_tokens=5, top_k=12, top_p=0.8, seed=3)
@@ -72,6 +76,23 @@ def test_without_change_there_is_no_effect(llama, tokenizer, sae):
     acts = rollout_features(llama, prompts, sae, [None, v.add(0.0), v.add(30.0)], HOW, 1)
     assert torch.equal(acts[0], acts[1])
     assert not torch.allclose(acts[0], acts[2])
+
+
+def test_the_models_generation_settings_do_not_act(llama, tokenizer):
+    prompts = encode_prompts(tokenizer, PROMPTS)
+    expected = rollout(llama, prompts, [None], HOW)[0]
+    model = copy.deepcopy(llama)
+    words = list(range(4, 60))
+    for setting in ({"suppress_tokens": words}, {"no_repeat_ngram_size": 1}, {"forced_eos_token_id": 2},
+                    {"sequence_bias": [[[5], 30.0]]}, {"return_dict_in_generate": True},
+                    {"max_time": 1e-9}):  # fmt: skip
+        own = model.generation_config = GenerationConfig(**setting)
+        assert torch.equal(rollout(model, prompts, [None], HOW)[0], expected), setting
+        assert model.generation_config is own
+    model.generation_config = GenerationConfig(eos_token_id=expected[:, -1].unique().tolist())
+    without = rollout(model, prompts, [None], HOW)[0]
+    assert without.shape == expected.shape
+    assert not torch.isin(without[:, -HOW.max_new_tokens :], expected[:, -1].unique()).any()
 
 
 def test_choose_samples_from_the_filtered_distribution():
@@ -253,6 +274,36 @@ def test_the_command_killed_ten_times_ends_with_the_same_file(tmp_path):
     run = start(tmp_path / "broken.safetensors")
     assert json.loads(run.communicate()[0])["vectors"] == 160
     assert (tmp_path / "broken.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_a_folder_of_another_run_is_refused(llama, tokenizer, texts, tmp_path):
+    """Nothing measured on other weights, token ids or plans, or damaged, gets into a result."""
+    sae = make_sae()
+    measure(llama, tokenizer, sae, texts, tmp_path)
+    part, next_ = (tmp_path / f"part-000000{n}.safetensors" for n in (3, 6))
+    note, kept = tmp_path / "plan.json", part.read_bytes()
+    for model, words, differing in ((tiny_model("llama", seed=1), tokenizer, "weights"),
+                                    (llama, word_tokenizer(bos=False), "tokens")):  # fmt: skip
+        with pytest.raises(fg.PairingError, match=f"other {differing}"):
+            measure(model, words, sae, texts, tmp_path)
+    part.write_bytes(next_.read_bytes())
+    with pytest.raises(fg.PairingError, match="another part"):
+        measure(llama, tokenizer, sae, texts, tmp_path)
+    tensors, header = read_tensors(next_, kind="effects part")
+    for wrong in ({"odd": tensors["odd"][:2]}, {"more": torch.ones(1)}):
+        write_tensors(part, tensors | wrong, kind="effects part", header={**header, "first": 3})
+        with pytest.raises(fg.FormatError, match="damaged"):
+            measure(llama, tokenizer, sae, texts, tmp_path)
+    part.write_bytes(kept[:-9])
+    with pytest.raises(fg.FormatError, match="not a readable"):
+        measure(llama, tokenizer, sae, texts, tmp_path)
+    part.write_bytes(kept)
+    note.write_text(note.read_text()[:40])
+    with pytest.raises(fg.FormatError, match=r"plan\.json"):
+        measure(llama, tokenizer, sae, texts, tmp_path)
+    note.unlink()
+    with pytest.raises(fg.PairingError, match="another run"):
+        measure(llama, tokenizer, sae, texts, tmp_path, target_ce_rise=0.3)
 
 
 def test_measure_reports_and_serves_the_methods(llama, tokenizer, texts):
