@@ -105,13 +105,14 @@ class EffectApproximator:
         ``rollouts``, ``sampling``, ``target_ce_rise`` and ``rows`` go to ``measuring.Plan``.
         ``work`` is a folder for measured parts, from which a killed run goes on to the same
         result. Raises PairingError for an SAE of another width or parts of another plan,
-        DataError for too few vectors.
+        DataError for too few vectors, prompts or texts.
         """
         from fgsteer.measuring import Plan, decoder_directions, fit_parts
 
         neutral_texts, neutral_prompts = load_neutral()
         directions = vectors if isinstance(vectors, Tensor) else decoder_directions(sae, vectors)
-        chosen = Plan(directions, prompts or neutral_prompts, texts or neutral_texts, **plan)
+        given = neutral_prompts if prompts is None else prompts, neutral_texts if texts is None else texts
+        chosen = Plan(directions, *given, **plan)
         with ExitStack() as stack:
             folder = Path(work) if work else Path(stack.enter_context(TemporaryDirectory()))
             M, b, figures = fit_parts(chosen.parts(model, tokenizer, sae, folder, progress))

@@ -347,6 +347,9 @@ def test_refusals(llama, tokenizer, sae, texts):
         ({"vectors": torch.ones(4)}, r"\(n, d_model\)"),
         ({"target_ce_rise": 0.0}, "nats"),
         ({"prompts": ["the", ""]}, "none empty"),
+        ({"prompts": []}, "0 prompts"),
+        ({"texts": []}, "0 texts"),
+        ({"vectors": -2}, "-2 vectors"),
         ({"vectors": 5}, "too few vectors"),
     ):
         given = {"prompts": PROMPTS, "texts": texts, "sampling": HOW, "rows": 6, "rollouts": 2, **options}
