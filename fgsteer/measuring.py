@@ -32,6 +32,7 @@ from fgsteer.sae import SAE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DEALT = 20  # training vectors at least whose effects are shuffled together, from several parts where these are small
 TOLERANCE = 0.1  # of the rise in cross-entropy; the strength of a measured vector need not be closer
 
 
@@ -301,14 +302,39 @@ class Sums:
     def over(cls, parts: Iterable[Part]) -> tuple[Sums, int]:
         """(sums, vectors left out for want of a strength). Raises DataError with too few vectors."""
         sums: dict[str, Any] = {}
-        skipped = 0
+        waiting: list[tuple[Tensor, Tensor]] = []
+        skipped, first = 0, 0
+
+        def add(name: str, value: LinearMoments | Agreement) -> None:
+            sums[name] = sums[name] + value if name in sums else value
+
+        def deal() -> None:
+            x, y = (torch.cat(rows) for rows in zip(*waiting, strict=True))
+            waiting.clear()
+            add(
+                "shuffled",
+                LinearMoments.of(x, y[torch.randperm(len(y), generator=torch.Generator().manual_seed(first))]),
+            )
+
         for part in parts:
-            for name, value in _part_sums(part):
-                sums[name] = sums[name] + value if name in sums else value
             skipped += int((~part.strengths.isfinite()).sum())
+            for name, value in _part_sums(part):
+                add(name, value)
+            waiting.append(_train_rows(part))
+            if sum(len(x) for x, _ in waiting) >= DEALT:
+                first = part.first
+                deal()
+        if sum(len(x) for x, _ in waiting):
+            deal()
         if len(sums) < 5 or sums["held_out"].count < 2:
             raise DataError("too few vectors that move the model", "at least twenty, a tenth of them to be held out")
         return cls(**sums), skipped
+
+
+def _train_rows(part: Part) -> tuple[Tensor, Tensor]:
+    """Vectors and effects of a part that are neither for validation nor held out."""
+    rows = part.strengths.isfinite() & ((part.first + torch.arange(len(part.strengths))) % 10 > 1)
+    return part.vectors[rows], part.effects[rows]
 
 
 def _part_sums(part: Part) -> Iterator[tuple[str, LinearMoments | Agreement]]:
@@ -324,9 +350,6 @@ def _part_sums(part: Part) -> Iterator[tuple[str, LinearMoments | Agreement]]:
         if not rows.any():
             continue
         yield name, LinearMoments.of(x[rows], y[rows])
-        if name == "train":
-            dealt = torch.randperm(int(rows.sum()), generator=torch.Generator().manual_seed(part.first))
-            yield "shuffled", LinearMoments.of(x[rows], y[rows][dealt])
         if name == "held_out":
             yield "agreement", Agreement.of(part.even[rows], part.odd[rows])
 

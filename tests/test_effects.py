@@ -202,6 +202,18 @@ def test_figures_tell_effect_from_noise():
         assert figures["explained"] >= figures["explained_by_bias"] - 0.02
 
 
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_effects_are_dealt_to_other_vectors_in_parts_of_any_size(size):
+    x, _, y = (torch.tensor(a) for a in planted(noise=0.0))
+    parts = [
+        measuring.Part(x[i : i + size], torch.ones(len(x[i : i + size])), y[i : i + size], y[i : i + size], i)
+        for i in range(0, len(x), size)
+    ]
+    figures = fit_parts(parts)[2]
+    assert figures["r2"] > 0.99
+    assert figures["shuffled"] < 0.3  # of 20 dealt at random one stays in its place
+
+
 def test_agreement_adds_up():
     g = torch.Generator().manual_seed(0)
     even, odd = torch.randn(20, 3, generator=g), torch.randn(20, 3, generator=g)
