@@ -96,7 +96,7 @@ class Plan:
             raise DataError(f"vectors of shape {tuple(self.directions.shape)}", "(n, d_model) with n > 0")
         if not len(self.prompts) or not len(self.texts):
             raise DataError(f"{len(self.prompts)} prompts and {len(self.texts)} texts", "at least one of each")
-        if not self.target_ce_rise > 0:
+        if not 0 < self.target_ce_rise < float("inf"):
             raise DataError(f"target_ce_rise = {self.target_ce_rise}", "nats a token, > 0")
 
     @property

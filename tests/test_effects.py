@@ -120,6 +120,11 @@ def test_strengths_cost_the_target(llama, tokenizer, sae, texts):
         assert rise == pytest.approx(0.2, rel=0.051)  # the tolerance asked for, and float32 sums
     null = fg.SteeringVector(torch.zeros(32), sae.hookpoint).add
     assert math.isnan(calibrate_many(llama, tokenizer, [null], texts, target_ce_rise=0.2)[0])
+    for target in (math.nan, math.inf, 0.0, -1.0):
+        with pytest.raises(fg.SteeringError, match="target"):
+            fg.calibrate(llama, tokenizer, makes[0], texts, target_ce_rise=target)
+        with pytest.raises(fg.SteeringError, match="target_ce_rise"):
+            calibrate_many(llama, tokenizer, makes, texts, target_ce_rise=target)
 
 
 def planted(seed=0, n=600, d=12, k=30, noise=1.0):
