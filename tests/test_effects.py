@@ -359,6 +359,14 @@ def test_refusals(llama, tokenizer, sae, texts):
     effects = fg.EffectApproximator(torch.ones(3, 4), torch.ones(4), "blocks.0.hook_resid_post", "x")
     with pytest.raises(fg.SelectionError, match="mu = -1"):
         effects.project(torch.ones(4), mu=-1)
+    with pytest.raises(fg.PairingError, match=r"target of shape \(5,\)"):
+        effects.project(torch.ones(5))
+    for target, weight in ((torch.full((4,), torch.nan), 1.0), (torch.ones(4), math.nan)):
+        with pytest.raises(fg.SelectionError, match="nan"):
+            effects.project(target, bias_weight=weight)
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(fg.DataError, match="finite"):
+        fg.EffectApproximator.fit(x, x.clone().fill_(math.inf), hookpoint=effects.hookpoint, sae_sha256="x", ridge=1.0)
     for options, message in (
         ({"rollouts": 3}, "even number"),
         ({"vectors": torch.ones(4)}, r"\(n, d_model\)"),
