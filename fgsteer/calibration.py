@@ -138,8 +138,11 @@ def calibrate_many(
     """The coefficient of ``calibrate`` for each of many interventions, many to a forward pass.
 
     Each is doubled from ``start`` until the rise reaches the target, then the bracket is narrowed; nan where
-    the target is not reached after forty doublings. Raises SteeringError for ``start`` ≤ 0.
+    the target is not reached after forty doublings. Raises SteeringError for ``start`` ≤ 0 or a
+    target that is no finite number > 0.
     """
+    if not 0 < target_ce_rise < math.inf:
+        raise SteeringError(f"target_ce_rise = {target_ce_rise}", "nats a token, finite and > 0")
     if not start > 0:
         raise SteeringError(f"start = {start}", "a coefficient > 0 to double from")
     base = cross_entropies(model, tokenizer, texts, [None])[0]

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.data import load_neutral
-from fgsteer.errors import FormatError, PairingError, SelectionError
+from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.models import DEFAULT, pretrained_dir
@@ -66,8 +66,10 @@ class EffectApproximator:
 
         ``ridge`` is λ on the scale of the sum XᵀX; by default it is chosen on every tenth
         vector, left out for that, and the fit repeated with all. Raises PairingError for
-        unequal numbers of rows, DataError for too few to choose λ.
+        unequal numbers of rows, DataError for too few to choose λ or values that are not finite.
         """
+        if not (torch.isfinite(vectors).all() and torch.isfinite(effects).all()):
+            raise DataError("vectors or effects with nan or inf", "finite values")
         everything = LinearMoments.of(vectors, effects)
         if ridge is None:
             left_out = torch.arange(len(vectors)) % 10 == 0
@@ -105,13 +107,14 @@ class EffectApproximator:
         ``rollouts``, ``sampling``, ``target_ce_rise`` and ``rows`` go to ``measuring.Plan``.
         ``work`` is a folder for measured parts, from which a killed run goes on to the same
         result. Raises PairingError for an SAE of another width or parts of another plan,
-        DataError for too few vectors.
+        DataError for too few vectors, prompts or texts.
         """
         from fgsteer.measuring import Plan, decoder_directions, fit_parts
 
         neutral_texts, neutral_prompts = load_neutral()
         directions = vectors if isinstance(vectors, Tensor) else decoder_directions(sae, vectors)
-        chosen = Plan(directions, prompts or neutral_prompts, texts or neutral_texts, **plan)
+        given = neutral_prompts if prompts is None else prompts, neutral_texts if texts is None else texts
+        chosen = Plan(directions, *given, **plan)
         with ExitStack() as stack:
             folder = Path(work) if work else Path(stack.enter_context(TemporaryDirectory()))
             M, b, figures = fit_parts(chosen.parts(model, tokenizer, sae, folder, progress))
@@ -133,8 +136,13 @@ class EffectApproximator:
         ``bias_weight`` is λ_b; a zero ``M b`` drops its term. A finite ``mu`` weighs effects on other
         features: ``(M Mᵀ + μI)⁻¹ M`` stands for M in both terms, with μ in mean eigenvalues of
         ``M Mᵀ``; inf is SAE-TS, 0 the pseudo-inverse. SAE-TS (arXiv 2411.02193), FGAA step 5
-        (arXiv 2501.09929). Raises SelectionError when ``M t`` is zero or μ is negative.
+        (arXiv 2501.09929). Raises SelectionError when ``M t`` is zero or not finite, or μ is
+        negative, PairingError for a target of another width.
         """
+        if target.shape != self.b.shape:
+            raise PairingError(
+                f"a target of shape {tuple(target.shape)}", f"{tuple(self.b.shape)}, one weight a feature"
+            )
         if not mu >= 0:
             raise SelectionError(f"mu = {mu}", "a number ≥ 0, or inf")
         M = self.M.double()
@@ -147,6 +155,8 @@ class EffectApproximator:
         if not wanted.any():
             raise SelectionError("a target whose M t is zero", "at least one feature that the approximator can move")
         direction: Tensor = wanted - bias_weight * bias
+        if not torch.isfinite(direction).all():
+            raise SelectionError("a direction with nan or inf", "finite target weights, effects and bias_weight")
         return direction
 
     def check(self, sae: SAE) -> EffectApproximator:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fgsteer.activations import record, text_batches
 from fgsteer.calibration import calibrate_many
-from fgsteer.errors import DataError, PairingError
+from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.files import read_json, read_tensors, tensor_sha256, text_sha256, write_json, write_tensors
 from fgsteer.interventions import Add
 from fgsteer.models import check_pairing, identity
@@ -32,11 +32,17 @@ from fgsteer.sae import SAE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DEALT = 20  # training vectors at least whose effects are shuffled together, from several parts where these are small
 TOLERANCE = 0.1  # of the rise in cross-entropy; the strength of a measured vector need not be closer
 
 
 def decoder_directions(sae: SAE, count: int | None = None, seed: int = 0) -> Float[Tensor, "n d_model"]:
-    """Unit decoder rows in an order drawn by seed, at most ``count`` of them; rows of norm 0 are left out."""
+    """Unit decoder rows in an order drawn by seed, at most ``count`` of them; rows of norm 0 are left out.
+
+    Raises DataError for a count below 1.
+    """
+    if count is not None and count < 1:
+        raise DataError(f"{count} vectors", "at least one")
     rows = sae.W_dec.detach().to("cpu", torch.float32)
     norms = rows.norm(dim=1)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -88,7 +94,9 @@ class Plan:
             )
         if self.directions.ndim != 2 or not len(self.directions):
             raise DataError(f"vectors of shape {tuple(self.directions.shape)}", "(n, d_model) with n > 0")
-        if not self.target_ce_rise > 0:
+        if not len(self.prompts) or not len(self.texts):
+            raise DataError(f"{len(self.prompts)} prompts and {len(self.texts)} texts", "at least one of each")
+        if not 0 < self.target_ce_rise < float("inf"):
             raise DataError(f"target_ce_rise = {self.target_ce_rise}", "nats a token, > 0")
 
     @property
@@ -110,6 +118,13 @@ class Plan:
             "rows": self.rows,
         }
 
+    def _identify(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+        """What names do not tell apart: a sample of every weight, and the token ids of prompts and texts."""
+        sample = [p.detach().flatten()[:: max(1, p.numel() // 256)] for p in model.parameters() if not p.is_meta]
+        ids = [part.tolist() for part in encode_prompts(tokenizer, self.prompts)]
+        ids += tokenizer([str(text) for text in self.texts])["input_ids"]
+        return {"weights": tensor_sha256(*sample), "tokens": text_sha256(ids)}
+
     def parts(
         self,
         model: PreTrainedModel,
@@ -120,17 +135,20 @@ class Plan:
     ) -> Iterator[Part]:
         """Every part in order: read from the folder where it is there, else measured and written to it.
 
-        Raises PairingError when the folder holds the parts of another plan.
+        Raises PairingError when the folder holds the parts of another plan, FormatError when
+        one is damaged.
         """
         for place in {sae.hookpoint, sae.input_hookpoint}:
             check_pairing(model, place, sae.d_model, sae.model_name, "SAE")
         folder.mkdir(parents=True, exist_ok=True)
-        described, note = self.describe(model, sae), folder / "plan.json"
+        described, note = {**self.describe(model, sae), **self._identify(model, tokenizer)}, folder / "plan.json"
+        key = text_sha256(described)
         if not note.exists():
             write_json(note, described)
         found = read_json(note)
         if found != described:
-            differing = sorted(k for k in described if not isinstance(found, dict) or found.get(k) != described[k])
+            told = found if isinstance(found, dict) else {}
+            differing = sorted(k for k in {*described, *told} if told.get(k) != described.get(k))
             raise PairingError(
                 f"{folder} holds a run with other {', '.join(differing)}",
                 "the same plan as before",
@@ -140,14 +158,32 @@ class Plan:
         for start in range(0, len(self.directions), self.size):
             path = folder / f"part-{start:07d}.safetensors"
             if not path.exists():
-                meter = meter or _Meter(self, model, tokenizer, sae, folder)
+                meter = meter or _Meter(self, model, tokenizer, sae, folder, key)
                 part = meter.measure(start)
                 tensors = {name: getattr(part, name) for name in ("vectors", "strengths", "even", "odd")}
-                write_tensors(path, tensors, kind="effects part", header={"first": start})
-            tensors, _ = read_tensors(path, kind="effects part")
+                write_tensors(path, tensors, kind="effects part", header={"plan": key, "first": start})
+            n = len(self.directions[start : start + self.size])
+            shapes = {"vectors": (n, sae.d_model), "strengths": (n,), "even": (n, sae.d_sae), "odd": (n, sae.d_sae)}
+            tensors, _ = _read_piece(path, "effects part", {"plan": key, "first": start}, shapes)
             yield Part(**tensors, first=start)
             if progress is not None:
                 progress(min(start + self.size, len(self.directions)))
+
+
+def _read_piece(
+    path: Path, kind: str, ours: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file in the folder of a run.
+
+    Raises PairingError for one of another plan or another part, FormatError for other tensors.
+    """
+    tensors, header = read_tensors(path, kind=kind)
+    if any(header.get(name) != value for name, value in ours.items()):
+        raise PairingError(f"{path} of another run, or another part", "what this plan wrote there", "delete it")
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != shapes:
+        raise FormatError(f"{path} is damaged: it holds {found}", f"{shapes}", "delete it")
+    return tensors, header
 
 
 class _Meter:
@@ -160,6 +196,7 @@ class _Meter:
         tokenizer: PreTrainedTokenizerBase,
         sae: SAE,
         folder: Path,
+        key: str,
     ) -> None:
         self.plan, self.model, self.tokenizer = plan, model, tokenizer
         self.place = sae.hookpoint
@@ -168,8 +205,9 @@ class _Meter:
         path = folder / "baseline.safetensors"
         if not path.exists():
             start = typical_norm(model, tokenizer, sae, plan.texts)
-            write_tensors(path, {"unsteered": self.halves([None])[:, 0]}, kind="baseline", header={"norm": start})
-        tensors, header = read_tensors(path, kind="baseline")
+            header: dict[str, Any] = {"plan": key, "norm": start}
+            write_tensors(path, {"unsteered": self.halves([None])[:, 0]}, kind="baseline", header=header)
+        tensors, header = _read_piece(path, "baseline", {"plan": key}, {"unsteered": (2, sae.d_sae)})
         self.baseline, self.start = tensors["unsteered"], float(header["norm"]) / 4
 
     def halves(self, steering: Sequence[Add | None]) -> Float[Tensor, "2 n d_sae"]:
@@ -264,14 +302,39 @@ class Sums:
     def over(cls, parts: Iterable[Part]) -> tuple[Sums, int]:
         """(sums, vectors left out for want of a strength). Raises DataError with too few vectors."""
         sums: dict[str, Any] = {}
-        skipped = 0
+        waiting: list[tuple[Tensor, Tensor]] = []
+        skipped, first = 0, 0
+
+        def add(name: str, value: LinearMoments | Agreement) -> None:
+            sums[name] = sums[name] + value if name in sums else value
+
+        def deal() -> None:
+            x, y = (torch.cat(rows) for rows in zip(*waiting, strict=True))
+            waiting.clear()
+            add(
+                "shuffled",
+                LinearMoments.of(x, y[torch.randperm(len(y), generator=torch.Generator().manual_seed(first))]),
+            )
+
         for part in parts:
-            for name, value in _part_sums(part):
-                sums[name] = sums[name] + value if name in sums else value
             skipped += int((~part.strengths.isfinite()).sum())
+            for name, value in _part_sums(part):
+                add(name, value)
+            waiting.append(_train_rows(part))
+            if sum(len(x) for x, _ in waiting) >= DEALT:
+                first = part.first
+                deal()
+        if sum(len(x) for x, _ in waiting):
+            deal()
         if len(sums) < 5 or sums["held_out"].count < 2:
             raise DataError("too few vectors that move the model", "at least twenty, a tenth of them to be held out")
         return cls(**sums), skipped
+
+
+def _train_rows(part: Part) -> tuple[Tensor, Tensor]:
+    """Vectors and effects of a part that are neither for validation nor held out."""
+    rows = part.strengths.isfinite() & ((part.first + torch.arange(len(part.strengths))) % 10 > 1)
+    return part.vectors[rows], part.effects[rows]
 
 
 def _part_sums(part: Part) -> Iterator[tuple[str, LinearMoments | Agreement]]:
@@ -287,9 +350,6 @@ def _part_sums(part: Part) -> Iterator[tuple[str, LinearMoments | Agreement]]:
         if not rows.any():
             continue
         yield name, LinearMoments.of(x[rows], y[rows])
-        if name == "train":
-            dealt = torch.randperm(int(rows.sum()), generator=torch.Generator().manual_seed(part.first))
-            yield "shuffled", LinearMoments.of(x[rows], y[rows][dealt])
         if name == "held_out":
             yield "agreement", Agreement.of(part.even[rows], part.odd[rows])
 

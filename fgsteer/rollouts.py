@@ -9,7 +9,8 @@ the same Gumbel noise: token = argmax(log p + g), so texts part only where steer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,19 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     return given["input_ids"], given["attention_mask"]
 
 
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """``model.generate`` without the model's own settings: no penalties, biases, beams or ends of text."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 @torch.no_grad()
 def rollout(
     model: PreTrainedModel,
@@ -86,7 +100,8 @@ def rollout(
     """One continuation of every prompt under every intervention: ids and mask (interventions × prompts, tokens).
 
     Rows are ordered by intervention, then prompt; all prompts' ids come first in a row, then
-    exactly ``max_new_tokens`` new ones, end-of-text never among them.
+    exactly ``max_new_tokens`` new ones, end-of-text never among them. Nothing else of the
+    model's generation config acts.
     """
     device = input_device(model)
     ids, mask = (part.repeat(len(steering), 1).to(device) for part in prompts)
@@ -101,7 +116,7 @@ def rollout(
         return torch.full_like(logits, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
     entries = [item for item in steering for _ in range(count)]
-    with steer(model, entries, per_row=True):
+    with steer(model, entries, per_row=True), _plain_generation(model):
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,

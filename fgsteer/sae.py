@@ -91,7 +91,8 @@ class SAE:
                 raise PairingError(
                     f"{name} has {got}", f"{shape} beside W_enc {tuple(self.W_enc.shape)} ({self.activation})"
                 )
-        if self.activation == "topk" and not (self.k and 0 < self.k <= self.d_sae):
+        whole = isinstance(self.k, int) and not isinstance(self.k, bool)
+        if self.activation == "topk" and not (whole and self.k and 0 < self.k <= self.d_sae):
             raise PairingError(f"k = {self.k}", f"1 to d_sae = {self.d_sae} for a topk SAE")
 
     @property

@@ -9,6 +9,7 @@ its reason and what to use instead.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -73,6 +74,10 @@ _HF_HOOKS: tuple[tuple[str, Site], ...] = (  # Gemma Scope 2's names of places
 )
 # sparsify names a module: its input is read by a transcoder, its output by an SAE
 _MODULE = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(mlp|self_attn|attn|attention|self_attention))?")
+_RMS_NORM = re.compile(  # TransformerLens centres no writing weights of these
+    r"llama|vicuna|gemma|mi[sx]tral|qwen|qwq|deepseek|\byi-|phi-?[34]|olmo-?[23]|olmoe|smollm|granite|glm|gpt-oss",
+    re.IGNORECASE,
+)
 _POST_NORM = re.compile(r"gemma-?[23]|olmo-?2|glm-?4", re.IGNORECASE)
 
 
@@ -117,7 +122,12 @@ def canonical(
     subtracted = config.get("apply_b_dec_to_input", True) and not transcoder
     shift = b_dec @ W_enc if subtracted else torch.zeros_like(b_enc)
     read = _place((metadata, config), ("hf_hook_name", "hook_name"), None if transcoder else hookpoint)
-    if _centred(metadata.get(_KWARGS) or config.get(_KWARGS) or {}, read):
+    model_name = str(metadata.get("model_name") or config.get("model_name") or "")
+    if _centred(metadata.get(_KWARGS) or config.get(_KWARGS) or {}, read, model_name):
+        if norm == "constant_norm_rescale":
+            raise PairingError(
+                "an SAE that rescales mean-centred activations by their norm", "no centring, or another normalisation"
+            )
         W_enc = W_enc - W_enc.mean(0)  # trained on h − mean(h): (h − h̄) W = h (W − W̄)
     gate_bias = gate_scale = None
     if architecture == "gated":
@@ -141,7 +151,7 @@ def canonical(
         gate_bias=gate_bias,
         gate_scale=gate_scale,
         input_norm=norm,
-        model_name=str(metadata.get("model_name") or config.get("model_name") or ""),
+        model_name=model_name,
         source=source,
         fingerprint=_fingerprint(config, state, factor),
         neuronpedia=str(metadata.get("neuronpedia_id") or config.get("neuronpedia_id") or ""),
@@ -152,6 +162,8 @@ def canonical(
 
 def _kind(config: Mapping[str, Any], factor: float | None) -> tuple[str, InputNorm, float | None]:
     """(architecture, input normalisation, factor to fold). Raises PairingError with the reason for another kind."""
+    if factor is not None and not (isinstance(factor, int | float) and 0 < factor < math.inf):
+        raise PairingError(f"norm_scaling_factor = {factor}", "a finite number > 0")
     architecture = str(config.get("architecture", "standard"))
     what = f"a sae-lens SAE of architecture {architecture!r}"
     refuse(architecture, what)
@@ -170,8 +182,8 @@ def _kind(config: Mapping[str, Any], factor: float | None) -> tuple[str, InputNo
     )
 
 
-def _centred(kwargs: Mapping[str, Any], read: Hookpoint) -> bool:
-    """Whether TransformerLens, loaded so, gives mean-centred values at a hookpoint.
+def _centred(kwargs: Mapping[str, Any], read: Hookpoint, model_name: str) -> bool:
+    """Whether TransformerLens, loaded so, gives mean-centred values at a hookpoint: of LayerNorm models alone.
 
     Raises PairingError where it gives values that the model alone does not have.
     """
@@ -179,7 +191,8 @@ def _centred(kwargs: Mapping[str, Any], read: Hookpoint) -> bool:
         refuse("connor_rob_hook_z", "this SAE")
     if read.site == "mlp_in" and kwargs.get("fold_ln"):
         refuse("gemma_2_transcoder", "this transcoder")
-    return bool(kwargs.get("center_writing_weights")) and read.site not in ("z", "mlp_in")
+    asked = bool(kwargs.get("center_writing_weights")) and not _RMS_NORM.search(model_name)
+    return asked and read.site not in ("z", "mlp_in")
 
 
 def _tensors(architecture: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -13,16 +14,19 @@ import time
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import fgsteer as fg
 from fgsteer import measuring
 from fgsteer.calibration import calibrate_many
+from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import blocks_of
 from fgsteer.measuring import Agreement, Plan, decoder_directions, fit_parts
 from fgsteer.ridge import LinearMoments, best_ridge, ridge_path
-from fgsteer.rollouts import Sampling, choose, encode_prompts, rollout_features
+from fgsteer.rollouts import Sampling, choose, encode_prompts, rollout, rollout_features
 from tests.conftest import make_sae
 from tests.reference import effects as reference
+from tests.tiny import tiny_model, word_tokenizer
 
 PROMPTS = ["the man sat", "a queen", "the old king took the ship"]
 HOW = Sampling(max_new_tokens=5, top_k=12, top_p=0.8, seed=3)
@@ -74,6 +78,23 @@ def test_without_change_there_is_no_effect(llama, tokenizer, sae):
     assert not torch.allclose(acts[0], acts[2])
 
 
+def test_the_models_generation_settings_do_not_act(llama, tokenizer):
+    prompts = encode_prompts(tokenizer, PROMPTS)
+    expected = rollout(llama, prompts, [None], HOW)[0]
+    model = copy.deepcopy(llama)
+    words = list(range(4, 60))
+    for setting in ({"suppress_tokens": words}, {"no_repeat_ngram_size": 1}, {"forced_eos_token_id": 2},
+                    {"sequence_bias": [[[5], 30.0]]}, {"return_dict_in_generate": True},
+                    {"max_time": 1e-9}):  # fmt: skip
+        own = model.generation_config = GenerationConfig(**setting)
+        assert torch.equal(rollout(model, prompts, [None], HOW)[0], expected), setting
+        assert model.generation_config is own
+    model.generation_config = GenerationConfig(eos_token_id=expected[:, -1].unique().tolist())
+    without = rollout(model, prompts, [None], HOW)[0]
+    assert without.shape == expected.shape
+    assert not torch.isin(without[:, -HOW.max_new_tokens :], expected[:, -1].unique()).any()
+
+
 def test_choose_samples_from_the_filtered_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5])
     how = Sampling(top_k=4, top_p=0.9, temperature=0.7, seed=1)
@@ -99,6 +120,11 @@ def test_strengths_cost_the_target(llama, tokenizer, sae, texts):
         assert rise == pytest.approx(0.2, rel=0.051)  # the tolerance asked for, and float32 sums
     null = fg.SteeringVector(torch.zeros(32), sae.hookpoint).add
     assert math.isnan(calibrate_many(llama, tokenizer, [null], texts, target_ce_rise=0.2)[0])
+    for target in (math.nan, math.inf, 0.0, -1.0):
+        with pytest.raises(fg.SteeringError, match="target"):
+            fg.calibrate(llama, tokenizer, makes[0], texts, target_ce_rise=target)
+        with pytest.raises(fg.SteeringError, match="target_ce_rise"):
+            calibrate_many(llama, tokenizer, makes, texts, target_ce_rise=target)
 
 
 def planted(seed=0, n=600, d=12, k=30, noise=1.0):
@@ -181,6 +207,18 @@ def test_figures_tell_effect_from_noise():
         assert figures["explained"] >= figures["explained_by_bias"] - 0.02
 
 
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_effects_are_dealt_to_other_vectors_in_parts_of_any_size(size):
+    x, _, y = (torch.tensor(a) for a in planted(noise=0.0))
+    parts = [
+        measuring.Part(x[i : i + size], torch.ones(len(x[i : i + size])), y[i : i + size], y[i : i + size], i)
+        for i in range(0, len(x), size)
+    ]
+    figures = fit_parts(parts)[2]
+    assert figures["r2"] > 0.99
+    assert figures["shuffled"] < 0.3  # of 20 dealt at random one stays in its place
+
+
 def test_agreement_adds_up():
     g = torch.Generator().manual_seed(0)
     even, odd = torch.randn(20, 3, generator=g), torch.randn(20, 3, generator=g)
@@ -255,6 +293,36 @@ def test_the_command_killed_ten_times_ends_with_the_same_file(tmp_path):
     assert (tmp_path / "broken.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
+def test_a_folder_of_another_run_is_refused(llama, tokenizer, texts, tmp_path):
+    """Nothing measured on other weights, token ids or plans, or damaged, gets into a result."""
+    sae = make_sae()
+    measure(llama, tokenizer, sae, texts, tmp_path)
+    part, next_ = (tmp_path / f"part-000000{n}.safetensors" for n in (3, 6))
+    note, kept = tmp_path / "plan.json", part.read_bytes()
+    for model, words, differing in ((tiny_model("llama", seed=1), tokenizer, "weights"),
+                                    (llama, word_tokenizer(bos=False), "tokens")):  # fmt: skip
+        with pytest.raises(fg.PairingError, match=f"other {differing}"):
+            measure(model, words, sae, texts, tmp_path)
+    part.write_bytes(next_.read_bytes())
+    with pytest.raises(fg.PairingError, match="another part"):
+        measure(llama, tokenizer, sae, texts, tmp_path)
+    tensors, header = read_tensors(next_, kind="effects part")
+    for wrong in ({"odd": tensors["odd"][:2]}, {"more": torch.ones(1)}):
+        write_tensors(part, tensors | wrong, kind="effects part", header={**header, "first": 3})
+        with pytest.raises(fg.FormatError, match="damaged"):
+            measure(llama, tokenizer, sae, texts, tmp_path)
+    part.write_bytes(kept[:-9])
+    with pytest.raises(fg.FormatError, match="not a readable"):
+        measure(llama, tokenizer, sae, texts, tmp_path)
+    part.write_bytes(kept)
+    note.write_text(note.read_text()[:40])
+    with pytest.raises(fg.FormatError, match=r"plan\.json"):
+        measure(llama, tokenizer, sae, texts, tmp_path)
+    note.unlink()
+    with pytest.raises(fg.PairingError, match="another run"):
+        measure(llama, tokenizer, sae, texts, tmp_path, target_ce_rise=0.3)
+
+
 def test_measure_reports_and_serves_the_methods(llama, tokenizer, texts):
     sae = make_sae(d_sae=24)
     done = []
@@ -291,11 +359,22 @@ def test_refusals(llama, tokenizer, sae, texts):
     effects = fg.EffectApproximator(torch.ones(3, 4), torch.ones(4), "blocks.0.hook_resid_post", "x")
     with pytest.raises(fg.SelectionError, match="mu = -1"):
         effects.project(torch.ones(4), mu=-1)
+    with pytest.raises(fg.PairingError, match=r"target of shape \(5,\)"):
+        effects.project(torch.ones(5))
+    for target, weight in ((torch.full((4,), torch.nan), 1.0), (torch.ones(4), math.nan)):
+        with pytest.raises(fg.SelectionError, match="nan"):
+            effects.project(target, bias_weight=weight)
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(fg.DataError, match="finite"):
+        fg.EffectApproximator.fit(x, x.clone().fill_(math.inf), hookpoint=effects.hookpoint, sae_sha256="x", ridge=1.0)
     for options, message in (
         ({"rollouts": 3}, "even number"),
         ({"vectors": torch.ones(4)}, r"\(n, d_model\)"),
         ({"target_ce_rise": 0.0}, "nats"),
         ({"prompts": ["the", ""]}, "none empty"),
+        ({"prompts": []}, "0 prompts"),
+        ({"texts": []}, "0 texts"),
+        ({"vectors": -2}, "-2 vectors"),
         ({"vectors": 5}, "too few vectors"),
     ):
         given = {"prompts": PROMPTS, "texts": texts, "sampling": HOW, "rows": 6, "rollouts": 2, **options}

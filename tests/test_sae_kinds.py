@@ -18,6 +18,9 @@ def hook(name, **kwargs):
     return {"metadata": {**READ_MLP["metadata"], "hook_name": name, "model_from_pretrained_kwargs": kwargs}}
 
 
+CENTRE = hook("blocks.1.hook_resid_pre", center_writing_weights=True)
+CENTRE_LLAMA = {"metadata": {**CENTRE["metadata"], "model_name": "meta-llama/Llama-3.1-8B"}}
+RESCALED = {"normalize_activations": "constant_norm_rescale"}
 # (kind, sae-lens architecture, config): read, and equal to sae-lens
 READ = [
     ("standard", "standard", {}),
@@ -32,6 +35,7 @@ READ = [
     ("expected_average_only_in, factor known: topk", "topk", {"k": 4, "rescale_acts_by_decoder_norm": True, **AVERAGE}),
     ("expected_average_only_in, factor known: gated", "gated", AVERAGE),
     ("trained on mean-centred residuals", "standard", hook("blocks.1.hook_resid_pre", center_writing_weights=True)),
+    ("centring asked of an RMSNorm model", "standard", CENTRE_LLAMA),
     ("hook_z", "standard", HOOK_Z),
     ("transcoder", "transcoder", READ_MLP),
     ("skip transcoder", "skip_transcoder", READ_MLP),
@@ -43,6 +47,9 @@ REFUSED = [
     ("expected_average_only_in, factor unknown", "standard", AVERAGE, "norm_scaling_factor="),
     ("covariance_whitening, not folded", "standard", {"normalize_activations": "covariance_whitening"}, "whitening"),
     ("transcoder, normalised", "transcoder", {"normalize_activations": "layer_norm", **READ_MLP}, "of a transcoder"),
+    ("rescaled after centring", "standard", {**CENTRE, **RESCALED}, "mean-centred"),
+    ("k no whole number", "topk", {"k": 4.0}, r"k = 4\.0"),
+    ("k true", "topk", {"k": True}, "k = True"),
     ("temporal", "temporal", {}, "all the tokens before it"),
     ("matching pursuit", "matching_pursuit", {}, "search"),
     ("AbsTopK", "abstopk", {}, "negative activations"),
@@ -99,6 +106,13 @@ def test_refused_with_the_reason(kind, architecture, options, reason, tmp_path):
     folder_of(tmp_path, config_of(architecture, options), state_of(architecture))
     with pytest.raises((fg.PairingError, fg.HookpointError), match=reason):
         fg.load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_factor_that_scales_nothing_is_refused(factor, tmp_path):
+    folder_of(tmp_path, config_of("standard", AVERAGE), state_of("standard"))
+    with pytest.raises(fg.PairingError, match="norm_scaling_factor"):
+        fg.load_sae(tmp_path, norm_scaling_factor=factor)
 
 
 def test_places_of_z_and_of_transcoders(tmp_path):
