@@ -78,10 +78,10 @@ def cross_entropies(
     """
     totals = torch.zeros(len(steering), dtype=torch.float64)
     count = 0
-    vocabulary = model.config.get_text_config().vocab_size
-    for batch in _batches(model, tokenizer, texts, batch_tokens):
+    fits = max(1, min(batch_tokens, LOGIT_ELEMENTS // model.config.get_text_config().vocab_size))
+    for batch in _batches(model, tokenizer, texts, fits):
         rows, length = batch.ids.shape
-        at_once = max(1, min(batch_tokens, LOGIT_ELEMENTS // vocabulary) // (rows * length))
+        at_once = max(1, fits // (rows * length))
         real = batch.selected[:, 1:]
         count += int(real.sum())
         for start in range(0, len(steering), at_once):

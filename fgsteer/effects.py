@@ -72,6 +72,8 @@ class EffectApproximator:
             raise DataError("vectors or effects with nan or inf", "finite values")
         everything = LinearMoments.of(vectors, effects)
         if ridge is None:
+            if len(vectors) < 20:
+                raise DataError(f"{len(vectors)} vectors to choose λ on", "at least twenty", "pass ridge=")
             left_out = torch.arange(len(vectors)) % 10 == 0
             train = LinearMoments.of(vectors[~left_out], effects[~left_out])
             share = best_ridge(train, LinearMoments.of(vectors[left_out], effects[left_out]))
@@ -102,7 +104,8 @@ class EffectApproximator:
         new tokens, steered and unsteered drawn with the same random numbers. Then ridge, with λ
         by validation, as ``measuring.fit_parts`` says; its figures are in ``about``.
 
-        ``vectors (n, d_model)`` are directions, by default the SAE's decoder rows (a number:
+        ``vectors (n, d_model)`` are directions in random order (of every ten, one chooses λ and one
+        is held out), by default the SAE's decoder rows (a number:
         that many of them); ``prompts`` and ``texts`` default to the shipped neutral ones;
         ``rollouts``, ``sampling``, ``target_ce_rise`` and ``rows`` go to ``measuring.Plan``.
         ``work`` is a folder for measured parts, from which a killed run goes on to the same

@@ -88,7 +88,7 @@ class Plan:
     rows: int = 512
 
     def __post_init__(self) -> None:
-        if self.rollouts < 2 or self.rollouts % 2:
+        if not isinstance(self.rollouts, int) or self.rollouts < 2 or self.rollouts % 2:
             raise DataError(
                 f"rollouts = {self.rollouts}", "an even number: halves are compared to tell noise from effect"
             )

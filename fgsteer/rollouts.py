@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgsteer.activations import record
@@ -54,15 +54,20 @@ class Sampling:
         return -torch.empty(prompts, vocabulary).exponential_(generator=generator).log()
 
 
-def choose(logits: Float[Tensor, "rows vocabulary"], noise: Float[Tensor, "rows vocabulary"], how: Sampling) -> Tensor:
-    """One token id (rows,) each: ``argmax(log p + g)`` among the top k that hold the top p of probability.
+def choose(
+    logits: Float[Tensor, "rows vocabulary"], noise: Float[Tensor, "prompts vocabulary"], how: Sampling
+) -> Int[Tensor, " rows"]:
+    """One token id for each row: ``argmax(log p + g)`` among the top k that hold the top p of probability.
 
-    With Gumbel noise g this samples from p; rows with equal noise and close p choose alike.
+    Row i takes the noise of prompt i mod prompts. With Gumbel noise g this samples from p;
+    rows with equal noise and close p choose alike.
     """
     top, ids = (logits.float() / how.temperature).topk(min(how.top_k, logits.shape[-1]), dim=-1)
     shares = top.softmax(-1)
     outside = shares.cumsum(-1) - shares >= how.top_p  # the likeliest token always stays
-    best = (top + noise.to(top.device).gather(-1, ids)).masked_fill(outside, -torch.inf).argmax(-1, keepdim=True)
+    prompt = torch.arange(len(ids), device=ids.device) % len(noise)
+    given = noise.to(top.device)[prompt[:, None], ids]
+    best = (top + given).masked_fill(outside, -torch.inf).argmax(-1, keepdim=True)
     return ids.gather(-1, best)[:, 0]
 
 
@@ -112,7 +117,7 @@ def rollout(
         if ends is not None:
             logits[:, ends] = -torch.inf
         noise = how.noise(number, so_far.shape[1] - length, count, logits.shape[-1])
-        chosen = choose(logits, noise.repeat(len(steering), 1), how)
+        chosen = choose(logits, noise, how)
         return torch.full_like(logits, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
     entries = [item for item in steering for _ in range(count)]
@@ -149,5 +154,6 @@ def rollout_features(
     order = (torch.arange(length, device=ids.device) + (mask == 0).sum(1, keepdim=True)) % length
     new = order >= length - how.max_new_tokens
     values = record(model, ids.gather(1, order), mask.gather(1, order), [sae.input_hookpoint])[sae.input_hookpoint]
-    pooled = pool_features(sae, values, new.to(values.device))
+    local = sae if sae.W_enc.device == values.device else sae.to(values.device)
+    pooled = pool_features(local, values, new.to(values.device))
     return pooled.view(len(steering), -1, sae.d_sae).mean(1)

@@ -123,7 +123,8 @@ def canonical(
     shift = b_dec @ W_enc if subtracted else torch.zeros_like(b_enc)
     read = _place((metadata, config), ("hf_hook_name", "hook_name"), None if transcoder else hookpoint)
     model_name = str(metadata.get("model_name") or config.get("model_name") or "")
-    if _centred(metadata.get(_KWARGS) or config.get(_KWARGS) or {}, read, model_name):
+    centred = _centred(metadata.get(_KWARGS) or config.get(_KWARGS) or {}, read, model_name)
+    if centred:
         if norm == "constant_norm_rescale":
             raise PairingError(
                 "an SAE that rescales mean-centred activations by their norm", "no centring, or another normalisation"
@@ -153,7 +154,7 @@ def canonical(
         input_norm=norm,
         model_name=model_name,
         source=source,
-        fingerprint=_fingerprint(config, state, factor),
+        fingerprint=_fingerprint(config, state, factor, centred),
         neuronpedia=str(metadata.get("neuronpedia_id") or config.get("neuronpedia_id") or ""),
         reads=read if transcoder else None,
         W_skip=tensors["W_skip"].T.contiguous() if "skip" in architecture else None,
@@ -214,10 +215,10 @@ def _tensors(architecture: str, state: Mapping[str, Tensor]) -> dict[str, Tensor
     return tensors
 
 
-def _fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor], factor: float | None) -> str:
+def _fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor], factor: float | None, centred: bool) -> str:
     """Hash of the weights as stored: folding rounds differently from machine to machine."""
     keys = ("architecture", "k", "normalize_activations", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm")
-    values = [config.get(key) for key in keys] + ([] if factor is None else [factor])
+    values = [config.get(key) for key in keys] + ([] if factor is None else [factor]) + centred * ["centred"]
     return text_sha256([tensor_sha256(*(state[n] for n in sorted(state))), values])
 
 

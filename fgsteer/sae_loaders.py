@@ -34,7 +34,7 @@ from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, r
 DENSITY_FILE = "density.safetensors"
 LABELS_FILE = "labels.json"
 _DAMAGE = (OSError, RuntimeError, IndexError, TypeError, AttributeError, KeyError, ValueError, UnpicklingError)
-_hub = threading.Lock()
+_hub = threading.RLock()
 T = TypeVar("T")
 
 
@@ -176,7 +176,6 @@ def _from_release(release: str, sae_id: str, given: dict[str, Any]) -> SAE:
 def _read_release(row: RegistryRow, given: Mapping[str, Any]) -> SAE:
     """The files of a row, from the cache or the hub, by the reader of their layout."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
 
     if row.conversion == "gemma_3":  # sae-lens's reader asks the hub for shapes, cached or not
         path = hf_hub_download(row.repo_id, f"{row.path}/params.safetensors")
@@ -186,12 +185,26 @@ def _read_release(row: RegistryRow, given: Mapping[str, Any]) -> SAE:
         path = hf_hub_download(row.repo_id, f"{row.path}/cfg.json")
         told = read_json(path)
         if isinstance(told, Mapping) and is_sparsify(told):  # sae-lens's reader transposes W_dec
-            with contextlib.suppress(EntryNotFoundError):  # names the model, where a run kept it
-                hf_hub_download(row.repo_id, "config.json")
+            _download_if_there(row.repo_id, "config.json")  # names the model, where a run kept it
             hf_hub_download(row.repo_id, f"{row.path}/sae.safetensors")
             return _read_sparsify(Path(path).parent, told, given)
     config, state = _by_sae_lens(row)
     return canonical(config, state, config.get("metadata") or {}, source="", **given)
+
+
+def _download_if_there(repo_id: str, name: str) -> None:
+    """A file into the cache, if the repository has it; what the cache knows to be missing is not asked for."""
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    if try_to_load_from_cache(repo_id, name) is _CACHED_NO_EXIST:
+        return
+    try:
+        hf_hub_download(repo_id, name)
+    except LocalEntryNotFoundError:  # not known without a request
+        raise
+    except EntryNotFoundError:
+        return
 
 
 def _by_sae_lens(row: RegistryRow) -> tuple[dict[str, Any], dict[str, Tensor]]:
