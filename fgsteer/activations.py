@@ -225,7 +225,9 @@ def token_rows(
             group = [r for r in rendered if r[4] == special]
             if not group:
                 continue
-            encoded = tokenizer([r[2] for r in group], add_special_tokens=special, return_offsets_mapping=fast)
+            texts_of = [r[2] for r in group]
+            # not verbose: no warning of a text longer than the model's context, which max_tokens cuts
+            encoded = tokenizer(texts_of, add_special_tokens=special, return_offsets_mapping=fast, verbose=False)
             for n, (index, positive, text, start, _) in enumerate(group):
                 offsets = encoded["offset_mapping"][n] if fast else None
                 ids = list(encoded["input_ids"][n])

@@ -219,18 +219,23 @@ def load_contrast(source: str | Path) -> ContrastSet:
 def read_documents(path: Path) -> Iterator[str]:
     """Documents of a corpus: lines of a text file, or the field "text" of JSONL rows. Raises DataError."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 if path.suffix != ".jsonl":
                     yield line.strip()
                     continue
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{path}, line {number} is not JSON: {error}", "one JSON object a line") from error
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                     raise DataError(f"{path}, line {number}", 'an object with a text in the field "text"')
                 yield row["text"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "a UTF-8 .txt or .jsonl file") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"cannot read {path}: {error}", "a UTF-8 .txt or .jsonl file") from error
 
 

@@ -43,7 +43,7 @@ class SelectionError(FgsteerError, ValueError):
 
 
 class FormatError(FgsteerError, ValueError):
-    """A file is missing, truncated or of another format."""
+    """A file is missing, truncated, of another format, or cannot be written."""
 
 
 class SteeringError(FgsteerError, RuntimeError):

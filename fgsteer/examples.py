@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from fgsteer.sae import SAE
 
+CONTEXT = 12  # tokens before a peak that tell excerpts apart
 _TENSORS = ("features", "tokens", "activations", "documents")
 
 
@@ -165,6 +166,7 @@ def measure_examples(
 ) -> FeatureExamples:
     """Stream a corpus through the SAE and keep the ``top`` documents in which each feature peaks highest.
 
+    Of peaks with the same token and the same twelve before it (copies, common openings) the highest is kept.
     An excerpt is the peak with ``window`` tokens on either side. ``features`` are all by default;
     texts keep their first ``max_tokens`` tokens, and position 0 is not read. ``progress`` is
     called with the number of texts done. Memory is O(features · top · window) besides one batch.
@@ -218,6 +220,7 @@ class _Best:
     def __init__(self, n: int, top: int, window: int, device: torch.device) -> None:
         self.offsets = torch.arange(-window, window + 1, device=device)
         self.peaks = torch.zeros(n, top, device=device)
+        self.contexts = torch.zeros(n, top, dtype=torch.int64, device=device)
         self.documents = torch.full((n, top), -1, dtype=torch.int32, device=device)
         self.tokens = torch.full((n, top, len(self.offsets)), -1, dtype=torch.int32, device=device)
         self.activations = torch.zeros(n, top, len(self.offsets), device=device)
@@ -236,12 +239,15 @@ class _Best:
             raise DataError(f"activations of text {int(numbers[bad[0]])} are not finite", "finite values")
         gains = ((peak > self.peaks[:, -1]) & (peak > 0)).any(0).nonzero()[:, 0]
         top = self.peaks.shape[1]
-        offered = torch.cat([self.peaks[gains], peak[:, gains].T], 1)
+        context = torch.cat([self.contexts[gains], _contexts(ids).gather(1, place)[:, gains].T], 1)
+        offered = _highest_of_each(torch.cat([self.peaks[gains], peak[:, gains].T], 1), context)
         self.peaks[gains], order = offered.topk(top, dim=1)
+        self.contexts[gains] = context.gather(1, order)
         old = order.clamp(max=top - 1)
         for kept in (self.documents, self.tokens, self.activations):
             index = old.view(*old.shape, *[1] * (kept.ndim - 2)).expand(-1, -1, *kept.shape[2:])
             kept[gains] = kept[gains].gather(1, index)
+        self.documents[self.peaks == 0] = -1  # a slot whose excerpt gave way to a higher one of the same context
         n, slot = ((order >= top) & (self.peaks[gains] > 0)).nonzero(as_tuple=True)
         row, feature = (order[n, slot] - top)[:, None], gains[n][:, None]
         at = place[row, feature] + self.offsets
@@ -251,3 +257,21 @@ class _Best:
         self.documents[gains[n], slot] = numbers[row[:, 0]].int()
         self.tokens[gains[n], slot] = torch.where(inside, ids[row, at], -1).int()
         self.activations[gains[n], slot] = torch.where(inside, acts[row, at, feature], 0.0)
+
+
+def _contexts(ids: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+    """A hash of each token and the ``CONTEXT`` before it."""
+    keys = torch.zeros_like(ids, dtype=torch.int64)
+    for back in range(CONTEXT + 1):
+        keys = keys * 1_000_003 + torch.nn.functional.pad(ids + 1, (back, 0))[:, : ids.shape[1]]
+    return keys
+
+
+def _highest_of_each(peaks: Float[Tensor, "n m"], keys: Int[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    """Peaks, with 0 for all but the highest of those that share a key."""
+    order = peaks.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, keys.gather(1, order).argsort(dim=1, stable=True))
+    along = keys.gather(1, order)
+    again = torch.zeros_like(along, dtype=torch.bool)
+    again[:, 1:] = along[:, 1:] == along[:, :-1]
+    return peaks.masked_fill(torch.zeros_like(again).scatter(1, order, again), 0.0)

@@ -27,10 +27,16 @@ from fgsteer.errors import FormatError
 
 @contextlib.contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; renamed over it on success, removed on failure."""
+    """A path beside ``path`` to write to; renamed over it on success, removed on failure.
+
+    Raises FormatError where no file can be made.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise FormatError(f"cannot write {target}: {error.strerror}", "a folder that can be written to") from error
     os.close(handle)
     beside = Path(name)
     try:

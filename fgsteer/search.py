@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BEGINNINGS = ("They talked about the", "I remember this", "It was all about", "She wrote the word")
 NEAREST = 256  # features whose raised tokens are looked at: those nearest the word's unembedding
 RAISED = 10  # tokens that a feature counts as raising
+FLOOR = 0.03  # a lower score is no hit: such features fire as much on any word
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,11 @@ def find_features(
     ``score = label + excerpts + fires + raises``. ``label``: 1 when the feature's label has the word.
     ``excerpts``: share of its top excerpts that peak on it. ``fires``: its activation on the word's last
     token after each of a few plain beginnings, the least of them, over the largest in its excerpts (of
-    any feature on the word where none are given), times ln(density)/ln(1/tokens) where that is known.
+    any feature on the word where none are given), times ln(density)/ln(1/tokens) where that is known, over
+    the word's number of tokens: of a word in pieces, the last stands for less the more there are.
     ``raises``: 1/rank of a word of one token among those the feature raises, where it is one of the
     first ten and its logit √(2 ln vocabulary) standard deviations over the mean: more than chance gives.
+    Scores below 0.03 are left out: any word gets such.
     Whole words and their plurals count; in scripts without case any occurrence does.
     Raises DataError for an empty word, PairingError for excerpts of another SAE.
     """
@@ -76,7 +79,7 @@ def find_features(
         )
         for feature in ids
     ]
-    return sorted(found, key=lambda f: (-f.score, f.id))[:top]
+    return sorted((f for f in found if f.score >= FLOOR), key=lambda f: (-f.score, f.id))[:top]
 
 
 def word_pattern(word: str) -> re.Pattern[str]:
@@ -144,6 +147,7 @@ def _firing(
     if sae.density is not None:
         share *= 1 - (sae.density.fired + 1).log().float() / math.log(sae.density.tokens + 1)
     pieces = len(next(iter(forms.values())))
+    share /= pieces
     on = "it" if pieces == 1 else f"the last of its {pieces} tokens"
     ids = share.nonzero()[:, 0].tolist()
     return {j: (float(share[j]), f"fires on {on}: {float(least[j]):.1f}") for j in ids}

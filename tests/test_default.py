@@ -118,3 +118,65 @@ def test_demo_shows_both_concepts_in_time(capsys):
         assert set(entry["texts"]) == {"unsteered", "caa", "ace", "sta", "fgaa"}
         assert all(text != entry["texts"]["unsteered"] for n, text in entry["texts"].items() if n != "unsteered")
         assert len(entry["features"]["fgaa"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "told"),
+    [
+        ("fgaa", "n_positive=abc", "expected int"),
+        ("fgaa", "n_positive=1.5", "expected int"),
+        ("fgaa", "n_positive=true", "expected int"),
+        ("fgaa", "max_density=abc", "expected float or null"),
+        ("fgaa", "mu=abc", "expected float"),
+        ("fgaa", "normalize=maybe", "expected bool"),
+        ("fgaa", "density=3", "expected --density"),
+        ("fgaa", "score=3", "expected str"),
+        ("fgaa", "nonsense=3", "unknown nonsense"),
+        ("sta", "p=abc", "expected float"),
+        ("caa", "hookpoint=3", "expected str"),
+    ],
+)
+def test_nonsense_settings_end_in_one_message(tmp_path, method, setting, told):
+    with pytest.raises(fg.FgsteerError, match=told) as caught:
+        invoke("build", method, "--set", setting, "-o", str(tmp_path / "v.safetensors"))
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_of_every_type_are_taken(tmp_path):
+    stats, vec = str(tmp_path / "s.safetensors"), str(tmp_path / "v.safetensors")
+    invoke("collect", "love", "-o", stats, "--device", "cpu")
+    pairs = ("n_positive=4", "max_density=inf", "bos_share=null", "normalize=false", "score=welch_t", "mu=1")
+    settings = [part for pair in pairs for part in ("--set", pair)]
+    invoke("build", "fgaa", "--stats", stats, *settings, "-o", vec)
+    hyper = fg.SteeringVector.load(vec).provenance["hyperparameters"]
+    wanted = {"n_positive": 4, "max_density": None, "bos_share": None, "normalize": False, "score": "welch_t", "mu": 1}
+    assert {key: hyper[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("collect", "love", "-o", "FILE/s.safetensors"), "cannot write"),
+        (("collect", "love", "-o", "FOLDER"), "cannot write"),
+        (("features", "--feature", "1", "--html", "FILE/p.html"), "cannot write"),
+        (("features", "--feature", "1,1"), "each id once"),
+        (("collect", "love", "-o", "FOLDER/s.safetensors", "--model", "/no/such"), "no model '/no/such'"),
+        (("collect", "love", "-o", "FOLDER/s.safetensors", "--device", "banana"), "--device banana"),
+    ],
+)
+def test_mistakes_end_in_one_message(tmp_path, arguments, told):
+    (tmp_path / "file").write_text("")
+    arguments = [a.replace("FILE", str(tmp_path / "file")).replace("FOLDER", str(tmp_path)) for a in arguments]
+    with pytest.raises(fg.FgsteerError, match=told) as caught:
+        invoke(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("effects", "-o", "e", "--vectors", "-1"), ("generate", "x", "--max-new-tokens", "0"), ("features", "--top", "0")],
+)
+def test_counts_out_of_range_are_refused(arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "greater than or equal to" in result.stderr

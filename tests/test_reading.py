@@ -18,7 +18,7 @@ from fgsteer import cards
 from fgsteer.cli import app
 from fgsteer.examples import token_texts
 from fgsteer.files import read_tensors, write_tensors
-from fgsteer.search import word_pattern
+from fgsteer.search import FLOOR, word_pattern
 from tests.conftest import make_sae
 from tests.reference.excerpts import top_excerpts
 from tests.tiny import WORDS, word_tokenizer
@@ -77,6 +77,18 @@ def test_excerpts_equal_a_loop(llama, tokenizer, activation, features, small_bat
             np.testing.assert_allclose(excerpt.activations, acts, rtol=1e-4, atol=1e-4)
             assert excerpt.activations[excerpt.peak] == max(excerpt.activations)
             assert "".join(excerpt.tokens) == tokenizer.decode(ids)
+
+
+def test_one_excerpt_of_each_context(llama, tokenizer):
+    sae = make_sae("relu")
+    texts = [*TEXTS[:2], *[TEXTS[2]] * 6, TEXTS[2] + " " + TEXTS[0]]
+    for batch_tokens in (16, 8192):  # copies in one batch and in several
+        options = {"top": 4, "window": 2, "batch_tokens": batch_tokens}
+        once = fg.measure_examples(llama, tokenizer, [*TEXTS[:3], texts[-1]], sae, **options)
+        found = fg.measure_examples(llama, tokenizer, texts, sae, **options)
+        for feature in range(sae.d_sae):
+            peaks = [[e.activations[e.peak] for e in kept.of(feature, tokenizer)] for kept in (once, found)]
+            assert peaks[1] == pytest.approx(peaks[0], rel=1e-4)
 
 
 def test_position_0_is_shown_where_it_is_a_word_but_never_read(llama):
@@ -284,6 +296,16 @@ def test_search_finds_planted_features_and_says_why(llama, tokenizer):
         fg.find_features("  ", sae, llama, tokenizer)
     with pytest.raises(fg.PairingError):
         fg.find_features("bride", make_sae(seed=3), llama, tokenizer, examples=examples)
+
+
+def test_search_for_no_word_finds_less_than_for_a_word():
+    model, tokenizer = fg.load_model("default")
+    sae = fg.load_sae("default")
+    assert fg.find_features("xyzzyplugh frobnitz", sae, model, tokenizer) == []  # twelve tokens
+    found = fg.find_features("love", sae, model, tokenizer)
+    assert found[0].id == 1028
+    assert min(entry.score for entry in found) >= FLOOR
+    assert len(fg.find_features("qzxwv", sae, model, tokenizer)) < len(found)  # five tokens
 
 
 def test_search_finds_what_raises_a_word():

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import fgsteer as fg
+from fgsteer.data import read_documents
+from fgsteer.files import write_tensors
 from fgsteer.hookpoints import resolve
 
 AT = "blocks.1.hook_resid_post"
@@ -211,3 +213,18 @@ def test_shipped_sets_are_whole_and_disjoint():
         assert len(set(texts)) == 120
         assert not seen & set(texts)
         seen |= set(texts)
+
+
+def test_documents_of_windows_files(tmp_path):
+    text, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_bytes("\ufeffOne day.\r\n\r\nTwo days.\r\n".encode())
+    assert list(read_documents(text)) == ["One day.", "Two days."]
+    rows.write_bytes('\ufeff{"text": "One day."}\r\n{"text"\r\n'.encode())
+    with pytest.raises(fg.DataError, match="line 2 is not JSON"):
+        list(read_documents(rows))
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(fg.FormatError, match=r"cannot write .*v\.safetensors: "):
+        write_tensors(tmp_path / "file" / "v.safetensors", {}, kind="vector", header={})

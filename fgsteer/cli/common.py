@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,14 +24,25 @@ app = typer.Typer(
 ModelOption = Annotated[str, typer.Option("--model", "-m", help='"default", or a Hugging Face id or path.')]
 SaeOption = Annotated[str, typer.Option("--sae", help='"default", a folder, or a sae-lens release (with --sae-id).')]
 SaeIdOption = Annotated[str | None, typer.Option("--sae-id", help="The id within a sae-lens release.")]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="File to write (safetensors).")]
+
+
+def writable(path: Path | None) -> Path | None:
+    """The path, if a file can be written there: known before anything is measured. Raises DataError."""
+    if path is not None:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise DataError(f"cannot write {path}", "a file in a folder that can be written to")
+    return path
+
+
+OutOption = Annotated[Path, typer.Option("--out", "-o", callback=writable, help="File to write (safetensors).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value, for scripts.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, auto …; default: cuda if any.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 …; default: the checkpoint's.")]
 
 
 def load_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer of the options. Raises DataError for an unknown dtype."""
+    """Model and tokenizer of the options. Raises DataError for an unknown model, dtype or device."""
     import torch
 
     import fgsteer as fg
@@ -38,9 +50,16 @@ def load_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, A
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise DataError(f"--dtype {dtype}", "float32, bfloat16 or float16")
     options = {"device_map": "auto"} if device == "auto" else {}
-    model, tokenizer = fg.load_model(name, dtype=getattr(torch, dtype) if dtype else None, **options)
-    if device != "auto":
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        model, tokenizer = fg.load_model(name, dtype=getattr(torch, dtype) if dtype else None, **options)
+    except OSError as error:
+        why = str(error).partition("\n")[0]
+        raise DataError(f"no model {name!r}", '"default", a folder, or a Hugging Face id', why) from error
+    try:
+        if device != "auto":
+            model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is unknown, missing or full
+        raise DataError(f"--device {device}: {error}".partition("\n")[0], "a device of this machine") from error
     return model, tokenizer
 
 

@@ -38,7 +38,7 @@ def collect(
     ] = None,
     tokens: Annotated[str, typer.Option(help="all, last, answer, letter, or an index.")] = "all",
     bos: Annotated[bool, typer.Option("--bos", help="Read position 0 too.")] = False,
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch.")] = 8192,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens in a batch.")] = 8192,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -70,6 +70,16 @@ def collect(
     show(told, as_json, lambda v: typer.echo(f"{v['out']}: {v['data'][0]['count']} texts at {v['hookpoints']}"))
 
 
+def _count_documents(corpus: Path) -> int:
+    """How many documents a corpus has, every line read. Raises DataError for none or one that cannot be read."""
+    from fgsteer.data import read_documents
+
+    total = sum(1 for _ in read_documents(corpus))
+    if not total:
+        raise DataError(f"{corpus} has no document", "one a line")
+    return total
+
+
 @app.command()
 def density(
     corpus: Annotated[Path, typer.Argument(help='Text file, a document a line, or JSONL with a field "text".')],
@@ -77,8 +87,8 @@ def density(
     model: ModelOption = "default",
     sae: SaeOption = "default",
     sae_id: SaeIdOption = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens read of each document.")] = 256,
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch.")] = 8192,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens read of each document.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens in a batch.")] = 8192,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -90,9 +100,7 @@ def density(
     import fgsteer as fg
     from fgsteer.data import read_documents
 
-    total = sum(1 for _ in read_documents(corpus))
-    if not total:
-        raise DataError(f"{corpus} has no document", "one a line")
+    total = _count_documents(corpus)
     language_model, tokenizer = load_model(model, device, dtype)
     autoencoder = load_sae(sae, sae_id)
     with progress_bar("measuring density", total, as_json) as progress:
@@ -131,20 +139,22 @@ def effects(
     model: ModelOption = "default",
     sae: SaeOption = "default",
     sae_id: SaeIdOption = None,
-    vectors: Annotated[int | None, typer.Option(help="Decoder rows to measure, drawn by seed; default: all.")] = None,
+    vectors: Annotated[
+        int | None, typer.Option(min=20, help="Decoder rows to measure, drawn by seed; default: all.")
+    ] = None,
     rows_of: Annotated[str | None, typer.Option("--rows-of", help="Another SAE whose decoder rows to measure.")] = None,
     rows_of_id: Annotated[str | None, typer.Option("--rows-of-id", help="Its id within a sae-lens release.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; default: shipped neutral ones.")] = None,
     texts: Annotated[Path | None, typer.Option(help="Texts that set the strength; default: shipped neutral.")] = None,
-    n_texts: Annotated[int, typer.Option(help="How many of the texts to use.")] = 8,
-    rollouts: Annotated[int, typer.Option(help="Continuations of each prompt per vector; even.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each continuation.")] = 32,
+    n_texts: Annotated[int, typer.Option(min=1, help="How many of the texts to use.")] = 8,
+    rollouts: Annotated[int, typer.Option(min=2, help="Continuations of each prompt per vector; even.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each continuation.")] = 32,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Of sampling.")] = 50,
     top_p: Annotated[float, typer.Option(help="Of sampling; 0.3 in SAE-TS.")] = 0.3,
     ce_rise: Annotated[float, typer.Option(help="Nats a token that each vector may cost the texts.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Seed of vectors and sampling.")] = 0,
-    rows: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Sequences in a forward pass.")] = 512,
     work: Annotated[
         Path | None, typer.Option(help="Folder of measured parts, to go on from; default: OUT.parts.")
     ] = None,
@@ -211,9 +221,7 @@ def measure_excerpts(corpus: Path, parts: tuple[Any, Any, Any], as_json: bool, *
     import fgsteer as fg
     from fgsteer.data import read_documents
 
-    total = sum(1 for _ in read_documents(corpus))
-    if not total:
-        raise DataError(f"{corpus} has no document", "one a line")
+    total = _count_documents(corpus)
     model, tokenizer, sae = parts
     about = {"name": corpus.name, "texts": total}
     with progress_bar("measuring excerpts", total, as_json) as progress:
@@ -226,13 +234,13 @@ def measure_excerpts(corpus: Path, parts: tuple[Any, Any, Any], as_json: bool, *
 def examples(
     corpus: Annotated[Path, typer.Argument(help='Text file, a document a line, or JSONL with a field "text".')],
     out: OutOption,
-    top: Annotated[int, typer.Option(help="Excerpts kept of each feature.")] = 8,
-    window: Annotated[int, typer.Option(help="Tokens kept on either side of a peak.")] = 12,
+    top: Annotated[int, typer.Option(min=1, help="Excerpts kept of each feature.")] = 8,
+    window: Annotated[int, typer.Option(min=0, help="Tokens kept on either side of a peak.")] = 12,
     model: ModelOption = "default",
     sae: SaeOption = "default",
     sae_id: SaeIdOption = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens read of each document.")] = 256,
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch.")] = 8192,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens read of each document.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens in a batch.")] = 8192,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,

@@ -19,6 +19,7 @@ from fgsteer.cli.common import (
     load_model,
     load_sae,
     show,
+    writable,
 )
 from fgsteer.cli.measure import measure_excerpts
 from fgsteer.errors import DataError
@@ -27,9 +28,12 @@ from fgsteer.errors import DataError
 def _feature_ids(text: str) -> list[int]:
     """Ids of "12,40". Raises DataError."""
     try:
-        return [int(part) for part in text.split(",")]
+        ids = [int(part) for part in text.split(",")]
     except ValueError as error:
         raise DataError(f"--feature {text}", "ids, such as 12,40") from error
+    if len(set(ids)) < len(ids):
+        raise DataError(f"--feature {text}", "each id once")
+    return ids
 
 
 @app.command()
@@ -42,8 +46,8 @@ def features(
     ] = None,
     examples: Annotated[Path | None, typer.Option(help="Excerpts written by fgsteer examples.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Labels: a Neuronpedia export or its folder.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write feature cards as one HTML page.")] = None,
-    top: Annotated[int, typer.Option(help="How many features, by absolute weight or by --search's score.")] = 20,
+    html: Annotated[Path | None, typer.Option(callback=writable, help="Write feature cards as one HTML page.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many features, by absolute weight or by --search's score.")] = 20,
     model: ModelOption = "default",
     sae: SaeOption = "default",
     sae_id: SaeIdOption = None,

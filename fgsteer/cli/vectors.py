@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +40,7 @@ def demo(
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
-    """key=value options as Python values (JSON where it parses). Raises DataError."""
+    """key=value options as Python values: JSON where it parses, "inf" as a number. Raises DataError."""
     settings = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
@@ -47,8 +49,34 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         try:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:
-            settings[key] = value
+            settings[key] = math.inf if value == "inf" else value
     return settings
+
+
+def _check_settings(method: str, settings: dict[str, Any]) -> None:
+    """Raises DataError for a value of another type than the method's parameter, or one with its own option."""
+    from fgsteer.methods import METHODS
+
+    parameters = signature(METHODS[method]).parameters if method in METHODS else {}
+    for key, value in settings.items():
+        if key not in parameters:
+            continue  # build names it
+        expected = str(parameters[key].annotation)
+        names = expected.split(" | ")
+        fits = {
+            "int": isinstance(value, int) and not isinstance(value, bool),
+            "float": isinstance(value, int | float) and not isinstance(value, bool),
+            "bool": isinstance(value, bool),
+            "str": isinstance(value, str),
+            "None": value is None,
+        }
+        if key in ("stats", "sae", "effects", "density", "features"):
+            raise DataError(f"--set {key}={value}", f"--{key}, an option of its own")
+        if expected.startswith("Literal[") or key == "hookpoint":
+            fits, names = {"str": fits["str"]}, ["str"]
+        if not any(fits.get(name, False) for name in names):
+            known = " or ".join({"None": "null"}.get(name, name) for name in names if name in fits)
+            raise DataError(f"--set {key}={value}", known)
 
 
 def _feature_weights(text: str) -> dict[int, float]:
@@ -86,6 +114,7 @@ def build(
     import fgsteer as fg
 
     inputs: dict[str, Any] = _settings(settings or [])
+    _check_settings(method, inputs)
     if stats is not None:
         inputs["stats"] = fg.ContrastStatistics.load(stats)
     if method not in ("caa", "ace"):
@@ -124,8 +153,8 @@ def generate(
     operation: Annotated[str, typer.Option("--op", help="add, affine, ablate or clamp.")] = "add",
     scope: Annotated[str, typer.Option(help="all, prompt, generated or last_prompt_on.")] = "all",
     model: ModelOption = "default",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 48,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 48,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
