@@ -177,21 +177,25 @@ def effects(
     directions = decoder_directions(source, vectors, seed)
     neutral, starts = fg.load_neutral()
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    with progress_bar("measuring effects", len(directions), as_json) as progress:
-        measured = fg.EffectApproximator.measure(
-            language_model,
-            tokenizer,
-            autoencoder,
-            vectors=directions,
-            prompts=list(read_documents(prompts)) if prompts else starts,
-            texts=(list(read_documents(texts)) if texts else neutral)[:n_texts],
-            rollouts=rollouts,
-            sampling=sampling,
-            target_ce_rise=ce_rise,
-            rows=rows,
-            work=work or out.with_name(out.name + ".parts"),
-            progress=progress,
-        )
+    try:
+        with progress_bar("measuring effects", len(directions), as_json) as progress:
+            measured = fg.EffectApproximator.measure(
+                language_model,
+                tokenizer,
+                autoencoder,
+                vectors=directions,
+                prompts=list(read_documents(prompts)) if prompts else starts,
+                texts=(list(read_documents(texts)) if texts else neutral)[:n_texts],
+                rollouts=rollouts,
+                sampling=sampling,
+                target_ce_rise=ce_rise,
+                rows=rows,
+                work=work or out.with_name(out.name + ".parts"),
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
     measured.save(out)
     show({"out": str(out), **measured.about}, as_json, _print_effects)
 
