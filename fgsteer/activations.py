@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from fgsteer.data import Text
 from fgsteer.errors import DataError, HookpointError
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve
-from fgsteer.models import input_device, warn_of_dropout
+from fgsteer.models import check_pairing, input_device, warn_of_dropout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from fgsteer.sae import SAE
 
 TokenRule = Literal["all", "last", "answer", "letter"] | int
 WINDOW = 4096  # texts tokenised and sorted by length together: bounds memory, not results
@@ -267,3 +269,28 @@ def text_batches(
     device = input_device(model)
     for rows in token_rows(tokenizer, texts, **options):
         yield from batches(rows, batch_tokens=batch_tokens, pad_id=pad_id, device=device)
+
+
+def corpus_batches(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    sae: SAE,
+    *,
+    batch_tokens: int,
+    max_tokens: int,
+) -> Iterator[tuple[Batch, Float[Tensor, "batch tokens d_model"], SAE]]:
+    """Batches of plain texts, position 0 included, with what the SAE reads there and the SAE beside it, in float32.
+
+    Raises PairingError for an SAE of another width.
+    """
+    at, local = sae.input_hookpoint, sae
+    check_pairing(model, at, sae.d_model, sae.model_name, "SAE")
+    triples = (("", text, True) for text in texts)
+    for batch in text_batches(
+        model, tokenizer, triples, rule="all", bos=True, batch_tokens=batch_tokens, max_tokens=max_tokens
+    ):
+        values = record(model, batch.ids, batch.attention, [at])[at]
+        if local.W_enc.device != values.device or local.W_enc.dtype != torch.float32:
+            local = sae.to(values.device, torch.float32)
+        yield batch, values, local

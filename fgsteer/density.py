@@ -129,21 +129,14 @@ def measure_density(
     texts done. Memory is O(d_sae) besides one batch. FGAA steps 2 and 3 (arXiv 2501.09929).
     Raises DataError for a text of one token, PairingError for an SAE of another width.
     """
-    from fgsteer.activations import record, text_batches
-    from fgsteer.models import check_pairing
+    from fgsteer.activations import corpus_batches
     from fgsteer.statistics import row_groups
 
-    check_pairing(model, sae.input_hookpoint, sae.d_model, sae.model_name, "SAE")
     fired, documents, first = (torch.zeros(sae.d_sae, dtype=torch.float64) for _ in range(3))
     tokens = done = 0
-    local = sae
-    triples = (("", text, True) for text in texts)
-    for batch in text_batches(
-        model, tokenizer, triples, rule="all", bos=True, batch_tokens=batch_tokens, max_tokens=max_tokens
+    for batch, values, local in corpus_batches(
+        model, tokenizer, texts, sae, batch_tokens=batch_tokens, max_tokens=max_tokens
     ):
-        values = record(model, batch.ids, batch.attention, [sae.input_hookpoint])[sae.input_hookpoint]
-        if local.W_enc.device != values.device or local.W_enc.dtype != torch.float32:
-            local = sae.to(values.device, torch.float32)
         real = batch.selected.to(values.device)
         for rows in row_groups(real, sae.d_sae):
             acts = local.encode(values[rows]) * real[rows][..., None]

@@ -173,11 +173,9 @@ def measure_examples(
     Raises DataError for a text of one token or activations that are not finite, PairingError for
     an SAE of another width, SelectionError for unknown features, or sizes below 1 (window: 0).
     """
-    from fgsteer.activations import record, text_batches
-    from fgsteer.models import check_pairing
+    from fgsteer.activations import corpus_batches
     from fgsteer.statistics import row_groups
 
-    check_pairing(model, sae.input_hookpoint, sae.d_model, sae.model_name, "SAE")
     chosen = sorted(set(range(sae.d_sae) if features is None else features))
     if not chosen or chosen[0] < 0 or chosen[-1] >= sae.d_sae or top < 1 or window < 0:
         raise SelectionError(
@@ -186,15 +184,11 @@ def measure_examples(
     every = len(chosen) == sae.d_sae
     width = sae.d_sae if every or sae.activation == "topk" else len(chosen)
     special = set(tokenizer.all_special_ids)
-    local, done = sae, 0
+    done = 0
     best: _Best | None = None
-    triples = (("", text, True) for text in texts)
-    for batch in text_batches(
-        model, tokenizer, triples, rule="all", bos=True, batch_tokens=batch_tokens, max_tokens=max_tokens
+    for batch, values, local in corpus_batches(
+        model, tokenizer, texts, sae, batch_tokens=batch_tokens, max_tokens=max_tokens
     ):
-        values = record(model, batch.ids, batch.attention, [sae.input_hookpoint])[sae.input_hookpoint]
-        if local.W_enc.device != values.device or local.W_enc.dtype != torch.float32:
-            local = sae.to(values.device, torch.float32)
         best = best or _Best(len(chosen), top, window, values.device)
         real = batch.selected.to(values.device)
         shown = real.clone()
