@@ -105,6 +105,8 @@ class Hookpoint:
         """
         if isinstance(name, Hookpoint):
             return name
+        if not isinstance(name, str):
+            raise HookpointError(f"hookpoint {name!r}", "a name like blocks.12.hook_resid_post, or a Hookpoint")
         if match := _SAE_LENS.fullmatch(name):
             return cls(int(match[1]), _HOOKS[match[2]])
         match = _HUGGING_FACE.fullmatch(name)

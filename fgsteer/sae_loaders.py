@@ -65,24 +65,39 @@ def load_sae(
     """
     if isinstance(source, SAE):
         return source.to(device)
+    if sae_id is not None and not isinstance(sae_id, str):
+        raise FormatError(f"sae_id {sae_id!r}", "a text, such as blocks.5.hook_resid_pre")
     given: dict[str, Any] = {
         "hookpoint": None if hookpoint is None else Hookpoint.parse(hookpoint),
         "norm_scaling_factor": norm_scaling_factor,
     }
+    return _finite(_load(source, sae_id, given)).to(device)
+
+
+def _finite(sae: SAE) -> SAE:
+    """The SAE. Raises FormatError for weights with nan or inf."""
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        if not bool(getattr(sae, name).isfinite().all()):
+            raise FormatError(f"{name} of {sae.source} holds nan or inf", "finite weights", "get the files again")
+    return sae
+
+
+def _load(source: Any, sae_id: str | None, given: dict[str, Any]) -> SAE:
+    """The SAE by the reader of what ``source`` is."""
     if not isinstance(source, str | Path):
-        return _from_live(source, given).to(device)
+        return _from_live(source, given)
     if str(source) == DEFAULT and sae_id is None:
-        return replace(_from_folder(pretrained_dir() / "sae", given), source=DEFAULT).to(device)
+        return replace(_from_folder(pretrained_dir() / "sae", given), source=DEFAULT)
     folder = Path(source) / (sae_id or "")
     if sae_id is not None and not (folder / "cfg.json").is_file():
-        return _from_release(str(source), sae_id, given).to(device)
+        return _from_release(str(source), sae_id, given)
     if not (folder / "cfg.json").is_file():
         raise FormatError(
             f"no SAE at {str(source)!r}{_subfolders(folder)}",
             'a folder with cfg.json and its weights, or "default"',
             "for a sae-lens release or a folder of a run pass its sae_id too",
         )
-    return _from_folder(folder, given).to(device)
+    return _from_folder(folder, given)
 
 
 def _subfolders(folder: Path) -> str:

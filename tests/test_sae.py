@@ -135,6 +135,20 @@ def test_restrict_and_casts_keep_values_and_hash():
     assert make_sae("gated", seed=1).sha256 != sae.sha256
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    theirs = live("standard")
+    with torch.no_grad():
+        theirs.W_dec[2, 1] = float("nan")
+    theirs.save_model(tmp_path)
+    for source in (theirs, tmp_path):
+        with pytest.raises(fg.FormatError, match=r"W_dec of .* nan"):
+            fg.load_sae(source)
+    with pytest.raises(fg.FormatError, match="sae_id 5"):
+        fg.load_sae("gpt2-small-res-jb", 5)
+    with pytest.raises(fg.HookpointError, match="hookpoint 3"):
+        fg.Hookpoint.parse(3)
+
+
 def test_refusals(tmp_path):
     with pytest.raises(fg.PairingError, match="expected_average_only_in"):
         fg.load_sae(live("standard", normalize_activations="expected_average_only_in"))

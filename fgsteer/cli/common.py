@@ -44,9 +44,11 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloa
 def load_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
     """Model and tokenizer of the options. Raises DataError for an unknown model, dtype or device."""
     import torch
+    from transformers.utils import logging
 
     import fgsteer as fg
 
+    logging.disable_progress_bar()  # of reading weights; downloads keep theirs
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise DataError(f"--dtype {dtype}", "float32, bfloat16 or float16")
     options = {"device_map": "auto"} if device == "auto" else {}

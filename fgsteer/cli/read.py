@@ -168,4 +168,9 @@ def info(
     from fgsteer.info import describe_file, describe_installation
 
     told = describe_file(file) if file is not None else describe_installation()
-    show(told, as_json, lambda v: typer.echo(json.dumps(v, indent=2, ensure_ascii=False)))
+    show(told, as_json, _print_info)
+
+
+def _print_info(told: dict[str, Any]) -> None:
+    shapes = {name: " x ".join(map(str, shape)) for name, shape in told.get("tensors", {}).items()}
+    typer.echo(json.dumps({**told, "tensors": shapes} if shapes else told, indent=2, ensure_ascii=False))

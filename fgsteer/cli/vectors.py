@@ -117,7 +117,7 @@ def build(
     _check_settings(method, inputs)
     if stats is not None:
         inputs["stats"] = fg.ContrastStatistics.load(stats)
-    if method not in ("caa", "ace"):
+    if "sae" in signature(fg.METHODS.get(method, fg.build)).parameters:
         inputs["sae"] = load_sae(sae, sae_id)
     if effects is not None:
         inputs["effects"] = fg.load_effects(effects)
