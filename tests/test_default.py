@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,14 @@ def test_every_shipped_file_is_the_indexed_one():
         data = (folder / name).read_bytes()
         assert (hashlib.sha256(data).hexdigest(), len(data)) == (entry["sha256"], entry["bytes"]), name
     assert sum(entry["bytes"] for entry in index["files"].values()) < 48e6
+
+
+def test_the_card_says_what_was_measured():
+    folder = Path(fg.__file__).resolve().parent.parent / "pretrained"
+    spec = importlib.util.spec_from_file_location("card", folder / "card.py")
+    card = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(card)
+    assert (folder / "README.md").read_text(encoding="utf-8") == card.render()
 
 
 def test_density_belongs_to_the_sae():
