@@ -37,7 +37,7 @@ _HOMES = {
     "density": ("FeatureDensity", "measure_density"),
     "examples": ("Excerpt", "FeatureExamples", "measure_examples"),
     "labels": ("load_labels",),
-    "sae_loaders": ("load_sae",),
+    "sae_loaders": ("load_examples", "load_sae"),
     "activations": ("record",),
     "statistics": ("Contrast", "ContrastStatistics", "Moments", "collect"),
     "effects": ("EffectApproximator", "load_effects"),

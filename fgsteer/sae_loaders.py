@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fgsteer.density import FeatureDensity
 from fgsteer.errors import FgsteerError, FormatError, PairingError
+from fgsteer.examples import FeatureExamples
 from fgsteer.files import read_json
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.labels import load_labels
@@ -33,6 +34,7 @@ from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, r
 
 DENSITY_FILE = "density.safetensors"
 LABELS_FILE = "labels.json"
+EXAMPLES_FILE = "examples.safetensors"
 _DAMAGE = (OSError, RuntimeError, IndexError, TypeError, AttributeError, KeyError, ValueError, UnpicklingError)
 _hub = threading.RLock()
 T = TypeVar("T")
@@ -132,6 +134,16 @@ def _from_folder(folder: Path, given: Mapping[str, Any]) -> SAE:
     if (folder / LABELS_FILE).is_file():
         sae = replace(sae, labels=load_labels(folder / LABELS_FILE, sae))
     return sae
+
+
+def load_examples(sae: SAE) -> FeatureExamples | None:
+    """The excerpts kept in the folder that an SAE was loaded from, as ``examples.safetensors``; None without.
+
+    Raises FormatError for a damaged file, PairingError for excerpts of another SAE.
+    """
+    folder = pretrained_dir() / "sae" if sae.source == DEFAULT else Path(sae.source)
+    path = folder / EXAMPLES_FILE
+    return FeatureExamples.load(path).check(sae) if sae.source and path.is_file() else None
 
 
 @contextlib.contextmanager

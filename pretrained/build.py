@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import features
 import numpy as np
 import torch
 from corpus import SOURCES, split_corpus, train_tokenizer
@@ -58,6 +59,7 @@ class Recipe:
     sae_tokens: int = 2_500_000
     sae_batch: int = 4096  # tokens in an optimizer step
     sae_lr: float = 8e-4
+    feature_texts: int = 8000  # beginnings of training documents that features are read on
     effects_vectors: int = 4096  # decoder rows measured
     effects_texts: int = 8  # neutral texts that set each row's strength
     effects_ce_rise: float = 0.5  # nats a token that it costs them
@@ -355,6 +357,28 @@ def stage_density(work: Path) -> None:
     fg.FeatureDensity(**{**vars(density), "max_density": chosen_theta}).save(work / "density.safetensors")
 
 
+def stage_features(corpora: Path, work: Path, recipe: Recipe) -> None:
+    """Excerpts and labels of every feature, from training documents of all sources."""
+    model, tokenizer = load_lm(work)
+    sae = fg.load_sae(work / "sae")
+    pairs = features.sample(split_corpus(corpora)[0], recipe.feature_texts)
+    texts, sources = [text for _, text in pairs], [source for source, _ in pairs]
+    examples = fg.measure_examples(
+        model,
+        tokenizer,
+        texts,
+        sae,
+        top=features.TOP,
+        window=features.WINDOW,
+        corpus={"name": "training documents", "texts": len(texts)},
+    )
+    labels, figures = features.label(examples, tokenizer)
+    allowed = {source.file for source in SOURCES if source.excerpts}
+    features.shippable(examples, sources, allowed).save(work / "examples.safetensors")
+    write_json(work / "features.json", figures)
+    write_json(work / "labels.json", {str(feature): text for feature, text in labels.items()})
+
+
 def stage_effects(work: Path, recipe: Recipe) -> None:
     """Measure and fit the effect approximator in bfloat16, a part at a time; stored in float16."""
     model, tokenizer = load_lm(work)
@@ -421,6 +445,7 @@ def stage_figures(work: Path, recipe: Recipe) -> None:
         "held_out_bytes": sizes,
         "sae": sae_figures(work, texts),
         "concepts": single_feature_auc(work),
+        "features": json.loads((work / "features.json").read_text()),
         "effects": fg.EffectApproximator.load(work / "effects.safetensors").about,
         "samples": [[prompt, text] for prompt, text in zip(prompts, samples, strict=False)],
     }
@@ -434,7 +459,8 @@ def stage_pack(work: Path, recipe: Recipe, target: Path) -> None:
     shutil.copytree(work / "lm", part / "model")
     shutil.copytree(work / "tokenizer", part / "model", dirs_exist_ok=True)
     shutil.copytree(work / "sae", part / "sae")
-    shutil.copy(work / "density.safetensors", part / "sae" / "density.safetensors")
+    for name in ("density.safetensors", "examples.safetensors", "labels.json"):
+        shutil.copy(work / name, part / "sae" / name)
     for name in ("effects.safetensors", "figures.json", "density.json"):
         shutil.copy(work / name, part / name)
     files = {
@@ -474,6 +500,7 @@ def main() -> None:
         (work / "lm", lambda: stage_lm(work, recipe)),
         (work / "sae", lambda: stage_sae(work, recipe)),
         (work / "density.safetensors", lambda: stage_density(work)),
+        (work / "labels.json", lambda: stage_features(arguments.corpora, work, recipe)),
         (work / "effects.safetensors", lambda: stage_effects(work, recipe)),
         (work / "figures.json", lambda: stage_figures(work, recipe)),
         (arguments.target / "index.json", lambda: stage_pack(work, recipe, arguments.target)),

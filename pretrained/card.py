@@ -89,6 +89,23 @@ Stored: θ = {density["max_density"]}, the smallest within 0.005 of the best.
 """
 
 
+def features(found: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """Excerpts and labels."""
+    text = paragraph(
+        f"Features were read on the beginnings of {recipe['feature_texts']:,} training documents, equally",
+        f"many of each source. {found['live']:,} of {recipe['sae_width']:,} fired in at least ten of them; of these",
+        f"{found['about_one_thing']:.0%} are about one thing by this rule: one word, or one token, is the peak in at",
+        f"least half of the feature's twenty strongest documents. `sae/labels.json` labels {found['labelled']:,} by",
+        "the words that these peak on (a piece of a word between hyphens). `sae/examples.safetensors` holds up to four",
+        "excerpts a feature, of sources whose licence allows it: the film reviews and TinyStories are left out.",
+        "Labels are counted, not judged: no one has read them all.",
+    )
+    return f"""
+## What the features fire on
+
+{text}"""
+
+
 def effects(found: dict[str, Any], recipe: dict[str, Any]) -> str:
     """How well effects on features are predicted."""
     plan, sampling = found["plan"], found["plan"]["sampling"]
@@ -164,6 +181,7 @@ def render(folder: Path = HERE / "default") -> str:
         introduction(figures, recipe)
         + data(figures, index["sources"])
         + autoencoder(figures["sae"], density)
+        + features(figures["features"], recipe)
         + effects(figures["effects"], recipe)
         + concepts(figures["concepts"])
         + samples(figures["samples"])

@@ -26,23 +26,24 @@ CHUNK_CHARS = 4000  # books are cut at paragraph ends into pieces of about this 
 
 @dataclass(frozen=True)
 class Source:
-    """One corpus file: its licence and the share of it that is trained on."""
+    """One corpus file: its licence, the share of it that is trained on, and whether excerpts of it may ship."""
 
     file: str
     title: str
     licence: str
     keep: float
+    excerpts: bool = True
 
 
 SOURCES = (
-    Source("tinystories_real", "TinyStories sample (Eldan & Li 2023)", "CDLA-Sharing-1.0", 2.0),
+    Source("tinystories_real", "TinyStories sample (Eldan & Li 2023)", "CDLA-Sharing-1.0", 2.0, False),
     Source("tinyfabulist_fables", "Generated moral fables (klusai/tinyfabulist)", "MIT", 1.0),
     Source("children_stories_ccby", "African Storybook and Pratham stories (global-asp)", "CC-BY / public domain", 2.0),
     Source("fairytaleqa_stories", "FairytaleQA stories", "Apache-2.0, public-domain texts", 1.0),
     Source("tatoeba_english_sentences", "Tatoeba English sentences", "CC-BY 2.0 FR", 1.0),
     Source("classic_children_books", "Children's classics", "public domain", 0.8),
     Source("fiction_books", "Novels and stories by forty authors", "public domain", 0.4),
-    Source("imdb_reviews", "Film reviews (Maas et al. 2011)", "research use; weights only are shipped", 0.45),
+    Source("imdb_reviews", "Film reviews (Maas et al. 2011)", "research use; weights only are shipped", 0.45, False),
 )
 
 

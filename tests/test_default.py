@@ -39,6 +39,21 @@ def test_the_card_says_what_was_measured():
     assert (folder / "README.md").read_text(encoding="utf-8") == card.render()
 
 
+def test_excerpts_and_labels_say_what_features_fire_on():
+    """A feature labelled by a word fires on that word, in a sentence written here."""
+    model, tokenizer = fg.load_model("default")
+    sae = fg.load_sae("default")
+    examples = fg.load_examples(sae)
+    assert len(examples.of(1082, tokenizer)) == 4
+    assert sae.labels[1082].startswith("king")
+    found = fg.find_features("king", sae, model, tokenizer, examples=examples, top=3)
+    assert found[0].id == 1082
+    assert {"label"} < set(found[0].why)
+    ids = tokenizer("They saw the king and his men.", return_tensors="pt")["input_ids"]
+    acts = sae.encode(fg.record(model, ids, None, [sae.hookpoint])[sae.hookpoint])[0, :, 1082]
+    assert tokenizer.decode(ids[0, acts.argmax()]).strip() == "king"
+
+
 def test_density_belongs_to_the_sae():
     sae = fg.load_sae("default")
     assert sae.density is not None

@@ -44,7 +44,9 @@ def features(
     corpus: Annotated[
         Path | None, typer.Option(help="Show excerpts of this text file (a document a line) or JSONL.")
     ] = None,
-    examples: Annotated[Path | None, typer.Option(help="Excerpts written by fgsteer examples.")] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="Excerpts by fgsteer examples; default: those beside the SAE.")
+    ] = None,
     labels: Annotated[Path | None, typer.Option(help="Labels: a Neuronpedia export or its folder.")] = None,
     html: Annotated[Path | None, typer.Option(callback=writable, help="Write feature cards as one HTML page.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many features, by absolute weight or by --search's score.")] = 20,
@@ -78,7 +80,7 @@ def features(
         if labels is not None:
             autoencoder = replace(autoencoder, labels=fg.load_labels(labels, autoencoder))
         parts = (language_model, tokenizer, autoencoder)
-        known = None if examples is None else fg.FeatureExamples.load(examples)
+        known = fg.load_examples(autoencoder) if examples is None else fg.FeatureExamples.load(examples)
         if corpus is not None:  # a search reads the excerpts of every feature
             shown = ids if vector is None else [row.id for row in vector.top_features(top)]
             known = measure_excerpts(corpus, parts, as_json, features=shown)
