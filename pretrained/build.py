@@ -26,6 +26,7 @@ from pathlib import Path
 import features
 import numpy as np
 import torch
+from baselines import Trigram, xz_bits_per_byte
 from corpus import SOURCES, split_corpus, train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -426,6 +427,14 @@ def single_feature_auc(work: Path) -> dict[str, dict[str, float]]:
     return result
 
 
+def baselines(work: Path, held: dict[str, list[str]], tokenizer: object) -> dict[str, float]:
+    """Bits per byte of the held-out texts by a trigram model of the training tokens, and by xz."""
+    trigram = Trigram(np.load(work / "train.npy"), len(tokenizer))  # type: ignore[arg-type]
+    texts = [text for group in held.values() for text in group]
+    bits = sum(trigram.bits(np.asarray(tokenizer(text)["input_ids"])) for text in texts)  # type: ignore[operator]
+    return {"trigram": bits / sum(len(t.encode()) for t in texts), "xz": xz_bits_per_byte(texts)}
+
+
 def stage_figures(work: Path, recipe: Recipe) -> None:
     """Everything that the model card quotes, in one file."""
     model, tokenizer = load_lm(work)
@@ -443,6 +452,7 @@ def stage_figures(work: Path, recipe: Recipe) -> None:
         "training_tokens": recipe.steps * recipe.batch * recipe.context,
         "bits_per_byte": {"mix": mix, **per_source},
         "held_out_bytes": sizes,
+        "baselines": baselines(work, held, tokenizer),
         "sae": sae_figures(work, texts),
         "concepts": single_feature_auc(work),
         "features": json.loads((work / "features.json").read_text()),

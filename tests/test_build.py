@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fgsteer as fg
@@ -29,6 +31,34 @@ RECIPE = {
     "effects_tokens": 2,
     "effects_ce_rise": 0.05,
 }
+
+
+def test_trigram_baseline_equals_counting():
+    """Witten–Bell by dictionaries, one token at a time."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        from baselines import Trigram
+    finally:
+        sys.path.pop(0)
+    g = np.random.default_rng(0)
+    vocabulary, train = 7, g.integers(0, 5, 300)
+    ids = g.integers(0, 7, 40)  # tokens 5 and 6 were never seen
+
+    def p(word, context):
+        if len(context) == 0:
+            kinds = len(set(train.tolist()))
+            return ((train == word).sum() + kinds / vocabulary) / (len(train) + kinds)
+        after = [
+            int(train[i + len(context)])
+            for i in range(len(train) - len(context))
+            if train[i : i + len(context)].tolist() == list(context)
+        ]
+        lower = p(word, context[1:])
+        return (after.count(word) + len(set(after)) * lower) / (len(after) + len(set(after))) if after else lower
+
+    padded = [int(ids[0]), *ids.tolist()]
+    expected = -sum(math.log2(p(padded[i], tuple(padded[i - 2 : i]))) for i in range(2, len(padded)))
+    assert Trigram(train, vocabulary).bits(ids) == pytest.approx(expected, rel=1e-9)  # the same sums in float64
 
 
 @pytest.mark.slow
