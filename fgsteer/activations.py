@@ -94,9 +94,10 @@ def record(
     found: dict[Hookpoint, Tensor] = {}
 
     def keep(hookpoint: Hookpoint, value: Tensor) -> None:
-        found[hookpoint] = by_token(value, *ids.shape).clone()  # Falcon adds to its MLP's output in place
+        found[hookpoint] = by_token(value, *ids.shape)
         if len(found) == len(wanted):
             raise _Reached
+        found[hookpoint] = found[hookpoint].clone()  # the pass goes on, and Falcon adds to its MLP's output in place
 
     with ExitStack() as stack:
         for hookpoint in wanted:

@@ -216,9 +216,9 @@ def resolve(model: nn.Module, hookpoint: Hookpoint) -> tuple[nn.Module, bool]:
     block = blocks[hookpoint.layer]
     if hookpoint.site in ("resid_pre", "resid_post"):
         return block, hookpoint.site == "resid_pre"
-    _added(block, hookpoint.site)
+    if hookpoint.site in ("attn_out", "mlp_out"):
+        return _sublayer(block, hookpoint), False
+    _added(block, hookpoint.site)  # z and mlp_in too are sites of blocks that are known
     if hookpoint.site == "z":
         return _child(_child(block, _ATTENTION, "z"), _OUTPUT_PROJECTION, "z"), True
-    if hookpoint.site == "mlp_in":
-        return _child(block, ("mlp",), "mlp_in"), True
-    return _sublayer(block, hookpoint), False
+    return _child(block, ("mlp",), "mlp_in"), True

@@ -37,6 +37,8 @@ def writable(path: Path | None) -> Path | None:
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", callback=writable, help="File to write (safetensors).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value, for scripts.")]
+MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=2, help="Tokens read of each document.")]
+BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", min=1, help="Padded tokens in a batch.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, auto …; default: cuda if any.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 …; default: the checkpoint's.")]
 
