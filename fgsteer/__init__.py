@@ -39,7 +39,7 @@ _HOMES = {
     "labels": ("load_labels",),
     "sae_loaders": ("load_examples", "load_sae"),
     "activations": ("record",),
-    "statistics": ("Contrast", "ContrastStatistics", "Moments", "collect"),
+    "statistics": ("Contrast", "ContrastStatistics", "Moments", "Pooled", "collect"),
     "effects": ("EffectApproximator", "load_effects"),
     "interventions": ("Ablate", "Add", "Affine", "Clamp", "ClampFeature", "Intervention"),
     "vector": ("FeatureWeight", "SteeringVector"),
@@ -57,9 +57,21 @@ _HOMES = {
     ),
     "steering": ("generate", "steer"),
     "output_score": ("output_scores",),
-    "calibration": ("calibrate", "calibrate_many", "cross_entropies", "cross_entropy"),
+    "scoring": ("LogProbabilities", "cross_entropies", "cross_entropy", "kl_divergences", "log_probabilities"),
+    "calibration": ("calibrate", "calibrate_many"),
     "reading": ("FeatureRow", "describe_features"),
     "search": ("FoundFeature", "find_features"),
+    "evaluation.metrics": (
+        "AnswerProbabilities",
+        "Steerability",
+        "answer_probabilities",
+        "measure_steerability",
+        "perplexities",
+        "steerability",
+        "text_cross_entropies",
+    ),
+    "evaluation.coherence": ("Coherence", "CoherenceScores"),
+    "evaluation.diagnose": ("Diagnosis", "diagnose"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

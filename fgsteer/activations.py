@@ -122,14 +122,19 @@ def record(
     return found
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> tuple[str, int, bool]:
+def render(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, joint: str | None = None
+) -> tuple[str, int, bool]:
     """(text, where the completion starts in it, whether special tokens are still to be added).
 
-    Strings are joined by a space unless one of them brings white space; chat messages go
-    through the tokenizer's template. Raises DataError when the template cannot place them.
+    Strings are joined by the ``joint``, by default a space unless one of them brings white space; chat
+    messages go through the tokenizer's template. Raises DataError when the template cannot place them.
     """
     if isinstance(prompt, str) and isinstance(completion, str):
-        joint = "" if not prompt or prompt[-1:].isspace() or completion[:1].isspace() else " "
+        if not prompt:
+            joint = ""
+        elif joint is None:
+            joint = "" if prompt[-1:].isspace() or completion[:1].isspace() else " "
         return prompt + joint + completion, len(prompt) + len(joint), True
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
@@ -178,7 +183,7 @@ def _letter_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], answer
 def select_tokens(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], answer: int, rule: TokenRule, bos: bool, where: str
 ) -> list[int]:
-    """Indices of the tokens that a rule reads; position 0 only with ``bos``. Raises DataError."""
+    """Indices of the tokens that a rule reads, maybe none; position 0 only with ``bos``. Raises DataError."""
     first = 0 if bos else 1
     last = len(ids) - 1
     if rule == "all":
@@ -198,13 +203,7 @@ def select_tokens(
         chosen = [place] if first <= place <= last else []
     else:
         raise DataError(f"tokens={rule!r}", "all, last, answer, letter or a token index")
-    if not chosen or chosen[0] < first:
-        raise DataError(
-            f"{where} has {len(ids)} token(s) and none to read under tokens={rule!r}",
-            "at least one token besides position 0",
-            "drop the text, choose another rule, or pass bos=True",
-        )
-    return chosen
+    return chosen if chosen and chosen[0] >= first else []
 
 
 def token_rows(
@@ -214,15 +213,18 @@ def token_rows(
     rule: TokenRule = "all",
     bos: bool = False,
     max_tokens: int | None = None,
+    joint: str | None = None,
+    skip_empty: bool = False,
 ) -> Iterator[list[TokenRow]]:
-    """Windows of rows sorted by length, from (prompt, completion, positive) triples.
+    """Windows of rows sorted by length, from (prompt, completion, positive) triples joined as by ``render``.
 
-    Texts longer than ``max_tokens`` keep their first tokens. Raises DataError naming the text.
+    Texts longer than ``max_tokens`` keep their first tokens. One without a token to read
+    is left out with ``skip_empty``. Raises DataError naming the text.
     """
     numbered = enumerate(texts)
     fast = bool(getattr(tokenizer, "is_fast", False))
     while window := list(islice(numbered, WINDOW)):
-        rendered = [(i, positive, *render(tokenizer, p, c)) for i, (p, c, positive) in window]
+        rendered = [(i, positive, *render(tokenizer, p, c, joint)) for i, (p, c, positive) in window]
         rows = []
         for special in (True, False):
             group = [r for r in rendered if r[4] == special]
@@ -237,7 +239,15 @@ def token_rows(
                 where = f"text {index} ({'positive' if positive else 'negative'}) {text!r:.60}"
                 answer = _answer_start(tokenizer, ids, offsets, text, start, special)
                 ids = ids[:max_tokens]
-                rows.append(TokenRow(ids, select_tokens(tokenizer, ids, answer, rule, bos, where), index, positive))
+                selected = select_tokens(tokenizer, ids, answer, rule, bos, where)
+                if selected:
+                    rows.append(TokenRow(ids, selected, index, positive))
+                elif not skip_empty:
+                    raise DataError(
+                        f"{where} has {len(ids)} token(s) and none to read under tokens={rule!r}",
+                        "at least one token besides position 0",
+                        "drop the text, choose another rule, or pass bos=True",
+                    )
         rows.sort(key=lambda row: (len(row.ids), row.index))
         yield rows
 

@@ -3,7 +3,8 @@
 An example contributes the mean over its selected tokens, of the residual stream and of
 the SAE's feature activations (encoded first, then averaged). Kept are count, mean and
 M2 of these per side, and how many examples fired each feature: O(d_model + d_sae)
-memory, whatever the number of texts. Statistics of disjoint data add up.
+memory, whatever the number of texts. Statistics of disjoint data add up. On request the
+examples' mean activations are kept as well, for what moments cannot tell (``diagnose``).
 
     stats = collect(model, tokenizer, pairs, sae=sae)
     stats.save("stats.safetensors"); both = stats + other
@@ -110,17 +111,38 @@ class Contrast:
 
 
 @dataclass(frozen=True, eq=False)
+class Pooled:
+    """Mean activation of every example, float32: ``positive (n⁺, d_model)`` and ``negative (n⁻, d_model)``.
+
+    The first ``pairs`` of both sides are pairs, in the same order; so they stay when two are added.
+    """
+
+    positive: Float[Tensor, "positives d_model"]
+    negative: Float[Tensor, "negatives d_model"]
+    pairs: int = 0
+
+    def __add__(self, other: Pooled) -> Pooled:
+        def join(a: Tensor, b: Tensor) -> Tensor:
+            return torch.cat([a[: self.pairs], b[: other.pairs], a[self.pairs :], b[other.pairs :]])
+
+        pairs = self.pairs + other.pairs
+        return Pooled(join(self.positive, other.positive), join(self.negative, other.negative), pairs)
+
+
+@dataclass(frozen=True, eq=False)
 class ContrastStatistics:
     """What ``collect`` read: residual contrasts by hookpoint, and the feature contrast of one SAE.
 
     ``reading`` says how it was read (model, SAE, token rule) and must agree when two are
-    added; ``data`` lists what was read. Raises PairingError on addition otherwise.
+    added; ``data`` lists what was read. Raises PairingError on addition otherwise. ``pooled``
+    holds the residual examples themselves where they were kept, in both when two are added.
     """
 
     residual: Mapping[Hookpoint, Contrast]
     feature: Mapping[Hookpoint, Contrast] = field(default_factory=dict)
     reading: Mapping[str, Any] = field(default_factory=dict)
     data: Sequence[Mapping[str, Any]] = ()
+    pooled: Mapping[Hookpoint, Pooled] = field(default_factory=dict)
 
     def __add__(self, other: ContrastStatistics) -> ContrastStatistics:
         ours, theirs = _identity(self.reading), _identity(other.reading)
@@ -136,6 +158,7 @@ class ContrastStatistics:
             {at: self.feature[at] + other.feature[at] for at in self.feature},
             self.reading,
             (*self.data, *other.data),
+            {at: self.pooled[at] + other.pooled[at] for at in self.pooled if at in other.pooled},
         )
 
     def at(self, space: Space, hookpoint: Hookpoint | str | None = None) -> tuple[Hookpoint, Contrast]:
@@ -166,7 +189,14 @@ class ContrastStatistics:
                     counts[key] = moments.count
                     for part in ("mean", "m2", "fired"):
                         tensors[f"{key}/{part}"] = getattr(moments, part)
-        header = {"reading": dict(self.reading), "data": [dict(d) for d in self.data], "counts": counts}
+        for at, kept in self.pooled.items():
+            tensors |= {f"pooled/{at}/positive": kept.positive, f"pooled/{at}/negative": kept.negative}
+        header = {
+            "reading": dict(self.reading),
+            "data": [dict(d) for d in self.data],
+            "counts": counts,
+            "pooled": {str(at): kept.pairs for at, kept in self.pooled.items()},
+        }
         write_tensors(path, tensors, kind="statistics", header=header)
 
     @classmethod
@@ -183,14 +213,31 @@ class ContrastStatistics:
                     raise ValueError(f"{key}: count {count} and shapes that do not agree")
                 tables[space].setdefault(Hookpoint.parse(name), {})[side] = moments
             built = {s: {at: Contrast(**sides) for at, sides in table.items()} for s, table in tables.items()}
+            pooled = {
+                Hookpoint.parse(name): _read_pooled(name, int(pairs), tensors, built["residual"])
+                for name, pairs in header.get("pooled", {}).items()
+            }
             return cls(
                 built["residual"],
                 built["feature"],
                 dict(header["reading"]),
                 tuple(dict(entry) for entry in header["data"]),
+                pooled,
             )
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise FormatError(f"{path} is damaged: {error}", "a file written by ContrastStatistics.save") from error
+
+
+def _read_pooled(
+    name: str, pairs: int, tensors: Mapping[str, Tensor], residual: Mapping[Hookpoint, Contrast]
+) -> Pooled:
+    """The examples kept at a hookpoint. Raises ValueError when they are not those that its moments counted."""
+    contrast = residual[Hookpoint.parse(name)]
+    kept = Pooled(tensors[f"pooled/{name}/positive"], tensors[f"pooled/{name}/negative"], pairs)
+    for rows, moments in ((kept.positive, contrast.positive), (kept.negative, contrast.negative)):
+        if rows.shape != (moments.count, len(moments.mean)) or not 0 <= pairs <= moments.count:
+            raise ValueError(f"pooled/{name} of shape {tuple(rows.shape)} with {pairs} pairs")
+    return kept
 
 
 def _identity(reading: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,6 +313,7 @@ def collect(
     bos: bool = False,
     batch_tokens: int = 8192,
     max_tokens: int | None = None,
+    keep_pooled: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ContrastStatistics:
     """Statistics of both sides of a contrast, from one forward pass per text up to the last hookpoint.
@@ -277,8 +325,9 @@ def collect(
     under the hookpoint that it writes, read from the one that it reads. ``tokens``: all, last, answer
     (the completion after its prompt), letter (the single-letter answer token), or an
     index. Position 0 and padding are not read, position 0 only with ``bos=True``.
-    ``batch_tokens`` bounds a batch and changes nothing but speed. ``progress`` is called
-    with the number of texts done.
+    ``batch_tokens`` bounds a batch and changes nothing but speed. ``keep_pooled`` keeps the
+    ``h̄ᵢ`` themselves, O(examples · d_model) memory at each hookpoint, for ``diagnose``.
+    ``progress`` is called with the number of texts done.
 
     Raises DataError for a text without a token to read or with non-finite activations,
     PairingError for an SAE of another width, HookpointError for a missing hookpoint.
@@ -291,7 +340,9 @@ def collect(
         check_pairing(model, sae.input_hookpoint, sae.d_model, sae.model_name, "SAE")
     recorded = wanted if sae is None else [*wanted, sae.input_hookpoint]
     totals: Totals = {}
+    kept: dict[Hookpoint, Tensor] = {}
     placed: dict[torch.device, SAE] = {}
+    counts = [contrast.count(side) for side in (True, False)]
     done = 0
     for batch in text_batches(
         model, tokenizer, _texts(contrast), rule=tokens, bos=bos, batch_tokens=batch_tokens, max_tokens=max_tokens
@@ -304,6 +355,9 @@ def collect(
             _check_finite(rows, at, batch)
             if at in wanted:
                 _add_examples(totals, "residual", at, rows, positive)
+                if keep_pooled:
+                    both = kept.setdefault(at, torch.empty(sum(counts), rows.shape[1]))
+                    both[[row.index for row in batch.rows]] = rows.cpu()
             if sae is not None and at == sae.input_hookpoint:
                 if values.device not in placed:
                     placed[values.device] = sae.to(values.device, torch.float32)
@@ -323,8 +377,9 @@ def collect(
         "bos": bos,
         "max_tokens": max_tokens,
     }
-    data = {"name": contrast.name, "sha256": contrast.sha256, "count": [contrast.count(s) for s in (True, False)]}
-    return ContrastStatistics(tables["residual"], tables["feature"], reading, (data,))
+    data = {"name": contrast.name, "sha256": contrast.sha256, "count": counts}
+    pooled = {at: Pooled(both[: counts[0]], both[counts[0] :], len(contrast.pairs)) for at, both in kept.items()}
+    return ContrastStatistics(tables["residual"], tables["feature"], reading, (data,), pooled)
 
 
 def _hookpoints(hookpoints: Iterable[Hookpoint | str] | Hookpoint | str | None, sae: SAE | None) -> list[Hookpoint]:

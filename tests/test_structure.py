@@ -34,6 +34,7 @@ ORDER = (
     "interventions",
     "vector",
     "steering",
+    "scoring",
     "calibration",
     "ridge",
     "rollouts",
@@ -51,12 +52,17 @@ ORDER = (
     "search",
     "cards",
     "info",
+    "evaluation",
+    "evaluation.metrics",
+    "evaluation.coherence",
+    "evaluation.diagnose",
     "__init__",
     "demo",
     "cli.common",
     "cli.measure",
     "cli.vectors",
     "cli.read",
+    "cli.evaluate",
     "cli",
 )
 
@@ -141,6 +147,13 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     fg.cross_entropy(model, tokenizer, ["the man sat"], steering=vectors[0].add(1.0))
     out = fg.output_scores(model, tokenizer, sae, [1, 2], prompt="the man")
     fg.select_features(stats.at("feature")[1], sae, score=1 + out, density=density, max_density=1.0)
+    texts, pair = ["the man sat", "a cat"], fg.ContrastPair("yes", "no", prompt="the man said")
+    fg.calibrate_many(model, tokenizer, [vectors[1].unit().add], texts, target_kl=0.001)
+    fg.Coherence.fit(model, tokenizer, texts).measure(["the dog", ""])
+    fg.perplexities(model, tokenizer, texts, prompts=["the", ""])
+    fg.measure_steerability(model, tokenizer, vectors[1].add, [pair], [-1.0, 0.0, 1.0])
+    fg.answer_probabilities(model, tokenizer, [pair], [None, [vectors[1].add(1.0)]]).share
+    fg.diagnose(fg.collect(model, tokenizer, data, sae=sae, keep_pooled=True), vectors[1])
 """
 
 

@@ -37,6 +37,7 @@ def writable(path: Path | None) -> Path | None:
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", callback=writable, help="File to write (safetensors).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value, for scripts.")]
+TokensOption = Annotated[str, typer.Option("--tokens", help="all, last, answer, letter, or an index.")]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=2, help="Tokens read of each document.")]
 BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", min=1, help="Padded tokens in a batch.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, auto …; default: cuda if any.")]
@@ -65,6 +66,11 @@ def load_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, A
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that is unknown, missing or full
         raise DataError(f"--device {device}: {error}".partition("\n")[0], "a device of this machine") from error
     return model, tokenizer
+
+
+def token_rule(tokens: str) -> Any:
+    """The token rule of --tokens: a word, or an index."""
+    return int(tokens) if tokens.lstrip("-").isdecimal() else tokens
 
 
 def load_sae(name: str, sae_id: str | None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +17,13 @@ from fgsteer.cli.common import (
     OutOption,
     SaeIdOption,
     SaeOption,
+    TokensOption,
     app,
     load_model,
     load_sae,
     progress_bar,
     show,
+    token_rule,
 )
 from fgsteer.errors import DataError
 
@@ -38,8 +39,11 @@ def collect(
     hookpoint: Annotated[
         list[str] | None, typer.Option("--hookpoint", help="More hookpoints, such as blocks.2.hook_resid_post.")
     ] = None,
-    tokens: Annotated[str, typer.Option(help="all, last, answer, letter, or an index.")] = "all",
+    tokens: TokensOption = "all",
     bos: Annotated[bool, typer.Option("--bos", help="Read position 0 too.")] = False,
+    pooled: Annotated[
+        bool, typer.Option("--pooled/--no-pooled", help="Keep every text's mean activations, for fgsteer diagnose.")
+    ] = True,
     batch_tokens: BatchTokensOption = 8192,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -51,9 +55,6 @@ def collect(
     pairs = fg.load_contrast(contrast)
     language_model, tokenizer = load_model(model, device, dtype)
     autoencoder = None if no_sae else load_sae(sae, sae_id)
-    rule: Any = tokens
-    with suppress(ValueError):
-        rule = int(tokens)
     total = pairs.count(True) + pairs.count(False)
     with progress_bar("collecting", total, as_json) as progress:
         stats = fg.collect(
@@ -62,8 +63,9 @@ def collect(
             pairs,
             sae=autoencoder,
             hookpoints=hookpoint,
-            tokens=rule,
+            tokens=token_rule(tokens),
             bos=bos,
+            keep_pooled=pooled,
             batch_tokens=batch_tokens,
             progress=progress,
         )

@@ -1,0 +1,188 @@
+"""What a model makes of given texts: log-probabilities, cross-entropy and KL under many interventions.
+
+One forward pass serves many texts and many interventions. Only tokens that are scored leave
+it, and their log-softmax is taken in float32, whatever the model's dtype.
+
+    cross_entropies(model, tokenizer, texts, [None, vec.add(4.0), vec.add(8.0)])      nats a token
+    log_probabilities(model, tokenizer, [("2 + 2 =", "4")], [None]).sums              (1, 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fgsteer.activations import Batch, text_batches
+from fgsteer.data import Text
+from fgsteer.errors import DataError
+from fgsteer.interventions import Intervention
+from fgsteer.steering import Steering, steer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOGIT_ELEMENTS = 1 << 26  # logits held at once when many rows are scored: bounds memory, not results
+
+Entry = Intervention | Sequence[Intervention] | None
+
+
+@dataclass(frozen=True, eq=False)
+class LogProbabilities:
+    """``sums (interventions, texts)``, nats, of the ``counts (texts,)`` scored tokens of each text; float64."""
+
+    sums: Float[Tensor, "interventions texts"]
+    counts: Float[Tensor, " texts"]
+
+    @property
+    def cross_entropy(self) -> Float[Tensor, "interventions texts"]:
+        """Nats a token of each text; nan for one without a scored token."""
+        return -self.sums / self.counts
+
+
+def _log_softmax(
+    model: PreTrainedModel, batch: Batch, part: Sequence[Any]
+) -> Float[Tensor, "interventions n vocabulary"]:
+    """What each intervention makes of the batch's n scored tokens: float32 log-softmax of the logits before them."""
+    rows, times = len(batch.ids), len(part)
+    steering = part[0] if times == 1 else [entry for entry in part for _ in range(rows)]
+    ids, attention = batch.ids.repeat(times, 1), batch.attention.repeat(times, 1)
+    with steer(model, steering, per_row=times > 1):
+        logits: Tensor = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
+    scored = batch.selected[:, 1:].repeat(times, 1).to(logits.device)
+    return logits[scored].float().log_softmax(-1).view(times, -1, logits.shape[-1])
+
+
+def _passes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[tuple[Text, Text]],
+    interventions: int,
+    **options: Any,
+) -> Iterator[tuple[Batch, list[slice]]]:
+    """Batches of (prompt, completion), each with the interventions to run on it together."""
+    triples = ((prompt, completion, True) for prompt, completion in texts)
+    options["batch_tokens"] = fits = max(
+        1, min(options["batch_tokens"], LOGIT_ELEMENTS // model.config.get_text_config().vocab_size)
+    )
+    for batch in text_batches(model, tokenizer, triples, rule="answer", **options):
+        at_once = max(1, fits // batch.ids.numel())
+        yield batch, [slice(start, start + at_once) for start in range(0, interventions, at_once)]
+
+
+def _row_sums(batch: Batch, values: Float[Tensor, "interventions n"]) -> Float[Tensor, "interventions batch"]:
+    """Sums over each row's scored tokens, float64 on the CPU."""
+    owner = batch.selected[:, 1:].nonzero()[:, 0].cpu()
+    return torch.zeros(len(values), len(batch.ids), dtype=torch.float64).index_add_(1, owner, values.cpu().double())
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[tuple[Text, Text]],
+    steering: Sequence[Entry] = (None,),
+    *,
+    joint: str | None = None,
+    skip_empty: bool = False,
+    batch_tokens: int = 16384,
+) -> LogProbabilities:
+    """``Σ_t log p(completion_t | prompt, completion_<t)`` of every (prompt, completion) under every intervention.
+
+    Entries of ``steering`` are interventions, lists of them to compose, or None for unsteered. The
+    prompt is context and is not scored; without one, all tokens but the first are. ``joint``
+    stands between the two: "" joins them as they are, None as ``collect`` does (a space, unless
+    one of them brings white space). A token that spans both is the completion's.
+    ``batch_tokens`` bounds a forward pass and changes nothing but speed.
+
+    A text without a token to score raises DataError, or with ``skip_empty`` counts 0 tokens.
+    """
+    sums = torch.zeros(len(steering), len(texts), dtype=torch.float64)
+    counts = torch.zeros(len(texts), dtype=torch.float64)
+    options = {"joint": joint, "skip_empty": skip_empty, "batch_tokens": batch_tokens}
+    for batch, parts in _passes(model, tokenizer, texts, len(steering), **options):
+        places = [row.index for row in batch.rows]
+        counts[places] = batch.selected[:, 1:].sum(1).cpu().double()
+        targets = batch.ids[:, 1:][batch.selected[:, 1:]]
+        for part in parts:
+            log_p = _log_softmax(model, batch, steering[part])
+            chosen = targets.to(log_p.device).expand(len(log_p), -1)[..., None]
+            sums[part, places] = _row_sums(batch, log_p.gather(-1, chosen)[..., 0])
+    return LogProbabilities(sums, counts)
+
+
+def _whole(texts: Sequence[str]) -> list[tuple[Text, Text]]:
+    """Texts without prompts. Raises DataError for none, or for a single string."""
+    if isinstance(texts, str) or not len(texts):
+        raise DataError(f"texts {texts!r:.40}", "a list of at least one text")
+    return [("", text) for text in texts]
+
+
+def cross_entropies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    steering: Sequence[Entry],
+    *,
+    batch_tokens: int = 16384,
+) -> list[float]:
+    """``cross_entropy`` of the same texts under each intervention (None: unsteered), many to a forward pass.
+
+    Raises DataError as ``cross_entropy`` does.
+    """
+    found = log_probabilities(model, tokenizer, _whole(texts), steering, batch_tokens=batch_tokens)
+    return (-found.sums.sum(1) / found.counts.sum()).tolist()
+
+
+def cross_entropy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    steering: Steering = None,
+    batch_tokens: int = 4096,
+) -> float:
+    """Mean negative log-likelihood of the texts, in nats per predicted token, under steering if given.
+
+    Raises DataError for no text, or a text of one token.
+    """
+    entry: Any = steering
+    return cross_entropies(model, tokenizer, texts, [entry], batch_tokens=batch_tokens)[0]
+
+
+@torch.no_grad()
+def kl_divergences(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    steering: Sequence[Entry],
+    *,
+    under: Literal["unsteered", "steered"] = "unsteered",
+    batch_tokens: int = 16384,
+) -> list[float]:
+    """Mean KL divergence of next-token distributions, in nats per predicted token, for each intervention.
+
+    ``KL(p‖q) = Σ_v p(v) (log p(v) − log q(v))`` where p, the distribution that the expectation is
+    ``under``, is the unsteered model and q the steered one, or the reverse; averaged over the tokens that
+    ``cross_entropy`` scores. KL(unsteered‖steered) is what steering adds to the cross-entropy of the
+    model's own text, and grows where it rules out what the model would say; KL(steered‖unsteered)
+    grows where it says what the model would not. Raises DataError as ``cross_entropy`` does,
+    and for another ``under``.
+    """
+    if under not in ("unsteered", "steered"):
+        raise DataError(f"under={under!r}", "unsteered or steered")
+    total, count = torch.zeros(len(steering), dtype=torch.float64), 0
+    for batch, parts in _passes(model, tokenizer, _whole(texts), len(steering), batch_tokens=batch_tokens):
+        base = _log_softmax(model, batch, [None])
+        count += base.shape[1]
+        for part in parts:
+            steered = _log_softmax(model, batch, steering[part])
+            log_p, log_q = (base, steered) if under == "unsteered" else (steered, base)
+            p = log_p.exp()
+            kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0
+            total[part] += kl.cpu().double().sum(1)
+    return (total / count).tolist()
