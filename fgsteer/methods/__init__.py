@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fgsteer.errors import SelectionError
-from fgsteer.methods.difference import ace, caa
+from fgsteer.methods.difference import ace, caa, pca
 from fgsteer.methods.named import fgaa, from_features, sae_ts, sta
 from fgsteer.methods.scores import SCORES
 from fgsteer.methods.selection import select_features
@@ -19,6 +19,7 @@ from fgsteer.vector import SteeringVector
 METHODS: dict[str, Callable[..., SteeringVector]] = {
     "caa": caa,
     "ace": ace,
+    "pca": pca,
     "sta": sta,
     "fgaa": fgaa,
     "sae_ts": sae_ts,
@@ -48,4 +49,4 @@ def build(name: str, **inputs: Any) -> SteeringVector:
     return method(**given)
 
 
-__all__ = ["METHODS", "SCORES", "ace", "build", "caa", "fgaa", "from_features", "sae_ts", "select_features", "sta"]
+__all__ = ["METHODS", "SCORES", "ace", "build", "caa", "fgaa", "from_features", "pca", "sae_ts", "select_features", "sta"]

@@ -1,4 +1,4 @@
-"""Vectors from residual means: contrastive activation addition and affine concept editing.
+"""Vectors from the residual stream: contrastive activation addition, affine concept editing, a principal component.
 
 vec = caa(stats); with steer(model, vec.add(4.0)): ...
 vec = ace(stats); with steer(model, vec.affine(1.0)): ...
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fgsteer.errors import SelectionError
+import torch
+
+from fgsteer.errors import PairingError, SelectionError
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.methods.provenance import provenance
 from fgsteer.statistics import ContrastStatistics
@@ -47,3 +49,29 @@ def _difference(
         reference=contrast.negative.mean.float() if with_reference else None,
         provenance=provenance(method, hyper, stats),
     )
+
+
+def pca(stats: ContrastStatistics, *, hookpoint: Hookpoint | str | None = None) -> SteeringVector:
+    """First principal component of the contrast, of norm 1, pointing from negatives to positives (arXiv 2310.01405).
+
+    Of pairs: the top right singular vector of the differences ``h̄ᵢ⁺ − h̄ᵢ⁻``, whose mean is not removed. Otherwise
+    of all examples less the midpoint of the two means. Needs ``collect(keep_pooled=True)``.
+    Raises PairingError without the examples, SelectionError when they are all equal.
+    """
+    at, contrast = stats.at("residual", hookpoint)
+    if at not in stats.pooled:
+        raise PairingError(f"no examples kept at {at}", "statistics of collect(keep_pooled=True)")
+    kept = stats.pooled[at]
+    paired = 0 < kept.pairs == len(kept.positive) == len(kept.negative)
+    if paired:
+        rows = (kept.positive - kept.negative).double()
+    else:
+        midpoint = (contrast.positive.mean + contrast.negative.mean) / 2
+        rows = torch.cat([kept.positive, kept.negative]).double() - midpoint
+    if not rows.abs().max() > 0:
+        raise SelectionError("examples that are all equal", "sides that differ", "check the contrast set")
+    direction = torch.linalg.svd(rows, full_matrices=False).Vh[0]
+    if direction @ contrast.difference < 0:
+        direction = -direction
+    hyper = {"of": "pair differences" if paired else "examples about the midpoint"}
+    return SteeringVector(direction.float(), at, provenance=provenance("pca", hyper, stats))

@@ -1,0 +1,301 @@
+"""Methods × concepts × layers × strengths, every text a record: ``fgsteer bench``.
+
+Strength is set by cost: each method's coefficients are those at which neutral text becomes a
+given number of nats a token dearer, so that every method is tried over its own useful range
+and all can be compared at one cost. Prompts and seeds are in two halves, one to choose on,
+one to report. A run that was killed goes on where its last whole batch ended, to the same file.
+
+    bench = Bench(model, tokenizer, saes, effects, judge, BenchPlan(concepts=("love",)))
+    bench.run("bench.jsonl")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fgsteer.calibration import calibrate_many
+from fgsteer.data import load_contrast, load_neutral
+from fgsteer.effects import EffectApproximator
+from fgsteer.errors import DataError, FormatError
+from fgsteer.evaluation.arms import BENCH_METHODS, PROMPT, UNSTEERED, ConceptArms, check_methods
+from fgsteer.evaluation.coherence import Coherence
+from fgsteer.evaluation.judges import Judge
+from fgsteer.evaluation.records import HALVES
+from fgsteer.files import read_json, write_json
+from fgsteer.models import identity
+from fgsteer.rollouts import Sampling, encode_prompts, rollout
+from fgsteer.sae import SAE
+
+REFERENCE = 1_000_000  # rollout numbers from here are the unsteered samples that coherence is fitted on
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """What is run. ``prompts`` and ``seeds`` are of each half; ``ce_rises`` in nats a token of neutral text.
+
+    ``matched``, one of ``ce_rises`` or None, is the cost at which methods are compared besides at their
+    best; ``settings`` are keywords by method. Raises DataError for what cannot be run.
+    """
+
+    concepts: tuple[str, ...]
+    methods: tuple[str, ...] = BENCH_METHODS
+    layers: tuple[int, ...] = ()
+    ce_rises: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
+    matched: float | None = 0.5
+    prompts: int = 8
+    seeds: int = 2
+    texts: int = 16  # neutral ones, that strength is set on
+    max_new_tokens: int = 32
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 0.9
+    seed: int = 0
+    batch_rows: int = 256
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_methods(self.methods)
+        available = len(load_neutral()[1]) // len(HALVES)
+        if not 1 <= self.prompts <= available:
+            raise DataError(f"{self.prompts} prompts a half", f"1 to {available}, half of the neutral prompts")
+        if not self.concepts or min(self.seeds, self.texts, self.batch_rows) < 1:
+            raise DataError(f"{self}", "a concept, and at least one seed, text and row")
+        if not self.ce_rises or list(self.ce_rises) != sorted(set(self.ce_rises)) or not self.ce_rises[0] > 0:
+            raise DataError(f"ce_rises {self.ce_rises}", "rising numbers > 0")
+        if self.matched is not None and self.matched not in self.ce_rises:
+            raise DataError(f"matched {self.matched}", f"one of the ce_rises {self.ce_rises}")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How texts are drawn."""
+        return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way in which a concept's texts are made."""
+
+    concept: str
+    method: str
+    layer: int | None = None
+    coefficient: float = 0.0
+    ce_rise: float | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Texts made in one batch: arms of a concept, for all prompts of a half with one seed."""
+
+    half: str
+    seed: int
+    arms: tuple[Arm, ...]
+
+
+@dataclass(eq=False)
+class Bench:
+    """A benchmark of a model with SAEs and effects by layer, judged by ``judge``.
+
+    Methods that no layer can run (no SAE, no effects) raise DataError before anything is generated.
+    """
+
+    model: Any
+    tokenizer: Any
+    saes: Mapping[int, SAE]
+    effects: Mapping[int, EffectApproximator]
+    judge: Judge
+    plan: BenchPlan
+    _concepts: dict[str, ConceptArms] = field(default_factory=dict)
+
+    def concept(self, name: str) -> ConceptArms:
+        """Vectors of a concept."""
+        if name not in self._concepts:
+            self._concepts[name] = ConceptArms(
+                self.model, self.tokenizer, load_contrast(name), self.saes, self.effects, self.plan.settings
+            )
+        return self._concepts[name]
+
+    def prompts(self, half: str) -> list[str]:
+        """The half's neutral prompts."""
+        start = HALVES.index(half) * self.plan.prompts
+        return load_neutral()[1][start : start + self.plan.prompts]
+
+    def arms(self, concept: str) -> list[Arm]:
+        """Every arm of a concept, its strengths set."""
+        plan, vectors = self.plan, self.concept(concept)
+        arms = [Arm(concept, method) for method in (UNSTEERED, PROMPT) if method in plan.methods]
+        places = [(m, layer) for m in plan.methods if m not in (UNSTEERED, PROMPT) for layer in plan.layers]
+        makes = [vectors.make(method, layer) for method, layer in places]
+        texts = load_neutral()[0][: plan.texts]
+        for rise in plan.ce_rises:
+            found = calibrate_many(self.model, self.tokenizer, makes, texts, target_ce_rise=rise)
+            arms += [Arm(concept, m, layer, c, rise) for (m, layer), c in zip(places, found, strict=True) if c == c]
+        return arms
+
+    def parts(self, arms: Sequence[Arm]) -> Iterator[Part]:
+        """A concept's batches, in the order in which they are written."""
+        size = max(1, self.plan.batch_rows // self.plan.prompts)
+        for number, half in enumerate(HALVES):
+            for seed in range(number * self.plan.seeds, (number + 1) * self.plan.seeds):
+                for start in range(0, len(arms), size):
+                    yield Part(half, seed, tuple(arms[start : start + size]))
+
+    @cached_property
+    def coherence(self) -> Coherence:
+        """Fitted on unsteered samples of all prompts, with seeds of their own."""
+        prompts = [prompt for half in HALVES for prompt in self.prompts(half)]
+        texts = []
+        for number in range(self.plan.seeds):
+            texts += self._write(prompts, [None], REFERENCE + number)
+        return Coherence.fit(self.model, self.tokenizer, texts, prompts=prompts * self.plan.seeds)
+
+    def _write(self, prompts: Sequence[str], steering: Sequence[Any], number: int) -> list[str]:
+        """Continuations by intervention, then prompt."""
+        encoded = encode_prompts(self.tokenizer, prompts)
+        ids, _ = rollout(self.model, encoded, steering, self.plan.sampling, number)
+        return list(self.tokenizer.batch_decode(ids[:, encoded[0].shape[1] :], skip_special_tokens=True))
+
+    def texts(self, part: Part) -> list[str]:
+        """What the part's arms write, by arm, then prompt."""
+        prompts, vectors = self.prompts(part.half), self.concept(part.arms[0].concept)
+        by_prefix = {True: [a for a in part.arms if a.method == PROMPT]}
+        by_prefix[False] = [a for a in part.arms if a.method != PROMPT]
+        written: dict[Arm, list[str]] = {}
+        for prefixed, arms in by_prefix.items():
+            if not arms:
+                continue
+            given = [vectors.prefix + prompt for prompt in prompts] if prefixed else prompts
+            steering = [
+                None if arm.layer is None else vectors.make(arm.method, arm.layer)(arm.coefficient) for arm in arms
+            ]
+            texts = self._write(given, steering, part.seed)
+            for place, arm in enumerate(arms):
+                written[arm] = texts[place * len(prompts) : (place + 1) * len(prompts)]
+        return [text for arm in part.arms for text in written[arm]]
+
+    def records(self, part: Part) -> list[dict[str, Any]]:
+        """The part's texts with their scores; an arm at the matched cost is listed for both comparisons."""
+        prompts = self.prompts(part.half)
+        texts = self.texts(part)
+        asked = prompts * len(part.arms)
+        measured = self.coherence.measure(texts, asked)
+        behavior = self.judge.score([p + t for p, t in zip(asked, texts, strict=True)], part.arms[0].concept)
+        offset = HALVES.index(part.half) * self.plan.prompts
+        rows: list[dict[str, Any]] = []
+        for place, text in enumerate(texts):
+            arm, prompt = part.arms[place // len(prompts)], place % len(prompts)
+            row = {
+                "concept": arm.concept,
+                "method": arm.method,
+                "layer": arm.layer,
+                "coefficient": arm.coefficient,
+                "matched": None,
+                "prompt": offset + prompt,
+                "seed": part.seed,
+                "half": part.half,
+                "text": text,
+                "behavior": round(float(behavior[place]), 6),
+                "coherence": round(float(measured.coherence[place]), 6),
+                "ce": round(float(measured.cross_entropy[place]), 6),
+                "ce_rise": arm.ce_rise,
+            }
+            rows.append(row)
+            if arm.ce_rise is not None and arm.ce_rise == self.plan.matched:
+                rows.append({**row, "matched": arm.ce_rise})
+        return rows
+
+    def header(self, command: str) -> dict[str, Any]:
+        """The first line of a run: what was run, on what, with which versions."""
+        import platform
+        from importlib.metadata import version
+
+        from fgsteer.methods.provenance import library_version
+
+        plan = json.loads(json.dumps(asdict(self.plan)))
+        validated = {name: self.judge.validate(name) for name in self.plan.concepts}  # type: ignore[attr-defined]
+        return {
+            "fgsteer": "bench",
+            "version": library_version(),
+            "command": command,
+            "plan": {**plan, "judge": {"name": self.judge.name, "auc": validated}},
+            "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
+            "sha256": {f"sae at layer {layer}": sae.sha256 for layer, sae in self.saes.items()},
+            "model": identity(self.model),
+        }
+
+    def run(self, path: str | Path, command: str = "", progress: Callable[[int, int], None] | None = None) -> None:
+        """Write all records to ``path``, after those of an earlier run of the same plan.
+
+        A batch is appended whole and synced; what a killed run left of one is cut off first. Strengths are kept
+        beside it. ``progress`` gets (records done, records in all). Raises DataError when the file is
+        of another plan, FormatError when it is damaged, and what the methods raise.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        strengths = path.with_suffix(".strengths.json")
+        header = self.header(command)
+        arms = self._arms(strengths, header)
+        parts = [part for concept in self.plan.concepts for part in self.parts(arms[concept])]
+        counts = [sum(1 + (a.ce_rise is not None and a.ce_rise == self.plan.matched) for a in p.arms) for p in parts]
+        counts = [count * self.plan.prompts for count in counts]
+        done = resume(path, header, counts)
+        for number in range(done, len(parts)):
+            if progress is not None:
+                progress(sum(counts[:number]), sum(counts))
+            append(path, self.records(parts[number]))
+        if progress is not None:
+            progress(sum(counts), sum(counts))
+
+    def _arms(self, path: Path, header: Mapping[str, Any]) -> dict[str, list[Arm]]:
+        """Every concept's arms, from the file beside the run where it holds them, else calibrated and kept there."""
+        plan = {key: header[key] for key in ("plan", "sha256", "model")}
+        known: dict[str, Any] = read_json(path) if path.is_file() else {}
+        if known.get("plan") != plan:
+            known = {"plan": plan, "arms": {}}
+        for concept in self.plan.concepts:
+            if concept not in known["arms"]:
+                known["arms"][concept] = [asdict(arm) for arm in self.arms(concept)]
+                write_json(path, known)
+        return {name: [Arm(**entry) for entry in entries] for name, entries in known["arms"].items()}
+
+
+def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add lines to a file in one write, synced."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with open(path, "ab") as file:
+        file.write(lines.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def resume(path: Path, header: Mapping[str, Any], counts: Sequence[int]) -> int:
+    """How many batches of ``counts`` records a file holds; what follows them is cut off, a missing file is begun.
+
+    Raises DataError for a file of another plan, FormatError for one that is no run.
+    """
+    if not path.is_file() or b"\n" not in path.read_bytes()[:1_000_000]:
+        path.unlink(missing_ok=True)
+        append(path, [header])
+        return 0
+    with open(path, "rb") as file:
+        try:
+            found = json.loads(file.readline())
+        except ValueError as error:
+            raise FormatError(f"{path}, line 1 is not JSON: {error}", "a run of fgsteer bench") from error
+        same = [key for key in ("plan", "sha256", "model") if found.get(key) != header[key]]
+        if same:
+            raise DataError(f"{path} is a run with another {', '.join(same)}", "the same plan", "write elsewhere")
+        done, end = 0, file.tell()
+        for count in counts:
+            lines = list(islice(file, count))
+            if len(lines) < count or not lines[-1].endswith(b"\n"):
+                break
+            done, end = done + 1, file.tell()
+    os.truncate(path, end)
+    return done
