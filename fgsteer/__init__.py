@@ -22,6 +22,7 @@ _HOMES = {
         "FgsteerWarning",
         "FormatError",
         "HookpointError",
+        "JudgeError",
         "PairingError",
         "PairingWarning",
         "SelectionError",
@@ -60,6 +61,8 @@ _HOMES = {
     "calibration": ("calibrate", "calibrate_many", "cross_entropies", "cross_entropy"),
     "reading": ("FeatureRow", "describe_features"),
     "search": ("FoundFeature", "find_features"),
+    "evaluation.judges": ("EmbeddingJudge", "Judge", "KeywordJudge", "validation_auc"),
+    "evaluation.endpoint": ("CostEstimate", "EndpointJudge"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -51,6 +51,10 @@ ORDER = (
     "search",
     "cards",
     "info",
+    "evaluation.judges",
+    "evaluation.chat",
+    "evaluation.endpoint",
+    "evaluation",
     "__init__",
     "demo",
     "cli.common",
@@ -122,6 +126,7 @@ import torch, warnings
 import fgsteer as fg
 from tests.tiny import tiny_model, word_tokenizer
 from tests.conftest import make_sae
+from tests.test_judges import BagOfWords
 warnings.simplefilter("ignore")
 model, tokenizer = tiny_model("llama"), word_tokenizer()
 data = fg.ContrastSet("x", positives=["the bride wore a ring", "the groom"], negatives=["a dog sat"])
@@ -141,6 +146,8 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     fg.cross_entropy(model, tokenizer, ["the man sat"], steering=vectors[0].add(1.0))
     out = fg.output_scores(model, tokenizer, sae, [1, 2], prompt="the man")
     fg.select_features(stats.at("feature")[1], sae, score=1 + out, density=density, max_density=1.0)
+for judge in (fg.KeywordJudge(), fg.EmbeddingJudge(BagOfWords())):
+    judge.validate("wedding")
 """
 
 

@@ -1,0 +1,1 @@
+"""Measuring what steering did: judges, coherence, perplexity, intervals."""
