@@ -22,6 +22,7 @@ _HOMES = {
         "FgsteerWarning",
         "FormatError",
         "HookpointError",
+        "JudgeError",
         "PairingError",
         "PairingWarning",
         "SelectionError",
@@ -72,6 +73,8 @@ _HOMES = {
     ),
     "evaluation.coherence": ("Coherence", "CoherenceScores"),
     "evaluation.diagnose": ("Diagnosis", "diagnose"),
+    "evaluation.judges": ("EmbeddingJudge", "Judge", "KeywordJudge", "validation_auc"),
+    "evaluation.endpoint": ("CostEstimate", "EndpointJudge"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -6,7 +6,8 @@
     ├── PairingError       two things that do not belong together (shapes, hashes)
     ├── SelectionError     nothing left to steer with
     ├── FormatError        a file that is not what it should be
-    └── SteeringError      an intervention that cannot be applied as asked
+    ├── SteeringError      an intervention that cannot be applied as asked
+    └── JudgeError         a judge that cannot be asked, or gave no score
     FgsteerWarning
     ├── PairingWarning     things that may not belong together (names)
     ├── SelectionWarning   a selection that is weaker than it looks
@@ -48,6 +49,10 @@ class FormatError(FgsteerError, ValueError):
 
 class SteeringError(FgsteerError, RuntimeError):
     """An intervention cannot be applied as asked."""
+
+
+class JudgeError(FgsteerError, RuntimeError):
+    """A judge is not installed, cannot be reached, or gave no readable score."""
 
 
 class FgsteerWarning(UserWarning):

