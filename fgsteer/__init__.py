@@ -60,6 +60,8 @@ _HOMES = {
     "calibration": ("calibrate", "calibrate_many", "cross_entropies", "cross_entropy"),
     "reading": ("FeatureRow", "describe_features"),
     "search": ("FoundFeature", "find_features"),
+    "evaluation.records": ("EvalRecord", "Run", "load_run"),
+    "evaluation.report": ("write_report",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

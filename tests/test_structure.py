@@ -50,6 +50,12 @@ ORDER = (
     "reading",
     "search",
     "cards",
+    "evaluation",
+    "evaluation.intervals",
+    "evaluation.records",
+    "evaluation.tables",
+    "evaluation.plots",
+    "evaluation.report",
     "info",
     "__init__",
     "demo",
@@ -141,6 +147,8 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     fg.cross_entropy(model, tokenizer, ["the man sat"], steering=vectors[0].add(1.0))
     out = fg.output_scores(model, tokenizer, sae, [1, 2], prompt="the man")
     fg.select_features(stats.at("feature")[1], sae, score=1 + out, density=density, max_density=1.0)
+from fgsteer.evaluation.intervals import bootstrap
+bootstrap([{1: 0.5, 2: 1.0}, {1: 0.5, 3: 1.0}])
 """
 
 

@@ -9,6 +9,7 @@ Each function takes a run and returns a Figure; pyplot and its global state are 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,9 +85,17 @@ def save(figure: Figure, path: str | Path) -> None:
     kind = Path(path).suffix.lstrip(".").lower()
     if kind not in ("png", "svg"):
         raise DataError(f"a picture named {path}", "an ending of .png or .svg")
+    with whole(path) as beside:
+        beside.write_bytes(rendered(figure, kind))
+
+
+def rendered(figure: Figure, kind: str) -> bytes:
+    """A figure as the bytes of a "png" or "svg" file, the same every time."""
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    with _drawing(), whole(path) as beside:
-        figure.savefig(beside, format=kind, dpi=200, metadata=metadata)
+    buffer = io.BytesIO()
+    with _drawing():
+        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+    return buffer.getvalue()
 
 
 def save_all(run: Run, folder: str | Path) -> list[Path]:
