@@ -75,6 +75,8 @@ _HOMES = {
     "evaluation.diagnose": ("Diagnosis", "diagnose"),
     "evaluation.judges": ("EmbeddingJudge", "Judge", "KeywordJudge", "validation_auc"),
     "evaluation.endpoint": ("CostEstimate", "EndpointJudge"),
+    "evaluation.records": ("EvalRecord", "Run", "load_run"),
+    "evaluation.report": ("write_report",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

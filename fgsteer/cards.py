@@ -90,12 +90,16 @@ def html_page(heading: str, rows: Sequence[FeatureRow], notes: Iterable[str] = (
             f'<p class="quiet scale">Activation, up to this share of the feature\'s largest: <span>{steps}</span> '
             "The peak is underlined; hover over a token for its value.</p>"
         )
-    cards = "".join(map(_card, rows)) or "<p>No features.</p>"
+    return whole_page(heading, above, "".join(map(_card, rows)) or "<p>No features.</p>")
+
+
+def whole_page(heading: str, above: str, main: str, more_style: str = "") -> str:
+    """An HTML page that stands alone, from an unescaped heading and markup to go under and below it."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(heading)}</title><style>{style()}</style></head>\n"
-        f"<body><header><h1>{escape(heading)}</h1>{above}</header>\n<main>{cards}</main></body></html>\n"
+        f"<title>{escape(heading)}</title><style>{style()}{more_style}</style></head>\n"
+        f"<body><header><h1>{escape(heading)}</h1>{above}</header>\n<main>{main}</main></body></html>\n"
     )
 
 
@@ -128,7 +132,7 @@ def _excerpt(excerpt: Excerpt, largest: float) -> str:
     spans = []
     for first, end in _characters(excerpt.tokens):
         value = max(excerpt.activations[first:end])
-        text = _visible("".join(excerpt.tokens[first:end]))
+        text = visible("".join(excerpt.tokens[first:end]))
         word = text.lstrip() or text
         shown = escape(word)
         if value > 0:
@@ -140,7 +144,7 @@ def _excerpt(excerpt: Excerpt, largest: float) -> str:
     return f"<li><b>{excerpt.activations[excerpt.peak]:.2f}</b><q>{''.join(spans)}</q></li>"
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Text without line breaks, control or direction characters."""
     return "".join(c if c.isprintable() else "↵" if c == "\n" else "·" for c in text)
 
@@ -191,7 +195,7 @@ def print_features(told: dict[str, Any]) -> None:
 
 def _line(excerpt: dict[str, Any], text: Any) -> Any:
     """One excerpt as a line of rich text, the peak in bold, as much before it as fits beside its number."""
-    tokens, peak = [_visible(t) for t in excerpt["tokens"]], excerpt["peak"]
+    tokens, peak = [visible(t) for t in excerpt["tokens"]], excerpt["peak"]
     before = "".join(tokens[:peak])[-32:]
     return text.assemble(
         (f"{excerpt['activations'][peak]:8.2f}  ", "dim"),

@@ -51,6 +51,12 @@ ORDER = (
     "reading",
     "search",
     "cards",
+    "evaluation",
+    "evaluation.intervals",
+    "evaluation.records",
+    "evaluation.tables",
+    "evaluation.plots",
+    "evaluation.report",
     "info",
     "evaluation",
     "evaluation.metrics",
@@ -161,6 +167,8 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     fg.diagnose(fg.collect(model, tokenizer, data, sae=sae, keep_pooled=True), vectors[1])
 for judge in (fg.KeywordJudge(), fg.EmbeddingJudge(BagOfWords())):
     judge.validate("wedding")
+from fgsteer.evaluation.intervals import bootstrap
+bootstrap([{1: 0.5, 2: 1.0}, {1: 0.5, 3: 1.0}])
 """
 
 

@@ -1,0 +1,398 @@
+"""A bench run read, tabled, drawn and told: against loops, against damage, against hostile texts."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from fgsteer import cards
+from fgsteer.errors import DataError, FgsteerError, FormatError, PairingError
+from fgsteer.evaluation import plots, report
+from fgsteer.evaluation.intervals import bootstrap, draw, paired_differences
+from fgsteer.evaluation.records import Run, best_coefficients, best_settings, load_run
+from fgsteer.evaluation.tables import average_table, best_sae_method, compare, concept_table, curve
+from tests import runs
+from tests.reference import tables as naive
+from tests.test_reading import Checker, luminance
+
+SMALL = {
+    "concepts": ("anger", "love", "wedding"),
+    "methods": {m: runs.METHODS[m] for m in ("random", "prompt", "caa", "fgaa", "fgaa_effects")},
+    "coefficients": (4.0, 8.0, 32.0),
+    "prompts": 4,
+    "seeds": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Header and records of a small run, as dictionaries."""
+    return list(runs.rows(**SMALL))
+
+
+def loaded(tmp_path, made):
+    return load_run(runs.write(tmp_path / "run.jsonl", made))
+
+
+@pytest.fixture(scope="module")
+def run(made, tmp_path_factory):
+    return loaded(tmp_path_factory.mktemp("run"), made)
+
+
+def test_run_holds_what_was_written(run, made):
+    assert run.header == made[0]
+    fields = list(made[1])
+    assert [{name: getattr(r, name) for name in fields} for r in run.records] == made[1:]
+    assert run.concepts == list(SMALL["concepts"])
+    assert run.methods == ["unsteered", *SMALL["methods"]]
+    assert run.swept == ["random", "caa", "fgaa", "fgaa_effects"]
+    assert (run.layers, run.targets) == ([1, 2], [0.5])
+    assert run.only(concepts=["love"], methods=["caa"]).settings == [
+        s for s in run.settings if s[:2] == ("love", "caa")
+    ]
+
+
+def test_a_killed_writer_costs_its_last_line_only(made, tmp_path):
+    rows = [made[0], made[1], {**made[2], "text": "é\u2028日\n"}]
+    whole = runs.write(tmp_path / "run.jsonl", rows).read_bytes()
+    before = len(whole[:-1]) - whole[:-1].rindex(b"\n") - 1  # bytes of the last line
+    for cut in range(before + 2):
+        path = tmp_path / "cut.jsonl"
+        path.write_bytes(whole[: len(whole) - cut])
+        assert len(load_run(path).records) == (2 if cut < 2 else 1)
+    assert load_run(tmp_path / "run.jsonl").records[1].text == rows[2]["text"]
+
+
+def changed(**fields):
+    return lambda lines: lines.__setitem__(2, json.dumps({**json.loads(lines[2]), **fields}))
+
+
+def without(number, name):
+    def edit(lines):
+        lines[number] = json.dumps({k: v for k, v in json.loads(lines[number]).items() if k != name})
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda lines: lines.__setitem__(2, lines[2][:-9]), "line 3: "),
+        (lambda lines: lines.__setitem__(2, ""), "line 3: "),
+        (lambda lines: lines.__setitem__(2, "[" * 100_000), "line 3: "),
+        (lambda lines: lines.__setitem__(2, "[1]"), "line 3: not an object"),
+        (lambda lines: lines.pop(0), "line 1: no 'fgsteer'"),
+        (lambda lines: lines.insert(3, lines[2]), "line 4: the same text as line 3"),
+        (without(2, "behavior"), "line 3: no 'behavior'"),
+        (without(0, "plan"), "line 1: no 'plan'"),
+        (changed(behavior=1.5), "line 3: .*behavior 1.5"),
+        (changed(coherence=float("nan")), "line 3: coherence nan"),
+        (changed(coherence=-0.1), "line 3: .*coherence -0.1"),
+        (changed(ce=10**400), "line 3: "),
+        (changed(half="both"), "line 3: half 'both'"),
+        (changed(prompt=True), "line 3: prompt True"),
+        (changed(prompt=1.0), "line 3: prompt 1.0"),
+        (changed(coefficient="8"), "line 3: coefficient '8'"),
+        (changed(text=None), "line 3: text None"),
+        (changed(coefficient=99.0, prompt=0, seed=0, half="tune"), "line 3: this prompt and seed in the other half"),
+        (lambda lines: lines.clear(), "no whole line"),
+    ],
+)
+def test_damage_is_refused_with_its_line(made, tmp_path, edit, message):
+    lines = [json.dumps(row) for row in made[:6]]
+    edit(lines)
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(line + "\n" for line in lines))
+    with pytest.raises(FormatError, match=message):
+        load_run(path)
+    with pytest.raises(FormatError, match="cannot read"):
+        load_run(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("matched", [None, 0.5])
+def test_settings_are_the_best_of_the_tuning_half(run, made, matched):
+    found = best_settings(run, matched)
+    assert len(found) == 3 * (6 if matched is None else 4)  # prompt and unsteered are not matched
+    for (concept, method), setting in found.items():
+        assert (setting.layer, setting.coefficient) == naive.best(made[1:], concept, method, matched)
+    for (concept, method, layer), setting in best_coefficients(run, matched).items():
+        assert (layer, setting.coefficient) == naive.best(made[1:], concept, method, matched, layer)
+
+
+def test_the_report_half_chooses_nothing(run, made, tmp_path):
+    flipped = [{**r, "behavior": 1 - r["behavior"]} if r["half"] == "report" else r for r in made[1:]]
+    other = loaded(tmp_path, [made[0], *flipped])
+    assert best_settings(other) == best_settings(run)
+    assert best_sae_method(other) == best_sae_method(run)
+    assert average_table(other) != average_table(run)
+
+
+def test_ties_go_to_the_lower_layer_and_the_smaller_coefficient(made, tmp_path):
+    row = {**made[1], "method": "caa", "half": "tune"}
+    settings = [(2, 4.0), (2, -4.0), (1, 8.0), (1, -8.0), (1, 16.0)]
+    rows = [{**row, "layer": layer, "coefficient": c} for layer, c in settings]
+    run = loaded(tmp_path, [made[0], *rows])
+    assert [s[2:4] for s in best_coefficients(run).values()] == [(2, 4.0), (1, 8.0)]
+    assert [s[2:4] for s in best_settings(run).values()] == [(1, 8.0)]
+
+
+def test_incomplete_runs_are_refused_by_name(run, made):
+    def lacking(lost):
+        return Run(run.header, [r for r in run.records if not lost(r)])
+
+    best = best_settings(run)["love", "fgaa"]
+    with pytest.raises(DataError, match="fgaa without love"):
+        average_table(lacking(lambda r: (r.concept, r.method) == ("love", "fgaa")))
+    with pytest.raises(DataError, match="no record of love: FGAA.*'report'"):
+        average_table(lacking(lambda r: r.setting == best and r.half == "report"))
+    with pytest.raises(PairingError, match="love: FGAA.*1 of 8"):
+        concept_table(lacking(lambda r: r.setting == best and r.half == "report" and r.unit == (1, 1)))
+    with pytest.raises(PairingError, match="tuning"):
+        best_settings(lacking(lambda r: r.setting == best and r.half == "tune" and r.unit == (1, 0)))
+    partial = lacking(lambda r: (r.concept, r.method) == ("love", "fgaa"))
+    assert len(average_table(partial.only(concepts=["anger", "wedding"]))) == 6
+
+
+# sums in another order: a few ulps of float64
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def test_bootstrap_agrees_with_a_loop_over_the_same_draws():
+    rng = np.random.default_rng(5)
+    units = [tuple(sorted((p, s) for p in range(n) for s in range(2))) for n in (3, 4)]
+    strata = [{u: float(rng.normal()) for u in units[i]} for i in (0, 1, 0)]
+    draws_of = {u: draw(len(u), 200, 7, n).tolist() for n, u in enumerate(sorted(units))}
+    for values in (strata, strata[:1]):
+        found = bootstrap(values, draws=200, seed=7)
+        draws = draws_of if len(values) > 1 else {units[0]: draw(6, 200, 7).tolist()}
+        np.testing.assert_allclose(found, naive.bootstrap(values, draws), **EXACT)
+        assert found == bootstrap([dict(reversed(s.items())) for s in values], draws=200, seed=7)
+    narrow = bootstrap(strata, draws=200, seed=7, level=0.5)
+    np.testing.assert_allclose(narrow, naive.bootstrap(strata, draws_of, 0.5), **EXACT)
+    assert bootstrap(strata, draws=200, seed=8) != bootstrap(strata, draws=200, seed=7)
+
+
+def test_intervals_refuse_what_has_none():
+    for strata in ([], [{}], [{(0, 0): 1.0}], [{(0, 0): 1.0, (0, 1): float("nan")}]):
+        with pytest.raises(DataError):
+            bootstrap(strata)
+    with pytest.raises(PairingError, match=r"2 of 3 .*\(0, 0\)"):
+        paired_differences({(0, 0): 1.0, (0, 1): 1.0}, {(0, 1): 1.0, (1, 0): 1.0})
+    level = bootstrap([{0: 0.25, 1: 0.25}])
+    assert level == (0.25, 0.25, 0.25)
+    assert [bootstrap([{0: x, 1: x}]).clear for x in (-1.0, 0.0, 1.0)] == [True, False, True]
+
+
+def test_intervals_cover_the_truth_where_a_prompt_moves_all_concepts():
+    """Of 400 runs of 8 concepts about 95 % cover; draws of their own for each concept would cover some 60 %."""
+    rng = np.random.default_rng(0)
+    covered = apart = 0
+    for _ in range(400):
+        shared = rng.normal(0, 1, 40)
+        concepts = 0.3 + shared + rng.normal(0, 1, (8, 40))
+        same = bootstrap([dict(enumerate(x)) for x in concepts], draws=1000)
+        other = bootstrap([{(c, u): v for u, v in enumerate(x)} for c, x in enumerate(concepts)], draws=1000)
+        covered += same.low <= 0.3 <= same.high
+        apart += other.low <= 0.3 <= other.high
+    # percentile intervals of 40 units are short by about sqrt(39/40); two standard errors of 400 runs are 2.2 %
+    assert 0.91 <= covered / 400 <= 0.97
+    assert apart / 400 < 0.75
+
+
+@pytest.mark.parametrize("matched", [None, 0.5])
+def test_tables_agree_with_loops(run, made, matched):
+    rows = {row.method: row for row in average_table(run, matched)}
+    each = {row.setting[:2]: row for row in concept_table(run, matched)}
+    assert set(rows) == {method for _, method in each}
+    assert ("unsteered" in rows) == (matched is None)
+
+    def bcs(concept, method):
+        layer, coefficient = naive.best(made[1:], concept, method, matched)
+        wanted = {"concept": concept, "method": method, "layer": layer, "coefficient": coefficient, "matched": matched}
+        return naive.scores(made[1:], "report", **wanted)
+
+    for method, row in rows.items():
+        scores = [bcs(c, method) for c in SMALL["concepts"]]
+        gains = [{u: s[u] - bcs(c, "caa")[u] for u in s} for c, s in zip(SMALL["concepts"], scores, strict=True)]
+        units = tuple(sorted(scores[0]))
+        draws = {units: draw(len(units), 400).tolist()}
+        np.testing.assert_allclose(row.bcs.mean, naive.mean(naive.mean(s.values()) for s in scores), **EXACT)
+        np.testing.assert_allclose(bootstrap(gains, draws=400), naive.bootstrap(gains, draws), **EXACT)
+        if method == "caa":
+            assert row.difference is None
+            continue
+        assert row.difference == bootstrap(gains) == compare(run, method, matched=matched)
+        alone = [bootstrap([g]) for g in gains]
+        assert [each[c, method].difference for c in SMALL["concepts"]] == alone
+        assert (row.won, row.lost) == (sum(g.mean > 0 for g in alone), sum(g.mean < 0 for g in alone))
+        clear = [g for g in alone if g.clear]
+        assert (row.clearly_won, row.clearly_lost) == (sum(g.mean > 0 for g in clear), sum(g.mean < 0 for g in clear))
+    assert rows["fgaa_effects"].difference.low > 0  # what the made-up strengths say
+    assert rows["random"].difference.high < 0
+    assert best_sae_method(run) == "fgaa_effects"
+
+
+def test_curves_are_means_over_concepts(run, made):
+    points = curve(run, "caa", layer=2)
+    assert [p.coefficient for p in points] == [4.0, 8.0, 32.0]
+    for point in points:
+        wanted = {"method": "caa", "layer": 2, "coefficient": point.coefficient, "matched": None}
+        scores = [naive.scores(made[1:], "report", concept=c, **wanted) for c in SMALL["concepts"]]
+        np.testing.assert_allclose(point.bcs, naive.mean(naive.mean(s.values()) for s in scores), **EXACT)
+    with pytest.raises(DataError, match="caa"):
+        curve(run, "caa", layer=9)
+    with pytest.raises(DataError, match=r"\[2, 3\] coefficients"):
+        lost = ("love", "caa", 2, 32.0)
+        curve(Run(run.header, [r for r in run.records if r.setting[:4] != lost]), "caa", layer=2)
+
+
+def test_pictures_are_small_legible_and_leave_no_trace(run):
+    import matplotlib
+    from matplotlib.text import Text
+
+    before = dict(matplotlib.rcParams)
+    found = plots.pictures(run)
+    names = (
+        "methods concepts methods-matched-0.5 concepts-matched-0.5 frontier coefficients layers-fgaa_effects layers-caa"
+    )
+    assert [p.name for p in found] == names.split()
+    for picture in found:
+        assert picture.figure.get_figwidth() == plots.WIDTH
+        assert picture.caption
+        texts = [t for t in picture.figure.findobj(Text) if t.get_text()]
+        assert texts
+        assert min(t.get_fontsize() for t in texts) >= 8
+    assert dict(matplotlib.rcParams) == before
+    assert "matplotlib.pyplot" not in sys.modules
+    for color in (plots.BLUE, plots.ORANGE, plots.GREEN):
+        for ground in (cards.LIGHT["card"], cards.DARK["card"]):  # WCAG for graphics: 3 to 1
+            low, high = sorted((luminance(color), luminance(ground)))
+            assert (high + 0.05) / (low + 0.05) >= 3, (color, ground)
+
+
+def test_pictures_show_the_tables(run):
+    rows = {row.method: row for row in average_table(run)}
+    figure = plots.method_bars(run)
+    drawn = {round(float(line.get_xdata()[0]), 12) for line in figure.axes[0].lines}
+    assert {round(row.bcs.mean, 12) for row in rows.values()} <= drawn
+    figure = plots.concept_bars(run, "fgaa")
+    widths = sorted(bar.get_width() for bar in figure.axes[0].patches)
+    gains = [row.difference for row in concept_table(run) if row.setting.method == "fgaa"] + [rows["fgaa"].difference]
+    np.testing.assert_allclose(widths, sorted(g.mean for g in gains), **EXACT)
+    figure = plots.layer_map(run, "caa")
+    values = figure.axes[0].collections[0].get_array()
+    np.testing.assert_allclose(values, [[p.bcs for p in curve(run, "caa", layer)] for layer in (1, 2)], **EXACT)
+    frame = figure.axes[0].patches[0].get_xy()
+    tuned = [[p.bcs for p in curve(run, "caa", layer, half="tune")] for layer in (1, 2)]
+    assert tuned[int(frame[1])][int(frame[0])] == max(map(max, tuned))
+    with pytest.raises(DataError, match="caa to caa"):
+        plots.concept_bars(run, "caa")
+
+
+def test_pictures_are_the_same_every_time_and_take_any_name(made, tmp_path):
+    odd = {"anger": "$\\frac{", "love": "<b>&" * 20, "wedding": "wedding"}
+    rows = [made[0], *({**r, "concept": odd[r["concept"]]} for r in made[1:])]
+    run = loaded(tmp_path, rows).only(methods=["caa", "fgaa"])
+    for kind in ("svg", "png"):
+        for name in ("a", "b"):
+            plots.save(plots.concept_bars(run, "fgaa"), tmp_path / f"{name}.{kind}")
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+    assert b"<dc:date>" not in (tmp_path / "a.svg").read_bytes()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(DataError, match=r"\.png or \.svg"):
+        plots.save(plots.method_bars(run), tmp_path / "a.pdf")
+
+
+def test_save_all_writes_both_kinds(run, tmp_path):
+    paths = plots.save_all(run.only(methods=["unsteered", "caa"]), tmp_path / "plots")
+    assert sorted(tmp_path.glob("plots/*")) == sorted(paths)
+    names = [
+        f"{name}.{kind}"
+        for name in ("methods", "methods-matched-0.5", "frontier", "coefficients", "layers-caa")
+        for kind in ("png", "svg")
+    ]
+    assert [p.name for p in paths] == names
+    with pytest.raises(DataError, match="without records"):
+        plots.save_all(Run(run.header, []), tmp_path)
+
+
+def test_matplotlib_is_asked_for_by_name(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(FgsteerError, match=re.escape("pip install 'fgsteer[plots]'")):
+        plots.method_bars(run)
+
+
+HOSTILE = '</q><script>alert("x")</script>\u202e<img src=//x.org/a>&amp;\n'
+
+
+def test_page_stands_alone_and_trusts_no_text(made, tmp_path):
+    names = {"love": HOSTILE, "fgaa": "<i>|`"}
+    rows = [
+        {**r, "concept": names.get(r["concept"], r["concept"]), "method": names.get(r["method"], r["method"])}
+        | {"text": r["text"] + HOSTILE}
+        for r in made[1:]
+    ]
+    plan = {**made[0]["plan"], "prompts": [HOSTILE] * 4, "judge": {"name": HOSTILE, "auc": {HOSTILE: HOSTILE}}}
+    header = {**made[0], "plan": plan, "versions": {HOSTILE: HOSTILE}, "command": HOSTILE + "\ud800"}
+    run = (
+        loaded(tmp_path, [json.loads(json.dumps(header)), *rows][:1] + rows)
+        if False
+        else Run(header, loaded(tmp_path, [made[0], *rows]).records)
+    )
+    report.write_report(run, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    checker = Checker()
+    checker.feed(page)
+    assert not checker.open
+    assert not {"script", "img", "i", "a", "link", "iframe"} & set(checker.tags)
+    assert 'alert("x")</script>·<img src=//x.org/a>&amp;' in checker.text
+    assert "\u202e" not in page
+    assert not re.search(r'@import|url\((?!#)|(href|src)="(?!#)|https?://(?!www\.w3\.org/)', page)
+    ids = [value for name, value in checker.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 0
+    targets = [v[1:] for name, v in checker.attributes if name.endswith("href")] + re.findall(r"url\(#([^)]*)\)", page)
+    assert targets
+    assert set(targets) <= set(ids)
+
+
+def test_page_tells_what_the_tables_say(run):
+    page = report.html_report(run)
+    text = Checker()
+    text.feed(page)
+    for row in average_table(run) + average_table(run, 0.5):
+        assert report._interval(row.bcs) in text.text
+        assert report._interval(row.difference, sign=True) in text.text
+    for record in run.records:
+        chosen = best_settings(run)[record.concept, record.method] == record.setting
+        if chosen and record.method in ("unsteered", "caa", "fgaa_effects") and record.unit == (0, 0):
+            assert record.text.strip() in text.text
+    gain = compare(run, "fgaa_effects", "fgaa")
+    header = run.header
+    told = [f"{header['plan']['judge']['auc']['anger']:.3f}", header["command"], header["sha256"]["sae"], "torch"]
+    for fact in [*told, f"FGAA + effects less FGAA: {report._interval(gain, sign=True)}"]:
+        assert fact in text.text
+    with pytest.raises(DataError, match="without records"):
+        report.html_report(Run(header, []))
+
+
+def test_page_of_a_run_of_the_baseline_alone(run):
+    page = report.html_report(run.only(methods=["caa"]))
+    assert page.count("<figure>") == 5
+    header = {**run.header, "plan": {}}
+    assert "<h2>Judge</h2>" not in report.html_report(Run(header, run.only(methods=["caa", "unsteered"]).records))
+
+
+def test_markdown_table(run):
+    rows = sorted(average_table(run), key=lambda row: -row.bcs.mean)
+    lines = report.markdown(run).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert {line.count("|") for line in lines} == {7}
+    best = rows[0]
+    assert lines[2].startswith(f"| FGAA + effects | {best.bcs.mean:.3f} [{best.bcs.low:.3f}, {best.bcs.high:.3f}] | +")
+    renamed = [r for r in run.records if r.method == "caa"]
+    odd = Run(run.header, [type(r)(**{**{f: getattr(r, f) for f in r.__slots__}, "method": "a|b_"}) for r in renamed])
+    assert "| a\\|b\\_ |" in report.markdown(odd)
