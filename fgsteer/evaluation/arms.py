@@ -1,7 +1,7 @@
 """The methods that a benchmark compares, each as a function from a coefficient to an intervention.
 
-    arms = ConceptArms(model, tokenizer, fg.load_contrast("wedding"), saes, effects, settings={})
-    arms.make("fgaa", layer=2)(8.0)
+arms = ConceptArms(model, tokenizer, fg.load_contrast("wedding"), saes, effects, settings={})
+arms.make("fgaa", layer=2)(8.0)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fgsteer.effects import EffectApproximator
 from fgsteer.errors import DataError, SelectionWarning
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.interventions import Intervention
-from fgsteer.methods import METHODS, build, pca, select_features
+from fgsteer.methods import build, pca, select_features
 from fgsteer.sae import SAE
 from fgsteer.statistics import ContrastStatistics, collect
 from fgsteer.vector import SteeringVector
@@ -128,5 +128,3 @@ def check_methods(methods: tuple[str, ...]) -> None:
     unknown = [name for name in methods if name not in BENCH_METHODS]
     if unknown:
         raise DataError(f"methods {', '.join(unknown)}", f"among {', '.join(BENCH_METHODS)}")
-
-

@@ -12,6 +12,7 @@ one to report. A run that was killed goes on where its last whole batch ended, t
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -135,7 +136,8 @@ class Bench:
         texts = load_neutral()[0][: plan.texts]
         for rise in plan.ce_rises:
             found = calibrate_many(self.model, self.tokenizer, makes, texts, target_ce_rise=rise)
-            arms += [Arm(concept, m, layer, c, rise) for (m, layer), c in zip(places, found, strict=True) if c == c]
+            reached = [(*at, c) for at, c in zip(places, found, strict=True) if not math.isnan(c)]
+            arms += [Arm(concept, method, layer, c, rise) for method, layer, c in reached]
         return arms
 
     def parts(self, arms: Sequence[Arm]) -> Iterator[Part]:

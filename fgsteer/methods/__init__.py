@@ -49,4 +49,16 @@ def build(name: str, **inputs: Any) -> SteeringVector:
     return method(**given)
 
 
-__all__ = ["METHODS", "SCORES", "ace", "build", "caa", "fgaa", "from_features", "pca", "sae_ts", "select_features", "sta"]
+__all__ = [
+    "METHODS",
+    "SCORES",
+    "ace",
+    "build",
+    "caa",
+    "fgaa",
+    "from_features",
+    "pca",
+    "sae_ts",
+    "select_features",
+    "sta",
+]
