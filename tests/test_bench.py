@@ -1,0 +1,178 @@
+"""The benchmark: what it writes, that a killed run ends with the same file, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import fgsteer as fg
+from fgsteer.evaluation.arms import BENCH_METHODS, ConceptArms
+from fgsteer.evaluation.bench import Bench, BenchPlan, append, resume
+
+PLAN = BenchPlan(
+    concepts=("love", "war"),
+    layers=(2,),
+    ce_rises=(0.25, 0.5),
+    prompts=2,
+    seeds=1,
+    texts=2,
+    max_new_tokens=4,
+    batch_rows=8,
+)
+
+
+class LengthJudge:
+    """Judges by length, and can be told to fail at a call."""
+
+    name = "length"
+
+    def __init__(self, fail_at=None):
+        self.calls, self.fail_at = 0, fail_at
+
+    def score(self, texts, concept):
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        return torch.tensor([min(1.0, len(text) / 100) for text in texts], dtype=torch.float64)
+
+    def validate(self, concept):
+        return 0.5
+
+
+@pytest.fixture(scope="module")
+def parts():
+    model, tokenizer = fg.load_model("default")
+    sae, effects = fg.load_sae("default"), fg.load_effects("default")
+    layer = sae.hookpoint.layer
+    return model, tokenizer, {layer: sae}, {layer: effects}
+
+
+def make(parts, judge, **changes):
+    layers = tuple(parts[2])
+    return Bench(*parts, judge, replace(PLAN, **{"layers": layers, **changes}))
+
+
+@pytest.fixture(scope="module")
+def unbroken(parts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "run.jsonl"
+    make(parts, LengthJudge()).run(path)
+    return path
+
+
+def test_every_arm_is_written_for_every_prompt_and_seed(unbroken):
+    run = fg.load_run(unbroken)
+    assert set(run.methods) == set(BENCH_METHODS)
+    counts = Counter((r.concept, r.method, r.ce_rise, r.matched, r.half) for r in run.records)
+    assert set(counts.values()) == {PLAN.prompts * PLAN.seeds}
+    steered = len(BENCH_METHODS) - 2
+    assert len(counts) == 2 * 2 * (2 + steered * (len(PLAN.ce_rises) + 1))
+    halves = {half: {r.unit for r in run.records if r.half == half} for half in ("tune", "report")}
+    assert not {u.prompt for u in halves["tune"]} & {u.prompt for u in halves["report"]}
+    assert not {u.seed for u in halves["tune"]} & {u.seed for u in halves["report"]}
+
+
+def test_strengths_cost_what_they_say(parts, unbroken):
+    model, tokenizer, saes, effects = parts
+    texts = fg.load_neutral()[0][: PLAN.texts]
+    base = fg.cross_entropy(model, tokenizer, texts)
+    arms = ConceptArms(model, tokenizer, fg.load_contrast("love"), saes, effects, {})
+    (layer,) = saes
+    found = {(r.method, r.ce_rise): r.coefficient for r in fg.load_run(unbroken).records if r.concept == "love"}
+    for method in ("random", "caa", "ace", "fgaa_effects"):
+        for rise in PLAN.ce_rises:
+            steering = arms.make(method, layer)(found[method, rise])
+            got = fg.cross_entropy(model, tokenizer, texts, steering=steering) - base
+            assert got == pytest.approx(rise, rel=0.03)  # calibration's tolerance is 2 %
+
+
+def test_a_run_killed_anywhere_ends_with_the_same_file(parts, unbroken, tmp_path):
+    expected = unbroken.read_bytes()
+    rng = random.Random(0)
+    path = tmp_path / "run.jsonl"
+    kills = 0
+    for fail_at in (1, 2, 4, 3, 1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            make(parts, LengthJudge(fail_at)).run(path)
+        kills += 1
+        whole = path.read_bytes()
+        path.write_bytes(whole[: rng.randrange(len(whole) // 2, len(whole) + 1)])  # what a crash left on the disk
+    seen = []
+    make(parts, LengthJudge()).run(path, progress=lambda done, total: seen.append((done, total)))
+    assert kills == 6
+    assert path.read_bytes() == expected
+    assert seen[-1][0] == seen[-1][1] == len(expected.splitlines()) - 1
+    make(parts, LengthJudge(fail_at=1)).run(path)  # nothing is left to judge
+    assert path.read_bytes() == expected
+
+
+def test_a_file_of_another_plan_is_left_alone(parts, unbroken):
+    before = unbroken.read_bytes()
+    with pytest.raises(fg.DataError, match="another plan"):
+        make(parts, LengthJudge(), max_new_tokens=5).run(unbroken)
+    assert unbroken.read_bytes() == before
+
+
+def test_resume_keeps_whole_batches_only(tmp_path):
+    header = {"plan": 1, "sha256": {}, "model": "m"}
+    path = tmp_path / "run.jsonl"
+    assert resume(path, header, [2, 3]) == 0
+    append(path, [{"row": i} for i in range(4)])
+    assert resume(path, header, [2, 3]) == 1
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [header, {"row": 0}, {"row": 1}]
+    (tmp_path / "notes.txt").write_text("not a run\n")
+    with pytest.raises(fg.FormatError, match="line 1"):
+        resume(tmp_path / "notes.txt", header, [2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"methods": ("fgaa", "magic")}, "magic"),
+        ({"prompts": 9}, "9 prompts"),
+        ({"ce_rises": (0.5, 0.25)}, "rising"),
+        ({"ce_rises": ()}, "rising"),
+        ({"matched": 0.3}, "matched 0.3"),
+        ({"concepts": ()}, "a concept"),
+    ],
+)
+def test_plans_that_cannot_be_run_are_refused(changes, told):
+    with pytest.raises(fg.DataError, match=told):
+        replace(PLAN, **changes)
+
+
+def test_methods_without_their_sae_are_refused_before_anything_is_written(parts, tmp_path):
+    model, tokenizer, saes, _ = parts
+    for given, told in (({}, "without an SAE"), (saes, "without effects")):
+        bench = Bench(model, tokenizer, given, {}, LengthJudge(), replace(PLAN, layers=tuple(saes)))
+        with pytest.raises(fg.DataError, match=told):
+            bench.run(tmp_path / "run.jsonl")
+        assert not (tmp_path / "run.jsonl").exists()
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_pca_equals_the_top_eigenvector(llama, tokenizer, paired):
+    positives = ["the bride wore a ring", "a king was good", "the sea is old and sad", "tea and bread"]
+    negatives = ["a cat ran", "the man said no", "a ship", "is the dog happy ?"]
+    data = [fg.ContrastPair(p, n) for p, n in zip(positives, negatives, strict=True)]
+    contrast = data if paired else {"positive": positives, "negative": negatives[:3]}
+    if not paired:
+        contrast = fg.ContrastSet("unpaired", positives=tuple(positives), negatives=tuple(negatives[:3]))
+    stats = fg.collect(llama, tokenizer, contrast, hookpoints=fg.Hookpoint(1), keep_pooled=True)
+    kept = stats.pooled[fg.Hookpoint(1)]
+    up, down = kept.positive.double().numpy(), kept.negative.double().numpy()
+    if paired:
+        rows = up - down
+    else:
+        rows = np.concatenate([up, down]) - (up.mean(0) + down.mean(0)) / 2
+    values, vectors = np.linalg.eigh(rows.T @ rows)
+    top = vectors[:, values.argmax()]
+    top *= np.sign(top @ (up.mean(0) - down.mean(0)))
+    assert np.allclose(fg.pca(stats).direction.numpy(), top, atol=1e-5)  # float32 of a unit vector
+    with pytest.raises(fg.PairingError, match="keep_pooled"):
+        fg.pca(fg.collect(llama, tokenizer, contrast, hookpoints=fg.Hookpoint(1)))
