@@ -73,6 +73,7 @@ ORDER = (
     "cli.vectors",
     "cli.read",
     "cli.evaluate",
+    "cli.bench",
     "cli",
 )
 

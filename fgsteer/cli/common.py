@@ -96,12 +96,12 @@ def console() -> Any:
 
 
 @contextmanager
-def progress_bar(what: str, total: int | None, as_json: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; the block gets a function to report how many are done."""
+def progress_bar(what: str, total: int | None, as_json: bool) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error; the block gets a function to report how many are done (and of how many)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=as_json, transient=True) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        yield lambda done, of=total: bar.update(task, completed=done, total=of)

@@ -39,7 +39,7 @@ def demo(
     show(result, as_json, lambda _: None)
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
     """key=value options as Python values: JSON where it parses, "inf" as a number. Raises DataError."""
     settings = {}
     for pair in pairs:
@@ -113,7 +113,7 @@ def build(
     """Build a steering vector by a method's name; write it."""
     import fgsteer as fg
 
-    inputs: dict[str, Any] = _settings(settings or [])
+    inputs: dict[str, Any] = parse_settings(settings or [])
     _check_settings(method, inputs)
     if stats is not None:
         inputs["stats"] = fg.ContrastStatistics.load(stats)
