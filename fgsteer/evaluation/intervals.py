@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from fgsteer.errors import DataError, PairingError
 
 DRAWS = 10_000
 COMPLETE = "let the run finish, or leave out what is incomplete with run.only(...)"
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Interval(NamedTuple):
@@ -66,9 +67,7 @@ def bootstrap(
     return Interval(float(sum(values.mean() for values in groups.values())), float(low), float(high))
 
 
-def paired_differences(
-    of: Mapping[Hashable, float], to: Mapping[Hashable, float], what: str = "two methods"
-) -> dict[Hashable, float]:
+def paired_differences(of: Mapping[Key, float], to: Mapping[Key, float], what: str = "two methods") -> dict[Key, float]:
     """``of − to``, unit by unit. Raises PairingError, naming one, for units that only one side has."""
     alone = of.keys() ^ to.keys()
     if alone:

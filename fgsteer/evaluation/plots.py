@@ -14,9 +14,9 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fgsteer.cards import LIGHT
+from fgsteer.cards import LIGHT, visible
 from fgsteer.errors import DataError, FgsteerError
 from fgsteer.evaluation.intervals import Interval
 from fgsteer.evaluation.records import Run, method_name
@@ -32,7 +32,7 @@ COLUMNS = 3
 # distinct in grey, for the colour-blind, and on a light or dark page; the rest is LIGHT's, which a page may replace
 BLUE, ORANGE, GREEN = "#2a7fb8", "#d55e00", "#009e73"
 INK, QUIET, LINE, PAPER = LIGHT["text"], LIGHT["quiet"], LIGHT["line"], LIGHT["card"]
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -113,21 +113,19 @@ def pictures(run: Run) -> list[Picture]:
     if not run.records:
         raise DataError("a run without records", "at least one", "start it first")
     found = []
-    best = best_sae_method(run)
-    has_baseline = BASELINE in run.methods
+    best, base = best_sae_method(run), method_name(BASELINE)
+    dashed = f" Dashed: {base}." if BASELINE in run.methods else ""
     for matched in (None, *run.targets):
         suffix = "" if matched is None else f"-matched-{matched:g}"
         at = "at the best coefficient" if matched is None else f"at {matched:g} nats of CE rise"
-        caption = f"Average BCS per method {at}, with 95 % intervals. The dashed line is CAA's."
+        caption = f"Average BCS per method {at}, with 95 % intervals.{dashed}"
         found.append(Picture(f"methods{suffix}", caption, method_bars(run, matched)))
-        if best and has_baseline:
-            caption = (
-                f"{method_name(best)} less CAA, BCS per concept {at}, with 95 % intervals; filled where they exclude 0."
-            )
+        if best and any(row.method == best and row.difference for row in average_table(run, matched)):
+            caption = f"BCS of {method_name(best)} less {base} {at}, with 95 % intervals; filled where they exclude 0."
             found.append(Picture(f"concepts{suffix}", caption, concept_bars(run, best, matched)))
     if run.swept:
         caption = (
-            "Behavior against coherence along each method's coefficients (numbers), from unsteered (○). Dashed: CAA. "
+            f"Behavior against coherence along each method's coefficients (numbers), from unsteered (○).{dashed} "
             "Grey: lines of equal BCS, .2 to .8."
         )
         found.append(Picture("frontier", caption, frontier(run)))
@@ -316,6 +314,7 @@ def _rows(rows: Sequence[tuple[str, Interval]]) -> tuple[Figure, Axes]:
 
 
 def _short(text: str, length: int) -> str:
+    text = visible(text)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

@@ -222,7 +222,7 @@ def load_run(path: str | Path) -> Run:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line.decode("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -121,8 +121,8 @@ def _measured(run: Run) -> str:
         "report half": f"{len(units['report'])} other units: every figure on this page",
         "BCS": "behavior × coherence of a text, each in [0, 1]; averages are of texts, then of concepts",
         "best": "highest mean BCS on the tuning half, per concept and method; of equals the smaller coefficient",
+        "samples": "the first prompts of the report half, not picked",
     }
-    facts["samples"] = "the first prompts of the report half, not picked"
     if run.targets:
         targets = ", ".join(f"{t:g}" for t in run.targets)
         facts["matched"] = f"coefficient calibrated until neutral texts cost {targets} nats a token more"
@@ -303,5 +303,5 @@ def _interval(value: Interval | None, sign: bool = False) -> str:
     """A mean and its interval, a true minus and on demand a plus in front."""
     if value is None:
         return ""
-    mean, low, high = (f"{number:{'+' if sign else ''}.3f}".replace("-", "−") for number in value)
-    return f"{mean} [{low}, {high}]"
+    middle, low, high = (f"{number:{'+' if sign else ''}.3f}".replace("-", "−") for number in value)
+    return f"{middle} [{low}, {high}]"
