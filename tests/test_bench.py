@@ -41,9 +41,6 @@ class LengthJudge:
             raise KeyboardInterrupt
         return torch.tensor([min(1.0, len(text) / 100) for text in texts], dtype=torch.float64)
 
-    def validate(self, concept):
-        return 0.5
-
 
 @pytest.fixture(scope="module")
 def parts():
@@ -166,10 +163,7 @@ def test_pca_equals_the_top_eigenvector(llama, tokenizer, paired):
     stats = fg.collect(llama, tokenizer, contrast, hookpoints=fg.Hookpoint(1), keep_pooled=True)
     kept = stats.pooled[fg.Hookpoint(1)]
     up, down = kept.positive.double().numpy(), kept.negative.double().numpy()
-    if paired:
-        rows = up - down
-    else:
-        rows = np.concatenate([up, down]) - (up.mean(0) + down.mean(0)) / 2
+    rows = up - down if paired else np.concatenate([up, down]) - (up.mean(0) + down.mean(0)) / 2
     values, vectors = np.linalg.eigh(rows.T @ rows)
     top = vectors[:, values.argmax()]
     top *= np.sign(top @ (up.mean(0) - down.mean(0)))

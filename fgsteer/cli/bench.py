@@ -63,7 +63,7 @@ def bench(
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure methods against CAA: behavior, coherence and their product, with intervals; resumes where it was killed."""
+    """Measure methods against CAA: behavior, coherence and their product, with intervals; a killed run goes on."""
     import fgsteer as fg
     from fgsteer.evaluation.arms import BENCH_METHODS, NEEDS_EFFECTS
     from fgsteer.evaluation.plots import save_all

@@ -27,7 +27,7 @@ from fgsteer.effects import EffectApproximator
 from fgsteer.errors import DataError, FormatError
 from fgsteer.evaluation.arms import BENCH_METHODS, PROMPT, UNSTEERED, ConceptArms, check_methods
 from fgsteer.evaluation.coherence import Coherence
-from fgsteer.evaluation.judges import Judge
+from fgsteer.evaluation.judges import Judge, validation_auc
 from fgsteer.evaluation.records import HALVES
 from fgsteer.files import read_json, write_json
 from fgsteer.models import identity
@@ -220,12 +220,13 @@ class Bench:
         from fgsteer.methods.provenance import library_version
 
         plan = json.loads(json.dumps(asdict(self.plan)))
-        validated = {name: self.judge.validate(name) for name in self.plan.concepts}  # type: ignore[attr-defined]
+        prompts = [prompt for half in HALVES for prompt in self.prompts(half)]
+        validated = {name: validation_auc(self.judge, load_contrast(name)) for name in self.plan.concepts}
         return {
             "fgsteer": "bench",
             "version": library_version(),
             "command": command,
-            "plan": {**plan, "judge": {"name": self.judge.name, "auc": validated}},
+            "plan": {**plan, "prompts": prompts, "judge": {"name": self.judge.name, "auc": validated}},
             "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
             "sha256": {f"sae at layer {layer}": sae.sha256 for layer, sae in self.saes.items()},
             "model": identity(self.model),
