@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -24,9 +24,6 @@ from fgsteer.cli.common import (
 )
 from fgsteer.cli.vectors import parse_settings
 from fgsteer.errors import DataError
-
-if TYPE_CHECKING:
-    from fgsteer.evaluation.judges import Judge
 
 QUICK: dict[str, Any] = {
     "concepts": ("wedding", "sea"),
@@ -71,7 +68,8 @@ def bench(
     from fgsteer.files import whole
 
     language_model, tokenizer = load_model(model, device, dtype)
-    saes = [load_sae(sae, name) for name in sae_id or [None]]
+    ids: list[str | None] = list(sae_id) if sae_id else [None]
+    saes = [load_sae(sae, name) for name in ids]
     fits = [fg.load_effects(source) for source in effects or (["default"] if sae == "default" and not sae_id else [])]
     by_layer = {one.hookpoint.layer: one.to(language_model.device) for one in saes}
     fitted = {fit.hookpoint.layer: fit for fit in fits}
@@ -114,7 +112,7 @@ def _print_table(told: dict[str, Any]) -> None:
     typer.echo(f"{told['records']:,} texts; report, pictures and records in {told['out']}")
 
 
-def _judge(name: str, url: str | None, out: Path) -> Judge:
+def _judge(name: str, url: str | None, out: Path) -> Any:
     """The judge of the options. Raises DataError for a chat model without its address."""
     import fgsteer as fg
 
