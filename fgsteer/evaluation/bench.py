@@ -50,6 +50,7 @@ class BenchPlan:
     layers: tuple[int, ...] = ()
     ce_rises: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
     matched: float | None = 0.5
+    halves: tuple[str, ...] = HALVES
     prompts: int = 8
     seeds: int = 2
     texts: int = 16  # neutral ones, that strength is set on
@@ -143,7 +144,8 @@ class Bench:
     def parts(self, arms: Sequence[Arm]) -> Iterator[Part]:
         """A concept's batches, in the order in which they are written."""
         size = max(1, self.plan.batch_rows // self.plan.prompts)
-        for number, half in enumerate(HALVES):
+        for half in self.plan.halves:
+            number = HALVES.index(half)
             for seed in range(number * self.plan.seeds, (number + 1) * self.plan.seeds):
                 for start in range(0, len(arms), size):
                     yield Part(half, seed, tuple(arms[start : start + size]))
