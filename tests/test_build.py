@@ -24,11 +24,16 @@ RECIPE = {
     "layers": 2,
     "d_model": 64,
     "d_mlp": 128,
+    "sae_layers": [0, 1],
     "sae_tokens": 8192,
+    "compare_seeds": 1,
+    "compare_tokens": 4096,
+    "compare_texts": 80,
+    "feature_texts": 400,
     "sae_batch": 1024,
     "sae_width": 256,
-    "effects_vectors": 40,
-    "effects_tokens": 2,
+    "effects_vectors": 200,
+    "effects_tokens": 6,
     "effects_ce_rise": 0.05,
 }
 
@@ -66,6 +71,7 @@ def test_a_miniature_is_rebuilt_and_loads(tmp_path):
     sys.path.insert(0, str(SCRIPT.parent))
     try:
         from corpus import SOURCES, clean
+        from saes import KINDS
     finally:
         sys.path.pop(0)
     assert (
@@ -84,9 +90,12 @@ def test_a_miniature_is_rebuilt_and_loads(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for _ in range(2):  # the second run finds everything done
         subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], check=True, env=environment)
-    sae = fg.load_sae(out / "sae")
+    sae = fg.load_sae(out / "sae" / "layer_1")
     assert (sae.d_model, sae.d_sae) == (64, 256)
     assert sae.density is not None
-    assert fg.EffectApproximator.load(out / "effects.safetensors").check(sae).about["vectors"] == 40
+    assert fg.EffectApproximator.load(out / "sae" / "layer_1" / "effects.safetensors").check(sae).about["vectors"] == 200
     model, tokenizer = fg.load_model(out / "model")
+    figures = json.loads((out / "figures.json").read_text())
+    assert {(row["kind"], row["seed"]) for row in figures["comparison"]["rows"]} == {(k, 0) for k in KINDS}
+    assert set(figures["saes"]) == {"layer_0", "layer_1"}
     assert fg.generate(model, tokenizer, ["The"], max_new_tokens=2)
