@@ -89,10 +89,20 @@ def read_features(
     return (examples, *features.label(examples, tokenizer))
 
 
-def stage_features(corpora: Path, work: Path, recipe: Recipe, folder: Path) -> None:
+def stage_feature_texts(corpora: Path, work: Path, recipe: Recipe) -> None:
+    """The (source, text) pairs that features are read on."""
+    write_json(work / "feature_texts.json", features.sample(split_corpus(corpora)[0], recipe.feature_texts))
+
+
+def feature_texts(work: Path) -> list[tuple[str, str]]:
+    """(source, text) pairs in random order."""
+    return [tuple(pair) for pair in json.loads((work / "feature_texts.json").read_text(encoding="utf-8"))]
+
+
+def stage_features(work: Path, folder: Path) -> None:
     """Excerpts and labels of every feature, from training documents of all sources."""
     model, tokenizer = load_lm(work)
-    pairs = features.sample(split_corpus(corpora)[0], recipe.feature_texts)
+    pairs = feature_texts(work)
     examples, labels, figures = read_features(model, tokenizer, fg.load_sae(folder), pairs)
     allowed = {source.file for source in SOURCES if source.excerpts}
     features.shippable(examples, [source for source, _ in pairs], allowed).save(folder / "examples.safetensors")
@@ -123,11 +133,11 @@ def stage_effects(work: Path, recipe: Recipe, folder: Path) -> None:
 # ---------------------------------------------------------------- comparison of kinds, figures, packing
 
 
-def stage_compare(corpora: Path, work: Path, recipe: Recipe) -> None:
+def stage_compare(work: Path, recipe: Recipe) -> None:
     """Every kind of SAE with every seed at the middle layer: quality, concepts, share of features about one thing."""
     model, tokenizer = load_lm(work)
     texts = quality_texts(work)
-    pairs = features.sample(split_corpus(corpora)[0], recipe.compare_texts)
+    pairs = feature_texts(work)[: recipe.compare_texts]
     rows = []
     for kind in KINDS:
         for seed in range(recipe.compare_seeds):
@@ -243,11 +253,12 @@ def stages(corpora: Path, work: Path, recipe: Recipe, target: Path) -> Iterator[
     """(output, what makes it), in order; a stage is skipped when its output exists."""
     yield work / "train.npy", lambda: train_tokens(corpora, work, recipe)
     yield work / "lm", lambda: train_lm(work, recipe)
-    yield work / "lm.json", lambda: stage_scale(work, recipe)
+    yield work / "feature_texts.json", lambda: stage_feature_texts(corpora, work, recipe)
     yield work / "activations", lambda: store_activations(work, recipe)
-    yield work / "comparison.json", lambda: stage_compare(corpora, work, recipe)
+    yield work / "comparison.json", lambda: stage_compare(work, recipe)
     for layer in sorted(recipe.sae_layers, key=lambda layer: layer != recipe.middle):  # the default one first
-        yield from sae_stages(corpora, work, recipe, layer)
+        yield from sae_stages(work, recipe, layer)
+    yield work / "lm.json", lambda: stage_scale(work, recipe)
     yield work / "figures.json", lambda: stage_figures(work, recipe)
     yield target / "index.json", lambda: stage_pack(work, recipe, target)
 
@@ -257,12 +268,12 @@ def sae_folder(work: Path, layer: int) -> Path:
     return work / "sae" / f"layer_{layer}"
 
 
-def sae_stages(corpora: Path, work: Path, recipe: Recipe, layer: int) -> Iterator[Stage]:
+def sae_stages(work: Path, recipe: Recipe, layer: int) -> Iterator[Stage]:
     """The stages of one SAE."""
     folder = sae_folder(work, layer)
     yield folder, lambda: train_sae(folder, work, recipe, layer)
     yield folder / "density.safetensors", lambda: stage_density(work, folder)
-    yield folder / "labels.json", lambda: stage_features(corpora, work, recipe, folder)
+    yield folder / "labels.json", lambda: stage_features(work, folder)
     if layer == recipe.middle:
         yield folder / "effects.safetensors", lambda: stage_effects(work, recipe, folder)
 

@@ -42,7 +42,7 @@ def introduction(figures: dict[str, Any], index: dict[str, Any]) -> str:
         f"{KINDS[recipe['sae_kind']]} sparse autoencoders on the residual stream after blocks {layers}",
         f"({recipe['sae_width']:,} features, {recipe['sae_k']} active, float16, trained with sae-lens on",
         f"{recipe['sae_tokens'] / 1e6:.1f} M tokens), with densities, labels and excerpts; and the effect approximator",
-        f"of `{index['sae']}`, the SAE that `load_sae(\"default\")` gives (`load_sae(\"default\", \"layer_N\")` the others).",
+        f'of `{index["sae"]}`, the SAE that `load_sae("default")` gives (`load_sae("default", "layer_N")` the others).',
         f"{sum(entry['bytes'] for entry in index['files'].values()) / 1e6:.1f} MB in all. It exists so that everything",
         "in this package can be tried, tested and compared anywhere, in minutes, without a download.",
     )
@@ -62,8 +62,8 @@ def data(figures: dict[str, Any], sources: list[dict[str, Any]]) -> str:
     scale = figures["baselines"]
     how = paragraph(
         "Documents (books in pieces of about 4,000 characters) are split by a hash of their text; one in a hundred is",
-        f"held out. {figures['training_tokens'] / 1e6:.1f} M tokens were seen, {figures['epochs']:.2f} of one pass over",
-        "the mix; copies says how often a document is in that mix.",
+        f"held out. {figures['training_tokens'] / 1e6:.1f} M tokens were seen, {figures['epochs']:.2f} of one pass",
+        "over the mix; copies says how often a document is in that mix.",
     )
     return f"""
 ## Data and licences
@@ -229,6 +229,11 @@ def lines(found: list[list[str]]) -> str:
 def written(figures: dict[str, Any], index: dict[str, Any]) -> str:
     """Samples, steered and not, and what not to expect."""
     how = figures["steered"]
+    told = paragraph(
+        f"FGAA through the effect approximator of `{index['sae']}` (μ = {how['mu']}, bias weight",
+        f"{how['bias_weight']}), at the coefficient that costs {how['texts']} neutral texts {how['ce_rise']} nats a",
+        "token; prompts, seed and temperature as above, unselected.",
+    )
     parts = [
         f"""
 ## Samples
@@ -238,9 +243,7 @@ Temperature 0.8, the first ten neutral prompts, seed {index["recipe"]["seed"]}, 
 {lines(figures["samples"])}
 ## Steered
 
-FGAA through the effect approximator of `{index["sae"]}` (μ = {how["mu"]}, bias weight {how["bias_weight"]}), at the coefficient
-that costs {how["texts"]} neutral texts {how["ce_rise"]} nats a token; prompts, seed and temperature as above, unselected.
-"""
+{told}"""
     ]
     for concept, entry in how["concepts"].items():
         parts.append(f"\n### {concept}, coefficient {entry['coefficient']:.1f}\n\n{lines(entry['samples'])}")
@@ -258,7 +261,9 @@ about larger models from it.
 
 def render(folder: Path = HERE / "default") -> str:
     """The card of a built default."""
-    figures, index = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("figures", "index"))
+    figures, index = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("figures", "index")
+    )
     recipe = index["recipe"]
     name, found = next(iter(figures["effects"].items()))
     return (

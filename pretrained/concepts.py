@@ -1,7 +1,7 @@
 """Does an SAE know the shipped concepts? Best single features, and the density threshold of FGAA's filter.
 
-    peaks = contrast_activations(model, tokenizer, sae)
-    best_single_features(peaks)["wedding"]["held_out_auc"]
+peaks = contrast_activations(model, tokenizer, sae)
+best_single_features(peaks)["wedding"]["held_out_auc"]
 """
 
 from __future__ import annotations

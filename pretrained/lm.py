@@ -1,8 +1,8 @@
 """The embedded language model: its training stream, its training, its bits per byte.
 
-    train_tokens(corpora, work, Recipe())
-    train_lm(work, Recipe())
-    model, tokenizer = load_lm(work)
+train_tokens(corpora, work, Recipe())
+train_lm(work, Recipe())
+model, tokenizer = load_lm(work)
 """
 
 from __future__ import annotations

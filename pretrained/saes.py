@@ -23,14 +23,14 @@ from recipe import Recipe
 
 import fgsteer as fg
 
-JUMP_THRESHOLD = 0.1  # JumpReLU's first threshold and the width of its straight-through window,
-JUMP_BANDWIDTH = 0.1  # for inputs scaled to a mean norm of √d_model
+JUMP_THRESHOLD = 0.5  # JumpReLU's first threshold and the width of its straight-through window,
+JUMP_BANDWIDTH = 0.5  # for inputs scaled to a mean norm of √d_model
 JUMP_L0 = 0.1  # weight of 2/L0* (L0 - L0*)² beside the squared error
-KINDS = ("topk", "batchtopk", "matryoshka", "jumprelu")
+KINDS = ("topk", "batchtopk", "jumprelu", "matryoshka")
 
 
 def store_activations(work: Path, recipe: Recipe) -> None:
-    """activations/layer_N.npy, float16 (sae_tokens, d_model): resid_post on blocks of the training stream, in random order.
+    """activations/layer_N.npy, float16 (sae_tokens, d_model): resid_post on random blocks of the training stream.
 
     Every block starts with the end-of-text token, whose own activation is left out.
     """
@@ -65,7 +65,7 @@ def store_activations(work: Path, recipe: Recipe) -> None:
 
 
 def batches(work: Path, recipe: Recipe, layer: int, seed: int, tokens: int) -> Iterator[torch.Tensor]:
-    """Endless float32 batches (sae_batch, d_model) of the first ``tokens`` stored activations, shuffled every time around."""
+    """Endless float32 batches (sae_batch, d_model) of the first ``tokens`` activations, shuffled every time around."""
     store = np.load(work / "activations" / f"layer_{layer}.npy", mmap_mode="r")
     rng = np.random.default_rng(seed)
     while True:

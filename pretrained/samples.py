@@ -1,7 +1,7 @@
 """What the embedded model writes: unsteered, and steered towards a few concepts. Nothing is selected.
 
-    unsteered(model, tokenizer, seed=0)
-    steered(model, tokenizer, sae, effects, seed=0)
+unsteered(model, tokenizer, seed=0)
+steered(model, tokenizer, sae, effects, seed=0)
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 
 import fgsteer as fg
 
-CONCEPTS = ("wedding", "sea", "war", "london", "christian")
-MU, BIAS = 0.3, 0.5  # of the projection through effects
-CE_RISE = 0.8  # nats a token that steering costs the neutral texts
+CONCEPTS = ("love", "food", "music", "fear", "war")
+MU, BIAS = 0.1, 0.0  # of the projection through effects
+CE_RISE = 0.5  # nats a token that steering costs the neutral texts
 TEXTS = 16  # of these
 OPTIONS = {"do_sample": True, "temperature": 0.8, "max_new_tokens": 48}
 PROMPTS = 10

@@ -303,7 +303,7 @@ def test_search_for_no_word_finds_less_than_for_a_word():
     sae = fg.load_sae("default")
     assert fg.find_features("xyzzyplugh frobnitz", sae, model, tokenizer) == []  # twelve tokens
     found = fg.find_features("love", sae, model, tokenizer)
-    assert found[0].id == 1028
+    assert "love" in sae.labels[found[0].id]
     assert min(entry.score for entry in found) >= FLOOR
     assert len(fg.find_features("qzxwv", sae, model, tokenizer)) < len(found)  # five tokens
 
@@ -316,7 +316,7 @@ def test_search_finds_what_raises_a_word():
     W_dec[77] = model.get_output_embeddings().weight[i].detach().float()
     found = fg.find_features("king", replace(sae, W_dec=W_dec), model, tokenizer, top=4)
     assert any(entry.id == 77 and "raises it (rank 1)" in entry.why for entry in found)
-    assert any(entry.id == 1082 for entry in found)  # fires on king: seen in its top excerpts
+    assert any("king" in sae.labels.get(entry.id, "") for entry in found)
 
 
 def row_of(**more):
