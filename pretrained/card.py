@@ -192,7 +192,7 @@ prompts are those of the measurement: R² for other prompts is not known.
 
 def concepts(saes: dict[str, dict[str, Any]]) -> str:
     """The concept check."""
-    rows, good = [], []
+    rows, good, elsewhere, missing = [], [], [], []
     for concept in next(iter(saes.values()))["concepts"]:
         cells = {name: sae["concepts"][concept] for name, sae in saes.items()}
         best = max(cells, key=lambda name: cells[name]["train_auc"])
@@ -204,11 +204,13 @@ def concepts(saes: dict[str, dict[str, Any]]) -> str:
                 f"{held:.2f} ({best})",
             ]
         )
-        if held >= ENOUGH:
-            good.append(concept)
+        best_anywhere = max(c["held_out_auc"] for c in cells.values())
+        (good if held >= ENOUGH else elsewhere if best_anywhere >= ENOUGH else missing).append(concept)
     verdict = paragraph(
-        f"{len(good)} of {len(rows)} reach {ENOUGH} ({', '.join(good)}). The others have no single clean feature in",
-        "these SAEs: read what is steered towards them with that in mind.",
+        f"{len(good)} of {len(rows)} reach {ENOUGH} ({', '.join(good)}).",
+        f"Only another SAE's best training feature does for: {', '.join(elsewhere) or 'none'}.",
+        f"No SAE here has a single clean feature for: {', '.join(missing) or 'none'}; read what is steered",
+        "towards these with that in mind.",
     )
     return f"""
 ## Does it know the concepts?
