@@ -8,6 +8,7 @@ Why: a card that is typed by hand drifts from what was measured.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import textwrap
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 CARD = HERE / "README.md"
+BLIND = HERE / "blind_look.json"
 ENOUGH = 0.8  # held-out AUC at which one feature is said to carry a concept
 KINDS = {"topk": "TopK", "batchtopk": "BatchTopK", "matryoshka": "Matryoshka", "jumprelu": "JumpReLU"}
 QUALITY = ("explained variance", "L0", "dead features", "CE, plain → spliced (nats)", "CE recovered")
@@ -228,6 +230,32 @@ def lines(found: list[list[str]]) -> str:
     return "".join(f"- **{prompt}** {' '.join(text.split())}\n" for prompt, text in found)
 
 
+def texts_sha256(figures: dict[str, Any]) -> str:
+    """A hash of all samples that the card shows."""
+    shown = [figures["samples"], figures["steered"]["concepts"]]
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+
+
+def blind_look(figures: dict[str, Any]) -> str:
+    """What a reader saw in the samples; nothing when these are not the samples that were read."""
+    told = json.loads(BLIND.read_text("utf-8"))
+    if told["texts_sha256"] != texts_sha256(figures):
+        return ""
+    rows = []
+    for name, row in told["rows"].items():
+        others = ", ".join(f"{count} {other}" for other, count in row["answers"].items() if other != name)
+        rows.append([name, f"{row['answers'].get(name, 0)} of {row['texts']}", others, str(row["fluent"])])
+    how = paragraph(
+        f"{told['reader']} The texts of both sections were read in random order; the answer is the one concept that a",
+        "text plainly shows, or none; fluent counts those that read mostly as English sentences.",
+    )
+    return f"""
+## A blind look
+
+{how}
+{table(["steered towards", "named", "taken for", "fluent"], rows)}"""
+
+
 def written(figures: dict[str, Any], index: dict[str, Any]) -> str:
     """Samples, steered and not, and what not to expect."""
     how = figures["steered"]
@@ -249,6 +277,7 @@ Temperature 0.8, the first ten neutral prompts, seed {index["recipe"]["seed"]}, 
     ]
     for concept, entry in how["concepts"].items():
         parts.append(f"\n### {concept}, coefficient {entry['coefficient']:.1f}\n\n{lines(entry['samples'])}")
+    parts.append(blind_look(figures))
     parts.append(
         """
 ## What it can't do

@@ -15,7 +15,7 @@ import fgsteer as fg
 
 CONCEPTS = ("love", "food", "music", "fear", "war")
 MU, BIAS = 0.1, 0.0  # of the projection through effects
-CE_RISE = 0.5  # nats a token that steering costs the neutral texts
+CE_RISE = 0.35  # nats a token that steering costs the neutral texts
 TEXTS = 16  # of these
 OPTIONS = {"do_sample": True, "temperature": 0.8, "max_new_tokens": 48}
 PROMPTS = 10

@@ -416,7 +416,7 @@ def test_command_line_reads_features(tmp_path):
     corpus, kept, page = tmp_path / "c.txt", tmp_path / "e.safetensors", tmp_path / "p.html"
     corpus.write_text("The King was here.\nIt was the King himself.\nA dog sat on the mat.\n")
     told = json.loads(invoke("examples", corpus, "-o", kept, "--top", 2, "--json").stdout)
-    assert (told["texts"], told["features"]) == (3, 4096)
+    assert (told["texts"], told["features"]) == (3, fg.load_sae("default").d_sae)
     labels = tmp_path / "labels.json"
     labels.write_text('{"1082": "kings"}')
     options = ("--search", "king", "--examples", kept, "--labels", labels, "--html", page, "--json", "--top", 3)
