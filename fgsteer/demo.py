@@ -1,8 +1,8 @@
 """The main job on the embedded default, in under a minute: ``fgsteer demo``.
 
-For each concept: vectors by CAA, ACE, STA and FGAA, their strengths matched by what they
-cost neutral text, one continuation each beside the unsteered one, and the features that
-the two SAE methods chose.
+For each concept: vectors by CAA, ACE, STA and FGAA (through decoder rows and through
+effects), their strengths matched by what they cost neutral text, one continuation each
+beside the unsteered one, and the features that the two SAE methods chose.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from fgsteer.interventions import Intervention
 from fgsteer.reading import FeatureRow, describe_features
 
 CONCEPTS = ("love", "wedding")
-METHODS = ("caa", "ace", "sta", "fgaa")
+METHODS = ("caa", "ace", "sta", "fgaa", "fgaa_effects")
+EFFECTS = {"mu": 0.1, "bias_weight": 0.0}  # of the projection through effects
 CE_RISE = 0.3  # nats per token of neutral text that every method is allowed to cost
 
 
@@ -39,14 +40,20 @@ class ConceptDemo:
 
 
 def run_concept(
-    concept: str, parts: tuple[Any, Any, fg.SAE], prompts: Sequence[str], *, ce_rise: float = CE_RISE, seed: int = 0
+    concept: str,
+    parts: tuple[Any, Any, fg.SAE, fg.EffectApproximator],
+    prompts: Sequence[str],
+    *,
+    ce_rise: float = CE_RISE,
+    seed: int = 0,
 ) -> ConceptDemo:
-    """Build, calibrate and apply the four methods for one concept."""
-    model, tokenizer, sae = parts
+    """Build, calibrate and apply every method for one concept."""
+    model, tokenizer, sae, effects = parts
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fg.SelectionWarning)  # 40 sentences a side: said in the footer
         stats = fg.collect(model, tokenizer, fg.load_contrast(concept), sae=sae)
-        vectors = {name: fg.build(name, stats=stats, sae=sae) for name in METHODS}
+        vectors = {name: fg.build(name, stats=stats, sae=sae) for name in METHODS[:-1]}
+        vectors[METHODS[-1]] = fg.fgaa(stats, sae, effects, **EFFECTS)
     neutral, _ = fg.load_neutral()
     makers: dict[str, Callable[[float], Intervention]] = {
         name: vector.affine if name == "ace" else vector.unit().add for name, vector in vectors.items()
@@ -103,7 +110,7 @@ def run(console: Console, concepts: Sequence[str] = CONCEPTS, *, as_json: bool =
     """The whole demo; returns it as plain JSON."""
     began = time.perf_counter()
     model, tokenizer = fg.load_model("default")
-    sae = fg.load_sae("default")
+    sae, effects = fg.load_sae("default"), fg.load_effects("default")
     prompts = ["The next day", "I think"]
     if not as_json:
         console.print(
@@ -113,7 +120,7 @@ def run(console: Console, concepts: Sequence[str] = CONCEPTS, *, as_json: bool =
         )
     shown = []
     for concept in concepts:
-        demo = run_concept(concept, (model, tokenizer, sae), prompts)
+        demo = run_concept(concept, (model, tokenizer, sae, effects), prompts)
         if not as_json:
             show(demo, console)
         shown.append(

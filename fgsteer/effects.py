@@ -25,7 +25,7 @@ from fgsteer.data import load_neutral
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
-from fgsteer.models import DEFAULT, pretrained_dir
+from fgsteer.models import DEFAULT, embedded_sae_dir
 from fgsteer.ridge import LinearMoments, best_ridge
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def load_effects(source: str | Path = DEFAULT) -> EffectApproximator:
 
     Raises FormatError when there is none.
     """
-    path = pretrained_dir() / "effects.safetensors" if str(source) == DEFAULT else Path(source)
+    path = embedded_sae_dir() / "effects.safetensors" if str(source) == DEFAULT else Path(source)
     if not path.is_file():
         raise FormatError(
             f"no effect approximator at {path}",

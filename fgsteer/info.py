@@ -33,5 +33,5 @@ def describe_installation() -> dict[str, Any]:
         "cuda": torch.cuda.device_count(),
         "methods": list(METHODS),
         "contrast_sets": shipped_contrasts(),
-        "default": {key: figures[key] for key in ("parameters", "training_tokens", "bits_per_byte", "sae")},
+        "default": {key: figures[key] for key in ("parameters", "training_tokens", "bits_per_byte", "saes")},
     }

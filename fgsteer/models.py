@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fgsteer.errors import DataError, FgsteerWarning, FormatError, HookpointError, PairingError, PairingWarning
+from fgsteer.files import read_json
 from fgsteer.hookpoints import Hookpoint, blocks_of, decoder_of, resolve
 from fgsteer.registry import bare_name
 
@@ -49,6 +50,19 @@ def pretrained_dir() -> Path:
         "fgsteer/_pretrained/default in the package or pretrained/default in a checkout",
         "reinstall fgsteer, or run pretrained/build.py",
     )
+
+
+def embedded_sae_dir(sae_id: str | None = None) -> Path:
+    """Folder of an embedded SAE, such as layer_2; the default one without an id.
+
+    Raises FormatError that names those there are.
+    """
+    folder = pretrained_dir()
+    name = sae_id or str(read_json(folder / "index.json")["sae"])
+    known = sorted(path.parent.name for path in (folder / "sae").glob("*/cfg.json"))
+    if name not in known:
+        raise FormatError(f"no embedded SAE {name!r}", f"one of {', '.join(known)}")
+    return folder / "sae" / name
 
 
 def load_model(

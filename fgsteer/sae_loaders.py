@@ -1,6 +1,7 @@
 """From every way that people keep SAEs to the one canonical ``SAE``.
 
-load_sae("default")                                         the embedded one
+load_sae("default")                                         the embedded one at the middle layer
+load_sae("default", "layer_1")                              another embedded one
 load_sae("path/to/folder")                                  a saved sae-lens or sparsify SAE
 load_sae("gemma-scope-2b-pt-res-canonical", "layer_12/width_16k/canonical")
 load_sae("EleutherAI/sae-pythia-160m-32k", "layers.5")      a folder of a Hugging Face repository
@@ -27,7 +28,7 @@ from fgsteer.examples import FeatureExamples
 from fgsteer.files import read_json
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.labels import load_labels
-from fgsteer.models import DEFAULT, pretrained_dir
+from fgsteer.models import DEFAULT, embedded_sae_dir
 from fgsteer.registry import RegistryRow, find_row
 from fgsteer.sae import SAE
 from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, refuse_place, sparsify
@@ -88,8 +89,9 @@ def _load(source: Any, sae_id: str | None, given: dict[str, Any]) -> SAE:
     """The SAE by the reader of what ``source`` is."""
     if not isinstance(source, str | Path):
         return _from_live(source, given)
-    if str(source) == DEFAULT and sae_id is None:
-        return replace(_from_folder(pretrained_dir() / "sae", given), source=DEFAULT)
+    if str(source) == DEFAULT:
+        folder = embedded_sae_dir(sae_id)
+        return replace(_from_folder(folder, given), source=f"{DEFAULT}/{folder.name}")
     folder = Path(source) / (sae_id or "")
     if sae_id is not None and not (folder / "cfg.json").is_file():
         return _from_release(str(source), sae_id, given)
@@ -141,7 +143,8 @@ def load_examples(sae: SAE) -> FeatureExamples | None:
 
     Raises FormatError for a damaged file, PairingError for excerpts of another SAE.
     """
-    folder = pretrained_dir() / "sae" if sae.source == DEFAULT else Path(sae.source)
+    source, _, name = sae.source.partition("/")
+    folder = embedded_sae_dir(name) if source == DEFAULT else Path(sae.source)
     path = folder / EXAMPLES_FILE
     return FeatureExamples.load(path).check(sae) if sae.source and path.is_file() else None
 

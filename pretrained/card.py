@@ -1,6 +1,6 @@
 """Write the model card from the figures that the build measured.
 
-What: README.md beside this script, every number of it read from default/*.json.
+What: README.md beside this script, every number of it read from default/figures.json.
 Why: a card that is typed by hand drifts from what was measured.
 
     python pretrained/card.py
@@ -8,6 +8,7 @@ Why: a card that is typed by hand drifts from what was measured.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import textwrap
 from pathlib import Path
@@ -15,7 +16,14 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 CARD = HERE / "README.md"
+BLIND = HERE / "blind_look.json"
 ENOUGH = 0.8  # held-out AUC at which one feature is said to carry a concept
+HISTORY = (  # what a rebuild does otherwise than was done
+    "The training that made these weights was cut short on the way: from step 900 to 1,200 the learning rate fell as "
+    "for 1,800 steps, not as for 1,600, so a rebuild comes close to these figures, not to the same bytes."
+)
+KINDS = {"topk": "TopK", "batchtopk": "BatchTopK", "matryoshka": "Matryoshka", "jumprelu": "JumpReLU"}
+QUALITY = ("explained variance", "L0", "dead features", "CE, plain → spliced (nats)", "CE recovered")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -29,39 +37,48 @@ def paragraph(*sentences: str) -> str:
     return textwrap.fill(" ".join(sentences), 100, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
-def introduction(figures: dict[str, Any], recipe: dict[str, Any]) -> str:
+def introduction(figures: dict[str, Any], index: dict[str, Any]) -> str:
     """What it is and how to rebuild it."""
+    recipe = index["recipe"]
+    layers = ", ".join(name.removeprefix("layer_") for name in figures["saes"])
     what = paragraph(
         f"A Llama-architecture language model with {figures['parameters'] / 1e6:.2f} M parameters",
         f"({recipe['layers']} layers, d_model {recipe['d_model']}, {recipe['d_model'] // 64} heads of 64,",
-        f"vocabulary {recipe['vocab_size']:,}, context {recipe['context']}, tied embeddings, bfloat16),",
-        f"one TopK sparse autoencoder ({recipe['sae_width']:,} features, k = {recipe['sae_k']},",
-        f"`blocks.{recipe['sae_layer']}.hook_resid_post`, float16, trained with sae-lens on",
-        f"{recipe['sae_tokens'] / 1e6:.1f} M tokens), and its effect approximator. First version: it exists so",
-        "that the pipeline can be tried and tested anywhere.",
+        f"vocabulary {recipe['vocab_size']:,}, context {recipe['context']}, tied embeddings, bfloat16);",
+        f"{KINDS[recipe['sae_kind']]} sparse autoencoders on the residual stream after blocks {layers}",
+        f"({recipe['sae_width']:,} features, {recipe['sae_k']} active, float16, trained with sae-lens on",
+        f"{recipe['sae_tokens'] / 1e6:.1f} M tokens), with densities, labels and excerpts; and the effect approximator",
+        f'of `{index["sae"]}`, the SAE that `load_sae("default")` gives (`load_sae("default", "layer_N")` the others).',
+        f"{sum(entry['bytes'] for entry in index['files'].values()) / 1e6:.1f} MB in all. It exists so that everything",
+        "in this package can be tried, tested and compared anywhere, in minutes, without a download.",
+    )
+    rebuild = paragraph(
+        f"Rebuild: `{index['command']}`. Every figure below is in `default/figures.json`, which that command writes;",
+        "`python pretrained/card.py` writes this card from it (and from `blind_look.json`, what a reader answered).",
+        HISTORY,
     )
     return f"""# The embedded default
 
 {what}
-Rebuild: `python pretrained/build.py --corpora DIR --work build/default`. Every figure below is in
-`default/figures.json` or `default/density.json`, which that command writes;
-`python pretrained/card.py` writes this card from them.
-"""
+{rebuild}"""
 
 
 def data(figures: dict[str, Any], sources: list[dict[str, Any]]) -> str:
     """Sources, licences, held-out bits per byte."""
     bits = figures["bits_per_byte"]
-    rows = [[s["title"], s["licence"], f"{bits[s['file']]:.3f}"] for s in sources]
-    rows.append(["the mix, by held-out bytes", "", f"{bits['mix']:.3f}"])
+    rows = [[s["title"], s["licence"], f"{s['keep']:g}", f"{bits[s['file']]:.3f}"] for s in sources]
+    rows.append(["the mix, by held-out bytes", "", "", f"{bits['mix']:.3f}"])
     scale = figures["baselines"]
+    how = paragraph(
+        "Documents (books in pieces of about 4,000 characters) are split by a hash of their text; one in a hundred is",
+        f"held out. {figures['training_tokens'] / 1e6:.1f} M tokens were seen, {figures['epochs']:.2f} of one pass",
+        "over the mix; copies says how often a document is in that mix.",
+    )
     return f"""
 ## Data and licences
 
-Documents (books in pieces of about 4,000 characters) are split by a hash of their text; one in a
-hundred is held out. {figures["training_tokens"] / 1e6:.1f} M tokens were seen, each once or nearly so.
-
-{table(["source", "licence", "held-out bits per byte"], rows)}
+{how}
+{table(["source", "licence", "copies", "held-out bits per byte"], rows)}
 For scale, over the same texts: an interpolated trigram model of the training tokens needs
 {scale["trigram"]:.3f} bits per byte, xz {scale["xz"]:.3f}.
 
@@ -69,48 +86,88 @@ The film reviews are for research use and contain adult language; only weights a
 """
 
 
-def autoencoder(sae: dict[str, Any], density: dict[str, Any]) -> str:
-    """Quality of the SAE, and its density threshold."""
-    head = ["explained variance", "L0", "dead features", "CE, plain → spliced (nats)", "CE recovered against zeroing"]
-    row = [
-        f"{sae['explained_variance']:.3f}",
-        f"{sae['l0']:.1f}",
-        f"{sae['dead_share']:.1%}",
-        f"{sae['ce']:.3f} → {sae['ce_spliced']:.3f}",
-        f"{sae['ce_recovered']:.3f}",
+def quality_cells(q: dict[str, Any]) -> list[str]:
+    """Cells of the columns in QUALITY."""
+    return [
+        f"{q['explained_variance']:.3f}",
+        f"{q['l0']:.1f}",
+        f"{q['dead_share']:.1%}",
+        f"{q['ce']:.3f} → {q['ce_spliced']:.3f}",
+        f"{q['ce_recovered']:.3f}",
     ]
-    auc = density["auc"]
+
+
+def autoencoders(figures: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """Quality of the SAEs, their density thresholds, and how kinds compare."""
+    saes, compared = figures["saes"], figures["comparison"]
+    tokens = next(iter(saes.values()))["quality"]["tokens"]
+    rows = [
+        [name, *quality_cells(sae["quality"]), f"{sae['features']['about_one_thing']:.0%}"]
+        for name, sae in saes.items()
+    ]
+    thetas = next(iter(saes.values()))["density_auc"]
+    ranked = [
+        [name, *(f"{entry['mean']:.3f}" for entry in sae["density_auc"].values()), f"{sae['max_density']:g}"]
+        for name, sae in saes.items()
+    ]
+    kinds = [
+        [
+            f"{KINDS[row['kind']]}, {row['seed']}",
+            *quality_cells(row),
+            f"{row['about_one_thing']:.0%}",
+            f"{row['concepts']:.3f}",
+            str(row["concepts_known"]),
+        ]
+        for row in compared["rows"]
+    ]
+    how = paragraph(
+        f"Every kind that was tried, with two seeds, at layer {compared['layer']} on {compared['tokens'] / 1e6:.1f} M",
+        f"tokens, features read on {recipe['compare_texts']:,} documents. The last two columns are of the check below:",
+        "the mean held-out AUC of the best single features, and how many concepts reach",
+        f"{ENOUGH}. TopK ships: its L0 is exact, and it was the quickest to train. JumpReLU did not come down",
+        "to its L0 in so short a run. It has Gemma Scope 2's quadratic penalty around the same L0; Matryoshka is BatchTopK with",
+        "nested widths of a sixteenth, a quarter and all.",
+    )
     return f"""
-## The sparse autoencoder, on {sae["tokens"]:,} held-out tokens
+## The sparse autoencoders, on {tokens:,} held-out tokens
 
-{table(head, [row])}
-Dead means never active on those tokens. `sae/density.safetensors` holds token-level density and
-position-0 counts over the held-out documents. FGAA's threshold θ, by mean AUC of 16-feature scores on
-the held-out sentences of the shipped concepts (which are therefore tuning data for θ):
+{table(["SAE", *QUALITY, "about one thing"], rows)}
+Dead means never active on those tokens; CE recovered is against a zeroed block output. About one
+thing: one word, or one token, is the peak in at least half of a feature's twenty strongest documents,
+as a share of the features that fire in ten.
 
-{table(["θ", *auc], [["mean AUC", *(f"{entry['mean']:.3f}" for entry in auc.values())]])}
-Stored: θ = {density["max_density"]}, the smallest within 0.005 of the best.
-"""
+{how}
+{table(["kind, seed", *QUALITY, "about one thing", "concepts", f"≥ {ENOUGH}"], kinds)}
+`density.safetensors` holds token-level density and position-0 counts over the held-out documents.
+FGAA's threshold θ by mean AUC of 16-feature scores on the held-out sentences of the shipped
+concepts (which are therefore tuning data for θ); stored is the smallest within 0.005 of the best:
+
+{table(["θ", *thetas, "stored"], ranked)}"""
 
 
-def features(found: dict[str, Any], recipe: dict[str, Any]) -> str:
+def features(figures: dict[str, Any], recipe: dict[str, Any]) -> str:
     """Excerpts and labels."""
+    rows = [
+        [name, f"{sae['features']['live']:,}", f"{sae['features']['labelled']:,}"]
+        for name, sae in figures["saes"].items()
+    ]
     text = paragraph(
         f"Features were read on the beginnings of {recipe['feature_texts']:,} training documents, equally",
-        f"many of each source. {found['live']:,} of {recipe['sae_width']:,} fired in at least ten of them; of these",
-        f"{found['about_one_thing']:.0%} are about one thing by this rule: one word, or one token, is the peak in at",
-        f"least half of the feature's twenty strongest documents. `sae/labels.json` labels {found['labelled']:,} by",
-        "the words that these peak on (a piece of a word between hyphens). `sae/examples.safetensors` holds up to four",
-        "excerpts a feature, of sources whose licence allows it: the film reviews and TinyStories are left out.",
-        "Labels are counted, not judged: no one has read them all.",
+        "many of each source; those that fire in at least ten are counted live. `labels.json` labels them by the words",
+        "that their twenty strongest documents peak on (a piece of a word between hyphens).",
+        "`examples.safetensors` holds up to four excerpts a feature, of sources whose licence allows it: the film",
+        "reviews and TinyStories are left out. Labels are counted, not judged: no one has read them all.",
     )
     return f"""
 ## What the features fire on
 
-{text}"""
+{text}
+{table(["SAE", "live features", "labelled"], rows)}
+`fgsteer features --search wedding` finds features by label, excerpts and the tokens that they raise.
+"""
 
 
-def effects(found: dict[str, Any], recipe: dict[str, Any]) -> str:
+def effects(name: str, found: dict[str, Any], recipe: dict[str, Any]) -> str:
     """How well effects on features are predicted."""
     plan, sampling = found["plan"], found["plan"]["sampling"]
     share = f"λ = {found['ridge_in_mean_eigenvalues']:.2g} mean eigenvalues, by validation"
@@ -121,7 +178,7 @@ def effects(found: dict[str, Any], recipe: dict[str, Any]) -> str:
         ["ceiling set by sampling noise, from two halves of the rollouts", f"{found['ceiling']:.3f}", ""],
     ]
     how = paragraph(
-        f"`effects.safetensors` (d_model {recipe['d_model']} → {recipe['sae_width']:,} features, float16):",
+        f"`sae/{name}/effects.safetensors` (d_model {recipe['d_model']} → {recipe['sae_width']:,} features, float16):",
         f"{plan['vectors'][0]:,} unit decoder rows, each at the strength that costs {plan['texts'][0]} neutral",
         f"texts {plan['target_ce_rise']} nats a token; {plan['prompts'][0]} prompts × {plan['rollouts']} rollouts",
         f"× {sampling['max_new_tokens']} tokens a vector, temperature {sampling['temperature']:g}, top_k",
@@ -143,52 +200,119 @@ prompts are those of the measurement: R² for other prompts is not known.
 """
 
 
-def concepts(found: dict[str, dict[str, Any]]) -> str:
+def concepts(saes: dict[str, dict[str, Any]]) -> str:
     """The concept check."""
-    rows = [[n, str(c["feature"]), f"{c['train_auc']:.2f}", f"{c['held_out_auc']:.2f}"] for n, c in found.items()]
-    good = [name for name, c in found.items() if c["held_out_auc"] >= ENOUGH]
+    rows, good, elsewhere, missing = [], [], [], []
+    for concept in next(iter(saes.values()))["concepts"]:
+        cells = {name: sae["concepts"][concept] for name, sae in saes.items()}
+        best = max(cells, key=lambda name: cells[name]["train_auc"])
+        held = cells[best]["held_out_auc"]
+        rows.append(
+            [
+                concept,
+                *(f"{c['feature']}: {c['train_auc']:.2f} / {c['held_out_auc']:.2f}" for c in cells.values()),
+                f"{held:.2f} ({best})",
+            ]
+        )
+        best_anywhere = max(c["held_out_auc"] for c in cells.values())
+        (good if held >= ENOUGH else elsewhere if best_anywhere >= ENOUGH else missing).append(concept)
+    verdict = paragraph(
+        f"{len(good)} of {len(rows)} reach {ENOUGH} ({', '.join(good)}).",
+        f"Only another SAE's best training feature does for: {', '.join(elsewhere) or 'none'}.",
+        f"No SAE here has a single clean feature for: {', '.join(missing) or 'none'}; read what is steered",
+        "towards these with that in mind.",
+    )
     return f"""
 ## Does it know the concepts?
 
-The best single feature per concept (largest activation in a sentence; chosen on 40 + 40 training
-sentences, scored on 20 + 20 held-out ones):
+The best single feature per concept and SAE (largest activation in a sentence; chosen on 40 + 40
+training sentences, scored on 20 + 20 held-out ones): feature, training AUC / held-out AUC. The last
+column is the held-out AUC of the SAE that is best in training.
 
-{table(["concept", "feature", "train AUC", "held-out AUC"], rows)}
-{len(good)} of {len(found)} reach {ENOUGH} ({", ".join(good)}): the others have no single clean feature in this SAE.
-"""
+{table(["concept", *saes, "held out"], rows)}
+{verdict}"""
 
 
-def samples(found: list[list[str]]) -> str:
-    """Unselected samples, and what not to expect."""
-    lines = "".join(f"- **{prompt}** {' '.join(text.split())}\n" for prompt, text in found)
+def lines(found: list[list[str]]) -> str:
+    """A list of [prompt, continuation]."""
+    return "".join(f"- **{prompt}** {' '.join(text.split())}\n" for prompt, text in found)
+
+
+def texts_sha256(figures: dict[str, Any]) -> str:
+    """A hash of all samples that the card shows."""
+    shown = [figures["samples"], figures["steered"]["concepts"]]
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+
+
+def blind_look(figures: dict[str, Any]) -> str:
+    """What a reader saw in the samples; nothing when these are not the samples that were read."""
+    told = json.loads(BLIND.read_text("utf-8"))
+    if told["texts_sha256"] != texts_sha256(figures):
+        return ""
+    rows = []
+    for name, row in told["rows"].items():
+        others = ", ".join(f"{count} {other}" for other, count in row["answers"].items() if other != name)
+        rows.append([name, f"{row['answers'].get(name, 0)} of {row['texts']}", others, str(row["fluent"])])
+    how = paragraph(
+        f"{told['reader']} The texts of both sections were read in random order; the answer is the one concept that a",
+        "text plainly shows, or none; fluent counts those that read mostly as English sentences.",
+    )
     return f"""
+## A blind look
+
+{how}
+{table(["steered towards", "named", "taken for", "fluent"], rows)}"""
+
+
+def written(figures: dict[str, Any], index: dict[str, Any]) -> str:
+    """Samples, steered and not, and what not to expect."""
+    how = figures["steered"]
+    told = paragraph(
+        f"FGAA through the effect approximator of `{index['sae']}` (μ = {how['mu']}, bias weight",
+        f"{how['bias_weight']}), at the coefficient that costs {how['texts']} neutral texts {how['ce_rise']} nats a",
+        "token; prompts, seed and temperature as above, unselected.",
+    )
+    parts = [
+        f"""
 ## Samples
 
-Temperature 0.8, the first ten neutral prompts, seed 0, unselected:
+Temperature 0.8, the first ten neutral prompts, seed {index["recipe"]["seed"]}, unselected:
 
-{lines}
+{lines(figures["samples"])}
+## Steered
+
+{told}"""
+    ]
+    for concept, entry in how["concepts"].items():
+        parts.append(f"\n### {concept}, coefficient {entry['coefficient']:.1f}\n\n{lines(entry['samples'])}")
+    parts.append(blind_look(figures))
+    parts.append(
+        """
 ## What it can't do
 
 It keeps a sentence together, not a story; it states no facts; it has no instruction following.
 Steering it shifts vocabulary and topic, often at a visible cost to fluency. Do not draw conclusions
 about larger models from it.
 """
+    )
+    return "".join(parts)
 
 
 def render(folder: Path = HERE / "default") -> str:
     """The card of a built default."""
-    figures, density, index = (
-        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("figures", "density", "index")
+    figures, index = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("figures", "index")
     )
     recipe = index["recipe"]
+    name, found = next(iter(figures["effects"].items()))
     return (
-        introduction(figures, recipe)
+        introduction(figures, index)
         + data(figures, index["sources"])
-        + autoencoder(figures["sae"], density)
-        + features(figures["features"], recipe)
-        + effects(figures["effects"], recipe)
-        + concepts(figures["concepts"])
-        + samples(figures["samples"])
+        + autoencoders(figures, recipe)
+        + features(figures, recipe)
+        + effects(name, found, recipe)
+        + concepts(figures["saes"])
+        + written(figures, index)
     )
 
 

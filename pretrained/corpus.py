@@ -41,9 +41,9 @@ SOURCES = (
     Source("children_stories_ccby", "African Storybook and Pratham stories (global-asp)", "CC-BY / public domain", 2.0),
     Source("fairytaleqa_stories", "FairytaleQA stories", "Apache-2.0, public-domain texts", 1.0),
     Source("tatoeba_english_sentences", "Tatoeba English sentences", "CC-BY 2.0 FR", 1.0),
-    Source("classic_children_books", "Children's classics", "public domain", 0.8),
-    Source("fiction_books", "Novels and stories by forty authors", "public domain", 0.4),
-    Source("imdb_reviews", "Film reviews (Maas et al. 2011)", "research use; weights only are shipped", 0.45, False),
+    Source("classic_children_books", "Children's classics", "public domain", 1.0),
+    Source("fiction_books", "Novels and stories by forty authors", "public domain", 0.8),
+    Source("imdb_reviews", "Film reviews (Maas et al. 2011)", "research use; weights only are shipped", 0.6, False),
 )
 
 

@@ -44,20 +44,32 @@ def test_excerpts_and_labels_say_what_features_fire_on():
     model, tokenizer = fg.load_model("default")
     sae = fg.load_sae("default")
     examples = fg.load_examples(sae)
-    assert len(examples.of(1082, tokenizer)) == 4
-    assert sae.labels[1082].startswith("king")
     found = fg.find_features("king", sae, model, tokenizer, examples=examples, top=3)
-    assert found[0].id == 1082
+    king = found[0].id
+    assert len(examples.of(king, tokenizer)) == 4
+    assert sae.labels[king].startswith("king")
     assert {"label"} < set(found[0].why)
     ids = tokenizer("They saw the king and his men.", return_tensors="pt")["input_ids"]
-    acts = sae.encode(fg.record(model, ids, None, [sae.hookpoint])[sae.hookpoint])[0, :, 1082]
+    acts = sae.encode(fg.record(model, ids, None, [sae.hookpoint])[sae.hookpoint])[0, :, king]
     assert tokenizer.decode(ids[0, acts.argmax()]).strip() == "king"
 
 
-def test_density_belongs_to_the_sae():
-    sae = fg.load_sae("default")
-    assert sae.density is not None
-    assert sae.density.density.sum() == pytest.approx(sae.k, rel=0.05)  # L0 by two counts
+def test_every_embedded_sae_loads_with_what_belongs_to_it():
+    index = read_json(pretrained_dir() / "index.json")
+    figures = read_json(pretrained_dir() / "figures.json")["saes"]
+    for layer in index["recipe"]["sae_layers"]:
+        sae = fg.load_sae("default", f"layer_{layer}")
+        assert sae.hookpoint == fg.Hookpoint(layer)
+        assert sae.density is not None
+        l0 = figures[f"layer_{layer}"]["quality"]["l0"]
+        assert sae.density.density.sum() == pytest.approx(
+            l0, rel=0.05
+        )  # two counts, one over a part of the other's text
+        assert len(sae.labels) > sae.d_sae / 2
+        assert fg.load_examples(sae) is not None
+    assert fg.load_sae("default").sha256 == fg.load_sae("default", index["sae"]).sha256
+    with pytest.raises(fg.FormatError, match=index["sae"]):
+        fg.load_sae("default", "layer_99")
 
 
 def invoke(*arguments):
@@ -84,7 +96,7 @@ def test_the_stages_compose_through_files(tmp_path):
     corpus = tmp_path / "c.txt"
     corpus.write_text("The man walked home.\nShe sang a song.\n")
     told = json.loads(invoke("density", str(corpus), "-o", str(tmp_path / "d"), "--json", "--device", "cpu").stdout)
-    assert told["l0"] == pytest.approx(24, abs=0.5)
+    assert told["l0"] == pytest.approx(fg.load_sae("default").density.density.sum(), rel=0.5)  # two lines of text
     told = invoke("build", "from_features", "--features", "12:1.5,40", "-o", vec)
     assert "2 features" in told.stdout
     with pytest.raises(fg.DataError, match="key=value"):
@@ -140,7 +152,7 @@ def test_demo_shows_both_concepts_in_time(capsys):
     told = json.loads(invoke("demo", "--json").stdout)
     assert time.perf_counter() - began < 60
     for entry in told:
-        assert set(entry["texts"]) == {"unsteered", "caa", "ace", "sta", "fgaa"}
+        assert set(entry["texts"]) == {"unsteered", "caa", "ace", "sta", "fgaa", "fgaa_effects"}
         assert all(text != entry["texts"]["unsteered"] for n, text in entry["texts"].items() if n != "unsteered")
         assert len(entry["features"]["fgaa"]) == 5
 

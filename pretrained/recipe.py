@@ -1,0 +1,51 @@
+"""Every number that the embedded default depends on, in one place.
+
+Recipe(steps=10).middle
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, on how much, and how it is measured."""
+
+    seed: int = 0
+    vocab_size: int = 8192
+    layers: int = 5
+    d_model: int = 320
+    d_mlp: int = 832
+    context: int = 256  # tokens in a training block
+    batch: int = 64  # blocks in an optimizer step
+    steps: int = 1600
+    warmup: int = 50  # steps
+    decay: float = 0.4375  # final share of the steps over which the rate falls linearly to 0
+    lr_matrix: float = 0.02  # Muon, on the blocks' matrices
+    lr_other: float = 3e-3  # AdamW, on embedding and norms
+    compile: bool = True
+
+    sae_layers: tuple[int, ...] = (1, 2, 3)  # resid_post; the middle one is the default
+    sae_kind: str = "topk"  # of saes.KINDS, by what the comparison shows
+    sae_width: int = 5120
+    sae_k: int = 24  # active features a token
+    sae_tokens: int = 1_600_000
+    sae_batch: int = 1024  # tokens in an optimizer step
+    sae_lr: float = 8e-4
+    compare_seeds: int = 2  # of every kind, at the middle layer
+    compare_tokens: int = 400_000
+
+    feature_texts: int = 8000  # beginnings of training documents that features are read on
+    compare_texts: int = 1000  # of these, in the comparison of kinds
+    effects_vectors: int = 5120  # decoder rows of the middle SAE measured
+    effects_texts: int = 8  # neutral texts that set each row's strength
+    effects_ce_rise: float = 0.5  # nats a token that it costs them
+    effects_rollouts: int = 2  # of each neutral prompt
+    effects_tokens: int = 24
+    effects_top_p: float = 1.0
+
+    @property
+    def middle(self) -> int:
+        """The layer whose SAE is the default one, and has an effect approximator."""
+        return self.sae_layers[len(self.sae_layers) // 2]
