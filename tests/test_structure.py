@@ -66,6 +66,9 @@ ORDER = (
     "evaluation.endpoint",
     "evaluation.arms",
     "evaluation.bench",
+    "evaluation.sweep_answers",
+    "evaluation.sweep",
+    "evaluation.sweep_plots",
     "__init__",
     "demo",
     "cli.common",
@@ -74,6 +77,7 @@ ORDER = (
     "cli.read",
     "cli.evaluate",
     "cli.bench",
+    "cli.sweep",
     "cli",
 )
 
