@@ -170,6 +170,8 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     fg.measure_steerability(model, tokenizer, vectors[1].add, [pair], [-1.0, 0.0, 1.0])
     fg.answer_probabilities(model, tokenizer, [pair], [None, [vectors[1].add(1.0)]]).share
     fg.diagnose(fg.collect(model, tokenizer, data, sae=sae, keep_pooled=True), vectors[1])
+    sides = fg.ContrastSet("y", positives=["the bride", "a ring"], negatives=["a dog sat", "a cat"])
+    fg.sweep(model, tokenizer, sides, layers=[0, 1], ce_rises=[0.01, 0.02], neutral=texts)
 for judge in (fg.KeywordJudge(), fg.EmbeddingJudge(BagOfWords())):
     judge.validate("wedding")
 from fgsteer.evaluation.intervals import bootstrap

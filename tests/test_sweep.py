@@ -141,15 +141,19 @@ def test_nothing_added_does_nothing(llama, tokenizer):
         sweep_plots.pictures(asleep)
 
 
-def test_strengths_cost_the_same_everywhere(llama, tokenizer):
-    rises, ticks = (0.02, 0.1, 0.4), []
-    found = fg.sweep(
-        llama, tokenizer, SIDES, ce_rises=rises, neutral=NEUTRAL, progress=lambda *done: ticks.append(done)
-    )
+@pytest.fixture(scope="module")
+def own(llama, tokenizer):
+    """What the model itself writes: it has a cost of every size, and random text need not."""
+    return fg.generate(llama, tokenizer, ["the", "I", "king"], max_new_tokens=12)
+
+
+def test_strengths_cost_the_same_everywhere(llama, tokenizer, own):
+    rises, ticks = (0.02, 0.05, 0.2), []
+    found = fg.sweep(llama, tokenizer, SIDES, ce_rises=rises, neutral=own, progress=lambda *done: ticks.append(done))
     assert ticks == [(n + 1, len(rises) + LAYERS) for n in range(len(rises) + LAYERS)]
-    assert (found.matched, found.steps) == (0.4, rises)
+    assert (found.matched, found.steps) == (0.2, rises)
     stats = fg.collect(llama, tokenizer, SIDES, hookpoints=[fg.Hookpoint(layer) for layer in range(LAYERS)])
-    base = fg.cross_entropy(llama, tokenizer, NEUTRAL)
+    base = fg.cross_entropy(llama, tokenizer, own)
     for layer in range(LAYERS):
         vector = fg.caa(stats, hookpoint=fg.Hookpoint(layer))
         for sign in (1, -1):
@@ -160,7 +164,7 @@ def test_strengths_cost_the_same_everywhere(llama, tokenizer):
             assert sizes[0] > 0
             for cell in row:
                 steering = vector.add(cell.coefficient)
-                cost = fg.cross_entropy(llama, tokenizer, NEUTRAL, steering=steering) - base
+                cost = fg.cross_entropy(llama, tokenizer, own, steering=steering) - base
                 assert cost == pytest.approx(cell.cost, abs=1e-4)
                 assert cost == pytest.approx(cell.target, rel=0.021)  # calibration's tolerance is 2 %
     assert {best.sign for best in found.best} == {1, -1}
@@ -170,7 +174,7 @@ def test_strengths_cost_the_same_everywhere(llama, tokenizer):
 
 @pytest.fixture(scope="module")
 def planted():
-    """A model whose blocks pass the stream on, but the second erases a direction that answers yes; what it answers by."""
+    """A model whose blocks pass the stream on as it is."""
     model = tiny_model("llama", seed=3)
     for block in blocks_of(model):
         torch.nn.init.zeros_(block.self_attn.o_proj.weight)
@@ -180,27 +184,24 @@ def planted():
 
 def test_a_planted_layer_is_found(planted, tokenizer):
     """Only the last layer's vector points at the answer alone: half of layer 1's is beside it, layer 0's is erased."""
-    head = planted.lm_head.weight * planted.model.norm.weight
-    words = tokenizer(["yes", "no", "tea", "bread"], add_special_tokens=False)["input_ids"]
-    yes, no, tea, bread = (head[ids[0]] for ids in words)
-    aim = (yes - no).detach() / (yes - no).norm()
-    beside = (tea - bread).detach()
-    beside -= (beside @ aim) * aim
-    beside = beside / beside.norm()
-    vectors = [fg.SteeringVector(v, fg.Hookpoint(n)) for n, v in enumerate((aim, aim + 2 * beside, aim))]
+    words = tokenizer(["yes", "no"], add_special_tokens=False)["input_ids"]
+    yes, no = ((planted.lm_head.weight * planted.model.norm.weight)[ids[0]].detach() for ids in words)
+    place, other = int((yes - no).abs().argmax()), int((yes - no).abs().argmin())
+    aim, beside = torch.zeros(2, D_MODEL)
+    aim[place], beside[other] = (yes - no)[place].sign(), 1.0
+    vectors = [fg.SteeringVector(v, fg.Hookpoint(n)) for n, v in enumerate((aim, aim + beside, aim))]
     prompts = ["the man said", "I think", "she was old and", "is it good ?", "he ran to the sea and said"]
     questions = [fg.ContrastPair("yes", "no", prompt=prompt) for prompt in prompts]
 
     def erase(_, args, kwargs):
-        h = args[0] if args else kwargs["hidden_states"]
-        h = h - (h @ aim)[..., None] * aim
+        h = (args[0] if args else kwargs["hidden_states"]).clone()
+        h[..., place] = 0
         return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
 
     handle = blocks_of(planted)[1].register_forward_pre_hook(erase, with_kwargs=True)
     try:
-        found = fg.sweep(
-            planted, tokenizer, questions, vectors=vectors, ce_rises=[0.05, 0.2], neutral=NEUTRAL, matched=0.2
-        )
+        plain = fg.generate(planted, tokenizer, prompts, max_new_tokens=8)
+        found = fg.sweep(planted, tokenizer, questions, vectors=vectors, ce_rises=[0.05, 0.2], neutral=plain)
     finally:
         handle.remove()
     up, down = found.best
@@ -261,7 +262,7 @@ def test_rules_by_arithmetic():
     where, fading, sign = in_words([best], fades, signs, 0.5, "nats a token")
     assert "works best at layer 1 with coefficient 2, 2.5 [2.5, 2.5] nats a token, 0.5 [0.5, 0.5] ahead" in where
     assert "3 of 4 curves peak and clearly fall after: layer 0 (-1, peak at 0.5 nats)" in fading
-    assert "buys 5 at the cheapest step and 2 at the dearest" in fading  # medians of 4 8 8 2 … and 3 3 1 -2
+    assert "buys 6 at the cheapest step and 2 at the dearest" in fading  # medians of 4 8 8 2 and 3 3 1 -2
     assert "negative is stronger at layer 0; positive at layer 1. On average negative less positive is -1 " in sign
 
 
@@ -319,8 +320,8 @@ def test_equal_sides_have_no_vector(llama, tokenizer):
         fg.sweep(llama, tokenizer, same, neutral=NEUTRAL)
 
 
-def test_pictures_show_the_cells(llama, tokenizer, tmp_path):
-    found = fg.sweep(llama, tokenizer, SIDES, ce_rises=[0.05, 0.2], neutral=NEUTRAL)
+def test_pictures_show_the_cells(llama, tokenizer, own, tmp_path):
+    found = fg.sweep(llama, tokenizer, SIDES, ce_rises=[0.05, 0.2], neutral=own)
     figure = sweep_plots.push_map(found)
     shown = [text.get_text() for axis in figure.axes for text in axis.texts]
     assert shown == [sweep_plots._brief(cell.push) for sign in (1, -1) for cell in found.cells if cell.sign == sign]

@@ -291,7 +291,7 @@ def _calibrated(
         reached = {place: start * factor for (place, start), factor in factors if not math.isnan(factor)}
         steps += [(layer, sign, coefficient, rise) for (layer, sign), coefficient in reached.items()]
         tick()
-    return steps
+    return sorted(steps, key=lambda step: (step[0], -step[1]))
 
 
 def _scaled(vector: SteeringVector, unit: float) -> Callable[[float], Add]:
@@ -360,7 +360,7 @@ def _curves(shares: Mapping[SweepCell, Shares]) -> list[Curve]:
             tuple(cell.cost for cell in row),
             sign * np.stack([shares[cell] for cell in row]),
         )
-        for (layer, sign), row in sorted(rows.items(), key=lambda item: (item[0][0], -item[0][1]))
+        for (layer, sign), row in rows.items()
     ]
 
 
