@@ -66,6 +66,7 @@ ORDER = (
     "evaluation.endpoint",
     "evaluation.arms",
     "evaluation.bench",
+    "evaluation.propensity",
     "evaluation.sweep_answers",
     "evaluation.sweep",
     "evaluation.sweep_plots",

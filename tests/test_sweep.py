@@ -16,6 +16,7 @@ from fgsteer.cli import app
 from fgsteer.errors import DataError, HookpointError, SelectionError
 from fgsteer.evaluation import sweep_plots
 from fgsteer.evaluation.intervals import Interval, draw
+from fgsteer.evaluation.sweep import random_like
 from fgsteer.evaluation.sweep_answers import Curve, best_layer, fade, in_words, sign_differences
 from fgsteer.hookpoints import blocks_of
 from tests.reference import methods
@@ -150,7 +151,8 @@ def own(llama, tokenizer):
 def test_strengths_cost_the_same_everywhere(llama, tokenizer, own):
     rises, ticks = (0.02, 0.05, 0.2), []
     found = fg.sweep(llama, tokenizer, SIDES, ce_rises=rises, neutral=own, progress=lambda *done: ticks.append(done))
-    assert ticks == [(n + 1, len(rises) + LAYERS) for n in range(len(rises) + LAYERS)]
+    total = len(rises) + LAYERS + 1
+    assert ticks == [(n + 1, total) for n in range(total)]
     assert (found.matched, found.steps) == (0.2, rises)
     stats = fg.collect(llama, tokenizer, SIDES, hookpoints=[fg.Hookpoint(layer) for layer in range(LAYERS)])
     base = fg.cross_entropy(llama, tokenizer, own)
@@ -170,6 +172,33 @@ def test_strengths_cost_the_same_everywhere(llama, tokenizer, own):
     assert {best.sign for best in found.best} == {1, -1}
     assert len(found.fades) == 2 * LAYERS
     assert [row.layer for row in found.signs] == [0, 1, 2, None]
+
+
+def test_random_directions_show_what_any_change_does(llama, tokenizer, own):
+    rise = 0.05
+    found = fg.sweep(llama, tokenizer, SIDES, ce_rises=[rise], neutral=own, controls=2)
+    stats = fg.collect(llama, tokenizer, SIDES, hookpoints=[fg.Hookpoint(layer) for layer in range(LAYERS)])
+    built = [fg.caa(stats, hookpoint=fg.Hookpoint(layer)) for layer in range(LAYERS)]
+    random = [random_like(vector, number) for vector in built for number in range(2)]
+    assert [v.norm for v in random] == pytest.approx([v.norm for v in built for _ in range(2)])
+    assert abs(float(random[0].unit().direction @ random[1].unit().direction)) < 0.9
+    sizes = fg.calibrate_many(llama, tokenizer, [v.add for v in random], own, target_ce_rise=rise)
+    up, down = whole(tokenizer, SIDES.held_out.positives), whole(tokenizer, SIDES.held_out.negatives)
+    before = reference.propensity(reference.per_token(llama, up), reference.per_token(llama, down))
+    layer, block = 1, blocks_of(llama)[1]
+    after = []
+    for vector, size in zip(random[2:4], sizes[2:4], strict=True):
+        shift = size * vector.direction
+        after.append(
+            reference.propensity(
+                reference.per_token(llama, up, block, shift), reference.per_token(llama, down, block, shift)
+            )
+        )
+    assert found.damage[layer].mean == pytest.approx(sum(after) / 2 - before, **CLOSE)
+    row = found.signs[layer]
+    assert row.net.mean == pytest.approx(row.difference.mean + 2 * found.damage[layer].mean, **CLOSE)
+    without = fg.sweep(llama, tokenizer, SIDES, layers=[1], ce_rises=[rise], neutral=own, controls=0)
+    assert (without.damage, without.signs[0].net) == ({}, None)
 
 
 @pytest.fixture(scope="module")
@@ -255,15 +284,20 @@ def test_rules_by_arithmetic():
     assert [one.falls for one in fades] == [False, True, True, True]
     assert not fade(curves[1], lambda p: Interval(p.sum(), -1, 2)).falls
 
-    signs = sign_differences(curves, 0.5, exact)
+    damage = {0: np.array([-0.5, -0.5]), 1: np.array([0.25, 0.0])}
+    signs = sign_differences(curves, 0.5, exact, damage)
     assert [(row.layer, row.difference.mean) for row in signs] == [(0, 1.5), (1, -3.5), (None, -1.0)]
-    assert sign_differences(curves[:1], 0.5, exact) == ()
+    assert [row.net.mean for row in signs] == [-0.5, -3.0, -1.75]
+    half = sign_differences(curves, 0.5, exact, {1: damage[1]})
+    assert [row.net and row.net.mean for row in half] == [None, -3.0, None]
+    assert sign_differences(curves[:1], 0.5, exact, damage) == ()
 
     where, fading, sign = in_words([best], fades, signs, 0.5, "nats a token")
     assert "works best at layer 1 with coefficient 2, 2.5 [2.5, 2.5] nats a token, 0.5 [0.5, 0.5] ahead" in where
     assert "3 of 4 curves peak and clearly fall after: layer 0 (-1, peak at 0.5 nats)" in fading
     assert "buys 6 at the cheapest step and 2 at the dearest" in fading  # medians of 4 8 8 2 and 3 3 1 -2
     assert "negative is stronger at layer 0; positive at layer 1. On average negative less positive is -1 " in sign
+    assert "equal cost do: positive at layer 0, 1; on average -1.75 [" in sign
 
 
 def test_what_steering_that_costs_nothing_buys():

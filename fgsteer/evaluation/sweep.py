@@ -13,18 +13,17 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from fgsteer.activations import TokenRule
 from fgsteer.calibration import CE_RISE, calibrate_many
 from fgsteer.data import ContrastPair, ContrastSet, as_contrast, load_neutral
 from fgsteer.errors import DataError
-from fgsteer.evaluation.intervals import Interval, bootstrap
+from fgsteer.evaluation.intervals import Interval
+from fgsteer.evaluation.propensity import Propensity, Shares
 from fgsteer.evaluation.sweep_answers import (
     SIGNS,
     BestLayer,
@@ -37,11 +36,11 @@ from fgsteer.evaluation.sweep_answers import (
     sign_differences,
 )
 from fgsteer.hookpoints import Hookpoint, blocks_of
-from fgsteer.interventions import Add
+from fgsteer.interventions import Add, Intervention
 from fgsteer.methods import build
 from fgsteer.methods.provenance import library_version
 from fgsteer.models import identity
-from fgsteer.scoring import cross_entropies, log_probabilities
+from fgsteer.scoring import cross_entropies
 from fgsteer.statistics import collect
 from fgsteer.vector import SteeringVector
 
@@ -54,7 +53,6 @@ OFF_TARGET = 0.1  # a calibrated cost further than this from the one asked for, 
 
 Contrasts = ContrastSet | str | Path | Sequence[ContrastPair]
 Step = tuple[int, int, float, float | None]  # layer, sign, coefficient that bears it, rise asked for
-Shares = Float[np.ndarray, " units"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,8 @@ class Sweep:
 
     ``unit`` is that of effects; ``texts`` are numbers of positives, negatives, and pairs among them, ``measured_on``
     which they are. ``propensity`` and ``cross_entropy`` are the unsteered model's. ``matched`` is the cost at
-    which ``best`` and ``signs`` compare. ``notes`` say what is missing or weaker than it looks.
+    which ``best`` and ``signs`` compare, and ``damage`` by layer the mean effect of random directions of that cost:
+    what steering does whichever way it goes. ``notes`` say what is missing or weaker than it looks.
     """
 
     contrast: str
@@ -104,6 +103,7 @@ class Sweep:
     cross_entropy: float
     matched: float
     cells: tuple[SweepCell, ...]
+    damage: Mapping[int, Interval]
     best: tuple[BestLayer, ...]
     fades: tuple[Fade, ...]
     signs: tuple[SignDifference, ...]
@@ -148,6 +148,7 @@ def sweep(
     matched: float | None = None,
     held_out: Contrasts | None = None,
     neutral: Sequence[str] | None = None,
+    controls: int = 4,
     tokens: TokenRule = "all",
     batch_tokens: int = 16384,
     progress: Callable[[int, int], None] | None = None,
@@ -155,16 +156,16 @@ def sweep(
     """Effect and cost of ``h + c·v`` at every layer, strength and sign, and what they answer; nothing is generated.
 
     Propensity is ``mean⁺ − mean⁻`` of the two sides' log-probabilities a token, and an effect is its change from
-    c = 0, in nats. Of pairs that all have a prompt, the completions are scored; where in every pair they
-    have equally many tokens, as letters have, log-probabilities are sums instead: the change of
-    ``log p⁺ − log p⁻`` of ``answer_probabilities``. (Of unequal ones, sums would charge the longer answer with
-    what steering costs every token.) Cost is the rise of the mean cross-entropy of ``neutral`` texts, nats a token.
+    c = 0, in nats. Of pairs that all have a prompt and two answers of equally many tokens, as letters are,
+    log-probabilities are sums: the difference of ``answer_probabilities``. Cost is the rise of the mean
+    cross-entropy of ``neutral`` texts, in nats a token.
 
     ``vectors`` are one a layer, or caa, ace or pca to build them from the contrast, reading ``tokens``, at
     resid_post of ``layers`` (all); they are not scaled: c = 1 adds v. Strengths are those at which each layer and
     sign costs ``ce_rises`` (rising; by default .05, .1, .25, .5, 1), or ``coefficients`` ≥ 0, tried with both signs.
     ``matched`` is the cost at which layers and signs are compared: .5, or less where the grid ends before; between
-    given coefficients it is interpolated.
+    given coefficients it is interpolated. ``controls`` random directions a layer (0: none) show what any change of
+    that cost does to the two sides, which is no effect of the vector and would pass for a stronger sign.
 
     Effects are measured on ``held_out``, else the contrast's held-out part, else, with a note, on the contrast
     itself. Intervals (95 %, bootstrap) are over these texts, pairs kept together; the neutral texts and the
@@ -177,45 +178,82 @@ def sweep(
     grid, matched = _grid(ce_rises, coefficients, matched)
     by_cost = coefficients is None
     held = given.held_out if held_out is None else as_contrast(held_out)
-    scored = _Scored(given if held is None else held)
-    plain = load_neutral()[0] if neutral is None else neutral
+    propensity = Propensity(given if held is None else held)
+    meter = _Meter(model, tokenizer, propensity, load_neutral()[0] if neutral is None else neutral, batch_tokens)
     by_layer = _vectors(model, tokenizer, given, vectors, layers, tokens)
-    tick = _Ticker(progress, len(by_layer) + (len(grid) if by_cost else 0))
+    tick = _Ticker(progress, len(by_layer) + (len(grid) if by_cost else 0) + (controls > 0))
     if by_cost:
-        steps = _calibrated(model, tokenizer, by_layer, grid, plain, batch_tokens, tick)
+        steps = _calibrated(meter, by_layer, grid, tick)
     else:
         steps = [(layer, sign, sign * size, None) for layer in by_layer for sign in SIGNS for size in grid]
     shares: dict[SweepCell, Shares] = {}
     for layer, vector in by_layer.items():
         mine = [step for step in steps if step[0] == layer]
-        entries = [None, *(vector.add(coefficient) for _, _, coefficient, _ in mine)]
-        values, unit = scored.values(model, tokenizer, entries, batch_tokens)
-        entropies = cross_entropies(model, tokenizer, plain, entries, batch_tokens=batch_tokens)
-        for step, value, entropy in zip(mine, values[1:], entropies[1:], strict=True):
-            share, cost = scored.shares(value - values[0]), entropy - entropies[0]
+        read = meter.read([vector.add(coefficient) for _, _, coefficient, _ in mine])
+        for step, share, cost in zip(mine, read.changes, read.costs, strict=True):
             if math.isfinite(cost) and np.isfinite(share).all():
-                shares[SweepCell(*step, cost, scored.interval(share))] = share
+                shares[SweepCell(*step, cost, propensity.interval(share))] = share
         tick()
+    damage = _damage(meter, by_layer, matched, controls, tick) if controls > 0 else {}
     curves = _curves(shares)
     notes = [] if held is not None else ["no held-out texts: effects are measured on the set itself, which flatters"]
+    interval = propensity.interval
     return Sweep(
         contrast=given.name,
         method=", ".join(dict.fromkeys(str(v.provenance.get("method", "bare")) for v in by_layer.values())),
         model=identity(model),
         hookpoints={layer: str(vector.hookpoint) for layer, vector in by_layer.items()},
         norms={layer: vector.norm for layer, vector in by_layer.items()},
-        measured_on=scored.contrast.name,
-        texts=scored.numbers,
-        unit=unit,
-        propensity=scored.interval(scored.shares(values[0])),
-        cross_entropy=entropies[0],
+        measured_on=propensity.contrast.name,
+        texts=propensity.numbers,
+        unit=read.unit,
+        propensity=interval(read.base),
+        cross_entropy=read.entropy,
         matched=matched,
         cells=tuple(shares),
-        best=tuple(b for sign in SIGNS if (b := best_layer(curves, sign, matched, scored.interval)) is not None),
-        fades=tuple(fade(curve, scored.interval) for curve in curves),
-        signs=sign_differences(curves, matched, scored.interval),
+        damage={layer: interval(share) for layer, share in damage.items()},
+        best=tuple(best for sign in SIGNS if (best := best_layer(curves, sign, matched, interval)) is not None),
+        fades=tuple(fade(curve, interval) for curve in curves),
+        signs=sign_differences(curves, matched, interval, damage),
         notes=(*notes, *_missing(shares, by_layer, grid, curves, matched)),
     )
+
+
+class _Read(NamedTuple):
+    """The unsteered model's shares and cross-entropy, their changes by intervention, and the shares' unit."""
+
+    base: Shares
+    entropy: float
+    changes: list[Shares]
+    costs: list[float]
+    unit: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Meter:
+    """Reads effect and cost of interventions on one model and set of texts."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    propensity: Propensity
+    neutral: Sequence[str]
+    batch_tokens: int
+
+    def read(self, interventions: Sequence[Intervention]) -> _Read:
+        """Effects and costs against the unsteered model, which runs in the same passes."""
+        entries = [None, *interventions]
+        values, unit = self.propensity.values(self.model, self.tokenizer, entries, self.batch_tokens)
+        base, *raised = cross_entropies(
+            self.model, self.tokenizer, self.neutral, entries, batch_tokens=self.batch_tokens
+        )
+        changes = [self.propensity.shares(value - values[0]) for value in values[1:]]
+        return _Read(self.propensity.shares(values[0]), base, changes, [value - base for value in raised], unit)
+
+    def calibrate(self, makes: Sequence[Callable[[float], Intervention]], rise: float) -> list[float]:
+        """The coefficients that cost ``rise``; nan where none does."""
+        return calibrate_many(
+            self.model, self.tokenizer, makes, self.neutral, target_ce_rise=rise, batch_tokens=self.batch_tokens
+        )
 
 
 class _Ticker:
@@ -273,20 +311,13 @@ def _vectors(
 
 
 def _calibrated(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    vectors: Mapping[int, SteeringVector],
-    rises: Sequence[float],
-    neutral: Sequence[str],
-    batch_tokens: int,
-    tick: Callable[[], None],
+    meter: _Meter, vectors: Mapping[int, SteeringVector], rises: Sequence[float], tick: Callable[[], None]
 ) -> list[Step]:
     """Steps at which every layer and sign costs the rises, each search going on from the step before."""
     reached = {(layer, sign): float(sign) for layer in vectors for sign in SIGNS}
     steps: list[Step] = []
     for rise in rises:
-        makes = [_scaled(vectors[layer], start) for (layer, _), start in reached.items()]
-        found = calibrate_many(model, tokenizer, makes, neutral, target_ce_rise=rise, batch_tokens=batch_tokens)
+        found = meter.calibrate([_scaled(vectors[layer], start) for (layer, _), start in reached.items()], rise)
         factors = zip(reached.items(), found, strict=True)
         reached = {place: start * factor for (place, start), factor in factors if not math.isnan(factor)}
         steps += [(layer, sign, coefficient, rise) for (layer, sign), coefficient in reached.items()]
@@ -298,52 +329,26 @@ def _scaled(vector: SteeringVector, unit: float) -> Callable[[float], Add]:
     return lambda factor: vector.add(factor * unit)
 
 
-class _Scored:
-    """The texts that effects are measured on, and how each pair or text shares in them.
+def random_like(vector: SteeringVector, number: int) -> SteeringVector:
+    """The ``number``-th standard normal direction at a vector's hookpoint, of its norm (of norm 1 for a zero vector)."""
+    generator = torch.Generator().manual_seed(number)
+    direction = torch.randn(vector.d_model, generator=generator)
+    return SteeringVector(direction / direction.norm() * (vector.norm or 1.0), vector.hookpoint)
 
-    Raises DataError for one pair, positive or negative alone.
-    """
 
-    def __init__(self, contrast: ContrastSet) -> None:
-        self.contrast = contrast
-        self.positives, self.negatives = contrast.count(True), contrast.count(False)
-        self.pairs = len(contrast.pairs)
-        self.texts = [*contrast.side(True), *contrast.side(False)]
-        self.groups = (self.pairs, self.positives - self.pairs, self.negatives - self.pairs)
-        if 1 in self.groups:
-            told = "{} pairs, {} more positives and {} more negatives".format(*self.groups)
-            raise DataError(f"{contrast.name!r} has {told}", "at least two of what it has, for an interval")
-
-    @property
-    def numbers(self) -> dict[str, int]:
-        """How many texts a side has, and pairs among them."""
-        return {"positives": self.positives, "negatives": self.negatives, "pairs": self.pairs}
-
-    def values(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, entries: Sequence[Any], batch_tokens: int
-    ) -> tuple[Float[Tensor, "entries texts"], str]:
-        """Each text's log-probability under each entry, and its unit."""
-        found = log_probabilities(model, tokenizer, self.texts, entries, batch_tokens=batch_tokens)
-        answers = self.groups[1:] == (0, 0) and all(pair.prompt for pair in self.contrast.pairs)
-        if answers and torch.equal(found.counts[: self.pairs], found.counts[self.pairs :]):
-            return found.sums, "nats an answer"
-        return found.sums / found.counts, "nats a token"
-
-    def shares(self, values: Float[Tensor, " texts"]) -> Shares:
-        """What each unit (pairs, then single positives, then negatives) adds to ``mean⁺ − mean⁻``."""
-        positive = values[: self.positives].numpy() / self.positives
-        negative = values[self.positives :].numpy() / self.negatives
-        pairs = self.pairs
-        return np.concatenate([positive[:pairs] - negative[:pairs], positive[pairs:], -negative[pairs:]])
-
-    def interval(self, shares: Shares) -> Interval:
-        """The sum of shares with its interval: pairs, single positives and negatives are drawn by themselves."""
-        ends = np.cumsum(self.groups)
-        parts = [(n, part) for n, part in enumerate(np.split(shares, ends[:-1])) if len(part)]
-        # bootstrap() takes the mean of the groups' means
-        return bootstrap(
-            [{(n, unit): float(x) * len(part) * len(parts) for unit, x in enumerate(part)} for n, part in parts]
-        )
+def _damage(
+    meter: _Meter, vectors: Mapping[int, SteeringVector], cost: float, controls: int, tick: Callable[[], None]
+) -> dict[int, Shares]:
+    """By layer, the mean change under random directions that cost as much."""
+    random = [random_like(vector, number) for vector in vectors.values() for number in range(controls)]
+    found = zip(random, meter.calibrate([vector.add for vector in random], cost), strict=True)
+    reached = [vector.add(coefficient) for vector, coefficient in found if not math.isnan(coefficient)]
+    changes: dict[int, list[Shares]] = {}
+    for entry, share in zip(reached, meter.read(reached).changes, strict=True):
+        changes.setdefault(entry.hookpoint.layer, []).append(share)
+    tick()
+    means = {layer: np.mean(found, axis=0) for layer, found in changes.items()}
+    return {layer: share for layer, share in means.items() if np.isfinite(share).all()}
 
 
 def _curves(shares: Mapping[SweepCell, Shares]) -> list[Curve]:

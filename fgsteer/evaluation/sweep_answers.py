@@ -9,7 +9,7 @@ is over texts, which all layers and signs share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -17,10 +17,11 @@ import numpy as np
 from jaxtyping import Float
 
 from fgsteer.evaluation.intervals import Interval
+from fgsteer.evaluation.propensity import Shares
 
 SIGNS = (1, -1)
 
-IntervalOf = Callable[[Float[np.ndarray, " units"]], Interval]
+IntervalOf = Callable[[Shares], Interval]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class Curve:
     costs: tuple[float, ...]
     pushes: Float[np.ndarray, "steps units"]
 
-    def at(self, cost: float) -> tuple[float, Float[np.ndarray, " units"]] | None:
+    def at(self, cost: float) -> tuple[float, Shares] | None:
         """(coefficient, pushes) where the curve first reaches a cost, on straight lines between steps from no steering.
 
         None where it does not reach it.
@@ -99,11 +100,14 @@ class SignDifference:
     """``push(−) − push(+)`` of a layer at the matched cost, above 0 where negative is stronger; layer None: the mean.
 
     It is ``−effect(−) − effect(+)``, not ``|effect(−)| − effect(+)``: a negative that moves the
-    model the wrong way is weak, not strong, and a mean of absolute values of noise is above 0.
+    model the wrong way is weak, not strong, and a mean of absolute values of noise is above 0. Any change of the
+    model may cost one side of the contrast more, which makes a sign look strong: ``net`` is
+    ``difference + 2·damage``, less what random directions of equal cost do; None where that is not known.
     """
 
     layer: int | None
     difference: Interval
+    net: Interval | None
 
 
 def best_layer(curves: Sequence[Curve], sign: int, cost: float, interval: IntervalOf) -> BestLayer | None:
@@ -128,15 +132,22 @@ def fade(curve: Curve, interval: IntervalOf) -> Fade:
     return Fade(curve.layer, curve.sign, per_nat, curve.costs[peak], float(pushes[peak]), fall)
 
 
-def sign_differences(curves: Sequence[Curve], cost: float, interval: IntervalOf) -> tuple[SignDifference, ...]:
-    """Negative against positive at every layer where both reach the cost, then their mean over these layers."""
+def sign_differences(
+    curves: Sequence[Curve], cost: float, interval: IntervalOf, damage: Mapping[int, Shares]
+) -> tuple[SignDifference, ...]:
+    """Negative against positive at every layer where both reach the cost, then their mean over these layers.
+
+    ``damage`` are the units' shares in the effect of random directions, by layer.
+    """
     found = {(curve.layer, curve.sign): at[1] for curve in curves if (at := curve.at(cost)) is not None}
     layers = sorted(layer for layer, sign in found if sign > 0 and (layer, -1) in found)
     if not layers:
         return ()
-    differences = [found[layer, -1] - found[layer, 1] for layer in layers]
-    rows = [SignDifference(layer, interval(d)) for layer, d in zip(layers, differences, strict=True)]
-    return (*rows, SignDifference(None, interval(np.mean(differences, axis=0))))
+    raw = {layer: found[layer, -1] - found[layer, 1] for layer in layers}
+    net = {layer: raw[layer] + 2 * damage[layer] for layer in layers if layer in damage}
+    rows = [SignDifference(n, interval(raw[n]), interval(net[n]) if n in net else None) for n in layers]
+    mean_net = interval(np.mean(list(net.values()), axis=0)) if len(net) == len(layers) else None
+    return (*rows, SignDifference(None, interval(np.mean(list(raw.values()), axis=0)), mean_net))
 
 
 def in_words(
@@ -177,13 +188,21 @@ def _signs_in_words(signs: Sequence[SignDifference], unit: str) -> str:
     if not signs:
         return "no layer reaches this cost with both signs."
     *rows, mean = signs
+    told = f"{_stronger([(row.layer, row.difference) for row in rows])}. "
+    told += f"On average negative less positive is {_told(mean.difference)} {unit}."
+    net = [(row.layer, row.net) for row in rows if row.net is not None]
+    if mean.net is not None:
+        told += f" Net of what random directions of equal cost do: {_stronger(net)}; on average {_told(mean.net)}."
+    return told
+
+
+def _stronger(rows: Sequence[tuple[int | None, Interval]]) -> str:
     by = {
-        "negative is stronger at layer": [row.layer for row in rows if row.difference.low > 0],
-        "positive at layer": [row.layer for row in rows if row.difference.high < 0],
-        "not told apart at layer": [row.layer for row in rows if not row.difference.clear],
+        "negative is stronger at layer": [layer for layer, difference in rows if difference.low > 0],
+        "positive at layer": [layer for layer, difference in rows if difference.high < 0],
+        "not told apart at layer": [layer for layer, difference in rows if not difference.clear],
     }
-    told = "; ".join(f"{what} {_listed(layers)}" for what, layers in by.items() if layers)
-    return f"{told}. On average negative less positive is {_told(mean.difference)} {unit}."
+    return "; ".join(f"{what} {_listed(layers)}" for what, layers in by.items() if layers)
 
 
 def _told(value: Interval) -> str:
