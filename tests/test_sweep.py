@@ -62,7 +62,9 @@ def test_cells_equal_the_loop_over_texts_and_layers(models, tokenizer, family):
     model = models[family]
     sizes = (0.25, 1.0)
     for batch_tokens in (24, 16384):
-        found = fg.sweep(model, tokenizer, SIDES, coefficients=sizes, neutral=NEUTRAL, batch_tokens=batch_tokens)
+        found = fg.sweep(
+            model, tokenizer, SIDES, coefficients=sizes, neutral=NEUTRAL, controls=0, batch_tokens=batch_tokens
+        )
         cells = {(cell.layer, cell.coefficient): cell for cell in found.cells}
         assert list(cells) == [(layer, s * c) for layer in range(LAYERS) for s in (1, -1) for c in sizes]
         up, down = whole(tokenizer, SIDES.held_out.positives), whole(tokenizer, SIDES.held_out.negatives)
@@ -93,7 +95,7 @@ def sides(contrast):
 @pytest.mark.parametrize("pairs", [LETTERS, UNEQUAL], ids=["letters", "unequal"])
 def test_answers_are_scored_after_their_prompt(llama, tokenizer, pairs):
     vector = fg.SteeringVector(torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1)), fg.Hookpoint(1))
-    found = fg.sweep(llama, tokenizer, pairs, vectors=[vector], coefficients=[1.0], neutral=NEUTRAL)
+    found = fg.sweep(llama, tokenizer, pairs, vectors=[vector], coefficients=[1.0], neutral=NEUTRAL, controls=0)
     rule = reference.sums if pairs is LETTERS else reference.per_token
     assert found.unit == ("nats an answer" if pairs is LETTERS else "nats a token")
     assert found.texts == {"positives": len(pairs), "negatives": len(pairs), "pairs": len(pairs)}
@@ -118,7 +120,7 @@ def test_answers_are_scored_after_their_prompt(llama, tokenizer, pairs):
 
 def test_pairs_and_single_texts_together(llama, tokenizer):
     single = fg.ContrastSet("x", pairs=LETTERS, positives=["a happy wedding", "the bride"], negatives=())
-    found = fg.sweep(llama, tokenizer, single, layers=[1], coefficients=[0.5], neutral=NEUTRAL)
+    found = fg.sweep(llama, tokenizer, single, layers=[1], coefficients=[0.5], neutral=NEUTRAL, controls=0)
     up = fg.log_probabilities(llama, tokenizer, list(single.side(True)))
     down = fg.log_probabilities(llama, tokenizer, list(single.side(False)))
     expected = float(-up.cross_entropy.mean() + down.cross_entropy.mean())
@@ -127,14 +129,14 @@ def test_pairs_and_single_texts_together(llama, tokenizer):
 
 
 def test_nothing_added_does_nothing(llama, tokenizer):
-    found = fg.sweep(llama, tokenizer, SIDES, coefficients=[0.0, 0.5], neutral=NEUTRAL)
+    found = fg.sweep(llama, tokenizer, SIDES, coefficients=[0.0, 0.5], neutral=NEUTRAL, controls=0)
     zero = [cell for cell in found.cells if cell.coefficient == 0]
     assert len(zero) == 2 * LAYERS
     null = [fg.SteeringVector(torch.zeros(D_MODEL), fg.Hookpoint(layer)) for layer in range(LAYERS)]
-    zero += fg.sweep(llama, tokenizer, SIDES, vectors=null, coefficients=[1.0], neutral=NEUTRAL).cells
+    zero += fg.sweep(llama, tokenizer, SIDES, vectors=null, coefficients=[1.0], neutral=NEUTRAL, controls=0).cells
     assert {(cell.cost, *cell.effect) for cell in zero} == {(0.0, 0.0, 0.0, 0.0)}
     assert all(cell.effect.mean != 0 for cell in found.cells if cell.coefficient)
-    asleep = fg.sweep(llama, tokenizer, SIDES, vectors=null[:1], ce_rises=[0.1, 0.2], neutral=NEUTRAL)
+    asleep = fg.sweep(llama, tokenizer, SIDES, vectors=null[:1], ce_rises=[0.1, 0.2], neutral=NEUTRAL, controls=0)
     assert not asleep.cells
     assert any("layer 0 (-1): 0.1, 0.2 not reached" in note for note in asleep.notes)
     assert "no layer reaches this cost" in asleep.answers[0]
@@ -309,7 +311,7 @@ def test_what_steering_that_costs_nothing_buys():
 
 
 def test_held_out_texts_are_used_where_there_are_any(llama, tokenizer):
-    options = {"layers": [1], "coefficients": [0.5], "neutral": NEUTRAL}
+    options = {"layers": [1], "coefficients": [0.5], "neutral": NEUTRAL, "controls": 0}
     bare = replace(SIDES, held_out=None)
     on_itself = fg.sweep(llama, tokenizer, bare, **options)
     assert (on_itself.measured_on, on_itself.contrast) == ("wed", "wed")
@@ -370,7 +372,7 @@ def test_pictures_show_the_cells(llama, tokenizer, own, tmp_path):
     names = [path.name for path in sweep_plots.save_pictures(found, tmp_path)]
     assert names == ["sweep-map.png", "sweep-map.svg", "sweep-fading.png", "sweep-fading.svg"]
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
-    given = fg.sweep(llama, tokenizer, SIDES, layers=[1], coefficients=[0.5, 20.0], neutral=NEUTRAL)
+    given = fg.sweep(llama, tokenizer, SIDES, layers=[1], coefficients=[0.5, 20.0], neutral=NEUTRAL, controls=0)
     assert not any(axis.patches for axis in sweep_plots.push_map(given).axes)
     assert [sweep_plots._brief(v) for v in (0.05, -0.126, 1.0, -3.14, 9.96, 120.0)] == [
         ".05", "−.13", "1.0", "−3.1", "10", "120",

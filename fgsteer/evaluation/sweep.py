@@ -330,7 +330,7 @@ def _scaled(vector: SteeringVector, unit: float) -> Callable[[float], Add]:
 
 
 def random_like(vector: SteeringVector, number: int) -> SteeringVector:
-    """The ``number``-th standard normal direction at a vector's hookpoint, of its norm (of norm 1 for a zero vector)."""
+    """The ``number``-th random direction at a vector's hookpoint, of its norm (of norm 1 for a zero vector)."""
     generator = torch.Generator().manual_seed(number)
     direction = torch.randn(vector.d_model, generator=generator)
     return SteeringVector(direction / direction.norm() * (vector.norm or 1.0), vector.hookpoint)
