@@ -79,6 +79,7 @@ _HOMES = {
     "evaluation.endpoint": ("CostEstimate", "EndpointJudge"),
     "evaluation.records": ("EvalRecord", "Run", "load_run"),
     "evaluation.report": ("write_report",),
+    "evaluation.sweep": ("Sweep", "SweepCell", "sweep"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -66,6 +66,10 @@ ORDER = (
     "evaluation.endpoint",
     "evaluation.arms",
     "evaluation.bench",
+    "evaluation.propensity",
+    "evaluation.sweep_answers",
+    "evaluation.sweep",
+    "evaluation.sweep_plots",
     "__init__",
     "demo",
     "cli.common",
@@ -74,6 +78,7 @@ ORDER = (
     "cli.read",
     "cli.evaluate",
     "cli.bench",
+    "cli.sweep",
     "cli",
 )
 
@@ -166,6 +171,8 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     fg.measure_steerability(model, tokenizer, vectors[1].add, [pair], [-1.0, 0.0, 1.0])
     fg.answer_probabilities(model, tokenizer, [pair], [None, [vectors[1].add(1.0)]]).share
     fg.diagnose(fg.collect(model, tokenizer, data, sae=sae, keep_pooled=True), vectors[1])
+    sides = fg.ContrastSet("y", positives=["the bride", "a ring"], negatives=["a dog sat", "a cat"])
+    fg.sweep(model, tokenizer, sides, layers=[0, 1], ce_rises=[0.01, 0.02], neutral=texts)
 for judge in (fg.KeywordJudge(), fg.EmbeddingJudge(BagOfWords())):
     judge.validate("wedding")
 from fgsteer.evaluation.intervals import bootstrap

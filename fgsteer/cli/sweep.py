@@ -1,0 +1,116 @@
+"""The command that sweeps layers, strengths and signs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fgsteer.cli.common import (
+    BatchTokensOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    TokensOption,
+    app,
+    console,
+    load_model,
+    progress_bar,
+    show,
+    token_rule,
+    writable,
+)
+from fgsteer.errors import DataError
+
+
+@app.command()
+def sweep(
+    contrast: Annotated[str, typer.Argument(help="A shipped contrast set, or a .json or .jsonl file.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for sweep.json and pictures.")] = None,
+    method: Annotated[str, typer.Option(help="caa, ace or pca: builds a vector at each layer.")] = "caa",
+    vector: Annotated[
+        list[Path] | None, typer.Option("--vector", "-v", help="A vector of a layer, instead of --method; repeat.")
+    ] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Only these layers; default: all.")] = None,
+    ce_rise: Annotated[
+        list[float] | None, typer.Option(help="A cost in nats a token to set strength by; default: 0.05 to 1.")
+    ] = None,
+    coefficient: Annotated[
+        list[float] | None, typer.Option("--coefficient", "-c", help="A strength, both signs, instead of costs.")
+    ] = None,
+    matched: Annotated[float | None, typer.Option(help="The cost at which layers and signs are compared.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Set to measure on; default: the held-out part.")] = None,
+    neutral: Annotated[Path | None, typer.Option(help="Texts that cost is measured on, a line each.")] = None,
+    controls: Annotated[int, typer.Option(min=0, help="Random directions a layer, to compare signs with.")] = 4,
+    model: ModelOption = "default",
+    tokens: TokensOption = "all",
+    batch_tokens: BatchTokensOption = 16384,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Where does steering work best, how does it fade, is negative stronger? Layers × strengths × signs, no generation.
+
+    Effects are changes of the log-probability of texts with the behavior against that of texts without it.
+    """
+    import fgsteer as fg
+    from fgsteer.data import read_documents
+    from fgsteer.evaluation.sweep_plots import save_pictures
+    from fgsteer.files import write_json
+
+    writable(None if out is None else out / "sweep.json")
+    vectors = [fg.SteeringVector.load(path) for path in vector or []]
+    if vectors and method != "caa":
+        raise DataError(f"--vector and --method {method}", "one of them")
+    language_model, tokenizer = load_model(model, device, dtype)
+    with progress_bar("sweeping", None, as_json) as bar:
+        swept = fg.sweep(
+            language_model,
+            tokenizer,
+            contrast,
+            vectors=vectors or method,
+            layers=layer,
+            ce_rises=ce_rise and sorted(ce_rise),
+            coefficients=coefficient and sorted(coefficient),
+            matched=matched,
+            held_out=held_out,
+            neutral=None if neutral is None else list(read_documents(neutral)),
+            controls=controls,
+            tokens=token_rule(tokens),
+            batch_tokens=batch_tokens,
+            progress=bar,
+        )
+    told = {"command": " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]])), **swept.as_dict()}
+    if out is not None:
+        write_json(out / "sweep.json", told)
+        save_pictures(swept, out)
+    show(told, as_json, lambda _: _print_sweep(swept))
+    if out is not None and not as_json:
+        typer.echo(f"sweep.json and pictures in {out}")
+
+
+def _print_sweep(swept: Any) -> None:
+    """Effects by layer, sign and step, then the answers and the notes."""
+    from rich.table import Table
+
+    by_cost = all(cell.target is not None for cell in swept.cells)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    for heading in ("layer", "sign", *(f"{step:g}" for step in swept.steps)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    shown = {
+        (cell.layer, cell.sign, cell.step): f"{cell.effect.mean:+.3f}" + ("" if by_cost else f" ({cell.cost:.2f})")
+        for cell in swept.cells
+    }
+    for layer, sign in dict.fromkeys((cell.layer, cell.sign) for cell in swept.cells):
+        table.add_row(str(layer), f"{sign:+d}"[0], *(shown.get((layer, sign, step), "-") for step in swept.steps))
+    console().print(table)
+    columns = "cost in nats a token" if by_cost else "coefficient (cost in nats a token)"
+    typer.echo(f"{swept.method} on {swept.measured_on}: effect in {swept.unit}, by {columns}\n")
+    for answer in swept.answers:
+        typer.echo(answer)
+    for note in swept.notes:
+        typer.echo(f"note: {note}")

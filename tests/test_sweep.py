@@ -1,0 +1,426 @@
+"""The sweep: against loops, against a model whose answer is planted, and its rules on hand-made curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fgsteer as fg
+from fgsteer.cli import app
+from fgsteer.errors import DataError, HookpointError, SelectionError
+from fgsteer.evaluation import sweep_plots
+from fgsteer.evaluation.intervals import Interval, draw
+from fgsteer.evaluation.sweep import random_like
+from fgsteer.evaluation.sweep_answers import Curve, best_layer, fade, in_words, sign_differences
+from fgsteer.hookpoints import blocks_of
+from tests.reference import methods
+from tests.reference import sweep as reference
+from tests.test_statistics import naive_examples
+from tests.tiny import D_MODEL, LAYERS, tiny_model
+
+NEUTRAL = ["the dog sat on the house", "a man took the tea", "it is a new day and the cat ran"]
+SIDES = fg.ContrastSet(
+    "wed",
+    positives=["the bride wore a ring", "the groom said yes in church", "a happy wedding"],
+    negatives=["a cat ran", "the old king was sad"],
+    held_out=fg.ContrastSet(
+        "wed:held_out",
+        positives=["the groom took a ring", "she was happy with the bride", "a wedding in the church"],
+        negatives=["the ship was old", "a dog ran to the sea and sat"],
+    ),
+)
+LETTERS = [
+    fg.ContrastPair("A", "B", prompt="is the king happy ? ("),
+    fg.ContrastPair("yes", "no", prompt="the man said"),
+    fg.ContrastPair("tea", "bread", prompt="I think"),
+]
+UNEQUAL = [*LETTERS, fg.ContrastPair("yes and no", "bad", prompt="he said")]
+# float32 forward passes at other batch shapes, log-probabilities of some tens of nats, differences of them
+CLOSE = {"rel": 1e-3, "abs": 2e-4}
+
+
+def whole(tokenizer, texts):
+    return [(tokenizer(text)["input_ids"], 1) for text in texts]
+
+
+def answers(tokenizer, pairs, side):
+    found = []
+    for pair in pairs:
+        ids = tokenizer(f"{pair.prompt} {getattr(pair, side)}")["input_ids"]
+        found.append((ids, len(tokenizer(pair.prompt)["input_ids"])))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_cells_equal_the_loop_over_texts_and_layers(models, tokenizer, family):
+    model = models[family]
+    sizes = (0.25, 1.0)
+    for batch_tokens in (24, 16384):
+        found = fg.sweep(
+            model, tokenizer, SIDES, coefficients=sizes, neutral=NEUTRAL, controls=0, batch_tokens=batch_tokens
+        )
+        cells = {(cell.layer, cell.coefficient): cell for cell in found.cells}
+        assert list(cells) == [(layer, s * c) for layer in range(LAYERS) for s in (1, -1) for c in sizes]
+        up, down = whole(tokenizer, SIDES.held_out.positives), whole(tokenizer, SIDES.held_out.negatives)
+        plain = whole(tokenizer, NEUTRAL)
+        base_up, base_down = reference.per_token(model, up), reference.per_token(model, down)
+        assert found.propensity.mean == pytest.approx(reference.propensity(base_up, base_down), **CLOSE)
+        assert found.cross_entropy == pytest.approx(reference.cross_entropy(model, plain), **CLOSE)
+        for layer, block in enumerate(blocks_of(model)):
+            examples = [naive_examples(model, tokenizer, side, fg.Hookpoint(layer)) for side in sides(SIDES)]
+            direction = torch.tensor(methods.caa(*examples)).float()
+            assert found.norms[layer] == pytest.approx(float(direction.norm()), rel=1e-4)
+            for coefficient in (0.25, -1.0):
+                cell, shift = cells[layer, coefficient], coefficient * direction
+                rise_up = np.subtract(reference.per_token(model, up, block, shift), base_up).tolist()
+                rise_down = np.subtract(reference.per_token(model, down, block, shift), base_down).tolist()
+                assert cell.effect.mean == pytest.approx(reference.propensity(rise_up, rise_down), **CLOSE)
+                cost = reference.cross_entropy(model, plain, block, shift) - reference.cross_entropy(model, plain)
+                assert cell.cost == pytest.approx(cost, **CLOSE)
+                # the same draws; single positives are the first stratum, negatives the second
+                low, high = reference.interval_of_sides(rise_up, rise_down, draw(3, number=0), draw(2, number=1))
+                assert (cell.effect.low, cell.effect.high) == pytest.approx((low, high), **CLOSE)
+
+
+def sides(contrast):
+    return contrast.positives, contrast.negatives
+
+
+@pytest.mark.parametrize("pairs", [LETTERS, UNEQUAL], ids=["letters", "unequal"])
+def test_answers_are_scored_after_their_prompt(llama, tokenizer, pairs):
+    vector = fg.SteeringVector(torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1)), fg.Hookpoint(1))
+    found = fg.sweep(llama, tokenizer, pairs, vectors=[vector], coefficients=[1.0], neutral=NEUTRAL, controls=0)
+    rule = reference.sums if pairs is LETTERS else reference.per_token
+    assert found.unit == ("nats an answer" if pairs is LETTERS else "nats a token")
+    assert found.texts == {"positives": len(pairs), "negatives": len(pairs), "pairs": len(pairs)}
+    block = blocks_of(llama)[1]
+    up, down = answers(tokenizer, pairs, "positive"), answers(tokenizer, pairs, "negative")
+    for cell in found.cells:
+        shift = cell.coefficient * vector.direction
+        effects = [
+            rule(llama, [a], block, shift)[0]
+            - rule(llama, [b], block, shift)[0]
+            - (rule(llama, [a])[0] - rule(llama, [b])[0])
+            for a, b in zip(up, down, strict=True)
+        ]
+        assert cell.effect.mean == pytest.approx(sum(effects) / len(effects), **CLOSE)
+        drawn = [np.mean([effects[i] for i in row]) for row in draw(len(pairs))]  # a pair is drawn as one
+        assert cell.effect.low == pytest.approx(np.quantile(drawn, 0.025), **CLOSE)
+    if pairs is LETTERS:
+        steering = [None, vector.add(1.0)]
+        differences = fg.answer_probabilities(llama, tokenizer, pairs, steering).difference
+        assert found.cells[0].effect.mean == pytest.approx(float((differences[1] - differences[0]).mean()), **CLOSE)
+
+
+def test_pairs_and_single_texts_together(llama, tokenizer):
+    single = fg.ContrastSet("x", pairs=LETTERS, positives=["a happy wedding", "the bride"], negatives=())
+    found = fg.sweep(llama, tokenizer, single, layers=[1], coefficients=[0.5], neutral=NEUTRAL, controls=0)
+    up = fg.log_probabilities(llama, tokenizer, list(single.side(True)))
+    down = fg.log_probabilities(llama, tokenizer, list(single.side(False)))
+    expected = float(-up.cross_entropy.mean() + down.cross_entropy.mean())
+    assert found.propensity.mean == pytest.approx(expected, **CLOSE)
+    assert found.texts == {"positives": 5, "negatives": 3, "pairs": 3}
+
+
+def test_nothing_added_does_nothing(llama, tokenizer):
+    found = fg.sweep(llama, tokenizer, SIDES, coefficients=[0.0, 0.5], neutral=NEUTRAL, controls=0)
+    zero = [cell for cell in found.cells if cell.coefficient == 0]
+    assert len(zero) == 2 * LAYERS
+    null = [fg.SteeringVector(torch.zeros(D_MODEL), fg.Hookpoint(layer)) for layer in range(LAYERS)]
+    zero += fg.sweep(llama, tokenizer, SIDES, vectors=null, coefficients=[1.0], neutral=NEUTRAL, controls=0).cells
+    assert {(cell.cost, *cell.effect) for cell in zero} == {(0.0, 0.0, 0.0, 0.0)}
+    assert all(cell.effect.mean != 0 for cell in found.cells if cell.coefficient)
+    asleep = fg.sweep(llama, tokenizer, SIDES, vectors=null[:1], ce_rises=[0.1, 0.2], neutral=NEUTRAL, controls=0)
+    assert not asleep.cells
+    assert any("layer 0 (-1): 0.1, 0.2 not reached" in note for note in asleep.notes)
+    assert "no layer reaches this cost" in asleep.answers[0]
+    with pytest.raises(DataError, match="without cells"):
+        sweep_plots.pictures(asleep)
+
+
+@pytest.fixture(scope="module")
+def own(llama, tokenizer):
+    """What the model itself writes: it has a cost of every size, and random text need not."""
+    return fg.generate(llama, tokenizer, ["the", "I", "king"], max_new_tokens=12)
+
+
+def test_strengths_cost_the_same_everywhere(llama, tokenizer, own):
+    rises, ticks = (0.02, 0.05, 0.2), []
+    found = fg.sweep(llama, tokenizer, SIDES, ce_rises=rises, neutral=own, progress=lambda *done: ticks.append(done))
+    total = len(rises) + LAYERS + 1
+    assert ticks == [(n + 1, total) for n in range(total)]
+    assert (found.matched, found.steps) == (0.2, rises)
+    stats = fg.collect(llama, tokenizer, SIDES, hookpoints=[fg.Hookpoint(layer) for layer in range(LAYERS)])
+    base = fg.cross_entropy(llama, tokenizer, own)
+    for layer in range(LAYERS):
+        vector = fg.caa(stats, hookpoint=fg.Hookpoint(layer))
+        for sign in (1, -1):
+            row = [cell for cell in found.cells if (cell.layer, cell.sign) == (layer, sign)]
+            assert [cell.target for cell in row] == list(rises)
+            sizes = [sign * cell.coefficient for cell in row]
+            assert sizes == sorted(sizes)
+            assert sizes[0] > 0
+            for cell in row:
+                steering = vector.add(cell.coefficient)
+                cost = fg.cross_entropy(llama, tokenizer, own, steering=steering) - base
+                assert cost == pytest.approx(cell.cost, abs=1e-4)
+                assert cost == pytest.approx(cell.target, rel=0.021)  # calibration's tolerance is 2 %
+    assert {best.sign for best in found.best} == {1, -1}
+    assert len(found.fades) == 2 * LAYERS
+    assert [row.layer for row in found.signs] == [0, 1, 2, None]
+
+
+def test_random_directions_show_what_any_change_does(llama, tokenizer, own):
+    rise = 0.05
+    found = fg.sweep(llama, tokenizer, SIDES, ce_rises=[rise], neutral=own, controls=2)
+    stats = fg.collect(llama, tokenizer, SIDES, hookpoints=[fg.Hookpoint(layer) for layer in range(LAYERS)])
+    built = [fg.caa(stats, hookpoint=fg.Hookpoint(layer)) for layer in range(LAYERS)]
+    random = [random_like(vector, number) for vector in built for number in range(2)]
+    assert [v.norm for v in random] == pytest.approx([v.norm for v in built for _ in range(2)])
+    assert abs(float(random[0].unit().direction @ random[1].unit().direction)) < 0.9
+    sizes = fg.calibrate_many(llama, tokenizer, [v.add for v in random], own, target_ce_rise=rise)
+    up, down = whole(tokenizer, SIDES.held_out.positives), whole(tokenizer, SIDES.held_out.negatives)
+    before = reference.propensity(reference.per_token(llama, up), reference.per_token(llama, down))
+    layer, block = 1, blocks_of(llama)[1]
+    after = []
+    for vector, size in zip(random[2:4], sizes[2:4], strict=True):
+        shift = size * vector.direction
+        after.append(
+            reference.propensity(
+                reference.per_token(llama, up, block, shift), reference.per_token(llama, down, block, shift)
+            )
+        )
+    assert found.damage[layer].mean == pytest.approx(sum(after) / 2 - before, **CLOSE)
+    row = found.signs[layer]
+    assert row.net.mean == pytest.approx(row.difference.mean + 2 * found.damage[layer].mean, **CLOSE)
+    without = fg.sweep(llama, tokenizer, SIDES, layers=[1], ce_rises=[rise], neutral=own, controls=0)
+    assert (without.damage, without.signs[0].net) == ({}, None)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """A model whose blocks pass the stream on as it is."""
+    model = tiny_model("llama", seed=3)
+    for block in blocks_of(model):
+        torch.nn.init.zeros_(block.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(block.mlp.down_proj.weight)
+    return model
+
+
+def test_a_planted_layer_is_found(planted, tokenizer):
+    """Only the last layer's vector points at the answer alone: half of layer 1's is beside it, layer 0's is erased."""
+    words = tokenizer(["yes", "no"], add_special_tokens=False)["input_ids"]
+    yes, no = ((planted.lm_head.weight * planted.model.norm.weight)[ids[0]].detach() for ids in words)
+    place, other = int((yes - no).abs().argmax()), int((yes - no).abs().argmin())
+    aim, beside = torch.zeros(2, D_MODEL)
+    aim[place], beside[other] = (yes - no)[place].sign(), 1.0
+    vectors = [fg.SteeringVector(v, fg.Hookpoint(n)) for n, v in enumerate((aim, aim + beside, aim))]
+    prompts = ["the man said", "I think", "she was old and", "is it good ?", "he ran to the sea and said"]
+    questions = [fg.ContrastPair("yes", "no", prompt=prompt) for prompt in prompts]
+
+    def erase(_, args, kwargs):
+        h = (args[0] if args else kwargs["hidden_states"]).clone()
+        h[..., place] = 0
+        return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+
+    handle = blocks_of(planted)[1].register_forward_pre_hook(erase, with_kwargs=True)
+    try:
+        plain = fg.generate(planted, tokenizer, prompts, max_new_tokens=8)
+        found = fg.sweep(planted, tokenizer, questions, vectors=vectors, ce_rises=[0.05, 0.2], neutral=plain)
+    finally:
+        handle.remove()
+    up, down = found.best
+    assert (up.sign, up.layer, up.runner_up) == (1, 2, 1)
+    assert (down.sign, down.layer, down.runner_up) == (-1, 2, 1)
+    for best in found.best:
+        assert best.push.low > 0
+        assert best.lead.low > 0
+        assert best.level_with == ()
+    assert {cell.layer for cell in found.cells} == {1, 2}
+    assert "layer 0 (+1): 0.05, 0.2 not reached, or not finite" in found.notes
+    assert "layer 0 (-1) does not reach 0.2 nats and is not compared" in found.notes
+    assert [row.layer for row in found.signs] == [1, 2, None]
+
+
+def exact(pushes):
+    """An interval without width."""
+    total = float(pushes.sum())
+    return Interval(total, total, total)
+
+
+def made(layer, sign, totals, costs=(0.25, 0.5, 1.0)):
+    """A curve of two units that share alike."""
+    coefficients = tuple(sign * c for c in (1.0, 2.0, 4.0)[: len(totals)])
+    return Curve(layer, sign, coefficients, costs, costs, np.array([[t / 2, t / 2] for t in totals]))
+
+
+def test_rules_by_arithmetic():
+    curves = [
+        made(0, 1, (1.0, 2.0, 3.0)),
+        made(0, -1, (2.0, 3.5, 3.0)),
+        made(1, 1, (2.0, 2.5, 1.0)),
+        made(1, -1, (0.5, -1.0, -2.0)),
+    ]
+    best = best_layer(curves, 1, 0.5, exact)
+    assert (best.layer, best.coefficient, best.runner_up, best.level_with) == (1, 2.0, 0, ())
+    assert (best.push.mean, best.lead.mean) == (2.5, 0.5)
+    between = best_layer(curves, 1, 0.75, exact)  # halfway: 2.5 and 1.75
+    assert (between.layer, between.coefficient, between.push.mean, between.lead.mean) == (0, 3.0, 2.5, 0.75)
+    assert best_layer(curves, -1, 0.125, exact).push.mean == 1.0  # halfway from no steering
+    assert best_layer(curves, 1, 1.5, exact) is None
+    alone = best_layer(curves[:1], 1, 0.5, exact)
+    assert (alone.runner_up, alone.lead) == (None, None)
+    wide = best_layer(curves, 1, 0.5, lambda p: Interval(p.sum(), p.sum() - 1, p.sum() + 1))
+    assert wide.level_with == (0,)
+
+    fades = [fade(curve, exact) for curve in curves]
+    assert [one.per_nat for one in fades[:2]] == [(4.0, 4.0, 3.0), (8.0, 7.0, 3.0)]
+    assert [(one.peak_cost, one.peak) for one in fades] == [(1.0, 3.0), (0.5, 3.5), (0.5, 2.5), (0.25, 0.5)]
+    assert [one.fall and one.fall.mean for one in fades] == [None, 0.5, 1.5, 2.5]
+    assert [one.falls for one in fades] == [False, True, True, True]
+    assert not fade(curves[1], lambda p: Interval(p.sum(), -1, 2)).falls
+
+    damage = {0: np.array([-0.5, -0.5]), 1: np.array([0.25, 0.0])}
+    signs = sign_differences(curves, 0.5, exact, damage)
+    assert [(row.layer, row.difference.mean) for row in signs] == [(0, 1.5), (1, -3.5), (None, -1.0)]
+    assert [row.net.mean for row in signs] == [-0.5, -3.0, -1.75]
+    half = sign_differences(curves, 0.5, exact, {1: damage[1]})
+    assert [row.net and row.net.mean for row in half] == [None, -3.0, None]
+    assert sign_differences(curves[:1], 0.5, exact, damage) == ()
+
+    where, fading, sign = in_words([best], fades, signs, 0.5, "nats a token")
+    assert "works best at layer 1 with coefficient 2, 2.5 [2.5, 2.5] nats a token, 0.5 [0.5, 0.5] ahead" in where
+    assert "3 of 4 curves peak and clearly fall after: layer 0 (-1, peak at 0.5 nats)" in fading
+    assert "buys 6 at the cheapest step and 2 at the dearest" in fading  # medians of 4 8 8 2 and 3 3 1 -2
+    assert "negative is stronger at layer 0; positive at layer 1. On average negative less positive is -1 " in sign
+    assert "equal cost do: positive at layer 0, 1; on average -1.75 [" in sign
+
+
+def test_what_steering_that_costs_nothing_buys():
+    curve = made(0, 1, (1.0, 2.0, 3.0), costs=(-0.1, 0.0, 0.5))
+    one = fade(curve, exact)
+    assert [math.isnan(value) for value in one.per_nat] == [True, True, False]
+    assert curve.at(0.25)[0] == 3.0  # between 0 nats at c = 2 and 0.5 at c = 4
+    assert made(0, 1, (1.0,), costs=(-0.1,)).at(0.1) is None
+
+
+def test_held_out_texts_are_used_where_there_are_any(llama, tokenizer):
+    options = {"layers": [1], "coefficients": [0.5], "neutral": NEUTRAL, "controls": 0}
+    bare = replace(SIDES, held_out=None)
+    on_itself = fg.sweep(llama, tokenizer, bare, **options)
+    assert (on_itself.measured_on, on_itself.contrast) == ("wed", "wed")
+    assert any("no held-out texts" in note for note in on_itself.notes)
+    held = fg.sweep(llama, tokenizer, SIDES, **options)
+    given = fg.sweep(llama, tokenizer, bare, held_out=SIDES.held_out, **options)
+    assert held.measured_on == "wed:held_out"
+    assert not any("no held-out" in note for note in held.notes)
+    assert held.cells == given.cells
+    assert held.cells[0].effect != on_itself.cells[0].effect
+    assert held.cells[0].cost == on_itself.cells[0].cost
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        ({"ce_rises": [0.1], "coefficients": [1.0]}, DataError, "one of them"),
+        ({"ce_rises": [0.5, 0.1]}, DataError, "rising"),
+        ({"ce_rises": [0.0, 0.1]}, DataError, "rising"),
+        ({"ce_rises": []}, DataError, "nothing"),
+        ({"coefficients": [-1.0, 1.0]}, DataError, "rising"),
+        ({"coefficients": [1.0, math.inf]}, DataError, "rising"),
+        ({"ce_rises": [0.1], "matched": 0.2}, DataError, "at most 0.1"),
+        ({"coefficients": [1.0], "matched": math.nan}, DataError, "matched"),
+        ({"vectors": "fgaa"}, DataError, "caa, ace, pca"),
+        ({"vectors": []}, DataError, "one a layer"),
+        ({"vectors": [fg.SteeringVector(torch.ones(D_MODEL), fg.Hookpoint(1))] * 2}, DataError, "one a layer"),
+        ({"layers": []}, DataError, "no layers"),
+        ({"layers": [LAYERS]}, HookpointError, "layer 3"),
+        ({"held_out": fg.ContrastSet("one", positives=["a"], negatives=["the", "it"])}, DataError, "at least two"),
+        ({"held_out": LETTERS[:1]}, DataError, "at least two"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(llama, tokenizer, options, error, told):
+    with pytest.raises(error, match=told):
+        fg.sweep(llama, tokenizer, SIDES, neutral=NEUTRAL, **options)
+
+
+def test_equal_sides_have_no_vector(llama, tokenizer):
+    same = fg.ContrastSet("same", positives=["a cat", "the dog"], negatives=["a cat", "the dog"])
+    with pytest.raises(SelectionError, match="sides that differ"):
+        fg.sweep(llama, tokenizer, same, neutral=NEUTRAL)
+
+
+def test_pictures_show_the_cells(llama, tokenizer, own, tmp_path):
+    found = fg.sweep(llama, tokenizer, SIDES, ce_rises=[0.05, 0.2], neutral=own)
+    figure = sweep_plots.push_map(found)
+    shown = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert shown == [sweep_plots._brief(cell.push) for sign in (1, -1) for cell in found.cells if cell.sign == sign]
+    for axis, best in zip(figure.axes, found.best, strict=True):
+        (frame,) = axis.patches
+        assert frame.get_xy() == (1, best.layer)
+    curves = sweep_plots.fading_curves(found).axes
+    assert [axis.get_title() for axis in curves] == ["layer 0", "layer 1", "layer 2"]
+    row = [cell for cell in found.cells if (cell.layer, cell.sign) == (1, -1)]
+    line = next(line for line in curves[1].lines if line.get_linestyle() == "--")
+    assert line.get_xydata().tolist() == [[0, 0], *([cell.cost, cell.push] for cell in row)]
+    names = [path.name for path in sweep_plots.save_pictures(found, tmp_path)]
+    assert names == ["sweep-map.png", "sweep-map.svg", "sweep-fading.png", "sweep-fading.svg"]
+    assert all((tmp_path / name).stat().st_size > 1000 for name in names)
+    given = fg.sweep(llama, tokenizer, SIDES, layers=[1], coefficients=[0.5, 20.0], neutral=NEUTRAL, controls=0)
+    assert not any(axis.patches for axis in sweep_plots.push_map(given).axes)
+    assert [sweep_plots._brief(v) for v in (0.05, -0.126, 1.0, -3.14, 9.96, 120.0)] == [
+        ".05", "−.13", "1.0", "−3.1", "10", "120",
+    ]  # fmt: skip
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, ["sweep", *map(str, arguments), "--device", "cpu"])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.stdout
+
+
+def test_command_line_sweeps(tmp_path):
+    plain = tmp_path / "plain.txt"
+    plain.write_text("The clock on the wall showed half past three.\nHe put the box on the shelf.\n")
+    held = tmp_path / "held.json"
+    held.write_text(json.dumps({"positive": ["The bride.", "A wedding."], "negative": ["The shop.", "A long road."]}))
+    common = ("wedding", "--layer", 1, "--neutral", plain, "--held-out", held)
+    told = json.loads(invoke(*common, "--ce-rise", 0.2, "--ce-rise", 0.1, "--json", "--out", tmp_path / "out"))
+    assert told == json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [(cell["layer"], cell["sign"], cell["target"]) for cell in told["cells"]] == [
+        (1, 1, 0.1), (1, 1, 0.2), (1, -1, 0.1), (1, -1, 0.2),
+    ]  # fmt: skip
+    assert set(told["cells"][0]["effect"]) == {"mean", "low", "high"}
+    assert (told["fgsteer"], told["method"], told["measured_on"]) == ("sweep", "caa", "held")
+    assert len(list((tmp_path / "out").iterdir())) == 5
+    shown = invoke(*common, "--coefficient", 0.5, "--coefficient", 1)
+    assert all(word in shown for word in ("Where, at a cost of 0.5", "Fading:", "Sign,", "coefficient (cost"))
+    stats = fg.collect(*fg.load_model("default"), "wedding", hookpoints=fg.Hookpoint(1))
+    fg.caa(stats).save(tmp_path / "v.safetensors")
+    again = json.loads(invoke("wedding", "--vector", tmp_path / "v.safetensors", *common[3:], "-c", 1, "--json"))
+    same = json.loads(invoke(*common, "-c", 1, "--json"))
+    assert again["cells"] == same["cells"]
+    with pytest.raises(DataError, match="one of them"):
+        invoke("wedding", "--vector", tmp_path / "v.safetensors", "--method", "pca")
+    with pytest.raises(DataError, match="cannot write"):
+        invoke("wedding", "--out", plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_twin_of_the_sweep(dtype, tokenizer):
+    results = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model("llama", dtype=dtype).to(device)
+        found = fg.sweep(model, tokenizer, SIDES, coefficients=[0.5], neutral=NEUTRAL)
+        results.append(torch.tensor([value for cell in found.cells for value in (cell.cost, *cell.effect)]))
+    # bfloat16 keeps 8 bits, and these logits spread over some tens of nats
+    tolerance = 1e-3 if dtype == torch.float32 else 0.3
+    assert torch.allclose(*results, rtol=tolerance, atol=tolerance)
