@@ -125,8 +125,8 @@ def autoencoders(figures: dict[str, Any], recipe: dict[str, Any]) -> str:
         f"tokens, features read on {recipe['compare_texts']:,} documents. The last two columns are of the check below:",
         "the mean held-out AUC of the best single features, and how many concepts reach",
         f"{ENOUGH}. TopK ships: its L0 is exact, and it was the quickest to train. JumpReLU did not come down",
-        "to its L0 in so short a run. It has Gemma Scope 2's quadratic penalty around the same L0; Matryoshka is BatchTopK with",
-        "nested widths of a sixteenth, a quarter and all.",
+        "to its L0 in so short a run. It has Gemma Scope 2's quadratic penalty around the same L0; Matryoshka is",
+        "BatchTopK with nested widths of a sixteenth, a quarter and all.",
     )
     return f"""
 ## The sparse autoencoders, on {tokens:,} held-out tokens

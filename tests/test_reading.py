@@ -418,16 +418,16 @@ def test_command_line_reads_features(tmp_path):
     told = json.loads(invoke("examples", corpus, "-o", kept, "--top", 2, "--json").stdout)
     assert (told["texts"], told["features"]) == (3, fg.load_sae("default").d_sae)
     labels = tmp_path / "labels.json"
-    labels.write_text('{"1082": "kings"}')
+    labels.write_text('{"2588": "kings"}')
     options = ("--search", "king", "--examples", kept, "--labels", labels, "--html", page, "--json", "--top", 3)
     told = json.loads(invoke("features", *options).stdout)
     first = told["features"][0]
-    assert (first["id"], first["label"]) == (1082, "kings")
+    assert (first["id"], first["label"]) == (2588, "kings")
     assert first["why"][:2] == ["label", "peaks on it in 2 of 2 excerpts"]
     assert first["excerpts"][0]["tokens"][first["excerpts"][0]["peak"]] == " King"
-    assert "Feature 1082" in page.read_text()
-    shown = invoke("features", "--feature", "1082,5", "--corpus", corpus).stdout
-    assert "1082" in shown
+    assert "Feature 2588" in page.read_text()
+    shown = invoke("features", "--feature", "2588,5", "--corpus", corpus).stdout
+    assert "2588" in shown
     assert "King" in shown
     for wrong in ((), ("--feature", "1", "--search", "x"), ("--feature", "x")):
         with pytest.raises(fg.DataError):
