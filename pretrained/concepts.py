@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fgsteer as fg
+from fgsteer.evaluation.judges import auc
 
 THETAS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
 KNOWN = 0.8  # held-out AUC at which one feature is said to carry a concept
@@ -23,12 +24,6 @@ class Side(NamedTuple):
 
     mean: torch.Tensor  # (sentences, d_sae)
     peak: torch.Tensor  # (sentences, d_sae)
-
-
-def auc(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-    """Share of (positive, negative) pairs in order, per column; ties count half."""
-    up, down = positive[:, None], negative[None]
-    return (up > down).double().mean((0, 1)) + 0.5 * (up == down).double().mean((0, 1))
 
 
 def contrast_activations(model: Any, tokenizer: Any, sae: fg.SAE) -> dict[str, list[Side]]:

@@ -118,15 +118,20 @@ def test_a_file_of_another_plan_is_left_alone(parts, unbroken):
 
 
 def test_resume_keeps_whole_batches_only(tmp_path):
-    header = {"plan": 1, "sha256": {}, "model": "m"}
+    header = {"fgsteer": "bench", "plan": 1, "sha256": {}, "model": "m"}
     path = tmp_path / "run.jsonl"
     assert resume(path, header, [2, 3]) == 0
     append(path, [{"row": i} for i in range(4)])
     assert resume(path, header, [2, 3]) == 1
     assert [json.loads(line) for line in path.read_text().splitlines()] == [header, {"row": 0}, {"row": 1}]
-    (tmp_path / "notes.txt").write_text("not a run\n")
-    with pytest.raises(fg.FormatError, match="line 1"):
-        resume(tmp_path / "notes.txt", header, [2])
+    path.write_bytes(path.read_bytes()[:7])  # killed while it was begun
+    assert resume(path, header, [2, 3]) == 0
+    assert json.loads(path.read_text()) == header
+    for text in ("not a run\n", "a file without an end of line", "[]\n"):
+        (tmp_path / "notes.txt").write_text(text)
+        with pytest.raises(fg.FormatError, match="line 1"):
+            resume(tmp_path / "notes.txt", header, [2])
+        assert (tmp_path / "notes.txt").read_text() == text
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_auc_counts_pairs():
     positive, negative = torch.randint(0, 6, (17,), generator=g) / 5, torch.randint(0, 5, (23,), generator=g) / 5
     # a mean of 391 halves: rounding alone
     assert auc(positive, negative) == pytest.approx(naive.auc(positive.tolist(), negative.tolist()), abs=1e-12)
-    assert auc(torch.tensor([1.0, 2.0]), torch.tensor([0.0])) == 1
+    assert float(auc(torch.tensor([1.0, 2.0]), torch.tensor([0.0]))) == 1
     assert auc(torch.tensor([0.5]), torch.tensor([0.5])) == 0.5
     with pytest.raises(fg.DataError):
         auc(torch.zeros(0), torch.ones(2))

@@ -35,7 +35,7 @@ PREFIX_EXAMPLES = 4
 
 
 class ConceptArms:
-    """Vectors of one concept by method and layer; statistics are collected once a layer.
+    """Vectors of one concept by method and layer, each built once; statistics are collected once a layer.
 
     ``saes`` and ``effects`` by layer; ``settings`` are keywords by method, such as
     {"fgaa": {"n_positive": 32}}.
@@ -53,6 +53,7 @@ class ConceptArms:
         self.model, self.tokenizer, self.contrast = model, tokenizer, contrast
         self.saes, self.effects, self.settings = saes, effects, settings
         self._stats: dict[int, ContrastStatistics] = {}
+        self._vectors: dict[tuple[str, int], SteeringVector] = {}
 
     def stats(self, layer: int) -> ContrastStatistics:
         """Statistics at a layer: with features where there is an SAE."""
@@ -75,7 +76,9 @@ class ConceptArms:
 
         Raises DataError for a method without its SAE or effects at the layer, SelectionError as the methods do.
         """
-        vector = self.vector(method, layer)
+        if (method, layer) not in self._vectors:
+            self._vectors[method, layer] = self.vector(method, layer)
+        vector = self._vectors[method, layer]
         return vector.affine if method == "ace" else vector.unit().add
 
     def vector(self, method: str, layer: int) -> SteeringVector:

@@ -34,6 +34,7 @@ from fgsteer.models import identity
 from fgsteer.rollouts import Sampling, encode_prompts, rollout
 from fgsteer.sae import SAE
 
+BEGINNING = 19  # bytes of {"fgsteer": "bench", by which a header that was cut off is known
 REFERENCE = 1_000_000  # rollout numbers from here are the unsteered samples that coherence is fitted on
 
 
@@ -270,11 +271,15 @@ class Bench:
         return {name: [Arm(**entry) for entry in entries] for name, entries in known["arms"].items()}
 
 
+def line(row: Mapping[str, Any]) -> bytes:
+    """A row as a line of a run."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add lines to a file in one write, synced."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with open(path, "ab") as file:
-        file.write(lines.encode())
+        file.write(b"".join(map(line, rows)))
         file.flush()
         os.fsync(file.fileno())
 
@@ -282,15 +287,23 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def resume(path: Path, header: Mapping[str, Any], counts: Sequence[int]) -> int:
     """How many batches of ``counts`` records a file holds; what follows them is cut off, a missing file is begun.
 
-    Raises DataError for a file of another plan, FormatError for one that is no run.
+    A file with a header that was cut off was killed while it was begun. Raises DataError for a
+    file of another plan, FormatError for one that is no run: both are left as they are.
     """
-    if not path.is_file() or b"\n" not in path.read_bytes()[:1_000_000]:
-        path.unlink(missing_ok=True)
+    if not path.exists():
         append(path, [header])
         return 0
     with open(path, "rb") as file:
+        first = file.readline()
+        begun = line(header)[:BEGINNING]
+        if not first.endswith(b"\n") and first[:BEGINNING] == begun[: len(first)]:
+            path.unlink()
+            append(path, [header])
+            return 0
         try:
-            found = json.loads(file.readline())
+            found = json.loads(first)
+            if not isinstance(found, dict):
+                raise ValueError("no object")
         except ValueError as error:
             raise FormatError(f"{path}, line 1 is not JSON: {error}", "a run of fgsteer bench") from error
         same = [key for key in ("plan", "sha256", "model") if found.get(key) != header[key]]

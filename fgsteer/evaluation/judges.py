@@ -96,12 +96,15 @@ def judging_texts(contrast: ContrastSet) -> tuple[list[str], list[str], list[str
     return positives, negatives, [text for text in pool if text not in own]
 
 
-def auc(positive: Float[Tensor, " p"], negative: Float[Tensor, " n"]) -> float:
-    """Area under the ROC curve: ``P(s⁺ > s⁻) + P(s⁺ = s⁻)/2`` over all pairs of scores. Raises DataError for none."""
+def auc(positive: Float[Tensor, "p *columns"], negative: Float[Tensor, "n *columns"]) -> Float[Tensor, "*columns"]:
+    """Area under the ROC curve: ``P(s⁺ > s⁻) + P(s⁺ = s⁻)/2`` over all pairs of scores, a column at a time; float64.
+
+    Raises DataError for no score.
+    """
     if not (len(positive) and len(negative)):
         raise DataError(f"{len(positive)} and {len(negative)} scores", "at least one a side")
     difference = positive[:, None].double() - negative
-    return float((difference.sign() + 1).mean() / 2)
+    return (difference.sign() + 1).mean((0, 1)) / 2
 
 
 def validation_auc(judge: Judge, contrast: ContrastSet) -> float:
@@ -111,7 +114,7 @@ def validation_auc(judge: Judge, contrast: ContrastSet) -> float:
     AUC says whether the judge knows the concept, not how it fares on steered text.
     """
     sides = (judge.score(_completions(contrast, positive), contrast.name) for positive in (True, False))
-    return auc(*sides)
+    return float(auc(*sides))
 
 
 class _Contrasts:

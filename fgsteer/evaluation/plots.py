@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -100,8 +100,13 @@ def rendered(figure: Figure, kind: str) -> bytes:
 
 def save_all(run: Run, folder: str | Path) -> list[Path]:
     """Every picture of the run, as PNG and SVG; the paths written. Raises DataError for a run without records."""
+    return save_each(pictures(run), folder)
+
+
+def save_each(found: Iterable[Picture], folder: str | Path) -> list[Path]:
+    """Pictures, as PNG and SVG named after them; the paths written."""
     paths = []
-    for name, _, figure in pictures(run):
+    for name, _, figure in found:
         for kind in ("png", "svg"):
             paths.append(Path(folder) / f"{name}.{kind}")
             save(figure, paths[-1])

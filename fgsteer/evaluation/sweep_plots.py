@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.plots import BLUE, LINE, ORANGE, PAPER, QUIET, WIDTH, Picture, _drawing, _panels, _plain, save
+from fgsteer.evaluation.plots import (
+    BLUE,
+    LINE,
+    ORANGE,
+    PAPER,
+    QUIET,
+    WIDTH,
+    Picture,
+    _drawing,
+    _panels,
+    _plain,
+    save_each,
+)
 from fgsteer.evaluation.sweep import Sweep, SweepCell
 from fgsteer.evaluation.sweep_answers import SIGNS
 
@@ -34,12 +46,7 @@ def pictures(sweep: Sweep) -> list[Picture]:
 
 def save_pictures(sweep: Sweep, folder: str | Path) -> list[Path]:
     """Every picture, as PNG and SVG; the paths written. Raises DataError for a sweep without cells."""
-    paths = []
-    for name, _, figure in pictures(sweep):
-        for kind in ("png", "svg"):
-            paths.append(Path(folder) / f"{name}.{kind}")
-            save(figure, paths[-1])
-    return paths
+    return save_each(pictures(sweep), folder)
 
 
 @_drawing()
