@@ -1,7 +1,7 @@
 """SAE methods against plain CAA on the embedded default: settings tuned on one half, measured on the other.
 
-What: every setting of a small grid runs on the tuning half alone; each method keeps the setting with the best mean
-BCS over the concepts, every concept at its best strength. Then all methods run on both halves.
+What: each method's layer, then a small grid of its settings, on the tuning half alone; it keeps what has the best
+mean BCS over the concepts, every concept at its best strength. Then all methods run on both halves.
 Why: a method tuned on the texts that it is reported on beats anything.
 
     python benchmarks/quality.py            writes results/{tuning.json, bench.jsonl, report.html, table.md, *.png}
@@ -14,11 +14,14 @@ import argparse
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import fgsteer as fg
+from fgsteer.evaluation.arms import NEEDS_EFFECTS
 from fgsteer.evaluation.bench import Bench, BenchPlan
 from fgsteer.evaluation.plots import save_all
 from fgsteer.evaluation.records import best_settings
@@ -30,45 +33,70 @@ RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 MARK = re.compile(r"(<!-- quality -->\n).*?(<!-- /quality -->)", re.S)
 
-PROJECTION = {"mu": (0.1, 0.3, 1.0), "bias_weight": (0.0, 0.5, 1.0)}
+PROJECTION = {"mu": (0.03, 0.1, 0.3), "bias_weight": (0.0, 1.0)}
 GRID: dict[str, dict[str, tuple[Any, ...]]] = {
+    "caa": {},
+    "ace": {},
+    "pca": {},
+    "sae_feature": {},
     "sta": {"p": (0.002, 0.01, 0.05, 0.35)},
     "fgaa": {"n_positive": (4, 8, 16, 32), "n_negative": (0, 8)},
-    "fgaa_effects": {"n_positive": (4, 16), **PROJECTION},
     "sae_ts": PROJECTION,
+    "fgaa_effects": {"n_positive": (4, 16), **PROJECTION},
 }
+CE_RISES = (0.25, 0.5, 1.0)  # of the tuning runs
 
 
-def variants(method: str) -> list[dict[str, Any]]:
-    """Every setting of a method's grid."""
-    grid = GRID[method]
-    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+@dataclass(frozen=True)
+class Trial:
+    """One setting of a method on the tuning half: mean BCS over concepts, each at its best strength."""
+
+    layer: int
+    settings: dict[str, Any]
+    bcs: float
 
 
-def tune(parts: Mapping[str, Any], concepts: tuple[str, ...], layer: int, work: Path) -> dict[str, Any]:
-    """{method: {"settings", "rows"}}: the best setting, and the mean BCS of every one on the tuning half."""
-    found: dict[str, Any] = {}
-    for method in GRID:
-        rows = []
-        for number, settings in enumerate(variants(method)):
-            plan = BenchPlan(
-                concepts,
-                methods=(method,),
-                layers=(layer,),
-                matched=None,
-                seeds=1,
-                halves=("tune",),
-                settings={method: settings},
-            )
-            path = work / f"{method}-{number}.jsonl"
-            Bench(**parts, plan=plan).run(path)
-            run = fg.load_run(path)
-            chosen = [run.mean(setting, "tune") for setting in best_settings(run).values()]
-            rows.append({"settings": settings, "bcs": sum(chosen) / len(chosen)})
-            print(method, rows[-1], flush=True)
-        best = max(rows, key=lambda row: row["bcs"])
-        found[method] = {"settings": best["settings"], "rows": rows}
-    return found
+@dataclass(frozen=True)
+class Tuning:
+    """Runs methods on the tuning half of all concepts."""
+
+    parts: Mapping[str, Any]
+    concepts: tuple[str, ...]
+    work: Path
+
+    def layers(self, method: str) -> list[int]:
+        """Where a method can run."""
+        return sorted(self.parts["effects"] if method in NEEDS_EFFECTS else self.parts["saes"])
+
+    def trial(self, method: str, layer: int, settings: dict[str, Any]) -> Trial:
+        """Measure one setting."""
+        plan = BenchPlan(
+            self.concepts,
+            methods=(method,),
+            layers=(layer,),
+            ce_rises=CE_RISES,
+            matched=None,
+            seeds=1,
+            halves=("tune",),
+            settings={method: settings},
+        )
+        name = "-".join([method, str(layer), *(f"{key}={value}" for key, value in settings.items())])
+        path = self.work / f"{name}.jsonl"
+        Bench(**self.parts, plan=plan).run(path)
+        run = fg.load_run(path)
+        chosen = [run.mean(setting, "tune") for setting in best_settings(run).values()]
+        found = Trial(layer, settings, sum(chosen) / len(chosen))
+        print(f"{name:50} {found.bcs:.4f}", flush=True)
+        return found
+
+    def tune(self, method: str) -> list[Trial]:
+        """Trials of a method, the best first: its own defaults at each layer, then its grid at the best of them."""
+        trials = [self.trial(method, layer, {}) for layer in self.layers(method)]
+        layer = max(trials, key=lambda t: t.bcs).layer
+        grid = GRID[method]
+        for values in product(*grid.values()) if grid else ():
+            trials.append(self.trial(method, layer, dict(zip(grid, values, strict=True))))
+        return sorted(trials, key=lambda t: -t.bcs)
 
 
 def main() -> None:
@@ -84,25 +112,29 @@ def main() -> None:
         return
     began = time.monotonic()
     model, tokenizer = fg.load_model("default")
-    sae, effects = fg.load_sae("default"), fg.load_effects("default")
-    layer = sae.hookpoint.layer
+    saes = [fg.load_sae("default", f"layer_{layer}") for layer in (1, 2, 3)]
+    effects = fg.load_effects("default")
     parts = {
         "model": model,
         "tokenizer": tokenizer,
-        "saes": {layer: sae},
-        "effects": {layer: effects},
+        "saes": {sae.hookpoint.layer: sae for sae in saes},
+        "effects": {effects.hookpoint.layer: effects},
         "judge": fg.EmbeddingJudge(),
     }
-    concepts = tuple(fg.shipped_contrasts())
-    tuned = tune(parts, concepts, layer, arguments.work)
-    write_json(RESULTS / "tuning.json", tuned)
-    settings = {method: entry["settings"] for method, entry in tuned.items()}
-    plan = BenchPlan(concepts, layers=(layer,), settings=settings)
+    tuning = Tuning(parts, tuple(fg.shipped_contrasts()), arguments.work)
+    tuned = {method: tuning.tune(method) for method in GRID}
+    write_json(RESULTS / "tuning.json", {method: [asdict(t) for t in trials] for method, trials in tuned.items()})
+    best = {method: trials[0] for method, trials in tuned.items()}
+    layers = {method: (trial.layer,) for method, trial in best.items()}
+    layers |= {"random": layers["caa"], "minus_bias": layers["fgaa_effects"]}
+    settings = {method: trial.settings for method, trial in best.items() if trial.settings}
+    plan = BenchPlan(tuning.concepts, layers=layers, settings=settings)
     Bench(**parts, plan=plan).run(path, "python benchmarks/quality.py", lambda done, of: print(done, of, flush=True))
     run = fg.load_run(path)
     with whole(RESULTS / "table.md") as beside:
         beside.write_text(markdown(run) + "\nAt matched cost:\n\n" + markdown(run, plan.matched), "utf-8")
-    fg.write_report(run, RESULTS / "report.html")
+    read = partial(fg.seen_features, model, tokenizer, parts["saes"][effects.hookpoint.layer])
+    fg.write_report(run, RESULTS / "report.html", features=read)
     save_all(run, RESULTS)
     print(f"{time.monotonic() - began:.0f} s")
 

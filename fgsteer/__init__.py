@@ -60,7 +60,7 @@ _HOMES = {
     "steering": ("generate", "steer"),
     "output_score": ("output_scores",),
     "scoring": ("LogProbabilities", "cross_entropies", "cross_entropy", "kl_divergences", "log_probabilities"),
-    "calibration": ("calibrate", "calibrate_many"),
+    "calibration": ("calibrate", "calibrate_grid", "calibrate_many"),
     "reading": ("FeatureRow", "describe_features"),
     "search": ("FoundFeature", "find_features"),
     "evaluation.metrics": (
@@ -79,6 +79,7 @@ _HOMES = {
     "evaluation.endpoint": ("CostEstimate", "EndpointJudge"),
     "evaluation.records": ("EvalRecord", "Run", "load_run"),
     "evaluation.report": ("write_report",),
+    "evaluation.seen": ("SeenFeature", "seen_features"),
     "evaluation.sweep": ("Sweep", "SweepCell", "sweep"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -47,7 +47,7 @@ def calibrate(
     at_zero = costs([make(0.0)])[0]
     if at_zero >= target:
         raise SteeringError(f"a {name} of {at_zero:.3f} nats at coefficient 0", f"less than the target {target}")
-    found = _solve(costs, target, [make], start, tolerance)[0]
+    found = _solve(costs, [target], [make], start, tolerance)[0][0]
     if math.isnan(found):
         raise SteeringError(f"a {name} below {target} nats at every coefficient tried", "a vector that moves the model")
     return found
@@ -72,7 +72,31 @@ def calibrate_many(
     targets, or for one that is no finite number > 0.
     """
     _, target, costs = _cost(model, tokenizer, texts, target_ce_rise, target_kl, batch_tokens)
-    return _solve(costs, target, makes, start, tolerance)
+    return [found[0] for found in _solve(costs, [target], makes, start, tolerance)]
+
+
+def calibrate_grid(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    makes: Sequence[Callable[[float], Intervention]],
+    texts: Sequence[str],
+    *,
+    target_ce_rises: Sequence[float],
+    start: float = 1.0,
+    tolerance: float = 0.02,
+    batch_tokens: int = 16384,
+) -> list[list[float]]:
+    """The coefficients of ``calibrate_many`` for each intervention and each of several CE rises.
+
+    What is measured for one target narrows the brackets of the others, so that a grid costs little
+    more than its largest target. Raises SteeringError as ``calibrate_many`` does.
+    """
+    for target in target_ce_rises:
+        _check_target("target_ce_rise", target)
+    if not target_ce_rises:
+        raise SteeringError("no target_ce_rises", "at least one")
+    costs = _cost(model, tokenizer, texts, target_ce_rises[0], None, batch_tokens)[2]
+    return _solve(costs, target_ce_rises, makes, start, tolerance)
 
 
 def _cost(
@@ -87,8 +111,7 @@ def _cost(
     if ce_rise is not None and kl is not None:
         raise SteeringError(f"target_ce_rise = {ce_rise} and target_kl = {kl}", "one of them")
     name, target = ("target_kl", kl) if kl is not None else ("target_ce_rise", CE_RISE if ce_rise is None else ce_rise)
-    if not 0 < target < math.inf:
-        raise SteeringError(f"{name} = {target}", "nats a token, finite and > 0")
+    _check_target(name, target)
     if kl is not None:
         return "KL", target, lambda given: kl_divergences(model, tokenizer, texts, given, batch_tokens=batch_tokens)
     base = cross_entropies(model, tokenizer, texts, [None])[0]
@@ -99,46 +122,67 @@ def _cost(
     return "rise", target, rises
 
 
+def _check_target(name: str, target: float) -> None:
+    if not 0 < target < math.inf:
+        raise SteeringError(f"{name} = {target}", "nats a token, finite and > 0")
+
+
 def _solve(
-    costs: Costs, target: float, makes: Sequence[Callable[[float], Intervention]], start: float, tolerance: float
-) -> list[float]:
-    """The coefficients at which each intervention costs the target; nan where none does."""
+    costs: Costs,
+    targets: Sequence[float],
+    makes: Sequence[Callable[[float], Intervention]],
+    start: float,
+    tolerance: float,
+) -> list[list[float]]:
+    """The coefficients at which each intervention costs each target; nan where none does."""
     if not start > 0:
         raise SteeringError(f"start = {start}", "a coefficient > 0 to double from")
-    searches = [_Search(target, float(start)) for _ in makes]
-    for turn in range(2 * DOUBLINGS):
-        running = [search for search in searches if search.found is None]
-        if not running:
-            break
-        given = [make(search.guess) for make, search in zip(makes, searches, strict=True) if search.found is None]
-        for search, value in zip(running, costs(given), strict=True):
-            search.tell(value, tolerance, turn)
-    return [search.guess if search.found is None else search.found for search in searches]
+    searches = [[_Search(target, float(start)) for target in targets] for _ in makes]
+    while asked := [(n, s) for n, group in enumerate(searches) if (s := next((s for s in group if s.open), None))]:
+        guesses = [search.guess for _, search in asked]
+        values = costs([makes[n](guess) for (n, _), guess in zip(asked, guesses, strict=True)])
+        for (n, search), guess, value in zip(asked, guesses, values, strict=True):
+            search.turns += 1
+            for other in searches[n]:
+                other.tell(guess, value, tolerance)
+    return [[search.found if search.found is not None else search.guess for search in group] for group in searches]
 
 
 class _Search:
-    """Bracketing and bisection for one coefficient; between bisections it follows a power law through the bracket."""
+    """Bracketing and bisection for one coefficient; between bisections it follows a power law through the bracket.
+
+    It asks for ``guess``, and learns from what others of its intervention asked for.
+    """
 
     def __init__(self, target: float, start: float) -> None:
         self.target, self.guess = target, start
         self.low, self.high = (0.0, 0.0), (math.inf, math.inf)  # (coefficient, cost)
         self.found: float | None = None
+        self.turns = self.doublings = 0
 
-    def tell(self, cost: float, tolerance: float, turn: int) -> None:
-        """Take the cost at ``guess``; settle, or set the next guess."""
+    @property
+    def open(self) -> bool:
+        """Whether it has a guess to ask for."""
+        return self.found is None and self.turns < 2 * DOUBLINGS
+
+    def tell(self, at: float, cost: float, tolerance: float) -> None:
+        """Take the cost at a coefficient; settle, or set the next guess."""
+        if self.found is not None or not self.low[0] < at < self.high[0]:
+            return
         if abs(cost - self.target) <= tolerance * self.target:
-            self.found = self.guess
+            self.found = at
         elif cost < self.target:
-            self.low = (self.guess, cost)
+            self.low = (at, cost)
         else:  # nan and inf too: far past the target
-            self.high = (self.guess, cost)
+            self.high = (at, cost)
         (a, cost_a), (b, cost_b) = self.low, self.high
         if self.found is None and b == math.inf:
-            self.found = math.nan if turn + 1 >= DOUBLINGS else None
+            self.doublings += 1
+            self.found = math.nan if self.doublings >= DOUBLINGS else None
             self.guess = 2 * a
         elif self.found is None:
             self.guess = (a + b) / 2
-            if turn % 3 and cost_a > 0 and math.isfinite(cost_b):
+            if self.turns % 3 and cost_a > 0 and math.isfinite(cost_b):
                 power = math.log(self.target / cost_a) / math.log(cost_b / cost_a)
                 self.guess = min(max(a * (b / a) ** power, a + 0.05 * (b - a)), b - 0.05 * (b - a))
             if (b - a) <= 1e-9 * b:  # the cost jumps over the target

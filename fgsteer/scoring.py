@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgsteer.activations import Batch, text_batches
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LOGIT_ELEMENTS = 1 << 26  # logits held at once when many rows are scored: bounds memory, not results
+PIECE_ELEMENTS = 1 << 21  # logits turned to float32 at once
 
 Entry = Intervention | Sequence[Intervention] | None
 
@@ -44,17 +45,25 @@ class LogProbabilities:
         return -self.sums / self.counts
 
 
-def _log_softmax(
-    model: PreTrainedModel, batch: Batch, part: Sequence[Any]
-) -> Float[Tensor, "interventions n vocabulary"]:
-    """What each intervention makes of the batch's n scored tokens: float32 log-softmax of the logits before them."""
+def _logits(model: PreTrainedModel, batch: Batch, part: Sequence[Any]) -> Float[Tensor, "interventions n vocabulary"]:
+    """What each intervention makes of the batch's n scored tokens: the logits before them, in the model's dtype."""
     rows, times = len(batch.ids), len(part)
     steering = part[0] if times == 1 else [entry for entry in part for _ in range(rows)]
     ids, attention = batch.ids.repeat(times, 1), batch.attention.repeat(times, 1)
     with steer(model, steering, per_row=times > 1):
         logits: Tensor = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
     scored = batch.selected[:, 1:].repeat(times, 1).to(logits.device)
-    return logits[scored].float().log_softmax(-1).view(times, -1, logits.shape[-1])
+    return logits[scored].view(times, -1, logits.shape[-1])
+
+
+def _chosen(logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Log-softmax of the logits at the targets, float32, in pieces that stay in a processor's cache."""
+    size = max(1, PIECE_ELEMENTS // logits.shape[-1])
+    found = []
+    for start in range(0, len(logits), size):
+        part = logits[start : start + size].float()
+        found.append(part.gather(-1, targets[start : start + size, None])[:, 0] - part.logsumexp(-1))
+    return torch.cat(found)
 
 
 def _passes(
@@ -109,9 +118,9 @@ def log_probabilities(
         counts[places] = batch.selected[:, 1:].sum(1).cpu().double()
         targets = batch.ids[:, 1:][batch.selected[:, 1:]]
         for part in parts:
-            log_p = _log_softmax(model, batch, steering[part])
-            chosen = targets.to(log_p.device).expand(len(log_p), -1)[..., None]
-            sums[part, places] = _row_sums(batch, log_p.gather(-1, chosen)[..., 0])
+            logits = _logits(model, batch, steering[part])
+            chosen = _chosen(logits.flatten(0, 1), targets.to(logits.device).repeat(len(logits)))
+            sums[part, places] = _row_sums(batch, chosen.view(len(logits), -1))
     return LogProbabilities(sums, counts)
 
 
@@ -177,10 +186,10 @@ def kl_divergences(
         raise DataError(f"under={under!r}", "unsteered or steered")
     total, count = torch.zeros(len(steering), dtype=torch.float64), 0
     for batch, parts in _passes(model, tokenizer, _whole(texts), len(steering), batch_tokens=batch_tokens):
-        base = _log_softmax(model, batch, [None])
+        base = _logits(model, batch, [None]).float().log_softmax(-1)
         count += base.shape[1]
         for part in parts:
-            steered = _log_softmax(model, batch, steering[part])
+            steered = _logits(model, batch, steering[part]).float().log_softmax(-1)
             log_p, log_q = (base, steered) if under == "unsteered" else (steered, base)
             p = log_p.exp()
             kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from collections import Counter
@@ -10,8 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import fgsteer as fg
+from fgsteer.cli import app
 from fgsteer.evaluation.arms import BENCH_METHODS, ConceptArms
 from fgsteer.evaluation.bench import Bench, BenchPlan, append, resume
 
@@ -143,11 +146,41 @@ def test_resume_keeps_whole_batches_only(tmp_path):
         ({"ce_rises": ()}, "rising"),
         ({"matched": 0.3}, "matched 0.3"),
         ({"concepts": ()}, "a concept"),
+        ({"prompts": 1}, "two prompts"),
+        ({"layers": ()}, "no layer for ace, caa"),
+        ({"methods": ("caa", "fgaa"), "layers": {"caa": (1,)}}, "no layer for fgaa"),
     ],
 )
 def test_plans_that_cannot_be_run_are_refused(changes, told):
     with pytest.raises(fg.DataError, match=told):
         replace(PLAN, **changes)
+
+
+def test_methods_have_layers_of_their_own(parts, tmp_path):
+    layers = {"caa": (1, 2), "fgaa": tuple(parts[2])}
+    plan = {"methods": ("unsteered", "caa", "fgaa"), "layers": layers, "ce_rises": (0.5,), "concepts": ("love",)}
+    make(parts, LengthJudge(), **plan).run(tmp_path / "run.jsonl")
+    run = fg.load_run(tmp_path / "run.jsonl")
+    found = {(r.method, r.layer) for r in run.records}
+    assert found == {("unsteered", None), ("caa", 1), ("caa", 2), *(("fgaa", layer) for layer in parts[2])}
+    assert run.header["plan"]["layers"] == {method: list(at) for method, at in layers.items()}
+
+
+def test_the_command_writes_records_report_and_pictures(tmp_path, monkeypatch):
+    """As in an installation without sentence-transformers: judged by keywords, and said."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "sentence_transformers" else found(n))
+    options = "--method unsteered --method caa --method fgaa --ce-rise 0.5 --prompts 2 --seeds 1 --max-new-tokens 4"
+    told = CliRunner().invoke(app, ["bench", "--concept", "love", *options.split(), "--out", str(tmp_path), "--json"])
+    assert told.exit_code == 0
+    assert "judged by keywords" in told.stderr
+    assert json.loads(told.stdout)["records"] == len(fg.load_run(tmp_path / "bench.jsonl").records) == 2 * 2 * 3
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"bench.jsonl", "report.html", "table.md", "methods.png", "methods.svg"} <= written
+    assert 'class="seen"' in (tmp_path / "report.html").read_text(encoding="utf-8")
+    refused = CliRunner().invoke(app, ["bench", "--out", str(tmp_path), "--judge", "gpt"])
+    assert isinstance(refused.exception, fg.DataError)
+    assert "--judge-url" in str(refused.exception)
 
 
 def test_methods_without_their_sae_are_refused_before_anything_is_written(parts, tmp_path):

@@ -127,6 +127,43 @@ def test_strengths_cost_the_target(llama, tokenizer, sae, texts):
             calibrate_many(llama, tokenizer, makes, texts, target_ce_rise=target)
 
 
+def test_a_grid_of_costs_is_met_with_fewer_passes(llama, tokenizer, texts, monkeypatch):
+    """Each target within its tolerance, for every vector; the passes are fewer than for one target at a time."""
+    from fgsteer import calibration
+
+    targets = (0.4, 0.1, 0.2)  # in no order
+    makes = [
+        fg.SteeringVector(torch.randn(32, generator=torch.Generator().manual_seed(n)), fg.Hookpoint(1)).unit().add
+        for n in range(3)
+    ]
+    makes.append(fg.SteeringVector(torch.zeros(32), fg.Hookpoint(1)).add)  # no cost, whatever the coefficient
+    asked = []
+    measured = calibration.cross_entropies
+
+    def counted(model, tokenizer, texts, given, **kwargs):
+        asked.append(len(given))
+        return measured(model, tokenizer, texts, given, **kwargs)
+
+    monkeypatch.setattr(calibration, "cross_entropies", counted)
+    grid = fg.calibrate_grid(llama, tokenizer, makes, texts, target_ce_rises=targets)
+    together = sum(asked)
+    asked.clear()
+    alone = [calibration.calibrate_many(llama, tokenizer, makes, texts, target_ce_rise=t) for t in targets]
+    assert together < 0.7 * sum(asked)
+    base = fg.cross_entropy(llama, tokenizer, texts)
+    for number, target in enumerate(targets):
+        for make, found, single in zip(makes[:-1], grid[:-1], alone[number][:-1], strict=True):
+            with fg.steer(llama, make(found[number])):
+                rise = fg.cross_entropy(llama, tokenizer, texts) - base
+            assert rise == pytest.approx(target, rel=0.021)  # the solver's 2 %, and float32 sums in another order
+            assert found[number] == pytest.approx(single, rel=0.05)  # two roots within 2 % of a slope near 1
+    assert all(math.isnan(value) for value in grid[-1])
+    assert fg.calibrate_grid(llama, tokenizer, [], texts, target_ce_rises=targets) == []
+    for wrong in ((), (0.1, 0.0), (math.nan,)):
+        with pytest.raises(fg.SteeringError, match="target_ce_rise"):
+            fg.calibrate_grid(llama, tokenizer, makes, texts, target_ce_rises=wrong)
+
+
 def planted(seed=0, n=600, d=12, k=30, noise=1.0):
     """Anisotropic inputs and noisy linear effects: noise of the signal's own standard deviation times ``noise``."""
     g = np.random.default_rng(seed)

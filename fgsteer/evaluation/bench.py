@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fgsteer.calibration import calibrate_many
+from fgsteer.calibration import calibrate_grid
 from fgsteer.data import load_contrast, load_neutral
 from fgsteer.effects import EffectApproximator
 from fgsteer.errors import DataError, FormatError
@@ -42,13 +42,14 @@ REFERENCE = 1_000_000  # rollout numbers from here are the unsteered samples tha
 class BenchPlan:
     """What is run. ``prompts`` and ``seeds`` are of each half; ``ce_rises`` in nats a token of neutral text.
 
-    ``matched``, one of ``ce_rises`` or None, is the cost at which methods are compared besides at their
-    best; ``settings`` are keywords by method. Raises DataError for what cannot be run.
+    ``layers`` are those of every method that steers, or of each by its name. ``matched``, one of
+    ``ce_rises`` or None, is the cost at which methods are compared besides at their best;
+    ``settings`` are keywords by method. Raises DataError for what cannot be run.
     """
 
     concepts: tuple[str, ...]
     methods: tuple[str, ...] = BENCH_METHODS
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
     ce_rises: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
     matched: float | None = 0.5
     halves: tuple[str, ...] = HALVES
@@ -70,10 +71,25 @@ class BenchPlan:
             raise DataError(f"{self.prompts} prompts a half", f"1 to {available}, half of the neutral prompts")
         if not self.concepts or min(self.seeds, self.texts, self.batch_rows) < 1:
             raise DataError(f"{self}", "a concept, and at least one seed, text and row")
+        if self.prompts * self.seeds < 2:
+            raise DataError("one text a setting", "two prompts or two seeds, for an interval")
         if not self.ce_rises or list(self.ce_rises) != sorted(set(self.ce_rises)) or not self.ce_rises[0] > 0:
             raise DataError(f"ce_rises {self.ce_rises}", "rising numbers > 0")
         if self.matched is not None and self.matched not in self.ce_rises:
             raise DataError(f"matched {self.matched}", f"one of the ce_rises {self.ce_rises}")
+        nowhere = set(self.methods) - {UNSTEERED, PROMPT} - {method for method, _ in self.places}
+        if nowhere:
+            raise DataError(
+                f"no layer for {', '.join(sorted(nowhere))}",
+                "an SAE of a layer, and for methods through effects those of it",
+            )
+
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        """(method, layer) for all that steers."""
+        steered = [method for method in self.methods if method not in (UNSTEERED, PROMPT)]
+        layers = self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(steered, self.layers)
+        return [(method, layer) for method in steered for layer in layers.get(method, ())]
 
     @property
     def sampling(self) -> Sampling:
@@ -133,12 +149,11 @@ class Bench:
         """Every arm of a concept, its strengths set."""
         plan, vectors = self.plan, self.concept(concept)
         arms = [Arm(concept, method) for method in (UNSTEERED, PROMPT) if method in plan.methods]
-        places = [(m, layer) for m in plan.methods if m not in (UNSTEERED, PROMPT) for layer in plan.layers]
-        makes = [vectors.make(method, layer) for method, layer in places]
+        makes = [vectors.make(method, layer) for method, layer in plan.places]
         texts = load_neutral()[0][: plan.texts]
-        for rise in plan.ce_rises:
-            found = calibrate_many(self.model, self.tokenizer, makes, texts, target_ce_rise=rise)
-            reached = [(*at, c) for at, c in zip(places, found, strict=True) if not math.isnan(c)]
+        found = calibrate_grid(self.model, self.tokenizer, makes, texts, target_ce_rises=plan.ce_rises)
+        for number, rise in enumerate(plan.ce_rises):
+            reached = [(*at, c[number]) for at, c in zip(plan.places, found, strict=True) if not math.isnan(c[number])]
             arms += [Arm(concept, method, layer, c, rise) for method, layer, c in reached]
         return arms
 

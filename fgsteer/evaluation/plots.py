@@ -1,6 +1,6 @@
 """Pictures of a run, 3.4 inches wide: what each method buys, and what it costs the text.
 
-They need matplotlib (the extra ``plots``), read in grey, and come out the same every time.
+They read in grey, and come out the same every time.
 Each function takes a run and returns a Figure; pyplot and its global state are not used.
 
     save(frontier(load_run("bench.jsonl")), "frontier.png")
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fgsteer.cards import LIGHT, visible
-from fgsteer.errors import DataError, FgsteerError
+from fgsteer.errors import DataError
 from fgsteer.evaluation.intervals import Interval
 from fgsteer.evaluation.records import Run, method_name
 from fgsteer.evaluation.tables import BASELINE, Point, average_table, best_sae_method, concept_table, curve
@@ -70,10 +70,8 @@ class Picture(NamedTuple):
 @contextmanager
 def _drawing() -> Iterator[None]:
     """Matplotlib's defaults and this module's style, whatever the user has set; theirs come back."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise FgsteerError("matplotlib is not installed", "it, for pictures", "pip install 'fgsteer[plots]'") from error
+    import matplotlib
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -136,7 +134,7 @@ def pictures(run: Run) -> list[Picture]:
         found.append(Picture("frontier", caption, frontier(run)))
         caption = "Behavior, coherence and BCS by coefficient. ▾ is the best coefficient of the tuning half."
         found.append(Picture("coefficients", caption, coefficient_curves(run)))
-    for method in dict.fromkeys(m for m in (best, BASELINE) if m in run.swept and len(run.layers) > 1):
+    for method in dict.fromkeys(m for m in (best, BASELINE) if m and len(run.layers(m)) > 1):
         caption = f"{method_name(method)}: BCS by layer and coefficient. The frame is the best of the tuning half."
         name = "layers-" + "".join(c if c.isalnum() else "_" for c in method)
         found.append(Picture(name, caption, layer_map(run, method)))
@@ -241,8 +239,9 @@ def layer_map(run: Run, method: str = BASELINE, measure: str = "bcs") -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    grids = [curve(run, method, layer) for layer in run.layers]
-    tuned = [curve(run, method, layer, half="tune") for layer in run.layers]
+    layers = run.layers(method)
+    grids = [curve(run, method, layer) for layer in layers]
+    tuned = [curve(run, method, layer, half="tune") for layer in layers]
     values = [[getattr(point, measure) for point in grid] for grid in grids]
     figure = Figure(figsize=(max(WIDTH, 0.7 + 0.25 * len(values[0])), 0.7 + 0.22 * len(values)), layout="constrained")
     axis = figure.subplots()
@@ -255,7 +254,7 @@ def layer_map(run: Run, method: str = BASELINE, measure: str = "bcs") -> Figure:
     row, column = max(cells, key=lambda at: getattr(tuned[at[0]][at[1]], measure))
     axis.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=ORANGE, linewidth=1.6))
     axis.set_xticks([n + 0.5 for n in range(len(grids[0]))], [f"{p.coefficient:.3g}" for p in grids[0]])
-    axis.set_yticks([n + 0.5 for n in range(len(grids))], [str(layer) for layer in run.layers])
+    axis.set_yticks([n + 0.5 for n in range(len(grids))], [str(layer) for layer in layers])
     axis.set(xlabel="coefficient", ylabel="layer")
     return figure
 

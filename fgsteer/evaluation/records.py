@@ -142,11 +142,11 @@ class Run:
             {s.method for s in self.settings}, key=lambda m: (known.index(m) if m in known else len(known), m)
         )
 
-    @property
-    def layers(self) -> list[int]:
-        """Layers that were steered on the coefficient grid by a method of more than one coefficient."""
+    def layers(self, method: str | None = None) -> list[int]:
+        """Layers that were steered on the coefficient grid by a method, or by any, of more than one coefficient."""
         grid = {(s.layer, s.method) for s in self.settings if s.coefficient and s.matched is None}
-        return sorted({layer for layer, method in grid if layer is not None and method in self.swept})
+        wanted = self.swept if method is None else [m for m in self.swept if m == method]
+        return sorted({layer for layer, found in grid if layer is not None and found in wanted})
 
     @property
     def swept(self) -> list[str]:

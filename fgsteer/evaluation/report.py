@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -45,23 +45,29 @@ figcaption{font-size:.9rem;color:var(--quiet)}
 pre{white-space:pre-wrap;background:var(--page);border-radius:.3rem;padding:.5rem;margin:.25rem 0;font-size:.85rem}
 blockquote{margin:.1rem 0 .6rem;padding-left:.6rem;border-left:.2rem solid var(--line);
  white-space:pre-wrap;unicode-bidi:isolate}
+.seen{display:flex;flex-wrap:wrap;gap:.3rem;list-style:none;margin:-.3rem 0 .8rem;padding:0;font-size:.8rem}
+.seen li{background:var(--page);border-radius:.3rem;padding:.1rem .4rem;unicode-bidi:isolate}
 summary{cursor:pointer;color:var(--link)}dl{grid-template-columns:fit-content(8rem) 1fr}
 @media print{article{break-inside:auto}figure,tr{break-inside:avoid}}
 """
+
+Features = Callable[..., Sequence[object]]
+
 _THEMED = {color: f"var(--{name})" for name, color in LIGHT.items() if name in ("text", "quiet", "line", "card")}
 
 
-def write_report(run: Run, path: str | Path) -> None:
+def write_report(run: Run, path: str | Path, features: Features | None = None) -> None:
     """Write ``html_report`` whole."""
-    page = html_report(run)
+    page = html_report(run, features=features)
     with whole(path) as beside:
         beside.write_bytes(page.encode("utf-8", "replace"))
 
 
-def html_report(run: Run, samples: int = 2) -> str:
+def html_report(run: Run, samples: int = 2, features: Features | None = None) -> str:
     """A whole HTML page: how it was measured, tables with intervals, pictures, samples, command, versions, hashes.
 
-    ``samples``: prompts shown for each concept, the first of the report half. Needs matplotlib.
+    ``samples``: prompts shown for each concept, the first of the report half. ``features``, such as
+    ``partial(seen_features, model, tokenizer, sae)``, is asked with a text and ``prompt=`` what to list beside it.
     Raises DataError for a run without records, and what ``average_table`` raises.
     """
     if not run.records:
@@ -75,7 +81,7 @@ def html_report(run: Run, samples: int = 2) -> str:
         sections.append(_card(f"BCS by concept, {_at(matched)}", _matrix(run, each) + _details(each)))
     for number, picture in enumerate(pictures(run)):
         sections.append(_card("", _figure(picture, f"p{number}-"), wide=False))
-    sections += [_card(f"Samples: {c}", _samples(run, c, samples), wide=False) for c in run.concepts]
+    sections += [_card(f"Samples: {c}", _samples(run, c, samples, features), wide=False) for c in run.concepts]
     sections.append(_card("How to repeat it", _provenance(run)))
     heading = f"Steering measured: {_count(run.methods, 'method')} on {_count(run.concepts, 'concept')}"
     return whole_page(visible(heading), _headline(run, tables[None]), "\n".join(filter(None, sections)), _STYLE)
@@ -116,7 +122,7 @@ def _measured(run: Run) -> str:
         "texts": f"{len(run.records):,}",
         "concepts": ", ".join(run.concepts),
         "methods": ", ".join(map(method_name, run.methods)),
-        "layers": ", ".join(map(str, run.layers)) or "one",
+        "layers": ", ".join(map(str, run.layers())) or "one",
         "tuning half": f"{len(units['tune'])} (prompt, seed) units: choose the coefficient and the layer",
         "report half": f"{len(units['report'])} other units: every figure on this page",
         "BCS": "behavior × coherence of a text, each in [0, 1]; averages are of texts, then of concepts",
@@ -206,7 +212,7 @@ def _details(rows: Sequence[ConceptRow]) -> str:
     return f"<details><summary>Layers, coefficients, behavior, coherence and intervals</summary>{table}</details>"
 
 
-def _samples(run: Run, concept: str, count: int) -> str:
+def _samples(run: Run, concept: str, count: int, features: Features | None) -> str:
     """Texts of one prompt and seed side by side: unsteered, the baseline, the best SAE method."""
     best = best_settings(run)
     methods = [m for m in ("unsteered", BASELINE, best_sae_method(run)) if m is not None and (concept, m) in best]
@@ -216,17 +222,20 @@ def _samples(run: Run, concept: str, count: int) -> str:
     parts = []
     for unit in sorted(shared, key=lambda unit: (unit.seed, unit.prompt))[:count]:
         known = isinstance(prompts, Sequence) and 0 <= unit.prompt < len(prompts)
-        title = f"{prompts[unit.prompt]} …" if known else f"prompt {unit.prompt}"
+        prompt = prompts[unit.prompt] if known else ""
+        title = f"{prompt} …" if known else f"prompt {unit.prompt}"
         parts.append(f'<h3>{_text(title)} <span class="quiet">seed {unit.seed}</span></h3>')
-        parts += [_sample(cell[unit]) for cell in cells]
+        parts += [_sample(cell[unit], features(cell[unit].text, prompt=prompt) if features else ()) for cell in cells]
     return "".join(parts)
 
 
-def _sample(record: EvalRecord) -> str:
+def _sample(record: EvalRecord, features: Sequence[object]) -> str:
     at = f" at {record.coefficient:.4g}" if record.coefficient else ""
     scores = f"behavior {record.behavior:.2f}, coherence {record.coherence:.2f}"
     label = f'{_text(method_name(record.method) + at)} <span class="quiet">{scores}</span>'
-    return f"<p>{label}</p><blockquote>{_text(record.text.strip())}</blockquote>"
+    listed = "".join(f"<li>{_text(feature)}</li>" for feature in features)
+    seen = f'<ul class="seen" aria-label="features that fire most">{listed}</ul>' if listed else ""
+    return f"<p>{label}</p><blockquote>{_text(record.text.strip())}</blockquote>{seen}"
 
 
 def _provenance(run: Run) -> str:
