@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import shlex
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -181,6 +185,49 @@ def test_the_command_writes_records_report_and_pictures(tmp_path, monkeypatch):
     refused = CliRunner().invoke(app, ["bench", "--out", str(tmp_path), "--judge", "gpt"])
     assert isinstance(refused.exception, fg.DataError)
     assert "--judge-url" in str(refused.exception)
+
+
+@pytest.mark.slow
+def test_the_command_killed_ten_times_ends_with_the_same_file(tmp_path):
+    """On the embedded default: kill -9 at random moments, ten times, then let it end."""
+    options = shlex.split(
+        "--concept love --concept sea --concept war --method unsteered --method caa --method fgaa --judge keyword "
+        "--ce-rise 0.25 --ce-rise 0.5 --matched 0.5 --prompts 4 --seeds 4 --max-new-tokens 8 --device cpu --json"
+    )
+    lottery = random.Random(0)
+
+    def start(folder):
+        command = [
+            sys.executable,
+            "-c",
+            "from fgsteer.cli import main; main()",
+            "bench",
+            "--out",
+            str(folder),
+            *options,
+        ]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def sizes():
+        return {path.name: path.stat().st_size for path in (tmp_path / "broken").glob("*.json*")}
+
+    assert start(tmp_path / "whole").wait() == 0
+    kills = set()
+    for _ in range(10):
+        seen, run = sizes(), start(tmp_path / "broken")
+        while sizes() == seen and run.poll() is None:  # into what it writes first, or beyond
+            time.sleep(0.005)
+        time.sleep(lottery.random() * 0.2)
+        assert run.poll() is None
+        run.kill()
+        run.wait()
+        kills.add(tuple(sorted(sizes().items())))
+    assert len(kills) == 10
+    assert start(tmp_path / "broken").wait() == 0
+    whole = (tmp_path / "whole" / "bench.jsonl").read_bytes().split(b"\n")
+    broken = (tmp_path / "broken" / "bench.jsonl").read_bytes().split(b"\n")
+    assert broken[1:] == whole[1:]  # the first line holds the command, that names its folder
+    assert json.loads(broken[0])["plan"] == json.loads(whole[0])["plan"]
 
 
 def test_methods_without_their_sae_are_refused_before_anything_is_written(parts, tmp_path):

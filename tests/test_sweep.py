@@ -153,7 +153,7 @@ def own(llama, tokenizer):
 def test_strengths_cost_the_same_everywhere(llama, tokenizer, own):
     rises, ticks = (0.02, 0.05, 0.2), []
     found = fg.sweep(llama, tokenizer, SIDES, ce_rises=rises, neutral=own, progress=lambda *done: ticks.append(done))
-    total = len(rises) + LAYERS + 1
+    total = 1 + LAYERS + 1  # strengths, layers, controls
     assert ticks == [(n + 1, total) for n in range(total)]
     assert (found.matched, found.steps) == (0.2, rises)
     stats = fg.collect(llama, tokenizer, SIDES, hookpoints=[fg.Hookpoint(layer) for layer in range(LAYERS)])

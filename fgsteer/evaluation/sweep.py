@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fgsteer.activations import TokenRule
-from fgsteer.calibration import CE_RISE, calibrate_many
+from fgsteer.calibration import CE_RISE, calibrate_grid
 from fgsteer.data import ContrastPair, ContrastSet, as_contrast, load_neutral
 from fgsteer.errors import DataError
 from fgsteer.evaluation.intervals import Interval
@@ -181,9 +181,10 @@ def sweep(
     propensity = Propensity(given if held is None else held)
     meter = _Meter(model, tokenizer, propensity, load_neutral()[0] if neutral is None else neutral, batch_tokens)
     by_layer = _vectors(model, tokenizer, given, vectors, layers, tokens)
-    tick = _Ticker(progress, len(by_layer) + (len(grid) if by_cost else 0) + (controls > 0))
+    tick = _Ticker(progress, len(by_layer) + by_cost + (controls > 0))
     if by_cost:
-        steps = _calibrated(meter, by_layer, grid, tick)
+        steps = _calibrated(meter, by_layer, grid)
+        tick()
     else:
         steps = [(layer, sign, sign * size, None) for layer in by_layer for sign in SIGNS for size in grid]
     shares: dict[SweepCell, Shares] = {}
@@ -249,10 +250,10 @@ class _Meter:
         changes = [self.propensity.shares(value - values[0]) for value in values[1:]]
         return _Read(self.propensity.shares(values[0]), base, changes, [value - base for value in raised], unit)
 
-    def calibrate(self, makes: Sequence[Callable[[float], Intervention]], rise: float) -> list[float]:
-        """The coefficients that cost ``rise``; nan where none does."""
-        return calibrate_many(
-            self.model, self.tokenizer, makes, self.neutral, target_ce_rise=rise, batch_tokens=self.batch_tokens
+    def calibrate(self, makes: Sequence[Callable[[float], Intervention]], rises: Sequence[float]) -> list[list[float]]:
+        """The coefficients of each that cost the ``rises``; nan where none does."""
+        return calibrate_grid(
+            self.model, self.tokenizer, makes, self.neutral, target_ce_rises=rises, batch_tokens=self.batch_tokens
         )
 
 
@@ -310,19 +311,16 @@ def _vectors(
     return {at.layer: build(vectors, stats=stats, hookpoint=at) for at in places}
 
 
-def _calibrated(
-    meter: _Meter, vectors: Mapping[int, SteeringVector], rises: Sequence[float], tick: Callable[[], None]
-) -> list[Step]:
-    """Steps at which every layer and sign costs the rises, each search going on from the step before."""
-    reached = {(layer, sign): float(sign) for layer in vectors for sign in SIGNS}
-    steps: list[Step] = []
-    for rise in rises:
-        found = meter.calibrate([_scaled(vectors[layer], start) for (layer, _), start in reached.items()], rise)
-        factors = zip(reached.items(), found, strict=True)
-        reached = {place: start * factor for (place, start), factor in factors if not math.isnan(factor)}
-        steps += [(layer, sign, coefficient, rise) for (layer, sign), coefficient in reached.items()]
-        tick()
-    return sorted(steps, key=lambda step: (step[0], -step[1]))
+def _calibrated(meter: _Meter, vectors: Mapping[int, SteeringVector], rises: Sequence[float]) -> list[Step]:
+    """Steps at which every layer and sign costs the rises, where one does."""
+    places = [(layer, sign) for layer in sorted(vectors) for sign in SIGNS]
+    found = meter.calibrate([_scaled(vectors[layer], sign) for layer, sign in places], rises)
+    return [
+        (layer, sign, sign * size, rise)
+        for (layer, sign), sizes in zip(places, found, strict=True)
+        for rise, size in zip(rises, sizes, strict=True)
+        if not math.isnan(size)
+    ]
 
 
 def _scaled(vector: SteeringVector, unit: float) -> Callable[[float], Add]:
@@ -341,8 +339,8 @@ def _damage(
 ) -> dict[int, Shares]:
     """By layer, the mean change under random directions that cost as much."""
     random = [random_like(vector, number) for vector in vectors.values() for number in range(controls)]
-    found = zip(random, meter.calibrate([vector.add for vector in random], cost), strict=True)
-    reached = [vector.add(coefficient) for vector, coefficient in found if not math.isnan(coefficient)]
+    found = zip(random, meter.calibrate([vector.add for vector in random], [cost]), strict=True)
+    reached = [vector.add(coefficient) for vector, (coefficient,) in found if not math.isnan(coefficient)]
     changes: dict[int, list[Shares]] = {}
     for entry, share in zip(reached, meter.read(reached).changes, strict=True):
         changes.setdefault(entry.hookpoint.layer, []).append(share)
