@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,36 @@ RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 MARK = re.compile(r"(<!-- quality -->\n).*?(<!-- /quality -->)", re.S)
 
-PROJECTION = {"mu": (0.03, 0.1, 0.3), "bias_weight": (0.0, 1.0)}
-GRID: dict[str, dict[str, tuple[Any, ...]]] = {
-    "caa": {},
-    "ace": {},
-    "pca": {},
-    "sae_feature": {},
-    "sta": {"p": (0.002, 0.01, 0.05, 0.35)},
-    "fgaa": {"n_positive": (4, 8, 16, 32), "n_negative": (0, 8)},
-    "sae_ts": PROJECTION,
-    "fgaa_effects": {"n_positive": (4, 16), **PROJECTION},
+WIDE = {"max_density": 1.0, "n_positive": 256, "n_negative": 128}  # no density filter, many features of both signs
+MIXED = {"mu": 0.1, "bias_weight": 0.0, "unit_effects": True, "decoder_weight": 0.5}
+# tried besides the defaults, which are those of the papers
+SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "caa": (),
+    "ace": (),
+    "pca": (),
+    "sae_feature": (),
+    "sta": tuple({"p": p} for p in (0.01, 0.05, 0.7)),
+    "sae_ts": (
+        *({"bias_weight": weight} for weight in (0.0, 0.3)),
+        *({"mu": mu, "bias_weight": 0.0} for mu in (0.1, 0.3, 1.0)),
+        MIXED,
+    ),
+    "fgaa": (
+        *({"n_positive": n} for n in (4, 8, 32, 64)),
+        {"n_positive": 32, "n_negative": 32},
+        WIDE,
+        {**WIDE, "score": "welch_t"},
+    ),
+    "fgaa_effects": (
+        *({"mu": mu} for mu in (0.1, 0.3, 1.0)),
+        {"mu": 1.0, "bias_weight": 0.0},
+        {**WIDE, **MIXED, "decoder_weight": 0.0},
+        {**WIDE, **MIXED},
+        {**WIDE, **MIXED, "score": "welch_t"},
+        {**WIDE, **MIXED, "mu": 0.3},
+        {**MIXED, "max_density": 1.0, "n_positive": 64, "n_negative": 32},
+        {**MIXED, "n_positive": 64, "n_negative": 32},
+    ),
 }
 CE_RISES = (0.25, 0.5, 1.0)  # of the tuning runs
 
@@ -90,12 +109,10 @@ class Tuning:
         return found
 
     def tune(self, method: str) -> list[Trial]:
-        """Trials of a method, the best first: its own defaults at each layer, then its grid at the best of them."""
+        """Trials of a method, the best first: its defaults at each layer, then its settings at the best of them."""
         trials = [self.trial(method, layer, {}) for layer in self.layers(method)]
         layer = max(trials, key=lambda t: t.bcs).layer
-        grid = GRID[method]
-        for values in product(*grid.values()) if grid else ():
-            trials.append(self.trial(method, layer, dict(zip(grid, values, strict=True))))
+        trials += [self.trial(method, layer, settings) for settings in SETTINGS[method]]
         return sorted(trials, key=lambda t: -t.bcs)
 
 
@@ -122,13 +139,13 @@ def main() -> None:
         "judge": fg.EmbeddingJudge(),
     }
     tuning = Tuning(parts, tuple(fg.shipped_contrasts()), arguments.work)
-    tuned = {method: tuning.tune(method) for method in GRID}
+    tuned = {method: tuning.tune(method) for method in SETTINGS}
     write_json(RESULTS / "tuning.json", {method: [asdict(t) for t in trials] for method, trials in tuned.items()})
     best = {method: trials[0] for method, trials in tuned.items()}
     layers = {method: (trial.layer,) for method, trial in best.items()}
     layers |= {"random": layers["caa"], "minus_bias": layers["fgaa_effects"]}
     settings = {method: trial.settings for method, trial in best.items() if trial.settings}
-    plan = BenchPlan(tuning.concepts, layers=layers, settings=settings)
+    plan = BenchPlan(tuning.concepts, layers=layers, settings=settings, ce_rises=(0.125, 0.25, 0.5, 1.0), seeds=3)
     Bench(**parts, plan=plan).run(path, "python benchmarks/quality.py", lambda done, of: print(done, of, flush=True))
     run = fg.load_run(path)
     with whole(RESULTS / "table.md") as beside:

@@ -132,15 +132,21 @@ class EffectApproximator:
         return vector.to(self.M) @ self.M + self.b
 
     def project(
-        self, target: Float[Tensor, " d_sae"], *, bias_weight: float = 1.0, mu: float = math.inf
+        self,
+        target: Float[Tensor, " d_sae"],
+        *,
+        bias_weight: float = 1.0,
+        mu: float = math.inf,
+        unit_effects: bool = False,
     ) -> Float[Tensor, " d_model"]:
         """``M t/‖M t‖ − λ_b · M b/‖M b‖`` (d_model,) for target feature weights t (d_sae,).
 
         ``bias_weight`` is λ_b; a zero ``M b`` drops its term. A finite ``mu`` weighs effects on other
         features: ``(M Mᵀ + μI)⁻¹ M`` stands for M in both terms, with μ in mean eigenvalues of
-        ``M Mᵀ``; inf is SAE-TS, 0 the pseudo-inverse. SAE-TS (arXiv 2411.02193), FGAA step 5
-        (arXiv 2501.09929). Raises SelectionError when ``M t`` is zero or not finite, or μ is
-        negative, PairingError for a target of another width.
+        ``M Mᵀ``; inf is SAE-TS, 0 the pseudo-inverse. ``unit_effects`` scales the columns of M in ``M t`` to
+        norm 1: t then weighs the features' own SAE-TS vectors, and not how easily each feature moves.
+        SAE-TS (arXiv 2411.02193), FGAA step 5 (arXiv 2501.09929). Raises SelectionError when ``M t`` is
+        zero or not finite, or μ is negative, PairingError for a target of another width.
         """
         if target.shape != self.b.shape:
             raise PairingError(
@@ -149,11 +155,15 @@ class EffectApproximator:
         if not mu >= 0:
             raise SelectionError(f"mu = {mu}", "a number ≥ 0, or inf")
         M = self.M.double()
-        terms = M @ torch.stack([target.to(M), self.b.double()], 1)
         if mu != math.inf:
             gram = M @ M.T
             level = mu * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            terms = torch.linalg.pinv(gram + level, hermitian=True) @ terms
+            M = torch.linalg.pinv(gram + level, hermitian=True) @ M
+        weights = target.to(M)
+        if unit_effects:
+            norms = M.norm(dim=0)
+            weights = weights / norms.where(norms > 0, 1.0)
+        terms = M @ torch.stack([weights, self.b.double()], 1)
         wanted, bias = (terms / terms.norm(dim=0).where(terms.norm(dim=0) > 0, 1.0)).T
         if not wanted.any():
             raise SelectionError("a target whose M t is zero", "at least one feature that the approximator can move")

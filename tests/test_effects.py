@@ -388,6 +388,13 @@ def test_projection_that_minds_other_features(mu):
         best = np.linalg.lstsq(M.T, t, rcond=None)[0]
         plain = effects.project(torch.tensor(t), bias_weight=0.0, mu=0.0)
         assert np.allclose(plain, best / np.linalg.norm(best), atol=1e-5)
+    columns = inverse @ M
+    own = sum(t[j] * columns[:, j] / np.linalg.norm(columns[:, j]) for j in (2, 9))  # SAE-TS vectors of norm 1
+    got = effects.project(torch.tensor(t), bias_weight=0.0, mu=mu, unit_effects=True)
+    assert np.allclose(got, own / np.linalg.norm(own), atol=1e-5)
+    one = torch.tensor(np.eye(15)[2])
+    same = effects.project(one, mu=mu), effects.project(one, mu=mu, unit_effects=True)
+    assert torch.allclose(*same, atol=1e-12)  # of one feature there is nothing to weigh; float64
     far = effects.project(torch.tensor(t), mu=1e9)
     assert torch.allclose(far, effects.project(torch.tensor(t)), atol=1e-6)  # mu → inf is SAE-TS
 

@@ -138,9 +138,15 @@ def test_given_features(case):
     effects = fg.EffectApproximator(M, b, sae.hookpoint, sae.sha256)
     expected = reference.project_effects(target, M.double().numpy(), b.double().numpy(), 0.5)
     close(fg.sae_ts(sae, given, effects, bias_weight=0.5).direction, reference.unit(expected))
+    decoded = reference.project_decoder(target, sae.W_dec.double().numpy())
+    mixed = 0.3 * reference.unit(decoded) + 0.7 * reference.unit(expected)
+    close(fg.sae_ts(sae, given, effects, bias_weight=0.5, decoder_weight=0.3, normalize=False).direction, mixed)
     for wrong in ({}, [99], {1: float("nan")}):
         with pytest.raises(fg.SelectionError):
             fg.from_features(sae, wrong)
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(fg.SelectionError, match="decoder_weight"):
+            fg.sae_ts(sae, given, effects, decoder_weight=share)
 
 
 def test_build_is_the_method_by_name(case):

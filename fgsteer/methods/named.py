@@ -152,6 +152,8 @@ def fgaa(
     bos_share: float | None = 0.99,
     bias_weight: float = 1.0,
     mu: float = math.inf,
+    unit_effects: bool = False,
+    decoder_weight: float = 0.0,
     normalize: bool = True,
 ) -> SteeringVector:
     """Feature guided activation additions (arXiv 2501.09929).
@@ -160,9 +162,10 @@ def fgaa(
     ``max_density`` or where it peaks on position 0 in ``bos_share`` of its documents, then
     the ``n_positive`` largest and ``n_negative`` most negative entries. Through effects,
     ``v = M t/‖M t‖ − λ_b M b/‖M b‖`` with λ_b = ``bias_weight`` (a finite ``mu``
-    weighs off-target effects: ``EffectApproximator.project``); without, ``v = Σ tⱼ W_dec[j]``,
-    labelled ``projection: decoder`` in the provenance. ``normalize`` scales v to norm 1
-    (False leaves it, as in the paper).
+    weighs off-target effects, ``unit_effects`` lets features count by t alone:
+    ``EffectApproximator.project``); without, ``u = Σ tⱼ W_dec[j]``, labelled ``projection: decoder``
+    in the provenance. ``decoder_weight`` β in [0, 1) mixes the two, ``(1 − β)·v/‖v‖ + β·u/‖u‖``. ``normalize``
+    scales the result to norm 1 (False leaves it, as in the paper). The defaults are the paper's.
 
     ``score`` ranks the features instead: a name in ``SCORES`` or a tensor (d_sae,). Chosen
     features keep their mean difference as weight, and those whose score has the other sign
@@ -186,16 +189,10 @@ def fgaa(
         max_density=max_density,
         bos_share=bos_share,
     )
-    direction, projection = project(weights, sae, effects, bias_weight, mu)
+    direction, how = project(weights, sae, effects, bias_weight, mu, unit_effects, decoder_weight)
     if normalize:
         direction = direction / direction.norm()
-    hyper |= {
-        "projection": projection,
-        "bias_weight": bias_weight if effects is not None else None,
-        "mu": None if mu == math.inf else mu,
-        "normalize": normalize,
-    }
-    return _vector("fgaa", direction, weights, sae, hyper, stats)
+    return _vector("fgaa", direction, weights, sae, {**hyper, **how, "normalize": normalize}, stats)
 
 
 def from_features(sae: SAE, features: FeatureIds, *, normalize: bool = True) -> SteeringVector:
@@ -218,17 +215,18 @@ def sae_ts(
     *,
     bias_weight: float = 1.0,
     mu: float = math.inf,
+    unit_effects: bool = False,
+    decoder_weight: float = 0.0,
     normalize: bool = True,
 ) -> SteeringVector:
     """SAE-targeted steering: ``v = M t/‖M t‖ − λ_b M b/‖M b‖``, scaled to norm 1 (arXiv 2411.02193).
 
     ``features`` give t as in ``from_features``. Raises SelectionError for unknown ids,
-    PairingError for effects of another SAE. ``mu`` as in ``EffectApproximator.project``.
+    PairingError for effects of another SAE. ``mu`` and ``unit_effects`` as in
+    ``EffectApproximator.project``, ``decoder_weight`` as in ``fgaa``.
     """
     weights = feature_weights(features, sae)
-    direction, projection = project(weights, sae, effects, bias_weight, mu)
+    direction, how = project(weights, sae, effects, bias_weight, mu, unit_effects, decoder_weight)
     if normalize:
         direction = direction / direction.norm()
-    off_target = None if mu == math.inf else mu
-    hyper = {"bias_weight": bias_weight, "mu": off_target, "normalize": normalize, "projection": projection}
-    return _vector("sae_ts", direction, weights, sae, hyper)
+    return _vector("sae_ts", direction, weights, sae, {**how, "normalize": normalize})

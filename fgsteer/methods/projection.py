@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,8 +12,6 @@ from torch import Tensor
 from fgsteer.effects import EffectApproximator
 from fgsteer.errors import SelectionError
 from fgsteer.sae import SAE
-
-Projection = Literal["decoder", "effects"]
 
 
 def decode_weights(weights: Float[Tensor, " d_sae"], sae: SAE) -> Float[Tensor, " d_model"]:
@@ -37,10 +35,25 @@ def project(
     effects: EffectApproximator | None,
     bias_weight: float,
     mu: float = math.inf,
-) -> tuple[Float[Tensor, " d_model"], Projection]:
-    """The direction of feature weights, and which of the two projections made it."""
+    unit_effects: bool = False,
+    decoder_weight: float = 0.0,
+) -> tuple[Float[Tensor, " d_model"], dict[str, Any]]:
+    """The direction of feature weights, and the settings that made it: the projection's name, and those of effects.
+
+    Through effects: ``(1 − β)·p/‖p‖ + β·u/‖u‖`` with p of ``EffectApproximator.project``, u of
+    ``decode_weights`` and β = ``decoder_weight``; p itself at β = 0.
+    """
+    if not 0 <= decoder_weight < 1:
+        raise SelectionError(f"decoder_weight = {decoder_weight}", "a share in [0, 1); without effects it is 1")
     if effects is None:
-        return decode_weights(weights, sae), "decoder"
+        return decode_weights(weights, sae), {"projection": "decoder"}
     if not bool(weights.any()):
         raise SelectionError("no feature with a weight", "at least one", "loosen the filters or add data")
-    return effects.check(sae).project(weights.float(), bias_weight=bias_weight, mu=mu).double(), "effects"
+    through = effects.check(sae)
+    direction = through.project(weights.float(), bias_weight=bias_weight, mu=mu, unit_effects=unit_effects).double()
+    if decoder_weight > 0:
+        decoded = decode_weights(weights, sae)
+        share = decoder_weight * decoded / decoded.norm()
+        direction = (1 - decoder_weight) * direction / direction.norm() + share
+    told = {"bias_weight": bias_weight, "mu": None if mu == math.inf else mu, "unit_effects": unit_effects}
+    return direction, {"projection": "effects", **told, "decoder_weight": decoder_weight}
