@@ -325,7 +325,7 @@ def customised(model):
         (offloaded, "offloaded.*device_map"),
         (spread, "sharded.*device_map"),
         (packed, "not floating-point"),
-        (customised, "a OwnForCausalLM; expected what AutoModelForCausalLM loads"),
+        (customised, "a OwnForCausalLM; expected a model that AutoModelForCausalLM loads"),
     ],
 )
 def test_models_that_cannot_be_saved_whole_are_refused(change, told):
@@ -337,7 +337,7 @@ def test_models_that_cannot_be_saved_whole_are_refused(change, told):
 
 def test_a_bare_decoder_and_a_steered_model_are_refused():
     model = model_of("llama")
-    with pytest.raises(fg.SteeringError, match="a LlamaModel; expected what AutoModelForCausalLM loads"):
+    with pytest.raises(fg.SteeringError, match="a LlamaModel; expected a model that AutoModelForCausalLM loads"):
         fg.fold(model.model, add())
     with pytest.raises(fg.SteeringError, match=r"being steered.*leave the steer"), fg.steer(model, add()):
         fg.fold(model, add())
@@ -390,7 +390,7 @@ def test_the_command_folds_the_default(tmp_path, king):
     ids = tokenizer(prompts[0], return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad(), fg.steer(plain, vec.add(40.0, bos=True)):
         steered = plain(**ids).logits
-    assert discrepancy(folded(**ids).logits, steered) < 1e-5  # float32
+        assert discrepancy(folded(**ids).logits, steered) < 1e-5  # float32
     with pytest.raises(fg.FormatError, match="exists"):
         invoke(*options, "-o", str(out))
     text = invoke(*options, "-o", str(tmp_path / "again"), "--dtype", "bfloat16").stdout
