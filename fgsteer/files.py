@@ -68,7 +68,8 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         yield beside
         umask = os.umask(0)
         os.umask(umask)
-        beside.chmod(0o777 & ~umask)
+        for made in (beside, *beside.rglob("*")):  # safetensors gives its files to their owner alone
+            made.chmod((0o777 if made.is_dir() else 0o666) & ~umask)
         if target.exists():
             target.rmdir()  # refuses one that was filled meanwhile
         os.replace(beside, target)

@@ -33,7 +33,7 @@ _WRITERS = {
     "mlp_out": ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "fc_out"),
 }
 _FLAGS = ("mlp_bias", "attention_bias", "use_bias", "enable_bias", "bias")
-# Blocks that add both sublayers to one sum, so that either's bias serves; others of that kind have both.
+# Blocks that add both sublayers to one sum, so that either's bias serves; the others that do have both.
 _PARALLEL = ("CohereDecoderLayer", "Cohere2DecoderLayer", "GPTJBlock", "CodeGenBlock")
 # The last module of blocks that do not add their sublayers' outputs, where its bias is added as it is.
 _LAST = {"BloomBlock": "mlp.dense_4h_to_h", "OPTDecoderLayer": "final_layer_norm"}

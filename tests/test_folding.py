@@ -349,6 +349,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     def fill(text):
         with whole_folder(target) as folder:
             (folder / "a").write_text(text)
+            (folder / "a").chmod(0o600)
             if text == "broken":
                 raise RuntimeError(text)
 
@@ -357,6 +358,8 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert list(target.parent.iterdir()) == []
     target.mkdir()
     fill("one")  # an empty folder is taken
+    (tmp_path / "usual").touch()
+    assert (target / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     for path in (target, target / "a"):
         with pytest.raises(fg.FormatError, match="exists; expected a new or an empty folder"), whole_folder(path):
