@@ -58,6 +58,7 @@ _HOMES = {
         "sta",
     ),
     "steering": ("generate", "steer"),
+    "folding": ("fold",),
     "output_score": ("output_scores",),
     "scoring": ("LogProbabilities", "cross_entropies", "cross_entropy", "kl_divergences", "log_probabilities"),
     "calibration": ("calibrate", "calibrate_grid", "calibrate_many"),

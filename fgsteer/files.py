@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,6 +48,33 @@ def whole(path: str | Path) -> Iterator[Path]:
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """A folder beside ``path`` to fill; renamed to it on success, removed on failure.
+
+    Raises FormatError where none can be made, and unless ``path`` is free or an empty folder.
+    """
+    target = Path(path).absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FormatError(f"{target} exists", "a new or an empty folder", "name another, or remove it first")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise FormatError(f"cannot write {target}: {error.strerror}", "a folder that can be written to") from error
+    try:
+        yield beside
+        umask = os.umask(0)
+        os.umask(umask)
+        for made in (beside, *beside.rglob("*")):  # safetensors gives its files to their owner alone
+            made.chmod((0o777 if made.is_dir() else 0o666) & ~umask)
+        if target.exists():
+            target.rmdir()  # refuses one that was filled meanwhile
+        os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: object) -> None:

@@ -157,20 +157,24 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     return found[0]
 
 
+def why_not_added(block: nn.Module) -> str:
+    """Why a block does not add the outputs of its two sublayers to the residual stream, or "" where it does."""
+    if getattr(block, "do_layer_norm_before", True) is False:
+        return "a norm follows each sum, so no output is added to the residual stream"
+    kind = type(block).__name__
+    return "" if kind in _SUBLAYERS else _NOT_ADDED.get(kind, "what it adds to the residual stream is not known")
+
+
 def _added(block: nn.Module, site: Site) -> tuple[str, str]:
     """Names of the two modules whose outputs a block adds to the residual stream. Raises HookpointError."""
     kind = type(block).__name__
-    names = _SUBLAYERS.get(kind)
-    reason = _NOT_ADDED.get(kind, "what it adds to the residual stream is not known")
-    if getattr(block, "do_layer_norm_before", True) is False:
-        names, reason = None, "a norm follows each sum, so no output is added to the residual stream"
-    if names is None:
+    if reason := why_not_added(block):
         raise HookpointError(
             f"site {site} on a {kind}: {reason}",
             "a block that adds the outputs of its attention and its MLP, each once",
             "use resid_pre or resid_post, which every block has",
         )
-    return names
+    return _SUBLAYERS[kind]
 
 
 def _sublayer(block: nn.Module, hookpoint: Hookpoint) -> nn.Module:

@@ -98,13 +98,14 @@ class Intervention(ABC):
 
     ``scope``: all tokens, prompt, generated, or last_prompt_on (the last prompt token and
     everything after it). Padding is never touched, position 0 only with ``bos=True``.
-    ``model_name`` is the model that it was made for, where known.
+    ``model_name`` is the model that it was made for and ``method`` how, where known.
     """
 
     hookpoint: Hookpoint
     scope: Scope = "all"
     bos: bool = False
     model_name: str = ""
+    method: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))

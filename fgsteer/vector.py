@@ -97,6 +97,7 @@ class SteeringVector:
         return {
             "hookpoint": self.hookpoint,
             "model_name": (made.get("name") or "") if isinstance(made, Mapping) else "",
+            "method": str(self.provenance.get("method") or ""),
         }
 
     def __repr__(self) -> str:

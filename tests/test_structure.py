@@ -47,6 +47,7 @@ ORDER = (
     "methods.difference",
     "methods.named",
     "methods",
+    "folding",
     "output_score",
     "reading",
     "search",

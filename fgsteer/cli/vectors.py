@@ -201,3 +201,44 @@ def _print_texts(told: dict[str, Any]) -> None:
         for name in ("unsteered", "steered"):
             if name in told:
                 screen.print(Text.assemble((f"{name}: ", "dim"), prompt, (told[name][number], "bold")))
+
+
+@app.command()
+def fold(
+    vector: Annotated[list[Path], typer.Option("--vector", "-v", help="A vector to add; repeat.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the checkpoint.")],
+    coefficient: Annotated[
+        list[float] | None, typer.Option("--coefficient", "-c", help="One per vector, in the same order; default: 1.")
+    ] = None,
+    model: ModelOption = "default",
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint with vectors inside, added to every token: plain transformers loads it, no hooks run."""
+    from transformers import AutoTokenizer
+
+    import fgsteer as fg
+    from fgsteer.files import whole_folder
+
+    strengths = coefficient or [1.0] * len(vector)
+    if len(strengths) != len(vector):
+        raise DataError(f"{len(strengths)} coefficients for {len(vector)} vectors", "one each, in the same order")
+    loaded = [fg.SteeringVector.load(path) for path in vector]
+    with whole_folder(out) as folder:
+        plain, tokenizer = load_model(model, "cpu", dtype)
+        steering = [each.add(c, bos=True) for each, c in zip(loaded, strengths, strict=True)]
+        folded = fg.fold(plain, steering, copy=False)
+        folded.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tokenizer.name_or_path).save_pretrained(folder)  # as it was before it padded
+    told = {"out": str(out), "model": model, "dtype": str(folded.dtype).removeprefix("torch.")}
+    show({**told, **(getattr(folded.config, "fgsteer", None) or {"folded": []})}, as_json, _print_folded)
+
+
+def _print_folded(told: dict[str, Any]) -> None:
+    for term in told["folded"]:
+        typer.echo(
+            f"{term['coefficient']:g} x {term['method'] or 'a vector'} (norm {term['norm']:.3f}) "
+            f"at {term['hookpoint']} in {term['bias']}"
+        )
+    lost = f", rounded by {told['rounding']:.1g} of the change" if told["folded"] else ", nothing to fold"
+    typer.echo(f"{told['out']}: {told['model']} in {told['dtype']}{lost}; every token is steered, position 0 too")
