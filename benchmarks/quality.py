@@ -14,8 +14,9 @@ import argparse
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ import fgsteer as fg
 from fgsteer.evaluation.arms import NEEDS_EFFECTS
 from fgsteer.evaluation.bench import Bench, BenchPlan
 from fgsteer.evaluation.plots import save_all
-from fgsteer.evaluation.records import best_settings
+from fgsteer.evaluation.records import Run, best_settings, method_name
 from fgsteer.evaluation.report import markdown
+from fgsteer.evaluation.tables import best_sae_method, compare
 from fgsteer.files import whole, write_json
 
 HERE = Path(__file__).resolve().parent
@@ -64,6 +66,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
 }
 CE_RISES = (0.25, 0.5, 1.0)  # of the tuning runs
+MATCHED = 0.5
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,21 @@ class Tuning:
         return sorted(trials, key=lambda t: -t.bcs)
 
 
+def told(layers: Mapping[str, tuple[int, ...]]) -> str:
+    """Layers by method, in words."""
+    return ", ".join(f"{method_name(method)} {at}" for method, (at,) in layers.items())
+
+
+def section(title: str, run: Run) -> str:
+    """Both comparisons of a run, and what the approximator is worth, in Markdown."""
+    parts = [f"## {title}\n"]
+    for name, matched in (("best coefficient", None), (f"matched at {MATCHED} nats", MATCHED)):
+        gain = compare(run, "fgaa_effects", "fgaa", matched)
+        tail = f"FGAA + effects less FGAA: {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]\n"
+        parts += [f"### {name}\n", markdown(run, matched), tail]
+    return "\n".join(parts)
+
+
 def main() -> None:
     """Tune, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,8 +166,18 @@ def main() -> None:
     plan = BenchPlan(tuning.concepts, layers=layers, settings=settings, ce_rises=(0.125, 0.25, 0.5, 1.0), seeds=3)
     Bench(**parts, plan=plan).run(path, "python benchmarks/quality.py", lambda done, of: print(done, of, flush=True))
     run = fg.load_run(path)
+    near = best_sae_method(run) or "fgaa_effects"
+    tables = {f"Each at its own best layer, {told(layers)}": run}
+    if layers["caa"] != layers[near]:
+        nearby = dict.fromkeys(("caa",), layers[near])
+        other = replace(plan, methods=("caa",), layers=nearby)
+        Bench(**parts, plan=other).run(RESULTS / "same_layer.jsonl", "python benchmarks/quality.py")
+        tables[f"CAA at the layer of the best SAE method, {told(nearby)}"] = Run(
+            run.header,
+            [*(r for r in run.records if r.method != "caa"), *fg.load_run(RESULTS / "same_layer.jsonl").records],
+        )
     with whole(RESULTS / "table.md") as beside:
-        beside.write_text(markdown(run) + "\nAt matched cost:\n\n" + markdown(run, plan.matched), "utf-8")
+        beside.write_text("\n".join(starmap(section, tables.items())), "utf-8")
     read = partial(fg.seen_features, model, tokenizer, parts["saes"][effects.hookpoint.layer])
     fg.write_report(run, RESULTS / "report.html", features=read)
     save_all(run, RESULTS)
