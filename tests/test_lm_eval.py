@@ -57,6 +57,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def local_tasks(folder):
+    """The folder's tasks alone: lm-eval's own are thousands of files to index."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
 def vectors(model):
     width = model.config.hidden_size
 
@@ -96,9 +103,9 @@ def test_a_task_equals_log_probabilities_under_the_same_steering(loaded, folder,
     sae = fg.load_sae("default")
     clamp = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={12: 30.0})
     choices = [[], [first.add(20.0)], [second.affine(4.0), first.ablate()], [clamp, third.add(2.0, scope="prompt")]]
-    seen = []
+    seen, manager = [], local_tasks(folder)
+    options = {"task_manager": manager, "batch_size": batch_size, "log_samples": True}
     for steering in choices:
-        options = {"include_path": folder, "batch_size": batch_size, "log_samples": True}
         found = fg.run_tasks(model, tokenizer, ["choices"], steering=steering, **options)
         expected = own_sums(model, tokenizer, steering)
         assert_same(harness_sums(found), expected)
@@ -107,7 +114,7 @@ def test_a_task_equals_log_probabilities_under_the_same_steering(loaded, folder,
         seen.append(expected)
     assert len({json.dumps(sums) for sums in seen}) == len(choices)
     with pytest.raises(fg.DataError, match="no task 'nothing'"):
-        fg.run_tasks(model, tokenizer, ["nothing"], include_path=folder)
+        fg.run_tasks(model, tokenizer, ["nothing"], task_manager=manager)
 
 
 @pytest.mark.slow
@@ -115,7 +122,6 @@ def test_lm_evals_own_steered_model_gives_the_numbers_of_hooks(loaded, folder):
     pytest.importorskip("peft")
     from lm_eval import simple_evaluate
     from lm_eval.models.hf_steered import SteeredModel
-    from lm_eval.tasks import TaskManager
 
     model, tokenizer = loaded
     first, second, third = vectors(model)
@@ -123,8 +129,7 @@ def test_lm_evals_own_steered_model_gives_the_numbers_of_hooks(loaded, folder):
     for items in (steering, [first.ablate(bos=True), second.add(-9.0, bos=True)]):
         fg.export.lm_eval.write(items, folder / "s.pt", model)
         steered = SteeredModel(pretrained=model, tokenizer=tokenizer, steer_path=str(folder / "s.pt"))
-        manager = TaskManager(include_path=str(folder))
-        found = simple_evaluate(model=steered, tasks=["choices"], task_manager=manager, log_samples=True)
+        found = simple_evaluate(model=steered, tasks=["choices"], task_manager=local_tasks(folder), log_samples=True)
         assert_same(harness_sums(found), own_sums(model, tokenizer, items))
 
 
@@ -134,15 +139,13 @@ def test_the_command_line_runs_tasks(loaded, folder):
     first.save(folder / "v.safetensors")
     options = ["--tasks", "choices", "--include-path", folder, "--limit", 3, "--device", "cpu"]
     steered = ["--vector", folder / "v.safetensors", "--coefficient", 20]
-    for extra in ([], steered):
-        result = CliRunner().invoke(app, ["eval", *map(str, [*options, *extra, "--json"])])
-        assert result.exit_code == 0, result.exception
-        told = json.loads(result.stdout.splitlines()[-1])
-        assert told["samples"]["choices"]["effective"] == 3
-        sums = own_sums(*loaded, [first.add(20.0)] if extra else [])
-        pairs = list(zip(sums, ROWS, strict=True))[:3]
-        right = [max(range(len(s)), key=s.__getitem__) == row[2] for s, row in pairs]
-        assert told["results"]["choices"]["acc,none"] == pytest.approx(sum(right) / 3)
+    result = CliRunner().invoke(app, ["eval", *map(str, [*options, *steered, "--json"])])
+    assert result.exit_code == 0, result.exception
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert told["samples"]["choices"]["effective"] == 3
+    pairs = list(zip(own_sums(*loaded, [first.add(20.0)]), ROWS, strict=True))[:3]
+    right = [max(range(len(s)), key=s.__getitem__) == row[2] for s, row in pairs]
+    assert told["results"]["choices"]["acc,none"] == pytest.approx(sum(right) / 3)
     shown = CliRunner().invoke(app, ["eval", *map(str, options)]).stdout
     assert "choices" in shown
     assert "acc" in shown

@@ -33,7 +33,7 @@ def run_tasks(
     """What ``lm_eval.simple_evaluate`` returns for the tasks, run under one intervention or several composed.
 
     ``include_path`` is a folder of task files besides lm-eval's own; ``limit`` the documents of each task, a
-    share if below 1; other keywords (``num_fewshot``, ``log_samples``, ``gen_kwargs``) go to ``simple_evaluate``.
+    share if below 1; other keywords (``num_fewshot``, ``log_samples``, ``task_manager``) go to ``simple_evaluate``.
     Raises JudgeError without lm-eval, DataError for a task that it does not know.
     """
     try:
@@ -44,7 +44,8 @@ def run_tasks(
         raise JudgeError(
             f"lm-eval cannot be imported: {error}", "it, to run its tasks", "pip install 'fgsteer[lm-eval]'"
         ) from error
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    folder = None if include_path is None else str(include_path)
+    manager = options.pop("task_manager", None) or TaskManager(include_path=folder)
     for task in tasks:
         if not manager.match_tasks([task]):
             raise DataError(
