@@ -214,10 +214,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_typed_errors(tmp_path, name):
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(fg.FormatError):
         read_bytes(tmp_path, HOSTILE[name])
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_every_truncation_is_a_typed_error(tmp_path):
