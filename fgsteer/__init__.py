@@ -76,6 +76,7 @@ _HOMES = {
     "evaluation.coherence": ("Coherence", "CoherenceScores"),
     "evaluation.bench": ("Bench", "BenchPlan"),
     "evaluation.diagnose": ("Diagnosis", "diagnose"),
+    "evaluation.harness": ("run_tasks",),
     "evaluation.judges": ("EmbeddingJudge", "Judge", "KeywordJudge", "validation_auc"),
     "evaluation.endpoint": ("CostEstimate", "EndpointJudge"),
     "evaluation.records": ("EvalRecord", "Run", "load_run"),
@@ -93,6 +94,8 @@ def __getattr__(name: str) -> Any:
         from fgsteer.methods.provenance import library_version
 
         return library_version()
+    if name == "export":  # one module for each format: fgsteer.export.gguf.write
+        return import_module("fgsteer.export")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'fgsteer' has no attribute {name!r}")
     value = getattr(import_module(f"fgsteer.{_HOME_OF[name]}"), name)
@@ -101,4 +104,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, "__version__", "export"]

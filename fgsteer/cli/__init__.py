@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from fgsteer.cli import bench, evaluate, measure, read, sweep, vectors  # noqa: F401  each registers its commands
+from fgsteer.cli import bench, evaluate, export, harness, measure, read, sweep, vectors  # noqa: F401  each registers its commands
 from fgsteer.cli.common import app
 from fgsteer.errors import FgsteerError, FgsteerWarning
 

@@ -36,6 +36,12 @@ def writable(path: Path | None) -> Path | None:
 
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", callback=writable, help="File to write (safetensors).")]
+VectorOption = Annotated[list[Path] | None, typer.Option("--vector", "-v", help="Vectors to apply together.")]
+CoefficientOption = Annotated[
+    list[float] | None, typer.Option("--coefficient", "-c", help="One per vector: add's c, affine's α, clamp's t.")
+]
+OperationOption = Annotated[str, typer.Option("--op", help="add, affine, ablate or clamp.")]
+ScopeOption = Annotated[str, typer.Option("--scope", help="all, prompt, generated or last_prompt_on.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value, for scripts.")]
 TokensOption = Annotated[str, typer.Option("--tokens", help="all, last, answer, letter, or an index.")]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=2, help="Tokens read of each document.")]
@@ -71,6 +77,27 @@ def load_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, A
 def token_rule(tokens: str) -> Any:
     """The token rule of --tokens: a word, or an index."""
     return int(tokens) if tokens.lstrip("-").isdecimal() else tokens
+
+
+def load_vectors(paths: list[Path] | None, coefficients: list[float] | None) -> list[tuple[Any, float]]:
+    """Vectors with their coefficients, 1 by default. Raises DataError for unequal numbers of them, FormatError."""
+    import fgsteer as fg
+
+    paths = paths or []
+    strengths = coefficients or [1.0] * len(paths)
+    if len(strengths) != len(paths):
+        raise DataError(f"{len(strengths)} coefficients for {len(paths)} vectors", "one each, in the same order")
+    return [(fg.SteeringVector.load(path), c) for path, c in zip(paths, strengths, strict=True)]
+
+
+def interventions(vectors: list[tuple[Any, float]], operation: str, scope: str, *, bos: bool = False) -> list[Any]:
+    """The vectors as interventions of one operation. Raises DataError, SteeringError."""
+    if operation not in ("add", "affine", "ablate", "clamp"):
+        raise DataError(f"--op {operation}", "add, affine, ablate or clamp")
+    return [
+        getattr(vector, operation)(*(() if operation == "ablate" else (coefficient,)), scope=scope, bos=bos)
+        for vector, coefficient in vectors
+    ]
 
 
 def load_sae(name: str, sae_id: str | None) -> Any:

@@ -11,17 +11,23 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.common import (
+    CoefficientOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
     ModelOption,
+    OperationOption,
     OutOption,
     SaeIdOption,
     SaeOption,
+    ScopeOption,
+    VectorOption,
     app,
     console,
+    interventions,
     load_model,
     load_sae,
+    load_vectors,
     show,
 )
 from fgsteer.errors import DataError
@@ -146,12 +152,10 @@ def build(
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="Texts to continue.")],
-    vector: Annotated[list[Path] | None, typer.Option("--vector", "-v", help="Vectors to apply together.")] = None,
-    coefficient: Annotated[
-        list[float] | None, typer.Option("--coefficient", "-c", help="One per vector: add's c, affine's α, clamp's t.")
-    ] = None,
-    operation: Annotated[str, typer.Option("--op", help="add, affine, ablate or clamp.")] = "add",
-    scope: Annotated[str, typer.Option(help="all, prompt, generated or last_prompt_on.")] = "all",
+    vector: VectorOption = None,
+    coefficient: CoefficientOption = None,
+    operation: OperationOption = "add",
+    scope: ScopeOption = "all",
     model: ModelOption = "default",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 48,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
@@ -165,19 +169,8 @@ def generate(
 
     import fgsteer as fg
 
-    paths = vector or []
-    strengths = coefficient or [1.0] * len(paths)
-    if operation not in ("add", "affine", "ablate", "clamp"):
-        raise DataError(f"--op {operation}", "add, affine, ablate or clamp")
-    if len(strengths) != len(paths):
-        raise DataError(f"{len(strengths)} coefficients for {len(paths)} vectors", "one each, in the same order")
+    steering = interventions(load_vectors(vector, coefficient), operation, scope)
     language_model, tokenizer = load_model(model, device, dtype)
-    loaded = [fg.SteeringVector.load(path) for path in paths]
-    arguments = [() if operation == "ablate" else (c,) for c in strengths]
-    steering = [
-        getattr(loaded_vector, operation)(*given, scope=scope)
-        for loaded_vector, given in zip(loaded, arguments, strict=True)
-    ]
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
 
     def run(entries: Any) -> list[str]:
