@@ -4,7 +4,7 @@ What: each method's layer, then a small grid of its settings, on the tuning half
 mean BCS over the concepts, every concept at its best strength. Then all methods run on both halves.
 Why: a method tuned on the texts that it is reported on beats anything.
 
-    python benchmarks/quality.py            writes results/{tuning.json, bench.jsonl, report.html, table.md, *.png}
+    python benchmarks/quality.py            writes results/{tuning.json, *.jsonl, table.md, report.html, *.png, *.svg}
     python benchmarks/quality.py --readme   puts the table into README.md
 """
 
@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from fgsteer.files import whole, write_json
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+BENCH, NEARBY = RESULTS / "bench.jsonl", RESULTS / "same_layer.jsonl"
 README = HERE.parent / "README.md"
 MARK = re.compile(r"(<!-- quality -->\n).*?(<!-- /quality -->)", re.S)
 
@@ -119,9 +119,29 @@ class Tuning:
         return sorted(trials, key=lambda t: -t.bcs)
 
 
-def told(layers: Mapping[str, tuple[int, ...]]) -> str:
-    """Layers by method, in words."""
-    return ", ".join(f"{method_name(method)} {at}" for method, (at,) in layers.items())
+def both() -> dict[str, Run]:
+    """The run as it is, and with CAA at the layer of the best SAE method."""
+    run, near = fg.load_run(BENCH), fg.load_run(NEARBY)
+    (layer,) = near.header["plan"]["layers"]["caa"]
+    records = [*(r for r in run.records if r.method != "caa"), *near.records]
+    at = ", ".join(f"{method_name(method)} {layer}" for method, (layer,) in run.header["plan"]["layers"].items())
+    return {f"Each at its own best layer ({at})": run, f"CAA at layer {layer} too": Run(run.header, records)}
+
+
+def summary() -> str:
+    """README's table, and the differences beside it in words."""
+    (_, run), (title, near) = both().items()
+    lines = [
+        f"{what}: {method_name(one)} less {method_name(other)} "
+        f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}].".replace("-0", "−0")
+        for what, found, one, other, matched in (
+            (f"With {title.replace(' too', '')}", near, "fgaa_effects", "caa", None),
+            (f"All at {MATCHED} nats", run, "fgaa_effects", "caa", MATCHED),
+            ("At the best coefficient", run, "fgaa_effects", "fgaa", None),
+        )
+        for gain in [compare(found, one, other, matched)]
+    ]
+    return f"{markdown(run)}\n{chr(10).join(lines)}\n"
 
 
 def section(title: str, run: Run) -> str:
@@ -129,7 +149,7 @@ def section(title: str, run: Run) -> str:
     parts = [f"## {title}\n"]
     for name, matched in (("best coefficient", None), (f"matched at {MATCHED} nats", MATCHED)):
         gain = compare(run, "fgaa_effects", "fgaa", matched)
-        tail = f"FGAA + effects less FGAA: {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]\n"
+        tail = f"FGAA + effects less FGAA: {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]\n".replace("-", "−")
         parts += [f"### {name}\n", markdown(run, matched), tail]
     return "\n".join(parts)
 
@@ -140,9 +160,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "quality", help="folder of tuning runs")
     parser.add_argument("--readme", action="store_true", help="only put the table into README.md")
     arguments = parser.parse_args()
-    path = RESULTS / "bench.jsonl"
     if arguments.readme:
-        table = markdown(fg.load_run(path))
+        table = summary()
         README.write_text(MARK.sub(lambda m: m[1] + table + m[2], README.read_text("utf-8")), "utf-8")
         return
     began = time.monotonic()
@@ -164,20 +183,13 @@ def main() -> None:
     layers |= {"random": layers["caa"], "minus_bias": layers["fgaa_effects"]}
     settings = {method: trial.settings for method, trial in best.items() if trial.settings}
     plan = BenchPlan(tuning.concepts, layers=layers, settings=settings, ce_rises=(0.125, 0.25, 0.5, 1.0), seeds=3)
-    Bench(**parts, plan=plan).run(path, "python benchmarks/quality.py", lambda done, of: print(done, of, flush=True))
-    run = fg.load_run(path)
-    near = best_sae_method(run) or "fgaa_effects"
-    tables = {f"Each at its own best layer, {told(layers)}": run}
-    if layers["caa"] != layers[near]:
-        nearby = dict.fromkeys(("caa",), layers[near])
-        other = replace(plan, methods=("caa",), layers=nearby)
-        Bench(**parts, plan=other).run(RESULTS / "same_layer.jsonl", "python benchmarks/quality.py")
-        tables[f"CAA at the layer of the best SAE method, {told(nearby)}"] = Run(
-            run.header,
-            [*(r for r in run.records if r.method != "caa"), *fg.load_run(RESULTS / "same_layer.jsonl").records],
-        )
+    Bench(**parts, plan=plan).run(BENCH, "python benchmarks/quality.py", lambda done, of: print(done, of, flush=True))
+    run = fg.load_run(BENCH)
+    near = layers[best_sae_method(run) or "fgaa_effects"]
+    other = replace(plan, methods=("caa",), layers={"caa": near})
+    Bench(**parts, plan=other).run(NEARBY, "python benchmarks/quality.py")
     with whole(RESULTS / "table.md") as beside:
-        beside.write_text("\n".join(starmap(section, tables.items())), "utf-8")
+        beside.write_text("\n".join(section(title, found) for title, found in both().items()), "utf-8")
     read = partial(fg.seen_features, model, tokenizer, parts["saes"][effects.hookpoint.layer])
     fg.write_report(run, RESULTS / "report.html", features=read)
     save_all(run, RESULTS)

@@ -46,7 +46,7 @@ pre{white-space:pre-wrap;background:var(--page);border-radius:.3rem;padding:.5re
 blockquote{margin:.1rem 0 .6rem;padding-left:.6rem;border-left:.2rem solid var(--line);
  white-space:pre-wrap;unicode-bidi:isolate}
 .seen{display:flex;flex-wrap:wrap;gap:.3rem;list-style:none;margin:-.3rem 0 .8rem;padding:0;font-size:.8rem}
-.seen li{background:var(--page);border-radius:.3rem;padding:.1rem .4rem;unicode-bidi:isolate}
+.seen li{display:block;background:var(--page);border:0;border-radius:.3rem;padding:.1rem .4rem;unicode-bidi:isolate}
 summary{cursor:pointer;color:var(--link)}dl{grid-template-columns:fit-content(8rem) 1fr}
 @media print{article{break-inside:auto}figure,tr{break-inside:avoid}}
 """
