@@ -74,8 +74,10 @@ def tokens(model, inputs, steering=None, **options):
 
 
 @pytest.mark.filterwarnings("ignore::fgsteer.errors.UntouchedWarning")
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("llama", name) for name in STRUCTURES), ("gpt2", "every layer and site"), ("gpt2", "per row")],
+)
 def test_compiled_decoding_equals_eager_and_compiles_once(models, inputs, graphs, family, name):
     model, make = copy.deepcopy(models[family]), STRUCTURES[name]
     backend, found = graphs
@@ -125,14 +127,15 @@ def wrapped_decoder(model, backend):
     return model
 
 
-@pytest.mark.parametrize(
-    "compile_", [whole, in_place, forward, block, block_forward, wrapped_block, wrapped_decoder]
-)
+@pytest.mark.parametrize("compile_", [whole, in_place, forward, block, block_forward, wrapped_block, wrapped_decoder])
 @pytest.mark.parametrize("when", ["before", "inside"])
 def test_models_that_the_user_compiled(llama, inputs, graphs, compile_, when):
     backend, found = graphs
     model = copy.deepcopy(llama)
-    item = lambda c: [vector(1).add(c), vector(2).ablate(), vector(3, 1, "mlp_out").add(c)]
+
+    def item(c):
+        return [vector(1).add(c), vector(2).ablate(), vector(3, 1, "mlp_out").add(c)]
+
     with torch.no_grad():
         plain = llama(**inputs).logits
         if when == "before":
@@ -149,3 +152,83 @@ def test_models_that_the_user_compiled(llama, inputs, graphs, compile_, when):
             count = len(found) if number == 0 else count
         assert len(found) == count
         assert torch.allclose(model(**inputs).logits, plain, atol=1e-5)
+
+
+def operations(model, inputs, steering, *, activities=(ProfilerActivity.CPU,), **options):
+    """What each of four decoding steps of ``generate`` runs, by name, apart from the prompt."""
+    counts = []
+    for new in (3, 7):
+        with fg.steer(model, steering), profile(activities=list(activities)) as trace:
+            model.generate(**inputs, min_new_tokens=new, max_new_tokens=new, do_sample=False, **options)
+        counts.append(Counter({event.key: event.count for event in trace.key_averages()}))
+    counts[1].subtract(counts[0])
+    return counts[1]
+
+
+def added(model, inputs, steering, **options):
+    """What steering adds to a decoding step."""
+    more = operations(model, inputs, steering, **options)
+    more.subtract(operations(model, inputs, None, **options))
+    assert all(count % 4 == 0 for count in more.values())
+    return {name: count // 4 for name, count in more.items() if count and name.startswith("aten::")}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_addition_is_one_operation_a_layer(llama, inputs, cache, dtype):
+    model = copy.deepcopy(llama).to(dtype)
+    everywhere = [vector(n, n).add(2.0) for n in range(LAYERS)]
+    for steering in (everywhere, [everywhere, everywhere, everywhere]):
+        assert added(model, inputs, steering, cache_implementation=cache) == {"aten::add": LAYERS}
+
+
+@pytest.mark.filterwarnings("ignore::fgsteer.errors.UntouchedWarning")
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_decoding_step_waits_for_nothing(llama, inputs, name):
+    more = added(llama, inputs, STRUCTURES[name](2.0), cache_implementation="static")
+    assert not {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero"} & set(more)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_gpu_twin_of_waiting_for_nothing(llama, inputs, name):
+    model, inputs = copy.deepcopy(llama).cuda(), inputs.to("cuda")
+    both = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
+    options = {"activities": both, "cache_implementation": "static", "disable_compile": True}
+    steered, plain = (operations(model, inputs, steering, **options) for steering in (STRUCTURES[name](2.0), None))
+    for waits in ("cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::item", "aten::_local_scalar_dense"):
+        assert steered[waits] <= plain[waits], waits
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["add", "per row", "clamp"])
+def test_gpu_twin_of_compiled_decoding(llama, inputs, name):
+    """On a GPU ``generate`` compiles by itself, with CUDA graphs."""
+    torch._dynamo.reset()
+    model, inputs, make = copy.deepcopy(llama).cuda(), inputs.to("cuda"), STRUCTURES[name]
+    for number, coefficient in enumerate((1.0, -2.0)):
+        options = {"cache_implementation": "static"}
+        expected = tokens(model, inputs, make(coefficient), disable_compile=True, **options)
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            assert tokens(model, inputs, make(coefficient), **options) == expected
+
+
+@pytest.mark.slow
+def test_generated_code(llama, inputs):
+    """The default backend: tokens of random models are far enough apart to bear its rounding."""
+    torch._dynamo.reset()
+    for name in ("add", "per row", "clamp"):
+        make = STRUCTURES[name]
+        for number, coefficient in enumerate((1.0, -2.0)):
+            expected = tokens(llama, inputs, make(coefficient))
+            with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+                assert tokens(llama, inputs, make(coefficient), **compiled("inductor")) == expected
+    torch._dynamo.reset()
+
+
+def test_chunked_prefill_is_compiled_too(llama, inputs, graphs):
+    item = vector().add(2.0, scope="last_prompt_on")
+    model = copy.deepcopy(llama)
+    expected = tokens(model, inputs, item)
+    assert tokens(model, inputs, item, prefill_chunk_size=3, **compiled(graphs[0])) == expected
+    assert graphs[1]
