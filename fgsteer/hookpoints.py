@@ -133,7 +133,12 @@ def decoder_of(model: nn.Module) -> nn.Module:
     decoder = get() if callable(get) else None
     if not isinstance(decoder, nn.Module):
         raise HookpointError(f"a {type(model).__name__}", "a Hugging Face causal LM with get_decoder()")
-    return decoder
+    return uncompiled(decoder)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module itself, or the one that ``torch.compile`` wrapped."""
+    return getattr(module, "_orig_mod", module)
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
@@ -217,7 +222,7 @@ def resolve(model: nn.Module, hookpoint: Hookpoint) -> tuple[nn.Module, bool]:
             f"layer {hookpoint.layer}",
             f"0 to {len(blocks) - 1} (this {type(model).__name__} has {len(blocks)} blocks)",
         )
-    block = blocks[hookpoint.layer]
+    block = uncompiled(blocks[hookpoint.layer])
     if hookpoint.site in ("resid_pre", "resid_post"):
         return block, hookpoint.site == "resid_pre"
     if hookpoint.site in ("attn_out", "mlp_out"):

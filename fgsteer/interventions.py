@@ -44,41 +44,46 @@ class Update:
     read: Float[Tensor, "rows k d_model"] | None = None
     sae: SAE | None = None
     features: tuple[int, ...] = ()
+    fixed: Float[Tensor, "rows 1 d_model"] | None = None  # the change itself, where nothing is read
 
-    def to(self, device: torch.device) -> Update:
-        """The same update on a device, in float32."""
-        return Update(
-            self.write.to(device, torch.float32),
-            self.const.to(device, torch.float32),
-            self.lam.to(device, torch.float32),
-            None if self.read is None else self.read.to(device, torch.float32),
-            None if self.sae is None else self.sae.to(device, torch.float32),
-            self.features,
-        )
+    def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> Update:
+        """The same update for activations of a dtype on a device, each row repeated in place (beams, samples).
 
-    def rows(self, repeats: int) -> Update:
-        """Each row repeated in place, for beams and several sequences per prompt."""
-        if repeats == 1 or len(self.write) == 1:
-            return self
-        parts = [self.write, self.const, self.lam, self.read]
-        write, const, lam, read = (None if p is None else p.repeat_interleave(repeats, 0) for p in parts)
-        assert write is not None
-        assert const is not None
-        assert lam is not None
-        return Update(write, const, lam, read, self.sae, self.features)
+        What reads stays in float32; what reads nothing is multiplied out.
+        """
+
+        def place(part: Tensor) -> Tensor:
+            part = part.to(device, torch.float32)
+            return part if repeats == 1 or len(self.write) == 1 else part.repeat_interleave(repeats, 0)
+
+        write, const, lam = place(self.write), place(self.const), place(self.lam)
+        if self.sae is None and self.read is None:
+            return Update(write, const, lam, fixed=(const[:, None] @ write).to(dtype))
+        read = None if self.read is None else place(self.read)
+        sae = None if self.sae is None else self.sae.to(device, torch.float32)
+        return Update(write, const, lam, read, sae, self.features)
 
     def change(self, h: Float[Tensor, "batch tokens d_model"]) -> Tensor:
-        """The float32 change of h, (batch, tokens, d_model), or broadcastable to it."""
-        if self.sae is not None:
-            wide = h.float()
-            acts = self.sae.encode_selected(wide, self.features) if self.features else self.sae.encode(wide)
-            amount = self.const[:, None] - self.lam[:, None] * acts
-            scale = self.sae.input_scale(wide)
-            return amount @ self.write * scale
-        if self.read is None:
+        """The change of h, (batch, tokens, d_model) or broadcastable to it; float32 until prepared."""
+        if self.fixed is not None:
+            return self.fixed
+        if self.read is None and self.sae is None:
             return self.const[:, None] @ self.write
-        amount = self.const[:, None] - self.lam[:, None] * (h.float() @ self.read.transpose(1, 2))
-        return amount @ self.write
+        wide = h.float()
+        if self.sae is None:
+            assert self.read is not None
+            value = _times(wide, self.read.mT)
+        elif self.features:
+            value = self.sae.encode_selected(wide, self.features)
+        else:
+            value = self.sae.encode(wide)
+        change = _times(torch.addcmul(self.const[:, None], self.lam[:, None], value, value=-1), self.write)
+        return change if self.sae is None or self.sae.input_norm == "none" else change * self.sae.input_scale(wide)
+
+
+def _times(x: Float[Tensor, "batch tokens n"], matrices: Float[Tensor, "rows n m"]) -> Float[Tensor, "batch tokens m"]:
+    """x by one matrix for all rows, or by one for each."""
+    return x @ (matrices[0] if len(matrices) == 1 else matrices)
 
 
 def apply(h: Float[Tensor, "batch tokens d_model"], update: Update, where: Tensor | None = None) -> Tensor:
@@ -86,7 +91,9 @@ def apply(h: Float[Tensor, "batch tokens d_model"], update: Update, where: Tenso
 
     ``where (batch, tokens)`` limits it; elsewhere h comes back bit for bit.
     """
-    change = update.change(h).to(h.dtype)
+    change = update.change(h)
+    if change.dtype != h.dtype:
+        change = change.to(h.dtype)
     if where is None:
         return h + change
     return torch.where(where[..., None], h + change, h)

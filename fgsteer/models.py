@@ -157,8 +157,8 @@ def width_at(model: nn.Module, hookpoint: Hookpoint) -> int:
     module, _ = resolve(model, hookpoint)
     if hookpoint.site != "z":
         return d_model(model)
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return int(getattr(module, "in_features", weight.shape[0]))  # a Conv1D, as in GPT-2, is (in, out)
+    width = getattr(module, "in_features", None)  # a Conv1D, as in GPT-2, has none, and weight (in, out)
+    return int(module.weight.shape[0] if width is None else width)  # type: ignore[index, union-attr, operator]
 
 
 @torch.no_grad()

@@ -15,138 +15,68 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fgsteer.activations import by_token, primary
 from fgsteer.data import Text, check_text
 from fgsteer.errors import DataError, SteeringError, UntouchedWarning
-from fgsteer.hookpoints import Hookpoint, decoder_of, resolve
+from fgsteer.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
 from fgsteer.interventions import Intervention, Scope, Update, apply, stack
 from fgsteer.models import check_pairing, input_device, warn_of_dropout
+from fgsteer.positions import Place, Positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Entry = Intervention | Sequence[Intervention] | None
 Steering = Intervention | Sequence[Entry] | None
-Where = Tensor | Literal["every", "none"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
-    """One update at one hookpoint, the tokens it is for, and whether it has touched any."""
+    """One update at one hookpoint, the tokens it is for, and whether any pass came by."""
 
     hookpoint: Hookpoint
-    scope: Scope
-    bos: bool
+    place: Place
     update: Update
     serves: Tensor  # mask (rows,) of the rows it is for
     select: bool  # whether the mask must be applied: the update has one row, for some of several
-    touched: bool = False
-    counted: Tensor | None = None  # on the device, read once at the end
-    placed: dict[tuple[torch.device, int], tuple[Update, Tensor]] = field(default_factory=dict)
+    reached: bool = False
+    key: tuple[torch.device, torch.dtype, int] | None = None  # what it was made ready for
+    ready: tuple[Update, Tensor] | None = None
 
-    def on(self, device: torch.device, repeats: int) -> tuple[Update, Tensor]:
-        """The update and row mask on a device, each row repeated."""
-        key = (device, repeats)
-        if key not in self.placed:
-            self.placed[key] = (
-                self.update.to(device).rows(repeats),
-                self.serves.repeat_interleave(repeats).to(device),
-            )
-        return self.placed[key]
+    def act(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
+        """The updated hidden states; h itself where the pass holds none of the tokens."""
+        if self.place.empty:
+            return h
+        self.reached = True
+        update, serves = self.prepare(h.device, h.dtype, repeats)
+        where = self.place.mask
+        if where is not None:
+            where = where.to(h.device)
+        if self.select:
+            rows = serves[:, None]
+            where = rows.expand(h.shape[:2]) if where is None else where & rows
+        return apply(h, update, where)
 
+    def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> tuple[Update, Tensor]:
+        """The update and row mask for hidden states of a dtype on a device, each row repeated."""
+        key = (device, dtype, repeats)
+        if self.ready is None or self.key != key:
+            serves = self.serves.repeat_interleave(repeats).to(device)
+            self.key, self.ready = key, (self.update.prepare(device, dtype, repeats), serves)
+        return self.ready
 
-class Positions:
-    """Which tokens the running forward pass holds: prompt or generated, real or padding, position 0.
-
-    Outside ``generate`` the prompt is what was fed to an empty cache. Inside, it is what
-    ``generate`` was given, so passes without a cache, chunked prefill and several
-    candidate tokens at once are placed right.
-    """
-
-    def __init__(self) -> None:
-        self.generating = False
-        self.prompt_mask: Tensor | None = None  # (rows, prompt tokens), 1 where real
-        self.prompt_length: int | None = None
-        self.batch = self.start = self.length = 0
-        self.mask: Tensor | None = None  # (batch, tokens so far) of this pass
-        self.cache: dict[tuple[Scope, bool, torch.device], Where] = {}
-
-    def begin(self, batch: int, length: int, start: int, mask: Tensor | None) -> None:
-        """Note a forward pass of ``length`` tokens after ``start`` cached ones."""
-        self.batch, self.length, self.start = batch, length, start
-        self.cache = {}
-        if self.generating:
-            given = self.prompt_mask
-            self.mask = None if given is None else given.repeat_interleave(max(1, batch // len(given)), 0)
-            return
-        self.mask = mask
-        if start == 0:
-            self.prompt_length = length
-            self.prompt_mask = mask
-        elif self.prompt_length is None or self.prompt_length > start:
-            self.prompt_length = start  # the prompt was read before steering began
-            self.prompt_mask = None if mask is None else mask[:, :start]
-
-    def where(self, scope: Scope, bos: bool, device: torch.device) -> Where:
-        """Mask (batch, length) of the tokens in a scope, or "every" or "none"."""
-        key = (scope, bos, device)
-        if key not in self.cache:
-            self.cache[key] = self._where(scope, bos, device)
-        return self.cache[key]
-
-    def _where(self, scope: Scope, bos: bool, device: torch.device) -> Where:
-        prompt_length = self.prompt_length or 0
-        only_generated = self.start >= max(1, prompt_length)
-        if only_generated and scope == "prompt":
-            return "none"
-        if only_generated and (self.generating or self.mask is None):
-            return "every"
-        place = torch.arange(self.start, self.start + self.length, device=device)[None]
-        real, first, last = self._landmarks(place, prompt_length)
-        where = real & ((place >= first) if bos else (place > first))
-        if scope == "prompt":
-            where &= place < prompt_length
-        elif scope == "generated":
-            where &= place >= prompt_length
-        elif scope == "last_prompt_on":
-            where &= place >= last
-        return where.expand(self.batch, -1)
-
-    def _landmarks(self, place: Tensor, prompt_length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(which places are real, first real place, last real prompt place), by row."""
-        if self.mask is None:
-            one = torch.ones_like(place)
-            return one.bool(), one * 0, one * (prompt_length - 1)
-        mask = self.mask.to(place.device).bool()
-        width = mask.shape[1]
-        known = mask[:, place[0].clamp(max=width - 1)]
-        real = known | (place >= width)
-        count = torch.arange(width, device=place.device)
-        first = torch.where(mask, count, width).amin(1, keepdim=True)
-        prompt = mask & (count < prompt_length)
-        last = torch.where(prompt, count, -1).amax(1, keepdim=True)
-        return real, first, last
-
-
-def _plain_mask(mask: Any, total: int) -> Tensor | None:
-    """A (batch, total) mask of real tokens from any attention mask that a model accepts."""
-    if isinstance(mask, dict):
-        mask = next(iter(mask.values()), None)
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.ndim == 4:  # a key is real when some query of this pass may see it
-        seen = mask if mask.dtype == torch.bool else mask >= 0
-        mask = seen.flatten(1, 2).any(1)
-    if mask.shape[1] < total:  # covers the new tokens only
-        mask = torch.cat([mask.new_ones(mask.shape[0], total - mask.shape[1]), mask], 1)
-    plain: Tensor = mask[:, :total]
-    return plain
+    def touched(self) -> bool:
+        """Whether it has changed any token. Waits for the device."""
+        met = self.place.met
+        return self.reached and (met if isinstance(met, bool) else bool((met.cpu() & self.serves).any()))
 
 
 def _entries(steering: Steering, per_row: bool | None) -> list[list[Intervention]]:
@@ -188,41 +118,54 @@ def _groups(rows: Sequence[Sequence[Intervention]]) -> list[Group]:
             depth[item.hookpoint] = turn + 1
             key = (item.hookpoint, turn, item.scope, item.bos)
             table.setdefault(key, [None] * len(rows))[number] = item
+    places: dict[tuple[Scope, bool], Place] = {}
     groups = []
     for (hookpoint, _, scope, bos), column in sorted(table.items(), key=lambda entry: entry[0][:2]):
+        place = places.setdefault((scope, bos), Place(scope, bos))
         for update, numbers in stack(column):
             serves = torch.zeros(len(rows), dtype=torch.bool)
             serves[numbers] = True
-            groups.append(Group(hookpoint, scope, bos, update, serves, len(rows) > 1 and len(update.write) == 1))
+            groups.append(Group(hookpoint, place, update, serves, len(rows) > 1 and len(update.write) == 1))
     return groups
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether hooks set on the module now would be skipped by a graph compiled before."""
-    forward = vars(module).get("forward")
-    return (
-        hasattr(module, "_orig_mod")
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(forward, "_torchdynamo_orig_callable")
-    )
+def _shadow(module: nn.Module, name: str, value: Callable[..., Any], hooks: ExitStack) -> None:
+    """Set a function on the module itself until the stack closes."""
+    own = vars(module).get(name)
+    setattr(module, name, value)
+    hooks.callback(delattr, module, name) if own is None else hooks.callback(setattr, module, name, own)
+
+
+def _renewed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function under another name: compiled graphs do not watch for new hooks, but for another forward."""
+
+    @wraps(forward)
+    def steered(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return steered
 
 
 class _Session:
-    """The hooks of one ``steer`` block."""
+    """The hooks of one ``steer`` block.
+
+    The hooks may run inside a compiled graph. What changes between blocks is then a tensor, and no
+    number that changes between passes is read back: either would compile the graph again.
+    """
 
     def __init__(self, model: nn.Module, rows: Sequence[Sequence[Intervention]]) -> None:
         self.model, self.rows, self.groups = model, len(rows), _groups(rows)
-        self.positions = Positions()
-        self.passes = 0
-        decoder = decoder_of(model)
-        self.names = [n for n in inspect.signature(decoder.forward).parameters if n != "self"]
+        self.positions = Positions(list({id(g.place): g.place for g in self.groups}.values()), self.rows)
+        self.ran = False
+        self.names = [n for n in inspect.signature(decoder_of(model).forward).parameters if n != "self"]
 
-    def install(self, stack_: ExitStack) -> None:
+    def install(self, hooks: ExitStack) -> None:
         """Register every hook; all come off when the stack closes."""
         if not self.groups:
             return
-        add = decoder_of(self.model).register_forward_pre_hook(self.observe, with_kwargs=True)
-        stack_.callback(add.remove)
+        decoder = decoder_of(self.model)
+        hooks.callback(decoder.register_forward_pre_hook(self.observe, with_kwargs=True).remove)
+        _shadow(decoder, "forward", _renewed(decoder.forward), hooks)
         at: dict[Hookpoint, list[Group]] = {}
         for group in self.groups:
             at.setdefault(group.hookpoint, []).append(group)
@@ -234,54 +177,36 @@ class _Session:
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
             else:
                 handle = module.register_forward_hook(self._output_hook(groups), prepend=True)
-            stack_.callback(handle.remove)
-        if "generate" not in vars(self.model) and callable(getattr(self.model, "generate", None)):
-            self.model.generate = self._generate(self.model.generate)  # type: ignore[assignment, arg-type]
-            stack_.callback(delattr, self.model, "generate")
-        elif "generate" in vars(self.model):
-            original: Any = self.model.generate
-            self.model.generate = self._generate(original)  # type: ignore[assignment]
-            stack_.callback(setattr, self.model, "generate", original)
+            hooks.callback(handle.remove)
+            _shadow(module, "forward", _renewed(module.forward), hooks)
+            weight = next(module.parameters(), None)
+            if weight is not None and weight.is_floating_point() and not weight.is_meta:
+                for group in groups:  # before any pass, so that no graph holds it
+                    group.prepare(weight.device, weight.dtype)
+        if callable(getattr(self.model, "generate", None)):
+            _shadow(self.model, "generate", self._generate(self.model.generate), hooks)  # type: ignore[arg-type]
 
     def observe(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the decoder is about to run on."""
-        given = dict(zip(self.names, args, strict=False)) | kwargs
+        given = dict(zip(self.names, args, strict=False)) | kwargs if args else kwargs
         ids = given.get("input_ids")
         tokens: Tensor = given["inputs_embeds"] if ids is None else ids
-        batch, length = tokens.shape[:2]
-        past = given.get("past_key_values")
-        start = int(past.get_seq_length()) if past is not None else 0
-        generating = self.positions.generating
-        if self.rows > 1 and (batch % self.rows if generating else batch != self.rows):
+        batch = tokens.shape[0]
+        if self.rows > 1 and (batch % self.rows if self.positions.generating else batch != self.rows):
             raise SteeringError(
                 f"{self.rows} entries for a batch of {batch} rows", "one entry per row", "pass as many entries as rows"
             )
-        mask = None if generating else _plain_mask(given.get("attention_mask"), start + length)
-        self.positions.begin(batch, length, start, mask)
-        self.passes += 1
+        self.positions.begin(tokens, given.get("past_key_values"), given.get("attention_mask"))
+        self.ran = True
 
     def act(self, groups: Sequence[Group], h: Tensor) -> Tensor:
         """Apply the groups in order to hidden states of any layout."""
-        positions = self.positions
-        shape = h.shape
-        h = by_token(h, positions.batch, positions.length)
-        repeats = 1 if self.rows == 1 else positions.batch // self.rows
+        batch, length = self.positions.batch, self.positions.length
+        repeats = 1 if self.rows == 1 else batch // self.rows
+        changed = h if h.shape[:-1] == (batch, length) else by_token(h, batch, length)
         for group in groups:
-            where = positions.where(group.scope, group.bos, h.device)
-            if isinstance(where, str) and where == "none":
-                continue
-            update, serves = group.on(h.device, repeats)
-            if group.select:
-                rows = serves[:, None].expand(-1, positions.length)
-                where = rows if isinstance(where, str) else where & rows
-            if isinstance(where, Tensor):
-                touched = (where & serves[:, None]).any()
-                group.counted = touched if group.counted is None else group.counted | touched.to(group.counted.device)
-                h = apply(h, update, where)
-            else:
-                group.touched = True
-                h = apply(h, update)
-        return h.reshape(shape)
+            changed = group.act(changed, repeats)
+        return changed if changed.shape == h.shape else changed.reshape(h.shape)
 
     def _output_hook(self, groups: Sequence[Group]) -> Callable[..., Any]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
@@ -305,15 +230,11 @@ class _Session:
             positions = self.positions
             if positions.generating:  # the model drafts for itself: the same rows, the same prompt
                 return original(*args, **kwargs)
-            positions.prompt_length, positions.prompt_mask = self._prompt(args, kwargs)
-            positions.generating = True
-            if next(self.model.parameters()).device.type != "cpu":
-                kwargs.setdefault("disable_compile", True)  # a compiled graph would skip hooks set after it
+            positions.generate(*self._prompt(args, kwargs))
             try:
                 return original(*args, **kwargs)
             finally:
-                positions.generating = False
-                positions.prompt_length = positions.prompt_mask = None
+                positions.finish()
 
         return generate
 
@@ -351,11 +272,11 @@ class _Session:
 
     def warn_untouched(self) -> None:
         """Warn of every update that touched no token, if anything ran."""
-        for group in self.groups if self.passes else ():
-            if not (group.touched or (group.counted is not None and bool(group.counted))):
+        for group in self.groups if self.ran else ():
+            if not group.touched():
                 warnings.warn(
-                    f"an intervention at {group.hookpoint} with scope {group.scope!r} touched no token in "
-                    f"{self.passes} forward pass(es); padding is skipped, and position 0 unless bos=True",
+                    f"an intervention at {group.hookpoint} with scope {group.place.scope!r} touched no token; "
+                    "padding is skipped, and position 0 unless bos=True",
                     UntouchedWarning,
                     stacklevel=4,
                 )
@@ -378,13 +299,9 @@ def steer(model: PreTrainedModel, steering: Steering, *, per_row: bool | None = 
     """
     warn_of_dropout(model)
     rows = _entries(steering, per_row)
-    if any(_is_compiled(module) for module in model.modules()):
-        raise SteeringError(
-            "a compiled model", "the plain one: hooks set after compilation are skipped", "steer model._orig_mod"
-        )
     for item in {id(i): i for items in rows for i in items}.values():
         check_pairing(model, item.hookpoint, item.d_model, item.model_name, type(item).__name__)
-    session = _Session(model, rows)
+    session = _Session(uncompiled(model), rows)
     with ExitStack() as hooks:
         session.install(hooks)
         yield model

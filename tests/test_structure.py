@@ -33,6 +33,7 @@ ORDER = (
     "sae_loaders",
     "interventions",
     "vector",
+    "positions",
     "steering",
     "scoring",
     "calibration",
