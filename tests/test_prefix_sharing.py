@@ -122,7 +122,7 @@ def test_every_family_equals_one_text_at_a_time(family, tokenizer):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bloom"])
 def test_every_rule_equals_one_text_at_a_time(family, attention, tokenizer):
     model = tiny_model(family)
     model.set_attn_implementation(attention)
@@ -157,12 +157,12 @@ def tokens_run(model, tokenizer, data, **options):
 
 def test_answers_to_a_prompt_cost_half(llama, tokenizer):
     words = LONG.split()
-    prompts = [" ".join([*words[n:], *words[:n], *words]) for n in range(12)]  # 36 words
+    prompts = [" ".join([*words[n:], *words[:n], *words]) for n in range(12)]  # 38 words
     data = [fg.ContrastPair("A", "B", prompt) for prompt in prompts]
     shared, _ = tokens_run(llama, tokenizer, data, tokens="last")
     apart, _ = tokens_run(llama, tokenizer, data, tokens="last", share_prefixes=False)
-    assert apart == 24 * 38
-    assert shared == 12 * 37 + 24
+    assert apart == 24 * 40
+    assert shared == 12 * 39 + 24
 
 
 def test_pairs_meet_although_windows_are_short(llama, tokenizer, monkeypatch):
@@ -271,3 +271,13 @@ def test_memory_does_not_grow_with_the_texts():
     )
     few, many = map(float, code.stdout.split())
     assert many - few < 30
+
+
+@pytest.mark.gpu
+def test_gpu_twin(tokenizer):
+    sae, differences = make_sae("jumprelu"), []
+    for device in ("cpu", "cuda"):
+        stats = fg.collect(tiny_model("gemma3").to(device), tokenizer, SET, sae=sae)
+        differences.append([stats.at(space)[1].difference for space in ("residual", "feature")])
+    for cpu, cuda in zip(*differences, strict=True):
+        assert torch.allclose(cpu, cuda, rtol=1e-4, atol=1e-4 * float(cpu.abs().max()))  # float32 sums
