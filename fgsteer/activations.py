@@ -8,6 +8,7 @@ and no head is computed. ``token_rows`` decides which tokens of a text are read.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from fgsteer.hookpoints import Hookpoint, decoder_of, resolve
 from fgsteer.models import check_pairing, input_device, warn_of_dropout
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedTokenizerBase
 
     from fgsteer.sae import SAE
 
@@ -50,6 +51,10 @@ class Batch:
     attention: Int[Tensor, "batch tokens"]
     selected: Bool[Tensor, "batch tokens"]
     rows: Sequence[TokenRow]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(self.ids.to(device), self.attention.to(device), self.selected.to(device), self.rows)
 
 
 class _Reached(Exception):  # noqa: N818
@@ -81,10 +86,12 @@ def record(
     ids: Int[Tensor, "batch tokens"],
     attention: Int[Tensor, "batch tokens"] | None,
     hookpoints: Iterable[Hookpoint],
+    cache: Cache | None = None,
 ) -> dict[Hookpoint, Float[Tensor, "batch tokens d_model"]]:
     """Activations (batch, tokens, d_model) at each hookpoint, in the model's dtype.
 
-    The forward pass stops at the last of them. Raises HookpointError for one that the
+    The forward pass stops at the last of them. With a ``cache`` it goes on from the tokens in there, which
+    ``attention`` then covers too, and leaves its own in it. Raises HookpointError for one that the
     model lacks, DataError for none; warns FgsteerWarning of a model in train mode with dropout.
     """
     warn_of_dropout(model)
@@ -118,8 +125,19 @@ def record(
                 handle = module.register_forward_hook(after)
             stack.callback(handle.remove)
         with suppress(_Reached):
-            decoder_of(model)(input_ids=ids, attention_mask=attention, use_cache=False)
+            decoder_of(model)(input_ids=ids, attention_mask=attention, **_continuing(model, ids, attention, cache))
     return found
+
+
+def _continuing(model: nn.Module, ids: Tensor, attention: Tensor | None, cache: Cache | None) -> dict[str, Any]:
+    """Arguments of a forward pass that goes on from a cache: the positions of its tokens, padding not counted."""
+    if cache is None:
+        return {"use_cache": False}
+    assert attention is not None
+    given: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
+    if "position_ids" in inspect.signature(decoder_of(model).forward).parameters:  # BLOOM counts its mask
+        given["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return given
 
 
 def render(
@@ -252,6 +270,24 @@ def token_rows(
         yield rows
 
 
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"] = "right"
+) -> tuple[Int[Tensor, "rows longest"], Int[Tensor, "rows longest"]]:
+    """(ids, attention mask) of rows filled up to the longest."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, pad_id, side)
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    place = torch.arange(ids.shape[1])
+    return ids, (place < lengths if side == "right" else place >= ids.shape[1] - lengths).long()
+
+
+def mark(places: Sequence[Sequence[int]], width: int) -> Bool[Tensor, "rows width"]:
+    """A mask that is true at the given places of each row."""
+    mask = torch.zeros(len(places), width, dtype=torch.bool)
+    owner = torch.tensor([number for number, row in enumerate(places) for _ in row], dtype=torch.long)
+    mask[owner, torch.tensor([place for row in places for place in row], dtype=torch.long)] = True
+    return mask
+
+
 def batches(rows: Sequence[TokenRow], *, batch_tokens: int, pad_id: int, device: torch.device | str) -> Iterator[Batch]:
     """Right-padded batches of at most ``batch_tokens`` padded tokens (one row at least), longest first."""
     start = len(rows)
@@ -260,26 +296,23 @@ def batches(rows: Sequence[TokenRow], *, batch_tokens: int, pad_id: int, device:
         size = max(1, batch_tokens // max(1, longest))
         chosen = rows[max(0, start - size) : start]
         start -= len(chosen)
-        ids = torch.full((len(chosen), longest), pad_id, dtype=torch.long)
-        attention = torch.zeros_like(ids)
-        selected = torch.zeros_like(ids, dtype=torch.bool)
-        for n, row in enumerate(chosen):
-            ids[n, : len(row.ids)] = torch.as_tensor(row.ids)
-            attention[n, : len(row.ids)] = 1
-            selected[n, torch.as_tensor(row.selected)] = True
-        yield Batch(ids.to(device), attention.to(device), selected.to(device), chosen)
+        selected = mark([row.selected for row in chosen], longest)
+        yield Batch(*pad([row.ids for row in chosen], pad_id), selected, chosen).to(device)
 
 
 def text_batches(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Iterable[tuple[Text, Text, bool]], **options: Any
 ) -> Iterator[Batch]:
-    """Batches of (prompt, completion, positive) triples on the model's input device; see ``token_rows``."""
-    batch_tokens = options.pop("batch_tokens")
+    """Batches of (prompt, completion, positive) triples on the model's input device; see ``token_rows``.
+
+    ``arrange`` makes batches of a window's rows: ``batches`` by default, or ``prefixes.shared_batches``.
+    """
+    batch_tokens, arrange = options.pop("batch_tokens"), options.pop("arrange", batches)
     pad_id = tokenizer.pad_token_id
     pad_id = pad_id if isinstance(pad_id, int) else 0
     device = input_device(model)
     for rows in token_rows(tokenizer, texts, **options):
-        yield from batches(rows, batch_tokens=batch_tokens, pad_id=pad_id, device=device)
+        yield from arrange(rows, batch_tokens=batch_tokens, pad_id=pad_id, device=device)
 
 
 def corpus_batches(

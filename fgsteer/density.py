@@ -130,7 +130,7 @@ def measure_density(
     Raises DataError for a text of one token, PairingError for an SAE of another width.
     """
     from fgsteer.activations import corpus_batches
-    from fgsteer.statistics import row_groups
+    from fgsteer.pooling import row_groups
 
     fired, documents, first = (torch.zeros(sae.d_sae, dtype=torch.float64) for _ in range(3))
     tokens = done = 0

@@ -174,7 +174,7 @@ def measure_examples(
     an SAE of another width, SelectionError for unknown features, or sizes below 1 (window: 0).
     """
     from fgsteer.activations import corpus_batches
-    from fgsteer.statistics import row_groups
+    from fgsteer.pooling import row_groups
 
     chosen = sorted(set(range(sae.d_sae) if features is None else features))
     if not chosen or chosen[0] < 0 or chosen[-1] >= sae.d_sae or top < 1 or window < 0:

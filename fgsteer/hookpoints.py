@@ -197,6 +197,11 @@ def _sublayer(block: nn.Module, hookpoint: Hookpoint) -> nn.Module:
     return getattr(block, name)  # type: ignore[no-any-return]
 
 
+def is_known(model: nn.Module) -> bool:
+    """Whether the tests have run the model's kind of block; of any other, only its input and output are sites."""
+    return type(blocks_of(model)[0]).__name__ in {*_SUBLAYERS, *_NOT_ADDED}
+
+
 def _child(block: nn.Module, names: tuple[str, ...], site: Site) -> nn.Module:
     """The first child of one of these names. Raises HookpointError."""
     for name in names:

@@ -22,8 +22,8 @@ from fgsteer.activations import record
 from fgsteer.errors import DataError
 from fgsteer.interventions import Intervention
 from fgsteer.models import input_device
+from fgsteer.pooling import Reads, pool_features
 from fgsteer.sae import SAE
-from fgsteer.statistics import pool_features
 from fgsteer.steering import steer
 
 if TYPE_CHECKING:
@@ -155,5 +155,5 @@ def rollout_features(
     new = order >= length - how.max_new_tokens
     values = record(model, ids.gather(1, order), mask.gather(1, order), [sae.input_hookpoint])[sae.input_hookpoint]
     local = sae if sae.W_enc.device == values.device else sae.to(values.device)
-    pooled = pool_features(local, values, new.to(values.device))
+    pooled = pool_features(local, values[new.to(values.device)], Reads.of(new))
     return pooled.view(len(steering), -1, sae.d_sae).mean(1)

@@ -139,19 +139,19 @@ class SAE:
         return x, 1.0, 0.0
 
     def _activate(self, pre: Tensor) -> Tensor:
-        """φ of the pre-activations."""
+        """φ of the pre-activations, in their own memory where that saves a pass over it."""
         if self.activation == "topk":
             assert self.k is not None
             values, ids = pre.topk(self.k, dim=-1, sorted=False)
-            return torch.zeros_like(pre).scatter_(-1, ids, values.relu_())
+            return pre.zero_().scatter_(-1, ids, values.relu_())
         if self.activation == "jumprelu":
             assert self.threshold is not None
-            return pre.relu() * (pre > self.threshold)
+            return pre.masked_fill_(pre <= self.threshold.clamp(min=0.0), 0.0)
         if self.activation == "gated":
             assert self.gate_bias is not None
             assert self.gate_scale is not None
             return (pre + self.gate_bias > 0) * (pre * self.gate_scale + self.b_enc).relu()
-        return pre.relu()
+        return pre.relu_()
 
     def _pre(self, x: Tensor) -> Tensor:
         x = self._normalised(x.to(self.W_enc))[0]

@@ -21,19 +21,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.activations import Batch, TokenRule, record, text_batches
+from fgsteer.activations import TokenRow, TokenRule, batches, text_batches
 from fgsteer.data import ContrastPair, ContrastSet, Text, as_contrast
 from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint, resolve
 from fgsteer.models import check_pairing, identity
+from fgsteer.pooling import pool, pool_features
+from fgsteer.prefixes import arrange_for, read
 from fgsteer.sae import SAE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Space = Literal["residual", "feature"]
-ENCODE_ELEMENTS = 1 << 24  # feature activations held at once: bounds memory, not results
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,39 +247,10 @@ def _identity(reading: Mapping[str, Any]) -> dict[str, Any]:
     return {**reading, "sae": sae.get("sha256") if isinstance(sae, Mapping) else sae}
 
 
-def pool_residual(activations: Tensor, selected: Tensor) -> Float[Tensor, "batch d_model"]:
-    """Mean over each row's selected tokens of (batch, tokens, d_model), in float32."""
-    weights = selected.float()
-    weights = weights / weights.sum(1, keepdim=True)
-    # where() keeps what padding holds (inf, in some models) out of the sum
-    clean = torch.where(selected[..., None], activations.float(), 0.0)
-    return torch.einsum("bt,btd->bd", weights, clean)
-
-
-def row_groups(selected: Tensor, width: int) -> Iterator[slice]:
-    """Slices of batch rows whose selected tokens' encodings stay under ENCODE_ELEMENTS."""
-    per_row = max(1, selected.shape[1] * width)
-    step = max(1, ENCODE_ELEMENTS // per_row)
-    for start in range(0, selected.shape[0], step):
-        yield slice(start, start + step)
-
-
-def pool_features(sae: SAE, activations: Tensor, selected: Tensor) -> Float[Tensor, "batch d_sae"]:
-    """Mean over each row's selected tokens of ``sae.encode``: encodings averaged, not encoded averages."""
-    pooled = []
-    for rows in row_groups(selected, sae.d_sae):
-        mask = selected[rows]
-        owner = mask.nonzero()[:, 0]
-        acts = sae.encode(activations[rows][mask])
-        total = torch.zeros(len(mask), sae.d_sae, dtype=acts.dtype, device=acts.device).index_add_(0, owner, acts)
-        pooled.append(total / mask.sum(1, keepdim=True))
-    return torch.cat(pooled)
-
-
-def _check_finite(pooled: Tensor, at: Hookpoint, batch: Batch) -> None:
+def _check_finite(pooled: Tensor, at: Hookpoint, rows: Sequence[TokenRow]) -> None:
     bad = (~torch.isfinite(pooled).all(1)).nonzero()[:, 0].tolist()
     if bad:
-        row = batch.rows[bad[0]]
+        row = rows[bad[0]]
         side = "positive" if row.positive else "negative"
         raise DataError(
             f"activations of {side} text {row.index} are not finite at {at}",
@@ -288,9 +260,22 @@ def _check_finite(pooled: Tensor, at: Hookpoint, batch: Batch) -> None:
 
 
 def _texts(contrast: ContrastSet) -> Iterator[tuple[Text, Text, bool]]:
-    for positive in (True, False):
-        for prompt, completion in contrast.side(positive):
-            yield prompt, completion, positive
+    """Pairs first, both sides of each together, so that what they share is found in one window."""
+    positives, negatives = list(contrast.side(True)), list(contrast.side(False))
+    pairs = len(contrast.pairs)
+    for positive, negative in zip(positives[:pairs], negatives[:pairs], strict=True):
+        yield *positive, True
+        yield *negative, False
+    yield from ((*text, True) for text in positives[pairs:])
+    yield from ((*text, False) for text in negatives[pairs:])
+
+
+def _pooled(examples: Tensor, contrast: ContrastSet) -> Pooled:
+    """Examples in the order of ``_texts`` as those of either side."""
+    pairs, unpaired = len(contrast.pairs), len(contrast.pairs) + contrast.count(True)
+    positive = torch.cat([examples[: 2 * pairs : 2], examples[2 * pairs : unpaired]])
+    negative = torch.cat([examples[1 : 2 * pairs : 2], examples[unpaired:]])
+    return Pooled(positive, negative, pairs)
 
 
 def _add_examples(totals: Totals, space: Space, at: Hookpoint, rows: Tensor, positive: Tensor) -> None:
@@ -314,6 +299,7 @@ def collect(
     batch_tokens: int = 8192,
     max_tokens: int | None = None,
     keep_pooled: bool = False,
+    share_prefixes: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> ContrastStatistics:
     """Statistics of both sides of a contrast, from one forward pass per text up to the last hookpoint.
@@ -327,7 +313,8 @@ def collect(
     index. Position 0 and padding are not read, position 0 only with ``bos=True``.
     ``batch_tokens`` bounds a batch and changes nothing but speed. ``keep_pooled`` keeps the
     ``h̄ᵢ`` themselves, O(examples · d_model) memory at each hookpoint, for ``diagnose``.
-    ``progress`` is called with the number of texts done.
+    ``share_prefixes`` runs once what several texts begin with, as the answers to one prompt do, where that
+    saves a quarter of the tokens; results differ by rounding. ``progress`` is called with the number of texts done.
 
     Raises DataError for a text without a token to read or with non-finite activations,
     PairingError for an SAE of another width, HookpointError for a missing hookpoint.
@@ -344,25 +331,24 @@ def collect(
     placed: dict[torch.device, SAE] = {}
     counts = [contrast.count(side) for side in (True, False)]
     done = 0
-    for batch in text_batches(
-        model, tokenizer, _texts(contrast), rule=tokens, bos=bos, batch_tokens=batch_tokens, max_tokens=max_tokens
-    ):
-        acts = record(model, batch.ids, batch.attention, recorded)
+    options = {"rule": tokens, "bos": bos, "batch_tokens": batch_tokens, "max_tokens": max_tokens}
+    arrange = arrange_for(model) if share_prefixes else batches
+    for batch in text_batches(model, tokenizer, _texts(contrast), arrange=arrange, **options):
+        acts, reads = read(model, batch, recorded)
         positive = torch.tensor([row.positive for row in batch.rows])
         for at, values in acts.items():
-            selected = batch.selected.to(values.device)
-            rows = pool_residual(values, selected)
-            _check_finite(rows, at, batch)
+            rows = pool(values, reads)
+            _check_finite(rows, at, batch.rows)
             if at in wanted:
                 _add_examples(totals, "residual", at, rows, positive)
                 if keep_pooled:
-                    both = kept.setdefault(at, torch.empty(sum(counts), rows.shape[1]))
-                    both[[row.index for row in batch.rows]] = rows.cpu()
+                    examples = kept.setdefault(at, torch.empty(sum(counts), rows.shape[1]))
+                    examples[[row.index for row in batch.rows]] = rows.cpu()
             if sae is not None and at == sae.input_hookpoint:
                 if values.device not in placed:
                     placed[values.device] = sae.to(values.device, torch.float32)
-                rows = pool_features(placed[values.device], values, selected)
-                _add_examples(totals, "feature", sae.hookpoint, rows, positive)
+                features = pool_features(placed[values.device], values, reads)
+                _add_examples(totals, "feature", sae.hookpoint, features, positive)
         done += len(batch.rows)
         if progress is not None:
             progress(done)
@@ -378,7 +364,7 @@ def collect(
         "max_tokens": max_tokens,
     }
     data = {"name": contrast.name, "sha256": contrast.sha256, "count": counts}
-    pooled = {at: Pooled(both[: counts[0]], both[counts[0] :], len(contrast.pairs)) for at, both in kept.items()}
+    pooled = {at: _pooled(examples, contrast) for at, examples in kept.items()}
     return ContrastStatistics(tables["residual"], tables["feature"], reading, (data,), pooled)
 
 

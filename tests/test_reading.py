@@ -50,7 +50,7 @@ def naive_activations(model, tokenizer, sae, text, max_tokens):
 def test_excerpts_equal_a_loop(llama, tokenizer, activation, features, small_batches, monkeypatch):
     sae = make_sae(activation)
     if small_batches:
-        monkeypatch.setattr("fgsteer.statistics.ENCODE_ELEMENTS", 24 * 20)  # a row or two are encoded at a time
+        monkeypatch.setattr("fgsteer.pooling.ENCODE_ELEMENTS", 24 * 20)  # a row or two are encoded at a time
     found = fg.measure_examples(
         llama,
         tokenizer,
