@@ -314,7 +314,7 @@ def _vectors(
 def _calibrated(meter: _Meter, vectors: Mapping[int, SteeringVector], rises: Sequence[float]) -> list[Step]:
     """Steps at which every layer and sign costs the rises, where one does."""
     places = [(layer, sign) for layer in sorted(vectors) for sign in SIGNS]
-    found = meter.calibrate([_scaled(vectors[layer], sign) for layer, sign in places], rises)
+    found = meter.calibrate([_scaled(vectors[layer], float(sign)) for layer, sign in places], rises)
     return [
         (layer, sign, sign * size, rise)
         for (layer, sign), sizes in zip(places, found, strict=True)
