@@ -2,8 +2,8 @@
 
 import importlib
 import json
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,24 +63,26 @@ def test_sections_on_the_default(speed, tmp_path, section):
         assert 50 < rows[-1]["peak_mib"] < 16_000
 
 
-def test_ratios_are_of_the_same_turn_and_quick_work_is_looped(clock):
-    runs = {"slow": 0, "quick": 0}
+def test_ratios_are_of_the_same_turn_and_quick_work_is_looped(clock, monkeypatch):
+    """On a made-up clock: the machine gets twice as slow every turn, and no ratio moves."""
+    now, runs = [0.0], {"slow": 0, "quick": 0}
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def work(name, seconds):
         runs[name] += 1
-        time.sleep(seconds)
-        return torch.tensor(1.0)
+        now[0] += seconds * 2 ** max(0, runs["slow"] - 2)
 
     contenders = [
-        clock.Contender("slow", lambda: work("slow", 0.04)),
-        clock.Contender("quick", lambda: work("quick", 0.004)),
+        clock.Contender("slow", lambda: work("slow", 2.0)),
+        clock.Contender("quick", lambda: work("quick", 0.25)),
     ]
-    rows = clock.Clock(torch.device("cpu"), 3, at_least=0.02).compare(clock.Case("a", "b", "c", 2.0, "x/s"), contenders)
+    rows = clock.Clock(torch.device("cpu"), 4, at_least=1.0).compare(clock.Case("a", "b", "c", 6.0, "x/s"), contenders)
+    assert runs == {"slow": 2 + 4, "quick": 2 + 4 * 4}  # a warm-up and a first look; then turns, of four loops each
     assert rows[0].ratio == (1.0, 1.0, 1.0)
-    assert rows[0].rate == pytest.approx(2.0 / rows[0].seconds[1])
-    assert runs["slow"] == 2 + 3  # a warm-up and a first look, then the turns
-    assert runs["quick"] > runs["slow"]
-    assert rows[1].ratio[0] <= rows[1].ratio[1] < 1
+    assert rows[0].seconds == (7.0, 12.0, 20.0)  # quartiles of 4, 8, 16, 32
+    assert rows[0].rate == 6.0 / 12.0
+    # quick goes first in every other turn, before slow has made that turn slower: 1/16 there, 1/8 elsewhere
+    assert rows[1].ratio == (0.0625, 0.09375, 0.125)
 
 
 def test_results_that_differ_are_told(speed, clock, capsys):

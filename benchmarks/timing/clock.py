@@ -103,12 +103,15 @@ class Clock:
             if c.like and case.difference is not None:
                 differences[c.name] = float(case.difference(results[c.name], results[c.like]))
         results.clear()
-        times = {c.name: max(1, round(self.at_least / max(self.seconds(c.run), 1e-9))) for c in contenders}
+        gc.collect()
+        gc.freeze()  # what stands now need not be looked through before every run
+        times = {c.name: self._times(c) for c in contenders}
         samples: dict[str, list[float]] = {c.name: [] for c in contenders}
         for turn in range(self.repetitions):
             start = turn % len(contenders)
             for c in (*contenders[start:], *contenders[:start]):
                 samples[c.name].append(self.seconds(c.run, times[c.name]))
+        gc.unfreeze()
         first = samples[contenders[0].name]
         return [
             row(
@@ -121,6 +124,10 @@ class Clock:
             )
             for c in contenders
         ]
+
+    def _times(self, contender: Contender) -> int:
+        """How often to loop a contender's work in a turn."""
+        return max(1, round(self.at_least / max(self.seconds(contender.run), 1e-9))) if self.at_least else 1
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
