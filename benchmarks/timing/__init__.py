@@ -1,0 +1,1 @@
+"""Parts of speed.py: how it times, what it times it on, the peers, and the sections."""

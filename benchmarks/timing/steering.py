@@ -1,0 +1,150 @@
+"""Steering: what a steered generation costs beside an unsteered one, and measuring many vectors beside one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fgsteer as fg
+from fgsteer.rollouts import Sampling, encode_prompts, rollout_features
+from timing import peers
+from timing.bench import Bench, distance, unequal
+from timing.clock import Case, Contender, Row
+from timing.subjects import Subject, directions, prompt_ids
+
+NEW_TOKENS = 32
+CELLS = ((1, 8), (8, 8), (64, 8), (1, 256), (8, 256), (64, 256))  # batch, prompt tokens
+CPU_CELLS = {"default": CELLS}  # the other models: the first two
+SLOW = 8192  # prompt tokens from which a CPU is spared all but the chief contenders
+UNSTEERED, ADD, ADD_ALL = "unsteered", "steer, 1 layer", "steer, all layers"
+
+
+def generate(bench: Bench) -> Iterator[Row]:
+    """Greedy generation under each way to steer, in new tokens a second."""
+    for subject in bench.subjects():
+        cells = CPU_CELLS.get(subject.name, CELLS[:2]) if bench.on_cpu else CELLS
+        for batch, length in ((2, 8),) if bench.quick else cells:
+            yield from _generate(bench, subject, batch, min(length, subject.context - NEW_TOKENS))
+
+
+def _generate(bench: Bench, subject: Subject, batch: int, length: int) -> Iterator[Row]:
+    ids = prompt_ids(subject, batch, length)
+    new = 4 if bench.quick else NEW_TOKENS
+    plain = partial(
+        subject.model.generate,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=1,
+    )
+    spared = bench.on_cpu and batch * length > SLOW
+    case = Case("generate", subject.name, f"{batch} x {length}", batch * new, "tokens/s", unequal, 0.02)
+    yield from bench.clock.compare(case, [Contender(UNSTEERED, plain), *_ways(bench, subject, plain, batch, spared)])
+
+
+def _ways(bench: Bench, subject: Subject, plain: Callable[[], Tensor], batch: int, spared: bool) -> list[Contender]:
+    """Every way to steer; all of them act on every token, as the peers do."""
+    vectors = directions(subject, max(batch, 2)).to(subject.model.device)
+    everywhere = dict.fromkeys(range(subject.layers), vectors[0] / subject.layers)
+
+    def vector(direction: Tensor, layer: int = subject.layer) -> fg.SteeringVector:
+        return fg.SteeringVector(direction, fg.Hookpoint(layer))
+
+    def steered(items: Any, **options: Any) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with fg.steer(subject.model, items, **options):
+                return plain()
+
+        return run
+
+    add = vector(vectors[0]).add(bos=True)
+    adds = [vector(v, layer).add(bos=True) for layer, v in everywhere.items()]
+    rows = [vector(v).add(bos=True) for v in vectors[:batch]]
+    one = {subject.layer: vectors[0]}
+    chief = [
+        Contender(ADD, steered(add)),
+        Contender("steer, a vector a row", _first_row(steered(rows, per_row=True)), ADD),
+        *peers.steerers(bench.peers, subject, plain, one, "1 layer", ADD),
+    ]
+    if spared:
+        return chief
+    ablate = vector(vectors[1]).ablate(bos=True)
+    targets = dict.fromkeys(range(0, subject.sae.d_sae, subject.sae.d_sae // 8), 1.0)
+    clamp = fg.ClampFeature(hookpoint=subject.sae.hookpoint, sae=subject.sae, targets=targets, bos=True)
+    ways = [
+        *chief,
+        Contender(ADD_ALL, steered(adds)),
+        *peers.steerers(bench.peers, subject, plain, everywhere, "all layers", ADD_ALL),
+        Contender("steer, Ablate + Add", steered([ablate, add])),
+        Contender(f"steer, ClampFeature x 8 ({subject.sae.activation})", steered(clamp)),
+    ]
+    if hasattr(fg, "fold"):
+        folded, thick = fg.fold(subject.model, add), fg.fold(subject.model, adds)
+        ways += [
+            Contender("folded, 1 layer", _of(folded, plain), ADD),
+            Contender("folded, all layers", _of(thick, plain), ADD_ALL),
+        ]
+    return ways
+
+
+def _first_row(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: run()[:1]
+
+
+def _of(model: Any, plain: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same generation by another model."""
+    assert isinstance(plain, partial)
+    return partial(model.generate, **plain.keywords)
+
+
+def effects(bench: Bench) -> Iterator[Row]:
+    """Measuring what vectors do: all of them in one batch, against one generate call each."""
+    for subject in bench.subjects("default", "llama"):
+        yield from _rollouts(bench, subject)
+        if subject.name == "default":  # strengths need a model that has learnt something
+            yield from _measure(bench, subject)
+
+
+def _rollouts(bench: Bench, subject: Subject) -> Iterator[Row]:
+    """Sampled continuations, and the features read from them."""
+    count, new = (3, 4) if bench.quick else (16, NEW_TOKENS)
+    prompts = encode_prompts(subject.tokenizer, fg.load_neutral()[1][:4])
+    items = [fg.SteeringVector(v, subject.sae.hookpoint).add() for v in directions(subject, count)]
+
+    def read(some: Sequence[fg.Intervention]) -> Tensor:
+        return rollout_features(subject.model, prompts, subject.sae, some, Sampling(max_new_tokens=new))
+
+    case = Case("effects", subject.name, "rollouts", 60 * count, "vectors/min", distance, 0.05)
+    yield from bench.clock.compare(
+        case,
+        [
+            Contender("a vector a call", lambda: torch.cat([read([item]) for item in items])),
+            Contender("a vector a row", lambda: read(items), "a vector a call"),
+        ],
+    )
+
+
+def _measure(bench: Bench, subject: Subject) -> Iterator[Row]:
+    """EffectApproximator.measure, with calibration and fit; with as many rows as prompts a call has one vector."""
+    texts, prompts = fg.load_neutral()
+    few = {"texts": texts[:4], "prompts": prompts[:4], "vectors": 20}
+    plan = {"rollouts": 2, "sampling": Sampling(max_new_tokens=2 if bench.quick else 16)}
+
+    def measure(rows: int) -> Tensor:
+        options: Mapping[str, Any] = {**few, **plan, "rows": rows}
+        return fg.EffectApproximator.measure(subject.model, subject.tokenizer, subject.sae, **options).M
+
+    case = Case("effects", subject.name, "measure", 60 * 20, "vectors/min", distance, 0.2)
+    yield from bench.clock.compare(
+        case,
+        [
+            Contender("a vector a call", partial(measure, len(prompts[:4]))),
+            Contender("a vector a row", partial(measure, 512), "a vector a call"),
+        ],
+    )

@@ -1,0 +1,102 @@
+"""The speed benchmark: its sections run, contenders that do the same work agree, and it says so where they do not."""
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("speed")
+
+
+@pytest.fixture
+def clock(speed):
+    return importlib.import_module("timing.clock")
+
+
+# contenders that need no peer, and the one that the others are measured by
+CONTENDERS = {
+    "collect": ["forward passes to the layer", "collect, last token", "collect, all tokens"],
+    "encode": ["x @ W_enc", "encode", "sae-lens, encode", "encode_selected, 8 features"],
+    "generate": ["unsteered", "steer, 1 layer", "steer, a vector a row", "steer, all layers", "steer, Ablate + Add"],
+    "effects": ["a vector a call", "a vector a row"],
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "model"), [*zip(CONTENDERS, ["gpt2", "llama-100m", "llama", "llama"], strict=True)]
+)
+def test_sections_run_and_agree(speed, tmp_path, capsys, section, model):
+    out = tmp_path / "speed.json"
+    assert speed.main(["--quick", "--only", section, "--models", model, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    document = json.loads(out.read_text())
+    rows = document["rows"]
+    assert {row["section"] for row in rows} == {section}
+    assert set(CONTENDERS[section]) <= {row["contender"] for row in rows}
+    assert rows[0]["contender"] == CONTENDERS[section][0]
+    assert rows[0]["ratio"] == [1.0, 1.0, 1.0]
+    assert all(row["difference"] is not None for row in rows if row["like"])
+    assert any(row["like"] for row in rows)
+    assert str(tmp_path) not in out.read_text()  # no path of the machine
+    assert json.loads(printed[-1]) == speed.digest(document)
+    table = speed.markdown(document)
+    assert all(f"| {name} |" in table for name in CONTENDERS[section])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ["memory", "start", "effects"])
+def test_sections_on_the_default(speed, tmp_path, section):
+    out = tmp_path / "speed.json"
+    assert speed.main(["--quick", "--only", section, "--models", "default", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert rows
+    if section != "effects":
+        assert 50 < rows[-1]["peak_mib"] < 16_000
+
+
+def test_ratios_are_of_the_same_turn_and_quick_work_is_looped(clock, monkeypatch):
+    """On a made-up clock: the machine gets twice as slow every turn, and no ratio moves."""
+    now, runs = [0.0], {"slow": 0, "quick": 0}
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def work(name, seconds):
+        runs[name] += 1
+        now[0] += seconds * 2 ** max(0, runs["slow"] - 2)
+
+    contenders = [
+        clock.Contender("slow", lambda: work("slow", 2.0)),
+        clock.Contender("quick", lambda: work("quick", 0.25)),
+    ]
+    rows = clock.Clock(torch.device("cpu"), 4, at_least=1.0).compare(clock.Case("a", "b", "c", 6.0, "x/s"), contenders)
+    assert runs == {"slow": 2 + 4, "quick": 2 + 4 * 4}  # a warm-up and a first look; then turns, of four loops each
+    assert rows[0].ratio == (1.0, 1.0, 1.0)
+    assert rows[0].seconds == (7.0, 12.0, 20.0)  # quartiles of 4, 8, 16, 32
+    assert rows[0].rate == 6.0 / 12.0
+    # quick goes first in every other turn, before slow has made that turn slower: 1/16 there, 1/8 elsewhere
+    assert rows[1].ratio == (0.0625, 0.09375, 0.125)
+
+
+def test_results_that_differ_are_told(speed, clock, capsys):
+    def disagreeing(bench):
+        case = clock.Case("collect", "llama", "c", difference=lambda a, b: abs(a - b), tolerance=0.1)
+        near, far = clock.Contender("near", lambda: 1.05, "exact"), clock.Contender("far", lambda: 1.5, "exact")
+        yield from bench.clock.compare(case, [clock.Contender("exact", lambda: 1.0), near, far])
+
+    speed.SECTIONS["collect"], kept = disagreeing, speed.SECTIONS["collect"]
+    try:
+        assert speed.main(["--quick", "--only", "collect"]) == 1
+    finally:
+        speed.SECTIONS["collect"] = kept
+    told = capsys.readouterr().out.splitlines()
+    assert [name in line for line in told for name in ["DIFFERS"]].count(True) == 1
+    assert "DIFFERS from exact by 0.5" in next(line for line in told if "far" in line)
+    assert json.loads(told[-1])["agree"] is False
