@@ -1,5 +1,6 @@
 """The speed benchmark: its sections run, contenders that do the same work agree, and it says so where they do not."""
 
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -50,6 +51,18 @@ def test_sections_run_and_agree(speed, tmp_path, capsys, section, model):
     assert json.loads(printed[-1]) == speed.digest(document)
     table = speed.markdown(document)
     assert all(f"| {name} |" in table for name in CONTENDERS[section])
+
+
+def test_every_addition_changes_what_is_written(speed):
+    """Contenders that agree might all be doing nothing."""
+    steering, bench = importlib.import_module("timing.steering"), importlib.import_module("timing.bench")
+    given = bench.Bench(speed.Clock(torch.device("cpu")), ["llama"], quick=True)
+    (subject,) = given.subjects()
+    ids = steering.prompt_ids(subject, 2, 8)
+    plain = functools.partial(subject.model.generate, input_ids=ids, max_new_tokens=16, do_sample=False)
+    ways = {way.name: way.run for way in steering._ways(given, subject, plain, 2, False)}
+    for name in (steering.ADD, steering.ADD_ALL, "steer, Ablate + Add"):
+        assert bench.unequal(ways[name](), plain()) > 0.1
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,12 @@ class Clock:
 
     def compare(self, case: Case, contenders: Sequence[Contender]) -> list[Row]:
         """One row a contender."""
-        results = {c.name: c.run() for c in contenders}  # warms up
+        results: dict[str, Any] = {}
+
+        def keep(contender: Contender) -> None:
+            results[contender.name] = contender.run()
+
+        firsts = {c.name: self.seconds(partial(keep, c)) for c in contenders}  # warms up
         differences: dict[str, float] = {}
         for c in contenders:
             if c.like and case.difference is not None:
@@ -105,7 +111,7 @@ class Clock:
         results.clear()
         gc.collect()
         gc.freeze()  # what stands now need not be looked through before every run
-        times = {c.name: self._times(c) for c in contenders}
+        times = {c.name: self._times(c, firsts[c.name]) for c in contenders}
         samples: dict[str, list[float]] = {c.name: [] for c in contenders}
         for turn in range(self.repetitions):
             start = turn % len(contenders)
@@ -125,9 +131,11 @@ class Clock:
             for c in contenders
         ]
 
-    def _times(self, contender: Contender) -> int:
-        """How often to loop a contender's work in a turn."""
-        return max(1, round(self.at_least / max(self.seconds(contender.run), 1e-9))) if self.at_least else 1
+    def _times(self, contender: Contender, first: float) -> int:
+        """How often to loop a contender's work in a turn; its first, cold run shows what is long for certain."""
+        if first > 10 * self.at_least:
+            return 1
+        return max(1, round(self.at_least / max(self.seconds(contender.run), 1e-9)))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

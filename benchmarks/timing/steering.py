@@ -18,15 +18,15 @@ from timing.subjects import Subject, directions, prompt_ids
 
 NEW_TOKENS = 32
 CELLS = ((1, 8), (8, 8), (64, 8), (1, 256), (8, 256), (64, 256))  # batch, prompt tokens
-CPU_CELLS = {"default": CELLS}  # the other models: the first two
-SLOW = 8192  # prompt tokens from which a CPU is spared all but the chief contenders
+CPU_CELLS = {"default": CELLS, "llama": CELLS[:2], "gpt2": CELLS[1:2], "llama-100m": CELLS[:1]}
+SLOW = 1024  # prompt tokens from which a CPU is spared all but the chief contenders
 UNSTEERED, ADD, ADD_ALL = "unsteered", "steer, 1 layer", "steer, all layers"
 
 
 def generate(bench: Bench) -> Iterator[Row]:
     """Greedy generation under each way to steer, in new tokens a second."""
     for subject in bench.subjects():
-        cells = CPU_CELLS.get(subject.name, CELLS[:2]) if bench.on_cpu else CELLS
+        cells = CPU_CELLS[subject.name] if bench.on_cpu else CELLS
         for batch, length in ((2, 8),) if bench.quick else cells:
             yield from _generate(bench, subject, batch, min(length, subject.context - NEW_TOKENS))
 
@@ -105,7 +105,7 @@ def _of(model: Any, plain: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 def effects(bench: Bench) -> Iterator[Row]:
     """Measuring what vectors do: all of them in one batch, against one generate call each."""
-    for subject in bench.subjects("default", "llama"):
+    for subject in bench.subjects(*(() if bench.quick else ("default",))):
         yield from _rollouts(bench, subject)
         if subject.name == "default":  # strengths need a model that has learnt something
             yield from _measure(bench, subject)
@@ -113,7 +113,7 @@ def effects(bench: Bench) -> Iterator[Row]:
 
 def _rollouts(bench: Bench, subject: Subject) -> Iterator[Row]:
     """Sampled continuations, and the features read from them."""
-    count, new = (3, 4) if bench.quick else (16, NEW_TOKENS)
+    count, new = (3, 4) if bench.quick else (16, 16)
     prompts = encode_prompts(subject.tokenizer, fg.load_neutral()[1][:4])
     items = [fg.SteeringVector(v, subject.sae.hookpoint).add() for v in directions(subject, count)]
 
@@ -134,7 +134,7 @@ def _measure(bench: Bench, subject: Subject) -> Iterator[Row]:
     """EffectApproximator.measure, with calibration and fit; with as many rows as prompts a call has one vector."""
     texts, prompts = fg.load_neutral()
     few = {"texts": texts[:4], "prompts": prompts[:4], "vectors": 20}
-    plan = {"rollouts": 2, "sampling": Sampling(max_new_tokens=2 if bench.quick else 16)}
+    plan = {"rollouts": 2, "sampling": Sampling(max_new_tokens=2 if bench.quick else 8)}
 
     def measure(rows: int) -> Tensor:
         options: Mapping[str, Any] = {**few, **plan, "rows": rows}
