@@ -184,7 +184,7 @@ def test_settings_of_every_type_are_taken(tmp_path):
     invoke("collect", "love", "-o", stats, "--device", "cpu")
     pairs = ("n_positive=4", "max_density=inf", "bos_share=null", "normalize=false", "score=welch_t", "mu=1")
     settings = [part for pair in pairs for part in ("--set", pair)]
-    invoke("build", "fgaa", "--stats", stats, *settings, "-o", vec)
+    invoke("build", "fgaa", "--stats", stats, "--effects", "default", *settings, "-o", vec)
     hyper = fg.SteeringVector.load(vec).provenance["hyperparameters"]
     wanted = {"n_positive": 4, "max_density": None, "bos_share": None, "normalize": False, "score": "welch_t", "mu": 1}
     assert {key: hyper[key] for key in wanted} == wanted
