@@ -36,9 +36,9 @@ class Bench:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """‖a − b‖ / ‖b‖."""
+    """‖a − b‖ / ‖b‖, 0 where both are zero."""
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
-    return float((a - b).norm() / b.norm())
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
 def unequal(a: Tensor, b: Tensor) -> float:

@@ -6,6 +6,7 @@ rows = Clock(torch.device("cpu")).compare(Case("encode", "default", "4096 rows")
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import subprocess
@@ -171,22 +172,27 @@ def row(
     )
 
 
-def child(arguments: Sequence[str]) -> tuple[str, float, float]:
-    """(output, seconds, peak MiB) of Python run with these arguments. Raises RuntimeError when it fails."""
+def child(arguments: Sequence[str]) -> str:
+    """What Python prints, run with these arguments on as many threads. Raises CalledProcessError when it fails."""
     found = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, *arguments]
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | found
-    )
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"python {' '.join(arguments)} ended with exit status {process.returncode}")
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return output, time.perf_counter() - began, usage.ru_maxrss * unit / 2**20
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | found).stdout
+
+
+# Linux counts what a process held before exec, its parent's memory, into its peak: a small parent stands between.
+BETWEEN = """
+import json, resource, subprocess, sys, time
+began = time.perf_counter()
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True, check=True)
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+print(json.dumps([done.stdout, time.perf_counter() - began, peak]))
+"""
+
+
+def measured_child(arguments: Sequence[str]) -> tuple[str, float, float]:
+    """(output, seconds, peak MiB) of a process of its own, as ``child``."""
+    output, seconds, peak = json.loads(child(["-c", BETWEEN, sys.executable, *arguments]))
+    return output, seconds, peak
 
 
 def facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

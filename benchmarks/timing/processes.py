@@ -15,7 +15,7 @@ import torch
 
 import fgsteer as fg
 from timing.bench import Bench
-from timing.clock import Case, Contender, Row, child, row
+from timing.clock import Case, Contender, Row, child, measured_child, row
 from timing.subjects import load, texts
 
 COMMANDS = {
@@ -31,9 +31,9 @@ def memory(bench: Bench) -> Iterator[Row]:
     """Peak memory of a process that collects with features, once each; ratios are of the peaks."""
     least = 0.0
     for count in (20, 40) if bench.quick else (100, 1000, 10_000):
-        output, _, peak = child(["-m", "timing.processes", str(count), str(bench.clock.device)])
+        output, _, peak = measured_child(["-m", "timing.processes", str(count), str(bench.clock.device)])
         least = least or peak
-        case = Case("memory", "default", "peak of collect with features", count, "texts/s")
+        case = Case("memory", "default", "collect with features", count, "texts/s")
         yield row(case, f"{count} texts", [json.loads(output)["seconds"]], [peak / least], peak_mib=peak)
 
 
@@ -42,7 +42,7 @@ def start(bench: Bench) -> Iterator[Row]:
     contenders = [Contender(name, partial(child, given)) for name, given in COMMANDS.items()]
     yield from bench.clock.compare(Case("start", "", "a process"), contenders)
     arguments = (*DEMO, "love") if bench.quick else DEMO
-    runs = [child(arguments) for _ in range(1 if bench.quick else 3)]
+    runs = [measured_child(arguments) for _ in range(1 if bench.quick else 3)]
     took = [seconds for _, seconds, _ in runs]
     yield row(Case("start", "default", "demo"), "fgsteer demo", took, [1.0], peak_mib=max(peak for *_, peak in runs))
 
