@@ -84,7 +84,7 @@ def by_token(hidden: Tensor, batch: int, length: int) -> Float[Tensor, "batch to
 def record(
     model: nn.Module,
     ids: Int[Tensor, "batch tokens"],
-    attention: Int[Tensor, "batch tokens"] | None,
+    attention: Int[Tensor, "batch seen"] | None,
     hookpoints: Iterable[Hookpoint],
     cache: Cache | None = None,
 ) -> dict[Hookpoint, Float[Tensor, "batch tokens d_model"]]:
