@@ -264,6 +264,7 @@ print(peak(100), peak(5000))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_texts():
     """5,000 texts' features would be 80 MB; the window of tokenised texts, bounded, is a tenth of that."""
     code = subprocess.run(
