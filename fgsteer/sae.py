@@ -29,6 +29,19 @@ if TYPE_CHECKING:
 
 Activation = Literal["relu", "jumprelu", "topk", "gated"]
 InputNorm = Literal["none", "layer_norm", "constant_norm_rescale"]
+PIECE_ELEMENTS = 1 << 18  # pre-activations that a JumpReLU takes at once: speed, not results
+
+
+def _jumprelu(pre: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+    """``relu(pre) · 1[pre > threshold]``, on a CPU in place, in pieces that stay in its cache for all the passes."""
+    if pre.device.type != "cpu" or not pre.numel():
+        return pre.relu() * (pre > threshold)
+    rows = pre.view(-1, pre.shape[-1])
+    size = max(1, PIECE_ELEMENTS // rows.shape[1])
+    for start in range(0, len(rows), size):
+        piece = rows[start : start + size]
+        rows[start : start + size] = piece.relu() * (piece > threshold)
+    return pre
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +159,7 @@ class SAE:
             return pre.zero_().scatter_(-1, ids, values.relu_())
         if self.activation == "jumprelu":
             assert self.threshold is not None
-            return pre.masked_fill_(pre <= self.threshold.clamp(min=0.0), 0.0)
+            return _jumprelu(pre, self.threshold)
         if self.activation == "gated":
             assert self.gate_bias is not None
             assert self.gate_scale is not None

@@ -126,6 +126,19 @@ def test_density_and_labels_load_with_a_folder(tmp_path):
         fg.load_sae(tmp_path)
 
 
+def test_jumprelu_in_pieces_is_the_formula_and_its_gradient(monkeypatch):
+    monkeypatch.setattr("fgsteer.sae.PIECE_ELEMENTS", 24 * 3)  # three rows at once
+    sae, x = make_sae("jumprelu"), torch.randn(5, 7, 32, requires_grad=True)
+    acts = sae.encode(x)
+    acts.sum().backward()
+    pre = x.detach() @ sae.W_enc + sae.b_enc
+    active = (pre > 0) & (pre > sae.threshold)
+    assert torch.allclose(acts, pre * active, atol=1e-5)  # float32, the bias added before or after
+    assert torch.allclose(x.grad, active.float() @ sae.W_enc.T, atol=1e-5)
+    assert sae.encode(torch.zeros(0, 32)).shape == (0, 24)
+    assert sae.encode_selected(torch.zeros(2, 32), []).shape == (2, 0)
+
+
 def test_restrict_and_casts_keep_values_and_hash():
     sae = make_sae("gated")
     x = torch.randn(3, 32)

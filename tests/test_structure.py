@@ -165,6 +165,7 @@ model, tokenizer = tiny_model("llama"), word_tokenizer()
 data = fg.ContrastSet("x", positives=["the bride wore a ring", "the groom"], negatives=["a dog sat"])
 for activation in ("relu", "jumprelu", "topk", "gated"):
     sae = make_sae(activation)
+    fg.collect(model, tokenizer, [fg.ContrastPair("yes", "no", prompt="the man said it")], sae=sae)
     stats = fg.collect(model, tokenizer, data, sae=sae)
     effects = fg.EffectApproximator(torch.randn(32, 24), torch.randn(24), sae.hookpoint, sae.sha256)
     density = fg.measure_density(model, tokenizer, ["the man sat", "a cat ran"], sae)
