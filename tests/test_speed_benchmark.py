@@ -60,7 +60,7 @@ def test_every_addition_changes_what_is_written(speed):
     (subject,) = given.subjects()
     ids = steering.prompt_ids(subject, 2, 8)
     plain = functools.partial(subject.model.generate, input_ids=ids, max_new_tokens=16, do_sample=False)
-    ways = {way.name: way.run for way in steering._ways(given, subject, plain, 2, False)}
+    ways = {way.name: way.run for way in steering._ways(given, subject, plain, 2)}
     for name in (steering.ADD, steering.ADD_ALL, "steer, Ablate + Add"):
         assert bench.unequal(ways[name](), plain()) > 0.1
 

@@ -18,8 +18,7 @@ from timing.subjects import Subject, directions, prompt_ids
 
 NEW_TOKENS = 32
 CELLS = ((1, 8), (8, 8), (64, 8), (1, 256), (8, 256), (64, 256))  # batch, prompt tokens
-CPU_CELLS = {"default": CELLS, "llama": CELLS[:2], "gpt2": CELLS[1:2], "llama-100m": CELLS[:1]}
-SLOW = 1024  # prompt tokens from which a CPU is spared all but the chief contenders
+CPU_CELLS = {"default": CELLS[:5], "llama": CELLS[:2], "gpt2": CELLS[1:2], "llama-100m": CELLS[:1]}
 UNSTEERED, ADD, ADD_ALL = "unsteered", "steer, 1 layer", "steer, all layers"
 
 
@@ -43,12 +42,11 @@ def _generate(bench: Bench, subject: Subject, batch: int, length: int) -> Iterat
         do_sample=False,
         pad_token_id=1,
     )
-    spared = bench.on_cpu and batch * length > SLOW
     case = Case("generate", subject.name, f"{batch} x {length}", batch * new, "tokens/s", unequal, 0.02)
-    yield from bench.clock.compare(case, [Contender(UNSTEERED, plain), *_ways(bench, subject, plain, batch, spared)])
+    yield from bench.clock.compare(case, [Contender(UNSTEERED, plain), *_ways(bench, subject, plain, batch)])
 
 
-def _ways(bench: Bench, subject: Subject, plain: Callable[[], Tensor], batch: int, spared: bool) -> list[Contender]:
+def _ways(bench: Bench, subject: Subject, plain: Callable[[], Tensor], batch: int) -> list[Contender]:
     """Every way to steer; all of them act on every token, as the peers do."""
     vectors = directions(subject, max(batch, 2)).to(subject.model.device)
     everywhere = dict.fromkeys(range(subject.layers), vectors[0] / subject.layers)
@@ -67,18 +65,13 @@ def _ways(bench: Bench, subject: Subject, plain: Callable[[], Tensor], batch: in
     adds = [vector(v, layer).add(bos=True) for layer, v in everywhere.items()]
     rows = [vector(v).add(bos=True) for v in vectors[:batch]]
     one = {subject.layer: vectors[0]}
-    chief = [
-        Contender(ADD, steered(add)),
-        Contender("steer, a vector a row", _first_row(steered(rows, per_row=True)), ADD),
-        *peers.steerers(bench.peers, subject, plain, one, "1 layer", ADD),
-    ]
-    if spared:
-        return chief
     ablate = vector(vectors[1]).ablate(bos=True)
     targets = dict.fromkeys(range(0, subject.sae.d_sae, subject.sae.d_sae // 8), 1.0)
     clamp = fg.ClampFeature(hookpoint=subject.sae.hookpoint, sae=subject.sae, targets=targets, bos=True)
     ways = [
-        *chief,
+        Contender(ADD, steered(add)),
+        Contender("steer, a vector a row", _first_row(steered(rows, per_row=True)), ADD),
+        *peers.steerers(bench.peers, subject, plain, one, "1 layer", ADD),
         Contender(ADD_ALL, steered(adds)),
         *peers.steerers(bench.peers, subject, plain, everywhere, "all layers", ADD_ALL),
         Contender("steer, Ablate + Add", steered([ablate, add])),
