@@ -158,7 +158,7 @@ def width_at(model: nn.Module, hookpoint: Hookpoint) -> int:
     if hookpoint.site != "z":
         return d_model(model)
     width = getattr(module, "in_features", None)  # a Conv1D, as in GPT-2, has none, and weight (in, out)
-    return int(module.weight.shape[0] if width is None else width)  # type: ignore[index, union-attr, operator]
+    return int(module.weight.shape[0] if width is None else width)  # type: ignore[index]
 
 
 @torch.no_grad()

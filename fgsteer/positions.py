@@ -74,32 +74,29 @@ class Positions:
                 return
             start = int(start)
         self.start = start
-        self._note_prompt(attention_mask)
-        if start >= max(1, self.prompt_length or 0) and (self.generating or self.mask is None):
+        if self.generating:
+            assert self.prompt_length is not None
+            self.read = start + self.length >= self.prompt_length
+        else:
+            self.mask = _plain_mask(attention_mask, start + self.length)
+            if start == 0:
+                self.prompt_length = self.length
+            elif self.prompt_length is None or self.prompt_length > start:
+                self.prompt_length = start  # the prompt was read before steering began
+        if start >= max(1, self.prompt_length) and (self.generating or self.mask is None):
             self._hold_generated()
             return
+        if self.generating:  # beams and several sequences of a prompt share its mask
+            given = self.prompt_mask
+            self.mask = None if given is None else given.repeat_interleave(max(1, self.batch // len(given)), 0)
         for place in self.places:
             where = self._where(place, tokens.device)
             place.hold(where is None, where, self.rows)
 
     def _hold_generated(self) -> None:
+        """All tokens of the pass are generated ones."""
         for place in self.places:
             place.hold(place.scope == "prompt")
-
-    def _note_prompt(self, attention_mask: Any) -> None:
-        """Set the prompt's length and the mask of the tokens so far."""
-        end = self.start + self.length
-        if self.generating:
-            assert self.prompt_length is not None
-            self.read = end >= self.prompt_length
-            given = self.prompt_mask
-            self.mask = None if given is None else given.repeat_interleave(max(1, self.batch // len(given)), 0)
-            return
-        self.mask = _plain_mask(attention_mask, end)
-        if self.start == 0:
-            self.prompt_length = self.length
-        elif self.prompt_length is None or self.prompt_length > self.start:
-            self.prompt_length = self.start  # the prompt was read before steering began
 
     def _where(self, place: Place, device: torch.device) -> Tensor | None:
         """Mask (batch, length) of the tokens in a scope, None where there is none."""

@@ -7,20 +7,20 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fgsteer as fg
 from fgsteer.interventions import apply
 from tests.conftest import make_sae
-from tests.tiny import D_MODEL, LAYERS
+from tests.tiny import D_MODEL, LAYERS, VOCAB
 
 PROMPTS = ["the man", "a dog sat on the bread", "she took the ring"]
 DATA = fg.ContrastSet("x", positives=["the bride wore a ring", "the groom"], negatives=["a dog sat", "a cat"])
 
 
-def vector(seed=1, layer=1, site="resid_post"):
+def vector(seed=1, layer=1, site="resid_post", width=D_MODEL):
     draw = torch.Generator().manual_seed(seed)
-    return fg.SteeringVector(torch.randn(D_MODEL, generator=draw) * 3, fg.Hookpoint(layer, site))
+    return fg.SteeringVector(torch.randn(width, generator=draw) * 3, fg.Hookpoint(layer, site))
 
 
 def clamp():
@@ -79,7 +79,9 @@ def test_gpu_twin_of_a_split_model(llama, tokenizer):
 def check_recorded(model, tokenizer):
     """Steered activations are those that the kernel makes of the recorded ones, bit for bit."""
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, return_token_type_ids=False)
-    for item in (vector().add(2.0, bos=True), vector().ablate(bos=True), vector(1, 1, "z").add(1.0, bos=True)):
+    streams = vector(width=model.config.hidden_size)
+    heads = vector(1, 1, "z", model.config.hidden_size)
+    for item in (streams.add(2.0, bos=True), streams.ablate(bos=True), heads.add(1.0, bos=True)):
         at = item.hookpoint
         plain = fg.record(model, inputs["input_ids"], inputs["attention_mask"], [at])[at]
         with fg.steer(model, item):
@@ -105,11 +107,13 @@ def test_int8_weights(llama, tokenizer):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_bitsandbytes(llama, tokenizer, tmp_path, bits):
+def test_bitsandbytes(tokenizer, tmp_path, bits):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes quantises")
     from transformers import BitsAndBytesConfig
 
-    llama.save_pretrained(tmp_path)
+    width = 64  # four bits come in blocks of 64
+    shape = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **shape)).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
     check_recorded(model, tokenizer)
