@@ -2,7 +2,7 @@
 
 ``steer`` works on the user's own model and under everything that ``generate`` does:
 caches of any kind or none, left and right padding, beams, several sequences per
-prompt, assisted decoding. While it is active ``model.generate`` is shadowed by a
+prompt, assisted decoding, compilation. While it is active ``model.generate`` is shadowed by a
 function that notes where the prompt ends and then calls the original.
 
     with steer(model, vec.add(8.0)):
@@ -292,10 +292,11 @@ def steer(model: PreTrainedModel, steering: Steering, *, per_row: bool | None = 
     belong to prompts, and beams or several sequences of a prompt share its entry.
 
     Nested blocks on one model compose, the inner one acting first. Unsteered rows and
-    tokens keep their activations bit for bit. ``HookpointError`` and ``PairingError`` are
-    raised before anything is hooked; ``SteeringError`` for a compiled model or another
-    number of rows than entries. Warns UntouchedWarning when an intervention touched no token,
-    FgsteerWarning of a model in train mode with dropout.
+    tokens keep their activations bit for bit. Models may be compiled, before or inside the
+    block; another block that differs in its numbers alone compiles nothing.
+    ``HookpointError`` and ``PairingError`` are raised before anything is hooked;
+    ``SteeringError`` for another number of rows than entries. Warns UntouchedWarning when an
+    intervention touched no token, FgsteerWarning of a model in train mode with dropout.
     """
     warn_of_dropout(model)
     rows = _entries(steering, per_row)
