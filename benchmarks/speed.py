@@ -42,6 +42,7 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "collect": reading.collect,
     "encode": reading.encode,
     "memory": processes.memory,
+    "step": steering.step,
     "generate": steering.generate,
     "effects": steering.effects,
     "start": processes.start,

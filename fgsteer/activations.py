@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from fgsteer.sae import SAE
 
 TokenRule = Literal["all", "last", "answer", "letter"] | int
+# padded tokens in a batch by default; on a CPU few enough for its caches: 1.3 to 1.6 times as fast
+BATCH_TOKENS, CPU_BATCH_TOKENS = 8192, 1024
 WINDOW = 4096  # texts tokenised and sorted by length together: bounds memory, not results
 
 
@@ -270,6 +272,11 @@ def token_rows(
         yield rows
 
 
+def usual_batch_tokens(device: torch.device) -> int:
+    """Padded tokens in a batch where nothing is said of it."""
+    return CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS
+
+
 def pad(
     rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"] = "right"
 ) -> tuple[Int[Tensor, "rows longest"], Int[Tensor, "rows longest"]]:
@@ -305,12 +312,14 @@ def text_batches(
 ) -> Iterator[Batch]:
     """Batches of (prompt, completion, positive) triples on the model's input device; see ``token_rows``.
 
-    ``arrange`` makes batches of a window's rows: ``batches`` by default, or ``prefixes.shared_batches``.
+    ``batch_tokens`` None takes what suits the device. ``arrange`` makes batches of a window's rows: ``batches``
+    by default, or ``prefixes.shared_batches``.
     """
     batch_tokens, arrange = options.pop("batch_tokens"), options.pop("arrange", batches)
     pad_id = tokenizer.pad_token_id
     pad_id = pad_id if isinstance(pad_id, int) else 0
     device = input_device(model)
+    batch_tokens = batch_tokens or usual_batch_tokens(device)
     for rows in token_rows(tokenizer, texts, **options):
         yield from arrange(rows, batch_tokens=batch_tokens, pad_id=pad_id, device=device)
 
@@ -321,7 +330,7 @@ def corpus_batches(
     texts: Iterable[str],
     sae: SAE,
     *,
-    batch_tokens: int,
+    batch_tokens: int | None,
     max_tokens: int,
 ) -> Iterator[tuple[Batch, Float[Tensor, "batch tokens d_model"], SAE]]:
     """Batches of plain texts, position 0 included, with what the SAE reads there and the SAE beside it, in float32.

@@ -63,7 +63,7 @@ def calibrate_many(
     target_kl: float | None = None,
     start: float = 1.0,
     tolerance: float = 0.02,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
 ) -> list[float]:
     """The coefficient of ``calibrate`` for each of many interventions, many to a forward pass.
 
@@ -84,7 +84,7 @@ def calibrate_grid(
     target_ce_rises: Sequence[float],
     start: float = 1.0,
     tolerance: float = 0.02,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
 ) -> list[list[float]]:
     """The coefficients of ``calibrate_many`` for each intervention and each of several CE rises.
 
@@ -105,7 +105,7 @@ def _cost(
     texts: Sequence[str],
     ce_rise: float | None,
     kl: float | None,
-    batch_tokens: int,
+    batch_tokens: int | None,
 ) -> tuple[str, float, Costs]:
     """(what is counted, its target, the function that counts it for many interventions). Raises SteeringError."""
     if ce_rise is not None and kl is not None:

@@ -118,7 +118,7 @@ def measure_density(
     texts: Iterable[str],
     sae: SAE,
     *,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     max_tokens: int = 256,
     corpus: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,

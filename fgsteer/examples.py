@@ -159,7 +159,7 @@ def measure_examples(
     features: Sequence[int] | None = None,
     top: int = 8,
     window: int = 12,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     max_tokens: int = 256,
     corpus: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,

@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgsteer.activations import Batch, text_batches
+from fgsteer.activations import Batch, text_batches, usual_batch_tokens
 from fgsteer.data import Text
 from fgsteer.errors import DataError
 from fgsteer.interventions import Intervention
+from fgsteer.models import input_device
 from fgsteer.steering import Steering, steer
 
 if TYPE_CHECKING:
@@ -75,9 +76,9 @@ def _passes(
 ) -> Iterator[tuple[Batch, list[slice]]]:
     """Batches of (prompt, completion), each with the interventions to run on it together."""
     triples = ((prompt, completion, True) for prompt, completion in texts)
-    options["batch_tokens"] = fits = max(
-        1, min(options["batch_tokens"], LOGIT_ELEMENTS // model.config.get_text_config().vocab_size)
-    )
+    wanted = options["batch_tokens"] or usual_batch_tokens(input_device(model))
+    fits = max(1, min(wanted, LOGIT_ELEMENTS // model.config.get_text_config().vocab_size))
+    options["batch_tokens"] = fits
     for batch in text_batches(model, tokenizer, triples, rule="answer", **options):
         at_once = max(1, fits // batch.ids.numel())
         yield batch, [slice(start, start + at_once) for start in range(0, interventions, at_once)]
@@ -98,7 +99,7 @@ def log_probabilities(
     *,
     joint: str | None = None,
     skip_empty: bool = False,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
 ) -> LogProbabilities:
     """``Σ_t log p(completion_t | prompt, completion_<t)`` of every (prompt, completion) under every intervention.
 
@@ -137,7 +138,7 @@ def cross_entropies(
     texts: Sequence[str],
     steering: Sequence[Entry],
     *,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
 ) -> list[float]:
     """``cross_entropy`` of the same texts under each intervention (None: unsteered), many to a forward pass.
 
@@ -153,7 +154,7 @@ def cross_entropy(
     texts: Sequence[str],
     *,
     steering: Steering = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
 ) -> float:
     """Mean negative log-likelihood of the texts, in nats per predicted token, under steering if given.
 
@@ -171,7 +172,7 @@ def kl_divergences(
     steering: Sequence[Entry],
     *,
     under: Literal["unsteered", "steered"] = "unsteered",
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
 ) -> list[float]:
     """Mean KL divergence of next-token distributions, in nats per predicted token, for each intervention.
 

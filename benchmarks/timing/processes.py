@@ -30,7 +30,7 @@ DEMO = ("-c", "from fgsteer.cli import main; main()", "demo")
 def memory(bench: Bench) -> Iterator[Row]:
     """Peak memory of a process that collects with features, once each; ratios are of the peaks."""
     least = 0.0
-    for count in (20, 40) if bench.quick else (100, 1000, 10_000):
+    for count in (20, 40) if bench.quick else (100, 1000, 10_000, 100_000):
         output, _, peak = measured_child(["-m", "timing.processes", str(count), str(bench.clock.device)])
         least = least or peak
         case = Case("memory", "default", "collect with features", count, "texts/s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -54,7 +55,7 @@ def _collect(bench: Bench, subject: Subject, name: str, pairs: Sequence[fg.Contr
     model, tokenizer, at = subject.model, subject.tokenizer, subject.sae.hookpoint
     joined = [tuple(f"{p.prompt} {side}".lstrip() for side in (p.positive, p.negative)) for p in pairs]
     triples = [("", text, True) for pair in joined for text in pair]
-    batches = list(text_batches(model, tokenizer, triples, batch_tokens=8192))
+    batches = list(text_batches(model, tokenizer, triples, batch_tokens=None))
     read = partial(fg.collect, model, tokenizer, pairs, hookpoints=at)
 
     def difference(**options: Any) -> Tensor:
@@ -93,8 +94,10 @@ def sae_lens_of(sae: fg.SAE) -> Any:
 
 def encode(bench: Bench) -> Iterator[Row]:
     """Encoding, by the matrix product that it cannot do without."""
-    for subject in bench.subjects("default", "llama-100m"):
-        rows, sae = 64 if bench.quick else 2048, subject.sae
+    saes = [subject.sae for subject in bench.subjects("default", "llama-100m")]
+    wide = [replace(sae, activation="topk", k=32, threshold=None) for sae in saes if sae.activation != "topk"]
+    for sae in (*saes, *wide):
+        rows = 64 if bench.quick else 2048
         x = torch.randn(rows, sae.d_model, generator=torch.Generator().manual_seed(0)).to(bench.clock.device)
         chosen = list(range(0, sae.d_sae, sae.d_sae // 8))
         columns = sae.W_enc[:, chosen].contiguous()
@@ -102,7 +105,8 @@ def encode(bench: Bench) -> Iterator[Row]:
         def difference(a: Tensor, b: Tensor, chosen: list[int] = chosen) -> float:
             return distance(a, b if a.shape == b.shape else b[:, chosen])
 
-        case = Case("encode", subject.name, f"{rows} x {sae.d_sae}, {sae.activation}", rows, "rows/s", difference, 1e-4)
+        name = f"{rows} x {sae.d_model} x {sae.d_sae}, {sae.activation}"
+        case = Case("encode", "", name, rows, "rows/s", difference, 1e-4)
         yield from bench.clock.compare(
             case,
             [

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import fgsteer as fg
 from fgsteer.rollouts import Sampling, encode_prompts, rollout_features
@@ -17,6 +21,7 @@ from timing.clock import Case, Contender, Row
 from timing.subjects import Subject, directions, prompt_ids
 
 NEW_TOKENS = 32
+STEPS = 401  # turns of single decoding steps: the median's error is a twentieth of a turn's
 CELLS = ((1, 8), (8, 8), (64, 8), (1, 256), (8, 256), (64, 256))  # batch, prompt tokens
 CPU_CELLS = {"default": CELLS[:5], "llama": CELLS[:2], "gpt2": CELLS[1:2], "llama-100m": CELLS[:1]}
 UNSTEERED, ADD, ADD_ALL = "unsteered", "steer, 1 layer", "steer, all layers"
@@ -94,6 +99,50 @@ def _of(model: Any, plain: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The same generation by another model."""
     assert isinstance(plain, partial)
     return partial(model.generate, **plain.keywords)
+
+
+def step(bench: Bench) -> Iterator[Row]:
+    """One decoding step under each way to steer, so often that a hundredth of it shows."""
+    clock = replace(bench.clock, repetitions=2 if bench.quick else STEPS, at_least=0.0)
+    for subject in bench.subjects():
+        for batch in (2,) if bench.quick else (1, 8):
+            with ExitStack() as held:
+                yield from clock.compare(
+                    Case("step", subject.name, f"{batch} x 1", batch, "tokens/s"),
+                    [Contender(name, _stepper(subject, batch, *how, held)) for name, how in _steered(subject, batch)],
+                )
+
+
+def _steered(subject: Subject, batch: int) -> Iterator[tuple[str, tuple[Any, bool]]]:
+    """Names of the ways to steer, each with what ``steer`` is given and whether it is by row."""
+    v, w = (fg.SteeringVector(row, fg.Hookpoint(subject.layer)) for row in directions(subject, 2))
+    everywhere = [replace(v, hookpoint=fg.Hookpoint(n)) * (1 / subject.layers) for n in range(subject.layers)]
+    targets = dict.fromkeys(range(0, subject.sae.d_sae, subject.sae.d_sae // 8), 1.0)
+    clamp = fg.ClampFeature(hookpoint=subject.sae.hookpoint, sae=subject.sae, targets=targets)
+    yield UNSTEERED, (None, False)
+    yield ADD, (v.add(), False)
+    yield ADD_ALL, ([each.add() for each in everywhere], False)
+    yield "steer, a vector a row", ([(v * (n + 1)).add() for n in range(batch)], True)
+    yield "steer, Ablate + Add", ([w.ablate(), v.add()], False)
+    yield f"steer, ClampFeature x 8 ({subject.sae.activation})", (clamp, False)
+
+
+@torch.no_grad()
+def _stepper(subject: Subject, batch: int, items: Any, by_row: bool, held: ExitStack) -> Callable[[], Any]:
+    """One more token for each row, again and again the same, by modules of their own over the same weights."""
+    weights = [*subject.model.parameters(), *subject.model.buffers()]
+    model = copy.deepcopy(subject.model, {id(weight): weight for weight in weights})
+    cache = DynamicCache(config=model.config)
+    ids = prompt_ids(subject, batch, 65)
+    model(input_ids=ids[:, :-1], past_key_values=cache)
+    held.enter_context(fg.steer(model, items, per_row=by_row))
+
+    @torch.no_grad()
+    def run() -> None:
+        model(input_ids=ids[:, -1:], past_key_values=cache)
+        cache.crop(-1)
+
+    return run
 
 
 def effects(bench: Bench) -> Iterator[Row]:

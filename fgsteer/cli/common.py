@@ -45,7 +45,9 @@ ScopeOption = Annotated[str, typer.Option("--scope", help="all, prompt, generate
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value, for scripts.")]
 TokensOption = Annotated[str, typer.Option("--tokens", help="all, last, answer, letter, or an index.")]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=2, help="Tokens read of each document.")]
-BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", min=1, help="Padded tokens in a batch.")]
+BatchTokensOption = Annotated[
+    int | None, typer.Option("--batch-tokens", min=1, help="Padded tokens in a batch; default: what suits the device.")
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, auto …; default: cuda if any.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 …; default: the checkpoint's.")]
 

@@ -44,7 +44,7 @@ def collect(
     pooled: Annotated[
         bool, typer.Option("--pooled/--no-pooled", help="Keep every text's mean activations, for fgsteer diagnose.")
     ] = True,
-    batch_tokens: BatchTokensOption = 8192,
+    batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -92,7 +92,7 @@ def density(
     sae: SaeOption = "default",
     sae_id: SaeIdOption = None,
     max_tokens: MaxTokensOption = 256,
-    batch_tokens: BatchTokensOption = 8192,
+    batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -248,7 +248,7 @@ def examples(
     sae: SaeOption = "default",
     sae_id: SaeIdOption = None,
     max_tokens: MaxTokensOption = 256,
-    batch_tokens: BatchTokensOption = 8192,
+    batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,

@@ -48,7 +48,7 @@ def sweep(
     controls: Annotated[int, typer.Option(min=0, help="Random directions a layer, to compare signs with.")] = 4,
     model: ModelOption = "default",
     tokens: TokensOption = "all",
-    batch_tokens: BatchTokensOption = 16384,
+    batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,

@@ -35,7 +35,7 @@ def text_cross_entropies(
     *,
     prompts: Sequence[Text] | None = None,
     joint: str | None = None,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
 ) -> Float[Tensor, " texts"]:
     """Cross-entropy of each text under the unsteered model, in nats per predicted token, (texts,) float64.
 
@@ -99,7 +99,7 @@ def answer_probabilities(
     steering: Sequence[Entry] = (None,),
     *,
     joint: str | None = None,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
 ) -> AnswerProbabilities:
     """How probable each question's positive and negative answer is under each intervention.
 
@@ -186,7 +186,7 @@ def measure_steerability(
     coefficients: Sequence[float],
     *,
     joint: str | None = None,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
 ) -> Steerability:
     """``steerability`` towards the questions' positive answers, by ``make(c)`` for each coefficient c (``vec.add``).
 

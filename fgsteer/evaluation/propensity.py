@@ -53,7 +53,7 @@ class Propensity:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         entries: Sequence[Entry],
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
     ) -> tuple[Float[Tensor, "entries texts"], str]:
         """Each text's log-probability under each entry of ``log_probabilities``, and its unit.
 

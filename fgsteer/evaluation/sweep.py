@@ -150,7 +150,7 @@ def sweep(
     neutral: Sequence[str] | None = None,
     controls: int = 4,
     tokens: TokenRule = "all",
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sweep:
     """Effect and cost of ``h + c·v`` at every layer, strength and sign, and what they answer; nothing is generated.
@@ -238,7 +238,7 @@ class _Meter:
     tokenizer: PreTrainedTokenizerBase
     propensity: Propensity
     neutral: Sequence[str]
-    batch_tokens: int
+    batch_tokens: int | None
 
     def read(self, interventions: Sequence[Intervention]) -> _Read:
         """Effects and costs against the unsteered model, which runs in the same passes."""
