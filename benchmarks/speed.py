@@ -5,7 +5,8 @@ turns; a ratio is a contender's time over the first one's in the same turn, give
 that must be the same are compared, and the exit status is 1 where they are not.
 Why: times of two runs, or of two machines, tell little; ratios within one run do.
 
-    python benchmarks/speed.py              writes results/speed.json, about a quarter of an hour on two cores
+    python benchmarks/speed.py              writes results/speed.json, about twenty-five minutes on two cores
+    python benchmarks/speed.py --only step  the same for one section, in place of what results/speed.json has of it
     python benchmarks/speed.py --quick      tiny models, two turns, writes nothing
     python benchmarks/speed.py --readme     puts the tables of results/speed.json into README.md
     sh benchmarks/peers.sh build/peers      makes an environment with the peers; build/peers/bin/python runs this in it
@@ -77,14 +78,30 @@ def cell(row: dict[str, Any], first: bool) -> str:
     return f"{number(row['rate'])} {row['unit']}" if row["rate"] else f"{number(row['seconds'][1])} s"
 
 
+def all_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of every run, in the order of sections."""
+    found = [row for run in document["runs"] for row in run["rows"]]
+    return sorted(found, key=lambda row: list(SECTIONS).index(row["section"]))
+
+
+def added(document: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """The document with a run, whose sections take the place of those that it had."""
+    runs = []
+    for old in document["runs"]:
+        kept = [section for section in old["sections"] if section not in run["sections"]]
+        if kept:
+            runs.append({**old, "sections": kept, "rows": [row for row in old["rows"] if row["section"] in kept]})
+    return {"runs": [*runs, run]}
+
+
 def markdown(document: dict[str, Any]) -> str:
     """The README's tables, one a section: contenders down, cases across."""
-    told = document["facts"]
-    tables = [
-        f"{told['cpu'] if told['device'] == 'cpu' else told['device']}, {told['threads']} threads, {told['dtype']}."
-    ]
-    for section in dict.fromkeys(row["section"] for row in document["rows"]):
-        rows = [row for row in document["rows"] if row["section"] == section]
+    facts = [run["facts"] for run in document["runs"]]
+    machines = (f["cpu"] if f["device"] == "cpu" else f["device"] for f in facts)
+    told = zip(machines, facts, strict=True)
+    tables = ["; ".join(dict.fromkeys(f"{name}, {f['threads']} threads, {f['dtype']}" for name, f in told)) + "."]
+    for section in dict.fromkeys(row["section"] for row in all_rows(document)):
+        rows = [row for row in all_rows(document) if row["section"] == section]
         cases = list(dict.fromkeys((row["model"], row["case"]) for row in rows))
         table = {(row["contender"], (row["model"], row["case"])): row for row in rows}
         leaders = {case: next(r["contender"] for r in rows if (r["model"], r["case"]) == case) for case in cases}
@@ -99,14 +116,14 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n\n".join(tables) + "\n"
 
 
-def digest(document: dict[str, Any]) -> dict[str, Any]:
-    """Facts and median ratios, short enough for one line."""
+def digest(run: dict[str, Any]) -> dict[str, Any]:
+    """Facts and median ratios of a run, short enough for one line."""
     ratios: dict[str, Any] = {}
-    for row in document["rows"]:
+    for row in run["rows"]:
         at = ratios.setdefault(row["section"], {}).setdefault(f"{row['model']} {row['case']}".strip(), {})
         at[row["contender"]] = float(f"{row['ratio'][1]:.3g}")
-    agree = all(row["agrees"] for row in document["rows"])
-    return {"facts": document["facts"], "missing": document["missing"], "agree": agree, "ratios": ratios}
+    agree = all(row["agrees"] for row in run["rows"])
+    return {"facts": run["facts"], "missing": run["missing"], "agree": agree, "ratios": ratios}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -142,14 +159,15 @@ def main(argv: Sequence[str]) -> int:
     clock = Clock(device, turns, at_least=0.0 if options.quick else 0.02)
     bench = Bench(clock, options.models, dtype, options.quick, found)
     command = shlex.join(["python", "benchmarks/speed.py", *(a for a in argv if not _of_out(a, argv))])
-    document: dict[str, Any] = {"command": command, "facts": facts(device, dtype), "missing": missing, "rows": []}
+    run: dict[str, Any] = {"command": command, "facts": facts(device, dtype), "missing": missing}
+    run |= {"sections": options.only, "rows": []}
     for section in options.only:
         for row in SECTIONS[section](bench):
             print(line(row), flush=True)
-            document["rows"].append(asdict(row))
+            run["rows"].append(asdict(row))
     if out:
-        write_json(out, document)
-    summary = digest(document)
+        write_json(out, added(read_json(out) if out.exists() else {"runs": []}, run))
+    summary = digest(run)
     print(json.dumps(summary))
     return 0 if summary["agree"] else 1
 

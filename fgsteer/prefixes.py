@@ -83,19 +83,18 @@ def shared_batches(
 ) -> Iterator[Batch | SharedBatch]:
     """Batches as ``batches`` makes them, but rows that share a prefix together, where a quarter of the tokens is saved.
 
-    Rows times the longest prefix and the longest rest are at most ``batch_tokens``, as if nothing were shared.
+    The tokens that are run are at most ``batch_tokens``, and those that would be if nothing were shared, which
+    the cache has room for, at most twice as many.
     """
     groups = [part for whole in group(rows) for part in _parts(whole, batch_tokens)]
     alone = [g.rows[0] for g in groups if not g.saved]
     if sum(g.saved for g in groups) < PAYS * sum(len(row.ids) for row in rows):
         groups, alone = [], list(rows)
     chosen: list[Group] = []
-    count = head = tail = 0
     for one in sorted((g for g in groups if g.saved), key=lambda g: g.longest, reverse=True):
-        count, head, tail = count + len(one.rows), max(head, one.shared), max(tail, one.longest - one.shared)
-        if chosen and count * (head + tail) > batch_tokens:
+        if chosen and not _fit([*chosen, one], batch_tokens):
             yield _shared_batch(chosen, pad_id, device)
-            chosen, count, head, tail = [], len(one.rows), one.shared, one.longest - one.shared
+            chosen = []
         chosen.append(one)
     if chosen:
         yield _shared_batch(chosen, pad_id, device)
@@ -103,9 +102,17 @@ def shared_batches(
     yield from batches(alone, batch_tokens=batch_tokens, pad_id=pad_id, device=device)
 
 
+def _fit(groups: Sequence[Group], batch_tokens: int) -> bool:
+    """Whether groups fit into a batch."""
+    rows = sum(len(g.rows) for g in groups)
+    head, tail = max(g.shared for g in groups), max(g.longest - g.shared for g in groups)
+    return len(groups) * head + rows * tail <= batch_tokens and rows * (head + tail) <= 2 * batch_tokens
+
+
 def _parts(whole: Group, batch_tokens: int) -> Iterator[Group]:
-    """A group in parts that fit into a batch."""
-    size = max(1, batch_tokens // max(1, whole.longest))
+    """A group in parts that fit into a batch, but for those of one row."""
+    rest = max(1, whole.longest - whole.shared)
+    size = max(1, min((batch_tokens - whole.shared) // rest, 2 * batch_tokens // max(1, whole.longest)))
     for start in range(0, len(whole.rows), size):
         yield Group(whole.rows[start : start + size], whole.shared, whole.longest)
 

@@ -199,7 +199,8 @@ def test_batches_hold_every_row_once_and_keep_the_bound(drawn, batch_tokens, ran
             assert batch.ids.numel() <= batch_tokens or len(batch.rows) == 1
             continue
         before, after = batch.prefixes, batch.rest
-        assert len(batch.rows) * (before.ids.shape[1] + after.ids.shape[1]) <= batch_tokens
+        assert before.ids.numel() + after.ids.numel() <= batch_tokens
+        assert len(batch.rows) * (before.ids.shape[1] + after.ids.shape[1]) <= 2 * batch_tokens
         reads = _reads(batch)
         told = [
             (number, number_in) for part in (before, after) for number, number_in in part.selected.nonzero().tolist()

@@ -27,30 +27,45 @@ def clock(speed):
 CONTENDERS = {
     "collect": ["forward passes to the layer", "collect, last token", "collect, all tokens"],
     "encode": ["x @ W_enc", "encode", "sae-lens, encode", "encode_selected, 8 features"],
+    "step": ["unsteered", "steer, 1 layer", "steer, all layers", "steer, a vector a row", "steer, Ablate + Add"],
     "generate": ["unsteered", "steer, 1 layer", "steer, a vector a row", "steer, all layers", "steer, Ablate + Add"],
     "effects": ["a vector a call", "a vector a row"],
 }
 
 
 @pytest.mark.parametrize(
-    ("section", "model"), [*zip(CONTENDERS, ["gpt2", "llama-100m", "llama", "llama"], strict=True)]
+    ("section", "model"), [*zip(CONTENDERS, ["gpt2", "llama-100m", "gpt2", "llama", "llama"], strict=True)]
 )
 def test_sections_run_and_agree(speed, tmp_path, capsys, section, model):
     out = tmp_path / "speed.json"
     assert speed.main(["--quick", "--only", section, "--models", model, "--out", str(out)]) == 0
     printed = capsys.readouterr().out.splitlines()
     document = json.loads(out.read_text())
-    rows = document["rows"]
+    rows = speed.all_rows(document)
     assert {row["section"] for row in rows} == {section}
     assert set(CONTENDERS[section]) <= {row["contender"] for row in rows}
     assert rows[0]["contender"] == CONTENDERS[section][0]
     assert rows[0]["ratio"] == [1.0, 1.0, 1.0]
     assert all(row["difference"] is not None for row in rows if row["like"])
-    assert any(row["like"] for row in rows)
+    assert section == "step" or any(row["like"] for row in rows)
     assert str(tmp_path) not in out.read_text()  # no path of the machine
-    assert json.loads(printed[-1]) == speed.digest(document)
+    assert json.loads(printed[-1]) == speed.digest(document["runs"][0])
     table = speed.markdown(document)
     assert all(f"| {name} |" in table for name in CONTENDERS[section])
+
+
+def test_a_section_timed_again_replaces_what_was_there(speed):
+    def run(*sections):
+        return {"sections": list(sections), "rows": [{"section": name, "of": sections} for name in sections]}
+
+    document = speed.added(speed.added({"runs": []}, run("collect", "step")), run("step", "encode"))
+    assert [run["sections"] for run in document["runs"]] == [["collect"], ["step", "encode"]]
+    assert [(row["section"], len(row["of"])) for row in speed.all_rows(document)] == [
+        ("collect", 2),
+        ("encode", 2),
+        ("step", 2),
+    ]
+    assert document["runs"][0]["rows"][0]["of"] == ("collect", "step")
 
 
 def test_every_addition_changes_what_is_written(speed):
@@ -70,7 +85,7 @@ def test_every_addition_changes_what_is_written(speed):
 def test_sections_on_the_default(speed, tmp_path, section):
     out = tmp_path / "speed.json"
     assert speed.main(["--quick", "--only", section, "--models", "default", "--out", str(out)]) == 0
-    rows = json.loads(out.read_text())["rows"]
+    rows = speed.all_rows(json.loads(out.read_text()))
     assert rows
     if section == "memory":
         assert 50 < rows[0]["peak_mib"] <= rows[1]["peak_mib"] * 1.1
