@@ -1,11 +1,13 @@
 # make demo   creates .venv, installs, shows the main job on the embedded default
 # make test   creates .venv, installs, runs ruff, mypy and the tests
 # make slow   the tests that take longer, make gpu those that need a CUDA device
+# make test-llama-cpp  creates .venv-llama-cpp, builds llama.cpp (some minutes), tests control vectors in it
+# make test-vllm  creates .venv-vllm with vLLM for the CPU, tests serving in it
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow gpu lint clean
+.PHONY: demo test slow gpu test-vllm test-llama-cpp lint clean
 
 demo: .venv/installed
 	$(BIN)/fgsteer demo
@@ -37,5 +39,23 @@ gpu: .venv/tested
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest -m vllm tests/vllm
+
+.venv-vllm/installed: pyproject.toml tests/vllm/install.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python tests/vllm/install.py
+	.venv-vllm/bin/python -m pip install -q -e . pytest
+	touch $@
+
+test-llama-cpp: .venv-llama-cpp/installed
+	.venv-llama-cpp/bin/python -m pytest -m llama_cpp tests/llama_cpp
+
+.venv-llama-cpp/installed: pyproject.toml tests/llama_cpp/install.py
+	$(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/python tests/llama_cpp/install.py
+	.venv-llama-cpp/bin/python -m pip install -q -e . pytest
+	touch $@
+
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-* build dist

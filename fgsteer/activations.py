@@ -9,11 +9,12 @@ and no head is computed. ``token_rows`` decides which tokens of a text are read.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,19 +31,24 @@ if TYPE_CHECKING:
     from fgsteer.sae import SAE
 
 TokenRule = Literal["all", "last", "answer", "letter"] | int
+T = TypeVar("T")
 # padded tokens in a batch by default; on a CPU few enough for its caches: 1.3 to 1.6 times as fast
 BATCH_TOKENS, CPU_BATCH_TOKENS = 8192, 1024
-WINDOW = 4096  # texts tokenised and sorted by length together: bounds memory, not results
+WINDOW = 1024  # texts tokenised and sorted by length together: bounds memory, not results
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One text as token ids, with the indices that are read. ``index`` is its place in the input."""
+    """One text as token ids, with the indices that are read.
+
+    ``index`` is its place in the input, ``where`` how messages name it.
+    """
 
     ids: Sequence[int]
     selected: Sequence[int]
     index: int
     positive: bool = True
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,20 @@ class Batch:
     selected: Bool[Tensor, "batch tokens"]
     rows: Sequence[TokenRow]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens with their padding, which ``batch_tokens`` bounds."""
+        return self.ids.numel()
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(self.ids.to(device), self.attention.to(device), self.selected.to(device), self.rows)
+
+    def part(self, rows: slice) -> Batch:
+        """Some of its rows, padded to the longest of them."""
+        width = max(len(row.ids) for row in self.rows[rows])
+        ids, attention, selected = (t[rows, :width] for t in (self.ids, self.attention, self.selected))
+        return Batch(ids, attention, selected, self.rows[rows])
 
 
 class _Reached(Exception):  # noqa: N818
@@ -101,8 +118,11 @@ def record(
     if not wanted:
         raise DataError("no hookpoint", "at least one")
     found: dict[Hookpoint, Tensor] = {}
+    mine = threading.get_ident()
 
     def keep(hookpoint: Hookpoint, value: Tensor) -> None:
+        if threading.get_ident() != mine:  # another thread's pass, which goes on as it is
+            return
         found[hookpoint] = by_token(value, *ids.shape)
         if len(found) == len(wanted):
             raise _Reached
@@ -226,6 +246,13 @@ def select_tokens(
     return chosen if chosen and chosen[0] >= first else []
 
 
+def windows(items: Iterable[T]) -> Iterator[list[T]]:
+    """Lists of WINDOW items, the last of what is left."""
+    rest = iter(items)
+    while window := list(islice(rest, WINDOW)):
+        yield window
+
+
 def token_rows(
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[tuple[Text, Text, bool]],
@@ -235,15 +262,15 @@ def token_rows(
     max_tokens: int | None = None,
     joint: str | None = None,
     skip_empty: bool = False,
+    first: int = 0,
 ) -> Iterator[list[TokenRow]]:
     """Windows of rows sorted by length, from (prompt, completion, positive) triples joined as by ``render``.
 
-    Texts longer than ``max_tokens`` keep their first tokens. One without a token to read
-    is left out with ``skip_empty``. Raises DataError naming the text.
+    They are numbered from ``first``. Texts longer than ``max_tokens`` keep their first tokens; one
+    without a token to read is left out with ``skip_empty``. Raises DataError naming the text.
     """
-    numbered = enumerate(texts)
     fast = bool(getattr(tokenizer, "is_fast", False))
-    while window := list(islice(numbered, WINDOW)):
+    for window in windows(enumerate(texts, first)):
         rendered = [(i, positive, *render(tokenizer, p, c, joint)) for i, (p, c, positive) in window]
         rows = []
         for special in (True, False):
@@ -261,7 +288,7 @@ def token_rows(
                 ids = ids[:max_tokens]
                 selected = select_tokens(tokenizer, ids, answer, rule, bos, where)
                 if selected:
-                    rows.append(TokenRow(ids, selected, index, positive))
+                    rows.append(TokenRow(ids, selected, index, positive, where))
                 elif not skip_empty:
                     raise DataError(
                         f"{where} has {len(ids)} token(s) and none to read under tokens={rule!r}",
@@ -332,6 +359,7 @@ def corpus_batches(
     *,
     batch_tokens: int | None,
     max_tokens: int,
+    first: int = 0,
 ) -> Iterator[tuple[Batch, Float[Tensor, "batch tokens d_model"], SAE]]:
     """Batches of plain texts, position 0 included, with what the SAE reads there and the SAE beside it, in float32.
 
@@ -341,7 +369,7 @@ def corpus_batches(
     check_pairing(model, at, sae.d_model, sae.model_name, "SAE")
     triples = (("", text, True) for text in texts)
     for batch in text_batches(
-        model, tokenizer, triples, rule="all", bos=True, batch_tokens=batch_tokens, max_tokens=max_tokens
+        model, tokenizer, triples, rule="all", bos=True, batch_tokens=batch_tokens, max_tokens=max_tokens, first=first
     ):
         values = record(model, batch.ids, batch.attention, [at])[at]
         if local.W_enc.device != values.device or local.W_enc.dtype != torch.float32:

@@ -9,7 +9,6 @@ strings or chat messages; an optional prompt stands before a pair's two completi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fgsteer.errors import DataError, FormatError
-from fgsteer.files import read_json, text_sha256
+from fgsteer.files import parse_json, read_json, text_sha256
 
 Message = Mapping[str, str]
 Text = str | Sequence[Message]
@@ -173,8 +172,8 @@ def _read_lines(path: Path) -> list[ContrastPair]:
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DataError(f"{where} is not JSON: {error}", "one JSON object a line") from error
         pairs.append(_row_pair(row, where))
     return pairs
@@ -227,8 +226,8 @@ def read_documents(path: Path) -> Iterator[str]:
                     yield line.strip()
                     continue
                 try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
+                    row = parse_json(line)
+                except ValueError as error:
                     raise DataError(f"{path}, line {number} is not JSON: {error}", "one JSON object a line") from error
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                     raise DataError(f"{path}, line {number}", 'an object with a text in the field "text"')

@@ -8,7 +8,7 @@ Streamed once per SAE over a generic corpus, token by token, and kept with the S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,21 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fgsteer.activations import WINDOW, Batch, corpus_batches, windows
 from fgsteer.errors import FormatError, PairingError
-from fgsteer.files import read_tensors, write_tensors
+from fgsteer.files import read_tensors, text_sha256, write_tensors
+from fgsteer.models import identity, weights_sha256
+from fgsteer.parts import Parts
+from fgsteer.pooling import row_groups
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from fgsteer.sae import SAE
+
+
+COUNTS = ("fired", "documents", "first")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +105,8 @@ class FeatureDensity:
         try:
             if len({tuple(tensors[name].shape) for name in ("fired", "documents", "first")}) != 1:
                 raise ValueError("counts of unequal widths")
+            if tensors["fired"].ndim != 1 or not 0 <= int(header["tokens"]) < 2**53:
+                raise ValueError(f"counts of {header['tokens']} tokens, of shape {tuple(tensors['fired'].shape)}")
             return cls(
                 tensors["fired"].double(),
                 tensors["documents"].double(),
@@ -121,32 +130,56 @@ def measure_density(
     batch_tokens: int | None = None,
     max_tokens: int = 256,
     corpus: dict[str, Any] | None = None,
+    work: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FeatureDensity:
     """Stream a generic corpus through the SAE and count, token by token, where each feature fires.
 
     Texts keep their first ``max_tokens`` tokens. ``progress`` is called with the number of
-    texts done. Memory is O(d_sae) besides one batch. FGAA steps 2 and 3 (arXiv 2501.09929).
+    texts done. Memory is O(d_sae) besides one batch. ``work`` as in ``collect``. FGAA steps 2 and 3 (arXiv 2501.09929).
     Raises DataError for a text of one token, PairingError for an SAE of another width.
     """
-    from fgsteer.activations import corpus_batches
-    from fgsteer.pooling import row_groups
 
-    fired, documents, first = (torch.zeros(sae.d_sae, dtype=torch.float64) for _ in range(3))
+    def count(number: int, window: Sequence[str]) -> dict[str, Tensor]:
+        first = number * WINDOW
+        read = corpus_batches(
+            model, tokenizer, window, sae, batch_tokens=batch_tokens, max_tokens=max_tokens, first=first
+        )
+        return _count(read, sae.d_sae, None if progress is None or work else lambda done: progress(first + done))
+
+    if work is None:
+        found: Iterable[Mapping[str, Tensor]] = (count(*numbered) for numbered in enumerate(windows(texts)))
+    else:
+        plan = {"model": identity(model), "weights": weights_sha256(model), "sae": sae.sha256}
+        parts = Parts(work, "counted texts", {**plan, "batch_tokens": batch_tokens, "max_tokens": max_tokens})
+        told = None if progress is None else lambda parts_done: progress(parts_done * WINDOW)
+        found = parts.each(windows(texts), count, text_sha256, told)
+    total = {**dict.fromkeys(COUNTS, torch.zeros(sae.d_sae, dtype=torch.float64)), "tokens": torch.tensor(0)}
+    for number, counts in enumerate(found):
+        if {name: part.shape for name, part in counts.items()} != {name: part.shape for name, part in total.items()}:
+            raise parts.damaged(number, f"it holds {', '.join(counts)}")
+        total = {name: so_far + counts[name] for name, so_far in total.items()}
+    fired, documents, first = (total[name] for name in COUNTS)
+    return FeatureDensity(fired, documents, first, int(total["tokens"]), sae.sha256, corpus=corpus or {})
+
+
+def _count(
+    batches: Iterable[tuple[Batch, Tensor, SAE]], d_sae: int, progress: Callable[[int], None] | None
+) -> dict[str, Tensor]:
+    """Tokens, and where each feature fires, of a window of texts."""
+    counts = {name: torch.zeros(d_sae, dtype=torch.float64) for name in COUNTS}
     tokens = done = 0
-    for batch, values, local in corpus_batches(
-        model, tokenizer, texts, sae, batch_tokens=batch_tokens, max_tokens=max_tokens
-    ):
+    for batch, values, sae in batches:
         real = batch.selected.to(values.device)
-        for rows in row_groups(real, sae.d_sae):
-            acts = local.encode(values[rows]) * real[rows][..., None]
+        for rows in row_groups(real, d_sae):
+            acts = sae.encode(values[rows]) * real[rows][..., None]
             peak, place = acts.max(1)
             fires = peak > 0
-            fired += (acts[:, 1:] > 0).sum((0, 1)).cpu()
-            documents += fires.sum(0).cpu()
-            first += (fires & (place == 0)).sum(0).cpu()
+            counts["fired"] += (acts[:, 1:] > 0).sum((0, 1)).cpu()
+            counts["documents"] += fires.sum(0).cpu()
+            counts["first"] += (fires & (place == 0)).sum(0).cpu()
         tokens += int(real[:, 1:].sum())
         done += len(batch.rows)
         if progress is not None:
             progress(done)
-    return FeatureDensity(fired, documents, first, tokens, sae.sha256, corpus=corpus or {})
+    return {**counts, "tokens": torch.tensor(tokens)}

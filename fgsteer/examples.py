@@ -101,7 +101,7 @@ class FeatureExamples:
 
     def check(self, sae: SAE) -> FeatureExamples:
         """Itself, when measured on this SAE. Raises PairingError."""
-        if self.sae_sha256 != sae.sha256:
+        if self.sae_sha256 != sae.sha256 or max(self.rows, default=0) >= sae.d_sae:
             raise PairingError(
                 f"excerpts measured on SAE {self.sae_sha256[:12]}",
                 f"ones of this SAE {sae.sha256[:12]} ({sae.source})",
@@ -125,6 +125,8 @@ class FeatureExamples:
                 raise ValueError("excerpts of unequal shapes")
             if features.is_floating_point() or tokens.is_floating_point() or documents.is_floating_point():
                 raise ValueError("ids that are not integers")
+            if bool((features < 0).any()) or len(set(features.tolist())) < n:
+                raise ValueError("feature ids that are negative or given twice")
             if not bool(activations.isfinite().all()) or bool((tokens[documents >= 0][:, width // 2] < 0).any()):
                 raise ValueError("excerpts without a peak")
             sha256, corpus = str(header["sae_sha256"]), dict(header["corpus"])

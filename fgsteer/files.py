@@ -1,7 +1,8 @@
 """Files that are written whole or not at all, and read without trust.
 
 Tensors live in safetensors with one JSON header under the key ``fgsteer``; nothing
-is unpickled. A write goes beside its target and is then renamed over it.
+is unpickled. A write goes beside its target, to disk, and is then renamed over it, so that a
+kill, a full disk or a power cut leaves the old file or the new one.
 
     write_tensors(path, {"direction": v}, kind="vector", header={"method": "caa"})
 """
@@ -9,45 +10,97 @@ is unpickled. A write goes beside its target and is then renamed over it.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fgsteer.errors import FormatError
+
+LEFT_AFTER = 3600  # seconds without a write after which a ".part" is what a killed writer left
+DEEPEST = 64  # levels of JSON
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @contextlib.contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; renamed over it on success, removed on failure.
 
-    Raises FormatError where no file can be made.
+    What a killed writer left beside it, ``.name.*.part``, goes with the next success after an hour.
+    Raises FormatError naming the file where it cannot be written, as on a full disk; the old one stays.
     """
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        beside = Path(name)
+        try:
+            os.close(handle)
+            yield beside
+            umask = os.umask(0)
+            os.umask(umask)
+            beside.chmod(0o666 & ~umask)
+            _to_disk(beside)
+            os.replace(beside, target)
+        finally:
+            beside.unlink(missing_ok=True)
     except OSError as error:
-        raise FormatError(f"cannot write {target}: {error.strerror}", "a folder that can be written to") from error
-    os.close(handle)
-    beside = Path(name)
+        raise _unwritable(target, error) from error
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > LEFT_AFTER:
+                left.unlink()
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a whole file its name. Raises FormatError."""
     try:
-        yield beside
-        umask = os.umask(0)
-        os.umask(umask)
-        beside.chmod(0o666 & ~umask)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+        os.replace(source, target)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+def _to_disk(path: Path) -> None:
+    """Else a power cut may keep a rename and lose the data."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _unwritable(target: Path, error: OSError) -> FormatError:
+    return FormatError(
+        f"cannot write {target}: {error.strerror or error}",
+        "a folder that can be written to, with space left",
+        "nothing there was changed: make room, or write elsewhere",
+    )
+
+
+def append_bytes(path: str | Path, data: bytes) -> None:
+    """Add to a file in one write, to disk; a kill may leave a part of it, a full disk does not. Raises FormatError."""
+    target = Path(path)
+    end = 0
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        end = target.stat().st_size if target.exists() else 0
+        with open(target, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(target, end)
+        raise _unwritable(target, error) from error
 
 
 @contextlib.contextmanager
@@ -70,6 +123,8 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         for made in (beside, *beside.rglob("*")):  # safetensors gives its files to their owner alone
             made.chmod((0o777 if made.is_dir() else 0o666) & ~umask)
+            if made.is_file():
+                _to_disk(made)
         if target.exists():
             target.rmdir()  # refuses one that was filled meanwhile
         os.replace(beside, target)
@@ -83,13 +138,36 @@ def write_json(path: str | Path, value: object) -> None:
         beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text that is not trusted. Raises ValueError, also for what later fails to print or encode."""
+    text = text if isinstance(text, str) else text.decode("utf-8-sig")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [child for node in level if isinstance(node, dict | list) for child in _children(node)]
+        if not level:
+            break
+    else:
+        raise ValueError(f"nested deeper than {DEEPEST}")
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()  # refuses half a character
+    return value
+
+
+def _children(node: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node
+
+
 def read_json(path: str | Path) -> Any:
     """Read JSON. Raises FormatError naming the file and the line."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_json(Path(path).read_bytes())
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except UnicodeError as error:
         raise FormatError(f"{path} is not UTF-8 JSON: {error}") from error
     except json.JSONDecodeError as error:
         raise FormatError(f"{path}, line {error.lineno}: {error.msg}", "JSON") from error
@@ -103,18 +181,18 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str,
     metadata = {"fgsteer": json.dumps({"kind": kind, **header}, ensure_ascii=False)}
     owned = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     with whole(path) as beside:
-        save_file(owned, beside, metadata=metadata)
+        beside.write_bytes(save(owned, metadata))  # save_file leaves a file of its own when killed
 
 
 def read_tensors(path: str | Path, *, kind: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and JSON header of a file of the given kind, or of any. Raises FormatError."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("fgsteer", "null"))
+            header = parse_json((file.metadata() or {}).get("fgsteer", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise FormatError(f"no file {path}") from error
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise FormatError(f"{path} is not a readable safetensors file: {error}") from error
     found = header.get("kind") if isinstance(header, dict) else None
     if not found or kind not in (found, None):

@@ -9,14 +9,13 @@ Files only, no network. Neuronpedia keeps an SAE's explanations as a folder of
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import FormatError, PairingError
-from fgsteer.files import read_json
+from fgsteer.files import parse_json, read_json
 
 if TYPE_CHECKING:
     from fgsteer.sae import SAE
@@ -99,10 +98,10 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 if len(line) > _LINE:
                     raise FormatError(f"{path}, line {number} is longer than {_LINE} bytes", "one explanation a line")
                 if line.strip():
-                    yield f"{path}, line {number}", json.loads(line)
+                    yield f"{path}, line {number}", parse_json(line)
     except FormatError:
         raise
     except (OSError, EOFError, zlib.error) as error:
         raise FormatError(f"cannot read {path} after line {number}: {error}", "a .jsonl or .jsonl.gz file") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FormatError(f"{path}, line {number} is not JSON: {error}", "one JSON object a line") from error

@@ -10,8 +10,9 @@ the same numbers as one that was not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,10 @@ from torch import Tensor
 from fgsteer.activations import record, text_batches
 from fgsteer.calibration import calibrate_many
 from fgsteer.errors import DataError, FormatError, PairingError
-from fgsteer.files import read_json, read_tensors, tensor_sha256, text_sha256, write_json, write_tensors
+from fgsteer.files import read_tensors, tensor_sha256, text_sha256, write_tensors
 from fgsteer.interventions import Add
-from fgsteer.models import check_pairing, identity
+from fgsteer.models import check_pairing, identity, weights_sha256
+from fgsteer.parts import Parts
 from fgsteer.ridge import LinearMoments, best_ridge
 from fgsteer.rollouts import Sampling, encode_prompts, rollout_features
 from fgsteer.sae import SAE
@@ -119,11 +121,10 @@ class Plan:
         }
 
     def _identify(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-        """What names do not tell apart: a sample of every weight, and the token ids of prompts and texts."""
-        sample = [p.detach().flatten()[:: max(1, p.numel() // 256)] for p in model.parameters() if not p.is_meta]
+        """What names do not tell apart: weights, and the token ids of prompts and texts."""
         ids = [part.tolist() for part in encode_prompts(tokenizer, self.prompts)]
         ids += tokenizer([str(text) for text in self.texts])["input_ids"]
-        return {"weights": tensor_sha256(*sample), "tokens": text_sha256(ids)}
+        return {"weights": weights_sha256(model), "tokens": text_sha256(ids)}
 
     def parts(
         self,
@@ -140,50 +141,33 @@ class Plan:
         """
         for place in {sae.hookpoint, sae.input_hookpoint}:
             check_pairing(model, place, sae.d_model, sae.model_name, "SAE")
-        folder.mkdir(parents=True, exist_ok=True)
-        described, note = {**self.describe(model, sae), **self._identify(model, tokenizer)}, folder / "plan.json"
-        key = text_sha256(described)
-        if not note.exists():
-            write_json(note, described)
-        found = read_json(note)
-        if found != described:
-            told = found if isinstance(found, dict) else {}
-            differing = sorted(k for k in {*described, *told} if told.get(k) != described.get(k))
-            raise PairingError(
-                f"{folder} holds a run with other {', '.join(differing)}",
-                "the same plan as before",
-                "name another folder, or delete this one",
-            )
-        meter: _Meter | None = None
-        for start in range(0, len(self.directions), self.size):
-            path = folder / f"part-{start:07d}.safetensors"
-            if not path.exists():
-                meter = meter or _Meter(self, model, tokenizer, sae, folder, key)
-                part = meter.measure(start)
-                tensors = {name: getattr(part, name) for name in ("vectors", "strengths", "even", "odd")}
-                write_tensors(path, tensors, kind="effects part", header={"plan": key, "first": start})
+        parts = Parts(folder, "effects part", {**self.describe(model, sae), **self._identify(model, tokenizer)})
+        starts = range(0, len(self.directions), self.size)
+
+        @cache
+        def meter() -> _Meter:
+            return _Meter(self, model, tokenizer, sae, parts)
+
+        def make(_: int, start: int) -> dict[str, Tensor]:
+            part = meter().measure(start)
+            return {name: getattr(part, name) for name in ("vectors", "strengths", "even", "odd")}
+
+        def told(count: int) -> None:
+            if progress is not None:
+                progress(min(count * self.size, len(self.directions)))
+
+        for number, tensors in enumerate(parts.each(starts, make, str, told)):
+            start = starts[number]
             n = len(self.directions[start : start + self.size])
             shapes = {"vectors": (n, sae.d_model), "strengths": (n,), "even": (n, sae.d_sae), "odd": (n, sae.d_sae)}
-            tensors, _ = _read_piece(path, "effects part", {"plan": key, "first": start}, shapes)
+            _check_shapes(tensors, shapes, parts.path(number))
             yield Part(**tensors, first=start)
-            if progress is not None:
-                progress(min(start + self.size, len(self.directions)))
 
 
-def _read_piece(
-    path: Path, kind: str, ours: dict[str, Any], shapes: dict[str, tuple[int, ...]]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file in the folder of a run.
-
-    Raises PairingError for one of another plan or another part, FormatError for other tensors.
-    """
-    tensors, header = read_tensors(path, kind=kind)
-    if any(header.get(name) != value for name, value in ours.items()):
-        raise PairingError(f"{path} of another run, or another part", "what this plan wrote there", "delete it")
+def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != shapes:
         raise FormatError(f"{path} is damaged: it holds {found}", f"{shapes}", "delete it")
-    return tensors, header
 
 
 class _Meter:
@@ -195,20 +179,22 @@ class _Meter:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         sae: SAE,
-        folder: Path,
-        key: str,
+        parts: Parts,
     ) -> None:
         self.plan, self.model, self.tokenizer = plan, model, tokenizer
         self.place = sae.hookpoint
         self.sae = sae.to(next(model.parameters()).device, torch.float32)
         self.prompts = encode_prompts(tokenizer, plan.prompts)
-        path = folder / "baseline.safetensors"
+        path, ours = parts.folder / "baseline.safetensors", {"plan": parts.key}
         if not path.exists():
             start = typical_norm(model, tokenizer, sae, plan.texts)
-            header: dict[str, Any] = {"plan": key, "norm": start}
-            write_tensors(path, {"unsteered": self.halves([None])[:, 0]}, kind="baseline", header=header)
-        tensors, header = _read_piece(path, "baseline", {"plan": key}, {"unsteered": (2, sae.d_sae)})
-        self.baseline, self.start = tensors["unsteered"], float(header["norm"]) / 4
+            tensors = {"unsteered": self.halves([None])[:, 0], "norm": torch.tensor(start, dtype=torch.float64)}
+            write_tensors(path, tensors, kind="baseline", header=ours)
+        found, header = read_tensors(path, kind="baseline")
+        if header.get("plan") != parts.key:
+            raise PairingError(f"{path} of another run", "what this plan wrote there", "delete it")
+        _check_shapes(found, {"unsteered": (2, sae.d_sae), "norm": ()}, path)
+        self.baseline, self.start = found["unsteered"], float(found["norm"]) / 4
 
     def halves(self, steering: Sequence[Add | None]) -> Float[Tensor, "2 n d_sae"]:
         """Mean feature activations in even and in odd rollouts."""

@@ -56,6 +56,21 @@ class SharedBatch:
         """The whole texts."""
         return self.rest.rows
 
+    @property
+    def tokens(self) -> int:
+        """Tokens with their padding, as if nothing were shared: what ``batch_tokens`` bounds."""
+        return len(self.rows) * (self.prefixes.ids.shape[1] + self.rest.ids.shape[1])
+
+    def part(self, rows: slice) -> SharedBatch:
+        """Some of its rows, with the prefixes that they begin with."""
+        prefix_of = self.prefix_of[rows]  # in order
+        kept = slice(int(prefix_of[0]), int(prefix_of[-1]) + 1)
+        first, rest = (
+            Batch(b.ids[some], b.attention[some], b.selected[some], b.rows[some])
+            for b, some in ((self.prefixes, kept), (self.rest, rows))
+        )
+        return SharedBatch(first, rest, prefix_of - kept.start, self.seen[rows])
+
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common prefix of two rows."""

@@ -20,6 +20,7 @@ from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fgsteer.density import FeatureDensity
@@ -36,7 +37,17 @@ from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, r
 DENSITY_FILE = "density.safetensors"
 LABELS_FILE = "labels.json"
 EXAMPLES_FILE = "examples.safetensors"
-_DAMAGE = (OSError, RuntimeError, IndexError, TypeError, AttributeError, KeyError, ValueError, UnpicklingError)
+_DAMAGE = (
+    OSError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    ArithmeticError,
+    UnpicklingError,
+    SafetensorError,
+)
 _hub = threading.RLock()
 T = TypeVar("T")
 
@@ -175,7 +186,6 @@ def _read_sparsify(folder: Path, config: Mapping[str, Any], given: Mapping[str, 
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:

@@ -12,27 +12,21 @@ examples' mean activations are kept as well, for what moments cannot tell (``dia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from fgsteer.activations import TokenRow, TokenRule, batches, text_batches
-from fgsteer.data import ContrastPair, ContrastSet, Text, as_contrast
-from fgsteer.errors import DataError, FormatError, PairingError
+from fgsteer.errors import FormatError, PairingError
 from fgsteer.files import read_tensors, write_tensors
-from fgsteer.hookpoints import Hookpoint, resolve
-from fgsteer.models import check_pairing, identity
-from fgsteer.pooling import pool, pool_features
-from fgsteer.prefixes import arrange_for, read
-from fgsteer.sae import SAE
+from fgsteer.hookpoints import Hookpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 Space = Literal["residual", "feature"]
 
@@ -92,15 +86,16 @@ class Moments:
         return Moments(self.count, self.mean.cpu(), self.m2.cpu(), self.fired.cpu())
 
 
-Totals = dict[tuple[Space, Hookpoint, bool], Moments]  # by space, hookpoint, and whether positive
-
-
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """Moments of the two sides, in one space at one hookpoint."""
+    """Moments of the two sides, in one space at one hookpoint. Raises PairingError for sides of two widths."""
 
     positive: Moments
     negative: Moments
+
+    def __post_init__(self) -> None:
+        if self.positive.mean.shape != self.negative.mean.shape:
+            raise PairingError(f"sides of {len(self.positive.mean)} and {len(self.negative.mean)}", "one width")
 
     def __add__(self, other: Contrast) -> Contrast:
         return Contrast(self.positive + other.positive, self.negative + other.negative)
@@ -208,9 +203,11 @@ class ContrastStatistics:
         try:
             for key, count in header["counts"].items():
                 space, name, side = key.split("/")
-                parts = {part: tensors[f"{key}/{part}"] for part in ("mean", "m2", "fired")}
+                parts = {part: tensors[f"{key}/{part}"].double() for part in ("mean", "m2", "fired")}
                 moments = Moments(int(count), **parts)
-                if moments.count < 1 or not moments.mean.shape == moments.m2.shape == moments.fired.shape:
+                if not 1 <= moments.count < 2**53 or {part.shape for part in parts.values()} != {
+                    (moments.mean.numel(),)
+                }:
                     raise ValueError(f"{key}: count {count} and shapes that do not agree")
                 tables[space].setdefault(Hookpoint.parse(name), {})[side] = moments
             built = {s: {at: Contrast(**sides) for at, sides in table.items()} for s, table in tables.items()}
@@ -221,7 +218,7 @@ class ContrastStatistics:
             return cls(
                 built["residual"],
                 built["feature"],
-                dict(header["reading"]),
+                _read_reading(header["reading"]),
                 tuple(dict(entry) for entry in header["data"]),
                 pooled,
             )
@@ -229,12 +226,21 @@ class ContrastStatistics:
             raise FormatError(f"{path} is damaged: {error}", "a file written by ContrastStatistics.save") from error
 
 
+def _read_reading(reading: Any) -> dict[str, Any]:
+    """How they were read, with objects for model and SAE where they are named. Raises ValueError."""
+    model, sae = reading.get("model"), reading.get("sae")
+    named = model is None or isinstance(model.get("name"), str | None)
+    if not named or not (sae is None or isinstance(sae["sha256"], str)):
+        raise ValueError(f"reading {reading!r:.200}")
+    return dict(reading)
+
+
 def _read_pooled(
     name: str, pairs: int, tensors: Mapping[str, Tensor], residual: Mapping[Hookpoint, Contrast]
 ) -> Pooled:
     """The examples kept at a hookpoint. Raises ValueError when they are not those that its moments counted."""
     contrast = residual[Hookpoint.parse(name)]
-    kept = Pooled(tensors[f"pooled/{name}/positive"], tensors[f"pooled/{name}/negative"], pairs)
+    kept = Pooled(tensors[f"pooled/{name}/positive"].float(), tensors[f"pooled/{name}/negative"].float(), pairs)
     for rows, moments in ((kept.positive, contrast.positive), (kept.negative, contrast.negative)):
         if rows.shape != (moments.count, len(moments.mean)) or not 0 <= pairs <= moments.count:
             raise ValueError(f"pooled/{name} of shape {tuple(rows.shape)} with {pairs} pairs")
@@ -245,141 +251,3 @@ def _identity(reading: Mapping[str, Any]) -> dict[str, Any]:
     """A reading with its SAE named by hash alone: one SAE may have been loaded from two places."""
     sae = reading.get("sae")
     return {**reading, "sae": sae.get("sha256") if isinstance(sae, Mapping) else sae}
-
-
-def _check_finite(pooled: Tensor, at: Hookpoint, rows: Sequence[TokenRow]) -> None:
-    bad = (~torch.isfinite(pooled).all(1)).nonzero()[:, 0].tolist()
-    if bad:
-        row = rows[bad[0]]
-        side = "positive" if row.positive else "negative"
-        raise DataError(
-            f"activations of {side} text {row.index} are not finite at {at}",
-            "finite values",
-            "load the model in float32 or bfloat16, or drop the text",
-        )
-
-
-def _texts(contrast: ContrastSet) -> Iterator[tuple[Text, Text, bool]]:
-    """Pairs first, both sides of each together, so that what they share is found in one window."""
-    positives, negatives = list(contrast.side(True)), list(contrast.side(False))
-    pairs = len(contrast.pairs)
-    for positive, negative in zip(positives[:pairs], negatives[:pairs], strict=True):
-        yield *positive, True
-        yield *negative, False
-    yield from ((*text, True) for text in positives[pairs:])
-    yield from ((*text, False) for text in negatives[pairs:])
-
-
-def _pooled(examples: Tensor, contrast: ContrastSet) -> Pooled:
-    """Examples in the order of ``_texts`` as those of either side."""
-    pairs, unpaired = len(contrast.pairs), len(contrast.pairs) + contrast.count(True)
-    positive = torch.cat([examples[: 2 * pairs : 2], examples[2 * pairs : unpaired]])
-    negative = torch.cat([examples[1 : 2 * pairs : 2], examples[unpaired:]])
-    return Pooled(positive, negative, pairs)
-
-
-def _add_examples(totals: Totals, space: Space, at: Hookpoint, rows: Tensor, positive: Tensor) -> None:
-    """Merge a batch's examples (batch, n) into the totals of the side that each belongs to."""
-    for side in (True, False):
-        part = rows[positive == side]
-        if len(part):
-            moments, key = Moments.of(part), (space, at, side)
-            totals[key] = totals[key] + moments if key in totals else moments
-
-
-def collect(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    contrast: ContrastSet | str | Path | Sequence[ContrastPair],
-    *,
-    sae: SAE | None = None,
-    hookpoints: Iterable[Hookpoint | str] | Hookpoint | str | None = None,
-    tokens: TokenRule = "all",
-    bos: bool = False,
-    batch_tokens: int | None = None,
-    max_tokens: int | None = None,
-    keep_pooled: bool = False,
-    share_prefixes: bool = True,
-    progress: Callable[[int], None] | None = None,
-) -> ContrastStatistics:
-    """Statistics of both sides of a contrast, from one forward pass per text up to the last hookpoint.
-
-    Per example i: ``h̄ᵢ = mean_t h_t`` and ``z̄ᵢ = mean_t φ(h_t)`` over the tokens that the
-    rule selects; kept are count, mean, M2 over examples and ``Σᵢ 1[z̄ᵢ > 0]``.
-
-    ``hookpoints`` default to the SAE's; strings are parsed. A transcoder's features are kept
-    under the hookpoint that it writes, read from the one that it reads. ``tokens``: all, last, answer
-    (the completion after its prompt), letter (the single-letter answer token), or an
-    index. Position 0 and padding are not read, position 0 only with ``bos=True``.
-    ``batch_tokens`` bounds a batch and changes nothing but speed: by default 8,192, on a CPU 1,024.
-    ``keep_pooled`` keeps the ``h̄ᵢ`` themselves, O(examples · d_model) memory at each hookpoint, for ``diagnose``.
-    ``share_prefixes`` runs once what several texts begin with, as the answers to one prompt do, where that
-    saves a quarter of the tokens; results differ by rounding. ``progress`` is called with the number of texts done.
-
-    Raises DataError for a text without a token to read or with non-finite activations,
-    PairingError for an SAE of another width, HookpointError for a missing hookpoint.
-    """
-    contrast = as_contrast(contrast)
-    wanted = _hookpoints(hookpoints, sae)
-    for at in wanted:
-        resolve(model, at)
-    if sae is not None:
-        check_pairing(model, sae.input_hookpoint, sae.d_model, sae.model_name, "SAE")
-    recorded = wanted if sae is None else [*wanted, sae.input_hookpoint]
-    totals: Totals = {}
-    kept: dict[Hookpoint, Tensor] = {}
-    placed: dict[torch.device, SAE] = {}
-    counts = [contrast.count(side) for side in (True, False)]
-    done = 0
-    options = {"rule": tokens, "bos": bos, "batch_tokens": batch_tokens, "max_tokens": max_tokens}
-    arrange = arrange_for(model) if share_prefixes else batches
-    for batch in text_batches(model, tokenizer, _texts(contrast), arrange=arrange, **options):
-        acts, reads = read(model, batch, recorded)
-        positive = torch.tensor([row.positive for row in batch.rows])
-        for at, values in acts.items():
-            rows = pool(values, reads)
-            _check_finite(rows, at, batch.rows)
-            if at in wanted:
-                _add_examples(totals, "residual", at, rows, positive)
-                if keep_pooled:
-                    examples = kept.setdefault(at, torch.empty(sum(counts), rows.shape[1]))
-                    examples[[row.index for row in batch.rows]] = rows.cpu()
-            if sae is not None and at == sae.input_hookpoint:
-                if values.device not in placed:
-                    placed[values.device] = sae.to(values.device, torch.float32)
-                features = pool_features(placed[values.device], values, reads)
-                _add_examples(totals, "feature", sae.hookpoint, features, positive)
-        done += len(batch.rows)
-        if progress is not None:
-            progress(done)
-    tables: dict[Space, dict[Hookpoint, Contrast]] = {"residual": {}, "feature": {}}
-    for space, at, side in totals:
-        if side:
-            tables[space][at] = Contrast(totals[space, at, True].cpu(), totals[space, at, False].cpu())
-    reading = {
-        "model": identity(model),
-        "sae": {"source": sae.source, "sha256": sae.sha256} if sae is not None else None,
-        "tokens": tokens,
-        "bos": bos,
-        "max_tokens": max_tokens,
-    }
-    data = {"name": contrast.name, "sha256": contrast.sha256, "count": counts}
-    pooled = {at: _pooled(examples, contrast) for at, examples in kept.items()}
-    return ContrastStatistics(tables["residual"], tables["feature"], reading, (data,), pooled)
-
-
-def _hookpoints(hookpoints: Iterable[Hookpoint | str] | Hookpoint | str | None, sae: SAE | None) -> list[Hookpoint]:
-    """Hookpoints asked for, the SAE's among them. Raises DataError when there is none."""
-    if hookpoints is None:
-        given: list[Hookpoint] = []
-    elif isinstance(hookpoints, str | Hookpoint):
-        given = [Hookpoint.parse(hookpoints)]
-    else:
-        given = [Hookpoint.parse(h) for h in hookpoints]
-    if sae is not None:
-        given.append(sae.hookpoint)
-    if not given:
-        raise DataError(
-            "neither sae nor hookpoints", "at least one", 'pass sae=, or hookpoints="blocks.12.hook_resid_post"'
-        )
-    return list(dict.fromkeys(given))

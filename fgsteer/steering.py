@@ -12,6 +12,7 @@ function that notes where the prompt ends and then calls the original.
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,7 @@ from fgsteer.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
 from fgsteer.interventions import Intervention, Scope, Update, apply, stack
 from fgsteer.models import check_pairing, input_device, warn_of_dropout
 from fgsteer.positions import Place, Positions
+from fgsteer.threads import check_thread, claim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,6 +148,21 @@ def _renewed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return steered
 
 
+def _check_range(model: nn.Module, groups: Sequence[Group]) -> None:
+    """Refuse a set amount that a float16 model cannot hold. Raises SteeringError."""
+    if getattr(model, "dtype", None) != torch.float16:
+        return
+    largest = torch.finfo(torch.float16).max
+    for group in groups:
+        amount = float((group.update.const.float()[..., None] * group.update.write.float()).abs().amax())
+        if amount > largest:
+            raise SteeringError(
+                f"a change of {amount:.3g} at {group.hookpoint}",
+                f"at most {largest:g}, what float16 holds",
+                "a smaller coefficient, or the model in bfloat16 or float32",
+            )
+
+
 class _Session:
     """The hooks of one ``steer`` block.
 
@@ -157,12 +174,17 @@ class _Session:
         self.model, self.rows, self.groups = model, len(rows), _groups(rows)
         self.positions = Positions(list({id(g.place): g.place for g in self.groups}.values()), self.rows)
         self.ran = False
+        self.thread = threading.get_ident()
         self.names = [n for n in inspect.signature(decoder_of(model).forward).parameters if n != "self"]
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Any:
+        raise SteeringError("a copy of a model that is being steered", "one made before or after the block")
 
     def install(self, hooks: ExitStack) -> None:
         """Register every hook; all come off when the stack closes."""
         if not self.groups:
             return
+        hooks.enter_context(claim(self.model))
         decoder = decoder_of(self.model)
         hooks.callback(decoder.register_forward_pre_hook(self.observe, with_kwargs=True).remove)
         _shadow(decoder, "forward", _renewed(decoder.forward), hooks)
@@ -188,6 +210,7 @@ class _Session:
 
     def observe(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the decoder is about to run on."""
+        check_thread(self.thread)
         given = dict(zip(self.names, args, strict=False)) | kwargs if args else kwargs
         ids = given.get("input_ids")
         tokens: Tensor = given["inputs_embeds"] if ids is None else ids
@@ -201,6 +224,7 @@ class _Session:
 
     def act(self, groups: Sequence[Group], h: Tensor) -> Tensor:
         """Apply the groups in order to hidden states of any layout."""
+        check_thread(self.thread)  # a pass may have begun before the hooks were set
         batch, length = self.positions.batch, self.positions.length
         repeats = 1 if self.rows == 1 else batch // self.rows
         changed = h if h.shape[:-1] == (batch, length) else by_token(h, batch, length)
@@ -227,6 +251,7 @@ class _Session:
         """``generate`` that notes where the prompt ends."""
 
         def generate(*args: Any, **kwargs: Any) -> Any:
+            check_thread(self.thread)
             positions = self.positions
             if positions.generating:  # the model drafts for itself: the same rows, the same prompt
                 return original(*args, **kwargs)
@@ -293,16 +318,21 @@ def steer(model: PreTrainedModel, steering: Steering, *, per_row: bool | None = 
 
     Nested blocks on one model compose, the inner one acting first. Unsteered rows and
     tokens keep their activations bit for bit. Models may be compiled, before or inside the
-    block; another block that differs in its numbers alone compiles nothing.
+    block; another block that differs in its numbers alone compiles nothing. One thread steers a
+    model at a time: while it does, other threads' steer blocks and forward passes on that model
+    raise SteeringError (not passes that are compiled as a whole). No copies are made of a steered model.
+
     ``HookpointError`` and ``PairingError`` are raised before anything is hooked;
-    ``SteeringError`` for another number of rows than entries. Warns UntouchedWarning when an
-    intervention touched no token, FgsteerWarning of a model in train mode with dropout.
+    ``SteeringError`` for another number of rows than entries, or, on a float16 model, c·v beyond
+    65504 (a sum h + c·v beyond it still becomes inf). Warns UntouchedWarning when an intervention
+    touched no token, FgsteerWarning of a model in train mode with dropout.
     """
     warn_of_dropout(model)
     rows = _entries(steering, per_row)
     for item in {id(i): i for items in rows for i in items}.values():
         check_pairing(model, item.hookpoint, item.d_model, item.model_name, type(item).__name__)
     session = _Session(uncompiled(model), rows)
+    _check_range(model, session.groups)
     with ExitStack() as hooks:
         session.install(hooks)
         yield model

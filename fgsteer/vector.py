@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,8 +20,12 @@ from torch import Tensor, nn
 from fgsteer.errors import FormatError, PairingError, SelectionError, SteeringError
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
+from fgsteer.hub import VECTOR, fetch, push, save_folder
 from fgsteer.interventions import Ablate, Add, Affine, Clamp, _vector
 from fgsteer.models import check_pairing
+
+if TYPE_CHECKING:
+    from fgsteer.evaluation.records import Run
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,38 @@ class SteeringVector:
         }
         write_tensors(path, tensors, kind="vector", header=header)
 
+    def save_pretrained(self, folder: str | Path, *, run: Run | None = None, method: str | None = None) -> None:
+        """Write a new folder: the vector, a card, and its BCS curve in a ``run`` of bench.
+
+        ``method`` is what the run calls it, by default what made it. Raises DataError for a run without
+        it, FormatError for a folder that is not free.
+        """
+        save_folder(self, folder, run, method)
+
+    def push_to_hub(self, repo_id: str, *, run: Run | None = None, method: str | None = None, **options: Any) -> str:
+        """Upload what ``save_pretrained`` writes to a Hugging Face repository, as one commit; its address.
+
+        ``options``: ``private`` and ``token``, and what ``HfApi.upload_folder`` takes, such as
+        ``revision`` and ``commit_message``. Raises as ``save_pretrained`` does, FormatError where the hub refuses.
+        """
+        return push(self, repo_id, run, method, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        model: nn.Module | None = None,
+        *,
+        filename: str = VECTOR,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> SteeringVector:
+        """Read a vector from a Hugging Face repository or a folder; given a model, ``check`` it.
+
+        Raises FormatError, PairingError.
+        """
+        return cls.load(fetch(source, filename, revision, token), model)
+
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> SteeringVector:
         """Read a file that ``save`` wrote; given a model, ``check`` it. Raises FormatError, PairingError."""
@@ -199,10 +235,22 @@ class SteeringVector:
                 Hookpoint.parse(header["hookpoint"]),
                 tensors.get("reference"),
                 {int(j): float(w) for j, w in header["features"].items()},
-                dict(header["provenance"]),
+                _read_provenance(header["provenance"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise FormatError(f"{path} is damaged: {error}", "a file written by SteeringVector.save") from error
         if model is not None:
             vector.check(model)
         return vector
+
+
+def _read_provenance(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Provenance, in which what is computed with is of its kind. Raises TypeError, ValueError, OverflowError."""
+    found, model = dict(value), value.get("model")
+    if isinstance(model, Mapping) and not isinstance(model.get("name"), str | None):
+        raise ValueError(f"model {model!r:.80}")
+    if "scale" in found:
+        found["scale"] = float(found["scale"])
+    if "feature_density" in found:
+        found["feature_density"] = {str(j): float(share) for j, share in found["feature_density"].items()}
+    return found

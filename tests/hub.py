@@ -1,12 +1,15 @@
-"""A Hugging Face hub on the loopback: it serves a folder of repositories and notes every request."""
+"""A Hugging Face hub on the loopback: it serves a folder of repositories, takes commits, and notes every request."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+TOKEN = "secret"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -23,6 +26,40 @@ class Hub:
 
             def do_GET(self):
                 self.answer(body=True)
+
+            def do_POST(self):
+                hub.requests.append((self.command, self.path))
+                given = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                    return self.reply(401, {"error": "a token, please"})
+                what = self.path.split("/")
+                if self.path == "/api/validate-yaml":
+                    return self.reply(200, {"warnings": [], "errors": []})
+                if self.path == "/api/repos/create":
+                    made = json.loads(given)
+                    name = f"{made.get('organization') or 'me'}/{made['name']}"
+                    (root / name).mkdir(parents=True, exist_ok=True)
+                    return self.reply(200, {"url": f"{hub.url}/{name}"})
+                repository = root / what[3] / what[4]
+                if what[5] == "preupload":
+                    files = [file["path"] for file in json.loads(given)["files"]]
+                    plain = {"uploadMode": "regular", "shouldIgnore": False}
+                    return self.reply(200, {"files": [{"path": path, **plain} for path in files]})
+                for line in given.splitlines():
+                    entry = json.loads(line)
+                    if entry["key"] == "file":
+                        value = entry["value"]
+                        (repository / value["path"]).write_bytes(base64.b64decode(value["content"]))
+                url = f"{hub.url}/{what[3]}/{what[4]}/commit/{COMMIT}"
+                return self.reply(200, {"commitUrl": url, "commitOid": COMMIT})
+
+            def reply(self, status, value):
+                data = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
 
             def answer(self, body):
                 hub.requests.append((self.command, self.path))

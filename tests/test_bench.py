@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.cli import app
+from fgsteer.evaluation import shared
 from fgsteer.evaluation.arms import BENCH_METHODS, ConceptArms
-from fgsteer.evaluation.bench import Bench, BenchPlan, append, resume
+from fgsteer.evaluation.bench import Bench, BenchPlan, append, resume, strengths_path
 
 PLAN = BenchPlan(
     concepts=("love", "war"),
@@ -115,6 +116,74 @@ def test_a_run_killed_anywhere_ends_with_the_same_file(parts, unbroken, tmp_path
     assert seen[-1][0] == seen[-1][1] == len(expected.splitlines()) - 1
     make(parts, LengthJudge(fail_at=6)).run(path)  # nothing is left to judge
     assert path.read_bytes() == expected
+
+
+def as_rank(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+
+
+def test_processes_that_share_a_run_write_the_same_file(parts, unbroken, tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    as_rank(monkeypatch, 1, 2)
+    assert not shared.run_shared(make(parts, LengthJudge()), path)
+    assert [p.name for p in sorted(shared.parts_folder(path).iterdir())] == ["war.jsonl", "war.strengths.json"]
+    as_rank(monkeypatch, 0, 2)
+    with pytest.raises(KeyboardInterrupt):
+        shared.run_shared(make(parts, LengthJudge(fail_at=6)), path)
+    assert not path.exists()
+    assert shared.run_shared(make(parts, LengthJudge()), path)
+    assert path.read_bytes() == unbroken.read_bytes()
+    before = strengths_path(unbroken).read_bytes()
+    assert json.loads(strengths_path(path).read_bytes()) == json.loads(before)
+    make(parts, LengthJudge()).run(path)  # complete: nothing is added
+    assert path.read_bytes() == unbroken.read_bytes()
+    with pytest.raises(fg.DataError, match=r"love\.jsonl is of another plan"):
+        shared.run_shared(make(parts, LengthJudge(), concepts=("love",), seeds=2), path)
+
+
+class Echo:
+    """A writer that says what it was asked for."""
+
+    name = "echo 1"
+
+    def __call__(self, prompts, steering, how, number):
+        return [f"{prompt} {item is not None} {how.seed} {number}" for item in steering for prompt in prompts]
+
+
+def test_another_engine_writes_and_is_named(parts, unbroken, tmp_path):
+    bench = make(parts, LengthJudge(), concepts=("love",))
+    bench.writer = Echo()
+    bench.run(tmp_path / "run.jsonl")
+    run = fg.load_run(tmp_path / "run.jsonl")
+    assert run.header["plan"]["engine"] == "echo 1"
+    for record in run.records:
+        assert f" {record.method not in ('unsteered', 'prompt')} 0 {record.seed}" in record.text
+    with pytest.raises(fg.DataError, match="another plan"):
+        make(parts, LengthJudge(), concepts=("love",)).run(tmp_path / "run.jsonl")
+
+
+@pytest.mark.slow
+def test_ray_spreads_concepts_over_two_workers(tmp_path):
+    pytest.importorskip("ray")
+    command = [sys.executable, "-m", "fgsteer", "bench", "--quick", "--judge", "keyword", "--device", "cpu", "--json"]
+    for name, more in (("one", []), ("two", ["--engine", "ray", "--workers", "2"])):
+        subprocess.run([*command, *more, "--out", str(tmp_path / name)], check=True, capture_output=True)
+    one, two = (fg.load_run(tmp_path / name / "bench.jsonl") for name in ("one", "two"))
+    assert [r.text for r in two.records] == [r.text for r in one.records]
+    assert two.records == one.records
+
+
+def test_engines_that_cannot_be_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(fg.DataError, match="hf, vllm, ray"):
+        CliRunner().invoke(app, ["bench", "--engine", "tgi", "-o", str(tmp_path)], catch_exceptions=False)
+    as_rank(monkeypatch, 0, 2)
+    with pytest.raises(fg.DataError, match="under torchrun"):
+        CliRunner().invoke(app, ["bench", "--engine", "ray", "-o", str(tmp_path)], catch_exceptions=False)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(fg.DataError, match=r"fgsteer\[ray\]"):
+        shared.with_ray(lambda: None, ("love",), tmp_path, workers=2)
 
 
 def test_a_file_of_another_plan_is_left_alone(parts, unbroken):

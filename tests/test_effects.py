@@ -286,6 +286,7 @@ def test_killed_at_any_write_it_ends_the_same(llama, tokenizer, texts, tmp_path,
             raise KeyboardInterrupt
 
     monkeypatch.setattr(measuring, "write_tensors", write)
+    monkeypatch.setattr("fgsteer.parts.write_tensors", write)
     for _ in range(100):
         try:
             broken = measure(llama, tokenizer, sae, texts, tmp_path / "parts")
@@ -334,7 +335,7 @@ def test_a_folder_of_another_run_is_refused(llama, tokenizer, texts, tmp_path):
     """Nothing measured on other weights, token ids or plans, or damaged, gets into a result."""
     sae = make_sae()
     measure(llama, tokenizer, sae, texts, tmp_path)
-    part, next_ = (tmp_path / f"part-000000{n}.safetensors" for n in (3, 6))
+    part, next_ = (tmp_path / f"part-00000{n}.safetensors" for n in (1, 2))
     note, kept = tmp_path / "plan.json", part.read_bytes()
     for model, words, differing in ((tiny_model("llama", seed=1), tokenizer, "weights"),
                                     (llama, word_tokenizer(bos=False), "tokens")):  # fmt: skip
@@ -345,7 +346,7 @@ def test_a_folder_of_another_run_is_refused(llama, tokenizer, texts, tmp_path):
         measure(llama, tokenizer, sae, texts, tmp_path)
     tensors, header = read_tensors(next_, kind="effects part")
     for wrong in ({"odd": tensors["odd"][:2]}, {"more": torch.ones(1)}):
-        write_tensors(part, tensors | wrong, kind="effects part", header={**header, "first": 3})
+        write_tensors(part, tensors | wrong, kind="effects part", header={**header, "part": 1, "of": "3"})
         with pytest.raises(fg.FormatError, match="damaged"):
             measure(llama, tokenizer, sae, texts, tmp_path)
     part.write_bytes(kept[:-9])

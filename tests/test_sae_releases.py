@@ -58,10 +58,11 @@ class Ran:
         return Path.touch, (self.path,)
 
 
-def run(code, url, home, *arguments, offline="0"):
+def run(code, url, home, *arguments, offline="0", token=""):
     """Output of a script that knows no hub but the one at ``url``."""
     env = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": offline}
     env |= {
+        "HF_TOKEN": token,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",

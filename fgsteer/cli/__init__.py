@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
-from fgsteer.cli import bench, evaluate, export, harness, measure, read, sweep, vectors  # noqa: F401  each registers its commands
+from fgsteer.cli import bench, evaluate, export, harness, measure, read, serve, sweep, vectors  # noqa: F401  each registers its commands
 from fgsteer.cli.common import app
 from fgsteer.errors import FgsteerError, FgsteerWarning
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
 
 def main() -> None:
-    """Run the command line; errors of fgsteer and of files end with one message and exit status 2."""
+    """Run the command line; errors of fgsteer and of files end with one message and status 2, Ctrl-C with 130."""
 
     def note(message: Any, category: Any, *_: Any, **__: Any) -> None:
         if issubclass(category, FgsteerWarning):
@@ -34,3 +36,14 @@ def main() -> None:
     except (FgsteerError, OSError) as error:  # OSError: a model that is not there, a folder that is not writable
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        _interrupted()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # what typer makes of Ctrl-C
+            _interrupted()
+        raise
+
+
+def _interrupted() -> NoReturn:
+    typer.echo("interrupted; every file is whole", err=True)
+    sys.exit(INTERRUPTED)

@@ -25,7 +25,9 @@ from fgsteer.cli.common import (
 )
 from fgsteer.cli.vectors import parse_settings
 from fgsteer.errors import DataError
+from fgsteer.ranks import Ranks
 
+ENGINES = ("hf", "vllm", "ray")
 QUICK: dict[str, Any] = {
     "concepts": ("wedding", "sea"),
     "methods": ("unsteered", "random", "caa", "sae_feature", "fgaa", "fgaa_effects"),
@@ -60,28 +62,26 @@ def bench(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A method's parameter, such as fgaa.n_positive=8.")
     ] = None,
+    engine: Annotated[str, typer.Option(help=f"{', '.join(ENGINES)}: what generates, or spreads the work.")] = "hf",
+    workers: Annotated[int, typer.Option(min=1, help="Processes of --engine ray.")] = 2,
+    engine_settings: Annotated[
+        list[str] | None, typer.Option("--engine-set", help="An argument of vllm.LLM, such as max_model_len=512.")
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure methods against CAA: behavior, coherence and their product, with intervals; a killed run goes on."""
+    """Measure methods against CAA: behavior, coherence and their product, with intervals; a killed run goes on.
+
+    Under torchrun the processes share the concepts.
+    """
     import fgsteer as fg
-    from fgsteer.evaluation.arms import BENCH_METHODS, NEEDS_EFFECTS
+    from fgsteer.evaluation import shared
     from fgsteer.evaluation.plots import save_all
     from fgsteer.evaluation.report import markdown
     from fgsteer.files import whole
 
-    language_model, tokenizer = load_model(model, device, dtype)
-    ids: list[str | None] = list(sae_id) if sae_id else [None]
-    saes = [load_sae(sae, name) for name in ids]
-    fits = [fg.load_effects(source) for source in effects or (["default"] if sae == "default" and not sae_id else [])]
-    by_layer = {one.hookpoint.layer: one.to(language_model.device) for one in saes}
-    fitted = {fit.hookpoint.layer: fit for fit in fits}
-    layers = {m: tuple(n for n in sorted(by_layer) if m not in NEEDS_EFFECTS or n in fitted) for m in BENCH_METHODS}
-    chosen: dict[str, Any] = {"concepts": tuple(fg.shipped_contrasts()), "methods": BENCH_METHODS, "layers": layers}
-    chosen |= QUICK if quick else {}
-    chosen["methods"] = tuple(m for m in chosen["methods"] if layers[m])
-    given = {
+    given: dict[str, Any] = {
         "concepts": concept and tuple(concept),
         "methods": method and tuple(method),
         "ce_rises": ce_rise and tuple(sorted(ce_rise)),
@@ -92,22 +92,90 @@ def bench(
         "seed": seed,
         "settings": _settings_by_method(settings or []),
     }
-    chosen |= {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in given.items() if value is not None}
     if ce_rise and matched is None:
-        chosen["matched"] = None
-    plan = fg.BenchPlan(**chosen)
-    runner = fg.Bench(language_model, tokenizer, by_layer, fitted, _judge(judge, judge_url, out), plan)
-    path = out / "bench.jsonl"
-    with progress_bar("texts", None, as_json) as bar:
-        runner.run(path, " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]])), progress=bar)
+        given["matched"] = None
+    check_engine(engine, workers)
+    # what a worker of another machine needs to make the same benchmark
+    make = partial(
+        make_bench,
+        given,
+        out,
+        quick=quick,
+        model=(model, device, dtype),
+        sae=(sae, sae_id),
+        effects=effects,
+        judge=(judge, judge_url),
+    )
+    runner, path = make(), out / "bench.jsonl"
+    command = " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]]))
+    with progress_bar("concepts" if engine == "ray" else "texts", None, as_json) as bar:
+        if engine == "ray":
+            folder = shared.parts_folder(path)
+            shared.with_ray(make, runner.plan.concepts, folder, workers=workers, command=command, progress=bar)
+            shared.join(runner, path, command)
+        elif Ranks.here().world > 1:
+            if not shared.run_shared(runner, path, command, progress=bar):
+                return
+        else:
+            if engine == "vllm":
+                runner.writer = _vllm_writer(runner, model, parse_settings(engine_settings or []))
+            runner.run(path, command, progress=bar)
     run = fg.load_run(path)
     table = markdown(run)
     with whole(out / "table.md") as beside:
         beside.write_text(table, encoding="utf-8")
-    read = partial(fg.seen_features, language_model, tokenizer, saes[len(saes) // 2])
+    layers = sorted(runner.saes)
+    read = partial(fg.seen_features, runner.model, runner.tokenizer, runner.saes[layers[len(layers) // 2]])
     fg.write_report(run, out / "report.html", features=read)
     save_all(run, out)
     show({"out": str(out), "records": len(run.records), "table": table}, as_json, _print_table)
+
+
+def check_engine(engine: str, workers: int) -> None:
+    """Raises DataError for an engine that is unknown, or beside torchrun."""
+    if engine not in ENGINES:
+        raise DataError(f"--engine {engine}", ", ".join(ENGINES))
+    if engine != "hf" and Ranks.here().world > 1:
+        raise DataError(f"--engine {engine} under torchrun", "one of the two", "start the command alone")
+
+
+def make_bench(
+    given: dict[str, Any],
+    out: Path,
+    *,
+    quick: bool,
+    model: tuple[str, str | None, str | None],
+    sae: tuple[str, list[str] | None],
+    effects: list[str] | None,
+    judge: tuple[str | None, str | None],
+) -> Any:
+    """The benchmark of the options. Raises DataError for a plan that cannot be run."""
+    import fgsteer as fg
+    from fgsteer.evaluation.arms import BENCH_METHODS, NEEDS_EFFECTS
+
+    language_model, tokenizer = load_model(*model)
+    name, ids = sae
+    saes = [load_sae(name, one) for one in ids] if ids else [load_sae(name, None)]
+    fits = [fg.load_effects(source) for source in effects or (["default"] if name == "default" and not ids else [])]
+    by_layer = {one.hookpoint.layer: one.to(language_model.device) for one in saes}
+    fitted = {fit.hookpoint.layer: fit for fit in fits}
+    layers = {m: tuple(n for n in sorted(by_layer) if m not in NEEDS_EFFECTS or n in fitted) for m in BENCH_METHODS}
+    chosen: dict[str, Any] = {"concepts": tuple(fg.shipped_contrasts()), "methods": BENCH_METHODS, "layers": layers}
+    chosen |= QUICK if quick else {}
+    chosen["methods"] = tuple(m for m in chosen["methods"] if layers[m])
+    chosen |= given
+    return fg.Bench(language_model, tokenizer, by_layer, fitted, _judge(*judge, out), fg.BenchPlan(**chosen))
+
+
+def _vllm_writer(bench: Any, model: str, settings: dict[str, Any]) -> Any:
+    """vLLM with room for the arms of a batch, in the model's dtype."""
+    from fgsteer.serving import VllmWriter, steered_llm
+
+    rows = max(32, bench.plan.batch_rows // bench.plan.prompts)
+    dtype = str(bench.model.dtype).removeprefix("torch.")
+    layers = sorted({layer for _, layer in bench.plan.places})
+    return VllmWriter(steered_llm(model, layers=layers, rows=rows, **{"dtype": dtype, **settings}), bench.tokenizer)
 
 
 def _print_table(told: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.errors import DataError
+from fgsteer.ranks import Ranks
 
 app = typer.Typer(
     help="Steer language models with the features of sparse autoencoders.",
@@ -48,6 +49,9 @@ MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=2, help="Token
 BatchTokensOption = Annotated[
     int | None, typer.Option("--batch-tokens", min=1, help="Padded tokens in a batch; default: what suits the device.")
 ]
+WorkOption = Annotated[
+    Path | None, typer.Option("--work", help="Folder of finished parts, to go on from; under torchrun OUT.parts.")
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, auto …; default: cuda if any.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 …; default: the checkpoint's.")]
 
@@ -70,10 +74,21 @@ def load_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, A
         raise DataError(f"no model {name!r}", '"default", a folder, or a Hugging Face id', why) from error
     try:
         if device != "auto":
-            model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            model = model.to(device or _own_device(torch.cuda.device_count()))
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that is unknown, missing or full
         raise DataError(f"--device {device}: {error}".partition("\n")[0], "a device of this machine") from error
     return model, tokenizer
+
+
+def _own_device(gpus: int) -> str:
+    """A GPU where there is one: of those of this machine, the one for this process."""
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else "cpu"
+
+
+def work_folder(work: Path | None, out: Path) -> Path | None:
+    """Where parts of the work are kept: as asked, else beside the output where several processes share the work."""
+    shared = Ranks.here().world > 1
+    return work or (out.with_name(out.name + ".parts") if shared else None)
 
 
 def token_rule(tokens: str) -> Any:
@@ -110,7 +125,9 @@ def load_sae(name: str, sae_id: str | None) -> Any:
 
 
 def show(value: Any, as_json: bool, text: Callable[[Any], None]) -> None:
-    """Print a result as JSON or for a reader."""
+    """Print a result as JSON or for a reader; of several processes, the first does."""
+    if Ranks.here().rank:
+        return
     if as_json:
         typer.echo(json.dumps(value, ensure_ascii=False))
     else:
@@ -130,7 +147,8 @@ def progress_bar(what: str, total: int | None, as_json: bool) -> Iterator[Callab
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    quiet = as_json or Ranks.here().rank > 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=as_json, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done, of=total: bar.update(task, completed=done, total=of)

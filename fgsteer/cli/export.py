@@ -28,6 +28,7 @@ from fgsteer.cli.common import (
 from fgsteer.errors import DataError
 
 TARGETS = {
+    "checkpoint": "an ordinary checkpoint of --model with the vectors inside",
     "gguf": "a control vector for llama.cpp and repeng",
     "lm-eval": "a file for lm-eval's steered model",
     "easysteer": "a spec for EasySteer, with its GGUF files",
@@ -48,7 +49,8 @@ def export(
         typer.Option("--bos/--no-bos", help="Act on position 0 too. Default: only where the target cannot spare it."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="lm-eval: the model, for its modules' names.")
+        str | None,
+        typer.Option("--model", "-m", help="checkpoint: the model; lm-eval: it too, for its modules' names."),
     ] = None,
     sae: SaeOption = "default",
     sae_id: SaeIdOption = None,
@@ -68,12 +70,14 @@ def export(
     items = interventions(loaded, operation, scope, bos=acts_on_first)
     model_type = next(filter(None, (_model_type(vector) for vector, _ in loaded)), "")
     files = [out]
-    if to == "gguf":
+    if to in ("checkpoint", "lm-eval") and model is None:
+        raise DataError("no --model", f"the model that is steered: {to} needs it")
+    if to == "checkpoint":
+        formats.checkpoint.write(items, out, *load_model(str(model), "cpu", dtype), copy=False)
+    elif to == "gguf":
         formats.gguf.write(items, out, model_type=model_type)
     elif to == "lm-eval":
-        if model is None:
-            raise DataError("no --model", "the model that lm-eval will run: its modules' names go into the file")
-        formats.lm_eval.write(items, out, load_model(model, device, dtype)[0])
+        formats.lm_eval.write(items, out, load_model(str(model), device, dtype)[0])
     elif to == "easysteer":
         files = formats.easysteer.write(items, out, model_type=model_type)
     else:

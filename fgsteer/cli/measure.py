@@ -18,14 +18,17 @@ from fgsteer.cli.common import (
     SaeIdOption,
     SaeOption,
     TokensOption,
+    WorkOption,
     app,
     load_model,
     load_sae,
     progress_bar,
     show,
     token_rule,
+    work_folder,
 )
 from fgsteer.errors import DataError
+from fgsteer.ranks import Ranks
 
 
 @app.command()
@@ -44,12 +47,16 @@ def collect(
     pooled: Annotated[
         bool, typer.Option("--pooled/--no-pooled", help="Keep every text's mean activations, for fgsteer diagnose.")
     ] = True,
+    work: WorkOption = None,
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read both sides of a contrast through the model and the SAE; write statistics."""
+    """Read both sides of a contrast through the model and the SAE; write statistics.
+
+    Under torchrun (torchrun … -m fgsteer collect …) the processes share the texts.
+    """
     import fgsteer as fg
 
     pairs = fg.load_contrast(contrast)
@@ -67,9 +74,11 @@ def collect(
             bos=bos,
             keep_pooled=pooled,
             batch_tokens=batch_tokens,
+            work=work_folder(work, out),
             progress=progress,
         )
-    stats.save(out)
+    if not Ranks.here().rank:
+        stats.save(out)
     told = {"out": str(out), "hookpoints": [str(at) for at in stats.residual], "data": [dict(d) for d in stats.data]}
     show(told, as_json, lambda v: typer.echo(f"{v['out']}: {v['data'][0]['count']} texts at {v['hookpoints']}"))
 
@@ -92,6 +101,7 @@ def density(
     sae: SaeOption = "default",
     sae_id: SaeIdOption = None,
     max_tokens: MaxTokensOption = 256,
+    work: WorkOption = None,
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -99,7 +109,7 @@ def density(
 ) -> None:
     """Measure on which share of a corpus's tokens each feature fires; write it beside the SAE.
 
-    A file density.safetensors in an SAE's folder is loaded with it.
+    A file density.safetensors in an SAE's folder is loaded with it. Under torchrun the processes share the texts.
     """
     import fgsteer as fg
     from fgsteer.data import read_documents
@@ -116,9 +126,11 @@ def density(
             batch_tokens=batch_tokens,
             max_tokens=max_tokens,
             corpus={"name": corpus.name, "texts": total},
+            work=work_folder(work, out),
             progress=progress,
         )
-    measured.save(out)
+    if not Ranks.here().rank:
+        measured.save(out)
     shares = measured.density
     told = {
         "out": str(out),
@@ -168,7 +180,8 @@ def effects(
 ) -> None:
     """Measure how vectors move features of generated text, fit the linear effect approximator, write it.
 
-    A killed run goes on where it stopped, to the same result: say the same command again.
+    A killed run goes on where it stopped, to the same result: say the same command again. Under torchrun the
+    processes share the vectors.
     """
     import fgsteer as fg
     from fgsteer.data import read_documents
@@ -200,7 +213,8 @@ def effects(
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
-    measured.save(out)
+    if not Ranks.here().rank:
+        measured.save(out)
     show({"out": str(out), **measured.about}, as_json, _print_effects)
 
 

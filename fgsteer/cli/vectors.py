@@ -208,21 +208,10 @@ def fold(
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint with vectors inside, added to every token: plain transformers loads it, no hooks run."""
-    from transformers import AutoTokenizer
+    from fgsteer.export import checkpoint
 
-    import fgsteer as fg
-    from fgsteer.files import whole_folder
-
-    strengths = coefficient or [1.0] * len(vector)
-    if len(strengths) != len(vector):
-        raise DataError(f"{len(strengths)} coefficients for {len(vector)} vectors", "one each, in the same order")
-    loaded = [fg.SteeringVector.load(path) for path in vector]
-    with whole_folder(out) as folder:
-        plain, tokenizer = load_model(model, "cpu", dtype)
-        steering = [each.add(c, bos=True) for each, c in zip(loaded, strengths, strict=True)]
-        folded = fg.fold(plain, steering, copy=False)
-        folded.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(tokenizer.name_or_path).save_pretrained(folder)  # as it was before it padded
+    steering = interventions(load_vectors(vector, coefficient), "add", "all", bos=True)
+    folded = checkpoint.write(steering, out, *load_model(model, "cpu", dtype), copy=False)
     told = {"out": str(out), "model": model, "dtype": str(folded.dtype).removeprefix("torch.")}
     show({**told, **(getattr(folded.config, "fgsteer", None) or {"folded": []})}, as_json, _print_folded)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fgsteer.collecting import collect
 from fgsteer.data import ContrastSet
 from fgsteer.effects import EffectApproximator
 from fgsteer.errors import DataError, SelectionWarning
@@ -21,7 +22,7 @@ from fgsteer.hookpoints import Hookpoint
 from fgsteer.interventions import Intervention
 from fgsteer.methods import build, pca, select_features
 from fgsteer.sae import SAE
-from fgsteer.statistics import ContrastStatistics, collect
+from fgsteer.statistics import ContrastStatistics
 from fgsteer.vector import SteeringVector
 
 Make = Callable[[float], Intervention]

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fgsteer.calibration import calibrate_grid
 from fgsteer.data import load_contrast, load_neutral
@@ -29,13 +29,25 @@ from fgsteer.evaluation.arms import BENCH_METHODS, PROMPT, UNSTEERED, ConceptArm
 from fgsteer.evaluation.coherence import Coherence
 from fgsteer.evaluation.judges import Judge, validation_auc
 from fgsteer.evaluation.records import HALVES
-from fgsteer.files import read_json, write_json
+from fgsteer.files import append_bytes, parse_json, read_json, write_json
+from fgsteer.interventions import Intervention
 from fgsteer.models import identity
 from fgsteer.rollouts import Sampling, encode_prompts, rollout
 from fgsteer.sae import SAE
 
 BEGINNING = 19  # bytes of {"fgsteer": "bench", by which a header that was cut off is known
 REFERENCE = 1_000_000  # rollout numbers from here are the unsteered samples that coherence is fitted on
+
+
+class Writer(Protocol):
+    """Something that generates for a benchmark."""
+
+    name: str
+
+    def __call__(
+        self, prompts: Sequence[str], steering: Sequence[Intervention | None], how: Sampling, number: int
+    ) -> list[str]:
+        """Continuations by intervention, then prompt, the ``number``-th drawn."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,7 @@ class Part:
 class Bench:
     """A benchmark of a model with SAEs and effects by layer, judged by ``judge``.
 
+    ``writer`` generates in another engine, such as ``serving.VllmWriter``; the model then reads and sets strengths.
     Methods that no layer can run (no SAE, no effects) raise DataError before anything is generated.
     """
 
@@ -130,6 +143,7 @@ class Bench:
     effects: Mapping[int, EffectApproximator]
     judge: Judge
     plan: BenchPlan
+    writer: Writer | None = None
     _concepts: dict[str, ConceptArms] = field(default_factory=dict)
 
     def concept(self, name: str) -> ConceptArms:
@@ -177,6 +191,8 @@ class Bench:
 
     def _write(self, prompts: Sequence[str], steering: Sequence[Any], number: int) -> list[str]:
         """Continuations by intervention, then prompt."""
+        if self.writer is not None:
+            return self.writer(prompts, steering, self.plan.sampling, number)
         encoded = encode_prompts(self.tokenizer, prompts)
         ids, _ = rollout(self.model, encoded, steering, self.plan.sampling, number)
         return list(self.tokenizer.batch_decode(ids[:, encoded[0].shape[1] :], skip_special_tokens=True))
@@ -238,6 +254,8 @@ class Bench:
         from fgsteer.methods.provenance import library_version
 
         plan = json.loads(json.dumps(asdict(self.plan)))
+        if self.writer is not None:  # other engines draw other samples
+            plan["engine"] = self.writer.name
         prompts = [prompt for half in HALVES for prompt in self.prompts(half)]
         validated = {name: validation_auc(self.judge, load_contrast(name)) for name in self.plan.concepts}
         return {
@@ -259,9 +277,8 @@ class Bench:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        strengths = path.with_suffix(".strengths.json")
         header = self.header(command)
-        arms = self._arms(strengths, header)
+        arms = self._arms(strengths_path(path), header)
         parts = [part for concept in self.plan.concepts for part in self.parts(arms[concept])]
         counts = [sum(1 + (a.ce_rise is not None and a.ce_rise == self.plan.matched) for a in p.arms) for p in parts]
         counts = [count * self.plan.prompts for count in counts]
@@ -276,14 +293,34 @@ class Bench:
     def _arms(self, path: Path, header: Mapping[str, Any]) -> dict[str, list[Arm]]:
         """Every concept's arms, from the file beside the run where it holds them, else calibrated and kept there."""
         plan = {key: header[key] for key in ("plan", "sha256", "model")}
-        known: dict[str, Any] = read_json(path) if path.is_file() else {}
-        if known.get("plan") != plan:
-            known = {"plan": plan, "arms": {}}
+        known = read_arms(path, plan)
         for concept in self.plan.concepts:
-            if concept not in known["arms"]:
-                known["arms"][concept] = [asdict(arm) for arm in self.arms(concept)]
-                write_json(path, known)
-        return {name: [Arm(**entry) for entry in entries] for name, entries in known["arms"].items()}
+            if concept not in known:
+                known[concept] = self.arms(concept)
+                arms = {name: [asdict(arm) for arm in entries] for name, entries in known.items()}
+                write_json(path, {"plan": plan, "arms": arms})
+        return known
+
+
+def strengths_path(path: Path) -> Path:
+    """Where the strengths of the run ``path`` are kept."""
+    return path.with_suffix(".strengths.json")
+
+
+def read_arms(path: Path, plan: Mapping[str, Any]) -> dict[str, list[Arm]]:
+    """Every concept's arms that a run of this plan kept; none without one. Raises FormatError."""
+    kept = read_json(path) if path.is_file() else None
+    if not isinstance(kept, dict) or kept.get("plan") != plan:
+        return {}
+    try:
+        arms = {concept: [Arm(**entry) for entry in entries] for concept, entries in kept["arms"].items()}
+        for arm in (arm for entries in arms.values() for arm in entries):
+            texts, numbers = (arm.concept, arm.method), (arm.coefficient, arm.layer or 0, arm.ce_rise or 0.0)
+            if not all(isinstance(text, str) for text in texts) or not all(math.isfinite(n) for n in numbers):
+                raise ValueError(f"no arm: {arm}")
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise FormatError(f"{path} is damaged: {error}", "strengths of fgsteer bench", "delete it") from error
+    return arms
 
 
 def line(row: Mapping[str, Any]) -> bytes:
@@ -292,11 +329,8 @@ def line(row: Mapping[str, Any]) -> bytes:
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add lines to a file in one write, synced."""
-    with open(path, "ab") as file:
-        file.write(b"".join(map(line, rows)))
-        file.flush()
-        os.fsync(file.fileno())
+    """Add lines to a file in one write, to disk. Raises FormatError."""
+    append_bytes(path, b"".join(map(line, rows)))
 
 
 def resume(path: Path, header: Mapping[str, Any], counts: Sequence[int]) -> int:
@@ -316,7 +350,7 @@ def resume(path: Path, header: Mapping[str, Any], counts: Sequence[int]) -> int:
             append(path, [header])
             return 0
         try:
-            found = json.loads(first)
+            found = parse_json(first)
             if not isinstance(found, dict):
                 raise ValueError("no object")
         except ValueError as error:

@@ -25,6 +25,7 @@ from threading import Event
 from typing import Any
 
 from fgsteer.errors import JudgeError
+from fgsteer.files import parse_json
 
 OPENAI = "https://api.openai.com/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -178,8 +179,8 @@ def _advice(status: int) -> str:
 def _content(raw: bytes) -> str:
     """The text of a chat completion. Raises BrokenAnswerError."""
     try:
-        content = json.loads(raw)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        content = parse_json(raw)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
         content = None
     if not isinstance(content, str):
         raise BrokenAnswerError(raw[:200].decode(errors="replace"))

@@ -29,7 +29,7 @@ from fgsteer.data import SHIPPED, shipped_contrasts
 from fgsteer.errors import FormatError, JudgeError
 from fgsteer.evaluation.chat import OPENAI, BrokenAnswerError, ChatClient
 from fgsteer.evaluation.judges import check_texts
-from fgsteer.files import read_json, text_sha256
+from fgsteer.files import append_bytes, parse_json, read_json, text_sha256
 
 LOWEST, HIGHEST = 1, 10
 CHARACTERS_A_TOKEN = 4  # of English, roughly: for estimates
@@ -176,8 +176,8 @@ def read_score(answer: str) -> int:
     """The score in an answer: of the last JSON object that has one, else a bare number. Raises BrokenAnswerError."""
     value: Any = answer
     for found in _OBJECT.findall(answer):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(found).get("score", value)
+        with contextlib.suppress(ValueError):
+            value = parse_json(found).get("score", value)
     if isinstance(value, bool) or not re.fullmatch(r"\s*\d{1,2}(\.0+)?\s*", str(value)):
         raise BrokenAnswerError(answer)
     if not LOWEST <= (score := int(float(value))) <= HIGHEST:
@@ -207,7 +207,7 @@ class AnswerCache:
             raise FormatError(f"cannot read {path}: {error.strerror}", "a cache file") from error
         for line in data.split(b"\n"):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 self.scores[str(row["key"])] = read_score(str(row["score"]))
             except (ValueError, LookupError, TypeError, BrokenAnswerError):
                 continue
@@ -220,11 +220,6 @@ class AnswerCache:
         with self._lock:
             if self._path is not None:
                 line = json.dumps({"key": key, "score": score}) + "\n"
-                try:
-                    self._path.parent.mkdir(parents=True, exist_ok=True)
-                    with open(self._path, "a", encoding="utf-8") as file:
-                        file.write("\n" + line if self._torn else line)
-                except OSError as error:
-                    raise FormatError(f"cannot write {self._path}: {error.strerror}", "a file to add to") from error
+                append_bytes(self._path, ("\n" + line if self._torn else line).encode())
                 self._torn = False
             self.scores[key] = score

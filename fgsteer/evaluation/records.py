@@ -9,7 +9,6 @@ BCS (behavior times coherence) of the half "tune"; what it scores is read on the
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 from fgsteer.errors import DataError, FormatError
 from fgsteer.evaluation.intervals import COMPLETE, paired_differences
+from fgsteer.files import parse_json
 
 HALVES = ("tune", "report")
 # how methods are called in tables, in the order in which they stand there
@@ -206,13 +206,13 @@ def load_run(path: str | Path) -> Run:
     seen: dict[Any, int] = {}
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = parse_json(line)
             if number == 1:
                 header = _header(row)
             else:
                 records.append(_record(row))
                 _check_new(records[-1], number, seen)
-        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, ArithmeticError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else str(error)
             wanted = "the header" if number == 1 else "a record"
             raise FormatError(f"{path}, line {number}: {why}", f"{wanted} of fgsteer bench") from error
@@ -221,8 +221,8 @@ def load_run(path: str | Path) -> Run:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
+        parse_json(line)
+    except ValueError:
         return False
     return True
 

@@ -20,6 +20,7 @@ import torch
 
 from fgsteer.activations import TokenRule
 from fgsteer.calibration import CE_RISE, calibrate_grid
+from fgsteer.collecting import collect
 from fgsteer.data import ContrastPair, ContrastSet, as_contrast, load_neutral
 from fgsteer.errors import DataError
 from fgsteer.evaluation.intervals import Interval
@@ -41,7 +42,6 @@ from fgsteer.methods import build
 from fgsteer.methods.provenance import library_version
 from fgsteer.models import identity
 from fgsteer.scoring import cross_entropies
-from fgsteer.statistics import collect
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:

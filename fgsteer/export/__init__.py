@@ -7,6 +7,6 @@ Each module is one format. A writer refuses what its engine cannot say, and name
 a reader unpickles nothing.
 """
 
-from fgsteer.export import easysteer, gguf, lm_eval, neuronpedia, steering_vectors
+from fgsteer.export import checkpoint, easysteer, gguf, lm_eval, neuronpedia, steering_vectors
 
-__all__ = ["easysteer", "gguf", "lm_eval", "neuronpedia", "steering_vectors"]
+__all__ = ["checkpoint", "easysteer", "gguf", "lm_eval", "neuronpedia", "steering_vectors"]

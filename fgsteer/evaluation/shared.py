@@ -1,0 +1,136 @@
+"""A benchmark whose concepts several processes share: each concept is a run of its own, joined to the same file.
+
+run_shared(bench, "bench.jsonl")                                       under torchrun
+with_ray(make_bench, ("love", "sea"), Path("bench.parts"), workers=2)  by Ray, then join(bench, ...)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fgsteer.errors import DataError, FormatError
+from fgsteer.evaluation.bench import Bench, line, strengths_path
+from fgsteer.files import parse_json, read_json, rename, whole, write_json
+from fgsteer.parts import wait_for
+from fgsteer.ranks import Ranks
+
+Progress = Callable[[int, int], None]
+
+
+def parts_folder(path: str | Path) -> Path:
+    """Where the concepts of the run ``path`` are kept until they are joined."""
+    return Path(path).with_suffix(".parts")
+
+
+def run_shared(bench: Bench, path: str | Path, command: str = "", progress: Progress | None = None) -> bool:
+    """Run this process's concepts; the first process waits for the others' and writes ``path`` as ``Bench.run`` does.
+
+    Returns whether this is the first process. A killed run goes on, also with another number of processes.
+    Raises as ``Bench.run`` does.
+    """
+    ranks, folder = Ranks.here(), parts_folder(path)
+    mine = [concept for number, concept in enumerate(bench.plan.concepts) if ranks.makes(number)]
+    for concept in mine:
+        run_concept(bench, concept, folder, command, progress)
+    if ranks.rank == 0:
+        for number, concept in enumerate(bench.plan.concepts):
+            wait_for(folder / f"{concept}.jsonl", number % ranks.world)
+        join(bench, path, command)
+    return ranks.rank == 0
+
+
+def run_concept(bench: Bench, concept: str, folder: Path, command: str = "", progress: Progress | None = None) -> None:
+    """Write ``folder/CONCEPT.jsonl``, the run of one concept, unless it is there. Raises as ``Bench.run`` does."""
+    done, running = folder / f"{concept}.jsonl", folder / f"{concept}.running.jsonl"
+    if done.exists():
+        return
+    _ = bench.coherence  # fitted once for all concepts
+    alone = copy.copy(bench)
+    alone.plan = replace(bench.plan, concepts=(concept,))
+    alone.run(running, command, progress)
+    rename(strengths_path(running), strengths_path(done))
+    rename(running, done)
+
+
+def join(bench: Bench, path: str | Path, command: str = "") -> None:
+    """Write the run whose concepts are all in its folder, whole. Raises DataError for those of another plan."""
+    path, folder, header = Path(path), parts_folder(path), bench.header(command)
+    arms: dict[str, Any] = {}
+    records = []
+    for concept in bench.plan.concepts:
+        part = folder / f"{concept}.jsonl"
+        first, rest = _lines(part)
+        if _shared(first) != _shared(header):
+            raise DataError(f"{part} is of another plan, SAE or model", "this run's", f"delete {folder}")
+        records.append(rest)
+        arms |= read_json(strengths_path(part))["arms"]
+    plan = {key: header[key] for key in ("plan", "sha256", "model")}
+    write_json(strengths_path(path), {"plan": plan, "arms": arms})
+    with whole(path) as beside:
+        beside.write_bytes(line(header) + b"".join(records))
+
+
+def _lines(path: Path) -> tuple[Any, bytes]:
+    """Header and the bytes of the records. Raises FormatError."""
+    try:
+        first, _, rest = path.read_bytes().partition(b"\n")
+        return parse_json(first), rest
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read: {error}", "a run of fgsteer bench", "delete it") from error
+
+
+def _shared(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What the runs of one benchmark's concepts have in common."""
+    plan = {key: value for key, value in header["plan"].items() if key != "concepts"}
+    plan["judge"] = plan["judge"]["name"]
+    return {"plan": plan, "sha256": header["sha256"], "model": header["model"]}
+
+
+def with_ray(
+    make: Callable[[], Bench],
+    concepts: Iterable[str],
+    folder: Path,
+    *,
+    workers: int,
+    command: str = "",
+    progress: Progress | None = None,
+) -> None:
+    """Run concepts in ``workers`` processes of Ray, here or on its cluster, each with a benchmark of its own.
+
+    A worker takes a GPU where there are some, else its share of the cores. ``progress`` gets (concepts done,
+    concepts in all). Raises DataError without Ray, or where the workers cannot start, and what a run raises.
+    """
+    try:
+        import ray
+        from ray.util import ActorPool
+    except ImportError as error:
+        raise DataError("--engine ray without Ray", "Ray", "pip install 'fgsteer[ray]'") from error
+    import torch
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False)
+    there = ray.cluster_resources()
+    threads = max(1, int(there.get("CPU", 1)) // workers)
+    share = {"num_gpus": 1} if there.get("GPU", 0) >= workers else {"num_cpus": threads}
+
+    class Worker:
+        def __init__(self) -> None:
+            torch.set_num_threads(threads)
+            self.bench = make()
+
+        def run(self, concept: str) -> str:
+            run_concept(self.bench, concept, folder.absolute(), command)
+            return concept
+
+    names = list(concepts)
+    actors = [ray.remote(Worker).options(**share).remote() for _ in range(min(workers, len(names)))]
+    done = ActorPool(actors).map_unordered(lambda actor, concept: actor.run.remote(concept), names)
+    for number, _ in enumerate(done, 1):
+        if progress is not None:
+            progress(number, len(names))
+    for actor in actors:
+        ray.kill(actor)

@@ -1,0 +1,202 @@
+"""A vector in a folder or a Hugging Face repository: its file, a card, and what was measured of it.
+
+vec.push_to_hub("me/wedding", run=load_run("bench.jsonl"))
+SteeringVector.from_pretrained("me/wedding").add(8.0)
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from fgsteer.errors import DataError, FormatError
+from fgsteer.files import whole, whole_folder
+
+if TYPE_CHECKING:
+    from fgsteer.evaluation.records import Run, Setting
+    from fgsteer.vector import SteeringVector
+
+VECTOR, CARD, CURVE = "vector.safetensors", "README.md", "curve.png"
+FEATURES = 20
+MEASURES = ("behavior", "coherence", "bcs")
+
+
+def save_folder(vector: SteeringVector, folder: str | Path, run: Run | None = None, method: str | None = None) -> None:
+    """A new folder with the vector, its card and, given a ``run`` of bench that has it, its BCS curve.
+
+    ``method`` is what the run calls it, by default what the vector's provenance says. Raises
+    DataError for a run without that method at this layer, FormatError where it cannot be written.
+    """
+    points = [] if run is None else _measured(vector, run, method)
+    files = {CARD: card(vector, points, run).encode()}
+    if run is not None:
+        files[CURVE] = _picture(points, run)
+    with whole_folder(folder) as inside:
+        vector.save(inside / VECTOR)
+        for name, data in files.items():
+            with whole(inside / name) as beside:
+                beside.write_bytes(data)
+
+
+def push(vector: SteeringVector, repo_id: str, run: Run | None, method: str | None, **options: Any) -> str:
+    """Upload what ``save_folder`` makes, as one commit; the address of the commit. Raises FormatError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    token, private = options.pop("token", None), options.pop("private", None)
+    api = HfApi(token=token)
+    with TemporaryDirectory() as folder:
+        save_folder(vector, Path(folder) / "vector", run, method)
+        try:
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            told = api.upload_folder(
+                repo_id=repo.repo_id,
+                folder_path=Path(folder) / "vector",
+                **{"commit_message": "Steering vector by fgsteer", **options},
+            )
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise FormatError(
+                f"{repo_id} was not written: {str(error).strip().partition(chr(10))[0]}",
+                "a repository that your token may write to",
+                "hf auth login, or pass token=",
+            ) from error
+    return str(told.commit_url)
+
+
+def fetch(source: str | Path, filename: str, revision: str | None, token: str | None) -> Path:
+    """The vector's file in a folder, or downloaded from a repository (from the cache where it is there).
+
+    Raises FormatError with what to do.
+    """
+    if (folder := Path(source)).is_dir():
+        return folder / filename
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(str(source), filename, revision=revision, token=token))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FormatError(
+            f"no {filename} in {source}: {str(error).strip().partition(chr(10))[0]}",
+            "a folder, or a repository written by push_to_hub",
+            "name the file with filename=, or log in where it is private",
+        ) from error
+
+
+def _measured(vector: SteeringVector, run: Run, method: str | None) -> list[Setting]:
+    """The run's settings of this vector, by coefficient. Raises DataError for none."""
+    concept, name = _concept(vector), method or str(vector.provenance.get("method"))
+    here = (concept, name, vector.hookpoint.layer)
+    found = [s for s in run.settings if s[:3] == here and s.matched is None]
+    if not found:
+        had = sorted({f"{s.method} at layer {s.layer}" for s in run.settings if s.concept == concept})
+        raise DataError(
+            f"a run without {name} of {concept or 'an unnamed concept'} at layer {vector.hookpoint.layer}",
+            f"one that measured it: this one has {', '.join(had) or 'other concepts'}",
+            "pass method= as the run calls it, or no run",
+        )
+    return sorted(found, key=lambda setting: setting.coefficient)
+
+
+def _concept(vector: SteeringVector) -> str:
+    data = vector.provenance.get("data") or [{}]
+    return str(data[0].get("name") or "") if isinstance(data[0], Mapping) else ""
+
+
+def card(vector: SteeringVector, points: Sequence[Setting] = (), run: Run | None = None) -> str:
+    """The model card: what the vector does and is made of, how it was measured, how to load it."""
+    made, sae = (vector.provenance.get(key) or {} for key in ("model", "sae"))
+    model, concept = str(made.get("name") or ""), _concept(vector)
+    method = str(vector.provenance.get("method") or "a bare vector")
+    best = max(points, key=lambda s: run.mean(s, "tune"), default=None) if run is not None else None
+    coefficient = best.coefficient if best is not None else 8.0
+    hub_model = model if model.count("/") == 1 and not model.startswith(("/", ".")) else ""
+    head = ["---", "library_name: fgsteer", *([f"base_model: {json.dumps(hub_model)}"] if hub_model else [])]
+    head += ["tags:", "- steering-vector", "- activation-steering", "- sparse-autoencoder", "---", ""]
+    what = f"Steers {model or 'a model'} towards **{concept}**" if concept else f"Steers {model or 'a model'}"
+    lines = [
+        f"# {concept or 'Steering vector'}",
+        "",
+        f"{what}: a direction of width {vector.d_model} and norm {vector.norm:.4g} at `{vector.hookpoint}`, "
+        f"made by {method}{_settings(vector)}.",
+    ]
+    if sae:
+        lines += ["", f"Features are those of the SAE `{sae.get('source') or 'unnamed'}` ({sae.get('d_sae', '?')})."]
+    if vector.features:
+        lines += ["", "## Features", "", "| id | weight | density |", "|---|---|---|"]
+        for feature in vector.top_features(FEATURES):
+            density = "" if feature.density is None else f"{feature.density:.3%}"
+            lines.append(f"| {feature.id} | {feature.weight:.4g} | {density} |")
+        if len(vector.features) > FEATURES:
+            lines.append(f"\nand {len(vector.features) - FEATURES} more of smaller weight.")
+    if run is not None and best is not None:
+        lines += _table(points, run, best)
+    name = f'"{hub_model}"' if hub_model else '"…"'
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import fgsteer as fg",
+        "",
+        f"model, tokenizer = fg.load_model({name})",
+        'vector = fg.SteeringVector.from_pretrained("…")  # this repository',
+        f'fg.generate(model, tokenizer, "I think", steering=vector.add({coefficient:.4g}), max_new_tokens=40)',
+        "```",
+        "",
+        "Made with fgsteer. How it was made, in full:",
+        "",
+        "```json",
+        json.dumps({k: v for k, v in vector.provenance.items() if k != "feature_density"}, indent=1, default=str),
+        "```",
+        "",
+    ]
+    return "\n".join([*head, *lines])
+
+
+def _settings(vector: SteeringVector) -> str:
+    given = vector.provenance.get("hyperparameters") or {}
+    told = ", ".join(f"{key} = {value}" for key, value in given.items() if isinstance(value, int | float | str))
+    return f" ({told})" if told else ""
+
+
+def _table(points: Sequence[Setting], run: Run, best: Setting) -> list[str]:
+    """What the run's half that chose nothing says of every coefficient."""
+    judge = (run.header.get("plan") or {}).get("judge") or {}
+    lines = [
+        "",
+        "## Measured",
+        "",
+        f"![BCS by coefficient]({CURVE})",
+        "",
+        f"Behavior (judge: {judge.get('name', 'unnamed')}), coherence and their product BCS, each in [0, 1], of texts "
+        "that chose nothing; the coefficient in bold was the best on others.",
+        "",
+        "| coefficient | behavior | coherence | BCS |",
+        "|---|---|---|---|",
+    ]
+    for setting in points:
+        mark = "**" if setting is best else ""
+        numbers = " | ".join(f"{run.mean(setting, measure=m):.3f}" for m in MEASURES)
+        lines.append(f"| {mark}{setting.coefficient:.4g}{mark} | {numbers} |")
+    return lines
+
+
+def _picture(points: Sequence[Setting], run: Run) -> bytes:
+    """Behavior, coherence and BCS by coefficient, as PNG, the same bytes every time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for measure, style in zip(MEASURES, (":", "--", "-"), strict=True):
+        values = [run.mean(setting, measure=measure) for setting in points]
+        axes.plot([setting.coefficient for setting in points], values, style, marker="o", markersize=3, label=measure)
+    axes.set(xlabel="coefficient", ylim=(0, 1))
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

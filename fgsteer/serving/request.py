@@ -1,0 +1,71 @@
+"""What a request says of its steering, in vLLM's ``extra_args`` (``vllm_xargs`` over HTTP).
+
+{"steer": "love", "steer_scale": 2.0, "steer_scope": "generated"}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fgsteer.errors import SteeringError
+from fgsteer.interventions import SCOPES, Scope
+
+KEYS = ("steer", "steer_op", "steer_scale", "steer_scope", "steer_bos")
+PLAN = "steer_plan"  # where admission leaves what workers need; never taken from a client
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One request's steering: a name, an operation or None, its argument, and which tokens."""
+
+    name: str
+    operation: str | None
+    scale: float
+    scope: Scope
+    bos: bool
+
+    def span(self, prompt_length: int) -> tuple[float, float]:
+        """(first, end) of the positions that are steered."""
+        first = {"generated": prompt_length, "last_prompt_on": prompt_length - 1}.get(self.scope, 0)
+        end = prompt_length if self.scope == "prompt" else math.inf
+        return max(first, 0 if self.bos else 1), end
+
+
+def steering(
+    name: str, *, op: str | None = None, scale: float = 1.0, scope: Scope = "all", bos: bool = False
+) -> dict[str, Any]:
+    """``extra_args`` of ``SamplingParams`` that steer a request by what is loaded as ``name``.
+
+    ``op`` is add (the default), ablate, clamp or affine, ``scale`` its argument: add's
+    coefficient, clamp's target, affine's alpha; a feature clamp takes no ``op`` and
+    multiplies its targets by ``scale``. ``scope`` and ``bos`` as in Intervention.
+    Raises SteeringError.
+    """
+    extra: dict[str, Any] = {"steer": name, "steer_scale": scale, "steer_scope": scope, "steer_bos": int(bos)}
+    if op is not None:
+        extra["steer_op"] = op
+    parse(extra)
+    return extra
+
+
+def parse(extra: Mapping[str, Any] | None) -> Wanted | None:
+    """A request's steering, None where it asks for none. Raises SteeringError for what cannot be meant."""
+    given = {key: value for key, value in (extra or {}).items() if key.startswith("steer")}
+    if not given:
+        return None
+    if unknown := sorted(given.keys() - set(KEYS)):
+        raise SteeringError(f"{', '.join(unknown)} in a request", f"keys among {', '.join(KEYS)}")
+    name, operation, scope = given.get("steer"), given.get("steer_op"), given.get("steer_scope", "all")
+    scale, bos = given.get("steer_scale", 1.0), given.get("steer_bos", 0)
+    if not isinstance(name, str) or not name:
+        raise SteeringError(f"steer = {name!r}", "the name of a loaded vector")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise SteeringError(f"steer_scale = {scale!r}", "a finite number")
+    if scope not in SCOPES:
+        raise SteeringError(f"steer_scope = {scope!r}", f"one of {', '.join(SCOPES)}")
+    if bos not in (0, 1):
+        raise SteeringError(f"steer_bos = {bos!r}", "0 or 1")
+    return Wanted(name, operation, float(scale), scope, bool(bos))

@@ -1,0 +1,118 @@
+"""Vectors in folders and in repositories of a hub on the loopback."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+
+import fgsteer as fg
+from fgsteer.evaluation.records import Run
+from tests.conftest import make_sae
+from tests.hub import COMMIT, TOKEN, Hub
+from tests.test_sae_releases import run as in_process
+
+PUSH = """
+import sys
+import fgsteer as fg
+vector = fg.SteeringVector.load(sys.argv[1])
+try:
+    print(vector.push_to_hub("me/sea", run=fg.load_run(sys.argv[2]), commit_message="Sea"))
+except fg.FormatError as error:
+    print("refused:", error)
+"""
+PULL = """
+import sys
+import fgsteer as fg
+vector = fg.SteeringVector.from_pretrained("me/sea")
+vector.save(sys.argv[1])
+try:
+    fg.SteeringVector.from_pretrained("me/other")
+except fg.FormatError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def vector():
+    sae = make_sae()
+    made = fg.from_features(sae, {3: 2.0, 5: -1.0})
+    provenance = {**made.provenance, "method": "fgaa", "data": [{"name": "sea"}], "hyperparameters": {"n_positive": 2}}
+    provenance["model"] = {"name": "acme/tiny", "d_model": made.d_model}
+    return fg.SteeringVector(made.direction, made.hookpoint, features=made.features, provenance=provenance)
+
+
+def record(coefficient, half, prompt, behavior, layer=1, method="fgaa"):
+    scores = {"behavior": behavior, "coherence": 0.5, "ce": 2.0, "ce_rise": 0.5, "text": "a b"}
+    place = {"concept": "sea", "method": method, "layer": layer, "coefficient": coefficient, "matched": None}
+    return {**place, "prompt": prompt, "seed": 0, "half": half, **scores}
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A run in which coefficient 4 is best on the tuning half and 8 on the other, which must not matter."""
+    best = {("tune", 2.0): 0.2, ("tune", 4.0): 0.8, ("tune", 8.0): 0.4}
+    best |= {("report", 2.0): 0.1, ("report", 4.0): 0.6, ("report", 8.0): 0.9}
+    rows = [record(c, half, p + 2 * (half == "report"), b) for (half, c), b in best.items() for p in range(2)]
+    header = {"fgsteer": "bench", "plan": {"judge": {"name": "keyword"}}, "sha256": {}, "model": {}, "versions": {}}
+    path = tmp_path / "bench.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{**header, "command": "", "version": "0"}, *rows]))
+    return path
+
+
+def test_a_folder_holds_the_vector_and_a_card(vector, measured, tmp_path):
+    folder = tmp_path / "sea"
+    vector.save_pretrained(folder, run=fg.load_run(measured))
+    again = fg.SteeringVector.from_pretrained(folder)
+    assert torch.equal(again.direction, vector.direction)
+    assert (again.features, again.provenance) == (vector.features, vector.provenance)
+    _, head, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    told = yaml.safe_load(head)
+    assert told["base_model"] == "acme/tiny"
+    assert told["library_name"] == "fgsteer"
+    assert "towards **sea**" in body
+    assert "| 3 | 2 |" in body
+    assert "| **4** | 0.600 | 0.500 | 0.300 |" in body  # of the half that chose nothing
+    assert "vector.add(4)" in body
+    assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "curve.png", "vector.safetensors"]
+    with pytest.raises(fg.FormatError, match="exists"):
+        vector.save_pretrained(folder)
+
+
+def test_the_cards_code_runs(vector, tmp_path):
+    """The snippet as printed, with a model and a repository named where it leaves a gap."""
+    bare = fg.SteeringVector(torch.randn(fg.load_sae("default").d_model), "blocks.2.hook_resid_post")
+    bare.save_pretrained(tmp_path / "bare")
+    code = (tmp_path / "bare" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    scope: dict[str, object] = {}
+    here = repr(str(tmp_path / "bare"))
+    code = code.replace('load_model("…")', "load_model()").replace('"…")  # this', f"{here})  # this")
+    exec(code, scope)
+    assert "vector" in scope
+
+
+def test_a_run_without_the_vector_is_refused(vector, measured, tmp_path):
+    run = fg.load_run(measured)
+    with pytest.raises(fg.DataError, match="has fgaa at layer 1"):
+        vector.save_pretrained(tmp_path / "x", run=run, method="caa")
+    with pytest.raises(fg.DataError, match="other concepts"):
+        vector.save_pretrained(tmp_path / "x", run=Run(run.header, []))
+    assert not (tmp_path / "x").exists()
+
+
+def test_pushed_to_a_hub_and_read_back(vector, measured, tmp_path):
+    vector.save(tmp_path / "v.safetensors")
+    (tmp_path / "hub").mkdir()
+    with Hub(tmp_path / "hub") as hub:
+        arguments = (PUSH, hub.url, tmp_path / "home", str(tmp_path / "v.safetensors"), str(measured))
+        assert in_process(*arguments).startswith("refused: me/sea was not written")
+        assert in_process(*arguments, token=TOKEN).strip() == f"{hub.url}/me/sea/commit/{COMMIT}"
+        assert sum("/commit/" in path for _, path in hub.requests) == 1
+        told = in_process(PULL, hub.url, tmp_path / "home", str(tmp_path / "again.safetensors"))
+        assert "no vector.safetensors in me/other" in told
+        told = in_process(PULL, hub.url, tmp_path / "home", str(tmp_path / "again.safetensors"), offline="1")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "v.safetensors").read_bytes()
+    assert (tmp_path / "hub" / "me" / "sea" / "curve.png").exists()

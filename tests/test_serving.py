@@ -1,0 +1,416 @@
+"""Serving without vLLM: tables against the loops and against hooks, plans, requests, names, the canary, the command."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+
+import fgsteer as fg
+from fgsteer.cli import main
+from fgsteer.rollouts import Sampling
+from fgsteer.serving import VllmWriter, save_clamp, steered_llm, steering
+from fgsteer.serving.control import Control
+from fgsteer.serving.request import PLAN, Wanted, parse
+from fgsteer.serving.served import read_served, serve, sources
+from fgsteer.serving.server import arguments
+from fgsteer.serving.tables import Batch, Table, blocks_of, steer_block
+from fgsteer.serving.writer import request_of
+from tests.conftest import make_sae
+from tests.reference import apply as reference
+
+WIDTH, PROMPT, LENGTH = 32, 3, 6
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def vector(seed=0, layer=1):
+    return fg.SteeringVector(normal(seed, WIDTH) * 3, fg.Hookpoint(layer), reference=normal(seed + 1, WIDTH))
+
+
+def clamp(activation, layer=1):
+    sae = make_sae(activation, layer=layer)
+    return fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={3: 2.0, 7: 0.5, 11: -1.0})
+
+
+def run(items, hidden, residual):
+    """Steer a batch that holds the tokens of every item after one another, each from position 0."""
+    batch = Batch(64, torch.device("cpu"))
+    table = Table(8, WIDTH, batch.tokens)
+    for tag, (served, operation, scale, wanted) in enumerate(items, start=1):
+        if served is not None:
+            table.fill(float(tag), served.tensors)
+            batch.plans[str(tag)] = (tag, *served.amounts(operation, scale), *wanted.span(PROMPT))
+    count = len(hidden) // len(items)
+    starts = np.arange(len(items) + 3, dtype=np.int32) * count  # longer than the batch, as vLLM's is
+    batch.place([str(tag) for tag in range(1, len(items) + 1)], starts, torch.arange(count).repeat(len(items)))
+    return table(hidden, residual)
+
+
+@pytest.mark.parametrize("scope", reference.SCOPES)
+@pytest.mark.parametrize("bos", [False, True])
+def test_one_batch_equals_the_loops_token_by_token(scope, bos):
+    wanted = Wanted("x", None, 1.0, scope, bos)
+    v, clamps = vector(), [clamp(kind) for kind in ("relu", "jumprelu", "gated")]
+    items = [
+        (None, None, 1.0, wanted),
+        *((serve(v), op, scale, wanted) for op, scale in (("add", -0.5), ("ablate", 1.0), ("clamp", 2.0))),
+        (serve(v), "affine", 1.5, wanted),
+    ]
+    items += [(serve(item), None, 1.0, wanted) for item in clamps[:1]]
+    hidden, residual = normal(5, LENGTH * len(items), WIDTH), normal(6, LENGTH * len(items), WIDTH)
+    out = run(items, hidden, residual)
+    assert torch.equal(out[:LENGTH], hidden[:LENGTH])  # unsteered: bit for bit
+    where = reference.positions(scope, LENGTH, PROMPT, 0, bos=bos)
+    h = (hidden + residual).double().numpy().reshape(len(items), LENGTH, WIDTH)
+    d, r = v.direction.numpy(), v.reference.numpy()
+    rows = {j: clamps[0].sae.W_dec[j].numpy() for j in clamps[0].targets}
+
+    def encode(x):
+        return clamps[0].sae.encode(torch.tensor(x, dtype=torch.float32)).numpy()
+
+    expected = [
+        h[0],
+        reference.add(h[1], d, -0.5, where),
+        reference.ablate(h[2], d, where),
+        reference.clamp(h[3], d, 2.0, where),
+        reference.affine(h[4], d, r, 1.5, where),
+        reference.clamp_feature(h[5], encode, rows, clamps[0].targets, where),
+    ]
+    found = (out + residual).numpy().reshape(h.shape)
+    # float32 sums over 32 terms of size about 3
+    np.testing.assert_allclose(found, np.stack(expected), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_feature_clamps_equal_the_hooks_kernel(kind, scale, tmp_path):
+    item = clamp(kind)
+    save_clamp(item, tmp_path / "c.safetensors")
+    hidden = normal(8, 40, WIDTH)
+    out = run(
+        [(read_served(tmp_path / "c.safetensors"), None, scale, Wanted("c", None, scale, "all", True))], hidden, None
+    )
+    scaled = fg.ClampFeature(
+        hookpoint=item.hookpoint, sae=item.sae, targets={j: t * scale for j, t in item.targets.items()}
+    )
+    change = scaled.update().change(hidden[None])[0]
+    assert (change.abs().amax(1) > 0).any()
+    torch.testing.assert_close(out, hidden + change, atol=1e-5, rtol=1e-5)
+
+
+def test_hooked_blocks_equal_steer(llama, tokenizer):
+    """The block's hook on a Hugging Face block, whose output is the stream: logits as with ``fg.steer``."""
+    ids = tokenizer("the man sat on the old ship", return_tensors="pt")["input_ids"]
+    v, batch = vector(), Batch(64, torch.device("cpu"))
+    block = blocks_of(llama, llama.config.num_hidden_layers)[1]
+    plain = llama(ids).logits
+    with fg.steer(llama, v.affine(1.0, scope="prompt")):
+        expected = llama(ids).logits
+    block.steering = Table(2, WIDTH, batch.tokens)
+    handle = block.register_forward_hook(steer_block)
+    try:
+        block.steering.fill(4.0, serve(v).tensors)
+        batch.plans["r"] = (4.0, *serve(v).amounts("affine", 1.0), *Wanted("v", None, 1.0, "prompt", False).span(99))
+        starts, places = np.array([0, ids.shape[1]]), torch.arange(ids.shape[1])
+        batch.place(["r"], starts, places)
+        steered = llama(ids).logits
+        batch.plans.clear()
+        batch.place(["r"], starts, places)  # gone: nothing of it is left in the plan
+        after = llama(ids).logits
+    finally:
+        handle.remove()
+        del block.steering
+    torch.testing.assert_close(steered, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(steered, plain, atol=1e-2)
+    assert torch.equal(after, plain)
+
+
+def test_block_outputs_keep_their_form():
+    class Split(torch.nn.Module):
+        def forward(self, x):
+            return x, x * 2
+
+    class Odd(torch.nn.Module):
+        def forward(self, x):
+            return x, x, x
+
+    for kind in (Split, Odd):
+        block = kind()
+        block.steering = Table(1, 4, torch.zeros(3, 8))
+        block.register_forward_hook(steer_block)
+        if kind is Odd:
+            with pytest.raises(fg.HookpointError, match="Odd"):
+                block(torch.ones(2, 4))
+        else:
+            hidden, residual = block(torch.ones(2, 4))
+            assert torch.equal(hidden, torch.ones(2, 4))
+            assert torch.equal(residual, torch.ones(2, 4) * 2)
+
+
+def test_rows_are_given_and_taken_back():
+    table = Table(4, WIDTH, torch.zeros(3, 8))
+    three = serve(clamp("relu")).tensors
+    table.fill(1.0, three)
+    with pytest.raises(fg.SteeringError, match=r"1 of 4 free.*more rows"):
+        table.fill(2.0, three)
+    with pytest.raises(fg.PairingError, match="d_model 5"):
+        table.fill(2.0, {name: t[..., :5] for name, t in serve(vector()).tensors.items()})
+    table.fill(2.0, serve(vector()).tensors)
+    table.clear(1.0)
+    assert table.owner.tolist() == [-1.0, -1.0, -1.0, 2.0]
+    table.fill(3.0, three)
+    assert table.owner.tolist() == [3.0, 3.0, 3.0, 2.0]
+
+
+def test_what_cannot_be_served_is_refused(tmp_path):
+    with pytest.raises(fg.PairingError, match="topk"):
+        serve(clamp("topk"))
+    with pytest.raises(fg.HookpointError, match="resid_post"):
+        serve(fg.SteeringVector(normal(0, 4), "blocks.1.hook_mlp_out"))
+    with pytest.raises(fg.HookpointError, match="output of a block"):
+        serve(fg.SteeringVector(normal(0, 4), "blocks.0.hook_resid_pre"))
+    assert serve(fg.SteeringVector(normal(0, 4), "blocks.2.hook_resid_pre")).layer == 1
+    with pytest.raises(fg.SteeringError, match="norm 0"):
+        serve(fg.SteeringVector(torch.zeros(4), fg.Hookpoint(0)))
+    bare = serve(fg.SteeringVector(normal(0, 4), fg.Hookpoint(0)))
+    for operation, scale, why in (("affine", 1.0, "reference"), ("ablate", 2.0, "strength"), ("turn", 1.0, "'turn'")):
+        with pytest.raises(fg.SteeringError, match=why):
+            bare.amounts(operation, scale)
+    with pytest.raises(fg.SteeringError, match="feature clamp"):
+        serve(clamp("relu")).amounts("add", 1.0)
+    with pytest.raises(fg.FormatError, match="no folder"):
+        sources(tmp_path / "none")
+    fg.files.write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, kind="stats", header={})
+    with pytest.raises(fg.FormatError, match="stats"):
+        sources(tmp_path)
+    fg.files.write_tensors(tmp_path / "x.safetensors", {"read": torch.zeros(1)}, kind="clamp", header={})
+    with pytest.raises(fg.FormatError, match="damaged"):
+        sources(tmp_path)
+
+
+def test_requests_are_read_strictly():
+    extra = steering("love", op="affine", scale=-0.5, scope="generated", bos=True)
+    assert parse({**extra, "other": 1}) == Wanted("love", "affine", -0.5, "generated", True)
+    assert parse(None) is None
+    assert parse({"other": 1}) is None
+    for bad, why in (
+        ({"steer": ""}, "name"),
+        ({"steer_scale": 2.0}, "name"),
+        ({"steer": "a", "steer_scale": "2"}, "finite"),
+        ({"steer": "a", "steer_scale": math.nan}, "finite"),
+        ({"steer": "a", "steer_scope": "some"}, "scope"),
+        ({"steer": "a", "steer_bos": 2}, "bos"),
+        ({"steer": "a", "steer_strength": 2}, "steer_strength"),
+        ({"steer": "a", PLAN: [1, 1, 1, 0, 9]}, PLAN),
+    ):
+        with pytest.raises(fg.SteeringError, match=why):
+            parse(bad)
+
+
+class FakeEngine:
+    """Workers with one table a layer, and requests that are live for as long as a test says."""
+
+    def __init__(self, layers, steers=True, rows=4):
+        self.tables = {layer: Table(rows, WIDTH, torch.zeros(3, 8)) for layer in layers}
+        self.live, self.steers = [], steers
+        self.config = SimpleNamespace(model_config=SimpleNamespace(get_hidden_size=lambda: WIDTH))
+
+    def call(self, method, *args):
+        if method == "steering_clear":
+            return [table.clear(float(args[0])) for table in self.tables.values()]
+        tag, layer, tensors = args
+        try:
+            return [None, self.tables[layer].fill(float(tag), load(tensors))]
+        except fg.FgsteerError as error:
+            return [None, str(error)]
+
+    def live_requests(self):
+        return self.live
+
+    def continuations(self, extras, tokens):
+        plain = [(1, -1.0), (2, -1.0)]
+        changed = {"all": [(1, -2.0), (3, -1.0)], "generated": [(1, -1.0), (2, -1.5)]}
+        return [plain if not extra or not self.steers else changed[extra["steer_scope"]] for extra in extras]
+
+
+def request(extra, salt=None):
+    params = SimpleNamespace(extra_args=extra)
+    return SimpleNamespace(
+        sampling_params=params, prompt_token_ids=[5, 6, 7], prompt_embeds=None, request_id="r", cache_salt=salt
+    )
+
+
+def test_names_come_and_go_while_requests_run():
+    engine = FakeEngine([1, 2])
+    control = Control(engine, [1, 2])
+    control.load("love", vector(0))
+    first = request(steering("love", scale=2.0, scope="generated"))
+    control.admit(first)
+    plan = first.sampling_params.extra_args[PLAN]
+    assert plan[1:] == [pytest.approx(2.0 * vector(0).norm), 0.0, 3, math.inf]
+    engine.live = [first.request_id]
+    control.load("love", vector(3))  # replaced: the request under way keeps its rows
+    assert (engine.tables[1].owner == plan[0]).sum() == 1
+    second = request(steering("love"))
+    control.admit(second)
+    assert second.sampling_params.extra_args[PLAN][0] != plan[0]
+    control.unload("love")
+    with pytest.raises(fg.SteeringError, match="nothing is loaded as 'love'"):
+        control.admit(request(steering("love")))
+    with pytest.raises(fg.SteeringError, match="nothing is loaded"):
+        control.unload("love")
+    engine.live = []
+    control.load("calm", vector(4, layer=2))  # the next change frees what nothing uses
+    assert (engine.tables[1].owner == -1).all()
+    assert control.hookpoints() == {"calm": "blocks.2.hook_resid_post"}
+
+
+def test_salts_tell_steerings_apart():
+    control = Control(FakeEngine([1]), [1])
+    control.load("a", vector(0))
+    control.load("b", vector(3))
+    unsteered = request({"other": 1}, salt="own")
+    control.admit(unsteered)
+    assert (unsteered.cache_salt, unsteered.request_id) == ("own", "r")
+    kinds = [steering("a"), steering("b"), steering("a", scale=2.0), steering("a", scope="generated")]
+    kinds += [steering("a", bos=True), steering("a", op="clamp")]
+    salts = []
+    for extra, salt in [(kind, None) for kind in kinds] + [(kinds[0], "own")]:
+        made = request(extra, salt)
+        control.admit(made)
+        salts.append(made.cache_salt)
+    assert len({*salts, None, "own"}) == len(salts) + 2
+    again = request(kinds[0])
+    control.admit(again)
+    assert again.cache_salt == salts[0]
+
+
+def test_refused_loads_leave_nothing_behind():
+    engine = FakeEngine([1], rows=2)
+    control = Control(engine, [1])
+    with pytest.raises(fg.HookpointError, match="layer 2"):
+        control.load("x", vector(layer=2))
+    with pytest.raises(fg.SteeringError, match="2 of 2 free"):
+        control.load("x", clamp("relu"))
+    with pytest.raises(fg.SteeringError, match="d_model 4"):
+        control.load("x", fg.SteeringVector(normal(0, 4), fg.Hookpoint(1)))
+    assert control.names == []
+    assert (engine.tables[1].owner == -1).all()
+
+
+def test_canary():
+    engine = FakeEngine([0, 1])
+    Control(engine, [0, 1]).canary()
+    control = Control(FakeEngine([0, 1], steers=False), [0, 1])
+    with pytest.raises(fg.SteeringError, match=r"layer 0.*compile cache"):
+        control.canary()
+    for one in (engine, control.engine):
+        assert all((table.owner == -1).all() for table in one.tables.values())
+
+
+def test_command_line_of_the_server(tmp_path, monkeypatch, capsys):
+    vector().save(tmp_path / "love.safetensors")
+    made = arguments("default", tmp_path, [2], 8, ["--port", "9"])
+    assert made[0].endswith("default/model")
+    extra = made[made.index("--additional-config") + 1]
+    assert '"layers": [1, 2], "rows": 8' in extra
+    assert made[-2:] == ["--port", "9"]
+    assert made[made.index("--served-model-name") + 1] == "default"
+    assert "--api-server-count" not in arguments("default", None, [2], 8, ["--headless"])
+    with pytest.raises(fg.SteeringError, match="--worker-cls"):
+        arguments("default", tmp_path, None, 8, ["--worker-cls=x"])
+    with pytest.raises(fg.SteeringError, match="no layer"):
+        arguments("default", None, None, 8, [])
+    monkeypatch.setattr("fgsteer.serving.offline.find_spec", lambda name: None)
+    with pytest.raises(fg.SteeringError, match=r"pip install 'fgsteer\[vllm\]'"):
+        steered_llm("default", vectors=tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fgsteer", "serve", "default", "--vectors", str(tmp_path), "--dtype", "float32"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "vllm" in capsys.readouterr().err
+
+
+def test_importing_serving_needs_no_vllm():
+    code = "import sys, fgsteer.serving, fgsteer.serving.server; assert 'vllm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---------------------------------------------------------------- writing for a benchmark
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        vector().add(-1.5),
+        vector().ablate(),
+        vector().clamp(2.0),
+        vector().affine(0.5),
+        clamp("jumprelu"),
+    ],
+    ids=lambda item: type(item).__name__,
+)
+def test_a_request_says_what_an_intervention_does(item):
+    served, options = request_of(item)
+    parsed = parse(steering("x", **options))
+    hidden = normal(9, 20, WIDTH)
+    out = run([(served, parsed.operation, parsed.scale, Wanted("x", None, 1.0, "all", True))], hidden, None)
+    torch.testing.assert_close(out, hidden + item.update().change(hidden[None])[0], atol=1e-5, rtol=1e-5)
+    moved = replace(item, scope="generated", bos=True)
+    assert (request_of(moved)[1]["scope"], request_of(moved)[1]["bos"]) == ("generated", True)
+
+
+class FakeControl:
+    """Names and what is loaded as them."""
+
+    def __init__(self):
+        self.loaded: dict[str, object] = {}
+        self.load, self.unload = self.loaded.__setitem__, self.loaded.pop
+
+    @property
+    def names(self):
+        return list(self.loaded)
+
+
+class FakeLLM:
+    """Answers with the place of each request; notes what was loaded meanwhile."""
+
+    def __init__(self):
+        config = SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(eos_token_id=2)))
+        self.llm_engine, self.seen = SimpleNamespace(vllm_config=config), []
+        self.steering = FakeControl()
+
+    def generate(self, prompts, params, use_tqdm):
+        self.seen = [
+            (p["prompt_token_ids"], q, dict(self.steering.loaded)) for p, q in zip(prompts, params, strict=True)
+        ]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5 + n])]) for n in range(len(prompts))]
+
+
+def test_the_writer_asks_for_every_arm_of_every_prompt(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
+    llm = FakeLLM()
+    add, ablate = vector(0).add(2.0), vector(0).ablate()
+    writer = VllmWriter(llm, tokenizer)
+    texts = writer(["the man", "a queen sat"], [None, add, ablate], Sampling(4, 0.7, 10, 0.9, seed=3), 8)
+    assert texts == [tokenizer.decode([5 + n]) for n in range(6)]  # by intervention, then prompt
+    ids, params, loaded = zip(*llm.seen, strict=True)
+    assert [list(i) for i in ids] == [tokenizer(t)["input_ids"] for t in ("the man", "a queen sat")] * 3
+    assert all(len(each) == 1 for each in loaded)  # one direction serves both operations
+    assert [bool(p.extra_args) for p in params] == [False, False, True, True, True, True]
+    assert [p.extra_args.get("steer_op") for p in params[2:]] == ["add", "add", "ablate", "ablate"]
+    assert len({p.seed for p in params}) == 2  # one a prompt, the same for every arm
+    assert params[0].seed == params[2].seed != params[1].seed
+    assert {(p.temperature, p.top_k, p.top_p, p.max_tokens, p.ignore_eos) for p in params} == {(0.7, 10, 0.9, 4, True)}
+    assert params[0].logit_bias == {2: -100.0}
+    assert llm.steering.loaded == {}  # nothing is left behind
