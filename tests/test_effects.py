@@ -272,6 +272,27 @@ def measure(llama, tokenizer, sae, texts, work, **options):
     )
 
 
+def test_processes_that_share_the_vectors_measure_the_same(llama, tokenizer, texts, tmp_path, monkeypatch):
+    sae, waited = make_sae(d_sae=24), []
+    measure(llama, tokenizer, sae, texts, None).save(tmp_path / "alone")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def other(path, maker):  # the other process, when this one waits for it
+        waited.append(maker)
+        if not path.exists():
+            monkeypatch.setenv("RANK", "1")
+            monkeypatch.setattr("fgsteer.parts.wait_for", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                measure(llama, tokenizer, sae, texts, tmp_path / "parts")
+            monkeypatch.setattr("fgsteer.parts.wait_for", other)
+
+    monkeypatch.setattr("fgsteer.parts.wait_for", other)
+    monkeypatch.setenv("RANK", "0")
+    measure(llama, tokenizer, sae, texts, tmp_path / "parts").save(tmp_path / "shared")
+    assert waited[:3] == [0, 1, 0]
+    assert (tmp_path / "shared").read_bytes() == (tmp_path / "alone").read_bytes()
+
+
 def test_killed_at_any_write_it_ends_the_same(llama, tokenizer, texts, tmp_path, monkeypatch):
     sae = make_sae(d_sae=24)
     unbroken = measure(llama, tokenizer, sae, texts, None)

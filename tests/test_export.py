@@ -498,6 +498,16 @@ def test_the_command_line_exports(tmp_path):
         invoke("export", made, "--to", "gguf", "--no-bos", "-o", out)
     with pytest.raises(fg.DataError, match="no --model"):
         invoke("export", made, "--to", "lm-eval", "-o", tmp_path / "s.pt")
+    with pytest.raises(fg.DataError, match="no --model"):
+        invoke("export", made, "--to", "checkpoint", "-o", tmp_path / "c")
+    told = invoke("export", made, "--to", "checkpoint", "--model", "default", "-c", 40, "-o", tmp_path / "c").stdout
+    assert "an ordinary checkpoint" in told
+    with torch.no_grad(), fg.steer(fg.load_model("default")[0], fg.SteeringVector.load(made).add(40.0, bos=True)) as m:
+        ids = torch.tensor([[0, 5, 6, 7]])
+        folded, _ = fg.load_model(str(tmp_path / "c"))
+        assert torch.allclose(folded(ids).logits, m(ids).logits, atol=1e-4)  # float32; logits of some tens
+    with pytest.raises(fg.SteeringError, match="Add"):
+        invoke("export", made, "--to", "checkpoint", "--model", "default", "--op", "ablate", "-o", tmp_path / "d")
     invoke("export", made, "--to", "lm-eval", "--model", "default", "--op", "ablate", "-o", tmp_path / "s.pt")
     assert list(torch.load(tmp_path / "s.pt", weights_only=True)) == [f"layers.{sae.hookpoint.layer}"]
     with pytest.raises(fg.PairingError, match="Neuronpedia id"):
