@@ -145,12 +145,19 @@ def read_served(path: str | Path) -> Served:
     if header["kind"] != "clamp":
         raise FormatError(f"{path} holds {header['kind']}", "a vector or a clamp")
     try:
-        read, write, bias, threshold, target = (tensors[name] for name in ROWS)
+        read, write, bias, threshold, target = (tensors[name].float() for name in ROWS)
+        if (
+            read.ndim != 2
+            or write.shape != read.shape
+            or {bias.shape, threshold.shape, target.shape} != {read.shape[:1]}
+        ):
+            raise ValueError("shapes differ")
+        if not all(bool(tensors[name].isfinite().all()) for name in ROWS):
+            raise ValueError("it holds nan or inf")
         served = Served(Hookpoint.parse(header["hookpoint"]), read, write, bias, threshold, target)
-    except (KeyError, TypeError) as error:
+        _ = served.layer
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FormatError(f"{path} is damaged: {error}", "a file written by save_clamp") from error
-    if read.ndim != 2 or write.shape != read.shape or {bias.shape, threshold.shape, target.shape} != {read.shape[:1]}:
-        raise FormatError(f"{path} is damaged: shapes differ", "a file written by save_clamp")
     return served
 
 
