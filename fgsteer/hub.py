@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import DataError, FormatError
 from fgsteer.files import whole, whole_folder
+from fgsteer.models import model_name
 
 if TYPE_CHECKING:
     from fgsteer.evaluation.records import Run, Setting
@@ -113,8 +114,8 @@ def card(vector: SteeringVector, points: Sequence[Setting] = (), run: Run | None
     model, concept = str(made.get("name") or ""), _concept(vector)
     method = str(vector.provenance.get("method") or "a bare vector")
     best = max(points, key=lambda s: run.mean(s, "tune"), default=None) if run is not None else None
-    coefficient = best.coefficient if best is not None else 8.0
-    hub_model = model if model.count("/") == 1 and not model.startswith(("/", ".")) else ""
+    embedded = model == model_name()
+    hub_model = model if model.count("/") == 1 and not model.startswith(("/", ".")) and not embedded else ""
     head = ["---", "library_name: fgsteer", *([f"base_model: {json.dumps(hub_model)}"] if hub_model else [])]
     head += ["tags:", "- steering-vector", "- activation-steering", "- sparse-autoencoder", "---", ""]
     what = f"Steers {model or 'a model'} towards **{concept}**" if concept else f"Steers {model or 'a model'}"
@@ -125,7 +126,10 @@ def card(vector: SteeringVector, points: Sequence[Setting] = (), run: Run | None
         f"made by {method}{_settings(vector)}.",
     ]
     if sae:
-        lines += ["", f"Features are those of the SAE `{sae.get('source') or 'unnamed'}` ({sae.get('d_sae', '?')})."]
+        lines += [
+            "",
+            f"Features are those of the SAE `{sae.get('source') or 'unnamed'}` ({sae.get('d_sae', '?')} features).",
+        ]
     if vector.features:
         lines += ["", "## Features", "", "| id | weight | density |", "|---|---|---|"]
         for feature in vector.top_features(FEATURES):
@@ -135,7 +139,11 @@ def card(vector: SteeringVector, points: Sequence[Setting] = (), run: Run | None
             lines.append(f"\nand {len(vector.features) - FEATURES} more of smaller weight.")
     if run is not None and best is not None:
         lines += _table(points, run, best)
-    name = f'"{hub_model}"' if hub_model else '"…"'
+    name = '"default"' if embedded else f'"{hub_model}"' if hub_model else '"…"'
+    calibrated = "fg.calibrate(model, tokenizer, vector.add, fg.load_neutral()[0][:16], target_ce_rise=0.5)"
+    coefficient = (
+        calibrated if best is None else f"{best.coefficient:.4g}  # the best on texts that the table leaves out"
+    )
     lines += [
         "",
         "## Use",
@@ -145,7 +153,8 @@ def card(vector: SteeringVector, points: Sequence[Setting] = (), run: Run | None
         "",
         f"model, tokenizer = fg.load_model({name})",
         'vector = fg.SteeringVector.from_pretrained("…")  # this repository',
-        f'fg.generate(model, tokenizer, "I think", steering=vector.add({coefficient:.4g}), max_new_tokens=40)',
+        f"coefficient = {coefficient}",
+        'print(fg.generate(model, tokenizer, "I think", steering=vector.add(coefficient), max_new_tokens=40))',
         "```",
         "",
         "Made with fgsteer. How it was made, in full:",

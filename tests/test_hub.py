@@ -75,7 +75,8 @@ def test_a_folder_holds_the_vector_and_a_card(vector, measured, tmp_path):
     assert "towards **sea**" in body
     assert "| 3 | 2 |" in body
     assert "| **4** | 0.600 | 0.500 | 0.300 |" in body  # of the half that chose nothing
-    assert "vector.add(4)" in body
+    assert "coefficient = 4  #" in body
+    assert 'load_model("acme/tiny")' in body
     assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "curve.png", "vector.safetensors"]
     with pytest.raises(fg.FormatError, match="exists"):
@@ -83,15 +84,14 @@ def test_a_folder_holds_the_vector_and_a_card(vector, measured, tmp_path):
 
 
 def test_the_cards_code_runs(vector, tmp_path):
-    """The snippet as printed, with a model and a repository named where it leaves a gap."""
-    bare = fg.SteeringVector(torch.randn(fg.load_sae("default").d_model), "blocks.2.hook_resid_post")
-    bare.save_pretrained(tmp_path / "bare")
+    """The snippet as printed, with the repository named where it leaves a gap."""
+    fg.from_features(fg.load_sae("default"), [2588]).save_pretrained(tmp_path / "bare")
     code = (tmp_path / "bare" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     scope: dict[str, object] = {}
     here = repr(str(tmp_path / "bare"))
-    code = code.replace('load_model("…")', "load_model()").replace('"…")  # this', f"{here})  # this")
-    exec(code, scope)
-    assert "vector" in scope
+    exec(code.replace('"…"', here), scope)
+    assert scope["vector"].norm == pytest.approx(1.0, rel=1e-5)
+    assert 10 < scope["coefficient"] < 1000
 
 
 def test_a_run_without_the_vector_is_refused(vector, measured, tmp_path):
