@@ -75,12 +75,6 @@ def bench(
 
     Under torchrun the processes share the concepts.
     """
-    import fgsteer as fg
-    from fgsteer.evaluation import shared
-    from fgsteer.evaluation.plots import save_all
-    from fgsteer.evaluation.report import markdown
-    from fgsteer.files import whole
-
     given: dict[str, Any] = {
         "concepts": concept and tuple(concept),
         "methods": method and tuple(method),
@@ -107,29 +101,53 @@ def bench(
         effects=effects,
         judge=(judge, judge_url),
     )
-    runner, path = make(), out / "bench.jsonl"
-    command = " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]]))
+    runner = make()
     with progress_bar("concepts" if engine == "ray" else "texts", None, as_json) as bar:
-        if engine == "ray":
-            folder = shared.parts_folder(path)
-            shared.with_ray(make, runner.plan.concepts, folder, workers=workers, command=command, progress=bar)
-            shared.join(runner, path, command)
-        elif Ranks.here().world > 1:
-            if not shared.run_shared(runner, path, command, progress=bar):
-                return
-        else:
-            if engine == "vllm":
-                runner.writer = _vllm_writer(runner, model, parse_settings(engine_settings or []))
-            runner.run(path, command, progress=bar)
-    run = fg.load_run(path)
+        if engine == "vllm":
+            runner.writer = _vllm_writer(runner, model, parse_settings(engine_settings or []))
+        first = _run(runner, out / "bench.jsonl", bar, partial(_by_ray, make, workers) if engine == "ray" else None)
+    if first:
+        show(_report(runner, out), as_json, _print_table)
+
+
+def _run(bench: Any, path: Path, progress: Any, spread: Any) -> bool:
+    """Write the records, by ``spread`` where it is given; whether this process is the one that reports."""
+    from fgsteer.evaluation import shared
+
+    command = " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]]))
+    if spread is not None:
+        spread(bench.plan.concepts, shared.parts_folder(path), command, progress)
+        shared.join(bench, path, command)
+    elif Ranks.here().world > 1:
+        return shared.run_shared(bench, path, command, progress=progress)
+    else:
+        bench.run(path, command, progress=progress)
+    return True
+
+
+def _by_ray(make: Any, workers: int, concepts: Any, folder: Path, command: str, progress: Any) -> None:
+    """Every concept's records, by Ray's workers."""
+    from fgsteer.evaluation.shared import with_ray
+
+    with_ray(make, concepts, folder, workers=workers, command=command, progress=progress)
+
+
+def _report(bench: Any, out: Path) -> dict[str, Any]:
+    """Write table, page and pictures of the records; what is told of them."""
+    import fgsteer as fg
+    from fgsteer.evaluation.plots import save_all
+    from fgsteer.evaluation.report import markdown
+    from fgsteer.files import whole
+
+    run = fg.load_run(out / "bench.jsonl")
     table = markdown(run)
     with whole(out / "table.md") as beside:
         beside.write_text(table, encoding="utf-8")
-    layers = sorted(runner.saes)
-    read = partial(fg.seen_features, runner.model, runner.tokenizer, runner.saes[layers[len(layers) // 2]])
+    layers = sorted(bench.saes)
+    read = partial(fg.seen_features, bench.model, bench.tokenizer, bench.saes[layers[len(layers) // 2]])
     fg.write_report(run, out / "report.html", features=read)
     save_all(run, out)
-    show({"out": str(out), "records": len(run.records), "table": table}, as_json, _print_table)
+    return {"out": str(out), "records": len(run.records), "table": table}
 
 
 def check_engine(engine: str, workers: int) -> None:
