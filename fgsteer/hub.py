@@ -94,7 +94,9 @@ def _measured(vector: SteeringVector, run: Run, method: str | None) -> list[Sett
     here = (concept, name, vector.hookpoint.layer)
     found = [s for s in run.settings if s[:3] == here and s.matched is None]
     if not found:
-        had = sorted({f"{s.method} at layer {s.layer}" for s in run.settings if s.concept == concept})
+        had = sorted(
+            {f"{s.method} at layer {s.layer}" for s in run.settings if s.concept == concept and s.layer is not None}
+        )
         raise DataError(
             f"a run without {name} of {concept or 'an unnamed concept'} at layer {vector.hookpoint.layer}",
             f"one that measured it: this one has {', '.join(had) or 'other concepts'}",
@@ -203,7 +205,14 @@ def _picture(points: Sequence[Setting], run: Run) -> bytes:
     axes = figure.subplots()
     for measure, style in zip(MEASURES, (":", "--", "-"), strict=True):
         values = [run.mean(setting, measure=measure) for setting in points]
-        axes.plot([setting.coefficient for setting in points], values, style, marker="o", markersize=3, label=measure)
+        axes.plot(
+            [setting.coefficient for setting in points],
+            values,
+            style,
+            marker="o",
+            markersize=3,
+            label=measure.replace("bcs", "BCS"),
+        )
     axes.set(xlabel="coefficient", ylim=(0, 1))
     axes.legend(frameon=False)
     buffer = io.BytesIO()

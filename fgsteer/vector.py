@@ -196,8 +196,9 @@ class SteeringVector:
     def save_pretrained(self, folder: str | Path, *, run: Run | None = None, method: str | None = None) -> None:
         """Write a new folder: the vector, a card, and its BCS curve in a ``run`` of bench.
 
-        ``method`` is what the run calls it, by default what made it. Raises DataError for a run without
-        it, FormatError for a folder that is not free.
+        ``method`` is what the run calls it, by default what made it; that the run's vectors were made with the
+        same settings is for the caller to know. Raises DataError for a run without it, FormatError for a folder
+        that is not free.
         """
         save_folder(self, folder, run, method)
 
