@@ -8,7 +8,6 @@ llama-cpp-python comes as source alone: its build takes a C++ compiler and some 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -30,7 +29,10 @@ if __name__ == "__main__":
         source = next(Path(folder).glob("*.tar.gz"))
         pip("install", str(source), CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF")
         with tarfile.open(source) as archive:
-            parts = ("/vendor/llama.cpp/con", "/vendor/llama.cpp/gguf-py/")
-            kept = [m for m in archive.getmembers() if m.name.endswith(".py") and any(p in m.name for p in parts)]
-            archive.extractall(folder, kept, filter="data")
-        shutil.copytree(Path(folder, kept[0].name.split("/")[0], "vendor", "llama.cpp"), SOURCE, dirs_exist_ok=True)
+            for member in archive.getmembers():
+                _, found, inside = member.name.partition("/vendor/llama.cpp/")
+                if found and inside.startswith(("con", "gguf-py/")) and inside.endswith(".py"):
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    (SOURCE / inside).parent.mkdir(parents=True, exist_ok=True)
+                    (SOURCE / inside).write_bytes(content.read())
