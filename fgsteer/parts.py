@@ -59,17 +59,19 @@ class Parts:
         """The tensors of every part in order: this process's made and written where missing, others' waited for.
 
         ``name`` says of what a part was made, so that none is taken for another's. ``progress`` gets the
-        number of parts in the folder. Raises PairingError and FormatError as ``read`` does.
+        number of parts that are done. Raises PairingError and FormatError as ``read`` does.
         """
         names = []
         for number, piece in enumerate(pieces):
             names.append(name(piece))
-            path = self.path(number)
-            if self.ranks.makes(number) and not path.exists():
+            path, alone = self.path(number), self.ranks.world == 1
+            if not self.ranks.makes(number):
+                continue
+            if not path.exists():
                 write_tensors(path, make(number, piece), kind=self.kind, header=self._header(number, names[-1]))
-            if progress is not None:
-                progress(sum(1 for _ in self.folder.glob("part-*.safetensors")))
-            if self.ranks.world == 1:
+            if progress is not None:  # others' parts are looked for only where there are others
+                progress(number + 1 if alone else sum(1 for _ in self.folder.glob("part-*.safetensors")))
+            if alone:
                 yield self.read(number, names[-1])
         for number, told in enumerate(names if self.ranks.world > 1 else ()):
             wait_for(self.path(number), number % self.ranks.world)
