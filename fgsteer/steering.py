@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.activations import by_token, primary
+from fgsteer.activations import by_token, primary, with_primary
 from fgsteer.data import Text, check_text
 from fgsteer.errors import DataError, SteeringError, UntouchedWarning
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
@@ -234,8 +234,7 @@ class _Session:
 
     def _output_hook(self, groups: Sequence[Group]) -> Callable[..., Any]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            changed = self.act(groups, primary(output))
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return with_primary(output, self.act(groups, primary(output)))
 
         return hook
 
