@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,21 @@ FINAL_NORMS = (
     "norm_f",
     "embedding_norm",  # LFM 2
     "layer_norm",
+)
+
+
+# arguments of from_pretrained that say where files are and may run: what the tokenizer must be told too
+_OF_BOTH = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "gguf_file",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
 )
 
 
@@ -66,29 +82,51 @@ def embedded_sae_dir(sae_id: str | None = None) -> Path:
 
 
 def load_model(
-    source: str | Path = DEFAULT, *, dtype: torch.dtype | str | None = None, **kwargs: Any
+    source: str | Path = DEFAULT,
+    *,
+    dtype: torch.dtype | str | None = None,
+    gguf_file: str | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) in eval mode: "default" for the embedded one, else a Hugging Face id or path.
 
     ``dtype`` defaults to float32 for the embedded model and to the checkpoint's own
-    otherwise; ``device_map`` and the like go to ``AutoModelForCausalLM.from_pretrained``.
+    otherwise (float32 for GGUF). ``gguf_file`` names a file of llama.cpp's format in the folder or
+    repository, whose weights are read into a plain model (extra ``fgsteer[gguf]``). Other keywords go to
+    ``AutoModelForCausalLM.from_pretrained``, and those of the hub (``revision``, ``token``,
+    ``trust_remote_code``, ``subfolder``, …) to the tokenizer too.
     The tokenizer pads on the left, with the end-of-text token where it has no pad token.
-    Raises FormatError when the embedded default is missing; OSError from transformers.
+    Raises FormatError when the embedded default or, for GGUF, a package or the file is missing; OSError
+    from transformers.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if gguf_file is not None:
+        _check_gguf(source, gguf_file)
+        kwargs["gguf_file"] = gguf_file
     embedded = str(source) == DEFAULT
     folder = pretrained_dir() / "model" if embedded else source
-    chosen = dtype if dtype is not None else (torch.float32 if embedded else "auto")
+    chosen = dtype if dtype is not None else (torch.float32 if embedded or gguf_file else "auto")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, **kwargs)
-    revision = kwargs.get("revision")
-    tokenizer = AutoTokenizer.from_pretrained(folder, **({"revision": revision} if revision else {}))
+    shared = {name: value for name, value in kwargs.items() if name in _OF_BOTH}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
     if embedded:
         model.config._name_or_path = model_name()
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def _check_gguf(source: str | Path, name: str) -> None:
+    """Raises FormatError where transformers could not read a GGUF file, in its own words or none."""
+    if str(source) == DEFAULT:
+        raise FormatError(f"gguf_file={name!r} of the embedded default", "a folder or repository that holds the file")
+    if Path(source).is_dir() and not (Path(source) / name).is_file():
+        found = ", ".join(sorted(path.name for path in Path(source).glob("*.gguf"))) or "none"
+        raise FormatError(f"no file {name!r} in {source}", f"a GGUF file of this folder: {found}")
+    if find_spec("gguf") is None:
+        raise FormatError(f"gguf_file={name!r} without the package gguf", "it installed", "pip install 'fgsteer[gguf]'")
 
 
 def model_name() -> str:
