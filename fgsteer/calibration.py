@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fgsteer.errors import SteeringError
 from fgsteer.interventions import Intervention
-from fgsteer.scoring import cross_entropies, kl_divergences
+from fgsteer.scoring import Scored, cross_entropies, kl_divergences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     make: Callable[[float], Intervention],
-    texts: Sequence[str],
+    texts: Sequence[Scored],
     *,
     target_ce_rise: float | None = None,
     target_kl: float | None = None,
@@ -39,7 +39,8 @@ def calibrate(
     One of ``CE(steered) − CE(unsteered) = target_ce_rise``, 0.5 when no target is given (the strength
     rule of SAE-TS, arXiv 2411.02193), and mean ``KL(unsteered‖steered) = target_kl``. On text that
     the model itself wrote the two are equal in expectation; on other text the rise can be negative, the
-    KL cannot. Found by doubling from ``start`` and bisection, within ``tolerance`` of the target
+    KL cannot. A text may be (prompt, completion), of which the completion counts; the intervention's scope holds
+    there as in ``generate``. Found by doubling from ``start`` and bisection, within ``tolerance`` of the target
     (relative). Raises SteeringError for both targets, when the cost at c = 0 is above the target
     already, or no coefficient reaches it.
     """
@@ -57,7 +58,7 @@ def calibrate_many(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     makes: Sequence[Callable[[float], Intervention]],
-    texts: Sequence[str],
+    texts: Sequence[Scored],
     *,
     target_ce_rise: float | None = None,
     target_kl: float | None = None,
@@ -79,7 +80,7 @@ def calibrate_grid(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     makes: Sequence[Callable[[float], Intervention]],
-    texts: Sequence[str],
+    texts: Sequence[Scored],
     *,
     target_ce_rises: Sequence[float],
     start: float = 1.0,
@@ -102,7 +103,7 @@ def calibrate_grid(
 def _cost(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[Scored],
     ce_rise: float | None,
     kl: float | None,
     batch_tokens: int | None,

@@ -1,7 +1,8 @@
 """Contrast data: what shows a behavior and what does not, and the files it comes in.
 
 A ``ContrastSet`` holds pairs, or positives and negatives of any two sizes. Texts are
-strings or chat messages; an optional prompt stands before a pair's two completions.
+strings or chat messages; an optional prompt stands before a pair's two completions. Of conversations,
+what both sides begin with is the prompt.
 
     load_contrast("wedding")          a set that ships with the package
     load_contrast("pairs.jsonl")      rows {"positive", "negative"} and the like
@@ -15,11 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fgsteer.conversations import Text, after_prompt, separate, split
 from fgsteer.errors import DataError, FormatError
 from fgsteer.files import parse_json, read_json, text_sha256
-
-Message = Mapping[str, str]
-Text = str | Sequence[Message]
 
 SHIPPED = Path(__file__).resolve().parent / "contrast_sets"
 
@@ -51,7 +50,9 @@ class ContrastPair:
     """Two completions of one prompt, with and without the behavior.
 
     Each of ``positive``, ``negative`` and ``prompt`` is a string or a list of chat
-    messages. Raises DataError for anything else, or for an empty completion.
+    messages. Two whole conversations are taken apart: the messages that both begin with become the prompt
+    (as in TRL), and one that ``prompt`` gives as well is not said twice. Raises DataError for anything
+    else, or for an empty completion.
     """
 
     positive: Text
@@ -59,9 +60,10 @@ class ContrastPair:
     prompt: Text = ""
 
     def __post_init__(self) -> None:
-        check_text(self.positive, "positive")
-        check_text(self.negative, "negative")
-        check_text(self.prompt, "prompt", empty=True)
+        positive, negative = check_text(self.positive, "positive"), check_text(self.negative, "negative")
+        prompt = check_text(self.prompt, "prompt", empty=True)
+        for name, text in zip(("prompt", "positive", "negative"), separate(prompt, positive, negative), strict=True):
+            object.__setattr__(self, name, text)
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,14 @@ class ContrastSet:
                 raise DataError(f"contrast set {self.name!r} has no {word} text", "at least one on either side")
 
     def side(self, positive: bool) -> Iterator[tuple[Text, Text]]:
-        """(prompt, completion) of every text of one side, in order; no prompt is ""."""
+        """(prompt, completion) of every text of one side, in order; no prompt is "".
+
+        The completion of a single conversation is its last assistant's message.
+        """
         for pair in self.pairs:
-            yield pair.prompt, pair.positive if positive else pair.negative
+            yield after_prompt(pair.prompt, pair.positive if positive else pair.negative)
         for text in self.positives if positive else self.negatives:
-            yield "", text
+            yield split(text)
 
     def count(self, positive: bool) -> int:
         """Number of texts of one side."""

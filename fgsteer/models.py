@@ -120,6 +120,13 @@ def d_model(model: nn.Module) -> int:
     return int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
 
 
+def context_window(model: nn.Module) -> int | None:
+    """The most tokens that the model was made for, None where its config sets no limit."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    window = getattr(config, "max_position_embeddings", None)
+    return window if isinstance(window, int) and window > 0 else None
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Device that token ids go to: that of the input embedding, wherever the blocks are."""
     weight = model.get_input_embeddings().weight  # type: ignore[operator]

@@ -4,7 +4,7 @@ The common prefixes of a batch go through the model with a cache of keys and val
 cache is repeated for the texts of each prefix, and only what follows is run for each of them.
 Attention, positions and padding are those of ``generate`` after a left-padded prompt.
 
-    for batch in text_batches(model, tokenizer, texts, arrange=arrange_for(model), ...):
+    for batch in text_batches(model, reader, texts, arrange=arrange_for(model), ...):
         values, reads = read(model, batch, hookpoints)
 """
 
@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from fgsteer.activations import Batch, TokenRow, batches, mark, pad, record
+from fgsteer.activations import Batch, batches, mark, record
 from fgsteer.hookpoints import Hookpoint, decoder_of, is_known
 from fgsteer.pooling import Reads
+from fgsteer.tokens import TokenRow, pad
 
 PAYS = 0.25  # share of a window's tokens that must be saved: two passes cost more than one of as many tokens
 _BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that differ with the length of the longest row

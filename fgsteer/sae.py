@@ -53,7 +53,8 @@ class SAE:
     ``gate_bias (d_sae,)`` on the gate and ``gate_scale (d_sae,)`` on the magnitude.
     ``density`` holds token-level firing statistics where they are known, ``labels``
     what features are said to mean; ``fingerprint`` is the hash of the weights as stored,
-    before anything was folded into them. ``neuronpedia`` is its id there.
+    before anything was folded into them. ``neuronpedia`` is its id there. ``prepend_bos`` says whether
+    BOS stood before the texts that it was trained on, None where that is not known.
 
     A transcoder encodes what is at ``reads`` and writes, and steers, at ``hookpoint``;
     ``W_skip (d_model, d_model)`` is its linear path from the one to the other, if any.
@@ -77,6 +78,7 @@ class SAE:
     labels: Mapping[int, str] = field(default_factory=dict)
     fingerprint: str = ""
     neuronpedia: str = ""
+    prepend_bos: bool | None = None
     reads: Hookpoint | None = None
     W_skip: Float[Tensor, "d_model d_model"] | None = None
 

@@ -156,9 +156,17 @@ def canonical(
         source=source,
         fingerprint=_fingerprint(config, state, factor, centred),
         neuronpedia=str(metadata.get("neuronpedia_id") or config.get("neuronpedia_id") or ""),
+        prepend_bos=_prepends(metadata.get("prepend_bos", config.get("prepend_bos"))),
         reads=read if transcoder else None,
         W_skip=tensors["W_skip"].T.contiguous() if "skip" in architecture else None,
     )
+
+
+def _prepends(told: Any) -> bool | None:
+    """Whether BOS stood before the training texts. Raises FormatError for what is neither true, false nor missing."""
+    if told is not None and not isinstance(told, bool):
+        raise FormatError(f"prepend_bos = {told!r} in the SAE's config", "true or false")
+    return told
 
 
 def _kind(config: Mapping[str, Any], factor: float | None) -> tuple[str, InputNorm, float | None]:
@@ -364,6 +372,7 @@ def gemma_scope_2(row: RegistryRow, state: Mapping[str, Tensor]) -> tuple[dict[s
     config = {
         "architecture": ("jumprelu_skip_transcoder" if skip else "jumprelu_transcoder") if transcoder else "jumprelu",
         "apply_b_dec_to_input": False,
+        "prepend_bos": True,
         "model_name": row.model,
         "neuronpedia_id": row.neuronpedia,
         "hook_name": str(Hookpoint(layer, sites[kind])),

@@ -18,11 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgsteer.activations import Batch, text_batches, usual_batch_tokens
-from fgsteer.data import Text
-from fgsteer.errors import DataError
+from fgsteer.conversations import Text
+from fgsteer.errors import DataError, SteeringError
 from fgsteer.interventions import Intervention
-from fgsteer.models import input_device
+from fgsteer.models import context_window, input_device
+from fgsteer.positions import prompt_ends
 from fgsteer.steering import Steering, steer
+from fgsteer.tokens import TokenReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +33,7 @@ LOGIT_ELEMENTS = 1 << 26  # logits held at once when many rows are scored: bound
 PIECE_ELEMENTS = 1 << 21  # logits turned to float32 at once
 
 Entry = Intervention | Sequence[Intervention] | None
+Scored = str | tuple[Text, Text]  # a text whose every token but the first is scored, or (prompt, completion)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +50,17 @@ class LogProbabilities:
 
 
 def _logits(model: PreTrainedModel, batch: Batch, part: Sequence[Any]) -> Float[Tensor, "interventions n vocabulary"]:
-    """What each intervention makes of the batch's n scored tokens: the logits before them, in the model's dtype."""
+    """What each intervention makes of the batch's n scored tokens: the logits before them, in the model's dtype.
+
+    Steering acts where it would if the completions were being generated.
+    """
     rows, times = len(batch.ids), len(part)
     steering = part[0] if times == 1 else [entry for entry in part for _ in range(rows)]
     ids, attention = batch.ids.repeat(times, 1), batch.attention.repeat(times, 1)
-    with steer(model, steering, per_row=times > 1):
-        logits: Tensor = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
+    lengths = [row.prompt_length for row in batch.rows] * times
+    with steer(model, steering, per_row=times > 1), prompt_ends(model, lengths):
+        logits: Tensor = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+    logits = logits[:, -ids.shape[1] : -1]  # without those of virtual tokens
     scored = batch.selected[:, 1:].repeat(times, 1).to(logits.device)
     return logits[scored].view(times, -1, logits.shape[-1])
 
@@ -72,16 +80,21 @@ def _passes(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[tuple[Text, Text]],
     interventions: int,
-    **options: Any,
+    *,
+    batch_tokens: int | None,
+    joint: str | None = None,
+    skip_empty: bool = False,
 ) -> Iterator[tuple[Batch, list[slice]]]:
     """Batches of (prompt, completion), each with the interventions to run on it together."""
     triples = ((prompt, completion, True) for prompt, completion in texts)
-    wanted = options["batch_tokens"] or usual_batch_tokens(input_device(model))
+    wanted = batch_tokens or usual_batch_tokens(input_device(model))
     fits = max(1, min(wanted, LOGIT_ELEMENTS // model.config.get_text_config().vocab_size))
-    options["batch_tokens"] = fits
-    for batch in text_batches(model, tokenizer, triples, rule="answer", **options):
-        at_once = max(1, fits // batch.ids.numel())
-        yield batch, [slice(start, start + at_once) for start in range(0, interventions, at_once)]
+    with TokenReader(
+        tokenizer, rule="answer", window=context_window(model), joint=joint, skip_empty=skip_empty, scored=True
+    ) as reader:
+        for batch in text_batches(model, reader, triples, batch_tokens=fits):
+            at_once = max(1, fits // batch.ids.numel())
+            yield batch, [slice(start, start + at_once) for start in range(0, interventions, at_once)]
 
 
 def _row_sums(batch: Batch, values: Float[Tensor, "interventions n"]) -> Float[Tensor, "interventions batch"]:
@@ -103,8 +116,10 @@ def log_probabilities(
 ) -> LogProbabilities:
     """``Σ_t log p(completion_t | prompt, completion_<t)`` of every (prompt, completion) under every intervention.
 
-    Entries of ``steering`` are interventions, lists of them to compose, or None for unsteered. The
-    prompt is context and is not scored; without one, all tokens but the first are. ``joint``
+    Entries of ``steering`` are interventions, lists of them to compose, or None for unsteered. Their scopes hold as in
+    ``generate``: what comes before the completion is the prompt, its tokens are the generated ones, as if they were
+    fed one by one. The prompt is context and is not scored; without one, the first token (BOS, where the tokenizer
+    writes it) is, and all others are scored. What a chat template writes after the completion is not. ``joint``
     stands between the two: "" joins them as they are, None as ``collect`` does (a space, unless
     one of them brings white space). A token that spans both is the completion's.
     ``batch_tokens`` bounds a forward pass and changes nothing but speed.
@@ -113,8 +128,10 @@ def log_probabilities(
     """
     sums = torch.zeros(len(steering), len(texts), dtype=torch.float64)
     counts = torch.zeros(len(texts), dtype=torch.float64)
-    options = {"joint": joint, "skip_empty": skip_empty, "batch_tokens": batch_tokens}
-    for batch, parts in _passes(model, tokenizer, texts, len(steering), **options):
+    passes = _passes(
+        model, tokenizer, texts, len(steering), batch_tokens=batch_tokens, joint=joint, skip_empty=skip_empty
+    )
+    for batch, parts in passes:
         places = [row.index for row in batch.rows]
         counts[places] = batch.selected[:, 1:].sum(1).cpu().double()
         targets = batch.ids[:, 1:][batch.selected[:, 1:]]
@@ -125,40 +142,52 @@ def log_probabilities(
     return LogProbabilities(sums, counts)
 
 
-def _whole(texts: Sequence[str]) -> list[tuple[Text, Text]]:
-    """Texts without prompts. Raises DataError for none, or for a single string."""
+def _whole(texts: Sequence[Scored], steering: Sequence[Entry]) -> list[tuple[Text, Text]]:
+    """(prompt, completion) of each text. Raises DataError for none or a single string.
+
+    Raises SteeringError for an intervention on prompts, where a text has none: it would cost nothing.
+    """
     if isinstance(texts, str) or not len(texts):
         raise DataError(f"texts {texts!r:.40}", "a list of at least one text")
-    return [("", text) for text in texts]
+    pairs: list[tuple[Text, Text]] = [("", text) if isinstance(text, str) else text for text in texts]
+    items = [item for entry in steering for item in ([entry] if isinstance(entry, Intervention) else entry or ())]
+    if any(item.scope == "prompt" and not item.bos for item in items) and not all(prompt for prompt, _ in pairs):
+        raise SteeringError(
+            "an intervention with scope 'prompt' on texts without a prompt",
+            "texts that it acts on",
+            "pass (prompt, completion) pairs as texts, or measure with scope='all'",
+        )
+    return pairs
 
 
 def cross_entropies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[Scored],
     steering: Sequence[Entry],
     *,
     batch_tokens: int | None = None,
 ) -> list[float]:
     """``cross_entropy`` of the same texts under each intervention (None: unsteered), many to a forward pass.
 
-    Raises DataError as ``cross_entropy`` does.
+    Raises DataError and SteeringError as ``cross_entropy`` does.
     """
-    found = log_probabilities(model, tokenizer, _whole(texts), steering, batch_tokens=batch_tokens)
+    found = log_probabilities(model, tokenizer, _whole(texts, steering), steering, batch_tokens=batch_tokens)
     return (-found.sums.sum(1) / found.counts.sum()).tolist()
 
 
 def cross_entropy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[Scored],
     *,
     steering: Steering = None,
     batch_tokens: int | None = None,
 ) -> float:
     """Mean negative log-likelihood of the texts, in nats per predicted token, under steering if given.
 
-    Raises DataError for no text, or a text of one token.
+    A text may be (prompt, completion), of which the completion is scored; scopes as in ``log_probabilities``.
+    Raises DataError for no text, or a text of one token, SteeringError for scope "prompt" where a text has no prompt.
     """
     entry: Any = steering
     return cross_entropies(model, tokenizer, texts, [entry], batch_tokens=batch_tokens)[0]
@@ -168,7 +197,7 @@ def cross_entropy(
 def kl_divergences(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[Scored],
     steering: Sequence[Entry],
     *,
     under: Literal["unsteered", "steered"] = "unsteered",
@@ -186,7 +215,7 @@ def kl_divergences(
     if under not in ("unsteered", "steered"):
         raise DataError(f"under={under!r}", "unsteered or steered")
     total, count = torch.zeros(len(steering), dtype=torch.float64), 0
-    for batch, parts in _passes(model, tokenizer, _whole(texts), len(steering), batch_tokens=batch_tokens):
+    for batch, parts in _passes(model, tokenizer, _whole(texts, steering), len(steering), batch_tokens=batch_tokens):
         base = _logits(model, batch, [None]).float().log_softmax(-1)
         count += base.shape[1]
         for part in parts:

@@ -18,6 +18,7 @@ from fgsteer.activations import record, text_batches
 from fgsteer.errors import DataError
 from fgsteer.models import logit_lens
 from fgsteer.sae import SAE
+from fgsteer.tokens import TokenReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,7 +138,8 @@ def _firing(
         return {}
     triples = [(beginning, form, True) for form in forms for beginning in BEGINNINGS]
     acts = torch.zeros(len(triples), sae.d_sae)
-    for batch in text_batches(model, tokenizer, triples, rule="last", batch_tokens=1024):
+    reader = TokenReader(tokenizer, rule="last", prepend_bos=sae.prepend_bos)
+    for batch in text_batches(model, reader, triples, batch_tokens=1024):
         values = record(model, batch.ids, batch.attention, [sae.input_hookpoint])[sae.input_hookpoint]
         read = sae.encode(values[batch.selected.to(values.device)].to(sae.W_enc.device))
         acts[[row.index for row in batch.rows]] = read.float().cpu()

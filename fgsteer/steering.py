@@ -21,17 +21,19 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fgsteer.activations import by_token, primary
-from fgsteer.data import Text, check_text
+from fgsteer.conversations import Text
+from fgsteer.data import check_text
 from fgsteer.errors import DataError, SteeringError, UntouchedWarning
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
 from fgsteer.interventions import Intervention, Scope, Update, apply, stack
-from fgsteer.models import check_pairing, input_device, warn_of_dropout
+from fgsteer.models import check_pairing, context_window, input_device, warn_of_dropout
 from fgsteer.positions import Place, Positions
 from fgsteer.threads import check_thread, claim
+from fgsteer.tokens import encode_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -352,7 +354,9 @@ def generate(
     ``steering``: one intervention for all prompts, or a list with one entry per prompt
     (an intervention, a list to compose, or None). Prompts are strings or chat messages;
     other keywords go to ``model.generate``. With ``num_return_sequences = n`` the n
-    continuations of a prompt stand together. Raises DataError for prompts that are neither,
+    continuations of a prompt stand together. A chat that ends in an assistant's message is continued there.
+    BOS stands before a prompt once, also where its text brings it. Raises DataError for prompts that are
+    neither, empty ones without a BOS, and ones beyond the model's window;
     SteeringError for another number of entries than prompts.
     """
     given: list[Text] = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -370,24 +374,27 @@ def generate(
             "one entry per prompt",
             "wrap interventions that compose in a list of their own: [[a, b], None, …]",
         )
-    texts: list[Any] = given
-    if any(chat):
-        texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in given]
-    if tokenizer.pad_token_id is None and len(texts) > 1:
-        raise DataError(
-            "a tokenizer without a pad token", "one that can pad", "set tokenizer.pad_token = tokenizer.eos_token"
-        )
-    inputs = tokenizer(
-        texts,
-        return_tensors="pt",
-        padding=len(texts) > 1,
-        padding_side="left",
-        add_special_tokens=not any(chat),
-        return_token_type_ids=False,
-    ).to(input_device(model))
+    inputs = _inputs(model, tokenizer, given)
     if tokenizer.pad_token_id is not None:
         options.setdefault("pad_token_id", tokenizer.pad_token_id)
     with steer(model, steering, per_row=listed):
         output = model.generate(**inputs, **options)
     ids = output if isinstance(output, Tensor) else output.sequences
     return list(tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _inputs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]
+) -> dict[str, Int[Tensor, "prompts tokens"]]:
+    """What ``model.generate`` takes, on the model's device. Raises DataError for a prompt beyond the window."""
+    ids, mask = encode_prompts(tokenizer, prompts)
+    window = context_window(model)
+    if window is not None and ids.shape[1] > window:
+        number = int(mask.sum(1).argmax())
+        raise DataError(
+            f"prompt {number} has {int(mask[number].sum())} tokens",
+            f"at most {window}, the model's window",
+            "shorten it, or drop its beginning yourself",
+        )
+    device = input_device(model)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

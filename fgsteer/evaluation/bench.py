@@ -32,8 +32,9 @@ from fgsteer.evaluation.records import HALVES
 from fgsteer.files import append_bytes, parse_json, read_json, write_json
 from fgsteer.interventions import Intervention
 from fgsteer.models import identity
-from fgsteer.rollouts import Sampling, encode_prompts, rollout
+from fgsteer.rollouts import Sampling, rollout
 from fgsteer.sae import SAE
+from fgsteer.tokens import encode_prompts
 
 BEGINNING = 19  # bytes of {"fgsteer": "bench", by which a header that was cut off is known
 REFERENCE = 1_000_000  # rollout numbers from here are the unsteered samples that coherence is fitted on

@@ -16,13 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.activations import token_rows
-from fgsteer.data import Text
+from fgsteer.conversations import Text
 from fgsteer.errors import DataError
 from fgsteer.evaluation.metrics import text_cross_entropies, with_prompts
+from fgsteer.models import context_window
+from fgsteer.tokens import TokenReader
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def distinct_share(bigrams: Sequence[Any], window: int) -> float:
@@ -87,7 +88,7 @@ class Coherence:
         sample has two tokens to score, or for another number of prompts than samples.
         """
         losses = text_cross_entropies(model, tokenizer, samples, prompts=prompts, joint=joint)
-        found = [b for b in _bigrams(tokenizer, samples, prompts, joint) if b]
+        found = [b for b in _bigrams(model, tokenizer, samples, prompts, joint) if b]
         if not found:
             raise DataError(f"{len(samples)} samples without a bigram", "generated texts of several tokens")
         window = statistics.median_low([len(b) for b in found])
@@ -103,7 +104,7 @@ class Coherence:
         """
         losses = text_cross_entropies(self.model, self.tokenizer, texts, prompts=prompts, joint=self.joint)
         penalty = torch.ones(len(texts), dtype=torch.float64)
-        for index, bigrams in enumerate(_bigrams(self.tokenizer, texts, prompts, self.joint)):
+        for index, bigrams in enumerate(_bigrams(self.model, self.tokenizer, texts, prompts, self.joint)):
             if bigrams:
                 window = min(len(bigrams), len(self.distinct))
                 penalty[index] = distinct_share(bigrams, window) / float(self.distinct[window - 1])
@@ -117,12 +118,19 @@ class Coherence:
 
 
 def _bigrams(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prompts: Sequence[Text] | None, joint: str | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    prompts: Sequence[Text] | None,
+    joint: str | None,
 ) -> list[list[tuple[int, int]]]:
     """Neighbours among the tokens of every text that are scored."""
     triples = ((prompt, text, True) for prompt, text in with_prompts(texts, prompts))
     found: list[list[tuple[int, int]]] = [[] for _ in texts]
-    for rows in token_rows(tokenizer, triples, rule="answer", joint=joint, skip_empty=True):
+    reader = TokenReader(
+        tokenizer, rule="answer", window=context_window(model), joint=joint, skip_empty=True, scored=True
+    )
+    for rows in reader.rows(triples):
         for row in rows:
             ids = [row.ids[place] for place in row.selected]
             found[row.index] = list(pairwise(ids))

@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from fgsteer.data import ContrastSet, Text, load_contrast, load_neutral, shipped_contrasts
+from fgsteer.conversations import Text
+from fgsteer.data import ContrastSet, load_contrast, load_neutral, shipped_contrasts
 from fgsteer.errors import DataError, FormatError, JudgeError
 
 MINILM = "all-MiniLM-L6-v2"

@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.activations import token_rows
-from fgsteer.data import ContrastPair, ContrastSet, Text, as_contrast
+from fgsteer.conversations import Text
+from fgsteer.data import ContrastPair, ContrastSet, as_contrast
 from fgsteer.errors import DataError
 from fgsteer.interventions import Intervention
 from fgsteer.scoring import Entry, log_probabilities
+from fgsteer.tokens import TokenReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,7 +125,8 @@ def answer_probabilities(
 def _check_parting(tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[Text, Text]], joint: str | None) -> None:
     """Raises DataError for neighbours whose tokens are not the same up to, and other at, the first token scored."""
     triples = ((prompt, answer, True) for prompt, answer in answers)
-    rows = {row.index: row for window in token_rows(tokenizer, triples, rule="answer", joint=joint) for row in window}
+    reader = TokenReader(tokenizer, rule="answer", joint=joint, scored=True)
+    rows = {row.index: row for window in reader.rows(triples) for row in window}
     for index in range(0, len(answers), 2):
         a, b = rows[index], rows[index + 1]
         same = [x == y for x, y in zip(a.ids, b.ids, strict=False)]

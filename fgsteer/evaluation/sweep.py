@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from fgsteer.activations import TokenRule
 from fgsteer.calibration import CE_RISE, calibrate_grid
 from fgsteer.collecting import collect
 from fgsteer.data import ContrastPair, ContrastSet, as_contrast, load_neutral
@@ -42,6 +41,7 @@ from fgsteer.methods import build
 from fgsteer.methods.provenance import library_version
 from fgsteer.models import identity
 from fgsteer.scoring import cross_entropies
+from fgsteer.tokens import TokenRule
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
