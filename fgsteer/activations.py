@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from fgsteer.sae import SAE
 
+_ends: dict[tuple[int, int], Tensor] = {}  # by decoder and thread: where prompts end in the passes that run now
 # padded tokens in a batch by default; on a CPU few enough for its caches: 1.3 to 1.6 times as fast
 BATCH_TOKENS, CPU_BATCH_TOKENS = 8192, 1024
 
@@ -61,6 +62,33 @@ class Batch:
         width = max(len(row.ids) for row in self.rows[rows])
         ids, attention, selected = (t[rows, :width] for t in (self.ids, self.attention, self.selected))
         return Batch(ids, attention, selected, self.rows[rows])
+
+
+def ends_key(model: nn.Module) -> tuple[int, int]:
+    """What tells passes of this model in this thread from all others."""
+    return id(decoder_of(model)), threading.get_ident()
+
+
+@contextmanager
+def prompt_ends(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
+    """Forward passes over prompts and completions at once, for every ``steer`` block on the model around or inside.
+
+    ``lengths``, one a row of the batch: the columns, padding included, before its first completion token.
+    """
+    key = ends_key(model)
+    before, _ends[key] = _ends.get(key), torch.tensor(lengths, device=input_device(model))
+    try:
+        yield
+    finally:
+        if before is None:
+            del _ends[key]
+        else:
+            _ends[key] = before
+
+
+def running_ends(key: tuple[int, int]) -> Int[Tensor, " batch"] | None:
+    """What ``prompt_ends`` says of the pass that runs now, None outside of it."""
+    return _ends.get(key)
 
 
 class _Reached(Exception):  # noqa: N818

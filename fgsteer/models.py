@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,56 @@ def input_device(model: nn.Module) -> torch.device:
         return torch.device(weight.device)
     placed = [p.device for p in model.parameters() if p.device.type != "meta"]
     return placed[0] if placed else torch.device("cpu")
+
+
+def start_ids(model: nn.Module) -> frozenset[int]:
+    """Ids of the tokens that may stand before a text: BOS and EOS of the model's and its generation config."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    found: set[int] = set()
+    for source in (config, text, getattr(model, "generation_config", None)):
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(source, name, None)
+            listed = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
+            found.update(i for i in (listed if isinstance(listed, list | tuple) else [listed]) if isinstance(i, int))
+    return frozenset(found)
+
+
+def start_marker(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that tells which of ids (batch, tokens), or of embeddings (batch, tokens, width), are start tokens.
+
+    An embedding is a start token's where it equals that token's row of the model's input embedding.
+    """
+    ids = torch.tensor(sorted(start_ids(model)), dtype=torch.long, device=input_device(model))
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def mark(tokens: torch.Tensor) -> torch.Tensor:
+        if not tokens.is_floating_point():
+            return (tokens[..., None] == ids.to(tokens.device)).any(-1)
+        known = ids[(ids >= 0) & (ids < len(embedding.weight))]  # type: ignore[arg-type]
+        rows: torch.Tensor = embedding(known).to(tokens.device)
+        return (tokens[..., None, :] == rows).all(-1).any(-1)
+
+    return mark
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """Number of tokens that a model with prompt, p- or prefix tuning (PEFT) puts before every text; 0 for others.
+
+    Raises HookpointError for prompt learning that differs by task.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False) or getattr(model, "_adapters_disabled", False):
+        return 0
+    kind = str(getattr(config.peft_type, "value", config.peft_type))  # type: ignore[union-attr]
+    if kind == "MULTITASK_PROMPT_TUNING":
+        raise HookpointError(
+            f"a model with {kind}, whose virtual tokens differ by task",
+            "one with PROMPT_TUNING, P_TUNING or PREFIX_TUNING",
+            "train or convert the prompt of the one task as PROMPT_TUNING",
+        )
+    return int(config.num_virtual_tokens)  # type: ignore[union-attr]
 
 
 def warn_of_dropout(model: nn.Module) -> None:

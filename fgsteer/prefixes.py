@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from fgsteer.activations import Batch, batches, mark, record
+from fgsteer.activations import Batch, batches, mark, prompt_ends, record
 from fgsteer.hookpoints import Hookpoint, decoder_of, is_known
 from fgsteer.pooling import Reads
 from fgsteer.tokens import TokenRow, pad
@@ -160,7 +160,8 @@ def read(
     Raises and warns as ``record`` does.
     """
     if isinstance(batch, Batch):
-        acts = record(model, batch.ids, batch.attention, hookpoints)
+        with prompt_ends(model, [row.prompt_length for row in batch.rows]):
+            acts = record(model, batch.ids, batch.attention, hookpoints)
         return {at: h[batch.selected.to(h.device)] for at, h in acts.items()}, Reads.of(batch.selected)
     from transformers import DynamicCache
 

@@ -17,12 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgsteer.activations import Batch, text_batches, usual_batch_tokens
+from fgsteer.activations import Batch, prompt_ends, text_batches, usual_batch_tokens
 from fgsteer.conversations import Text
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.interventions import Intervention
 from fgsteer.models import context_window, input_device
-from fgsteer.positions import prompt_ends
 from fgsteer.steering import Steering, steer
 from fgsteer.tokens import TokenReader
 

@@ -24,14 +24,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fgsteer.activations import by_token, primary
+from fgsteer.activations import by_token, ends_key, primary
 from fgsteer.conversations import Text
 from fgsteer.data import check_text
 from fgsteer.errors import DataError, SteeringError, UntouchedWarning
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
 from fgsteer.interventions import Intervention, Scope, Update, apply, stack
-from fgsteer.models import check_pairing, context_window, input_device, warn_of_dropout
-from fgsteer.positions import Place, Positions
+from fgsteer.models import (
+    check_pairing,
+    context_window,
+    input_device,
+    start_marker,
+    virtual_tokens,
+    warn_of_dropout,
+)
+from fgsteer.positions import Place, Positions, column_counts
 from fgsteer.threads import check_thread, claim
 from fgsteer.tokens import encode_prompts
 
@@ -40,6 +47,8 @@ if TYPE_CHECKING:
 
 Entry = Intervention | Sequence[Intervention] | None
 Steering = Intervention | Sequence[Entry] | None
+
+CACHES = ("past_key_values", "cache_params", "state")  # what decoders call the state that a pass goes on from
 
 
 @dataclass(eq=False)
@@ -172,9 +181,13 @@ class _Session:
     number that changes between passes is read back: either would compile the graph again.
     """
 
-    def __init__(self, model: nn.Module, rows: Sequence[Sequence[Intervention]]) -> None:
+    def __init__(
+        self, model: nn.Module, rows: Sequence[Sequence[Intervention]], prompt_lengths: Tensor | None = None
+    ) -> None:
         self.model, self.rows, self.groups = model, len(rows), _groups(rows)
-        self.positions = Positions(list({id(g.place): g.place for g in self.groups}.values()), self.rows)
+        places = list({id(g.place): g.place for g in self.groups}.values())
+        self.positions = Positions(places, start_marker(model), self.rows, prompt_lengths, ends_key(model))
+        self.learned = hasattr(model, "active_peft_config")  # PEFT's, which may put virtual tokens before texts
         self.ran = False
         self.thread = threading.get_ident()
         self.names = [n for n in inspect.signature(decoder_of(model).forward).parameters if n != "self"]
@@ -221,7 +234,9 @@ class _Session:
             raise SteeringError(
                 f"{self.rows} entries for a batch of {batch} rows", "one entry per row", "pass as many entries as rows"
             )
-        self.positions.begin(tokens, given.get("past_key_values"), given.get("attention_mask"))
+        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+        virtual = virtual_tokens(self.model) if self.learned else 0
+        self.positions.begin(tokens, cache, given.get("attention_mask"), given.get("position_ids"), virtual)
         self.ran = True
 
     def act(self, groups: Sequence[Group], h: Tensor) -> Tensor:
@@ -257,7 +272,7 @@ class _Session:
             positions = self.positions
             if positions.generating:  # the model drafts for itself: the same rows, the same prompt
                 return original(*args, **kwargs)
-            positions.generate(*self._prompt(args, kwargs))
+            positions.generate(*self._prompt(args, kwargs), virtual_tokens(self.model))
             try:
                 return original(*args, **kwargs)
             finally:
@@ -303,20 +318,31 @@ class _Session:
             if not group.touched():
                 warnings.warn(
                     f"an intervention at {group.hookpoint} with scope {group.place.scope!r} touched no token; "
-                    "padding is skipped, and position 0 unless bos=True",
+                    "padding is skipped, and a start token at position 0 unless bos=True",
                     UntouchedWarning,
                     stacklevel=4,
                 )
 
 
 @contextmanager
-def steer(model: PreTrainedModel, steering: Steering, *, per_row: bool | None = None) -> Iterator[PreTrainedModel]:
+def steer(
+    model: PreTrainedModel,
+    steering: Steering,
+    *,
+    per_row: bool | None = None,
+    prompt_lengths: Sequence[int] | Tensor | None = None,
+) -> Iterator[PreTrainedModel]:
     """Steer every forward pass of the model inside the block; hooks always come off.
 
     ``steering`` is one intervention, a list of them (composed in order), or one entry per
     batch row, each an intervention, a list, or None for an unsteered row. A list that holds
     None or lists is read by row; ``per_row`` says it outright. Under ``generate`` entries
     belong to prompts, and beams or several sequences of a prompt share its entry.
+
+    The prompt is what ``generate`` was given, and in other forward passes what was fed to an empty
+    cache. For passes over prompt and completion at once, ``prompt_lengths`` says for each batch row how
+    many columns, padding included, stand before its first completion token: the tokens are then
+    steered as if the prompt were read first and the completion generated.
 
     Nested blocks on one model compose, the inner one acting first. Unsteered rows and
     tokens keep their activations bit for bit. Models may be compiled, before or inside the
@@ -325,15 +351,18 @@ def steer(model: PreTrainedModel, steering: Steering, *, per_row: bool | None = 
     raise SteeringError (not passes that are compiled as a whole). No copies are made of a steered model.
 
     ``HookpointError`` and ``PairingError`` are raised before anything is hooked;
-    ``SteeringError`` for another number of rows than entries, or, on a float16 model, c·v beyond
+    ``SteeringError`` for another number of rows than entries or prompt lengths, for prompt lengths that
+    are no counts, exceed a pass or meet ``generate``, or, on a float16 model, c·v beyond
     65504 (a sum h + c·v beyond it still becomes inf). Warns UntouchedWarning when an intervention
     touched no token, FgsteerWarning of a model in train mode with dropout.
     """
     warn_of_dropout(model)
-    rows = _entries(steering, per_row)
+    rows, lengths = _entries(steering, per_row), column_counts(prompt_lengths)
+    if lengths is not None and len(rows) > 1 and len(rows) != len(lengths):
+        raise SteeringError(f"{len(rows)} entries and {len(lengths)} prompt_lengths", "one of each per row")
     for item in {id(i): i for items in rows for i in items}.values():
         check_pairing(model, item.hookpoint, item.d_model, item.model_name, type(item).__name__)
-    session = _Session(uncompiled(model), rows)
+    session = _Session(uncompiled(model), rows, None if lengths is None else lengths.to(input_device(model)))
     _check_range(model, session.groups)
     with ExitStack() as hooks:
         session.install(hooks)

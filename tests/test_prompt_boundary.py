@@ -23,7 +23,7 @@ PAIRS = [
 ]
 QUESTIONS = [fg.ContrastPair("yes", "no", prompt="the man said"), fg.ContrastPair("tea", "war", prompt="I think")]
 # float32 logits of other batch shapes and of a cache, sums of up to five tokens, in nats
-CLOSE = {"rtol": 1e-4, "abs": 1e-4}
+CLOSE = {"rel": 1e-4, "abs": 1e-4}
 
 
 def add(scope="all", coefficient=2.0, **options):
@@ -44,7 +44,7 @@ def is_steered(scope, bos, place, prompt_length):
 
 @torch.no_grad()
 def step_by_step(model, tokenizer, prompt, completion, scope, bos=False, coefficient=2.0):
-    """Next-token log-probabilities (answer, vocabulary) and the answer's ids, through the cache by a hook of its own."""
+    """(next-token log-probabilities (answer, vocabulary), the answer's ids), through the cache by a plain hook."""
     ids = tokenizer(f"{prompt} {completion}".strip())["input_ids"]
     length = len(tokenizer(prompt)["input_ids"]) if prompt else 1
     now = []
@@ -84,10 +84,9 @@ def test_log_probabilities_are_those_of_feeding_token_by_token(family_model, tok
             family_model, tokenizer, PAIRS, [None, add(scope, bos=bos), add("all")], batch_tokens=batch_tokens
         )
         assert found.sums[1].tolist() == pytest.approx(expected, **CLOSE)
-    if scope not in ("all",):
-        assert not torch.allclose(found.sums[1], found.sums[2], atol=1e-2)  # scopes are told apart
-    if scope != "prompt":
-        assert (found.sums[1] - found.sums[0]).abs()[:1] > 1e-2
+    if scope != "all":  # scopes are told apart, by ten times the tolerance
+        assert not torch.allclose(found.sums[1], found.sums[2], atol=1e-3)
+    assert float((found.sums[1] - found.sums[0])[0].abs()) > 1e-3
 
 
 def test_a_block_around_scoring_knows_the_boundary_too(llama, tokenizer):
@@ -209,6 +208,7 @@ def test_the_default_model_by_hand():
             on[:] = 0.0
             on[places] = 1.0
             expected = log_p() - plain
+            on[:] = 0.0
             steering = fg.Add(hookpoint=at, direction=direction, scope=scope)
             sums = fg.log_probabilities(model, tokenizer, [(prompt, completion)], [None, steering], joint="").sums
             assert float(sums[1] - sums[0]) == pytest.approx(expected, abs=1e-4)

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.activations import prompt_ends
 from fgsteer.errors import DataError, JudgeError
 from fgsteer.interventions import Intervention
 from fgsteer.models import input_device
-from fgsteer.positions import prompt_ends
 from fgsteer.steering import steer
 from fgsteer.tokens import pad
 
@@ -76,7 +76,7 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """The harness's own wrapper of a Hugging Face model, except that answers are scored by ``_score``."""
     from lm_eval.models.huggingface import HFLM
 
-    class SteeredModel(HFLM):  # type: ignore[misc, valid-type]
+    class SteeredModel(HFLM):  # type: ignore[misc]
         def _loglikelihood_tokens(
             self, requests: Sequence[tuple[Any, list[int], list[int]]], *_: Any, **__: Any
         ) -> list[tuple[float, bool]]:
@@ -86,19 +86,19 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             """
             same: dict[tuple[tuple[int, ...], int], list[int]] = {}  # answers of one token share a forward pass
             for place, (_, context, answer) in enumerate(requests):
-                ids = tuple((context + answer)[-(self.max_length + 1) : -1])
-                same.setdefault((ids, len(answer)), []).append(place)
+                row = tuple((context + answer)[-(self.max_length + 1) : -1])
+                same.setdefault((row, len(answer)), []).append(place)
             found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
             passes = sorted(same.items(), key=lambda one: -len(one[0][0]))
             for start in range(0, len(passes), batch_size):
                 batch = passes[start : start + batch_size]
-                scores = _score(model, [ids for (ids, _), _ in batch], [count for (_, count), _ in batch])
-                for (_, places), rows in zip(batch, scores, strict=True):
+                scores = _score(model, [row for (row, _), _ in batch], [count for (_, count), _ in batch])
+                for (_, places), scored in zip(batch, scores, strict=True):
                     for place in places:
-                        name, _, answer = requests[place]
-                        ids = torch.tensor(answer, device=rows.device)
-                        total = float(rows.gather(1, ids[:, None]).sum())
-                        found[place] = total, bool((rows.argmax(1) == ids).all())
+                        name, answer = requests[place][0], requests[place][2]
+                        ids = torch.tensor(answer, device=scored.device)
+                        total = float(scored.gather(1, ids[:, None]).sum())
+                        found[place] = total, torch.equal(scored.argmax(1), ids)
                         if name is not None:  # windows of a long text are no requests of their own
                             self.cache_hook.add_partial("loglikelihood", name, found[place])
             return found
