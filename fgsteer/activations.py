@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fgsteer.errors import DataError, HookpointError
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve
-from fgsteer.models import check_pairing, context_window, input_device, warn_of_dropout
+from fgsteer.models import check_pairing, context_window, input_device, virtual_tokens, warn_of_dropout
 from fgsteer.tokens import TokenReader, TokenRow, Triple, pad
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ def record(
     """Activations (batch, tokens, d_model) at each hookpoint, in the model's dtype.
 
     The forward pass stops at the last of them. With a ``cache`` it goes on from the tokens in there, which
-    ``attention`` then covers too, and leaves its own in it. Raises HookpointError for one that the
+    ``attention`` then covers too, and leaves its own in it. Virtual tokens of prompt and prefix tuning (PEFT) come
+    before the ids and are not among what is returned. Raises HookpointError for one that the
     model lacks, DataError for none; warns FgsteerWarning of a model in train mode with dropout.
     """
     warn_of_dropout(model)
@@ -134,11 +135,16 @@ def record(
         raise DataError("no hookpoint", "at least one")
     found: dict[Hookpoint, Tensor] = {}
     mine = threading.get_ident()
+    virtual = virtual_tokens(model)
+    run = model if virtual else decoder_of(model)  # PEFT puts virtual tokens in front where the whole model is called
 
     def keep(hookpoint: Hookpoint, value: Tensor) -> None:
         if threading.get_ident() != mine:  # another thread's pass, which goes on as it is
             return
-        found[hookpoint] = by_token(value, *ids.shape)
+        batch, length = ids.shape
+        if value.numel() == batch * (virtual + length) * value.shape[-1]:  # not those of a prefix, which are in a cache
+            length += virtual
+        found[hookpoint] = by_token(value, batch, length)[:, -ids.shape[1] :]
         if len(found) == len(wanted):
             raise _Reached
         found[hookpoint] = found[hookpoint].clone()  # the pass goes on, and Falcon adds to its MLP's output in place
@@ -162,7 +168,7 @@ def record(
                 handle = module.register_forward_hook(after)
             stack.callback(handle.remove)
         with suppress(_Reached):
-            decoder_of(model)(input_ids=ids, attention_mask=attention, **_continuing(model, ids, attention, cache))
+            run(input_ids=ids, attention_mask=attention, **_continuing(model, ids, attention, cache))
     return found
 
 

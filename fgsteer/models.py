@@ -122,10 +122,10 @@ def d_model(model: nn.Module) -> int:
 
 
 def context_window(model: nn.Module) -> int | None:
-    """The most tokens that the model was made for, None where its config sets no limit."""
+    """The most tokens of a text that the model was made for, None where its config sets no limit."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     window = getattr(config, "max_position_embeddings", None)
-    return window if isinstance(window, int) and window > 0 else None
+    return window - virtual_tokens(model) if isinstance(window, int) and window > 0 else None
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fgsteer.activations import Batch, batches, mark, prompt_ends, record
 from fgsteer.hookpoints import Hookpoint, decoder_of, is_known
+from fgsteer.models import virtual_tokens
 from fgsteer.pooling import Reads
 from fgsteer.tokens import TokenRow, pad
 
@@ -196,4 +197,5 @@ def arrange_for(model: nn.Module) -> Callable[..., Iterator[Batch | SharedBatch]
     """
     rotary = str(getattr(decoder_of(model).config, "rope_parameters", ""))
     by_length = any(kind in rotary for kind in _BY_LENGTH)
-    return shared_batches if is_known(model) and not by_length and "generate" not in vars(model) else batches
+    plain = is_known(model) and not by_length and not virtual_tokens(model)
+    return shared_batches if plain and "generate" not in vars(model) else batches

@@ -212,6 +212,25 @@ def test_the_default_model_by_hand():
             steering = fg.Add(hookpoint=at, direction=direction, scope=scope)
             sums = fg.log_probabilities(model, tokenizer, [(prompt, completion)], [None, steering], joint="").sums
             assert float(sums[1] - sums[0]) == pytest.approx(expected, abs=1e-4)
-            assert math.fabs(expected) > 0.05
+            assert math.fabs(expected) > 1e-2  # a hundred times the tolerance
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_harness_answers_know_the_boundary(llama, tokenizer, scope):
+    """What lm-evaluation-harness's answers are scored by, one and several to a pass; the harness is not needed."""
+    from fgsteer.evaluation.harness import _score
+
+    pairs = PAIRS[:3]
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt, _ in pairs]
+    rows = [tokenizer(f"{prompt} {completion}")["input_ids"] for prompt, completion in pairs]
+    counts = [len(row) - length for row, length in zip(rows, lengths, strict=True)]
+    inputs = [row[:-1] for row in rows]
+    with fg.steer(llama, add(scope)):
+        together = _score(llama, inputs, counts)
+        alone = [_score(llama, [row], [count])[0] for row, count in zip(inputs, counts, strict=True)]
+    for pair, row, count, *scores in zip(pairs, rows, counts, together, alone, strict=True):
+        expected = total(llama, tokenizer, *pair, scope)
+        for found in scores:
+            assert float(found.gather(1, torch.tensor(row[-count:])[:, None]).sum()) == pytest.approx(expected, **CLOSE)

@@ -57,12 +57,19 @@ class ConceptArms:
         self._vectors: dict[tuple[str, int], SteeringVector] = {}
 
     def stats(self, layer: int) -> ContrastStatistics:
-        """Statistics at a layer: with features where there is an SAE."""
+        """Statistics at a layer: with features where there is an SAE, of the same contexts where there is none."""
         if layer not in self._stats:
             sae = self.saes.get(layer)
             at = sae.hookpoint if sae is not None else Hookpoint(layer)
+            prepend = next((sae.prepend_bos for sae in self.saes.values()), None)
             self._stats[layer] = collect(
-                self.model, self.tokenizer, self.contrast, sae=sae, hookpoints=at, keep_pooled=True
+                self.model,
+                self.tokenizer,
+                self.contrast,
+                sae=sae,
+                hookpoints=at,
+                prepend_bos=prepend,
+                keep_pooled=True,
             )
         return self._stats[layer]
 
