@@ -178,6 +178,7 @@ class _Session:
         self.model, self.rows, self.groups = model, len(rows), _groups(rows)
         places = list({id(g.place): g.place for g in self.groups}.values())
         self.positions = Positions(places, start_marker(model), self.rows, prompt_lengths)
+        virtual_tokens(model)  # raises for what cannot be placed, before any pass
         self.learned = hasattr(model, "active_peft_config")  # PEFT's, which may put virtual tokens before texts
         self.ran = False
         self.thread = threading.get_ident()
