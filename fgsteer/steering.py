@@ -187,6 +187,7 @@ class _Session:
         self.model, self.rows, self.groups = model, len(rows), _groups(rows)
         places = list({id(g.place): g.place for g in self.groups}.values())
         self.positions = Positions(places, start_marker(model), self.rows, prompt_lengths, ends_key(model))
+        virtual_tokens(model)  # raises for what cannot be placed, before any pass
         self.learned = hasattr(model, "active_peft_config")  # PEFT's, which may put virtual tokens before texts
         self.ran = False
         self.thread = threading.get_ident()
@@ -234,10 +235,22 @@ class _Session:
             raise SteeringError(
                 f"{self.rows} entries for a batch of {batch} rows", "one entry per row", "pass as many entries as rows"
             )
+        self._refuse_mixed_rows(given, batch, tokens.shape[1])
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         virtual = virtual_tokens(self.model) if self.learned else 0
         self.positions.begin(tokens, cache, given.get("attention_mask"), given.get("position_ids"), virtual)
         self.ran = True
+
+    def _refuse_mixed_rows(self, given: dict[str, Any], batch: int, length: int) -> None:
+        """Raises SteeringError where transformers' RWKV would run several rows from a state, which mixes them."""
+        if batch == 1 or "state" not in self.names:
+            return
+        if (given.get("state") is not None and length == 1) or (self.positions.generating and given.get("use_cache")):
+            raise SteeringError(
+                f"a batch of {batch} rows that {type(self.model).__name__} decodes from a state",
+                "one row, or no state: transformers mixes the rows of such a batch, steered or not",
+                "one prompt at a time, or use_cache=False",
+            )
 
     def act(self, groups: Sequence[Group], h: Tensor) -> Tensor:
         """Apply the groups in order to hidden states of any layout."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from itertools import chain
+
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import fgsteer as fg
 from fgsteer.interventions import SCOPES
-from tests.tiny import D_MODEL
+from fgsteer.models import start_ids
+from tests.tiny import D_MODEL, tiny_model
 
 PROMPTS = ["the man", "a dog sat on the bread", "she took the ring of the king"]
 COMPLETIONS = ["was happy", "and ran to the sea", "in"]
@@ -137,3 +142,123 @@ def test_prompt_lengths_that_cannot_be_meant_are_refused(llama, tokenizer):
         fg.steer(llama, item, prompt_lengths=columns),
     ):
         llama.generate(**inputs, max_new_tokens=1)
+
+
+# ---------------------------------------------------------------- position 0
+
+
+START = [[0, 5, 6, 7], [2, 5, 6, 7], [5, 0, 6, 2], [5, 6, 7, 8]]  # BOS, EOS, and words
+
+
+def test_start_ids_are_those_of_the_configs():
+    model = copy.deepcopy(tiny_model("gpt2"))
+    model.generation_config = GenerationConfig(bos_token_id=7, eos_token_id=[8, 2])
+    assert start_ids(model) == {0, 2, 7, 8}
+    model.config.bos_token_id = model.config.eos_token_id = None
+    model.generation_config = GenerationConfig()
+    assert start_ids(model) == frozenset()
+    assert start_ids(torch.nn.Linear(1, 1)) == frozenset()
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_is_spared_is_a_start_token_and_no_word(models, side, embedded):
+    model = models["gemma2"]  # scales what it embeds
+    ids = torch.tensor([[1, 1, *row] if side == "left" else [*row, 1, 1] for row in START])
+    inputs = {"input_ids": ids, "attention_mask": ids.ne(1).long()}
+    if embedded:
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    expected = ids.ne(1)
+    expected[0, ids[0].tolist().index(0)] = expected[1, ids[1].tolist().index(2)] = False
+    assert torch.equal(changed(model, inputs, vector(layer=2).add(1.0)), expected)
+    assert torch.equal(changed(model, inputs, vector(layer=2).add(1.0, bos=True)), ids.ne(1))
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_without_a_start_token_that_the_model_has_nothing_is_spared(llama, embedded):
+    model = copy.deepcopy(llama)
+    inputs = {"input_ids": torch.tensor(START)}
+    if embedded:
+        inputs = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+    for bos in (None, 999, -1):
+        model.config.bos_token_id = model.generation_config.bos_token_id = bos
+        model.config.eos_token_id = None
+        assert changed(model, inputs, vector(layer=2).add(1.0)).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cache": False}, {"prefill_chunk_size": 2}, {"cache_implementation": "static"}]
+)
+def test_the_first_word_is_steered_in_generate(llama, options):
+    """Left padding with chunks: a row's position 0 stands in a later chunk than another's."""
+    ids = torch.tensor([[1, 1, 1, 5, 6], [1, 1, 1, 0, 6], [0, 5, 6, 7, 8], [5, 6, 7, 8, 9]])
+    mask, item = ids.ne(1).long(), vector().add(2.0, scope="prompt")
+    with fg.steer(llama, item):
+        out = llama.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, **options)
+    for row, real, got in zip(ids, mask.bool(), out, strict=True):
+        alone = row[real]
+        every = vector().add(2.0, scope="prompt", bos=int(alone[0]) != 0)
+        with fg.steer(llama, every):
+            expected = llama.generate(
+                alone[None], attention_mask=torch.ones_like(alone[None]), max_new_tokens=4, do_sample=False
+            )
+        assert got[5:].tolist() == expected[0, len(alone) :].tolist()
+
+
+def test_a_text_of_one_word_is_steered(llama):
+    assert changed(llama, {"input_ids": torch.tensor([[5]])}, vector(layer=2).add(1.0)).all()
+
+
+# ---------------------------------------------------------------- packed sequences
+
+
+SEQUENCES = [[[0, 5, 6], [7, 8], [0, 9, 10, 11]], [[5], [6], [0, 7, 8, 9, 10]]]
+
+
+def packed():
+    """(ids, positions, 4-D mask of blocks, rows of (begin, end)): several sequences a row, padding behind."""
+    width = 11
+    ids, positions = torch.ones(2, width, dtype=torch.long), torch.zeros(2, width, dtype=torch.long)
+    mask, spans = torch.full((2, 1, width, width), torch.finfo(torch.float32).min), []
+    for row, sequences in enumerate(SEQUENCES):
+        end = 0
+        for sequence in sequences:
+            begin, end = end, end + len(sequence)
+            ids[row, begin:end] = torch.tensor(sequence)
+            positions[row, begin:end] = torch.arange(len(sequence))
+            mask[row, 0, begin:end, begin:end].triu_(1)
+            spans.append((row, begin, end))
+    return ids, positions, mask, spans
+
+
+@pytest.mark.filterwarnings("ignore::fgsteer.errors.UntouchedWarning")
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("bos", [False, True])
+def test_packed_sequences_are_steered_as_each_alone(family_model, scope, bos):
+    ids, positions, mask, spans = packed()
+    item = vector().add(2.0, scope=scope, bos=bos)
+    for steering in (None, item):
+        with torch.no_grad(), fg.steer(family_model, steering):
+            together = family_model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        for (row, begin, end), sequence in zip(spans, chain(*SEQUENCES), strict=True):
+            with torch.no_grad(), fg.steer(family_model, steering):
+                alone = family_model(torch.tensor([sequence]), use_cache=False).logits[0]
+            torch.testing.assert_close(together[row, begin:end], alone, **CLOSE)
+
+
+def test_packed_rows_without_a_mask_and_places_of_a_padded_one(llama):
+    """Transformers finds packed sequences by their positions alone; rows padded on the left are not packed."""
+    ids, positions, _, spans = packed()
+    item = vector(layer=2).add(1.0, scope="last_prompt_on")
+    lasts = torch.zeros(1, 9, dtype=torch.bool)
+    lasts[0, [end - 1 for row, _, end in spans if row == 0]] = True
+    inputs = {"input_ids": ids[:1, :9], "position_ids": positions[:1, :9]}
+    assert torch.equal(changed(llama, inputs, item), lasts)
+    padded_row = {
+        "input_ids": torch.tensor([[1, 1, 0, 5, 6]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1]]),
+        "position_ids": torch.tensor([[0, 0, 0, 1, 2]]),
+    }
+    assert changed(llama, padded_row, item).tolist() == [[False] * 4 + [True]]
+    with pytest.raises(fg.SteeringError, match="packed in a row"), fg.steer(llama, item, prompt_lengths=[3]):
+        llama(**inputs)
