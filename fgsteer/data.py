@@ -244,6 +244,12 @@ def load_neutral() -> tuple[list[str], list[str]]:
     return list(value["texts"]), list(value["prompts"])
 
 
+def load_bench_prompts() -> list[str]:
+    """The prompts that a benchmark draws from: those of ``load_neutral``, then as many again and more."""
+    value = read_json(SHIPPED / "neutral.json")
+    return [*value["prompts"], *value["more_prompts"]]
+
+
 def as_contrast(contrast: ContrastSet | str | Path | Sequence[ContrastPair]) -> ContrastSet:
     """A contrast set from any of the forms that public functions accept."""
     if isinstance(contrast, ContrastSet):

@@ -210,8 +210,8 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     fg.sweep(model, tokenizer, sides, layers=[0, 1], ce_rises=[0.01, 0.02], neutral=texts)
 for judge in (fg.KeywordJudge(), fg.EmbeddingJudge(BagOfWords())):
     judge.validate("wedding")
-from fgsteer.evaluation.intervals import bootstrap
-bootstrap([{1: 0.5, 2: 1.0}, {1: 0.5, 3: 1.0}])
+from fgsteer.evaluation.intervals import mean_interval
+mean_interval([{1: 0.5, 2: 1.0}, {1: 0.5, 3: 1.0}], hash)
 """
 
 

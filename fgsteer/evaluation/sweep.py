@@ -125,8 +125,6 @@ class Sweep:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Interval):
-        return value._asdict()
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -168,8 +166,8 @@ def sweep(
     that cost does to the two sides, which is no effect of the vector and would pass for a stronger sign.
 
     Effects are measured on ``held_out``, else the contrast's held-out part, else, with a note, on the contrast
-    itself. Intervals (95 %, bootstrap) are over these texts, pairs kept together; the neutral texts and the
-    vectors are taken as they are. ``progress`` gets (steps done, steps in all).
+    itself. Intervals (95 %, Student's t) are over these texts, pairs and the pairs of one prompt kept together;
+    the neutral texts and the vectors are taken as they are. ``progress`` gets (steps done, steps in all).
 
     Raises DataError for a grid that is not rising, fewer than two texts a side, or two vectors at a layer;
     HookpointError for a layer that does not exist; what ``collect`` and the methods raise.

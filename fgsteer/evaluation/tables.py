@@ -8,11 +8,12 @@ Every method stands at its best setting (chosen on "tune"), or at the setting ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.intervals import COMPLETE, Interval, bootstrap, paired_differences
+from fgsteer.evaluation.intervals import COMPLETE, Interval, mean_interval, paired_differences
 from fgsteer.evaluation.records import Run, Setting, Unit, best_settings, mean, told
 
 BASELINE = "caa"
@@ -52,6 +53,11 @@ class AverageRow(NamedTuple):
     clearly_lost: int
 
 
+def over_prompts(strata: Sequence[Mapping[Unit, float]]) -> Interval:
+    """``mean_interval`` of concepts' values by (prompt, seed), over prompts. Raises DataError for fewer than two."""
+    return mean_interval(strata, attrgetter("prompt"))
+
+
 def concept_table(run: Run, matched: float | None = None, baseline: str = BASELINE) -> list[ConceptRow]:
     """Every concept and method at its best setting, or at the one ``matched`` to a CE rise (nats).
 
@@ -63,8 +69,8 @@ def concept_table(run: Run, matched: float | None = None, baseline: str = BASELI
     for concept, method in ((c, m) for c in run.concepts for m in run.methods if (c, m) in best):
         setting = best[concept, method]
         against = None if method == baseline else best.get((concept, baseline))
-        behavior, coherence, bcs = (bootstrap([run.values(setting, measure=m)]) for m in MEASURES)
-        difference = None if against is None else bootstrap([_less(run, setting, against)])
+        behavior, coherence, bcs = (over_prompts([run.values(setting, measure=m)]) for m in MEASURES)
+        difference = None if against is None else over_prompts([_less(run, setting, against)])
         rows.append(ConceptRow(setting, behavior, coherence, bcs, difference))
     return rows
 
@@ -78,17 +84,17 @@ def average_table(run: Run, matched: float | None = None, baseline: str = BASELI
     rows = []
     for method in (m for m in run.methods if any(m == found for _, found in best)):
         settings = _everywhere(run, best, method)
-        behavior, coherence, bcs = (bootstrap([run.values(s, measure=m) for s in settings]) for m in MEASURES)
+        behavior, coherence, bcs = (over_prompts([run.values(s, measure=m) for s in settings]) for m in MEASURES)
         against = method != baseline and any(baseline == found for _, found in best)
         differences = _differences(run, best, method, baseline) if against else []
-        each = [bootstrap([values]) for values in differences]
+        each = [over_prompts([values]) for values in differences]
         rows.append(
             AverageRow(
                 method,
                 behavior,
                 coherence,
                 bcs,
-                bootstrap(differences) if against else None,
+                over_prompts(differences) if against else None,
                 won=sum(d.mean > 0 for d in each),
                 lost=sum(d.mean < 0 for d in each),
                 clearly_won=sum(d.low > 0 for d in each),
@@ -103,7 +109,7 @@ def compare(run: Run, method: str, baseline: str = BASELINE, matched: float | No
 
     Errors as in ``average_table``.
     """
-    return bootstrap(_differences(run, best_settings(run, matched), method, baseline))
+    return over_prompts(_differences(run, best_settings(run, matched), method, baseline))
 
 
 def _differences(
