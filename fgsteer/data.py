@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fgsteer.brief import Brief
 from fgsteer.errors import DataError, FormatError
 from fgsteer.files import parse_json, read_json, text_sha256
 
@@ -46,8 +47,8 @@ def check_text(value: object, where: str, *, empty: bool = False) -> Text:
     raise DataError(f"{where} is {type(value).__name__} {value!r:.60}", "a text or a list of chat messages")
 
 
-@dataclass(frozen=True)
-class ContrastPair:
+@dataclass(frozen=True, repr=False)
+class ContrastPair(Brief):
     """Two completions of one prompt, with and without the behavior.
 
     Each of ``positive``, ``negative`` and ``prompt`` is a string or a list of chat
@@ -64,8 +65,8 @@ class ContrastPair:
         check_text(self.prompt, "prompt", empty=True)
 
 
-@dataclass(frozen=True)
-class ContrastSet:
+@dataclass(frozen=True, repr=False)
+class ContrastSet(Brief):
     """Texts with and without a behavior: ``pairs``, or ``positives`` and ``negatives``, or both.
 
     The two sides need not be of equal size. ``held_out`` is a set of the same behavior

@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgsteer.activations import Batch, text_batches, usual_batch_tokens
+from fgsteer.brief import Brief
 from fgsteer.data import Text
-from fgsteer.errors import DataError
+from fgsteer.errors import DataError, check_flags
 from fgsteer.interventions import Intervention
 from fgsteer.models import input_device
 from fgsteer.steering import Steering, steer
@@ -33,8 +34,8 @@ PIECE_ELEMENTS = 1 << 21  # logits turned to float32 at once
 Entry = Intervention | Sequence[Intervention] | None
 
 
-@dataclass(frozen=True, eq=False)
-class LogProbabilities:
+@dataclass(frozen=True, eq=False, repr=False)
+class LogProbabilities(Brief):
     """``sums (interventions, texts)``, nats, of the ``counts (texts,)`` scored tokens of each text; float64."""
 
     sums: Float[Tensor, "interventions texts"]
@@ -111,6 +112,7 @@ def log_probabilities(
 
     A text without a token to score raises DataError, or with ``skip_empty`` counts 0 tokens.
     """
+    check_flags(skip_empty=skip_empty)
     sums = torch.zeros(len(steering), len(texts), dtype=torch.float64)
     counts = torch.zeros(len(texts), dtype=torch.float64)
     options = {"joint": joint, "skip_empty": skip_empty, "batch_tokens": batch_tokens}
@@ -164,6 +166,19 @@ def cross_entropy(
     return cross_entropies(model, tokenizer, texts, [entry], batch_tokens=batch_tokens)[0]
 
 
+def _end_logits(
+    model: PreTrainedModel, batch: Batch, part: Sequence[Any]
+) -> Float[Tensor, "interventions n vocabulary"]:
+    """As ``_logits``, of what follows each row's last token; to the interventions the whole row is a prompt."""
+    rows, times = len(batch.ids), len(part)
+    steering = part[0] if times == 1 else [entry for entry in part for _ in range(rows)]
+    ids, attention = batch.ids.repeat(times, 1), batch.attention.repeat(times, 1)
+    with steer(model, steering, per_row=times > 1):
+        logits: Tensor = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+    last = (attention * torch.arange(ids.shape[1], device=ids.device)).amax(1).to(logits.device)
+    return logits[torch.arange(len(ids), device=logits.device), last].view(times, rows, -1)
+
+
 @torch.no_grad()
 def kl_divergences(
     model: PreTrainedModel,
@@ -172,25 +187,28 @@ def kl_divergences(
     steering: Sequence[Entry],
     *,
     under: Literal["unsteered", "steered"] = "unsteered",
+    at: Literal["mean", "last"] = "mean",
     batch_tokens: int | None = None,
 ) -> list[float]:
-    """Mean KL divergence of next-token distributions, in nats per predicted token, for each intervention.
+    """Mean KL divergence of next-token distributions, in nats, for each intervention.
 
     ``KL(p‖q) = Σ_v p(v) (log p(v) − log q(v))`` where p, the distribution that the expectation is
     ``under``, is the unsteered model and q the steered one, or the reverse; averaged over the tokens that
-    ``cross_entropy`` scores. KL(unsteered‖steered) is what steering adds to the cross-entropy of the
+    ``cross_entropy`` scores (nats a token), or with ``at="last"`` over texts, of what each would go on with: the
+    distribution after its last token (nats a text), by which refusal directions are selected (arXiv 2406.11717). KL(unsteered‖steered) is what steering adds to the cross-entropy of the
     model's own text, and grows where it rules out what the model would say; KL(steered‖unsteered)
     grows where it says what the model would not. Raises DataError as ``cross_entropy`` does,
-    and for another ``under``.
+    and for another ``under`` or ``at``.
     """
-    if under not in ("unsteered", "steered"):
-        raise DataError(f"under={under!r}", "unsteered or steered")
+    if under not in ("unsteered", "steered") or at not in ("mean", "last"):
+        raise DataError(f"under={under!r}, at={at!r}", "under unsteered or steered, at mean or last")
+    read = _logits if at == "mean" else _end_logits
     total, count = torch.zeros(len(steering), dtype=torch.float64), 0
     for batch, parts in _passes(model, tokenizer, _whole(texts), len(steering), batch_tokens=batch_tokens):
-        base = _logits(model, batch, [None]).float().log_softmax(-1)
+        base = read(model, batch, [None]).float().log_softmax(-1)
         count += base.shape[1]
         for part in parts:
-            steered = _logits(model, batch, steering[part]).float().log_softmax(-1)
+            steered = read(model, batch, steering[part]).float().log_softmax(-1)
             log_p, log_q = (base, steered) if under == "unsteered" else (steered, base)
             p = log_p.exp()
             kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fgsteer.activations import by_token, primary
 from fgsteer.data import Text, check_text
-from fgsteer.errors import DataError, SteeringError, UntouchedWarning
+from fgsteer.errors import DataError, SteeringError, UntouchedWarning, check_flags
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
 from fgsteer.interventions import Intervention, Scope, Update, apply, stack
 from fgsteer.models import check_pairing, input_device, warn_of_dropout
@@ -327,6 +327,8 @@ def steer(model: PreTrainedModel, steering: Steering, *, per_row: bool | None = 
     65504 (a sum h + c·v beyond it still becomes inf). Warns UntouchedWarning when an intervention
     touched no token, FgsteerWarning of a model in train mode with dropout.
     """
+    if per_row is not None:
+        check_flags(per_row=per_row)
     warn_of_dropout(model)
     rows = _entries(steering, per_row)
     for item in {id(i): i for items in rows for i in items}.values():

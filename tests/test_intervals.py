@@ -96,8 +96,8 @@ def test_intervals_cover_the_truth_however_much_a_prompts_texts_resemble_each_ot
     """Nominal 95 %, at ICC .5; four concepts that share prompts, which move them together.
 
     Cluster means are normal here, for which a t interval is exact: 95 % at 8 prompts as at 16. Taken as independent
-    units, the same texts cover 80 % and 78 % (16 and 8 prompts, 3 seeds); a percentile bootstrap of the prompts 92 % and
-    87 %.
+    units, the same texts cover 80 % and 78 % (16 and 8 prompts, 3 seeds); a percentile bootstrap of the prompts 92 %
+    and 87 %.
     """
     rng = np.random.default_rng(0)
     covered = 0

@@ -18,10 +18,11 @@ PACKAGE = Path(fg.__file__).parent
 # each may import only those before it (inside functions too)
 ORDER = (
     "errors",
+    "brief",
     "ranks",
     "files",
     "parts",
-    "registry",
+    "sae_registry",
     "hookpoints",
     "data",
     "models",

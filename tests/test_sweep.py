@@ -19,9 +19,8 @@ from fgsteer.evaluation.intervals import Interval
 from fgsteer.evaluation.sweep import random_like
 from fgsteer.evaluation.sweep_answers import Curve, best_layer, fade, in_words, sign_differences
 from fgsteer.hookpoints import blocks_of
-from tests.reference import methods
+from tests.reference import methods, tables
 from tests.reference import sweep as reference
-from tests.reference import tables
 from tests.test_statistics import naive_examples
 from tests.tiny import D_MODEL, LAYERS, tiny_model
 

@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from fgsteer.brief import Brief
 from fgsteer.calibration import calibrate_grid
 from fgsteer.data import load_bench_prompts, load_contrast, load_neutral
 from fgsteer.effects import EffectApproximator
@@ -50,8 +51,8 @@ class Writer(Protocol):
         """Continuations by intervention, then prompt, the ``number``-th drawn."""
 
 
-@dataclass(frozen=True)
-class BenchPlan:
+@dataclass(frozen=True, repr=False)
+class BenchPlan(Brief):
     """What is run. ``prompts`` and ``seeds`` are of each half; ``ce_rises`` in nats a token of neutral text.
 
     Intervals are over prompts, and the texts of one resemble each other: for one cost, more prompts with one seed
@@ -134,8 +135,8 @@ class Part:
     arms: tuple[Arm, ...]
 
 
-@dataclass(eq=False)
-class Bench:
+@dataclass(eq=False, repr=False)
+class Bench(Brief):
     """A benchmark of a model with SAEs and effects by layer, judged by ``judge``.
 
     ``writer`` generates in another engine, such as ``serving.VllmWriter``; the model then reads and sets strengths.

@@ -60,9 +60,10 @@ def mean_interval(
     ``z_g = Σ_s Σ_{u in g} (x_su − m_s) / (n_s S)``, all strata together, and the interval is
     ``m ± t_{G−1} √(G/(G−1) Σ_g z_g²)`` (Liang & Zeger 1986, with G − 1 degrees of freedom: Cameron & Miller 2015,
     section VI). For clusters of one size this is the t interval of the G cluster means, which covers as it says
-    for normal means however much a cluster's texts resemble each other (skewed scores of 8 prompts: 92 %). A
-    percentile bootstrap of clusters is too narrow by ``√((G−1)/G)`` and for want of the t quantile: 87 % at G = 8. Strata without a common cluster are independent: their
-    variances add, with Satterthwaite's degrees of freedom (1946).
+    for normal means however much a cluster's texts resemble each other (skewed scores of 8 prompts: 92 %).
+    A percentile bootstrap of clusters is too narrow by ``√((G−1)/G)`` and for want of the t quantile: 87 % at
+    G = 8. Strata without a common cluster are independent: their variances add, with Satterthwaite's degrees
+    of freedom (1946).
 
     The effective number of units comes from the intraclass correlation of the analysis of variance, kept within
     [0, 1], and m, the mean size of a unit's cluster: ``N / (1 + (m − 1)·ICC)`` (Kish 1965).

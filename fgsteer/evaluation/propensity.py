@@ -31,8 +31,8 @@ class Propensity:
     """``mean⁺ − mean⁻`` of the two sides' log-probabilities, as a sum of what each unit adds to it.
 
     Units are pairs, then single positives, then single negatives. Pairs of one prompt resemble each other and are
-    one cluster of ``interval``; a prompt that all pairs share is part of what is measured. Raises DataError where one of these kinds has a
-    single member, which has no interval.
+    one cluster of ``interval``; a prompt that all pairs share is part of what is measured. Raises DataError where
+    one of these kinds has a single member, which has no interval.
     """
 
     def __init__(self, contrast: ContrastSet) -> None:

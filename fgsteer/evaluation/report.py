@@ -96,9 +96,8 @@ def markdown(run: Run, matched: float | None = None) -> str:
     ]
     rows = sorted(average_table(run, matched), key=lambda row: -row.bcs.mean)
     for row in rows:
-        name = re.sub(r"([\\`*_\[\]<>|])", r"\\\1", visible(method_name(row.method)))
         scores = f"{_interval(row.bcs)} | {_interval(row.difference, sign=True)} | {_worth(row)} | {_won(row)}"
-        lines.append(f"| {name} | {scores} | {row.behavior.mean:.3f} | {row.coherence.mean:.3f} |")
+        lines.append(f"| {method_name(row.method)} | {scores} | {row.behavior.mean:.3f} | {row.coherence.mean:.3f} |")
     return "\n".join([*lines, "", _design(rows)]) + "\n"
 
 
@@ -111,7 +110,8 @@ def _headline(run: Run, rows: Sequence[AverageRow]) -> str:
     text = (
         f"{method_name(best)}, the best SAE method of the tuning half, scores a BCS of {_interval(row.bcs)} on the "
         f"report half, {base} {_interval(found[BASELINE].bcs)}; difference {_interval(row.difference, sign=True)} "
-        f"({row.bcs.clusters} prompts, n_eff {_worth(row)}), {_count(run.concepts, 'concept')}: {row.won} won ({row.clearly_won} clearly), {row.lost} lost "
+        f"({row.bcs.clusters} prompts, n_eff {_worth(row)}), "
+        f"{_count(run.concepts, 'concept')}: {row.won} won ({row.clearly_won} clearly), {row.lost} lost "
         f"({row.clearly_lost} clearly)."
     )
     return f"<p>{_text(text)}</p>"
@@ -135,8 +135,9 @@ def _measured(run: Run) -> str:
         facts["matched"] = f"coefficient calibrated until neutral texts cost {targets} nats a token more"
     facts["intervals"] = (
         "95 %, Student's t over prompts: the texts of a prompt resemble each other and move every concept together, so "
-        "prompts are what is counted; concepts stay as they are. Differences are paired by prompt and seed. n_eff is how "
-        "many independent texts would tell as much. Each interval stands alone, without correction for their number."
+        "prompts are what is counted; concepts stay as they are. Differences are paired by prompt and seed. n_eff is "
+        "how many independent texts would tell as much. Each interval stands alone, without correction for their "
+        "number."
     )
     return _list(facts)
 
@@ -197,8 +198,8 @@ def _marked(row: ConceptRow) -> str:
 
 
 def _details(rows: Sequence[ConceptRow]) -> str:
-    heads = ("concept", "method", "layer", "coefficient", "behavior", "coherence")
-    heads += ("BCS [95 %]", "difference [95 %]", "n_eff")
+    heads = ["concept", "method", "layer", "coefficient", "behavior", "coherence"]
+    heads += ["BCS [95 %]", "difference [95 %]", "n_eff"]
     cells = [
         [
             row.setting.concept,

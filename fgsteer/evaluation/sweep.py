@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from fgsteer.activations import TokenRule
+from fgsteer.brief import Brief
 from fgsteer.calibration import CE_RISE, calibrate_grid
 from fgsteer.collecting import collect
 from fgsteer.data import ContrastPair, ContrastSet, as_contrast, load_neutral
@@ -55,8 +56,8 @@ Contrasts = ContrastSet | str | Path | Sequence[ContrastPair]
 Step = tuple[int, int, float, float | None]  # layer, sign, coefficient that bears it, rise asked for
 
 
-@dataclass(frozen=True)
-class SweepCell:
+@dataclass(frozen=True, repr=False)
+class SweepCell(Brief):
     """One layer, sign and strength: ``vector.add(coefficient)``, which bears the sign.
 
     ``effect`` is the change of propensity, ``cost`` the measured rise of neutral text's cross-entropy in nats a
@@ -81,8 +82,8 @@ class SweepCell:
         return abs(self.coefficient) if self.target is None else self.target
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Brief):
     """What ``sweep`` measured, and its answers.
 
     ``unit`` is that of effects; ``texts`` are numbers of positives, negatives, and pairs among them, ``measured_on``

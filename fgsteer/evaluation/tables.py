@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from fgsteer.errors import DataError
 from fgsteer.evaluation.intervals import COMPLETE, Interval, mean_interval, paired_differences
-from fgsteer.evaluation.records import Run, Setting, Unit, best_settings, mean, told
+from fgsteer.evaluation.records import Run, Setting, Unit, best_settings, mean, spec, told
 
 BASELINE = "caa"
-WITHOUT_SAE = ("unsteered", "random", "prompt", "caa", "ace", "pca")
 MEASURES = ("behavior", "coherence", "bcs")
 
 
@@ -132,9 +131,12 @@ def _everywhere(run: Run, best: Mapping[tuple[str, str], Setting], method: str) 
 
 
 def best_sae_method(run: Run) -> str | None:
-    """The method through SAE features of the highest mean BCS over concepts on "tune"; None without one."""
+    """The method through an SAE of the highest mean BCS over concepts on "tune"; None without one.
+
+    Raises DataError for a method that fgsteer bench does not have.
+    """
     best = best_settings(run)
-    methods = [m for m in run.methods if m not in WITHOUT_SAE and any(m == found for _, found in best)]
+    methods = [m for m in run.methods if spec(m).needs in ("sae", "effects") and any(m == found for _, found in best)]
     means = {m: mean([run.mean(s, "tune") for s in _everywhere(run, best, m)]) for m in methods}
     return max(means, key=lambda m: means[m], default=None)
 
