@@ -74,8 +74,10 @@ _HF_HOOKS: tuple[tuple[str, Site], ...] = (  # Gemma Scope 2's names of places
 # sparsify names a module: its input is read by a transcoder, its output by an SAE
 _MODULE = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(mlp|self_attn|attn|attention|self_attention))?")
 # fields of sparsify, of any of its versions, under which it computes something else
-_UNLIKE = ("signed", "embed_skip", "gram_lookup", "normalize_io", "n_targets", "n_sources", "divide_cross_layer")
-_UNLIKE += ("post_encoder_scale", "per_source_tied", "secondary_target_tied", "coalesce_topk")
+_UNLIKE = (
+    *("signed", "embed_skip", "gram_lookup", "normalize_io", "n_targets", "n_sources", "divide_cross_layer"),
+    *("post_encoder_scale", "per_source_tied", "secondary_target_tied", "coalesce_topk"),
+)
 _RMS_NORM = re.compile(  # TransformerLens centres no writing weights of these
     r"llama|vicuna|gemma|mi[sx]tral|qwen|qwq|deepseek|\byi-|phi-?[34]|olmo-?[23]|olmoe|smollm|granite|glm|gpt-oss",
     re.IGNORECASE,

@@ -194,8 +194,9 @@ def kl_divergences(
 
     ``KL(p‖q) = Σ_v p(v) (log p(v) − log q(v))`` where p, the distribution that the expectation is
     ``under``, is the unsteered model and q the steered one, or the reverse; averaged over the tokens that
-    ``cross_entropy`` scores (nats a token), or with ``at="last"`` over texts, of what each would go on with: the
-    distribution after its last token (nats a text), by which refusal directions are selected (arXiv 2406.11717). KL(unsteered‖steered) is what steering adds to the cross-entropy of the
+    ``cross_entropy`` scores (nats a token). With ``at="last"`` it is that of the distribution after each text's
+    last token alone, averaged over texts: how the model would go on, by which refusal directions are selected
+    (arXiv 2406.11717). KL(unsteered‖steered) is what steering adds to the cross-entropy of the
     model's own text, and grows where it rules out what the model would say; KL(steered‖unsteered)
     grows where it says what the model would not. Raises DataError as ``cross_entropy`` does,
     and for another ``under`` or ``at``.

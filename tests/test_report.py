@@ -284,12 +284,8 @@ HOSTILE = '\u202e</q>--><script>alert("x")</script>\u202e<img src=//x.org/a>&amp
 
 
 def test_page_stands_alone_and_trusts_no_text(made, tmp_path):
-    names = {"love": HOSTILE, "fgaa": "<i>|`"}
-    rows = [
-        {**r, "concept": names.get(r["concept"], r["concept"]), "method": names.get(r["method"], r["method"])}
-        | {"text": r["text"] + HOSTILE}
-        for r in made[1:]
-    ]
+    names = {"love": HOSTILE}
+    rows = [{**r, "concept": names.get(r["concept"], r["concept"]), "text": r["text"] + HOSTILE} for r in made[1:]]
     plan = {**made[0]["plan"], "prompts": [HOSTILE] * 4, "judge": {"name": HOSTILE, "auc": {HOSTILE: HOSTILE}}}
     header = {**made[0], "plan": plan, "versions": {HOSTILE: HOSTILE}, "command": HOSTILE + "\ud800"}
     run = Run(header, loaded(tmp_path, [made[0], *rows]).records)
@@ -345,8 +341,18 @@ def test_markdown_table(run):
     best = rows[0]
     assert lines[2].startswith(f"| FGAA + effects | {best.bcs.mean:.3f} [{best.bcs.low:.3f}, {best.bcs.high:.3f}] | +")
     assert f" | {best.difference.effective:.0f} of 8 | " in lines[2]
-    odd = Run(run.header, [replace(r, method="a|b_") for r in run.records if r.method == "caa"])
-    assert "| a\\|b\\_ |" in report.markdown(odd)
+
+
+def test_methods_that_are_not_in_the_table_are_refused_by_name(run):
+    """No default makes them SAE methods: a run with a method of another name has no best one, no table, no page."""
+    odd = Run(run.header, [replace(r, method="fgaa_2") if r.method == "fgaa" else r for r in run.records])
+    assert "fgaa_2" in odd.methods
+    for told in (best_sae_method, average_table, concept_table, report.markdown, report.html_report, plots.pictures):
+        with pytest.raises(DataError, match=r"method 'fgaa_2'.*fgaa_effects.*run\.only"):
+            told(odd)
+    assert best_sae_method(odd.only(methods=["caa", "sta", "fgaa_effects", "random"])) == "fgaa_effects"
+    residual = Run(run.header, [r for r in run.records if r.method in ("unsteered", "random", "caa", "prompt")])
+    assert best_sae_method(residual) is None
 
 
 def test_samples_carry_what_is_seen_in_them(run):
