@@ -30,7 +30,7 @@ _HOMES = {
         "SteeringError",
         "UntouchedWarning",
     ),
-    "registry": ("RegistryRow", "registry"),
+    "sae_registry": ("RegistryRow", "registry"),
     "hookpoints": ("Hookpoint",),
     "data": ("ContrastPair", "ContrastSet", "load_contrast", "load_neutral", "shipped_contrasts"),
     "models": ("load_model", "logit_lens", "residual_direction"),

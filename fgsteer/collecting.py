@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fgsteer.activations import Batch, batches, text_batches
 from fgsteer.data import ContrastPair, ContrastSet, as_contrast
-from fgsteer.errors import DataError, FgsteerError
+from fgsteer.errors import DataError, FgsteerError, check_flags
 from fgsteer.files import text_sha256
 from fgsteer.hookpoints import Hookpoint, resolve
 from fgsteer.memory import in_parts
@@ -199,6 +199,7 @@ def collect(
     Raises DataError for a text without a token to read, with non-finite activations or too long for memory,
     PairingError for an SAE of another width or a folder of another reading, HookpointError for a missing hookpoint.
     """
+    check_flags(bos=bos, keep_pooled=keep_pooled, share_prefixes=share_prefixes)
     contrast = as_contrast(contrast)
     wanted = _hookpoints(hookpoints, sae)
     for at in wanted:

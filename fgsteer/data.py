@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fgsteer.brief import Brief
 from fgsteer.conversations import Text, after_prompt, separate, split
 from fgsteer.errors import DataError, FormatError
 from fgsteer.files import parse_json, read_json, text_sha256
@@ -45,8 +46,8 @@ def check_text(value: object, where: str, *, empty: bool = False) -> Text:
     raise DataError(f"{where} is {type(value).__name__} {value!r:.60}", "a text or a list of chat messages")
 
 
-@dataclass(frozen=True)
-class ContrastPair:
+@dataclass(frozen=True, repr=False)
+class ContrastPair(Brief):
     """Two completions of one prompt, with and without the behavior.
 
     Each of ``positive``, ``negative`` and ``prompt`` is a string or a list of chat
@@ -66,8 +67,8 @@ class ContrastPair:
             object.__setattr__(self, name, text)
 
 
-@dataclass(frozen=True)
-class ContrastSet:
+@dataclass(frozen=True, repr=False)
+class ContrastSet(Brief):
     """Texts with and without a behavior: ``pairs``, or ``positives`` and ``negatives``, or both.
 
     The two sides need not be of equal size. ``held_out`` is a set of the same behavior
@@ -247,6 +248,12 @@ def load_neutral() -> tuple[list[str], list[str]]:
     """The shipped neutral sentences and neutral prompts, on no behavior in particular."""
     value = read_json(SHIPPED / "neutral.json")
     return list(value["texts"]), list(value["prompts"])
+
+
+def load_bench_prompts() -> list[str]:
+    """The prompts that a benchmark draws from: those of ``load_neutral``, then as many again and more."""
+    value = read_json(SHIPPED / "neutral.json")
+    return [*value["prompts"], *value["more_prompts"]]
 
 
 def as_contrast(contrast: ContrastSet | str | Path | Sequence[ContrastPair]) -> ContrastSet:

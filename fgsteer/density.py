@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fgsteer.activations import Batch, corpus_batches, corpus_reader
+from fgsteer.brief import Brief
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.files import read_tensors, text_sha256, write_tensors
 from fgsteer.models import identity, weights_sha256
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 COUNTS = ("fired", "documents", "first")
 
 
-@dataclass(frozen=True, eq=False)
-class FeatureDensity:
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureDensity(Brief):
     """Token-level firing counts of every feature over a corpus; two of them add up.
 
     ``fired (d_sae,)``: tokens besides the special one before a text on which the feature is > 0, of ``tokens``.

@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.brief import Brief
 from fgsteer.data import load_neutral
-from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
+from fgsteer.errors import DataError, FormatError, PairingError, SelectionError, check_flags
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.models import DEFAULT, embedded_sae_dir
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from fgsteer.sae import SAE
 
 
-@dataclass(frozen=True, eq=False)
-class EffectApproximator:
+@dataclass(frozen=True, eq=False, repr=False)
+class EffectApproximator(Brief):
     """``ŷ = x M + b``: ``M (d_model, d_sae)``, ``b (d_sae,)``, bound to one SAE by its hash.
 
     Raises PairingError when the shapes do not fit together.
@@ -152,6 +153,7 @@ class EffectApproximator:
             raise PairingError(
                 f"a target of shape {tuple(target.shape)}", f"{tuple(self.b.shape)}, one weight a feature"
             )
+        check_flags(unit_effects=unit_effects)
         if not mu >= 0:
             raise SelectionError(f"mu = {mu}", "a number ≥ 0, or inf")
         M = self.M.double()

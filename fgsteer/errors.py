@@ -18,6 +18,8 @@ An error says what came, what was expected, and what to change.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 
 class FgsteerError(Exception):
     """Base of every fgsteer error: what was got, what was expected, what to change."""
@@ -53,6 +55,18 @@ class SteeringError(FgsteerError, RuntimeError):
 
 class JudgeError(FgsteerError, RuntimeError):
     """A judge is not installed, cannot be reached, or gave no readable score."""
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, of Python or of numpy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_flags(**flags: object) -> None:
+    """Raises DataError, naming it, for a flag that is neither True nor False: the text "no" would count as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise DataError(f"{name}={value!r:.40} ({type(value).__name__})", "True or False")
 
 
 class FgsteerWarning(UserWarning):

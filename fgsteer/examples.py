@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fgsteer.brief import Brief
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.files import read_tensors, write_tensors
 
@@ -32,8 +33,8 @@ CONTEXT = 12  # tokens before a peak that tell excerpts apart
 _TENSORS = ("features", "tokens", "activations", "documents")
 
 
-@dataclass(frozen=True)
-class Excerpt:
+@dataclass(frozen=True, repr=False)
+class Excerpt(Brief):
     """Tokens of one document around a feature's peak: their texts, the activation on each, the peak's index."""
 
     tokens: tuple[str, ...]
@@ -54,8 +55,8 @@ class Excerpt:
         return any(m.start() < end and m.end() > start for m in pattern.finditer("".join(self.tokens)))
 
 
-@dataclass(frozen=True, eq=False)
-class FeatureExamples:
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureExamples(Brief):
     """The top excerpts of n features, strongest first, at most one a document.
 
     ``features (n,)``: their ids. ``tokens (n, top, 2·window + 1)``: token ids with the peak in the

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fgsteer.errors import SteeringError
+from fgsteer.errors import SteeringError, check_flags
 from fgsteer.files import tensor_sha256
 from fgsteer.hookpoints import Hookpoint, Site, blocks_of, resolve, why_not_added
 from fgsteer.interventions import Ablate, Add, Intervention
@@ -60,6 +60,7 @@ def fold(
     row; a norm, a router or a multiplier in the way; no bias in the architecture) and for models
     that are quantised, sharded, wrapped or being steered; HookpointError and PairingError as ``steer``.
     """
+    check_flags(copy=copy)
     terms = _terms(interventions)
     _check_model(model)
     for item in terms:

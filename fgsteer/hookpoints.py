@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import nn
 
-from fgsteer.errors import HookpointError
+from fgsteer.errors import HookpointError, is_whole
 
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in"]
 SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in")
@@ -81,7 +81,7 @@ class Hookpoint:
     wide); ``mlp_in`` is the input of the MLP, after its norm and the norm's gain. ``module`` is
     the sublayer's module name where it was parsed from one; ``resolve`` holds a model to it.
 
-    Raises HookpointError for a negative layer or an unknown site.
+    Raises HookpointError for a layer that is no whole number ≥ 0, or an unknown site.
     """
 
     layer: int
@@ -89,8 +89,9 @@ class Hookpoint:
     module: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.layer < 0:
-            raise HookpointError(f"layer {self.layer}", "a 0-based block index")
+        if not is_whole(self.layer) or self.layer < 0:
+            raise HookpointError(f"layer {self.layer!r} ({type(self.layer).__name__})", "a 0-based block index: 12")
+        object.__setattr__(self, "layer", int(self.layer))  # numpy's integers too
         if self.site not in SITES:
             raise HookpointError(f"site {self.site!r}", f"one of {', '.join(SITES)}")
 

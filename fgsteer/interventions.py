@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.errors import PairingError, SelectionError, SteeringError
+from fgsteer.brief import Brief
+from fgsteer.errors import PairingError, SelectionError, SteeringError, check_flags, is_whole
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.sae import SAE
 
@@ -99,8 +100,8 @@ def apply(h: Float[Tensor, "batch tokens d_model"], update: Update, where: Tenso
     return torch.where(where[..., None], h + change, h)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Intervention(ABC):
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Intervention(Brief, ABC):
     """How an activation at ``hookpoint`` is changed, and on which tokens.
 
     ``scope``: all tokens, prompt, generated, or last_prompt_on (the last prompt token and
@@ -116,6 +117,7 @@ class Intervention(ABC):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
+        check_flags(bos=self.bos)
         if self.scope not in SCOPES:
             raise SteeringError(f"scope {self.scope!r}", f"one of {', '.join(SCOPES)}")
 
@@ -158,7 +160,7 @@ def _projection(unit: Tensor, const: Tensor | float) -> Update:
     return Update(write=row, const=one.to(unit) * const, lam=one.to(unit), read=row)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Add(Intervention):
     """``h' = h + c·v`` for ``direction`` v (d_model,), ``coefficient`` c (CAA, arXiv 2312.06681)."""
 
@@ -182,7 +184,7 @@ class Add(Intervention):
         return Update(write=row, const=const, lam=torch.zeros_like(const))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Clamp(Intervention):
     """``h' = h + (t − r̂·h) r̂``: the projection on ``direction`` r (d_model,) becomes ``target`` t.
 
@@ -209,7 +211,7 @@ class Clamp(Intervention):
         return _projection(_unit(self.direction)[0], self.target)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Ablate(Intervention):
     """``h' = h − (r̂·h) r̂``: the projection on ``direction`` r (d_model,) becomes 0 (arXiv 2406.11717).
 
@@ -233,7 +235,7 @@ class Ablate(Intervention):
         return _projection(_unit(self.direction)[0], 0.0)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Affine(Intervention):
     """``h' = h − proj_r(h) + proj_r(r⁻) + α·r``: ACE (arXiv 2411.09003).
 
@@ -266,7 +268,7 @@ class Affine(Intervention):
         return _projection(unit, unit @ self.reference + self.alpha * norm)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ClampFeature(Intervention):
     """``h' = h + Σⱼ (tⱼ − fⱼ(h)) W_dec[j]``: features take set activations, the SAE's error is kept.
 
@@ -281,6 +283,8 @@ class ClampFeature(Intervention):
         super().__post_init__()
         if not self.targets:
             raise SelectionError("no feature to clamp", "at least one {id: activation}")
+        if not all(map(is_whole, self.targets)):
+            raise SelectionError(f"features {', '.join(map(repr, self.targets)):.80}", "whole numbers as feature ids")
         clean = {int(j): _finite(f"target of feature {j}", t) for j, t in self.targets.items()}
         object.__setattr__(self, "targets", clean)
         for feature in clean:

@@ -19,7 +19,7 @@ from torch import nn
 from fgsteer.errors import DataError, FgsteerWarning, FormatError, HookpointError, PairingError, PairingWarning
 from fgsteer.files import read_json, tensor_sha256
 from fgsteer.hookpoints import Hookpoint, blocks_of, decoder_of, resolve
-from fgsteer.registry import bare_name
+from fgsteer.sae_registry import bare_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import torch
 from torch import nn
 
+from fgsteer.brief import Brief
 from fgsteer.errors import PairingError
 from fgsteer.examples import Excerpt, FeatureExamples
 from fgsteer.models import logit_lens, residual_direction
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class FeatureRow:
+@dataclass(frozen=True, repr=False)
+class FeatureRow(Brief):
     """One feature: id, weight (None outside a vector), density, the tokens it pushes towards and away from.
 
     Tokens are the logit lens of its decoder row times the weight's sign. ``label``, ``link`` (its

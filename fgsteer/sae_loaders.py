@@ -30,9 +30,9 @@ from fgsteer.files import read_json
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.labels import load_labels
 from fgsteer.models import DEFAULT, embedded_sae_dir
-from fgsteer.registry import RegistryRow, find_row
 from fgsteer.sae import SAE
-from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, refuse_place, sparsify
+from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, refuse_place, refuse_unread, sparsify
+from fgsteer.sae_registry import RegistryRow, find_row
 
 DENSITY_FILE = "density.safetensors"
 LABELS_FILE = "labels.json"
@@ -140,6 +140,7 @@ def _from_folder(folder: Path, given: Mapping[str, Any]) -> SAE:
         else:
             import sae_lens
 
+            refuse_unread(config)
             sae = replace(_from_live(sae_lens.SAE.load_from_disk(folder), given), source=str(folder))
     if (folder / DENSITY_FILE).is_file():
         density = FeatureDensity.load(folder / DENSITY_FILE)
@@ -260,6 +261,7 @@ def _by_sae_lens(row: RegistryRow) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FormatError(f"{row.release} in layout {row.conversion!r}", "one that the installed sae-lens reads")
     overrides = {**row.overrides, "device": "cpu", "dtype": "float32"}
     config, state, _ = read(row.repo_id, row.path, "cpu", False, overrides)
+    refuse_unread(config)
     return loaders.handle_config_defaulting(config), state
 
 

@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgsteer.activations import Batch, prompt_ends, text_batches, usual_batch_tokens
+from fgsteer.brief import Brief
 from fgsteer.conversations import Text
-from fgsteer.errors import DataError, SteeringError
+from fgsteer.errors import DataError, SteeringError, check_flags
 from fgsteer.interventions import Intervention
 from fgsteer.models import context_window, input_device
 from fgsteer.steering import Steering, steer
@@ -35,8 +36,8 @@ Entry = Intervention | Sequence[Intervention] | None
 Scored = str | tuple[Text, Text]  # a text whose every token but the first is scored, or (prompt, completion)
 
 
-@dataclass(frozen=True, eq=False)
-class LogProbabilities:
+@dataclass(frozen=True, eq=False, repr=False)
+class LogProbabilities(Brief):
     """``sums (interventions, texts)``, nats, of the ``counts (texts,)`` scored tokens of each text; float64."""
 
     sums: Float[Tensor, "interventions texts"]
@@ -48,20 +49,33 @@ class LogProbabilities:
         return -self.sums / self.counts
 
 
-def _logits(model: PreTrainedModel, batch: Batch, part: Sequence[Any]) -> Float[Tensor, "interventions n vocabulary"]:
-    """What each intervention makes of the batch's n scored tokens: the logits before them, in the model's dtype.
-
-    Steering acts where it would if the completions were being generated.
-    """
+def _run(
+    model: PreTrainedModel, batch: Batch, part: Sequence[Any], ends: Sequence[int]
+) -> Float[Tensor, "interventions_rows tokens vocabulary"]:
+    """Logits of the batch under each intervention, to which prompts end at ``ends`` and the rest is generated."""
     rows, times = len(batch.ids), len(part)
     steering = part[0] if times == 1 else [entry for entry in part for _ in range(rows)]
     ids, attention = batch.ids.repeat(times, 1), batch.attention.repeat(times, 1)
-    lengths = [row.prompt_length for row in batch.rows] * times
-    with steer(model, steering, per_row=times > 1), prompt_ends(model, lengths):
+    with steer(model, steering, per_row=times > 1), prompt_ends(model, [*ends] * times):
         logits: Tensor = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
-    logits = logits[:, -ids.shape[1] : -1]  # without those of virtual tokens
-    scored = batch.selected[:, 1:].repeat(times, 1).to(logits.device)
-    return logits[scored].view(times, -1, logits.shape[-1])
+    return logits[:, -ids.shape[1] :]  # without those of virtual tokens
+
+
+def _logits(model: PreTrainedModel, batch: Batch, part: Sequence[Any]) -> Float[Tensor, "interventions n vocabulary"]:
+    """What each intervention makes of the batch's n scored tokens: the logits before them, in the model's dtype."""
+    logits = _run(model, batch, part, [row.prompt_length for row in batch.rows])[:, :-1]
+    scored = batch.selected[:, 1:].repeat(len(part), 1).to(logits.device)
+    return logits[scored].view(len(part), -1, logits.shape[-1])
+
+
+def _end_logits(
+    model: PreTrainedModel, batch: Batch, part: Sequence[Any]
+) -> Float[Tensor, "interventions rows vocabulary"]:
+    """What each intervention makes of the token after each row, all of which is a prompt to it."""
+    ends = [len(row.ids) for row in batch.rows]
+    logits = _run(model, batch, part, ends)
+    last = torch.tensor(ends * len(part), device=logits.device) - 1
+    return logits[torch.arange(len(last), device=logits.device), last].view(len(part), len(ends), -1)
 
 
 def _chosen(logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
@@ -83,13 +97,23 @@ def _passes(
     batch_tokens: int | None,
     joint: str | None = None,
     skip_empty: bool = False,
+    scored: bool = True,
 ) -> Iterator[tuple[Batch, list[slice]]]:
-    """Batches of (prompt, completion), each with the interventions to run on it together."""
+    """Batches of (prompt, completion), each with the interventions to run on it together.
+
+    Those of which no token is to be ``scored`` may be prompts alone.
+    """
     triples = ((prompt, completion, True) for prompt, completion in texts)
     wanted = batch_tokens or usual_batch_tokens(input_device(model))
     fits = max(1, min(wanted, LOGIT_ELEMENTS // model.config.get_text_config().vocab_size))
     with TokenReader(
-        tokenizer, rule="answer", window=context_window(model), joint=joint, skip_empty=skip_empty, scored=True
+        tokenizer,
+        rule="answer" if scored else "all",
+        bos=not scored,
+        window=context_window(model),
+        joint=joint,
+        skip_empty=skip_empty,
+        scored=scored,
     ) as reader:
         for batch in text_batches(model, reader, triples, batch_tokens=fits):
             at_once = max(1, fits // batch.ids.numel())
@@ -125,6 +149,7 @@ def log_probabilities(
 
     A text without a token to score raises DataError, or with ``skip_empty`` counts 0 tokens.
     """
+    check_flags(skip_empty=skip_empty)
     sums = torch.zeros(len(steering), len(texts), dtype=torch.float64)
     counts = torch.zeros(len(texts), dtype=torch.float64)
     passes = _passes(
@@ -141,14 +166,16 @@ def log_probabilities(
     return LogProbabilities(sums, counts)
 
 
-def _whole(texts: Sequence[Scored], steering: Sequence[Entry]) -> list[tuple[Text, Text]]:
-    """(prompt, completion) of each text. Raises DataError for none or a single string.
-
-    Raises SteeringError for an intervention on prompts, where a text has none: it would cost nothing.
-    """
+def _pairs(texts: Sequence[Scored]) -> list[tuple[Text, Text]]:
+    """(prompt, completion) of each text. Raises DataError for none or a single string."""
     if isinstance(texts, str) or not len(texts):
         raise DataError(f"texts {texts!r:.40}", "a list of at least one text")
-    pairs: list[tuple[Text, Text]] = [("", text) if isinstance(text, str) else text for text in texts]
+    return [("", text) if isinstance(text, str) else text for text in texts]
+
+
+def _whole(texts: Sequence[Scored], steering: Sequence[Entry]) -> list[tuple[Text, Text]]:
+    """``_pairs``. Raises SteeringError for an intervention on prompts, where a text has none: it would cost nothing."""
+    pairs = _pairs(texts)
     items = [item for entry in steering for item in ([entry] if isinstance(entry, Intervention) else entry or ())]
     if any(item.scope == "prompt" and not item.bos for item in items) and not all(prompt for prompt, _ in pairs):
         raise SteeringError(
@@ -200,25 +227,31 @@ def kl_divergences(
     steering: Sequence[Entry],
     *,
     under: Literal["unsteered", "steered"] = "unsteered",
+    at: Literal["mean", "last"] = "mean",
     batch_tokens: int | None = None,
 ) -> list[float]:
-    """Mean KL divergence of next-token distributions, in nats per predicted token, for each intervention.
+    """Mean KL divergence of next-token distributions, in nats, for each intervention.
 
     ``KL(p‖q) = Σ_v p(v) (log p(v) − log q(v))`` where p, the distribution that the expectation is
     ``under``, is the unsteered model and q the steered one, or the reverse; averaged over the tokens that
-    ``cross_entropy`` scores. KL(unsteered‖steered) is what steering adds to the cross-entropy of the
+    ``cross_entropy`` scores (nats a token). With ``at="last"`` it is that of the distribution after each text's
+    last token alone, averaged over texts: how the model would go on, by which refusal directions are selected
+    (arXiv 2406.11717); all of a text is then a prompt, and (chat messages, "") is one that ends where the assistant
+    begins. KL(unsteered‖steered) is what steering adds to the cross-entropy of the
     model's own text, and grows where it rules out what the model would say; KL(steered‖unsteered)
     grows where it says what the model would not. Raises DataError as ``cross_entropy`` does,
-    and for another ``under``.
+    and for another ``under`` or ``at``.
     """
-    if under not in ("unsteered", "steered"):
-        raise DataError(f"under={under!r}", "unsteered or steered")
+    if under not in ("unsteered", "steered") or at not in ("mean", "last"):
+        raise DataError(f"under={under!r}, at={at!r}", "under unsteered or steered, at mean or last")
+    whole = at == "mean"
+    read, pairs = (_logits, _whole(texts, steering)) if whole else (_end_logits, _pairs(texts))
     total, count = torch.zeros(len(steering), dtype=torch.float64), 0
-    for batch, parts in _passes(model, tokenizer, _whole(texts, steering), len(steering), batch_tokens=batch_tokens):
-        base = _logits(model, batch, [None]).float().log_softmax(-1)
+    for batch, parts in _passes(model, tokenizer, pairs, len(steering), batch_tokens=batch_tokens, scored=whole):
+        base = read(model, batch, [None]).float().log_softmax(-1)
         count += base.shape[1]
         for part in parts:
-            steered = _logits(model, batch, steering[part]).float().log_softmax(-1)
+            steered = read(model, batch, steering[part]).float().log_softmax(-1)
             log_p, log_q = (base, steered) if under == "unsteered" else (steered, base)
             p = log_p.exp()
             kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fgsteer.activations import record, text_batches
+from fgsteer.brief import Brief
 from fgsteer.errors import DataError
 from fgsteer.models import logit_lens
 from fgsteer.sae import SAE
@@ -31,8 +32,8 @@ RAISED = 10  # tokens that a feature counts as raising
 FLOOR = 0.03  # a lower score is no hit: such features fire as much on any word
 
 
-@dataclass(frozen=True)
-class FoundFeature:
+@dataclass(frozen=True, repr=False)
+class FoundFeature(Brief):
     """A feature found for a word: id, score, and the reasons in words."""
 
     id: int

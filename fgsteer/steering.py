@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fgsteer.activations import by_token, ends_key, primary
 from fgsteer.conversations import Text
 from fgsteer.data import check_text
-from fgsteer.errors import DataError, SteeringError, UntouchedWarning
+from fgsteer.errors import DataError, SteeringError, UntouchedWarning, check_flags
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
 from fgsteer.interventions import Intervention, Scope, Update, apply, stack
 from fgsteer.models import (
@@ -369,6 +369,8 @@ def steer(
     65504 (a sum h + c·v beyond it still becomes inf). Warns UntouchedWarning when an intervention
     touched no token, FgsteerWarning of a model in train mode with dropout.
     """
+    if per_row is not None:
+        check_flags(per_row=per_row)
     warn_of_dropout(model)
     rows, lengths = _entries(steering, per_row), column_counts(prompt_lengths)
     if lengths is not None and len(rows) > 1 and len(rows) != len(lengths):

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.errors import FormatError, PairingError, SelectionError, SteeringError
+from fgsteer.brief import FEW
+from fgsteer.errors import FormatError, PairingError, SelectionError, SteeringError, is_whole
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.hub import VECTOR, fetch, push, save_folder
@@ -56,6 +57,8 @@ class SteeringVector:
     def __post_init__(self) -> None:
         object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
         object.__setattr__(self, "direction", _vector("direction", self.direction))
+        if not all(map(is_whole, self.features)):
+            raise SelectionError(f"features {', '.join(map(repr, self.features)):.80}", "whole numbers as feature ids")
         if self.reference is not None:
             object.__setattr__(self, "reference", _vector("reference", self.reference))
             if self.reference.shape != self.direction.shape:
@@ -106,10 +109,10 @@ class SteeringVector:
 
     def __repr__(self) -> str:
         method = self.provenance.get("method", "bare")
-        return (
-            f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, "
-            f"{len(self.features)} features)"
-        )
+        top = ", ".join(f"{feature.id}: {feature.weight:.3g}" for feature in self.top_features(FEW))
+        more = ", …" if len(self.features) > FEW else ""
+        features = f"{len(self.features)} features{f' {{{top}{more}}}' if top else ''}"
+        return f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, {features})"
 
     def unit(self) -> SteeringVector:
         """The vector scaled to norm 1. Raises SelectionError for a zero direction."""

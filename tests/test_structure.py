@@ -18,10 +18,11 @@ PACKAGE = Path(fg.__file__).parent
 # each may import only those before it (inside functions too)
 ORDER = (
     "errors",
+    "brief",
     "ranks",
     "files",
     "parts",
-    "registry",
+    "sae_registry",
     "hookpoints",
     "conversations",
     "data",
@@ -213,8 +214,8 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     fg.sweep(model, tokenizer, sides, layers=[0, 1], ce_rises=[0.01, 0.02], neutral=texts)
 for judge in (fg.KeywordJudge(), fg.EmbeddingJudge(BagOfWords())):
     judge.validate("wedding")
-from fgsteer.evaluation.intervals import bootstrap
-bootstrap([{1: 0.5, 2: 1.0}, {1: 0.5, 3: 1.0}])
+from fgsteer.evaluation.intervals import mean_interval
+mean_interval([{1: 0.5, 2: 1.0}, {1: 0.5, 3: 1.0}], hash)
 """
 
 

@@ -32,7 +32,7 @@ QUICK: dict[str, Any] = {
     "concepts": ("wedding", "sea"),
     "methods": ("unsteered", "random", "caa", "sae_feature", "fgaa", "fgaa_effects"),
     "ce_rises": (0.25, 0.5, 1.0),
-    "prompts": 4,
+    "prompts": 8,
     "seeds": 1,
     "texts": 8,
 }
@@ -55,8 +55,8 @@ def bench(
     judge_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible endpoint, http://…/v1.")] = None,
     ce_rise: Annotated[list[float] | None, typer.Option(help="A cost in nats a token of neutral text.")] = None,
     matched: Annotated[float | None, typer.Option(help="The cost of these at which methods are compared.")] = None,
-    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts a half.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a half.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts a half: intervals are over these.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a half, of every prompt.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a text.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all samples.")] = None,
     settings: Annotated[
@@ -171,6 +171,7 @@ def make_bench(
     """The benchmark of the options. Raises DataError for a plan that cannot be run."""
     import fgsteer as fg
     from fgsteer.evaluation.arms import BENCH_METHODS, NEEDS_EFFECTS
+    from fgsteer.evaluation.shared import begun_design
 
     language_model, tokenizer = load_model(*model)
     name, ids = sae
@@ -182,7 +183,7 @@ def make_bench(
     chosen: dict[str, Any] = {"concepts": tuple(fg.shipped_contrasts()), "methods": BENCH_METHODS, "layers": layers}
     chosen |= QUICK if quick else {}
     chosen["methods"] = tuple(m for m in chosen["methods"] if layers[m])
-    chosen |= given
+    chosen |= begun_design(out / "bench.jsonl") | given
     return fg.Bench(language_model, tokenizer, by_layer, fitted, _judge(*judge, out), fg.BenchPlan(**chosen))
 
 

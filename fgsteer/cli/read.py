@@ -131,14 +131,23 @@ def _feature_rows(chosen: Any, search: str | None, parts: tuple[Any, Any, Any], 
 
 @app.command()
 def saes(
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Only SAEs of this model.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Only SAEs of this model, or part of its name.")
+    ] = None,
     layer: Annotated[int | None, typer.Option("--layer", help="Only SAEs of this 0-based layer.")] = None,
     search: Annotated[str, typer.Option("--search", help="Words that release, id or hookpoint must have.")] = "",
     as_json: JsonOption = False,
 ) -> None:
     """List the pretrained SAEs of sae-lens's registry, for --sae RELEASE --sae-id ID."""
-    from fgsteer.registry import registry
+    from fgsteer.sae_registry import models_like, models_named, registry
 
+    if model is not None and not models_named(model):
+        near = ", ".join(models_like(model))
+        raise DataError(
+            f"no SAE of a model {model!r} in the registry of the installed sae-lens",
+            f"a model's name or a part of it, such as {near}" if near else "a model's name or a part of it",
+            "fgsteer saes --search TEXT looks in the releases' names",
+        )
     show([row.as_dict() for row in registry(model, layer, search)], as_json, _print_saes)
 
 

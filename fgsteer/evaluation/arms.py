@@ -18,6 +18,7 @@ from fgsteer.collecting import collect
 from fgsteer.data import ContrastSet
 from fgsteer.effects import EffectApproximator
 from fgsteer.errors import DataError, SelectionWarning
+from fgsteer.evaluation.records import SPECS
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.interventions import Intervention
 from fgsteer.methods import build, pca, select_features
@@ -28,10 +29,10 @@ from fgsteer.vector import SteeringVector
 Make = Callable[[float], Intervention]
 
 UNSTEERED, PROMPT = "unsteered", "prompt"
-RESIDUAL_METHODS = ("random", "caa", "ace", "pca")
-SAE_METHODS = ("sae_feature", "sta", "sae_ts", "fgaa", "fgaa_effects", "minus_bias")
+RESIDUAL_METHODS = tuple(name for name, method in SPECS.items() if method.needs == "layer")
+NEEDS_EFFECTS = tuple(name for name, method in SPECS.items() if method.needs == "effects")
+SAE_METHODS = tuple(name for name, method in SPECS.items() if method.needs in ("sae", "effects"))
 BENCH_METHODS = (UNSTEERED, PROMPT, *RESIDUAL_METHODS, *SAE_METHODS)
-NEEDS_EFFECTS = ("sae_ts", "fgaa_effects", "minus_bias")
 PREFIX_EXAMPLES = 4
 
 

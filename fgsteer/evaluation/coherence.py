@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.brief import Brief
 from fgsteer.conversations import Text
 from fgsteer.errors import DataError
 from fgsteer.evaluation.metrics import text_cross_entropies, with_prompts
@@ -43,8 +44,8 @@ def distinct_share(bigrams: Sequence[Any], window: int) -> float:
     return distinct / (starts * window)
 
 
-@dataclass(frozen=True, eq=False)
-class CoherenceScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class CoherenceScores(Brief):
     """Of each text, (texts,) float64: coherence, cross-entropy in nats a token, and the repetition penalty."""
 
     coherence: Float[Tensor, " texts"]
@@ -52,8 +53,8 @@ class CoherenceScores:
     repetition: Float[Tensor, " texts"]
 
 
-@dataclass(frozen=True, eq=False)
-class Coherence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Coherence(Brief):
     """Scores texts against unsteered samples of the same model; made by ``fit``.
 
     ``coherence = exp(−max(0, CE(text) − CE₀)) · min(1, D_w(text) / D_w)²``, in [0, 1]. CE is in nats a token under

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.brief import Brief
 from fgsteer.conversations import Text
 from fgsteer.data import ContrastPair, ContrastSet, as_contrast
 from fgsteer.errors import DataError
@@ -70,8 +71,8 @@ def with_prompts(texts: Sequence[str], prompts: Sequence[Text] | None) -> list[t
     return list(zip(prompts or [""] * len(texts), texts, strict=True))
 
 
-@dataclass(frozen=True, eq=False)
-class AnswerProbabilities:
+@dataclass(frozen=True, eq=False, repr=False)
+class AnswerProbabilities(Brief):
     """Log-probabilities (interventions, questions), nats, of the two answers, each summed over its tokens; float64."""
 
     positive: Float[Tensor, "interventions questions"]
@@ -141,8 +142,8 @@ def _check_parting(tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[T
             )
 
 
-@dataclass(frozen=True, eq=False)
-class Steerability:
+@dataclass(frozen=True, eq=False, repr=False)
+class Steerability(Brief):
     """``slopes (samples,)``: by how much a unit of the coefficient moves each sample's difference, in nats."""
 
     slopes: Float[Tensor, " samples"]

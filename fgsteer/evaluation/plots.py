@@ -121,10 +121,12 @@ def pictures(run: Run) -> list[Picture]:
     for matched in (None, *run.targets):
         suffix = "" if matched is None else f"-matched-{matched:g}"
         at = "at the best coefficient" if matched is None else f"at {matched:g} nats of CE rise"
-        caption = f"Average BCS per method {at}, with 95 % intervals.{dashed}"
+        caption = f"Average BCS per method {at}, with 95 % intervals over prompts.{dashed}"
         found.append(Picture(f"methods{suffix}", caption, method_bars(run, matched)))
         if best and any(row.method == best and row.difference for row in average_table(run, matched)):
-            caption = f"BCS of {method_name(best)} less {base} {at}, with 95 % intervals; filled where they exclude 0."
+            caption = (
+                f"BCS of {method_name(best)} less {base} {at}, with 95 % intervals over prompts; filled: 0 excluded."
+            )
             found.append(Picture(f"concepts{suffix}", caption, concept_bars(run, best, matched)))
     if run.swept:
         caption = (

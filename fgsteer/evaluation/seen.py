@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fgsteer.activations import record, text_batches
+from fgsteer.brief import Brief
 from fgsteer.examples import token_texts
 from fgsteer.models import check_pairing, context_window
 from fgsteer.sae import SAE
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 MAX_DENSITY = 0.01  # features that fire on more tokens say little of one text (FGAA's filter, arXiv 2501.09929)
 
 
-@dataclass(frozen=True)
-class SeenFeature:
+@dataclass(frozen=True, repr=False)
+class SeenFeature(Brief):
     """A feature, its label ("" where none is known), its largest activation on a text, and the token of it."""
 
     id: int

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fgsteer.density import FeatureDensity
 from fgsteer.effects import EffectApproximator
-from fgsteer.errors import PairingError, SelectionError, SelectionWarning
+from fgsteer.errors import PairingError, SelectionError, SelectionWarning, check_flags
 from fgsteer.methods.projection import decode_weights, project
 from fgsteer.methods.provenance import provenance
 from fgsteer.methods.scores import SCORES
@@ -88,6 +88,7 @@ def sta(
     Raises SelectionError for p outside (0, 1] or when nothing is kept, PairingError for
     statistics of another SAE. Warns SelectionWarning below about 80 examples a side.
     """
+    check_flags(norm_match=norm_match, compat=compat)
     if not 0 < p <= 1 or (compat and int(p * sae.d_sae) >= sae.d_sae):
         raise SelectionError(f"p = {p}", "a share in (0, 1], below 1 with compat=True")
     if mode not in ("act_and_freq", "act", "freq") or atoms not in ("signed", "positive"):
@@ -179,6 +180,7 @@ def fgaa(
     PairingError for statistics, density or effects of another SAE. Warns SelectionWarning
     when no density is known.
     """
+    check_flags(normalize=normalize)
     weights, hyper = select_features(
         _feature_contrast(stats, sae),
         sae,
@@ -201,6 +203,7 @@ def from_features(sae: SAE, features: FeatureIds, *, normalize: bool = True) -> 
     Raises SelectionError for ids that are no integers, repeated or out of range, weights
     that are no finite numbers, or directions that cancel.
     """
+    check_flags(normalize=normalize)
     weights = feature_weights(features, sae)
     direction = decode_weights(weights, sae)
     if normalize:
@@ -225,6 +228,7 @@ def sae_ts(
     PairingError for effects of another SAE. ``mu`` and ``unit_effects`` as in
     ``EffectApproximator.project``, ``decoder_weight`` as in ``fgaa``.
     """
+    check_flags(normalize=normalize)
     weights = feature_weights(features, sae)
     direction, how = project(weights, sae, effects, bias_weight, mu, unit_effects, decoder_weight)
     if normalize:

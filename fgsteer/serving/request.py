@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fgsteer.errors import SteeringError
+from fgsteer.errors import SteeringError, check_flags
 from fgsteer.interventions import SCOPES, Scope
 
 KEYS = ("steer", "steer_op", "steer_scale", "steer_scope", "steer_bos")
@@ -44,6 +44,7 @@ def steering(
     multiplies its targets by ``scale``. ``scope`` and ``bos`` as in Intervention.
     Raises SteeringError.
     """
+    check_flags(bos=bos)
     extra: dict[str, Any] = {"steer": name, "steer_scale": scale, "steer_scope": scope, "steer_bos": int(bos)}
     if op is not None:
         extra["steer_op"] = op
