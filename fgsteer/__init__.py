@@ -17,6 +17,7 @@ from typing import Any
 
 _HOMES = {
     "errors": (
+        "ArgumentError",
         "DataError",
         "FgsteerError",
         "FgsteerWarning",

@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from fgsteer.chat import apply_template
+from fgsteer.checks import checked
 from fgsteer.data import Text
 from fgsteer.errors import DataError, HookpointError
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve
@@ -99,6 +101,7 @@ def by_token(hidden: Tensor, batch: int, length: int) -> Float[Tensor, "batch to
     return hidden.reshape(batch, length, -1)
 
 
+@checked
 @torch.no_grad()
 def record(
     model: nn.Module,
@@ -176,20 +179,16 @@ def render(
         elif joint is None:
             joint = "" if prompt[-1:].isspace() or completion[:1].isspace() else " "
         return prompt + joint + completion, len(prompt) + len(joint), True
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(
-            "chat messages", "a tokenizer with a chat template", "set tokenizer.chat_template or pass strings"
-        )
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt)
+    before: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt)
     if isinstance(completion, str):
-        head = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+        head = apply_template(tokenizer, before, add_generation_prompt=True)
         return head + completion, len(head), False
     messages = list(completion)
-    text = str(tokenizer.apply_chat_template(before + messages, tokenize=False))
+    text = apply_template(tokenizer, before + messages)
     if not before:
         return text, 0, False
     opens = messages[0]["role"] == "assistant"
-    head = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=opens))
+    head = apply_template(tokenizer, before, add_generation_prompt=opens)
     if not text.startswith(head):
         raise DataError("a chat template that rewrites earlier turns", "one under which the prompt is a prefix")
     return text, len(head), False

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fgsteer.activations import WINDOW, Batch, TokenRow, TokenRule, batches, text_batches, windows
-from fgsteer.data import ContrastPair, ContrastSet, Text, as_contrast
+from fgsteer.checks import checked
+from fgsteer.data import Contrastable, ContrastSet, Text, as_contrast
 from fgsteer.errors import DataError, FgsteerError
 from fgsteer.files import text_sha256
 from fgsteer.hookpoints import Hookpoint, resolve
@@ -157,13 +158,14 @@ def _pooled(examples: Tensor, contrast: ContrastSet) -> Pooled:
     return Pooled(positive, negative, pairs)
 
 
+@checked
 def collect(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    contrast: ContrastSet | str | Path | Sequence[ContrastPair],
+    contrast: Contrastable,
     *,
     sae: SAE | None = None,
-    hookpoints: Iterable[Hookpoint | str] | Hookpoint | str | None = None,
+    hookpoints: Iterable[Hookpoint | str | int] | Hookpoint | str | int | None = None,
     tokens: TokenRule = "all",
     bos: bool = False,
     batch_tokens: int | None = None,
@@ -178,7 +180,8 @@ def collect(
     Per example i: ``h̄ᵢ = mean_t h_t`` and ``z̄ᵢ = mean_t φ(h_t)`` over the tokens that the
     rule selects; kept are count, mean, M2 over examples and ``Σᵢ 1[z̄ᵢ > 0]``.
 
-    ``hookpoints`` default to the SAE's; strings are parsed. A transcoder's features are kept
+    ``contrast``: a ContrastSet, the name of a shipped one, a path, ``{"positive": [...], "negative": [...]}`` or
+    pairs. ``hookpoints`` default to the SAE's; strings are parsed, and 2 is the end of block 2. A transcoder's features are kept
     under the hookpoint that it writes, read from the one that it reads. ``tokens``: all, last, answer
     (the completion after its prompt), letter (the single-letter answer token), or an
     index. Position 0 and padding are not read, position 0 only with ``bos=True``.
@@ -269,11 +272,13 @@ def _sums_of(parts: Parts, found: Iterable[Mapping[str, Tensor]]) -> Iterator[_S
             raise parts.damaged(number, error) from error
 
 
-def _hookpoints(hookpoints: Iterable[Hookpoint | str] | Hookpoint | str | None, sae: SAE | None) -> list[Hookpoint]:
+def _hookpoints(
+    hookpoints: Iterable[Hookpoint | str | int] | Hookpoint | str | int | None, sae: SAE | None
+) -> list[Hookpoint]:
     """Hookpoints asked for, the SAE's among them. Raises DataError when there is none."""
     if hookpoints is None:
         given: list[Hookpoint] = []
-    elif isinstance(hookpoints, str | Hookpoint):
+    elif not isinstance(hookpoints, Iterable) or isinstance(hookpoints, str):
         given = [Hookpoint.parse(hookpoints)]
     else:
         given = [Hookpoint.parse(h) for h in hookpoints]

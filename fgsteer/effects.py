@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.checks import checked
 from fgsteer.data import load_neutral
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.files import read_tensors, write_tensors
@@ -83,6 +84,7 @@ class EffectApproximator:
         return cls(M.float(), b.float(), Hookpoint.parse(hookpoint), sae_sha256, about)
 
     @classmethod
+    @checked
     def measure(
         cls,
         model: PreTrainedModel,

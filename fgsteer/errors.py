@@ -1,6 +1,7 @@
 """Every error and warning that fgsteer raises on purpose.
 
     FgsteerError
+    ├── ArgumentError      an argument of another type, or in another's place
     ├── DataError          a text, row or file of contrast data
     ├── HookpointError     a layer, site or architecture that does not exist
     ├── PairingError       two things that do not belong together (shapes, hashes)
@@ -23,8 +24,13 @@ class FgsteerError(Exception):
     """Base of every fgsteer error: what was got, what was expected, what to change."""
 
     def __init__(self, got: str, expected: str = "", change: str = "") -> None:
+        self.got, self.expected, self.change = got, expected, change
         parts = [got, f"expected {expected}" if expected else "", change]
         super().__init__("; ".join(part for part in parts if part))
+
+
+class ArgumentError(FgsteerError, TypeError):
+    """A function was given something of another type than it takes, or in another argument's place."""
 
 
 class DataError(FgsteerError, ValueError):

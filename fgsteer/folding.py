@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fgsteer.checks import checked
 from fgsteer.errors import SteeringError
 from fgsteer.files import tensor_sha256
 from fgsteer.hookpoints import Hookpoint, Site, blocks_of, resolve, why_not_added
@@ -40,6 +41,7 @@ _LAST = {"BloomBlock": "mlp.dense_4h_to_h", "OPTDecoderLayer": "final_layer_norm
 _INSTEAD = "use steer(), which adds it with a hook"
 
 
+@checked
 def fold(
     model: PreTrainedModel, interventions: Intervention | Sequence[Intervention] | None, *, copy: bool = True
 ) -> PreTrainedModel:

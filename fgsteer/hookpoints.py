@@ -14,6 +14,7 @@ from typing import Literal
 
 from torch import nn
 
+from fgsteer.checks import is_whole
 from fgsteer.errors import HookpointError
 
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in"]
@@ -95,8 +96,8 @@ class Hookpoint:
             raise HookpointError(f"site {self.site!r}", f"one of {', '.join(SITES)}")
 
     @classmethod
-    def parse(cls, name: str | Hookpoint) -> Hookpoint:
-        """Hookpoint from a sae-lens name or a Hugging Face module name.
+    def parse(cls, name: str | int | Hookpoint) -> Hookpoint:
+        """Hookpoint from a sae-lens name, a Hugging Face module name, or a block's number: 12 is its resid_post.
 
         Accepts ``blocks.12.hook_resid_post`` and the like; blocks, as ``model.layers.12``,
         ``transformer.h.12.output``, ``model.language_model.layers.12.input``; and sublayers,
@@ -105,8 +106,12 @@ class Hookpoint:
         """
         if isinstance(name, Hookpoint):
             return name
+        if is_whole(name) or (isinstance(name, str) and name.isdecimal()):
+            return cls(int(name))
         if not isinstance(name, str):
-            raise HookpointError(f"hookpoint {name!r}", "a name like blocks.12.hook_resid_post, or a Hookpoint")
+            raise HookpointError(
+                f"hookpoint {name!r}", "a name like blocks.12.hook_resid_post, a Hookpoint, or a block's number"
+            )
         if match := _SAE_LENS.fullmatch(name):
             return cls(int(match[1]), _HOOKS[match[2]])
         match = _HUGGING_FACE.fullmatch(name)

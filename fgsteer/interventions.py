@@ -12,6 +12,7 @@ kernel; ``stack`` puts one intervention per batch row into a single update.
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.errors import PairingError, SelectionError, SteeringError
+from fgsteer.checks import check_number, is_whole, shown
+from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.sae import SAE
 
@@ -130,6 +132,7 @@ class Intervention(ABC):
 
 
 def _finite(name: str, value: float) -> float:
+    check_number(name, value)
     if not math.isfinite(value):
         raise SteeringError(f"{name} = {value}", "a finite number")
     return float(value)
@@ -279,9 +282,11 @@ class ClampFeature(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.targets, Mapping):
+            raise ArgumentError(f"targets is {shown(self.targets)}", "{feature id: activation}")
         if not self.targets:
             raise SelectionError("no feature to clamp", "at least one {id: activation}")
-        clean = {int(j): _finite(f"target of feature {j}", t) for j, t in self.targets.items()}
+        clean = {_feature(j): _finite(f"target of feature {j}", t) for j, t in self.targets.items()}
         object.__setattr__(self, "targets", clean)
         for feature in clean:
             self.sae.direction(feature)
@@ -311,6 +316,13 @@ class ClampFeature(Intervention):
             sae=self.sae if competing else self.sae.restrict(features),
             features=tuple(features) if competing else (),
         )
+
+
+def _feature(value: object) -> int:
+    """The value as a feature id. Raises ArgumentError."""
+    if not is_whole(value):
+        raise ArgumentError(f"feature id {shown(value)}", "a whole number")
+    return operator.index(value)  # type: ignore[arg-type]
 
 
 def stack(rows: Sequence[Intervention | None]) -> list[tuple[Update, list[int]]]:

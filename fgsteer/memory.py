@@ -7,13 +7,13 @@ for part, found in in_parts(batches, read):
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
 
 from fgsteer.activations import Batch
+from fgsteer.checks import warn
 from fgsteer.errors import DataError, FgsteerWarning
 from fgsteer.prefixes import SharedBatch
 
@@ -39,11 +39,10 @@ def in_parts(batches: Iterable[Either], read: Callable[[Either], T]) -> Iterator
                     yield part, found[0]
                     continue
                 if most == math.inf:
-                    warnings.warn(
+                    warn(
                         f"a batch of {part.tokens} tokens does not fit in memory: going on in halves; "
                         "a smaller batch_tokens spares the attempt",
                         FgsteerWarning,
-                        stacklevel=3,
                     )
             middle = len(part.rows) // 2
             halves = [part.part(slice(middle, None)), part.part(slice(middle))]

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgsteer.activations import Batch, text_batches, usual_batch_tokens
+from fgsteer.checks import checked
 from fgsteer.data import Text
 from fgsteer.errors import DataError
 from fgsteer.interventions import Intervention
@@ -90,6 +91,7 @@ def _row_sums(batch: Batch, values: Float[Tensor, "interventions n"]) -> Float[T
     return torch.zeros(len(values), len(batch.ids), dtype=torch.float64).index_add_(1, owner, values.cpu().double())
 
 
+@checked
 @torch.no_grad()
 def log_probabilities(
     model: PreTrainedModel,
@@ -132,6 +134,7 @@ def _whole(texts: Sequence[str]) -> list[tuple[Text, Text]]:
     return [("", text) for text in texts]
 
 
+@checked
 def cross_entropies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -148,6 +151,7 @@ def cross_entropies(
     return (-found.sums.sum(1) / found.counts.sum()).tolist()
 
 
+@checked
 def cross_entropy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -164,6 +168,7 @@ def cross_entropy(
     return cross_entropies(model, tokenizer, texts, [entry], batch_tokens=batch_tokens)[0]
 
 
+@checked
 @torch.no_grad()
 def kl_divergences(
     model: PreTrainedModel,

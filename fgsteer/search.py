@@ -1,6 +1,6 @@
 """Search: the features of an SAE that have to do with a word, and why each was found.
 
-for found in find_features("wedding", sae, model, tokenizer): print(found.id, found.why)
+for found in find_features(model, tokenizer, sae, "wedding"): print(found.id, found.why)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fgsteer.activations import record, text_batches
+from fgsteer.checks import checked_after
 from fgsteer.errors import DataError
 from fgsteer.models import logit_lens
 from fgsteer.sae import SAE
@@ -39,11 +40,12 @@ class FoundFeature:
     why: tuple[str, ...]
 
 
+@checked_after(("word", "sae", "model", "tokenizer"))
 def find_features(
-    word: str,
-    sae: SAE,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    sae: SAE,
+    word: str,
     *,
     examples: FeatureExamples | None = None,
     top: int = 20,

@@ -18,6 +18,10 @@ PACKAGE = Path(fg.__file__).parent
 # each may import only those before it (inside functions too)
 ORDER = (
     "errors",
+    "wording",
+    "checks",
+    "network",
+    "chat",
     "ranks",
     "files",
     "parts",

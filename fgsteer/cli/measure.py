@@ -121,8 +121,8 @@ def density(
         measured = fg.measure_density(
             language_model,
             tokenizer,
-            read_documents(corpus),
             autoencoder,
+            read_documents(corpus),
             batch_tokens=batch_tokens,
             max_tokens=max_tokens,
             corpus={"name": corpus.name, "texts": total},
@@ -248,7 +248,7 @@ def measure_excerpts(corpus: Path, parts: tuple[Any, Any, Any], as_json: bool, *
     about = {"name": corpus.name, "texts": total}
     with progress_bar("measuring excerpts", total, as_json) as progress:
         return fg.measure_examples(
-            model, tokenizer, read_documents(corpus), sae, corpus=about, progress=progress, **options
+            model, tokenizer, sae, read_documents(corpus), corpus=about, progress=progress, **options
         )
 
 

@@ -122,10 +122,10 @@ def _feature_rows(chosen: Any, search: str | None, parts: tuple[Any, Any, Any], 
     model, tokenizer, sae = parts
     why = {}
     if search is not None:
-        found = fg.find_features(search, sae, model, tokenizer, examples=known, top=top)
+        found = fg.find_features(model, tokenizer, sae, search, examples=known, top=top)
         why = {entry.id: entry.why for entry in found}
         chosen = list(why)
-    rows: list[Any] = fg.describe_features(chosen, model, tokenizer, sae, top=top, examples=known, why=why)
+    rows: list[Any] = fg.describe_features(model, tokenizer, sae, chosen, top=top, examples=known, why=why)
     return rows
 
 

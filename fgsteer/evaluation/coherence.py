@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.activations import token_rows
+from fgsteer.checks import checked
 from fgsteer.data import Text
 from fgsteer.errors import DataError
 from fgsteer.evaluation.metrics import text_cross_entropies, with_prompts
@@ -71,6 +72,7 @@ class Coherence:
     joint: str | None = ""
 
     @classmethod
+    @checked
     def fit(
         cls,
         model: Any,

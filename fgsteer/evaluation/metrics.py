@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.activations import token_rows
+from fgsteer.checks import checked
 from fgsteer.data import ContrastPair, ContrastSet, Text, as_contrast
 from fgsteer.errors import DataError
 from fgsteer.interventions import Intervention
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@checked
 def text_cross_entropies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -50,6 +52,7 @@ def text_cross_entropies(
     return found.cross_entropy[0]
 
 
+@checked
 def perplexities(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: object
 ) -> Float[Tensor, " texts"]:
@@ -92,6 +95,7 @@ class AnswerProbabilities:
         return self.positive - self.negative
 
 
+@checked
 def answer_probabilities(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -178,6 +182,7 @@ def steerability(
     return Steerability(centred @ (d - d.mean(0)) / centred.square().sum())
 
 
+@checked
 def measure_steerability(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

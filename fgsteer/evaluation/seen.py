@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fgsteer.activations import record, text_batches
+from fgsteer.checks import checked
 from fgsteer.examples import token_texts
 from fgsteer.models import check_pairing
 from fgsteer.sae import SAE
@@ -35,6 +36,7 @@ class SeenFeature:
         return f"{self.id}{label}, {self.activation:.3g} on “{self.token}”"
 
 
+@checked
 @torch.no_grad()
 def seen_features(
     model: PreTrainedModel,

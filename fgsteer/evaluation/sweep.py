@@ -20,6 +20,7 @@ import torch
 
 from fgsteer.activations import TokenRule
 from fgsteer.calibration import CE_RISE, calibrate_grid
+from fgsteer.checks import checked
 from fgsteer.collecting import collect
 from fgsteer.data import ContrastPair, ContrastSet, as_contrast, load_neutral
 from fgsteer.errors import DataError
@@ -136,6 +137,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@checked
 def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
