@@ -24,6 +24,7 @@ _HOMES = {
         "FormatError",
         "HookpointError",
         "JudgeError",
+        "MissingError",
         "PairingError",
         "PairingWarning",
         "SelectionError",

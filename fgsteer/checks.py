@@ -13,14 +13,14 @@ import inspect
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from numbers import Real
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from fgsteer.errors import ArgumentError
 from fgsteer.wording import a
@@ -88,13 +88,13 @@ class _Kind:
     obtain: str = ""
 
 
-def _ours(name: str, obtain: str) -> _Kind:
+def _ours(name: str, obtain: str, expected: str = "") -> _Kind:
     """A class of this package, by its name: those that are checked are defined after this module."""
 
     def fits(value: object) -> bool:
         return any(c.__name__ == name and c.__module__.startswith("fgsteer.") for c in type(value).__mro__)
 
-    return _Kind(fits, a(name), obtain)
+    return _Kind(fits, expected or a(name), obtain)
 
 
 _MODEL = 'fg.load_model("default") gives a model and its tokenizer, or pass a transformers model of your own'
@@ -117,11 +117,25 @@ _KINDS: dict[str, _Kind] = {
     "ContrastStatistics": _ours(
         "ContrastStatistics",
         "fg.collect(model, tokenizer, contrast) gives them, fg.ContrastStatistics.load(path) reads a file of them",
+        "statistics (ContrastStatistics)",
     ),
     "EffectApproximator": _ours("EffectApproximator", 'fg.load_effects("default") or fg.load_effects(path) gives one'),
     "FeatureDensity": _ours("FeatureDensity", "fg.FeatureDensity.load(path) reads a file"),
     "FeatureExamples": _ours("FeatureExamples", "fg.FeatureExamples.load(path) reads a file"),
     "SteeringVector": _ours("SteeringVector", "fg.SteeringVector.load(path) reads a file"),
+    "Intervention": _ours("Intervention", "call .add(coefficient), .affine(alpha) or the like on a vector"),
+    "Sequence[Intervention]": _Kind(lambda value: isinstance(value, list | tuple), "a list of them"),
+    "Sequence[Entry]": _Kind(
+        lambda value: isinstance(value, list | tuple),
+        "a list of what is compared, such as [None, vec.add(2.0)]",
+    ),
+    "Callable[[float], Intervention]": _Kind(
+        callable, "a function from a strength to an intervention", "pass vec.add itself, without a call"
+    ),
+    "Iterable[str]": _Kind(
+        lambda value: isinstance(value, Iterable) and not isinstance(value, str), "texts, such as a list of them"
+    ),
+    "torch.Tensor": _Kind(lambda value: isinstance(value, Tensor), "a tensor"),
 }
 
 

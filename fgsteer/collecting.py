@@ -181,8 +181,8 @@ def collect(
     rule selects; kept are count, mean, M2 over examples and ``Σᵢ 1[z̄ᵢ > 0]``.
 
     ``contrast``: a ContrastSet, the name of a shipped one, a path, ``{"positive": [...], "negative": [...]}`` or
-    pairs. ``hookpoints`` default to the SAE's; strings are parsed, and 2 is the end of block 2. A transcoder's features are kept
-    under the hookpoint that it writes, read from the one that it reads. ``tokens``: all, last, answer
+    pairs. ``hookpoints`` default to the SAE's; strings are parsed, and 2 is the end of block 2. A transcoder's
+    features are kept under the hookpoint that it writes, read from the one that it reads. ``tokens``: all, last, answer
     (the completion after its prompt), letter (the single-letter answer token), or an
     index. Position 0 and padding are not read, position 0 only with ``bos=True``.
     ``batch_tokens`` bounds a batch and changes nothing but speed: by default 8,192, on a CPU 1,024. A batch that

@@ -198,7 +198,7 @@ class EffectApproximator:
             return cls(
                 tensors["M"].float(),
                 tensors["b"].float(),
-                Hookpoint.parse(header["hookpoint"]),
+                Hookpoint.read(header["hookpoint"]),
                 str(header["sae_sha256"]),
                 dict(header["about"]),
             )

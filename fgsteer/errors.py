@@ -7,6 +7,7 @@
     ├── PairingError       two things that do not belong together (shapes, hashes)
     ├── SelectionError     nothing left to steer with
     ├── FormatError        a file that is not what it should be
+    │   └── MissingError   a model that is not there, or whose hub cannot be reached
     ├── SteeringError      an intervention that cannot be applied as asked
     └── JudgeError         a judge that cannot be asked, or gave no score
     FgsteerWarning
@@ -51,6 +52,10 @@ class SelectionError(FgsteerError, ValueError):
 
 class FormatError(FgsteerError, ValueError):
     """A file is missing, truncated, of another format, or cannot be written."""
+
+
+class MissingError(FormatError, OSError):
+    """What was named is neither on this machine nor at an address that can be reached."""
 
 
 class SteeringError(FgsteerError, RuntimeError):

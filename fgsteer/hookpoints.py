@@ -128,6 +128,13 @@ class Hookpoint:
             change,
         )
 
+    @classmethod
+    def read(cls, name: object) -> Hookpoint:
+        """Hookpoint from the name that a file holds. Raises HookpointError for anything but a text that parses."""
+        if not isinstance(name, str):
+            raise HookpointError(f"hookpoint {name!r}", "a name like blocks.12.hook_resid_post")
+        return cls.parse(name)
+
     def __str__(self) -> str:
         return f"blocks.{self.layer}.{_NAMES[self.site]}"
 

@@ -15,10 +15,18 @@ import torch
 from torch import nn
 
 from fgsteer.checks import checked, warn
-from fgsteer.errors import DataError, FgsteerWarning, FormatError, HookpointError, PairingError, PairingWarning
+from fgsteer.errors import (
+    DataError,
+    FgsteerWarning,
+    FormatError,
+    HookpointError,
+    MissingError,
+    PairingError,
+    PairingWarning,
+)
 from fgsteer.files import read_json, tensor_sha256
 from fgsteer.hookpoints import Hookpoint, blocks_of, decoder_of, resolve
-from fgsteer.network import hub_or_cache
+from fgsteer.network import hub_or_cache, unreachable
 from fgsteer.registry import bare_name
 from fgsteer.wording import a
 
@@ -67,6 +75,7 @@ def embedded_sae_dir(sae_id: str | None = None) -> Path:
     return folder / "sae" / name
 
 
+@checked
 def load_model(
     source: str | Path = DEFAULT, *, dtype: torch.dtype | str | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -75,7 +84,8 @@ def load_model(
     ``dtype`` defaults to float32 for the embedded model and to the checkpoint's own
     otherwise; ``device_map`` and the like go to ``AutoModelForCausalLM.from_pretrained``.
     The tokenizer pads on the left, with the end-of-text token where it has no pad token.
-    Raises FormatError when the embedded default is missing; OSError from transformers.
+    Raises FormatError when the embedded default is missing, MissingError (an OSError too) for another
+    model that is not there, at once where the hub cannot be reached.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,9 +93,13 @@ def load_model(
     folder = pretrained_dir() / "model" if embedded else source
     chosen = dtype if dtype is not None else (torch.float32 if embedded else "auto")
     revision = kwargs.get("revision")
-    with hub_or_cache(folder):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **({"revision": revision} if revision else {}))
+    with hub_or_cache(folder) as reachable:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **({"revision": revision} if revision else {}))
+        except OSError as error:
+            why = str(error).partition("\n")[0] if reachable else unreachable()
+            raise MissingError(f"no model {str(source)!r}", '"default", a folder, or a Hugging Face id', why) from error
     if embedded:
         model.config._name_or_path = model_name()
     tokenizer.padding_side = "left"

@@ -33,6 +33,15 @@ def hub_is_reachable() -> bool:
     return True
 
 
+def unreachable() -> str:
+    """Why nothing came from the hub, and what to do, for a message."""
+    from huggingface_hub import constants
+
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "it is not in the Hugging Face cache, and HF_HUB_OFFLINE is set: unset it"
+    return f"it is not in the Hugging Face cache, and {constants.ENDPOINT} cannot be reached: check the network"
+
+
 @contextmanager
 def hub_or_cache(source: object) -> Iterator[bool]:
     """Run the block on the Hugging Face cache alone where the hub cannot be reached; whether it can.

@@ -24,12 +24,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fgsteer.density import FeatureDensity
-from fgsteer.errors import FgsteerError, FormatError, PairingError
+from fgsteer.errors import FgsteerError, FormatError, MissingError, PairingError
 from fgsteer.examples import FeatureExamples
 from fgsteer.files import read_json
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.labels import load_labels
 from fgsteer.models import DEFAULT, embedded_sae_dir
+from fgsteer.network import hub_is_reachable, unreachable
 from fgsteer.registry import RegistryRow, find_row
 from fgsteer.sae import SAE
 from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, refuse_place, sparsify
@@ -281,4 +282,6 @@ def _cached_first(read: Callable[[], T], what: str) -> T:
                 raise FormatError(f"{what} is not in the Hugging Face cache", change="unset HF_HUB_OFFLINE") from error
         finally:
             constants.HF_HUB_OFFLINE = offline
+        if not hub_is_reachable():
+            raise MissingError(f"no SAE {what!r}", "a folder, or an SAE of the hub", unreachable())
         return read()

@@ -256,7 +256,7 @@ class SteeringVector:
         try:
             vector = cls(
                 tensors["direction"],
-                Hookpoint.parse(header["hookpoint"]),
+                Hookpoint.read(header["hookpoint"]),
                 tensors.get("reference"),
                 {int(j): float(w) for j, w in header["features"].items()},
                 _read_provenance(header["provenance"]),

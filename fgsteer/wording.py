@@ -11,8 +11,10 @@ _VOWEL_LETTERS = "AEFHILMNORSX"  # whose names begin with a vowel's sound: an SA
 
 
 def a(noun: object) -> str:
-    """The noun after "a" or "an", by its sound: an SAE, an int, a Clamp, a UserDict."""
+    """The noun after "a" or "an", by its sound: an SAE, an int, an ndarray, a Clamp, a UserDict."""
     text = str(noun)
+    if text.startswith("nd"):
+        return f"an {text}"
     spelled = re.match(r"[A-Z](?:[A-Z0-9]|$)", text)
     if spelled:
         vowel = text[0] in _VOWEL_LETTERS

@@ -23,7 +23,7 @@ from fgsteer.errors import DataError
 from fgsteer.evaluation.metrics import text_cross_entropies, with_prompts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def distinct_share(bigrams: Sequence[Any], window: int) -> float:
@@ -75,8 +75,8 @@ class Coherence:
     @checked
     def fit(
         cls,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         samples: Sequence[str],
         *,
         prompts: Sequence[Text] | None = None,
