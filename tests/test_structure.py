@@ -106,6 +106,8 @@ ORDER = (
     "serving",
     "__init__",
     "demo",
+    "cli.terminal",
+    "cli.doors",
     "cli.common",
     "cli.measure",
     "cli.vectors",
