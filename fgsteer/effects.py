@@ -28,6 +28,7 @@ from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.models import DEFAULT, embedded_sae_dir
 from fgsteer.ridge import LinearMoments, best_ridge
+from fgsteer.wording import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,7 +75,7 @@ class EffectApproximator:
         everything = LinearMoments.of(vectors, effects)
         if ridge is None:
             if len(vectors) < 20:
-                raise DataError(f"{len(vectors)} vectors to choose λ on", "at least twenty", "pass ridge=")
+                raise DataError(f"{count(len(vectors), 'vector')} to choose λ on", "at least twenty", "pass ridge=")
             left_out = torch.arange(len(vectors)) % 10 == 0
             train = LinearMoments.of(vectors[~left_out], effects[~left_out])
             share = best_ridge(train, LinearMoments.of(vectors[left_out], effects[left_out]))

@@ -16,6 +16,7 @@ from torch import nn
 
 from fgsteer.checks import is_whole
 from fgsteer.errors import HookpointError
+from fgsteer.wording import a
 
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in"]
 SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in")
@@ -144,7 +145,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     get = getattr(model, "get_decoder", None)
     decoder = get() if callable(get) else None
     if not isinstance(decoder, nn.Module):
-        raise HookpointError(f"a {type(model).__name__}", "a Hugging Face causal LM with get_decoder()")
+        raise HookpointError(f"{a(type(model).__name__)}", "a Hugging Face causal LM with get_decoder()")
     return uncompiled(decoder)
 
 
@@ -187,7 +188,7 @@ def _added(block: nn.Module, site: Site) -> tuple[str, str]:
     kind = type(block).__name__
     if reason := why_not_added(block):
         raise HookpointError(
-            f"site {site} on a {kind}: {reason}",
+            f"site {site} on {a(kind)}: {reason}",
             "a block that adds the outputs of its attention and its MLP, each once",
             "use resid_pre or resid_post, which every block has",
         )
@@ -203,7 +204,7 @@ def _sublayer(block: nn.Module, hookpoint: Hookpoint) -> nn.Module:
     if hookpoint.module and hookpoint.module != name:
         raise HookpointError(
             f"module {hookpoint.module!r} of block {hookpoint.layer}",
-            f"{name!r}, whose output a {type(block).__name__} adds to the residual stream",
+            f"{name!r}, whose output {a(type(block).__name__)} adds to the residual stream",
             f"for that write {hookpoint}",
         )
     return getattr(block, name)  # type: ignore[no-any-return]
@@ -222,7 +223,7 @@ def _child(block: nn.Module, names: tuple[str, ...], site: Site) -> nn.Module:
             return module
     children = ", ".join(name for name, _ in block.named_children())
     raise HookpointError(
-        f"site {site} on a {type(block).__name__} with children {children}",
+        f"site {site} on {a(type(block).__name__)} with children {children}",
         f"a child named {' or '.join(names)}",
         "use resid_pre or resid_post, which every block has",
     )

@@ -16,6 +16,7 @@ from fgsteer.activations import Batch
 from fgsteer.checks import warn
 from fgsteer.errors import DataError, FgsteerWarning
 from fgsteer.prefixes import SharedBatch
+from fgsteer.wording import count
 
 T = TypeVar("T")
 Either = Batch | SharedBatch
@@ -40,7 +41,7 @@ def in_parts(batches: Iterable[Either], read: Callable[[Either], T]) -> Iterator
                     continue
                 if most == math.inf:
                     warn(
-                        f"a batch of {part.tokens} tokens does not fit in memory: going on in halves; "
+                        f"a batch of {count(part.tokens, 'token')} does not fit in memory: going on in halves; "
                         "a smaller batch_tokens spares the attempt",
                         FgsteerWarning,
                     )
@@ -62,7 +63,7 @@ def _try(read: Callable[[Either], T], batch: Either) -> tuple[T] | None:
             return None
         row = batch.rows[0]
         raise DataError(
-            f"{row.where or f'text {row.index}'}, {len(row.ids)} tokens long, does not fit in memory",
+            f"{row.where or f'text {row.index}'}, {count(len(row.ids), 'token')} long, does not fit in memory",
             "one that does",
             "pass max_tokens=, load the model in a smaller dtype, or use another device",
         ) from error

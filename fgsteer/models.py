@@ -209,7 +209,7 @@ def residual_direction(model: nn.Module, hookpoint: Hookpoint, directions: torch
     sublayer, _ = resolve(model, Hookpoint(hookpoint.layer, "attn_out"))
     if hookpoint.site == "mlp_in" or all(part is not module for part in sublayer.modules()):
         raise HookpointError(
-            f"a direction at {hookpoint} of a {type(model).__name__}",
+            f"a direction at {hookpoint} of {a(type(model).__name__)}",
             "one whose effect on the residual stream is linear",
             "steer with it at its own hookpoint, or read an SAE on resid_post, attn_out or mlp_out",
         )

@@ -34,6 +34,7 @@ from fgsteer.network import hub_is_reachable, unreachable
 from fgsteer.registry import RegistryRow, find_row
 from fgsteer.sae import SAE
 from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, refuse_place, sparsify
+from fgsteer.wording import a
 
 DENSITY_FILE = "density.safetensors"
 LABELS_FILE = "labels.json"
@@ -198,7 +199,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 def _from_live(sae: Any, given: Mapping[str, Any]) -> SAE:
     """A live ``sae_lens.SAE``. Raises PairingError for any other object."""
     if not hasattr(sae, "cfg") or not hasattr(sae, "state_dict"):
-        raise PairingError(f"a {type(sae).__name__}", "a name, a folder, an fgsteer SAE or a sae_lens.SAE")
+        raise PairingError(f"{a(type(sae).__name__)}", "a name, a folder, an fgsteer SAE or a sae_lens.SAE")
     config = sae.cfg.to_dict()
     return canonical(config, sae.state_dict(), config.get("metadata") or {}, source="sae_lens", **given)
 

@@ -88,9 +88,7 @@ def export(
         files = formats.easysteer.write(items, out, model_type=model_type)
     else:
         if operation != "add" or len(items) != 1:
-            raise DataError(
-                f"--op {operation} of {count(len(items), 'vector')}", "add of one: Neuronpedia adds features"
-            )
+            raise DataError(f"--op {operation} of {count(len(items), 'vector')}", "add of one, as Neuronpedia does")
         every_token(items[0], "Neuronpedia")
         vector, strength = loaded[0]
         formats.neuronpedia.write(vector, out, load_sae(sae, sae_id), coefficient=strength, prompt=prompt)

@@ -34,6 +34,7 @@ from fgsteer.interventions import Intervention
 from fgsteer.models import identity
 from fgsteer.rollouts import Sampling, encode_prompts, rollout
 from fgsteer.sae import SAE
+from fgsteer.wording import count
 
 BEGINNING = 19  # bytes of {"fgsteer": "bench", by which a header that was cut off is known
 REFERENCE = 1_000_000  # rollout numbers from here are the unsteered samples that coherence is fitted on
@@ -80,7 +81,7 @@ class BenchPlan:
         check_methods(self.methods)
         available = len(load_neutral()[1]) // len(HALVES)
         if not 1 <= self.prompts <= available:
-            raise DataError(f"{self.prompts} prompts a half", f"1 to {available}, half of the neutral prompts")
+            raise DataError(f"{count(self.prompts, 'prompt')} a half", f"1 to {available}, half of the neutral prompts")
         if not self.concepts or min(self.seeds, self.texts, self.batch_rows) < 1:
             raise DataError(f"{self}", "a concept, and at least one seed, text and row")
         if self.prompts * self.seeds < 2:

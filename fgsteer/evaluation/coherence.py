@@ -21,6 +21,7 @@ from fgsteer.checks import checked
 from fgsteer.data import Text
 from fgsteer.errors import DataError
 from fgsteer.evaluation.metrics import text_cross_entropies, with_prompts
+from fgsteer.wording import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +92,7 @@ class Coherence:
         losses = text_cross_entropies(model, tokenizer, samples, prompts=prompts, joint=joint)
         found = [b for b in _bigrams(tokenizer, samples, prompts, joint) if b]
         if not found:
-            raise DataError(f"{len(samples)} samples without a bigram", "generated texts of several tokens")
+            raise DataError(f"{count(len(samples), 'sample')} without a bigram", "generated texts of several tokens")
         window = statistics.median_low([len(b) for b in found])
         shares = [[distinct_share(b, n) for b in found if len(b) >= n] for n in range(1, window + 1)]
         distinct = torch.tensor([statistics.fmean(share) for share in shares], dtype=torch.float64)

@@ -24,6 +24,7 @@ from fgsteer.data import ContrastPair, ContrastSet, Text, as_contrast
 from fgsteer.errors import DataError
 from fgsteer.interventions import Intervention
 from fgsteer.scoring import Entry, log_probabilities
+from fgsteer.wording import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +69,9 @@ def with_prompts(texts: Sequence[str], prompts: Sequence[Text] | None) -> list[t
     if isinstance(texts, str):
         raise DataError(f"texts {texts!r:.40}", "a list of texts")
     if isinstance(prompts, str) or (prompts is not None and len(prompts) != len(texts)):
-        raise DataError(f"{len(prompts)} prompts for {len(texts)} texts", "a list with one for each text")
+        raise DataError(
+            f"{count(len(prompts), 'prompt')} for {count(len(texts), 'text')}", "a list with one for each text"
+        )
     return list(zip(prompts or [""] * len(texts), texts, strict=True))
 
 

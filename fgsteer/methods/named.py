@@ -27,6 +27,7 @@ from fgsteer.methods.selection import FeatureIds, feature_weights, select_featur
 from fgsteer.sae import SAE
 from fgsteer.statistics import Contrast, ContrastStatistics
 from fgsteer.vector import SteeringVector
+from fgsteer.wording import count
 
 STA_PAIRS = 80  # below about this many examples a side, frequencies are too coarse to select by
 
@@ -42,7 +43,7 @@ def _feature_contrast(stats: ContrastStatistics, sae: SAE) -> Contrast:
         )
     _, contrast = stats.at("feature", sae.hookpoint)
     if len(contrast.difference) != sae.d_sae:
-        raise PairingError(f"feature statistics of {len(contrast.difference)} features", f"{sae.d_sae}")
+        raise PairingError(f"feature statistics of {count(len(contrast.difference), 'feature')}", f"{sae.d_sae}")
     return contrast
 
 
