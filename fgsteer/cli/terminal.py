@@ -11,10 +11,11 @@ from typing import Any
 # what messages say to Python's users, and what it is called here, where a rule does not tell
 _PHRASES = (
     (r"collect\(keep_pooled=True\)", "fgsteer collect without --no-pooled"),
-    (r"collect again with sae=", "collect again without --no-sae, with --sae"),
+    (r"collect again with sae=", "collect again without --no-sae, and with --sae"),
     (r"collect again with hookpoints=", "collect again with --hookpoint"),
     (r"fg\.load_model\(['\"]([^'\"]*)['\"]\)", r"--model \1"),
     (r"fg\.load_sae\(['\"]([^'\"]*)['\"]\)", r"--sae \1"),
+    (r"set tokenizer\.chat_template or pass strings", "name a chat model with --model, or leave out --chat"),
     (r"call \.add\(coefficient\)[^;]*", "name the operation with --op"),
     (r"sae_id(?==| too)", "--sae-id"),
 )

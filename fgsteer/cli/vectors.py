@@ -62,30 +62,27 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _check_method(method: str, given: list[str]) -> None:
-    """Raises DataError for an unknown method, or one that is not given what it needs or given what it does not know."""
+def _check_needs(method: str, given: dict[str, Any]) -> None:
+    """Raises DataError for a method without an option that it works on."""
+    from fgsteer.methods import METHODS
+
+    parameters = signature(METHODS[method]).parameters
+    needed = [n for n, p in parameters.items() if p.default is p.empty and n != "sae" and given.get(n) is None]
+    if needed:
+        raise DataError(f"{method} without {', '.join(f'--{name}' for name in needed)}", "what the method works on")
+
+
+def _check_settings(method: str, settings: dict[str, Any]) -> None:
+    """Raises DataError for an unknown method or parameter, a value of another type, or one with its own option."""
     from fgsteer.methods import METHODS
 
     if method not in METHODS:
         raise DataError(f"method {method!r}", f"one of {', '.join(METHODS)}")
     parameters = signature(METHODS[method]).parameters
-    needed = [n for n, p in parameters.items() if p.default is p.empty and n not in ("sae", *given)]
-    if needed:
-        raise DataError(f"{method} without {', '.join(f'--{name}' for name in needed)}", "what the method works on")
-    unknown = [n for n in given if n not in (*parameters, "stats", "effects", "features")]
-    if unknown:
-        own = ", ".join(n for n in parameters if n not in ("stats", "sae", "effects", "density", "features"))
-        raise DataError(f"--set {unknown[0]} for {method}", f"one of its parameters: {own}")
-
-
-def _check_settings(method: str, settings: dict[str, Any]) -> None:
-    """Raises DataError for a value of another type than the method's parameter, or one with its own option."""
-    from fgsteer.methods import METHODS
-
-    parameters = signature(METHODS[method]).parameters if method in METHODS else {}
     for key, value in settings.items():
         if key not in parameters:
-            continue  # build names it
+            own = [name for name in parameters if name not in ("stats", "sae", "effects", "density", "features")]
+            raise DataError(f"--set {key}={value}: unknown {key}", f"one of {method}'s parameters: {', '.join(own)}")
         expected = str(parameters[key].annotation)
         names = expected.split(" | ")
         fits = {
@@ -139,9 +136,8 @@ def build(
     import fgsteer as fg
 
     inputs: dict[str, Any] = parse_settings(settings or [])
-    given = {"stats": stats, "effects": effects, "features": features, **inputs}
-    _check_method(method, [name for name, value in given.items() if value is not None])
     _check_settings(method, inputs)
+    _check_needs(method, {"stats": stats, "effects": effects, "features": features})
     if stats is not None:
         inputs["stats"] = fg.ContrastStatistics.load(stats)
     if effects is not None:
