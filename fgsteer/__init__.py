@@ -17,12 +17,14 @@ from typing import Any
 
 _HOMES = {
     "errors": (
+        "ArgumentError",
         "DataError",
         "FgsteerError",
         "FgsteerWarning",
         "FormatError",
         "HookpointError",
         "JudgeError",
+        "MissingError",
         "PairingError",
         "PairingWarning",
         "SelectionError",

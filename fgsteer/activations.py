@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from fgsteer.checks import checked
 from fgsteer.errors import DataError, HookpointError
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve
 from fgsteer.models import check_pairing, context_window, input_device, virtual_tokens, warn_of_dropout
@@ -114,6 +115,7 @@ def by_token(hidden: Tensor, batch: int, length: int) -> Float[Tensor, "batch to
     return hidden.reshape(batch, length, -1)
 
 
+@checked
 @torch.no_grad()
 def record(
     model: nn.Module,

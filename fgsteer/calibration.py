@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from fgsteer.checks import checked
 from fgsteer.errors import SteeringError
 from fgsteer.interventions import Intervention
 from fgsteer.scoring import Scored, cross_entropies, kl_divergences
@@ -23,6 +24,7 @@ CE_RISE = 0.5
 Costs = Callable[[Sequence[Intervention]], list[float]]
 
 
+@checked
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -54,6 +56,7 @@ def calibrate(
     return found
 
 
+@checked
 def calibrate_many(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,6 +79,7 @@ def calibrate_many(
     return [found[0] for found in _solve(costs, [target], makes, start, tolerance)]
 
 
+@checked
 def calibrate_grid(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fgsteer.activations import Batch, batches, text_batches
-from fgsteer.data import ContrastPair, ContrastSet, as_contrast
-from fgsteer.errors import DataError, FgsteerError, check_flags
+from fgsteer.checks import checked
+from fgsteer.data import Contrastable, ContrastSet, as_contrast
+from fgsteer.errors import DataError, FgsteerError
 from fgsteer.files import text_sha256
 from fgsteer.hookpoints import Hookpoint, resolve
 from fgsteer.memory import in_parts
@@ -157,13 +158,14 @@ def _pooled(examples: Tensor, contrast: ContrastSet) -> Pooled:
     return Pooled(positive, negative, pairs)
 
 
+@checked
 def collect(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    contrast: ContrastSet | str | Path | Sequence[ContrastPair],
+    contrast: Contrastable,
     *,
     sae: SAE | None = None,
-    hookpoints: Iterable[Hookpoint | str] | Hookpoint | str | None = None,
+    hookpoints: Iterable[Hookpoint | str | int] | Hookpoint | str | int | None = None,
     tokens: TokenRule = "all",
     bos: bool = False,
     prepend_bos: bool | None = None,
@@ -179,11 +181,12 @@ def collect(
     Per example i: ``h̄ᵢ = mean_t h_t`` and ``z̄ᵢ = mean_t φ(h_t)`` over the tokens that the
     rule selects; kept are count, mean, M2 over examples and ``Σᵢ 1[z̄ᵢ > 0]``.
 
-    ``hookpoints`` default to the SAE's; strings are parsed. A transcoder's features are kept
-    under the hookpoint that it writes, read from the one that it reads. ``tokens``: all, last (of the content), answer
-    (the completion's content, after its prompt), letter (the single-letter answer token), tail (what a chat
-    template writes after the last message's content), or an index into all tokens. Padding is never read, a
-    special token that stands before a text only with ``bos=True``, EOS behind a text never.
+    ``contrast``: a ContrastSet, the name of a shipped one, a path, ``{"positive": [...], "negative": [...]}`` or
+    pairs. ``hookpoints`` default to the SAE's; strings are parsed, and 2 is the end of block 2. A transcoder's
+    features are kept under the hookpoint that it writes, read from the one that it reads. ``tokens``: all, last
+    (of the content), answer (the completion's content, after its prompt), letter (the single-letter answer token),
+    tail (what a chat template writes after the last message's content), or an index into all tokens. Padding is
+    never read, a special token that stands before a text only with ``bos=True``, EOS behind a text never.
     ``prepend_bos`` puts BOS (EOS where a tokenizer has none) before every text (True) or takes the tokenizer's away
     (False); by default texts begin as those that the SAE was trained on, and without an SAE as the tokenizer has it.
     Texts keep their first ``max_tokens`` tokens, and, with one warning, what fits into the model's window.
@@ -199,7 +202,6 @@ def collect(
     Raises DataError for a text without a token to read, with non-finite activations or too long for memory,
     PairingError for an SAE of another width or a folder of another reading, HookpointError for a missing hookpoint.
     """
-    check_flags(bos=bos, keep_pooled=keep_pooled, share_prefixes=share_prefixes)
     contrast = as_contrast(contrast)
     wanted = _hookpoints(hookpoints, sae)
     for at in wanted:
@@ -285,11 +287,13 @@ def _sums_of(parts: Parts, found: Iterable[Mapping[str, Tensor]]) -> Iterator[_S
             raise parts.damaged(number, error) from error
 
 
-def _hookpoints(hookpoints: Iterable[Hookpoint | str] | Hookpoint | str | None, sae: SAE | None) -> list[Hookpoint]:
+def _hookpoints(
+    hookpoints: Iterable[Hookpoint | str | int] | Hookpoint | str | int | None, sae: SAE | None
+) -> list[Hookpoint]:
     """Hookpoints asked for, the SAE's among them. Raises DataError when there is none."""
     if hookpoints is None:
         given: list[Hookpoint] = []
-    elif isinstance(hookpoints, str | Hookpoint):
+    elif not isinstance(hookpoints, Iterable) or isinstance(hookpoints, str):
         given = [Hookpoint.parse(hookpoints)]
     else:
         given = [Hookpoint.parse(h) for h in hookpoints]

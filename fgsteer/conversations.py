@@ -6,12 +6,10 @@ split([system, user, assistant])                                        ([system
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from fgsteer.chat import Message, Text
 from fgsteer.errors import DataError
-
-Message = Mapping[str, str]
-Text = str | Sequence[Message]
 
 
 def split(text: Text) -> tuple[Text, Text]:

@@ -10,14 +10,16 @@ what both sides begin with is the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fgsteer.brief import Brief
-from fgsteer.conversations import Text, after_prompt, separate, split
+from fgsteer.chat import Text, plain_message
+from fgsteer.checks import shown
+from fgsteer.conversations import after_prompt, separate, split
 from fgsteer.errors import DataError, FormatError
 from fgsteer.files import parse_json, read_json, text_sha256
 
@@ -32,18 +34,15 @@ _ROWS: tuple[tuple[str | None, str, str], ...] = (
 
 
 def check_text(value: object, where: str, *, empty: bool = False) -> Text:
-    """The value as a text. Raises DataError naming where it stood."""
+    """The value as a text, messages with text parts as messages of one text. Raises DataError naming where it stood."""
     if isinstance(value, str):
         if not value.strip() and not empty:
             raise DataError(f"{where} is empty", "a text or chat messages")
         return value
     if isinstance(value, Sequence) and (value or empty):
-        for number, message in enumerate(value):
-            fields = ("role", "content")
-            if not isinstance(message, Mapping) or not all(isinstance(message.get(f), str) for f in fields):
-                raise DataError(f"{where}, message {number}: {message!r}", 'an object {"role": text, "content": text}')
-        return value
-    raise DataError(f"{where} is {type(value).__name__} {value!r:.60}", "a text or a list of chat messages")
+        return [plain_message(message, f"{where}, message {number}") for number, message in enumerate(value)]
+    hint = "put the message into a list: [message]" if isinstance(value, Mapping) and "role" in value else ""
+    raise DataError(f"{where} is {type(value).__name__} {value!r:.60}", "a text or a list of chat messages", hint)
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,6 +121,9 @@ class ContrastSet(Brief):
         return text_sha256(plain)
 
 
+Contrastable = ContrastSet | str | Path | Mapping[str, Any] | Sequence[Any]  # what as_contrast takes
+
+
 def _plain(text: Text) -> str | list[dict[str, str]]:
     return text if isinstance(text, str) else [dict(message) for message in text]
 
@@ -152,7 +154,7 @@ def _two_sided(value: Mapping[str, Any], name: str, where: str) -> ContrastSet:
         key = field if field in value else field + "s"
         if key not in value:
             raise DataError(f"{where} has no field {field!r}", "an object with lists positive and negative")
-        if not isinstance(value[key], list) or not value[key]:
+        if not isinstance(value[key], list | tuple) or not value[key]:
             raise DataError(f"{where}, field {key!r} is {value[key]!r:.40}", "a list of texts, not empty")
         sides[field] = [check_text(t, f"{where}, field {key!r}[{i}]") for i, t in enumerate(value[key])]
     held_out = value.get("held_out")
@@ -190,8 +192,8 @@ def shipped_contrasts() -> list[str]:
     return sorted(p.stem for p in SHIPPED.glob("*.json") if p.stem != "neutral")
 
 
-def load_contrast(source: str | Path) -> ContrastSet:
-    """A contrast set by its shipped name, or from a .json or .jsonl file.
+def load_contrast(source: Contrastable) -> ContrastSet:
+    """A contrast set by its shipped name, from a .json or .jsonl file, or from what such a file holds.
 
     JSON: ``{"positive": [...], "negative": [...]}`` of any sizes, or a list of rows.
     A row has ``positive`` and ``negative`` (with an optional ``prompt``), ``prompt``,
@@ -200,6 +202,8 @@ def load_contrast(source: str | Path) -> ContrastSet:
 
     Raises DataError naming the file, the line or row, and the field.
     """
+    if not isinstance(source, str | Path):
+        return as_contrast(source)
     name = str(source)
     if name in shipped_contrasts():
         source = SHIPPED / f"{name}.json"
@@ -256,10 +260,35 @@ def load_bench_prompts() -> list[str]:
     return [*value["prompts"], *value["more_prompts"]]
 
 
-def as_contrast(contrast: ContrastSet | str | Path | Sequence[ContrastPair]) -> ContrastSet:
-    """A contrast set from any of the forms that public functions accept."""
+def as_contrast(contrast: Contrastable) -> ContrastSet:
+    """A contrast set from any of the forms that public functions accept; of two texts the first is positive.
+
+    Raises DataError naming the entry.
+    """
     if isinstance(contrast, ContrastSet):
         return contrast
     if isinstance(contrast, str | Path):
         return load_contrast(contrast)
-    return ContrastSet("pairs", pairs=list(contrast))
+    if isinstance(contrast, Mapping):
+        return _two_sided(contrast, "contrast", "the contrast")
+    if not isinstance(contrast, Iterable):
+        raise DataError(
+            f"contrast is {shown(contrast)}",
+            'a ContrastSet, a name, a path, {"positive": [...], "negative": [...]}, or a list of pairs',
+        )
+    return ContrastSet(
+        "pairs", pairs=[_as_pair(entry, f"pairs[{n}] of the contrast") for n, entry in enumerate(contrast)]
+    )
+
+
+def _as_pair(entry: object, where: str) -> ContrastPair:
+    """A pair, a row or two texts as a pair. Raises DataError."""
+    if isinstance(entry, ContrastPair):
+        return entry
+    if isinstance(entry, tuple | list) and len(entry) == 2:
+        return ContrastPair(check_text(entry[0], f"{where}, positive"), check_text(entry[1], f"{where}, negative"))
+    if isinstance(entry, Mapping):
+        return _row_pair(entry, where)
+    raise DataError(
+        f"{where} is {shown(entry)}", 'a ContrastPair, {"positive": text, "negative": text}, or (positive, negative)'
+    )

@@ -2,7 +2,7 @@
 
 Streamed once per SAE over a generic corpus, token by token, and kept with the SAE.
 
-    density = measure_density(model, tokenizer, texts, sae)
+    density = measure_density(model, tokenizer, sae, texts)
     density.save("density.safetensors")
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fgsteer.activations import Batch, corpus_batches, corpus_reader
 from fgsteer.brief import Brief
+from fgsteer.checks import checked_after
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.files import read_tensors, text_sha256, write_tensors
 from fgsteer.models import identity, weights_sha256
@@ -122,12 +123,13 @@ class FeatureDensity(Brief):
             raise FormatError(f"{path} is damaged: {error}", "a file written by FeatureDensity.save") from error
 
 
+@checked_after(("model", "tokenizer", "texts", "sae"))
 @torch.no_grad()
 def measure_density(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
     sae: SAE,
+    texts: Iterable[str],
     *,
     batch_tokens: int | None = None,
     max_tokens: int = 256,

@@ -22,12 +22,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.brief import Brief
+from fgsteer.checks import check_flags, checked
 from fgsteer.data import load_neutral
-from fgsteer.errors import DataError, FormatError, PairingError, SelectionError, check_flags
+from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.models import DEFAULT, embedded_sae_dir
 from fgsteer.ridge import LinearMoments, best_ridge
+from fgsteer.wording import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,7 +76,7 @@ class EffectApproximator(Brief):
         everything = LinearMoments.of(vectors, effects)
         if ridge is None:
             if len(vectors) < 20:
-                raise DataError(f"{len(vectors)} vectors to choose λ on", "at least twenty", "pass ridge=")
+                raise DataError(f"{count(len(vectors), 'vector')} to choose λ on", "at least twenty", "pass ridge=")
             left_out = torch.arange(len(vectors)) % 10 == 0
             train = LinearMoments.of(vectors[~left_out], effects[~left_out])
             share = best_ridge(train, LinearMoments.of(vectors[left_out], effects[left_out]))
@@ -84,6 +86,7 @@ class EffectApproximator(Brief):
         return cls(M.float(), b.float(), Hookpoint.parse(hookpoint), sae_sha256, about)
 
     @classmethod
+    @checked
     def measure(
         cls,
         model: PreTrainedModel,
@@ -198,7 +201,7 @@ class EffectApproximator(Brief):
             return cls(
                 tensors["M"].float(),
                 tensors["b"].float(),
-                Hookpoint.parse(header["hookpoint"]),
+                Hookpoint.read(header["hookpoint"]),
                 str(header["sae_sha256"]),
                 dict(header["about"]),
             )

@@ -2,7 +2,7 @@
 
 Streamed once over a corpus with memory for the excerpts kept, never for the corpus.
 
-    examples = measure_examples(model, tokenizer, texts, sae)
+    examples = measure_examples(model, tokenizer, sae, texts)
     for excerpt in examples.of(42, tokenizer): print(excerpt)
 """
 
@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fgsteer.brief import Brief
+from fgsteer.checks import checked_after
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.files import read_tensors, write_tensors
 
@@ -152,12 +153,13 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
     return tuple(texts)
 
 
+@checked_after(("model", "tokenizer", "texts", "sae"))
 @torch.no_grad()
 def measure_examples(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
     sae: SAE,
+    texts: Iterable[str],
     *,
     features: Sequence[int] | None = None,
     top: int = 8,

@@ -184,6 +184,16 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str,
         beside.write_bytes(save(owned, metadata))  # save_file leaves a file of its own when killed
 
 
+def is_tensors(path: str | Path) -> bool:
+    """Whether a file is safetensors by its content: the length of its header, then an object."""
+    try:
+        with open(path, "rb") as file:
+            head, size = file.read(9), os.fstat(file.fileno()).st_size
+    except OSError:
+        return False
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
+
+
 def read_tensors(path: str | Path, *, kind: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and JSON header of a file of the given kind, or of any. Raises FormatError."""
     try:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fgsteer.errors import SteeringError, check_flags
+from fgsteer.checks import checked
+from fgsteer.errors import SteeringError
 from fgsteer.files import tensor_sha256
 from fgsteer.hookpoints import Hookpoint, Site, blocks_of, resolve, why_not_added
 from fgsteer.interventions import Ablate, Add, Intervention
 from fgsteer.methods.provenance import library_version
 from fgsteer.models import check_pairing, residual_direction
+from fgsteer.wording import a
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +42,7 @@ _LAST = {"BloomBlock": "mlp.dense_4h_to_h", "OPTDecoderLayer": "final_layer_norm
 _INSTEAD = "use steer(), which adds it with a hook"
 
 
+@checked
 def fold(
     model: PreTrainedModel, interventions: Intervention | Sequence[Intervention] | None, *, copy: bool = True
 ) -> PreTrainedModel:
@@ -60,7 +63,6 @@ def fold(
     row; a norm, a router or a multiplier in the way; no bias in the architecture) and for models
     that are quantised, sharded, wrapped or being steered; HookpointError and PairingError as ``steer``.
     """
-    check_flags(copy=copy)
     terms = _terms(interventions)
     _check_model(model)
     for item in terms:
@@ -99,7 +101,7 @@ def _terms(interventions: Intervention | Sequence[Intervention] | None) -> list[
     for item in given:
         if not isinstance(item, Intervention):
             raise SteeringError(
-                f"a {type(item).__name__} among the interventions",
+                f"{a(type(item).__name__)} among the interventions",
                 "one list of interventions: a checkpoint steers every row alike",
                 "fold one row's interventions at a time",
             )
@@ -130,7 +132,7 @@ def _check_model(model: PreTrainedModel) -> None:
     config = getattr(model, "config", None)
     if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not type(model):
         raise SteeringError(
-            f"a {type(model).__name__}",
+            f"{a(type(model).__name__)}",
             "a model that AutoModelForCausalLM loads",
             "fold the plain one, without wrappers",
         )
@@ -166,7 +168,7 @@ def _bias(model: nn.Module, hookpoint: Hookpoint, offers: Mapping[str, str]) -> 
         return bias
     kind = type(blocks_of(model)[hookpoint.layer]).__name__
     reason = reason or "the layer that writes there has no bias, and no setting of its config gives it one"
-    raise SteeringError(f"an Add at {hookpoint} of a {kind}: {reason}", "a bias that adds the same", _INSTEAD)
+    raise SteeringError(f"an Add at {hookpoint} of {a(kind)}: {reason}", "a bias that adds the same", _INSTEAD)
 
 
 def _writers(model: nn.Module, at: Hookpoint) -> tuple[list[nn.Module], str]:

@@ -14,7 +14,9 @@ from typing import Literal
 
 from torch import nn
 
-from fgsteer.errors import HookpointError, is_whole
+from fgsteer.checks import is_whole
+from fgsteer.errors import HookpointError
+from fgsteer.wording import a
 
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in"]
 SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in")
@@ -96,8 +98,8 @@ class Hookpoint:
             raise HookpointError(f"site {self.site!r}", f"one of {', '.join(SITES)}")
 
     @classmethod
-    def parse(cls, name: str | Hookpoint) -> Hookpoint:
-        """Hookpoint from a sae-lens name or a Hugging Face module name.
+    def parse(cls, name: str | int | Hookpoint) -> Hookpoint:
+        """Hookpoint from a sae-lens name, a Hugging Face module name, or a block's number: 12 is its resid_post.
 
         Accepts ``blocks.12.hook_resid_post`` and the like; blocks, as ``model.layers.12``,
         ``transformer.h.12.output``, ``model.language_model.layers.12.input``; and sublayers,
@@ -106,8 +108,12 @@ class Hookpoint:
         """
         if isinstance(name, Hookpoint):
             return name
+        if is_whole(name) or (isinstance(name, str) and name.isdecimal()):
+            return cls(int(name))
         if not isinstance(name, str):
-            raise HookpointError(f"hookpoint {name!r}", "a name like blocks.12.hook_resid_post, or a Hookpoint")
+            raise HookpointError(
+                f"hookpoint {name!r}", "a name like blocks.12.hook_resid_post, a Hookpoint, or a block's number"
+            )
         if match := _SAE_LENS.fullmatch(name):
             return cls(int(match[1]), _HOOKS[match[2]])
         match = _HUGGING_FACE.fullmatch(name)
@@ -124,6 +130,13 @@ class Hookpoint:
             change,
         )
 
+    @classmethod
+    def read(cls, name: object) -> Hookpoint:
+        """Hookpoint from the name that a file holds. Raises HookpointError for anything but a text that parses."""
+        if not isinstance(name, str):
+            raise HookpointError(f"hookpoint {name!r}", "a name like blocks.12.hook_resid_post")
+        return cls.parse(name)
+
     def __str__(self) -> str:
         return f"blocks.{self.layer}.{_NAMES[self.site]}"
 
@@ -133,7 +146,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     get = getattr(model, "get_decoder", None)
     decoder = get() if callable(get) else None
     if not isinstance(decoder, nn.Module):
-        raise HookpointError(f"a {type(model).__name__}", "a Hugging Face causal LM with get_decoder()")
+        raise HookpointError(f"{a(type(model).__name__)}", "a Hugging Face causal LM with get_decoder()")
     return uncompiled(decoder)
 
 
@@ -176,7 +189,7 @@ def _added(block: nn.Module, site: Site) -> tuple[str, str]:
     kind = type(block).__name__
     if reason := why_not_added(block):
         raise HookpointError(
-            f"site {site} on a {kind}: {reason}",
+            f"site {site} on {a(kind)}: {reason}",
             "a block that adds the outputs of its attention and its MLP, each once",
             "use resid_pre or resid_post, which every block has",
         )
@@ -192,7 +205,7 @@ def _sublayer(block: nn.Module, hookpoint: Hookpoint) -> nn.Module:
     if hookpoint.module and hookpoint.module != name:
         raise HookpointError(
             f"module {hookpoint.module!r} of block {hookpoint.layer}",
-            f"{name!r}, whose output a {type(block).__name__} adds to the residual stream",
+            f"{name!r}, whose output {a(type(block).__name__)} adds to the residual stream",
             f"for that write {hookpoint}",
         )
     return getattr(block, name)  # type: ignore[no-any-return]
@@ -211,7 +224,7 @@ def _child(block: nn.Module, names: tuple[str, ...], site: Site) -> nn.Module:
             return module
     children = ", ".join(name for name, _ in block.named_children())
     raise HookpointError(
-        f"site {site} on a {type(block).__name__} with children {children}",
+        f"site {site} on {a(type(block).__name__)} with children {children}",
         f"a child named {' or '.join(names)}",
         "use resid_pre or resid_post, which every block has",
     )

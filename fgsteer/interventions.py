@@ -12,6 +12,7 @@ kernel; ``stack`` puts one intervention per batch row into a single update.
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.brief import Brief
-from fgsteer.errors import PairingError, SelectionError, SteeringError, check_flags, is_whole
+from fgsteer.checks import check_flags, check_number, is_whole, shown
+from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.sae import SAE
 
@@ -132,6 +134,7 @@ class Intervention(Brief, ABC):
 
 
 def _finite(name: str, value: float) -> float:
+    check_number(name, value)
     if not math.isfinite(value):
         raise SteeringError(f"{name} = {value}", "a finite number")
     return float(value)
@@ -281,11 +284,11 @@ class ClampFeature(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.targets, Mapping):
+            raise ArgumentError(f"targets is {shown(self.targets)}", "{feature id: activation}")
         if not self.targets:
             raise SelectionError("no feature to clamp", "at least one {id: activation}")
-        if not all(map(is_whole, self.targets)):
-            raise SelectionError(f"features {', '.join(map(repr, self.targets)):.80}", "whole numbers as feature ids")
-        clean = {int(j): _finite(f"target of feature {j}", t) for j, t in self.targets.items()}
+        clean = {_feature(j): _finite(f"target of feature {j}", t) for j, t in self.targets.items()}
         object.__setattr__(self, "targets", clean)
         for feature in clean:
             self.sae.direction(feature)
@@ -315,6 +318,13 @@ class ClampFeature(Intervention):
             sae=self.sae if competing else self.sae.restrict(features),
             features=tuple(features) if competing else (),
         )
+
+
+def _feature(value: object) -> int:
+    """The value as a feature id. Raises ArgumentError."""
+    if not is_whole(value):
+        raise ArgumentError(f"feature id {shown(value)}", "a whole number")
+    return operator.index(value)  # type: ignore[arg-type]
 
 
 def stack(rows: Sequence[Intervention | None]) -> list[tuple[Update, list[int]]]:

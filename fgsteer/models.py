@@ -8,7 +8,6 @@ Nothing is wrapped: every fgsteer function takes the plain model and tokenizer.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fgsteer.errors import DataError, FgsteerWarning, FormatError, HookpointError, PairingError, PairingWarning
+from fgsteer.checks import checked, warn
+from fgsteer.errors import (
+    DataError,
+    FgsteerWarning,
+    FormatError,
+    HookpointError,
+    MissingError,
+    PairingError,
+    PairingWarning,
+)
 from fgsteer.files import read_json, tensor_sha256
 from fgsteer.hookpoints import Hookpoint, blocks_of, decoder_of, resolve
+from fgsteer.network import hub_or_cache, unreachable
 from fgsteer.sae_registry import bare_name
+from fgsteer.wording import a
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,6 +76,7 @@ def embedded_sae_dir(sae_id: str | None = None) -> Path:
     return folder / "sae" / name
 
 
+@checked
 def load_model(
     source: str | Path = DEFAULT, *, dtype: torch.dtype | str | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -74,16 +85,22 @@ def load_model(
     ``dtype`` defaults to float32 for the embedded model and to the checkpoint's own
     otherwise; ``device_map`` and the like go to ``AutoModelForCausalLM.from_pretrained``.
     The tokenizer pads on the left, with the end-of-text token where it has no pad token.
-    Raises FormatError when the embedded default is missing; OSError from transformers.
+    Raises FormatError when the embedded default is missing, MissingError (an OSError too) for another
+    model that is not there, at once where the hub cannot be reached.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     embedded = str(source) == DEFAULT
     folder = pretrained_dir() / "model" if embedded else source
     chosen = dtype if dtype is not None else (torch.float32 if embedded else "auto")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, **kwargs)
     revision = kwargs.get("revision")
-    tokenizer = AutoTokenizer.from_pretrained(folder, **({"revision": revision} if revision else {}))
+    with hub_or_cache(folder) as reachable:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **({"revision": revision} if revision else {}))
+        except OSError as error:
+            why = str(error).partition("\n")[0] if reachable else unreachable()
+            raise MissingError(f"no model {str(source)!r}", '"default", a folder, or a Hugging Face id', why) from error
     if embedded:
         model.config._name_or_path = model_name()
     tokenizer.padding_side = "left"
@@ -197,7 +214,7 @@ def warn_of_dropout(model: nn.Module) -> None:
     rates = [rate for name, rate in settings.items() if active.match(name) and isinstance(rate, float)]
     if any(rates) or any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):
         message = "the model is in train mode and drops activations at random; call model.eval() first"
-        warnings.warn(message, FgsteerWarning, stacklevel=4)
+        warn(message, FgsteerWarning)
 
 
 def check_pairing(model: nn.Module, hookpoint: Hookpoint, width: int, made_for: str, what: str) -> None:
@@ -206,15 +223,25 @@ def check_pairing(model: nn.Module, hookpoint: Hookpoint, width: int, made_for: 
     Raises HookpointError for a place the model lacks, PairingError for another d_model;
     warns PairingWarning when it was made for a model of another name.
     """
-    needed = width_at(model, hookpoint)
-    name = str(getattr(model.config, "_name_or_path", "") or "")
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    another = bool(made_for and name and bare_name(made_for) != bare_name(name))
+    advice = f"load the model that it was made for: fg.load_model({made_for!r})" if another else ""
+    made = f" made for {made_for}" if made_for else ""
+    try:
+        needed = width_at(model, hookpoint)
+    except HookpointError as error:
+        if not another:
+            raise
+        loaded = f"a place in the model that is loaded, {name}: {error.expected}"
+        raise HookpointError(f"{a(what)}{made} at {hookpoint}", loaded, advice) from error
     if width != needed:
         raise PairingError(
-            f"a {what} of d_model {width}{f' made for {made_for}' if made_for else ''}",
+            f"{a(what)} of d_model {width}{made}",
             f"{needed}, the width of {name or type(model).__name__} at {hookpoint}",
+            advice,
         )
-    if made_for and name and bare_name(made_for) != bare_name(name):
-        warnings.warn(f"the {what} was made for {made_for!r} and the model is {name!r}", PairingWarning, stacklevel=3)
+    if another:
+        warn(f"the {what} was made for {made_for!r} and the model is {name!r}", PairingWarning)
 
 
 def width_at(model: nn.Module, hookpoint: Hookpoint) -> int:
@@ -226,6 +253,7 @@ def width_at(model: nn.Module, hookpoint: Hookpoint) -> int:
     return int(module.weight.shape[0] if width is None else width)  # type: ignore[index]
 
 
+@checked
 @torch.no_grad()
 def residual_direction(model: nn.Module, hookpoint: Hookpoint, directions: torch.Tensor) -> torch.Tensor:
     """What directions (..., width) at a hookpoint add to the residual stream, (..., d_model).
@@ -239,7 +267,7 @@ def residual_direction(model: nn.Module, hookpoint: Hookpoint, directions: torch
     sublayer, _ = resolve(model, Hookpoint(hookpoint.layer, "attn_out"))
     if hookpoint.site == "mlp_in" or all(part is not module for part in sublayer.modules()):
         raise HookpointError(
-            f"a direction at {hookpoint} of a {type(model).__name__}",
+            f"a direction at {hookpoint} of {a(type(model).__name__)}",
             "one whose effect on the residual stream is linear",
             "steer with it at its own hookpoint, or read an SAE on resid_post, attn_out or mlp_out",
         )
@@ -248,6 +276,7 @@ def residual_direction(model: nn.Module, hookpoint: Hookpoint, directions: torch
     return module(rows) - module(torch.zeros_like(rows))  # type: ignore[no-any-return]
 
 
+@checked
 @torch.no_grad()
 def logit_lens(model: nn.Module, directions: torch.Tensor) -> torch.Tensor:
     """Logits (n, vocabulary) that directions (n, d_model) add, read through final norm and head.

@@ -1,6 +1,6 @@
 """Reading features: what is known of each, from a vector or by id.
 
-for row in describe_features(vec, model, tokenizer, sae): print(row)
+for row in describe_features(model, tokenizer, sae, vec): print(row)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fgsteer.brief import Brief
+from fgsteer.checks import checked_after
 from fgsteer.errors import PairingError
 from fgsteer.examples import Excerpt, FeatureExamples
 from fgsteer.models import logit_lens, residual_direction
@@ -63,11 +64,12 @@ def feature_link(sae: SAE, feature: int) -> str:
     return f"https://www.neuronpedia.org/{quote(sae.neuronpedia)}/{feature}" if sae.neuronpedia else ""
 
 
+@checked_after(("features", "model", "tokenizer", "sae"))
 def describe_features(
-    features: SteeringVector | Sequence[int],
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     sae: SAE,
+    features: SteeringVector | Sequence[int],
     *,
     top: int = 20,
     tokens: int = 6,

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fgsteer.conversations import Message, Text
-from fgsteer.errors import DataError
+from fgsteer.chat import Message, Text, apply_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,28 +27,6 @@ class Rendered:
     answer: int | None
     end: int
     special: bool
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
-    """Messages through the tokenizer's chat template. Raises DataError where there is none or it refuses them."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(
-            "chat messages", "a tokenizer with a chat template", "set tokenizer.chat_template or pass strings"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
-    except Exception as error:  # jinja2's, and whatever a template raises
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(
-            f"chat messages of the roles {roles}, which the chat template refuses: {error}",
-            "roles in an order that this model's template knows",
-        ) from error
-
-
-def _as_messages(prompt: Text) -> list[Message]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}] if prompt else []
-    return list(prompt)
 
 
 def _between(before: str, after: str, joint: str | None) -> str:
@@ -89,14 +66,14 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, j
         one = {"role": "assistant", "content": said + between + more}
         return _conversation(tokenizer, [*before[:-1], one, *after[1:]], head + between)
     opens = bool(before) and after[0]["role"] == "assistant"
-    head = _template(tokenizer, before, add_generation_prompt=opens) if before else ""
+    head = apply_template(tokenizer, before, add_generation_prompt=opens) if before else ""
     return _conversation(tokenizer, before + after, head)
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], head: str) -> Rendered:
     """A whole conversation, whose prompt alone is rendered as ``head``."""
-    text = _template(tokenizer, messages)
-    content = _template(tokenizer, messages, continue_final_message=True)
+    text = apply_template(tokenizer, messages)
+    content = apply_template(tokenizer, messages, continue_final_message=True)
     end = len(content) if text.startswith(content) else len(text)
     return Rendered(text, len(head) if text.startswith(head) else None, end, False)
 
@@ -107,5 +84,5 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> Rendered:
         return Rendered(prompt, len(prompt), len(prompt), True)
     continues = bool(prompt) and prompt[-1]["role"] == "assistant"
     options = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
-    text = _template(tokenizer, prompt, **options)
+    text = apply_template(tokenizer, prompt, **options)
     return Rendered(text, len(text), len(text), False)

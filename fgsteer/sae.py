@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.brief import Brief, brief
-from fgsteer.errors import PairingError, SelectionError, is_whole
+from fgsteer.checks import is_whole
+from fgsteer.errors import PairingError, SelectionError
 from fgsteer.files import tensor_sha256, text_sha256
 from fgsteer.hookpoints import Hookpoint
 

@@ -24,15 +24,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fgsteer.density import FeatureDensity
-from fgsteer.errors import FgsteerError, FormatError, PairingError
+from fgsteer.errors import FgsteerError, FormatError, MissingError, PairingError
 from fgsteer.examples import FeatureExamples
 from fgsteer.files import read_json
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.labels import load_labels
 from fgsteer.models import DEFAULT, embedded_sae_dir
+from fgsteer.network import hub_is_reachable, unreachable
 from fgsteer.sae import SAE
 from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, refuse_place, refuse_unread, sparsify
 from fgsteer.sae_registry import RegistryRow, find_row
+from fgsteer.wording import a
 
 DENSITY_FILE = "density.safetensors"
 LABELS_FILE = "labels.json"
@@ -198,7 +200,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 def _from_live(sae: Any, given: Mapping[str, Any]) -> SAE:
     """A live ``sae_lens.SAE``. Raises PairingError for any other object."""
     if not hasattr(sae, "cfg") or not hasattr(sae, "state_dict"):
-        raise PairingError(f"a {type(sae).__name__}", "a name, a folder, an fgsteer SAE or a sae_lens.SAE")
+        raise PairingError(f"{a(type(sae).__name__)}", "a name, a folder, an fgsteer SAE or a sae_lens.SAE")
     config = sae.cfg.to_dict()
     return canonical(config, sae.state_dict(), config.get("metadata") or {}, source="sae_lens", **given)
 
@@ -283,4 +285,6 @@ def _cached_first(read: Callable[[], T], what: str) -> T:
                 raise FormatError(f"{what} is not in the Hugging Face cache", change="unset HF_HUB_OFFLINE") from error
         finally:
             constants.HF_HUB_OFFLINE = offline
+        if not hub_is_reachable():
+            raise MissingError(f"no SAE {what!r}", "a folder, or an SAE of the hub", unreachable())
         return read()

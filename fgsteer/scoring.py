@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fgsteer.activations import Batch, prompt_ends, text_batches, usual_batch_tokens
 from fgsteer.brief import Brief
-from fgsteer.conversations import Text
-from fgsteer.errors import DataError, SteeringError, check_flags
+from fgsteer.chat import Text
+from fgsteer.checks import checked
+from fgsteer.errors import DataError, SteeringError
 from fgsteer.interventions import Intervention
 from fgsteer.models import context_window, input_device
 from fgsteer.steering import Steering, steer
@@ -126,6 +127,7 @@ def _row_sums(batch: Batch, values: Float[Tensor, "interventions n"]) -> Float[T
     return torch.zeros(len(values), len(batch.ids), dtype=torch.float64).index_add_(1, owner, values.cpu().double())
 
 
+@checked
 @torch.no_grad()
 def log_probabilities(
     model: PreTrainedModel,
@@ -149,7 +151,6 @@ def log_probabilities(
 
     A text without a token to score raises DataError, or with ``skip_empty`` counts 0 tokens.
     """
-    check_flags(skip_empty=skip_empty)
     sums = torch.zeros(len(steering), len(texts), dtype=torch.float64)
     counts = torch.zeros(len(texts), dtype=torch.float64)
     passes = _passes(
@@ -186,6 +187,7 @@ def _whole(texts: Sequence[Scored], steering: Sequence[Entry]) -> list[tuple[Tex
     return pairs
 
 
+@checked
 def cross_entropies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -202,6 +204,7 @@ def cross_entropies(
     return (-found.sums.sum(1) / found.counts.sum()).tolist()
 
 
+@checked
 def cross_entropy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -219,6 +222,7 @@ def cross_entropy(
     return cross_entropies(model, tokenizer, texts, [entry], batch_tokens=batch_tokens)[0]
 
 
+@checked
 @torch.no_grad()
 def kl_divergences(
     model: PreTrainedModel,

@@ -173,12 +173,18 @@ class ContrastStatistics(Brief):
         table = self.residual if space == "residual" else self.feature
         if hookpoint is None and len(table) != 1 and len(self.feature) == 1:
             hookpoint = next(iter(self.feature))
+        if space == "feature" and not table:
+            raise PairingError(
+                "statistics without features, as they were collected without an SAE",
+                "statistics that hold feature activations",
+                "collect again with sae=, the SAE whose features are to be selected",
+            )
         at = Hookpoint.parse(hookpoint) if hookpoint is not None else next(iter(table)) if len(table) == 1 else None
         if at is None or at not in table:
             raise PairingError(
                 f"{space} statistics at {at or 'an unnamed hookpoint'}",
-                f"one of {', '.join(map(str, table)) or 'none (collect was run without an SAE)'}",
-                "pass hookpoint=, or collect again with sae= or hookpoints=",
+                f"one of {', '.join(map(str, table))}, where they were collected",
+                "name it with hookpoint=, or collect again with hookpoints=",
             )
         return at, table[at]
 

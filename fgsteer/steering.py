@@ -25,9 +25,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fgsteer.activations import by_token, ends_key, primary
-from fgsteer.conversations import Text
+from fgsteer.chat import Text
+from fgsteer.checks import checked, shown
 from fgsteer.data import check_text
-from fgsteer.errors import DataError, SteeringError, UntouchedWarning, check_flags
+from fgsteer.errors import DataError, SteeringError, UntouchedWarning
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
 from fgsteer.interventions import Intervention, Scope, Update, apply, stack
 from fgsteer.models import (
@@ -41,6 +42,7 @@ from fgsteer.models import (
 from fgsteer.positions import Place, Positions, column_counts
 from fgsteer.threads import check_thread, claim
 from fgsteer.tokens import encode_prompts
+from fgsteer.wording import a, count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,7 +102,7 @@ def _entries(steering: Steering, per_row: bool | None) -> list[list[Intervention
         return [[steering]]
     if not isinstance(steering, list | tuple):
         hint = "call .add(coefficient), .affine(alpha) or the like on a vector"
-        raise SteeringError(f"steering by {type(steering).__name__}", "interventions", hint)
+        raise SteeringError(f"steering by {a(type(steering).__name__)}", "interventions", hint)
     by_row = any(not isinstance(entry, Intervention) for entry in steering) if per_row is None else per_row
     if not by_row:
         return [_interventions(steering)]
@@ -114,7 +116,7 @@ def _interventions(entry: Any) -> list[Intervention]:
     for item in items:
         if not isinstance(item, Intervention):
             raise SteeringError(
-                f"a {type(item).__name__} among interventions",
+                f"{a(type(item).__name__)} among interventions",
                 "Add, Ablate, Clamp, Affine or ClampFeature",
                 "call .add(coefficient), .affine(alpha) or the like on a vector",
             )
@@ -337,6 +339,7 @@ class _Session:
                 )
 
 
+@checked
 @contextmanager
 def steer(
     model: PreTrainedModel,
@@ -369,8 +372,6 @@ def steer(
     65504 (a sum h + c·v beyond it still becomes inf). Warns UntouchedWarning when an intervention
     touched no token, FgsteerWarning of a model in train mode with dropout.
     """
-    if per_row is not None:
-        check_flags(per_row=per_row)
     warn_of_dropout(model)
     rows, lengths = _entries(steering, per_row), column_counts(prompt_lengths)
     if lengths is not None and len(rows) > 1 and len(rows) != len(lengths):
@@ -385,43 +386,36 @@ def steer(
     session.warn_untouched()
 
 
+@checked
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: str | Sequence[Text],
     *,
     steering: Steering = None,
+    per_row: bool | None = None,
     **options: Any,
 ) -> list[str]:
     """Continuations of the prompts, without the prompts, in their order.
 
-    ``steering``: one intervention for all prompts, or a list with one entry per prompt
-    (an intervention, a list to compose, or None). Prompts are strings or chat messages;
-    other keywords go to ``model.generate``. With ``num_return_sequences = n`` the n
-    continuations of a prompt stand together. A chat that ends in an assistant's message is continued there.
-    BOS stands before a prompt once, also where its text brings it. Raises DataError for prompts that are
-    neither, empty ones without a BOS, and ones beyond the model's window;
-    SteeringError for another number of entries than prompts.
+    ``steering`` means what it means to ``steer``: one intervention, a list of them that compose on every
+    prompt, or, where a list holds None or lists, one entry per prompt (an intervention, a list to
+    compose, or None). ``per_row`` says outright which; a list of as many interventions as prompts
+    could be either and needs it. Prompts are strings or conversations, of which the assistant's last message is
+    continued; other keywords go to ``model.generate``. With ``num_return_sequences = n`` the n
+    continuations of a prompt stand together. BOS stands before a prompt once, also where its text brings it.
+    Raises ArgumentError for a model or tokenizer of another type, DataError for prompts that are neither,
+    empty ones without a BOS and ones beyond the model's window, SteeringError for another number of entries
+    than prompts.
     """
-    given: list[Text] = [prompts] if isinstance(prompts, str) else list(prompts)
+    given = _prompts(prompts)
     if not given:
         return []
-    chat = [not isinstance(prompt, str) for prompt in given]
-    if any(chat) and not all(chat):
-        raise DataError("strings and chat messages among the prompts", "all of one kind")
-    for number, prompt in enumerate(given):
-        check_text(prompt, f"prompt {number}", empty=True)
-    listed = isinstance(steering, list | tuple)
-    if isinstance(steering, list | tuple) and len(steering) != len(given):
-        raise SteeringError(
-            f"{len(steering)} steering entries for {len(given)} prompts",
-            "one entry per prompt",
-            "wrap interventions that compose in a list of their own: [[a, b], None, …]",
-        )
+    per_row = _by_prompt(steering, len(given), per_row)
     inputs = _inputs(model, tokenizer, given)
     if tokenizer.pad_token_id is not None:
         options.setdefault("pad_token_id", tokenizer.pad_token_id)
-    with steer(model, steering, per_row=listed):
+    with steer(model, steering, per_row=per_row):
         output = model.generate(**inputs, **options)
     ids = output if isinstance(output, Tensor) else output.sequences
     return list(tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -442,3 +436,36 @@ def _inputs(
         )
     device = input_device(model)
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _prompts(prompts: str | Sequence[Text]) -> list[Text]:
+    """The prompts, all of them strings or all conversations. Raises DataError."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise DataError(f"prompts is {shown(prompts)}", "a text, or a list of texts or of conversations")
+    given = [check_text(prompt, f"prompt {number}", empty=True) for number, prompt in enumerate(prompts)]
+    if len({isinstance(prompt, str) for prompt in given}) > 1:
+        raise DataError("strings and chat messages among the prompts", "all of one kind")
+    return given
+
+
+def _by_prompt(steering: Steering, prompts: int, per_row: bool | None) -> bool | None:
+    """Whether a list of steering has an entry for each prompt; as ``steer`` reads it. Raises SteeringError."""
+    if not isinstance(steering, list | tuple):
+        return None
+    flat = all(isinstance(entry, Intervention) for entry in steering)
+    if per_row is None and flat and len(steering) == prompts > 1:
+        raise SteeringError(
+            f"a list of {len(steering)} interventions for {prompts} prompts",
+            "a list that says whether every prompt gets all of them or one each",
+            "pass per_row=False to apply all of them to every prompt, per_row=True for one a prompt",
+        )
+    by_prompt = not flat if per_row is None else per_row
+    if by_prompt and len(steering) != prompts:
+        raise SteeringError(
+            f"{count(len(steering), 'steering entry')} for {count(prompts, 'prompt')}",
+            "one entry per prompt",
+            "wrap interventions that compose in a list of their own: [[a, b], None, …]",
+        )
+    return by_prompt

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from fgsteer.conversations import Text
+from fgsteer.chat import Text
 from fgsteer.errors import DataError, FgsteerWarning
 from fgsteer.rendering import Rendered, render, render_prompt
 

@@ -1,7 +1,8 @@
 """Steering vectors: a direction at a hookpoint, what it is made of, and where it came from.
 
 A vector says nothing of strength; ``.add``, ``.affine``, ``.ablate`` and ``.clamp`` give
-the interventions that apply it. Vectors at one hookpoint add, subtract and scale.
+the interventions that apply it. Vectors at one hookpoint add, subtract and scale:
+``(a + b) / 2``, ``-a``, ``sum([a, b, c])``.
 
     vec.save("wedding.safetensors")
     with steer(model, SteeringVector.load("wedding.safetensors").add(8.0)): ...
@@ -18,12 +19,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fgsteer.brief import FEW
-from fgsteer.errors import FormatError, PairingError, SelectionError, SteeringError, is_whole
+from fgsteer.checks import checked, is_number, is_whole, shown
+from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionError, SteeringError
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.hub import VECTOR, fetch, push, save_folder
 from fgsteer.interventions import Ablate, Add, Affine, Clamp, _vector
 from fgsteer.models import check_pairing
+from fgsteer.wording import a, count
 
 if TYPE_CHECKING:
     from fgsteer.evaluation.records import Run
@@ -92,7 +95,7 @@ class SteeringVector:
         """ACE: ``r̂·h' = r̂·r⁻ + α‖r‖`` (arXiv 2411.09003). Raises SteeringError without a reference."""
         if self.reference is None:
             raise SteeringError(
-                f"a {self.provenance.get('method', 'bare')} vector without a reference",
+                f"{a(self.provenance.get('method', 'bare'))} vector without a reference",
                 "one that keeps the negative mean",
                 "build it with ace(), or use clamp(target)",
             )
@@ -111,7 +114,7 @@ class SteeringVector:
         method = self.provenance.get("method", "bare")
         top = ", ".join(f"{feature.id}: {feature.weight:.3g}" for feature in self.top_features(FEW))
         more = ", …" if len(self.features) > FEW else ""
-        features = f"{len(self.features)} features{f' {{{top}{more}}}' if top else ''}"
+        features = f"{count(len(self.features), 'feature')}{f' {{{top}{more}}}' if top else ''}"
         return f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, {features})"
 
     def unit(self) -> SteeringVector:
@@ -120,9 +123,12 @@ class SteeringVector:
             raise SelectionError("a direction of norm 0", "one that can be normalised")
         return self * (1 / self.norm)
 
+    __array_ufunc__ = None  # numpy's numbers and arrays leave arithmetic with a vector to the vector
+
     def __mul__(self, factor: float) -> SteeringVector:
-        if not isinstance(factor, int | float):
-            return NotImplemented
+        if not is_number(factor):
+            raise ArgumentError(f"a vector times {shown(factor)}", "a number")
+        factor = float(factor)
         return replace(
             self,
             direction=self.direction * factor,
@@ -132,18 +138,30 @@ class SteeringVector:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> SteeringVector:
+        if not is_number(divisor) or not divisor:
+            raise ArgumentError(f"a vector divided by {shown(divisor)}", "a number other than 0")
+        return self * (1 / float(divisor))
+
     def __neg__(self) -> SteeringVector:
         return self * -1.0
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
         return self._plus(other, 1.0)
 
+    def __radd__(self, other: object) -> SteeringVector:
+        if is_number(other) and not other:  # what sum() starts from
+            return self
+        raise ArgumentError(f"a vector added to {shown(other)}", "two vectors")
+
     def __sub__(self, other: SteeringVector) -> SteeringVector:
         return self._plus(other, -1.0)
 
     def _plus(self, other: SteeringVector, sign: float) -> SteeringVector:
         if not isinstance(other, SteeringVector):
-            return NotImplemented
+            raise ArgumentError(
+                f"a vector and {shown(other)}", "two vectors to add or subtract", "for strength write vector.add(2.0)"
+            )
         if (self.hookpoint, self.d_model) != (other.hookpoint, other.d_model):
             raise PairingError(
                 f"vectors at {self.hookpoint} (d_model {self.d_model}) and {other.hookpoint} (d_model {other.d_model})",
@@ -159,24 +177,29 @@ class SteeringVector:
             self.direction + sign * other.direction,
             self.hookpoint,
             features=features,
-            provenance={
-                **shared,
-                "method": "sum",
-                "terms": [dict(self.provenance), {**other.provenance, "sign": sign}],
-            },
+            provenance={**shared, "method": "sum", "terms": [*self._terms(1.0), *other._terms(sign)]},
         )
+
+    def _terms(self, sign: float) -> list[dict[str, Any]]:
+        """What a sum remembers of this vector: its provenance with a sign, or the terms of a sum."""
+        terms = self.provenance.get("terms")
+        if self.provenance.get("method") != "sum" or "scale" in self.provenance or not isinstance(terms, list):
+            return [{**self.provenance, "sign": sign}]
+        return [{**term, "sign": sign * term.get("sign", 1.0)} for term in terms]
 
     @property
     def _sae_sha256(self) -> str | None:
         sae = self.provenance.get("sae")
         return sae.get("sha256") if isinstance(sae, Mapping) else None
 
+    @checked
     def top_features(self, n: int = 20) -> list[FeatureWeight]:
         """The n features of largest absolute weight, largest first, with density where known."""
         density = self.provenance.get("feature_density") or {}
         order = sorted(self.features.items(), key=lambda item: (-abs(item[1]), item[0]))
         return [FeatureWeight(j, w, density.get(str(j))) for j, w in order[:n]]
 
+    @checked
     def check(self, model: nn.Module) -> None:
         """Refuse a model of another width, warn by name about another model.
 
@@ -236,7 +259,7 @@ class SteeringVector:
         try:
             vector = cls(
                 tensors["direction"],
-                Hookpoint.parse(header["hookpoint"]),
+                Hookpoint.read(header["hookpoint"]),
                 tensors.get("reference"),
                 {int(j): float(w) for j, w in header["features"].items()},
                 _read_provenance(header["provenance"]),

@@ -83,7 +83,7 @@ def test_texts_with_nothing_to_score(llama, tokenizer):
     assert fg.text_cross_entropies(llama, bare, ["the", "", "the man"]).isnan().tolist() == [True, True, False]
     with pytest.raises(fg.DataError, match="none to read"):
         fg.cross_entropy(llama, tokenizer, ["the man", ""])
-    with pytest.raises(fg.DataError, match="2 prompts for 1 texts"):
+    with pytest.raises(fg.DataError, match="2 prompts for 1 text;"):
         fg.text_cross_entropies(llama, tokenizer, ["the man"], prompts=["a", "b"])
     for wrong in ("the man", []):
         with pytest.raises(fg.DataError, match="list of at least one"):

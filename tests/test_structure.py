@@ -18,7 +18,11 @@ PACKAGE = Path(fg.__file__).parent
 # each may import only those before it (inside functions too)
 ORDER = (
     "errors",
+    "wording",
+    "checks",
     "brief",
+    "network",
+    "chat",
     "ranks",
     "files",
     "parts",
@@ -106,6 +110,8 @@ ORDER = (
     "serving",
     "__init__",
     "demo",
+    "cli.terminal",
+    "cli.doors",
     "cli.common",
     "cli.measure",
     "cli.vectors",

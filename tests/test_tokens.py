@@ -195,7 +195,7 @@ def test_contexts_are_those_that_the_sae_was_trained_on(models):
     # what is asked for goes before what the SAE says
     stats = fg.collect(model, bare, contrast, sae=replace(sae, prepend_bos=True), prepend_bos=False)
     assert stats.reading["prepend_bos"] is False
-    with pytest.raises(fg.DataError, match="prepend_bos='no'"):
+    with pytest.raises(fg.ArgumentError, match="prepend_bos is 'no'"):
         fg.collect(model, bare, contrast, sae=sae, prepend_bos="no")
 
 
@@ -292,5 +292,5 @@ def test_wrong_rules_are_named(llama, tokenizer):
     for rule in ("first", True, None, 1.5):
         with pytest.raises(fg.DataError, match="tokens="):
             fg.collect(llama, tokenizer, contrast, hookpoints=AT, tokens=rule)
-    with pytest.raises(fg.DataError, match="bos='no'"):
+    with pytest.raises(fg.ArgumentError, match="bos is 'no'"):
         fg.collect(llama, tokenizer, contrast, hookpoints=AT, bos="no")

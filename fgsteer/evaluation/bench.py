@@ -36,6 +36,7 @@ from fgsteer.models import identity
 from fgsteer.rollouts import Sampling, rollout
 from fgsteer.sae import SAE
 from fgsteer.tokens import encode_prompts
+from fgsteer.wording import count
 
 BEGINNING = 19  # bytes of {"fgsteer": "bench", by which a header that was cut off is known
 REFERENCE = 1_000_000  # rollout numbers from here are the unsteered samples that coherence is fitted on
@@ -86,7 +87,7 @@ class BenchPlan(Brief):
         available = len(load_bench_prompts()) // len(HALVES)
         if not 2 <= self.prompts <= available:
             raise DataError(
-                f"{self.prompts} prompts a half",
+                f"{count(self.prompts, 'prompt')} a half",
                 f"2 to {available}, half of the neutral prompts",
                 "intervals are over prompts: one has none, and another seed of a prompt tells less than another prompt",
             )

@@ -17,11 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.brief import Brief
-from fgsteer.conversations import Text
+from fgsteer.chat import Text
+from fgsteer.checks import checked
 from fgsteer.errors import DataError
 from fgsteer.evaluation.metrics import text_cross_entropies, with_prompts
 from fgsteer.models import context_window
 from fgsteer.tokens import TokenReader
+from fgsteer.wording import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,10 +75,11 @@ class Coherence(Brief):
     joint: str | None = ""
 
     @classmethod
+    @checked
     def fit(
         cls,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         samples: Sequence[str],
         *,
         prompts: Sequence[Text] | None = None,
@@ -91,7 +94,7 @@ class Coherence(Brief):
         losses = text_cross_entropies(model, tokenizer, samples, prompts=prompts, joint=joint)
         found = [b for b in _bigrams(model, tokenizer, samples, prompts, joint) if b]
         if not found:
-            raise DataError(f"{len(samples)} samples without a bigram", "generated texts of several tokens")
+            raise DataError(f"{count(len(samples), 'sample')} without a bigram", "generated texts of several tokens")
         window = statistics.median_low([len(b) for b in found])
         shares = [[distinct_share(b, n) for b in found if len(b) >= n] for n in range(1, window + 1)]
         distinct = torch.tensor([statistics.fmean(share) for share in shares], dtype=torch.float64)

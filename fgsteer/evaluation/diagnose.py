@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.checks import checked
 from fgsteer.errors import PairingError, SelectionError
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.statistics import Contrast, ContrastStatistics, Pooled
@@ -46,6 +47,7 @@ class Diagnosis:
         return {**plain, "hookpoint": str(self.hookpoint)}
 
 
+@checked
 def diagnose(
     stats: ContrastStatistics, vector: SteeringVector | None = None, *, hookpoint: Hookpoint | str | None = None
 ) -> Diagnosis:

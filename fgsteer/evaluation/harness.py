@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.activations import prompt_ends
+from fgsteer.checks import checked
 from fgsteer.errors import DataError, JudgeError
 from fgsteer.interventions import Intervention
 from fgsteer.models import input_device
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@checked
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -19,17 +19,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.brief import Brief
-from fgsteer.conversations import Text
+from fgsteer.chat import Text
+from fgsteer.checks import checked
 from fgsteer.data import ContrastPair, ContrastSet, as_contrast
 from fgsteer.errors import DataError
 from fgsteer.interventions import Intervention
 from fgsteer.scoring import Entry, log_probabilities
 from fgsteer.tokens import TokenReader
+from fgsteer.wording import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@checked
 def text_cross_entropies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -52,6 +55,7 @@ def text_cross_entropies(
     return found.cross_entropy[0]
 
 
+@checked
 def perplexities(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: object
 ) -> Float[Tensor, " texts"]:
@@ -67,7 +71,9 @@ def with_prompts(texts: Sequence[str], prompts: Sequence[Text] | None) -> list[t
     if isinstance(texts, str):
         raise DataError(f"texts {texts!r:.40}", "a list of texts")
     if isinstance(prompts, str) or (prompts is not None and len(prompts) != len(texts)):
-        raise DataError(f"{len(prompts)} prompts for {len(texts)} texts", "a list with one for each text")
+        raise DataError(
+            f"{count(len(prompts), 'prompt')} for {count(len(texts), 'text')}", "a list with one for each text"
+        )
     return list(zip(prompts or [""] * len(texts), texts, strict=True))
 
 
@@ -94,6 +100,7 @@ class AnswerProbabilities(Brief):
         return self.positive - self.negative
 
 
+@checked
 def answer_probabilities(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -181,6 +188,7 @@ def steerability(
     return Steerability(centred @ (d - d.mean(0)) / centred.square().sum())
 
 
+@checked
 def measure_steerability(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -12,6 +12,7 @@ import torch
 
 from fgsteer.activations import record, text_batches
 from fgsteer.brief import Brief
+from fgsteer.checks import checked
 from fgsteer.examples import token_texts
 from fgsteer.models import check_pairing, context_window
 from fgsteer.sae import SAE
@@ -37,6 +38,7 @@ class SeenFeature(Brief):
         return f"{self.id}{label}, {self.activation:.3g} on “{self.token}”"
 
 
+@checked
 @torch.no_grad()
 def seen_features(
     model: PreTrainedModel,

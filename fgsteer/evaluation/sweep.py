@@ -20,6 +20,7 @@ import torch
 
 from fgsteer.brief import Brief
 from fgsteer.calibration import CE_RISE, calibrate_grid
+from fgsteer.checks import checked
 from fgsteer.collecting import collect
 from fgsteer.data import ContrastPair, ContrastSet, as_contrast, load_neutral
 from fgsteer.errors import DataError
@@ -135,6 +136,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@checked
 def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from fgsteer.errors import PairingError, SteeringError
 from fgsteer.interventions import Intervention
+from fgsteer.wording import a
 
 Interventions = Intervention | Sequence[Intervention]
 
@@ -18,7 +19,7 @@ def checked(interventions: Interventions) -> list[Intervention]:
     items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     for item in items:
         if not isinstance(item, Intervention):
-            raise SteeringError(f"a {type(item).__name__}", "interventions", "call .add(coefficient) on a vector")
+            raise SteeringError(f"{a(type(item).__name__)}", "interventions", "call .add(coefficient) on a vector")
     if not items:
         raise SteeringError("no intervention", "at least one")
     if len(widths := {item.d_model for item in items}) > 1:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,9 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.checks import checked, warn
 from fgsteer.density import FeatureDensity
 from fgsteer.effects import EffectApproximator
-from fgsteer.errors import PairingError, SelectionError, SelectionWarning, check_flags
+from fgsteer.errors import PairingError, SelectionError, SelectionWarning
 from fgsteer.methods.projection import decode_weights, project
 from fgsteer.methods.provenance import provenance
 from fgsteer.methods.scores import SCORES
@@ -27,6 +27,7 @@ from fgsteer.methods.selection import FeatureIds, feature_weights, select_featur
 from fgsteer.sae import SAE
 from fgsteer.statistics import Contrast, ContrastStatistics
 from fgsteer.vector import SteeringVector
+from fgsteer.wording import count
 
 STA_PAIRS = 80  # below about this many examples a side, frequencies are too coarse to select by
 
@@ -42,7 +43,7 @@ def _feature_contrast(stats: ContrastStatistics, sae: SAE) -> Contrast:
         )
     _, contrast = stats.at("feature", sae.hookpoint)
     if len(contrast.difference) != sae.d_sae:
-        raise PairingError(f"feature statistics of {len(contrast.difference)} features", f"{sae.d_sae}")
+        raise PairingError(f"feature statistics of {count(len(contrast.difference), 'feature')}", f"{sae.d_sae}")
     return contrast
 
 
@@ -63,6 +64,7 @@ def _vector(
     )
 
 
+@checked
 def sta(
     stats: ContrastStatistics,
     sae: SAE,
@@ -88,7 +90,6 @@ def sta(
     Raises SelectionError for p outside (0, 1] or when nothing is kept, PairingError for
     statistics of another SAE. Warns SelectionWarning below about 80 examples a side.
     """
-    check_flags(norm_match=norm_match, compat=compat)
     if not 0 < p <= 1 or (compat and int(p * sae.d_sae) >= sae.d_sae):
         raise SelectionError(f"p = {p}", "a share in (0, 1], below 1 with compat=True")
     if mode not in ("act_and_freq", "act", "freq") or atoms not in ("signed", "positive"):
@@ -100,10 +101,9 @@ def sta(
     frequency = contrast.positive.fired - contrast.negative.fired if compat else SCORES["frequency"](contrast)
     if min(contrast.positive.count, contrast.negative.count) < STA_PAIRS and mode != "act":
         counts = (contrast.positive.count, contrast.negative.count)
-        warnings.warn(
+        warn(
             f"STA from {counts[0]} and {counts[1]} examples; frequencies are coarse below about {STA_PAIRS} a side",
             SelectionWarning,
-            stacklevel=2,
         )
     k = int(p * sae.d_sae)
     kept = _sta_compat(amplitude, frequency, k, mode) if compat else _sta_strict(amplitude, frequency, max(1, k), mode)
@@ -140,6 +140,7 @@ def _sta_compat(amplitude: Tensor, frequency: Tensor, k: int, mode: str) -> Tens
     return {"act_and_freq": by_frequency & by_amplitude, "act": by_amplitude, "freq": by_frequency}[mode]
 
 
+@checked
 def fgaa(
     stats: ContrastStatistics,
     sae: SAE,
@@ -180,7 +181,6 @@ def fgaa(
     PairingError for statistics, density or effects of another SAE. Warns SelectionWarning
     when no density is known.
     """
-    check_flags(normalize=normalize)
     weights, hyper = select_features(
         _feature_contrast(stats, sae),
         sae,
@@ -197,13 +197,13 @@ def fgaa(
     return _vector("fgaa", direction, weights, sae, {**hyper, **how, "normalize": normalize}, stats)
 
 
+@checked
 def from_features(sae: SAE, features: FeatureIds, *, normalize: bool = True) -> SteeringVector:
     """``v = Σⱼ wⱼ W_dec[j]`` for features {id: weight}, ids, or one id; norm 1 unless ``normalize=False``.
 
     Raises SelectionError for ids that are no integers, repeated or out of range, weights
     that are no finite numbers, or directions that cancel.
     """
-    check_flags(normalize=normalize)
     weights = feature_weights(features, sae)
     direction = decode_weights(weights, sae)
     if normalize:
@@ -211,6 +211,7 @@ def from_features(sae: SAE, features: FeatureIds, *, normalize: bool = True) -> 
     return _vector("from_features", direction, weights, sae, {"normalize": normalize, "projection": "decoder"})
 
 
+@checked
 def sae_ts(
     sae: SAE,
     features: FeatureIds,
@@ -228,7 +229,6 @@ def sae_ts(
     PairingError for effects of another SAE. ``mu`` and ``unit_effects`` as in
     ``EffectApproximator.project``, ``decoder_weight`` as in ``fgaa``.
     """
-    check_flags(normalize=normalize)
     weights = feature_weights(features, sae)
     direction, how = project(weights, sae, effects, bias_weight, mu, unit_effects, decoder_weight)
     if normalize:

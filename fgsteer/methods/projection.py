@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.checks import check_flags
 from fgsteer.effects import EffectApproximator
-from fgsteer.errors import SelectionError, check_flags
+from fgsteer.errors import SelectionError
 from fgsteer.sae import SAE
 
 

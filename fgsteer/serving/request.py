@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fgsteer.errors import SteeringError, check_flags
+from fgsteer.checks import check_flags
+from fgsteer.errors import SteeringError
 from fgsteer.interventions import SCOPES, Scope
 
 KEYS = ("steer", "steer_op", "steer_scale", "steer_scope", "steer_bos")

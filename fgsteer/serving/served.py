@@ -154,7 +154,7 @@ def read_served(path: str | Path) -> Served:
             raise ValueError("shapes differ")
         if not all(bool(tensors[name].isfinite().all()) for name in ROWS):
             raise ValueError("it holds nan or inf")
-        served = Served(Hookpoint.parse(header["hookpoint"]), read, write, bias, threshold, target)
+        served = Served(Hookpoint.read(header["hookpoint"]), read, write, bias, threshold, target)
         _ = served.layer
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FormatError(f"{path} is damaged: {error}", "a file written by save_clamp") from error
