@@ -59,6 +59,7 @@ _HOMES = {
         "sta",
     ),
     "steering": ("generate", "steer"),
+    "streaming": ("stream",),
     "folding": ("fold",),
     "output_score": ("output_scores",),
     "scoring": ("LogProbabilities", "cross_entropies", "cross_entropy", "kl_divergences", "log_probabilities"),

@@ -129,7 +129,7 @@ def input_device(model: nn.Module) -> torch.device:
     return placed[0] if placed else torch.device("cpu")
 
 
-def warn_of_dropout(model: nn.Module) -> None:
+def warn_of_dropout(model: nn.Module, stacklevel: int = 4) -> None:
     """Warn FgsteerWarning of a model in train mode whose dropout is not zero: its activations are random."""
     if not model.training:
         return
@@ -139,7 +139,7 @@ def warn_of_dropout(model: nn.Module) -> None:
     rates = [rate for name, rate in settings.items() if active.match(name) and isinstance(rate, float)]
     if any(rates) or any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):
         message = "the model is in train mode and drops activations at random; call model.eval() first"
-        warnings.warn(message, FgsteerWarning, stacklevel=4)
+        warnings.warn(message, FgsteerWarning, stacklevel=stacklevel)
 
 
 def check_pairing(model: nn.Module, hookpoint: Hookpoint, width: int, made_for: str, what: str) -> None:
