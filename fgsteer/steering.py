@@ -101,8 +101,7 @@ class _Session:
         """Register every hook; all come off when the stack closes."""
         if not self.groups:
             return
-        self.claim.take()
-        hooks.callback(self.claim.release)
+        self.claim.take(hooks)
         decoder = decoder_of(self.model)
         hooks.callback(decoder.register_forward_pre_hook(self.observe, with_kwargs=True).remove)
         shadow(decoder, "forward", _renewed(decoder.forward), hooks)

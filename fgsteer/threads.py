@@ -5,15 +5,16 @@ thread that opened it and to that thread's context (``contextvars``): an asyncio
 tasks that it starts inside the block. Blocks of one context nest; two requests never mix.
 
     claim = Claim(model)
-    claim.take()
+    claim.take(hooks)
     claim.check()
-    claim.release()
+    hooks.close()
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+from contextlib import ExitStack
 from contextvars import ContextVar
 
 import torch
@@ -30,34 +31,37 @@ _mine: ContextVar[tuple[Claim, ...]] = ContextVar("fgsteer_claims", default=()) 
 
 
 class Claim:
-    """One block's hold on a model, from ``take`` to ``release``."""
+    """One block's hold on a model, from ``take`` until the stack closes that it was given."""
 
     def __init__(self, model: nn.Module) -> None:
         self.decoder = id(decoder_of(model))
         self.thread = threading.get_ident()
         self.open = False
+        self.hooks: ExitStack | None = None  # reachable while open: a collected handle of a hook cannot remove it
         self.overlapped = False  # whether a block around this one was left first
         self.failure: SteeringError | None = None  # of another thread, for the thread that opened the block
 
-    def take(self) -> None:
+    def take(self, hooks: ExitStack) -> None:
         """Open the block, inside the blocks of this context. Raises SteeringError while another one has the model."""
+        hooks.callback(self._release)  # first, so that an interrupt leaves no claim behind
         with _lock:
-            blocks = _open.setdefault(self.decoder, [])
-            for other in blocks:
+            for other in _open.get(self.decoder, ()):
                 other.check("a second steer block")
-            blocks.append(self)
-            self.open = True
+            self.open, self.hooks = True, hooks
+            _open.setdefault(self.decoder, []).append(self)
         _mine.set((*(claim for claim in _mine.get() if claim.open), self))
 
-    def release(self) -> None:
+    def _release(self) -> None:
         """Close the block; those that were opened inside it and are still open run no further pass."""
         with _lock:
-            blocks = _open[self.decoder]
+            blocks = _open.get(self.decoder, [])
+            if self not in blocks:
+                return
             inner = blocks[blocks.index(self) + 1 :]
             blocks.remove(self)
             if not blocks:
                 del _open[self.decoder]
-            self.open = False
+            self.open, self.hooks = False, None
             for claim in inner:
                 claim.overlapped = True
             if inner and self.failure is None:

@@ -45,7 +45,8 @@ class SteeringVector:
     one; ``features`` maps feature ids to their weights; ``provenance`` records method,
     hyperparameters, model, SAE and data. Constructs from a bare tensor and a hookpoint
     or its name. A tensor that requires grad stays the caller's own, to be trained through the
-    interventions; files hold its values of when they were written. Raises PairingError for a tensor that is not one finite vector.
+    interventions; files hold its values of when they were written. Raises PairingError for a
+    tensor that is not one finite vector.
     """
 
     direction: Float[Tensor, " d_model"]

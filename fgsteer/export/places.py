@@ -14,7 +14,10 @@ Interventions = Intervention | Sequence[Intervention]
 
 
 def checked(interventions: Interventions) -> list[Intervention]:
-    """The interventions as a list, with the values of now. Raises SteeringError for none, PairingError for those of two models."""
+    """The interventions as a list, with the values of now.
+
+    Raises SteeringError for none, PairingError for those of two models.
+    """
     items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     for item in items:
         if not isinstance(item, Intervention):

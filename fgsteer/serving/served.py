@@ -133,7 +133,10 @@ def _serve_clamp(clamp: ClampFeature) -> Served:
 
 def save_clamp(clamp: ClampFeature, path: str | Path) -> None:
     """Write a feature clamp as a file that a server loads beside vectors. Raises as ``serve`` does."""
-    header = {"hookpoint": str(clamp.hookpoint), "targets": {str(j): float(t) for j, t in clamp.detach().targets.items()}}
+    header = {
+        "hookpoint": str(clamp.hookpoint),
+        "targets": {str(j): float(t) for j, t in clamp.detach().targets.items()},
+    }
     write_tensors(path, serve(clamp).tensors, kind="clamp", header=header)
 
 
