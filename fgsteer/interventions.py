@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from fgsteer.errors import PairingError, SelectionError, SteeringError
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.sae import SAE
 
+Kind = TypeVar("Kind", bound="Intervention")
 Scope = Literal["all", "prompt", "generated", "last_prompt_on"]
 Scalar = float | Float[Tensor, ""]  # a tensor where it requires grad, else a float
 SCOPES: tuple[Scope, ...] = ("all", "prompt", "generated", "last_prompt_on")
@@ -133,7 +134,7 @@ class Intervention(ABC):
         """Whether a value of it requires grad."""
         return any(isinstance(value, Tensor) and value.requires_grad for value in self._values().values())
 
-    def detach(self) -> Self:
+    def detach(self: Kind) -> Kind:
         """The same intervention with the values of now, none of which requires grad."""
         values: dict[str, Any] = {n: v.detach() for n, v in self._values().items() if isinstance(v, Tensor)}
         return replace(self, **values) if self.trained else self
@@ -175,8 +176,7 @@ def _vector(name: str, value: Tensor) -> Tensor:
         raise SteeringError(f"{name} holds nan or inf", "finite values")
     if value.requires_grad:
         return value
-    with torch.inference_mode(False):  # so that later passes may have gradients
-        return value.detach().float().clone()  # the caller's tensor may change later
+    return value.detach().float().clone()  # the caller's tensor may change later
 
 
 def _unit(direction: Tensor) -> tuple[Tensor, Tensor]:
@@ -333,7 +333,7 @@ class ClampFeature(Intervention):
         tensors = {name: value for name, value in vars(self.sae).items() if isinstance(value, Tensor)}
         return tensors | {f"target of feature {j}": target for j, target in self.targets.items()}
 
-    def detach(self) -> Self:
+    def detach(self) -> ClampFeature:
         """The same intervention with the targets of now, as floats."""
         targets = {j: t.detach() if isinstance(t, Tensor) else t for j, t in self.targets.items()}
         return replace(self, targets=targets) if self.trained else self
