@@ -121,7 +121,7 @@ def _terms(interventions: Intervention | Sequence[Intervention] | None) -> list[
                 "bos=True: a bias acts on every token, position 0 too",
                 "write vec.add(coefficient, bos=True), and choose the coefficient with that",
             )
-        terms.append(item)
+        terms.append(item.detach())
     return terms
 
 

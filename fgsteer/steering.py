@@ -12,86 +12,37 @@ function that notes where the prompt ends and then calls the original.
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fgsteer.activations import by_token, ends_key, primary
-from fgsteer.chat import Text
-from fgsteer.checks import checked, shown
-from fgsteer.data import check_text
-from fgsteer.errors import DataError, SteeringError, UntouchedWarning
+from fgsteer.blocks import Block
+from fgsteer.checks import checked
+from fgsteer.errors import SteeringError, UntouchedWarning
+from fgsteer.groups import Group, check_range, grouped
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
-from fgsteer.interventions import Intervention, Scope, Update, apply, stack
-from fgsteer.models import (
-    check_pairing,
-    context_window,
-    input_device,
-    start_marker,
-    virtual_tokens,
-    warn_of_dropout,
-)
-from fgsteer.positions import Place, Positions, column_counts
-from fgsteer.threads import check_thread, claim
-from fgsteer.tokens import encode_prompts
-from fgsteer.wording import a, count
+from fgsteer.interventions import Intervention
+from fgsteer.models import check_pairing, input_device, start_marker, virtual_tokens, warn_of_dropout
+from fgsteer.positions import Positions, column_counts
+from fgsteer.recomputation import Recomputation
+from fgsteer.shadows import refuse, refuse_copies, shadow
+from fgsteer.threads import Claim
+from fgsteer.wording import a
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 Entry = Intervention | Sequence[Intervention] | None
 Steering = Intervention | Sequence[Entry] | None
 
 CACHES = ("past_key_values", "cache_params", "state")  # what decoders call the state that a pass goes on from
-
-
-@dataclass(eq=False)
-class Group:
-    """One update at one hookpoint, the tokens it is for, and whether any pass came by."""
-
-    hookpoint: Hookpoint
-    place: Place
-    update: Update
-    serves: Tensor  # mask (rows,) of the rows it is for
-    select: bool  # whether the mask must be applied: the update has one row, for some of several
-    reached: bool = False
-    key: tuple[torch.device, torch.dtype, int] | None = None  # what it was made ready for
-    ready: tuple[Update, Tensor] | None = None
-
-    def act(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
-        """The updated hidden states; h itself where the pass holds none of the tokens."""
-        if self.place.empty:
-            return h
-        self.reached = True
-        update, serves = self.prepare(h.device, h.dtype, repeats)
-        where = self.place.mask
-        if where is not None:
-            where = where.to(h.device)
-        if self.select:
-            rows = serves[:, None]
-            where = rows.expand(h.shape[:2]) if where is None else where & rows
-        return apply(h, update, where)
-
-    def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> tuple[Update, Tensor]:
-        """The update and row mask for hidden states of a dtype on a device, each row repeated."""
-        key = (device, dtype, repeats)
-        if self.ready is None or self.key != key:
-            serves = self.serves.repeat_interleave(repeats).to(device)
-            self.key, self.ready = key, (self.update.prepare(device, dtype, repeats), serves)
-        return self.ready
-
-    def touched(self) -> bool:
-        """Whether it has changed any token. Waits for the device."""
-        met = self.place.met
-        return self.reached and (met if isinstance(met, bool) else bool((met.cpu() & self.serves).any()))
+_IN_THREADS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 def _entries(steering: Steering, per_row: bool | None) -> list[list[Intervention]]:
@@ -123,34 +74,6 @@ def _interventions(entry: Any) -> list[Intervention]:
     return items
 
 
-def _groups(rows: Sequence[Sequence[Intervention]]) -> list[Group]:
-    """Updates in order of application: the n-th intervention of every row at a hookpoint together."""
-    table: dict[tuple[Hookpoint, int, Scope, bool], list[Intervention | None]] = {}
-    for number, items in enumerate(rows):
-        depth: dict[Hookpoint, int] = {}
-        for item in items:
-            turn = depth.get(item.hookpoint, 0)
-            depth[item.hookpoint] = turn + 1
-            key = (item.hookpoint, turn, item.scope, item.bos)
-            table.setdefault(key, [None] * len(rows))[number] = item
-    places: dict[tuple[Scope, bool], Place] = {}
-    groups = []
-    for (hookpoint, _, scope, bos), column in sorted(table.items(), key=lambda entry: entry[0][:2]):
-        place = places.setdefault((scope, bos), Place(scope, bos))
-        for update, numbers in stack(column):
-            serves = torch.zeros(len(rows), dtype=torch.bool)
-            serves[numbers] = True
-            groups.append(Group(hookpoint, place, update, serves, len(rows) > 1 and len(update.write) == 1))
-    return groups
-
-
-def _shadow(module: nn.Module, name: str, value: Callable[..., Any], hooks: ExitStack) -> None:
-    """Set a function on the module itself until the stack closes."""
-    own = vars(module).get(name)
-    setattr(module, name, value)
-    hooks.callback(delattr, module, name) if own is None else hooks.callback(setattr, module, name, own)
-
-
 def _renewed(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The same function under another name: compiled graphs do not watch for new hooks, but for another forward."""
 
@@ -159,21 +82,6 @@ def _renewed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(*args, **kwargs)
 
     return steered
-
-
-def _check_range(model: nn.Module, groups: Sequence[Group]) -> None:
-    """Refuse a set amount that a float16 model cannot hold. Raises SteeringError."""
-    if getattr(model, "dtype", None) != torch.float16:
-        return
-    largest = torch.finfo(torch.float16).max
-    for group in groups:
-        amount = float((group.update.const.float()[..., None] * group.update.write.float()).abs().amax())
-        if amount > largest:
-            raise SteeringError(
-                f"a change of {amount:.3g} at {group.hookpoint}",
-                f"at most {largest:g}, what float16 holds",
-                "a smaller coefficient, or the model in bfloat16 or float32",
-            )
 
 
 class _Session:
@@ -186,26 +94,26 @@ class _Session:
     def __init__(
         self, model: nn.Module, rows: Sequence[Sequence[Intervention]], prompt_lengths: Tensor | None = None
     ) -> None:
-        self.model, self.rows, self.groups = model, len(rows), _groups(rows)
+        self.model, self.rows, self.groups = model, len(rows), grouped(rows)
         places = list({id(g.place): g.place for g in self.groups}.values())
         self.positions = Positions(places, start_marker(model), self.rows, prompt_lengths, ends_key(model))
         virtual_tokens(model)  # raises for what cannot be placed, before any pass
         self.learned = hasattr(model, "active_peft_config")  # PEFT's, which may put virtual tokens before texts
+        self.claim = Claim(model)
+        self.recomputation = Recomputation(self.positions, self.claim)
         self.ran = False
-        self.thread = threading.get_ident()
         self.names = [n for n in inspect.signature(decoder_of(model).forward).parameters if n != "self"]
-
-    def __deepcopy__(self, _: dict[int, Any]) -> Any:
-        raise SteeringError("a copy of a model that is being steered", "one made before or after the block")
 
     def install(self, hooks: ExitStack) -> None:
         """Register every hook; all come off when the stack closes."""
         if not self.groups:
             return
-        hooks.enter_context(claim(self.model))
+        self.claim.take(hooks)
         decoder = decoder_of(self.model)
         hooks.callback(decoder.register_forward_pre_hook(self.observe, with_kwargs=True).remove)
-        _shadow(decoder, "forward", _renewed(decoder.forward), hooks)
+        shadow(decoder, "forward", _renewed(decoder.forward), hooks)
+        self.recomputation.install(decoder, hooks)
+        changed = {id(module): module for module in (self.model, decoder)}
         at: dict[Hookpoint, list[Group]] = {}
         for group in self.groups:
             at.setdefault(group.hookpoint, []).append(group)
@@ -218,17 +126,30 @@ class _Session:
             else:
                 handle = module.register_forward_hook(self._output_hook(groups), prepend=True)
             hooks.callback(handle.remove)
-            _shadow(module, "forward", _renewed(module.forward), hooks)
+            shadow(module, "forward", _renewed(module.forward), hooks)
+            changed[id(module)] = module
             weight = next(module.parameters(), None)
             if weight is not None and weight.is_floating_point() and not weight.is_meta:
                 for group in groups:  # before any pass, so that no graph holds it
                     group.prepare(weight.device, weight.dtype)
         if callable(getattr(self.model, "generate", None)):
-            _shadow(self.model, "generate", self._generate(self.model.generate), hooks)  # type: ignore[arg-type]
+            shadow(self.model, "generate", self._generate(self.model.generate), hooks)  # type: ignore[arg-type]
+        for name in _IN_THREADS:
+            refuse(
+                self.model,
+                name,
+                hooks,
+                f"{name} on a model that is being steered: it generates in a thread of its own",
+                "generate, in the thread that steers",
+                "call model.generate, or fgsteer.generate with one entry per prompt",
+            )
+        for module in changed.values():
+            refuse_copies(module, hooks)
 
     def observe(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the decoder is about to run on."""
-        check_thread(self.thread)
+        self.claim.check()
+        self.recomputation.begin()
         given = dict(zip(self.names, args, strict=False)) | kwargs if args else kwargs
         ids = given.get("input_ids")
         tokens: Tensor = given["inputs_embeds"] if ids is None else ids
@@ -256,7 +177,8 @@ class _Session:
 
     def act(self, groups: Sequence[Group], h: Tensor) -> Tensor:
         """Apply the groups in order to hidden states of any layout."""
-        check_thread(self.thread)  # a pass may have begun before the hooks were set
+        self.claim.check()  # a pass may have begun before the hooks were set
+        self.recomputation.check()
         batch, length = self.positions.batch, self.positions.length
         repeats = 1 if self.rows == 1 else batch // self.rows
         changed = h if h.shape[:-1] == (batch, length) else by_token(h, batch, length)
@@ -282,8 +204,10 @@ class _Session:
     def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``generate`` that notes where the prompt ends."""
 
+        @wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            check_thread(self.thread)
+            if not self._admits(kwargs.get("streamer")):
+                return original(*args, **kwargs)
             positions = self.positions
             if positions.generating:  # the model drafts for itself: the same rows, the same prompt
                 return original(*args, **kwargs)
@@ -294,6 +218,27 @@ class _Session:
                 positions.finish()
 
         return generate
+
+    def _admits(self, streamer: Any) -> bool:
+        """Whether the block steers this call of ``generate``: not one that someone kept and calls after the block.
+
+        Raises SteeringError in another thread or task. A streamer is ended first, so that who
+        reads it does not wait for ever, and the error comes to the thread of the block as well.
+        """
+        if self.claim.left():
+            return False
+        try:
+            self.claim.check("generate")
+        except SteeringError as error:
+            if streamer is None:
+                raise
+            self.claim.failure = SteeringError(
+                f"generate with a streamer: {error}",
+                change="fgsteer.stream(model, tokenizer, prompt, steering=…) yields the text as it is generated",
+            )
+            streamer.end()
+            raise self.claim.failure from error
+        return True
 
     def _prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, Tensor | None]:
         """(prompt length, mask of real tokens or None) of a generate call. Raises SteeringError."""
@@ -335,19 +280,18 @@ class _Session:
                     f"an intervention at {group.hookpoint} with scope {group.place.scope!r} touched no token; "
                     "padding is skipped, and a start token at position 0 unless bos=True",
                     UntouchedWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
 
 
 @checked
-@contextmanager
 def steer(
     model: PreTrainedModel,
     steering: Steering,
     *,
     per_row: bool | None = None,
     prompt_lengths: Sequence[int] | Tensor | None = None,
-) -> Iterator[PreTrainedModel]:
+) -> Block[PreTrainedModel]:
     """Steer every forward pass of the model inside the block; hooks always come off.
 
     ``steering`` is one intervention, a list of them (composed in order), or one entry per
@@ -362,9 +306,14 @@ def steer(
 
     Nested blocks on one model compose, the inner one acting first. Unsteered rows and
     tokens keep their activations bit for bit. Models may be compiled, before or inside the
-    block; another block that differs in its numbers alone compiles nothing. One thread steers a
-    model at a time: while it does, other threads' steer blocks and forward passes on that model
-    raise SteeringError (not passes that are compiled as a whole). No copies are made of a steered model.
+    block; another block that differs in its numbers alone compiles nothing. Gradients flow through
+    the block to the model and to values that require grad, with gradient checkpointing too.
+
+    A block belongs to the thread that enters it, and to its asyncio task with those started inside:
+    meanwhile, steer blocks and forward passes of others on that model raise SteeringError (not
+    passes that are compiled as a whole), and so do ``generate_batch`` and copies of the model. A block
+    that is left before one that was entered inside it comes off whole and raises SteeringError, as do the
+    passes that the other still runs. Each call is entered once; as a decorator, once for each call of the function.
 
     ``HookpointError`` and ``PairingError`` are raised before anything is hooked;
     ``SteeringError`` for another number of rows than entries or prompt lengths, for prompt lengths that
@@ -372,100 +321,34 @@ def steer(
     65504 (a sum h + c·v beyond it still becomes inf). Warns UntouchedWarning when an intervention
     touched no token, FgsteerWarning of a model in train mode with dropout.
     """
+    return Block(partial(_steered, model, steering, per_row, prompt_lengths))
+
+
+@contextmanager
+def _steered(
+    model: PreTrainedModel, steering: Steering, per_row: bool | None, prompt_lengths: Sequence[int] | Tensor | None
+) -> Iterator[PreTrainedModel]:
+    """One block. A generator: one that is dropped without being left is closed, and its hooks come off."""
     warn_of_dropout(model)
-    rows, lengths = _entries(steering, per_row), column_counts(prompt_lengths)
+    rows, lengths = checked_rows(model, steering, per_row), column_counts(prompt_lengths)
     if lengths is not None and len(rows) > 1 and len(rows) != len(lengths):
         raise SteeringError(f"{len(rows)} entries and {len(lengths)} prompt_lengths", "one of each per row")
-    for item in {id(i): i for items in rows for i in items}.values():
-        check_pairing(model, item.hookpoint, item.d_model, item.model_name, type(item).__name__)
     session = _Session(uncompiled(model), rows, None if lengths is None else lengths.to(input_device(model)))
-    _check_range(model, session.groups)
-    with ExitStack() as hooks:
-        session.install(hooks)
-        yield model
+    check_range(model, session.groups)
+    try:
+        with ExitStack() as hooks:
+            session.install(hooks)
+            yield model
+    except GeneratorExit:  # the generator that the block stands in is closed, which is a way to leave it
+        session.claim.report()
+        raise
+    session.claim.report()
     session.warn_untouched()
 
 
-@checked
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: str | Sequence[Text],
-    *,
-    steering: Steering = None,
-    per_row: bool | None = None,
-    **options: Any,
-) -> list[str]:
-    """Continuations of the prompts, without the prompts, in their order.
-
-    ``steering`` means what it means to ``steer``: one intervention, a list of them that compose on every
-    prompt, or, where a list holds None or lists, one entry per prompt (an intervention, a list to
-    compose, or None). ``per_row`` says outright which; a list of as many interventions as prompts
-    could be either and needs it. Prompts are strings or conversations, of which the assistant's last message is
-    continued; other keywords go to ``model.generate``. With ``num_return_sequences = n`` the n
-    continuations of a prompt stand together. BOS stands before a prompt once, also where its text brings it.
-    Raises ArgumentError for a model or tokenizer of another type, DataError for prompts that are neither,
-    empty ones without a BOS and ones beyond the model's window, SteeringError for another number of entries
-    than prompts.
-    """
-    given = _prompts(prompts)
-    if not given:
-        return []
-    per_row = _by_prompt(steering, len(given), per_row)
-    inputs = _inputs(model, tokenizer, given)
-    if tokenizer.pad_token_id is not None:
-        options.setdefault("pad_token_id", tokenizer.pad_token_id)
-    with steer(model, steering, per_row=per_row):
-        output = model.generate(**inputs, **options)
-    ids = output if isinstance(output, Tensor) else output.sequences
-    return list(tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
-
-def _inputs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]
-) -> dict[str, Int[Tensor, "prompts tokens"]]:
-    """What ``model.generate`` takes, on the model's device. Raises DataError for a prompt beyond the window."""
-    ids, mask = encode_prompts(tokenizer, prompts)
-    window = context_window(model)
-    if window is not None and ids.shape[1] > window:
-        number = int(mask.sum(1).argmax())
-        raise DataError(
-            f"prompt {number} has {int(mask[number].sum())} tokens",
-            f"at most {window}, the model's window",
-            "shorten it, or drop its beginning yourself",
-        )
-    device = input_device(model)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def _prompts(prompts: str | Sequence[Text]) -> list[Text]:
-    """The prompts, all of them strings or all conversations. Raises DataError."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise DataError(f"prompts is {shown(prompts)}", "a text, or a list of texts or of conversations")
-    given = [check_text(prompt, f"prompt {number}", empty=True) for number, prompt in enumerate(prompts)]
-    if len({isinstance(prompt, str) for prompt in given}) > 1:
-        raise DataError("strings and chat messages among the prompts", "all of one kind")
-    return given
-
-
-def _by_prompt(steering: Steering, prompts: int, per_row: bool | None) -> bool | None:
-    """Whether a list of steering has an entry for each prompt; as ``steer`` reads it. Raises SteeringError."""
-    if not isinstance(steering, list | tuple):
-        return None
-    flat = all(isinstance(entry, Intervention) for entry in steering)
-    if per_row is None and flat and len(steering) == prompts > 1:
-        raise SteeringError(
-            f"a list of {len(steering)} interventions for {prompts} prompts",
-            "a list that says whether every prompt gets all of them or one each",
-            "pass per_row=False to apply all of them to every prompt, per_row=True for one a prompt",
-        )
-    by_prompt = not flat if per_row is None else per_row
-    if by_prompt and len(steering) != prompts:
-        raise SteeringError(
-            f"{count(len(steering), 'steering entry')} for {count(prompts, 'prompt')}",
-            "one entry per prompt",
-            "wrap interventions that compose in a list of their own: [[a, b], None, …]",
-        )
-    return by_prompt
+def checked_rows(model: PreTrainedModel, steering: Steering, per_row: bool | None) -> list[list[Intervention]]:
+    """Interventions per row. Raises SteeringError, HookpointError, PairingError for what the model cannot be."""
+    rows = _entries(steering, per_row)
+    for item in {id(i): i for items in rows for i in items}.values():
+        check_pairing(model, item.hookpoint, item.d_model, item.model_name, type(item).__name__)
+    return rows

@@ -24,7 +24,7 @@ from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionEr
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.hub import VECTOR, fetch, push, save_folder
-from fgsteer.interventions import Ablate, Add, Affine, Clamp, _vector
+from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, _vector
 from fgsteer.models import check_pairing
 from fgsteer.wording import a, count
 
@@ -48,7 +48,9 @@ class SteeringVector:
     ``reference (d_model,)`` is the mean that ``affine`` starts from, where the method kept
     one; ``features`` maps feature ids to their weights; ``provenance`` records method,
     hyperparameters, model, SAE and data. Constructs from a bare tensor and a hookpoint
-    or its name. Raises PairingError for a tensor that is not one finite vector.
+    or its name. A tensor that requires grad stays the caller's own, to be trained through the
+    interventions; files hold its values of when they were written. Raises PairingError for a
+    tensor that is not one finite vector.
     """
 
     direction: Float[Tensor, " d_model"]
@@ -77,9 +79,9 @@ class SteeringVector:
     @property
     def norm(self) -> float:
         """Euclidean norm of the direction, in residual-stream units."""
-        return float(self.direction.norm())
+        return float(self.direction.detach().norm())
 
-    def add(self, coefficient: float = 1.0, **scope: Any) -> Add:
+    def add(self, coefficient: Scalar = 1.0, **scope: Any) -> Add:
         """``h + c·v``; keywords ``scope`` and ``bos`` as in Intervention."""
         return Add(direction=self.direction, coefficient=coefficient, **self._place, **scope)
 
@@ -87,11 +89,11 @@ class SteeringVector:
         """``h − (v̂·h) v̂``. Raises SteeringError for a zero direction."""
         return Ablate(direction=self.direction, **self._place, **scope)
 
-    def clamp(self, target: float, **scope: Any) -> Clamp:
+    def clamp(self, target: Scalar, **scope: Any) -> Clamp:
         """``h + (t − v̂·h) v̂``; target in residual-stream units along v̂."""
         return Clamp(direction=self.direction, target=target, **self._place, **scope)
 
-    def affine(self, alpha: float = 1.0, **scope: Any) -> Affine:
+    def affine(self, alpha: Scalar = 1.0, **scope: Any) -> Affine:
         """ACE: ``r̂·h' = r̂·r⁻ + α‖r‖`` (arXiv 2411.09003). Raises SteeringError without a reference."""
         if self.reference is None:
             raise SteeringError(

@@ -68,7 +68,7 @@ def diagnose(
     """
     at, contrast = stats.at("residual", vector.hookpoint if vector is not None else hookpoint)
     difference = contrast.difference
-    direction = difference if vector is None else vector.direction.cpu().double()
+    direction = difference if vector is None else vector.direction.detach().cpu().double()
     if direction.shape != difference.shape:
         raise PairingError(f"a vector of width {len(direction)}", f"{len(difference)}, that of the statistics at {at}")
     if not direction.norm() > 0:

@@ -63,7 +63,7 @@ def write(interventions: Interventions, path: str | Path, *, model_type: str = "
             )
         baked = item.coefficient * item.direction.double().cpu()
         directions[layer] = directions[layer] + baked if layer in directions else baked
-    applied = [_record(item, item.coefficient) for item in items if isinstance(item, Add)]
+    applied = [_record(item, float(item.coefficient)) for item in items if isinstance(item, Add)]
     write_directions(path, directions, model_type=model_type, model_name=items[0].model_name, applied=applied)
 
 

@@ -81,7 +81,7 @@ def _strengths(vector: SteeringVector, sae: SAE, coefficient: float) -> dict[int
         raise PairingError(f"a vector at {vector.hookpoint}", f"one at {sae.hookpoint}, where this SAE is")
     rows = torch.stack([sae.direction(j) for j in vector.features]).double().cpu()
     weights = torch.tensor(list(vector.features.values()), dtype=torch.float64)
-    decoded, direction = weights @ rows, vector.direction.double().cpu()
+    decoded, direction = weights @ rows, vector.direction.detach().double().cpu()
     scale = float(direction @ decoded / (decoded @ decoded).clamp(min=torch.finfo(torch.float64).tiny))
     if not bool((direction - scale * decoded).norm() <= TOLERANCE * direction.norm()):
         raise SteeringError(
