@@ -109,7 +109,8 @@ class Intervention(Brief, ABC):
     """How an activation at ``hookpoint`` is changed, and on which tokens.
 
     ``scope``: all tokens, prompt, generated, or last_prompt_on (the last prompt token and
-    everything after it). Padding is never touched, position 0 only with ``bos=True``.
+    everything after it). Padding and virtual tokens (prompt tuning) are never touched. A start token at
+    position 0 (BOS, or EOS in its place) only with ``bos=True``; a word there is like any other.
     ``model_name`` is the model that it was made for and ``method`` how, where known.
 
     A tensor among its values that requires grad stays the caller's own, so that it can be

@@ -158,13 +158,18 @@ def start_ids(model: nn.Module) -> frozenset[int]:
     """Ids of the tokens that may stand before a text: BOS and EOS of the model's and its generation config."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
-    found: set[int] = set()
-    for source in (config, text, getattr(model, "generation_config", None)):
+    return ids_of_ends(config, text, getattr(model, "generation_config", None))
+
+
+def ids_of_ends(*configs: Any) -> frozenset[int]:
+    """Ids of BOS and EOS that any of these configs, objects or dicts, names."""
+    found: list[Any] = []
+    for config in configs:
         for name in ("bos_token_id", "eos_token_id"):
-            value = getattr(source, name, None)
-            listed = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
-            found.update(i for i in (listed if isinstance(listed, list | tuple) else [listed]) if isinstance(i, int))
-    return frozenset(found)
+            value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+            value = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
+            found.extend(value if isinstance(value, list | tuple) else [value])
+    return frozenset(i for i in found if isinstance(i, int))
 
 
 def start_marker(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
