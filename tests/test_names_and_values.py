@@ -111,6 +111,16 @@ def test_feature_ids_of_numpy_are_saved_and_loaded(tmp_path):
     assert fg.SteeringVector.load(tmp_path / "v.safetensors").features == {7: 0.5}
 
 
+def test_numbers_of_numpy_and_torch_are_kept_in_headers(tmp_path):
+    """As of ``collect(max_tokens=np.int64(64))``: they failed only when the file was written."""
+    numbers = {"a": np.float32(0.5), "b": np.int64(3), "c": torch.tensor(2.0)}
+    fg.SteeringVector(torch.ones(4), AT, provenance=numbers).save(tmp_path / "v.safetensors")
+    assert fg.SteeringVector.load(tmp_path / "v.safetensors").provenance == {"a": 0.5, "b": 3, "c": 2.0}
+    with pytest.raises(fg.DataError, match="a Tensor to be kept as JSON"):
+        fg.SteeringVector(torch.ones(4), AT, provenance={"a": torch.ones(2)}).save(tmp_path / "w.safetensors")
+    assert not (tmp_path / "w.safetensors").exists()
+
+
 DIRECTION = torch.ones(32)
 CONTRAST = fg.ContrastSet("x", positives=["the bride wore a ring", "a cat"], negatives=["a dog sat"])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -216,8 +216,10 @@ def coefficient_curves(run: Run) -> Figure:
     return figure
 
 
-def _panels(methods: Sequence[str]) -> tuple[Figure, list[tuple[str, Axes]]]:
-    """A figure with a small panel for each method, titled."""
+def _panels(
+    methods: Sequence[str], name: Callable[[str], str] = method_name
+) -> tuple[Figure, list[tuple[str, Axes]]]:
+    """A figure with a small panel for each method, titled by its name."""
     from matplotlib.figure import Figure
 
     if not methods:
@@ -228,7 +230,7 @@ def _panels(methods: Sequence[str]) -> tuple[Figure, list[tuple[str, Axes]]]:
     for axis in axes[len(methods) :]:
         axis.set_axis_off()
     for method, axis in zip(methods, axes, strict=False):
-        axis.set_title(_short(method_name(method), 17))
+        axis.set_title(_short(name(method), 17))
     return figure, list(zip(methods, axes, strict=False))
 
 
