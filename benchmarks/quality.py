@@ -5,6 +5,7 @@ mean BCS over the concepts, every concept at its best strength. Then all methods
 Why: a method tuned on the texts that it is reported on beats anything.
 
     python benchmarks/quality.py            writes results/{tuning.json, *.jsonl, table.md, report.html, *.png, *.svg}
+    python benchmarks/quality.py --tables   makes tables, page and pictures again, of the records that are there
     python benchmarks/quality.py --readme   puts the table into README.md
 """
 
@@ -66,6 +67,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
 }
 CE_RISES = (0.25, 0.5, 1.0)  # of the tuning runs
+TUNING_PROMPTS, PROMPTS = 8, 24  # with one seed each: intervals are over prompts
 MATCHED = 0.5
 
 
@@ -98,7 +100,7 @@ class Tuning:
             layers=(layer,),
             ce_rises=CE_RISES,
             matched=None,
-            seeds=1,
+            prompts=TUNING_PROMPTS,
             halves=("tune",),
             settings={method: settings},
         )
@@ -154,10 +156,20 @@ def section(title: str, run: Run) -> str:
     return "\n".join(parts)
 
 
+def publish(model: Any, tokenizer: Any, sae: Any) -> None:
+    """Write tables, page and pictures of the records."""
+    run = fg.load_run(BENCH)
+    with whole(RESULTS / "table.md") as beside:
+        beside.write_text("\n".join(section(title, found) for title, found in both().items()), "utf-8")
+    fg.write_report(run, RESULTS / "report.html", features=partial(fg.seen_features, model, tokenizer, sae))
+    save_all(run, RESULTS)
+
+
 def main() -> None:
     """Tune, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "quality", help="folder of tuning runs")
+    parser.add_argument("--tables", action="store_true", help="only tables, page and pictures of the records")
     parser.add_argument("--readme", action="store_true", help="only put the table into README.md")
     arguments = parser.parse_args()
     if arguments.readme:
@@ -168,10 +180,14 @@ def main() -> None:
     model, tokenizer = fg.load_model("default")
     saes = [fg.load_sae("default", f"layer_{layer}") for layer in (1, 2, 3)]
     effects = fg.load_effects("default")
+    by_layer = {sae.hookpoint.layer: sae for sae in saes}
+    if arguments.tables:
+        publish(model, tokenizer, by_layer[effects.hookpoint.layer])
+        return
     parts = {
         "model": model,
         "tokenizer": tokenizer,
-        "saes": {sae.hookpoint.layer: sae for sae in saes},
+        "saes": by_layer,
         "effects": {effects.hookpoint.layer: effects},
         "judge": fg.EmbeddingJudge(),
     }
@@ -182,17 +198,14 @@ def main() -> None:
     layers = {method: (trial.layer,) for method, trial in best.items()}
     layers |= {"random": layers["caa"], "minus_bias": layers["fgaa_effects"]}
     settings = {method: trial.settings for method, trial in best.items() if trial.settings}
-    plan = BenchPlan(tuning.concepts, layers=layers, settings=settings, ce_rises=(0.125, 0.25, 0.5, 1.0), seeds=3)
+    rises = (0.125, 0.25, 0.5, 1.0)
+    plan = BenchPlan(tuning.concepts, layers=layers, settings=settings, ce_rises=rises, prompts=PROMPTS)
     Bench(**parts, plan=plan).run(BENCH, "python benchmarks/quality.py", lambda done, of: print(done, of, flush=True))
     run = fg.load_run(BENCH)
     near = layers[best_sae_method(run) or "fgaa_effects"]
     other = replace(plan, methods=("caa",), layers={"caa": near})
     Bench(**parts, plan=other).run(NEARBY, "python benchmarks/quality.py")
-    with whole(RESULTS / "table.md") as beside:
-        beside.write_text("\n".join(section(title, found) for title, found in both().items()), "utf-8")
-    read = partial(fg.seen_features, model, tokenizer, parts["saes"][effects.hookpoint.layer])
-    fg.write_report(run, RESULTS / "report.html", features=read)
-    save_all(run, RESULTS)
+    publish(model, tokenizer, by_layer[effects.hookpoint.layer])
     print(f"{time.monotonic() - began:.0f} s")
 
 

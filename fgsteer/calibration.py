@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from fgsteer.checks import checked
 from fgsteer.errors import SteeringError
 from fgsteer.interventions import Intervention
-from fgsteer.scoring import cross_entropies, kl_divergences
+from fgsteer.scoring import Scored, cross_entropies, kl_divergences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,11 +24,12 @@ CE_RISE = 0.5
 Costs = Callable[[Sequence[Intervention]], list[float]]
 
 
+@checked
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     make: Callable[[float], Intervention],
-    texts: Sequence[str],
+    texts: Sequence[Scored],
     *,
     target_ce_rise: float | None = None,
     target_kl: float | None = None,
@@ -39,7 +41,8 @@ def calibrate(
     One of ``CE(steered) − CE(unsteered) = target_ce_rise``, 0.5 when no target is given (the strength
     rule of SAE-TS, arXiv 2411.02193), and mean ``KL(unsteered‖steered) = target_kl``. On text that
     the model itself wrote the two are equal in expectation; on other text the rise can be negative, the
-    KL cannot. Found by doubling from ``start`` and bisection, within ``tolerance`` of the target
+    KL cannot. A text may be (prompt, completion), of which the completion counts; the intervention's scope holds
+    there as in ``generate``. Found by doubling from ``start`` and bisection, within ``tolerance`` of the target
     (relative). Raises SteeringError for both targets, when the cost at c = 0 is above the target
     already, or no coefficient reaches it.
     """
@@ -53,11 +56,12 @@ def calibrate(
     return found
 
 
+@checked
 def calibrate_many(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     makes: Sequence[Callable[[float], Intervention]],
-    texts: Sequence[str],
+    texts: Sequence[Scored],
     *,
     target_ce_rise: float | None = None,
     target_kl: float | None = None,
@@ -75,11 +79,12 @@ def calibrate_many(
     return [found[0] for found in _solve(costs, [target], makes, start, tolerance)]
 
 
+@checked
 def calibrate_grid(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     makes: Sequence[Callable[[float], Intervention]],
-    texts: Sequence[str],
+    texts: Sequence[Scored],
     *,
     target_ce_rises: Sequence[float],
     start: float = 1.0,
@@ -102,7 +107,7 @@ def calibrate_grid(
 def _cost(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[Scored],
     ce_rise: float | None,
     kl: float | None,
     batch_tokens: int | None,

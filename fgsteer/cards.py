@@ -2,7 +2,7 @@
 
 The page stands alone: no script, no network, light or dark, for a screen of any width or paper.
 
-    write_page("cards.html", "Features of love", describe_features(vec, model, tokenizer, sae))
+    write_page("cards.html", "Features of love", describe_features(model, tokenizer, sae, vec))
 """
 
 from __future__ import annotations

@@ -17,23 +17,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fgsteer.activations import WINDOW, Batch, TokenRow, TokenRule, batches, text_batches, windows
-from fgsteer.data import ContrastPair, ContrastSet, Text, as_contrast
+from fgsteer.activations import Batch, batches, text_batches
+from fgsteer.checks import checked, is_whole
+from fgsteer.data import Contrastable, ContrastSet, as_contrast
 from fgsteer.errors import DataError, FgsteerError
 from fgsteer.files import text_sha256
 from fgsteer.hookpoints import Hookpoint, resolve
 from fgsteer.memory import in_parts
-from fgsteer.models import check_pairing, identity, weights_sha256
+from fgsteer.models import check_pairing, context_window, identity, weights_sha256
 from fgsteer.parts import Parts
 from fgsteer.pooling import pool, pool_features
 from fgsteer.prefixes import SharedBatch, arrange_for, read
 from fgsteer.sae import SAE
 from fgsteer.statistics import Contrast, ContrastStatistics, Moments, Pooled, Space
+from fgsteer.tokens import WINDOW, TokenReader, TokenRow, TokenRule, Triple, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Triple = tuple[Text, Text, bool]
 Key = tuple[Space, Hookpoint, bool]  # a space, a hookpoint, and whether positive
 MOMENTS = ("mean", "m2", "fired")
 
@@ -81,11 +82,11 @@ class _Reader:
     """Reads windows of texts with one model, SAE and token rule."""
 
     model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
+    rows: TokenReader
     sae: SAE | None
     wanted: Sequence[Hookpoint]
     keep: bool
-    options: Mapping[str, Any]
+    batching: Mapping[str, Any]
     progress: Callable[[int], None] | None = None
     placed: dict[torch.device, SAE] = field(default_factory=dict)
 
@@ -93,7 +94,7 @@ class _Reader:
         """Sums of one window; ``number`` is its place among all."""
         sums, first = _Sums(), number * WINDOW
         done = 0
-        arranged = text_batches(self.model, self.tokenizer, texts, first=first, **self.options)
+        arranged = text_batches(self.model, self.rows, texts, first=first, **self.batching)
         for batch, found in in_parts(arranged, self.read):
             positive = torch.tensor([row.positive for row in batch.rows])
             for space, at, rows in found:
@@ -138,7 +139,7 @@ def _check_finite(pooled: Tensor, what: str, rows: Sequence[TokenRow]) -> None:
         )
 
 
-def _texts(contrast: ContrastSet) -> Iterator[tuple[Text, Text, bool]]:
+def _texts(contrast: ContrastSet) -> Iterator[Triple]:
     """Pairs first, both sides of each together, so that what they share is found in one window."""
     positives, negatives = list(contrast.side(True)), list(contrast.side(False))
     pairs = len(contrast.pairs)
@@ -157,15 +158,17 @@ def _pooled(examples: Tensor, contrast: ContrastSet) -> Pooled:
     return Pooled(positive, negative, pairs)
 
 
+@checked
 def collect(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    contrast: ContrastSet | str | Path | Sequence[ContrastPair],
+    contrast: Contrastable,
     *,
     sae: SAE | None = None,
-    hookpoints: Iterable[Hookpoint | str] | Hookpoint | str | None = None,
+    hookpoints: Iterable[Hookpoint | str | int] | Hookpoint | str | int | None = None,
     tokens: TokenRule = "all",
     bos: bool = False,
+    prepend_bos: bool | None = None,
     batch_tokens: int | None = None,
     max_tokens: int | None = None,
     keep_pooled: bool = False,
@@ -178,10 +181,15 @@ def collect(
     Per example i: ``h̄ᵢ = mean_t h_t`` and ``z̄ᵢ = mean_t φ(h_t)`` over the tokens that the
     rule selects; kept are count, mean, M2 over examples and ``Σᵢ 1[z̄ᵢ > 0]``.
 
-    ``hookpoints`` default to the SAE's; strings are parsed. A transcoder's features are kept
-    under the hookpoint that it writes, read from the one that it reads. ``tokens``: all, last, answer
-    (the completion after its prompt), letter (the single-letter answer token), or an
-    index. Position 0 and padding are not read, position 0 only with ``bos=True``.
+    ``contrast``: a ContrastSet, the name of a shipped one, a path, ``{"positive": [...], "negative": [...]}`` or
+    pairs. ``hookpoints`` default to the SAE's; strings are parsed, and 2 is the end of block 2. A transcoder's
+    features are kept under the hookpoint that it writes, read from the one that it reads. ``tokens``: all, last
+    (of the content), answer (the completion's content, after its prompt), letter (the single-letter answer token),
+    tail (what a chat template writes after the last message's content), or an index into all tokens. Padding is
+    never read, a special token that stands before a text only with ``bos=True``, EOS behind a text never.
+    ``prepend_bos`` puts BOS (EOS where a tokenizer has none) before every text (True) or takes the tokenizer's away
+    (False); by default texts begin as those that the SAE was trained on, and without an SAE as the tokenizer has it.
+    Texts keep their first ``max_tokens`` tokens, and, with one warning, what fits into the model's window.
     ``batch_tokens`` bounds a batch and changes nothing but speed: by default 8,192, on a CPU 1,024. A batch that
     does not fit in memory is read in halves, with a warning. ``keep_pooled`` keeps the ``h̄ᵢ`` themselves,
     O(examples · d_model) memory at each hookpoint, for ``diagnose``.
@@ -200,30 +208,40 @@ def collect(
         resolve(model, at)
     if sae is not None:
         check_pairing(model, sae.input_hookpoint, sae.d_model, sae.model_name, "SAE")
+    prepend = sae.prepend_bos if prepend_bos is None and sae is not None else prepend_bos
     reading = {
         "model": identity(model),
         "sae": {"source": sae.source, "sha256": sae.sha256} if sae is not None else None,
         "tokens": tokens,
         "bos": bos,
+        "prepend_bos": prepend,
         "max_tokens": max_tokens,
     }
-    options = {"rule": tokens, "bos": bos, "batch_tokens": batch_tokens, "max_tokens": max_tokens}
     arrange = arrange_for(model) if share_prefixes else batches
-    reader = _Reader(model, tokenizer, sae, wanted, keep_pooled, {**options, "arrange": arrange}, progress)
     counts = [contrast.count(side) for side in (True, False)]
     texts = windows(_texts(contrast))
-    if work is None:
-        sums = _join(reader.window(number, window) for number, window in enumerate(texts))
-    else:
-        plan = {
-            **reading,
-            "weights": weights_sha256(model),
-            "hookpoints": [str(at) for at in wanted],
-            "batch_tokens": batch_tokens,
-            "keep_pooled": keep_pooled,
-            "share_prefixes": arrange is not batches,
-        }
-        sums = _join(_in_parts_of(Parts(work, "collected texts", plan), texts, reader, sum(counts)))
+    with TokenReader(
+        tokenizer,
+        rule=tokens,
+        bos=bos,
+        prepend_bos=prepend,
+        max_tokens=max_tokens,
+        window=context_window(model),
+    ) as rows:
+        batching = {"batch_tokens": batch_tokens, "arrange": arrange}
+        reader = _Reader(model, rows, sae, wanted, keep_pooled, batching, progress)
+        if work is None:
+            sums = _join(reader.window(number, window) for number, window in enumerate(texts))
+        else:
+            plan = {
+                **reading,
+                "weights": weights_sha256(model),
+                "hookpoints": [str(at) for at in wanted],
+                "batch_tokens": batch_tokens,
+                "keep_pooled": keep_pooled,
+                "share_prefixes": arrange is not batches,
+            }
+            sums = _join(_in_parts_of(Parts(work, "collected texts", plan), texts, reader, sum(counts)))
     tables: dict[Space, dict[Hookpoint, Contrast]] = {"residual": {}, "feature": {}}
     for space, at, side in sums.moments:
         if side:
@@ -269,11 +287,13 @@ def _sums_of(parts: Parts, found: Iterable[Mapping[str, Tensor]]) -> Iterator[_S
             raise parts.damaged(number, error) from error
 
 
-def _hookpoints(hookpoints: Iterable[Hookpoint | str] | Hookpoint | str | None, sae: SAE | None) -> list[Hookpoint]:
+def _hookpoints(
+    hookpoints: Iterable[Hookpoint | str | int] | Hookpoint | str | int | None, sae: SAE | None
+) -> list[Hookpoint]:
     """Hookpoints asked for, the SAE's among them. Raises DataError when there is none."""
     if hookpoints is None:
         given: list[Hookpoint] = []
-    elif isinstance(hookpoints, str | Hookpoint):
+    elif isinstance(hookpoints, str) or is_whole(hookpoints) or not isinstance(hookpoints, Iterable):
         given = [Hookpoint.parse(hookpoints)]
     else:
         given = [Hookpoint.parse(h) for h in hookpoints]

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from fgsteer.errors import DataError
 from fgsteer.files import parse_json
@@ -138,7 +138,8 @@ def file_kind(path: str | Path) -> str:
 def read_rows(path: str | Path, fields: Collection[str] = ()) -> Iterator[Row]:
     """The rows of a file with where each stands: lines of .txt, else what JSON holds, or objects of columns.
 
-    ``fields`` are what is wanted of .parquet. Raises DataError: at once for a suffix that is not read, later naming file and row.
+    ``fields`` are what is wanted of .parquet. Raises DataError: at once for a suffix that is not read, later
+    naming file and row.
     """
     kind = file_kind(path)
     if kind == ".parquet":

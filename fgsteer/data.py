@@ -1,7 +1,8 @@
 """Contrast data: what shows a behavior and what does not, and the files it comes in.
 
 A ``ContrastSet`` holds pairs, or positives and negatives of any two sizes. Texts are
-strings or chat messages; an optional prompt stands before a pair's two completions.
+strings or chat messages; an optional prompt stands before a pair's two completions. Of conversations,
+what both sides begin with is the prompt.
 
     load_contrast("wedding")          a set that ships with the package
     load_contrast("pairs.jsonl")      rows {"positive", "negative"} and the like
@@ -9,18 +10,19 @@ strings or chat messages; an optional prompt stands before a pair's two completi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fgsteer.brief import Brief
+from fgsteer.chat import Text, plain_message
+from fgsteer.checks import shown
+from fgsteer.conversations import after_prompt, separate, split
 from fgsteer.corpora import file_kind, read_rows
 from fgsteer.errors import DataError, FormatError
 from fgsteer.files import read_json, text_sha256
-
-Message = Mapping[str, str]
-Text = str | Sequence[Message]
 
 SHIPPED = Path(__file__).resolve().parent / "contrast_sets"
 
@@ -33,26 +35,25 @@ _ROWS: tuple[tuple[str | None, str, str], ...] = (
 
 
 def check_text(value: object, where: str, *, empty: bool = False) -> Text:
-    """The value as a text. Raises DataError naming where it stood."""
+    """The value as a text, messages with text parts as messages of one text. Raises DataError naming where it stood."""
     if isinstance(value, str):
         if not value.strip() and not empty:
             raise DataError(f"{where} is empty", "a text or chat messages")
         return value
     if isinstance(value, Sequence) and (value or empty):
-        for number, message in enumerate(value):
-            fields = ("role", "content")
-            if not isinstance(message, Mapping) or not all(isinstance(message.get(f), str) for f in fields):
-                raise DataError(f"{where}, message {number}: {message!r}", 'an object {"role": text, "content": text}')
-        return value
-    raise DataError(f"{where} is {type(value).__name__} {value!r:.60}", "a text or a list of chat messages")
+        return [plain_message(message, f"{where}, message {number}") for number, message in enumerate(value)]
+    hint = "put the message into a list: [message]" if isinstance(value, Mapping) and "role" in value else ""
+    raise DataError(f"{where} is {type(value).__name__} {value!r:.60}", "a text or a list of chat messages", hint)
 
 
-@dataclass(frozen=True)
-class ContrastPair:
+@dataclass(frozen=True, repr=False)
+class ContrastPair(Brief):
     """Two completions of one prompt, with and without the behavior.
 
     Each of ``positive``, ``negative`` and ``prompt`` is a string or a list of chat
-    messages. Raises DataError for anything else, or for an empty completion.
+    messages. Two whole conversations are taken apart: the messages that both begin with become the prompt
+    (as in TRL), and one that ``prompt`` gives as well is not said twice. Raises DataError for anything
+    else, or for an empty completion.
     """
 
     positive: Text
@@ -60,13 +61,14 @@ class ContrastPair:
     prompt: Text = ""
 
     def __post_init__(self) -> None:
-        check_text(self.positive, "positive")
-        check_text(self.negative, "negative")
-        check_text(self.prompt, "prompt", empty=True)
+        positive, negative = check_text(self.positive, "positive"), check_text(self.negative, "negative")
+        prompt = check_text(self.prompt, "prompt", empty=True)
+        for name, text in zip(("prompt", "positive", "negative"), separate(prompt, positive, negative), strict=True):
+            object.__setattr__(self, name, text)
 
 
-@dataclass(frozen=True)
-class ContrastSet:
+@dataclass(frozen=True, repr=False)
+class ContrastSet(Brief):
     """Texts with and without a behavior: ``pairs``, or ``positives`` and ``negatives``, or both.
 
     The two sides need not be of equal size. ``held_out`` is a set of the same behavior
@@ -97,11 +99,14 @@ class ContrastSet:
                 raise DataError(f"contrast set {self.name!r} has no {word} text", "at least one on either side")
 
     def side(self, positive: bool) -> Iterator[tuple[Text, Text]]:
-        """(prompt, completion) of every text of one side, in order; no prompt is ""."""
+        """(prompt, completion) of every text of one side, in order; no prompt is "".
+
+        The completion of a single conversation is its last assistant's message.
+        """
         for pair in self.pairs:
-            yield pair.prompt, pair.positive if positive else pair.negative
+            yield after_prompt(pair.prompt, pair.positive if positive else pair.negative)
         for text in self.positives if positive else self.negatives:
-            yield "", text
+            yield split(text)
 
     def count(self, positive: bool) -> int:
         """Number of texts of one side."""
@@ -115,6 +120,9 @@ class ContrastSet:
             for positive in (True, False)
         ]
         return text_sha256(plain)
+
+
+Contrastable = ContrastSet | str | Path | Mapping[str, Any] | Sequence[Any]  # what as_contrast takes
 
 
 def _plain(text: Text) -> str | list[dict[str, str]]:
@@ -147,7 +155,7 @@ def _two_sided(value: Mapping[str, Any], name: str, where: str) -> ContrastSet:
         key = field if field in value else field + "s"
         if key not in value:
             raise DataError(f"{where} has no field {field!r}", "an object with lists positive and negative")
-        if not isinstance(value[key], list) or not value[key]:
+        if not isinstance(value[key], list | tuple) or not value[key]:
             raise DataError(f"{where}, field {key!r} is {value[key]!r:.40}", "a list of texts, not empty")
         sides[field] = [check_text(t, f"{where}, field {key!r}[{i}]") for i, t in enumerate(value[key])]
     held_out = value.get("held_out")
@@ -166,8 +174,8 @@ def shipped_contrasts() -> list[str]:
     return sorted(p.stem for p in SHIPPED.glob("*.json") if p.stem != "neutral")
 
 
-def load_contrast(source: str | Path) -> ContrastSet:
-    """A contrast set by its shipped name, or from a file.
+def load_contrast(source: Contrastable) -> ContrastSet:
+    """A contrast set by its shipped name, from a file, or from what such a file holds.
 
     ``.json``: ``{"positive": [...], "negative": [...]}`` of any sizes, or a list of rows; ``.jsonl`` and
     ``.ndjson``: a row a line; ``.csv``, ``.tsv`` and ``.parquet``: rows under a header, as ``read_documents``
@@ -177,6 +185,8 @@ def load_contrast(source: str | Path) -> ContrastSet:
 
     Raises DataError naming the file, the line or row, and the field.
     """
+    if not isinstance(source, str | Path):
+        return as_contrast(source)
     name = str(source)
     if name in shipped_contrasts():
         source = SHIPPED / f"{name}.json"
@@ -207,10 +217,41 @@ def load_neutral() -> tuple[list[str], list[str]]:
     return list(value["texts"]), list(value["prompts"])
 
 
-def as_contrast(contrast: ContrastSet | str | Path | Sequence[ContrastPair]) -> ContrastSet:
-    """A contrast set from any of the forms that public functions accept."""
+def load_bench_prompts() -> list[str]:
+    """The prompts that a benchmark draws from: those of ``load_neutral``, then as many again and more."""
+    value = read_json(SHIPPED / "neutral.json")
+    return [*value["prompts"], *value["more_prompts"]]
+
+
+def as_contrast(contrast: Contrastable) -> ContrastSet:
+    """A contrast set from any of the forms that public functions accept; of two texts the first is positive.
+
+    Raises DataError naming the entry.
+    """
     if isinstance(contrast, ContrastSet):
         return contrast
     if isinstance(contrast, str | Path):
         return load_contrast(contrast)
-    return ContrastSet("pairs", pairs=list(contrast))
+    if isinstance(contrast, Mapping):
+        return _two_sided(contrast, "contrast", "the contrast")
+    if not isinstance(contrast, Iterable):
+        raise DataError(
+            f"contrast is {shown(contrast)}",
+            'a ContrastSet, a name, a path, {"positive": [...], "negative": [...]}, or a list of pairs',
+        )
+    return ContrastSet(
+        "pairs", pairs=[_as_pair(entry, f"pairs[{n}] of the contrast") for n, entry in enumerate(contrast)]
+    )
+
+
+def _as_pair(entry: object, where: str) -> ContrastPair:
+    """A pair, a row or two texts as a pair. Raises DataError."""
+    if isinstance(entry, ContrastPair):
+        return entry
+    if isinstance(entry, tuple | list) and len(entry) == 2:
+        return ContrastPair(check_text(entry[0], f"{where}, positive"), check_text(entry[1], f"{where}, negative"))
+    if isinstance(entry, Mapping):
+        return _row_pair(entry, where)
+    raise DataError(
+        f"{where} is {shown(entry)}", 'a ContrastPair, {"positive": text, "negative": text}, or (positive, negative)'
+    )

@@ -79,7 +79,7 @@ def run_concept(
         )
         for name, text in zip(texts, outputs, strict=True):
             texts[name].append(prompt + " ".join(text.replace("\n", " ").split(" ")))
-    features = {name: describe_features(vectors[name], model, tokenizer, sae, top=5) for name in ("sta", "fgaa")}
+    features = {name: describe_features(model, tokenizer, sae, vectors[name], top=5) for name in ("sta", "fgaa")}
     return ConceptDemo(concept, prompts[0], coefficients, texts, features)
 
 

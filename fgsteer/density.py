@@ -2,7 +2,7 @@
 
 Streamed once per SAE over a generic corpus, token by token, and kept with the SAE.
 
-    density = measure_density(model, tokenizer, texts, sae)
+    density = measure_density(model, tokenizer, sae, texts)
     density.save("density.safetensors")
 """
 
@@ -17,12 +17,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fgsteer.activations import WINDOW, Batch, corpus_batches, windows
+from fgsteer.activations import Batch, corpus_batches, corpus_reader
+from fgsteer.brief import Brief
+from fgsteer.checks import checked_after
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.files import read_tensors, text_sha256, write_tensors
 from fgsteer.models import identity, weights_sha256
 from fgsteer.parts import Parts
 from fgsteer.pooling import row_groups
+from fgsteer.tokens import WINDOW, windows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,11 +37,11 @@ if TYPE_CHECKING:
 COUNTS = ("fired", "documents", "first")
 
 
-@dataclass(frozen=True, eq=False)
-class FeatureDensity:
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureDensity(Brief):
     """Token-level firing counts of every feature over a corpus; two of them add up.
 
-    ``fired (d_sae,)``: tokens besides position 0 on which the feature is > 0, of ``tokens``.
+    ``fired (d_sae,)``: tokens besides the special one before a text on which the feature is > 0, of ``tokens``.
     ``documents (d_sae,)``: documents in which it fires at all, position 0 included;
     ``first (d_sae,)``: those in which its largest activation is at position 0.
     ``max_density``: the θ of FGAA's filter recommended for this SAE, where one was tuned.
@@ -54,7 +57,7 @@ class FeatureDensity:
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:
-        """Share of tokens (position 0 aside) on which each feature fires, (d_sae,)."""
+        """Share of tokens (the special one before a text aside) on which each feature fires, (d_sae,)."""
         return self.fired / max(1, self.tokens)
 
     def bos_features(self, share: float = 0.99) -> Bool[Tensor, " d_sae"]:
@@ -120,45 +123,49 @@ class FeatureDensity:
             raise FormatError(f"{path} is damaged: {error}", "a file written by FeatureDensity.save") from error
 
 
+@checked_after(("model", "tokenizer", "texts", "sae"))
 @torch.no_grad()
 def measure_density(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
     sae: SAE,
+    texts: Iterable[str],
     *,
     batch_tokens: int | None = None,
     max_tokens: int = 256,
+    prepend_bos: bool | None = None,
     corpus: dict[str, Any] | None = None,
     work: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FeatureDensity:
     """Stream a generic corpus through the SAE and count, token by token, where each feature fires.
 
-    Texts keep their first ``max_tokens`` tokens. ``progress`` is called with the number of
-    texts done. Memory is O(d_sae) besides one batch. ``work`` as in ``collect``. FGAA steps 2 and 3 (arXiv 2501.09929).
-    Raises DataError for a text of one token, PairingError for an SAE of another width.
+    Texts keep their first ``max_tokens`` tokens, and begin as those that the SAE was trained on (``prepend_bos`` as in
+    ``collect``). ``progress`` is called with the number of texts done. Memory is O(d_sae) besides one batch.
+    ``work`` as in ``collect``. FGAA steps 2 and 3 (arXiv 2501.09929).
+    Raises DataError for a text without a token, PairingError for an SAE of another width.
     """
+    reader = corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos)
 
     def count(number: int, window: Sequence[str]) -> dict[str, Tensor]:
         first = number * WINDOW
-        read = corpus_batches(
-            model, tokenizer, window, sae, batch_tokens=batch_tokens, max_tokens=max_tokens, first=first
-        )
+        read = corpus_batches(model, reader, window, sae, batch_tokens=batch_tokens, first=first)
         return _count(read, sae.d_sae, None if progress is None or work else lambda done: progress(first + done))
 
     if work is None:
         found: Iterable[Mapping[str, Tensor]] = (count(*numbered) for numbered in enumerate(windows(texts)))
     else:
         plan = {"model": identity(model), "weights": weights_sha256(model), "sae": sae.sha256}
-        parts = Parts(work, "counted texts", {**plan, "batch_tokens": batch_tokens, "max_tokens": max_tokens})
+        options = {"batch_tokens": batch_tokens, "max_tokens": max_tokens, "prepend_bos": reader.prepend_bos}
+        parts = Parts(work, "counted texts", {**plan, **options})
         told = None if progress is None else lambda parts_done: progress(parts_done * WINDOW)
         found = parts.each(windows(texts), count, text_sha256, told)
     total = {**dict.fromkeys(COUNTS, torch.zeros(sae.d_sae, dtype=torch.float64)), "tokens": torch.tensor(0)}
-    for number, counts in enumerate(found):
-        if {name: part.shape for name, part in counts.items()} != {name: part.shape for name, part in total.items()}:
-            raise parts.damaged(number, f"it holds {', '.join(counts)}")
-        total = {name: so_far + counts[name] for name, so_far in total.items()}
+    with reader:
+        for number, counts in enumerate(found):
+            if {name: part.shape for name, part in counts.items()} != {name: x.shape for name, x in total.items()}:
+                raise parts.damaged(number, f"it holds {', '.join(counts)}")
+            total = {name: so_far + counts[name] for name, so_far in total.items()}
     fired, documents, first = (total[name] for name in COUNTS)
     return FeatureDensity(fired, documents, first, int(total["tokens"]), sae.sha256, corpus=corpus or {})
 
@@ -171,14 +178,15 @@ def _count(
     tokens = done = 0
     for batch, values, sae in batches:
         real = batch.selected.to(values.device)
+        text = real & ~batch.starts.to(values.device)
         for rows in row_groups(real, d_sae):
             acts = sae.encode(values[rows]) * real[rows][..., None]
             peak, place = acts.max(1)
             fires = peak > 0
-            counts["fired"] += (acts[:, 1:] > 0).sum((0, 1)).cpu()
+            counts["fired"] += ((acts > 0) & text[rows][..., None]).sum((0, 1)).cpu()
             counts["documents"] += fires.sum(0).cpu()
             counts["first"] += (fires & (place == 0)).sum(0).cpu()
-        tokens += int(real[:, 1:].sum())
+        tokens += int(text.sum())
         done += len(batch.rows)
         if progress is not None:
             progress(done)

@@ -21,12 +21,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.brief import Brief
+from fgsteer.checks import check_flags, checked
 from fgsteer.data import load_neutral
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.models import DEFAULT, embedded_sae_dir
 from fgsteer.ridge import LinearMoments, best_ridge
+from fgsteer.wording import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,8 +37,8 @@ if TYPE_CHECKING:
     from fgsteer.sae import SAE
 
 
-@dataclass(frozen=True, eq=False)
-class EffectApproximator:
+@dataclass(frozen=True, eq=False, repr=False)
+class EffectApproximator(Brief):
     """``ŷ = x M + b``: ``M (d_model, d_sae)``, ``b (d_sae,)``, bound to one SAE by its hash.
 
     Raises PairingError when the shapes do not fit together.
@@ -73,7 +76,7 @@ class EffectApproximator:
         everything = LinearMoments.of(vectors, effects)
         if ridge is None:
             if len(vectors) < 20:
-                raise DataError(f"{len(vectors)} vectors to choose λ on", "at least twenty", "pass ridge=")
+                raise DataError(f"{count(len(vectors), 'vector')} to choose λ on", "at least twenty", "pass ridge=")
             left_out = torch.arange(len(vectors)) % 10 == 0
             train = LinearMoments.of(vectors[~left_out], effects[~left_out])
             share = best_ridge(train, LinearMoments.of(vectors[left_out], effects[left_out]))
@@ -83,6 +86,7 @@ class EffectApproximator:
         return cls(M.float(), b.float(), Hookpoint.parse(hookpoint), sae_sha256, about)
 
     @classmethod
+    @checked
     def measure(
         cls,
         model: PreTrainedModel,
@@ -152,6 +156,7 @@ class EffectApproximator:
             raise PairingError(
                 f"a target of shape {tuple(target.shape)}", f"{tuple(self.b.shape)}, one weight a feature"
             )
+        check_flags(unit_effects=unit_effects)
         if not mu >= 0:
             raise SelectionError(f"mu = {mu}", "a number ≥ 0, or inf")
         M = self.M.double()
@@ -196,7 +201,7 @@ class EffectApproximator:
             return cls(
                 tensors["M"].float(),
                 tensors["b"].float(),
-                Hookpoint.parse(header["hookpoint"]),
+                Hookpoint.read(header["hookpoint"]),
                 str(header["sae_sha256"]),
                 dict(header["about"]),
             )

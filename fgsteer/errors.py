@@ -1,11 +1,13 @@
 """Every error and warning that fgsteer raises on purpose.
 
     FgsteerError
+    ├── ArgumentError      an argument of another type, or in another's place
     ├── DataError          a text, row or file of contrast data
     ├── HookpointError     a layer, site or architecture that does not exist
     ├── PairingError       two things that do not belong together (shapes, hashes)
     ├── SelectionError     nothing left to steer with
     ├── FormatError        a file that is not what it should be
+    │   └── MissingError   a model that is not there, or whose hub cannot be reached
     ├── SteeringError      an intervention that cannot be applied as asked
     └── JudgeError         a judge that cannot be asked, or gave no score
     FgsteerWarning
@@ -23,8 +25,13 @@ class FgsteerError(Exception):
     """Base of every fgsteer error: what was got, what was expected, what to change."""
 
     def __init__(self, got: str, expected: str = "", change: str = "") -> None:
+        self.got, self.expected, self.change = got, expected, change
         parts = [got, f"expected {expected}" if expected else "", change]
         super().__init__("; ".join(part for part in parts if part))
+
+
+class ArgumentError(FgsteerError, TypeError):
+    """A function was given something of another type than it takes, or in another argument's place."""
 
 
 class DataError(FgsteerError, ValueError):
@@ -45,6 +52,10 @@ class SelectionError(FgsteerError, ValueError):
 
 class FormatError(FgsteerError, ValueError):
     """A file is missing, truncated, of another format, or cannot be written."""
+
+
+class MissingError(FormatError, OSError):
+    """What was named is neither on this machine nor at an address that can be reached."""
 
 
 class SteeringError(FgsteerError, RuntimeError):

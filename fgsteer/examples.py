@@ -2,7 +2,7 @@
 
 Streamed once over a corpus with memory for the excerpts kept, never for the corpus.
 
-    examples = measure_examples(model, tokenizer, texts, sae)
+    examples = measure_examples(model, tokenizer, sae, texts)
     for excerpt in examples.of(42, tokenizer): print(excerpt)
 """
 
@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fgsteer.brief import Brief
+from fgsteer.checks import checked_after
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.files import read_tensors, write_tensors
 
@@ -32,8 +34,8 @@ CONTEXT = 12  # tokens before a peak that tell excerpts apart
 _TENSORS = ("features", "tokens", "activations", "documents")
 
 
-@dataclass(frozen=True)
-class Excerpt:
+@dataclass(frozen=True, repr=False)
+class Excerpt(Brief):
     """Tokens of one document around a feature's peak: their texts, the activation on each, the peak's index."""
 
     tokens: tuple[str, ...]
@@ -54,13 +56,13 @@ class Excerpt:
         return any(m.start() < end and m.end() > start for m in pattern.finditer("".join(self.tokens)))
 
 
-@dataclass(frozen=True, eq=False)
-class FeatureExamples:
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureExamples(Brief):
     """The top excerpts of n features, strongest first, at most one a document.
 
     ``features (n,)``: their ids. ``tokens (n, top, 2·window + 1)``: token ids with the peak in the
-    middle, −1 outside the text. ``activations``: the feature's on each of them, 0 at position 0,
-    which is never read. ``documents (n, top)``: numbers of the texts, −1 where no excerpt is.
+    middle, −1 outside the text. ``activations``: the feature's on each of them, 0 on a special token before
+    the text, which is never read. ``documents (n, top)``: numbers of the texts, −1 where no excerpt is.
     """
 
     features: Int[Tensor, " n"]
@@ -151,18 +153,20 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
     return tuple(texts)
 
 
+@checked_after(("model", "tokenizer", "texts", "sae"))
 @torch.no_grad()
 def measure_examples(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
     sae: SAE,
+    texts: Iterable[str],
     *,
     features: Sequence[int] | None = None,
     top: int = 8,
     window: int = 12,
     batch_tokens: int | None = None,
     max_tokens: int = 256,
+    prepend_bos: bool | None = None,
     corpus: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FeatureExamples:
@@ -170,12 +174,13 @@ def measure_examples(
 
     Of peaks with the same token and the same twelve before it (copies, common openings) the highest is kept.
     An excerpt is the peak with ``window`` tokens on either side. ``features`` are all by default;
-    texts keep their first ``max_tokens`` tokens, and position 0 is not read. ``progress`` is
+    texts keep their first ``max_tokens`` tokens and begin as those that the SAE was trained on (``prepend_bos`` as in
+    ``collect``); a special token before them is not read. ``progress`` is
     called with the number of texts done. Memory is O(features · top · window) besides one batch.
-    Raises DataError for a text of one token or activations that are not finite, PairingError for
+    Raises DataError for a text without a token or activations that are not finite, PairingError for
     an SAE of another width, SelectionError for unknown features, or sizes below 1 (window: 0).
     """
-    from fgsteer.activations import corpus_batches
+    from fgsteer.activations import corpus_batches, corpus_reader
     from fgsteer.pooling import row_groups
 
     chosen = sorted(set(range(sae.d_sae) if features is None else features))
@@ -185,26 +190,21 @@ def measure_examples(
         )
     every = len(chosen) == sae.d_sae
     width = sae.d_sae if every or sae.activation == "topk" else len(chosen)
-    special = set(tokenizer.all_special_ids)
     done = 0
     best: _Best | None = None
-    for batch, values, local in corpus_batches(
-        model, tokenizer, texts, sae, batch_tokens=batch_tokens, max_tokens=max_tokens
-    ):
-        best = best or _Best(len(chosen), top, window, values.device)
-        real = batch.selected.to(values.device)
-        shown = real.clone()
-        shown[:, 0] = torch.tensor([row.ids[0] not in special for row in batch.rows])
-        real[:, 0] = False
-        ids = batch.ids.to(values.device)
-        numbers = torch.tensor([row.index for row in batch.rows], device=values.device)
-        for rows in row_groups(real, width):
-            acts = local.encode(values[rows]) if every else local.encode_selected(values[rows], chosen)
-            acts = acts.masked_fill(~real[rows][..., None], 0.0)
-            best.merge(acts, ids[rows], shown[rows], numbers[rows])
-        done += len(batch.rows)
-        if progress is not None:
-            progress(done)
+    with corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos) as reader:
+        for batch, values, local in corpus_batches(model, reader, texts, sae, batch_tokens=batch_tokens):
+            best = best or _Best(len(chosen), top, window, values.device)
+            text = (batch.selected & ~batch.starts).to(values.device)
+            ids = batch.ids.to(values.device)
+            numbers = torch.tensor([row.index for row in batch.rows], device=values.device)
+            for rows in row_groups(text, width):
+                acts = local.encode(values[rows]) if every else local.encode_selected(values[rows], chosen)
+                acts = acts.masked_fill(~text[rows][..., None], 0.0)
+                best.merge(acts, ids[rows], text[rows], numbers[rows])
+            done += len(batch.rows)
+            if progress is not None:
+                progress(done)
     best = best or _Best(len(chosen), top, window, torch.device("cpu"))
     tokens, activations, documents = (kept.cpu() for kept in (best.tokens, best.activations, best.documents))
     return FeatureExamples(torch.tensor(chosen), tokens, activations, documents, sae.sha256, corpus or {})

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fgsteer.errors import FormatError
+from fgsteer.errors import DataError, FormatError
 
 LEFT_AFTER = 3600  # seconds without a write after which a ".part" is what a killed writer left
 DEEPEST = 64  # levels of JSON
@@ -135,7 +135,15 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 def write_json(path: str | Path, value: object) -> None:
     """Write JSON whole."""
     with whole(path) as beside:
-        beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=_number) + "\n", encoding="utf-8")
+
+
+def _number(value: Any) -> Any:
+    """A number of numpy or torch as one of Python, for JSON. Raises DataError for anything else."""
+    try:
+        return value.item()
+    except (AttributeError, ValueError, RuntimeError):
+        raise DataError(f"a {type(value).__name__} to be kept as JSON", "texts, numbers, lists and objects") from None
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -178,10 +186,20 @@ def read_json(path: str | Path) -> Any:
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str, header: Mapping[str, Any]) -> None:
     """Write tensors and a JSON header whole, as safetensors of the given kind."""
     # one key: safetensors writes several in an order that changes from run to run
-    metadata = {"fgsteer": json.dumps({"kind": kind, **header}, ensure_ascii=False)}
+    metadata = {"fgsteer": json.dumps({"kind": kind, **header}, ensure_ascii=False, default=_number)}
     owned = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     with whole(path) as beside:
         beside.write_bytes(save(owned, metadata))  # save_file leaves a file of its own when killed
+
+
+def is_tensors(path: str | Path) -> bool:
+    """Whether a file is safetensors by its content: the length of its header, then an object."""
+    try:
+        with open(path, "rb") as file:
+            head, size = file.read(9), os.fstat(file.fileno()).st_size
+    except OSError:
+        return False
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
 
 
 def read_tensors(path: str | Path, *, kind: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fgsteer.checks import checked
 from fgsteer.errors import SteeringError
 from fgsteer.files import tensor_sha256
 from fgsteer.hookpoints import Hookpoint, Site, blocks_of, resolve, why_not_added
 from fgsteer.interventions import Ablate, Add, Intervention
 from fgsteer.methods.provenance import library_version
 from fgsteer.models import check_pairing, residual_direction
+from fgsteer.wording import a
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +42,7 @@ _LAST = {"BloomBlock": "mlp.dense_4h_to_h", "OPTDecoderLayer": "final_layer_norm
 _INSTEAD = "use steer(), which adds it with a hook"
 
 
+@checked
 def fold(
     model: PreTrainedModel, interventions: Intervention | Sequence[Intervention] | None, *, copy: bool = True
 ) -> PreTrainedModel:
@@ -98,7 +101,7 @@ def _terms(interventions: Intervention | Sequence[Intervention] | None) -> list[
     for item in given:
         if not isinstance(item, Intervention):
             raise SteeringError(
-                f"a {type(item).__name__} among the interventions",
+                f"{a(type(item).__name__)} among the interventions",
                 "one list of interventions: a checkpoint steers every row alike",
                 "fold one row's interventions at a time",
             )
@@ -118,7 +121,7 @@ def _terms(interventions: Intervention | Sequence[Intervention] | None) -> list[
                 "bos=True: a bias acts on every token, position 0 too",
                 "write vec.add(coefficient, bos=True), and choose the coefficient with that",
             )
-        terms.append(item)
+        terms.append(item.detach())
     return terms
 
 
@@ -129,7 +132,7 @@ def _check_model(model: PreTrainedModel) -> None:
     config = getattr(model, "config", None)
     if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not type(model):
         raise SteeringError(
-            f"a {type(model).__name__}",
+            f"{a(type(model).__name__)}",
             "a model that AutoModelForCausalLM loads",
             "fold the plain one, without wrappers",
         )
@@ -165,7 +168,7 @@ def _bias(model: nn.Module, hookpoint: Hookpoint, offers: Mapping[str, str]) -> 
         return bias
     kind = type(blocks_of(model)[hookpoint.layer]).__name__
     reason = reason or "the layer that writes there has no bias, and no setting of its config gives it one"
-    raise SteeringError(f"an Add at {hookpoint} of a {kind}: {reason}", "a bias that adds the same", _INSTEAD)
+    raise SteeringError(f"an Add at {hookpoint} of {a(kind)}: {reason}", "a bias that adds the same", _INSTEAD)
 
 
 def _writers(model: nn.Module, at: Hookpoint) -> tuple[list[nn.Module], str]:

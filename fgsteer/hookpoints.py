@@ -14,7 +14,9 @@ from typing import Literal
 
 from torch import nn
 
+from fgsteer.checks import is_whole
 from fgsteer.errors import HookpointError
+from fgsteer.wording import a
 
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in"]
 SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in")
@@ -64,7 +66,7 @@ _SUBLAYERS: dict[str, tuple[str, str]] = {
     "OPTDecoderLayer": ("self_attn", "fc2"),
 }
 # model types that have get_decoder() and generate, yet are not causal stacks of (batch, tokens, d_model)
-_NOT_CAUSAL = {"xlnet": "whose blocks keep tokens before rows and attend to later tokens"}
+_NOT_CAUSAL = {"xlnet": ", whose blocks keep tokens before rows and attend to later tokens"}
 _NOT_ADDED = {
     "BloomBlock": "its sublayers return their output with the residual added",
     "GraniteDecoderLayer": "sublayer outputs are scaled by residual_multiplier",
@@ -83,7 +85,7 @@ class Hookpoint:
     wide); ``mlp_in`` is the input of the MLP, after its norm and the norm's gain. ``module`` is
     the sublayer's module name where it was parsed from one; ``resolve`` holds a model to it.
 
-    Raises HookpointError for a negative layer or an unknown site.
+    Raises HookpointError for a layer that is no whole number ≥ 0, or an unknown site.
     """
 
     layer: int
@@ -91,14 +93,15 @@ class Hookpoint:
     module: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.layer < 0:
-            raise HookpointError(f"layer {self.layer}", "a 0-based block index")
+        if not is_whole(self.layer) or self.layer < 0:
+            raise HookpointError(f"layer {self.layer!r} ({type(self.layer).__name__})", "a 0-based block index: 12")
+        object.__setattr__(self, "layer", int(self.layer))  # numpy's integers too
         if self.site not in SITES:
             raise HookpointError(f"site {self.site!r}", f"one of {', '.join(SITES)}")
 
     @classmethod
-    def parse(cls, name: str | Hookpoint) -> Hookpoint:
-        """Hookpoint from a sae-lens name or a Hugging Face module name.
+    def parse(cls, name: str | int | Hookpoint) -> Hookpoint:
+        """Hookpoint from a sae-lens name, a Hugging Face module name, or a block's number: 12 is its resid_post.
 
         Accepts ``blocks.12.hook_resid_post`` and the like; blocks, as ``model.layers.12``,
         ``transformer.h.12.output``, ``model.language_model.layers.12.input``; and sublayers,
@@ -107,8 +110,12 @@ class Hookpoint:
         """
         if isinstance(name, Hookpoint):
             return name
+        if is_whole(name) or (isinstance(name, str) and name.isdecimal()):
+            return cls(int(name))
         if not isinstance(name, str):
-            raise HookpointError(f"hookpoint {name!r}", "a name like blocks.12.hook_resid_post, or a Hookpoint")
+            raise HookpointError(
+                f"hookpoint {name!r}", "a name like blocks.12.hook_resid_post, a Hookpoint, or a block's number"
+            )
         if match := _SAE_LENS.fullmatch(name):
             return cls(int(match[1]), _HOOKS[match[2]])
         match = _HUGGING_FACE.fullmatch(name)
@@ -125,6 +132,13 @@ class Hookpoint:
             change,
         )
 
+    @classmethod
+    def read(cls, name: object) -> Hookpoint:
+        """Hookpoint from the name that a file holds. Raises HookpointError for anything but a text that parses."""
+        if not isinstance(name, str):
+            raise HookpointError(f"hookpoint {name!r}", "a name like blocks.12.hook_resid_post")
+        return cls.parse(name)
+
     def __str__(self) -> str:
         return f"blocks.{self.layer}.{_NAMES[self.site]}"
 
@@ -134,19 +148,13 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
     Raises HookpointError for anything else, encoder–decoder models among it.
     """
-    name = type(model).__name__
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
-    if getattr(config, "is_encoder_decoder", False):
-        reason = "an encoder–decoder model: what it generates has a sequence of its own, apart from the prompt"
-    else:
-        reason = _NOT_CAUSAL.get(kind, "")  # type: ignore[arg-type]
+    reason = _why_not_causal(model)
     get = getattr(model, "get_decoder", None)
     decoder = get() if callable(get) and not reason else None
     if not isinstance(decoder, nn.Module):
         raise HookpointError(
-            f"a {name}{reason and ', '}{reason}",
-            "a Hugging Face causal LM with get_decoder(), of one stack that reads prompt and continuation alike",
+            a(type(model).__name__) + reason,
+            "a Hugging Face causal LM with get_decoder(): one stack that reads prompt and continuation alike",
             "load a decoder-only model",
         )
     # Llama 4 gives its wrapper with the head, ModernBERT's decoder gives the head
@@ -154,6 +162,14 @@ def decoder_of(model: nn.Module) -> nn.Module:
         if isinstance(found, nn.Module) and _lists(uncompiled(found)):
             return uncompiled(found)
     return uncompiled(decoder)
+
+
+def _why_not_causal(model: nn.Module) -> str:
+    """What is said of a model that its config shows to be no causal LM, or ""."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return ", an encoder–decoder model, which generates a sequence apart from the prompt"
+    return _NOT_CAUSAL.get(str(getattr(config, "model_type", "")), "")
 
 
 def _lists(decoder: nn.Module) -> dict[str, nn.ModuleList]:
@@ -186,7 +202,7 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     causal = [m.is_causal for m in found[0][:1].modules() if isinstance(getattr(m, "is_causal", None), bool)]
     if causal and not any(causal):
         raise HookpointError(
-            f"a {type(model).__name__}, whose {type(found[0][0]).__name__} attends to later tokens",
+            f"{a(type(model).__name__)}, whose {type(found[0][0]).__name__} attends to later tokens",
             "a causal LM, whose activations depend on earlier tokens alone",
             "load a decoder-only model",
         )
@@ -206,7 +222,7 @@ def _added(block: nn.Module, site: Site) -> tuple[str, str]:
     kind = type(block).__name__
     if reason := why_not_added(block):
         raise HookpointError(
-            f"site {site} on a {kind}: {reason}",
+            f"site {site} on {a(kind)}: {reason}",
             "a block that adds the outputs of its attention and its MLP, each once",
             "use resid_pre or resid_post, which every block has",
         )
@@ -222,7 +238,7 @@ def _sublayer(block: nn.Module, hookpoint: Hookpoint) -> nn.Module:
     if hookpoint.module and hookpoint.module != name:
         raise HookpointError(
             f"module {hookpoint.module!r} of block {hookpoint.layer}",
-            f"{name!r}, whose output a {type(block).__name__} adds to the residual stream",
+            f"{name!r}, whose output {a(type(block).__name__)} adds to the residual stream",
             f"for that write {hookpoint}",
         )
     return getattr(block, name)  # type: ignore[no-any-return]
@@ -241,7 +257,7 @@ def _child(block: nn.Module, names: tuple[str, ...], site: Site) -> nn.Module:
             return module
     children = ", ".join(name for name, _ in block.named_children())
     raise HookpointError(
-        f"site {site} on a {type(block).__name__} with children {children}",
+        f"site {site} on {a(type(block).__name__)} with children {children}",
         f"a child named {' or '.join(names)}",
         "use resid_pre or resid_post, which every block has",
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fgsteer.errors import DataError, FormatError
 from fgsteer.files import whole, whole_folder
 from fgsteer.models import model_name
+from fgsteer.network import hub_is_reachable, hub_or_cache, unreachable
 
 if TYPE_CHECKING:
     from fgsteer.evaluation.records import Run, Setting
@@ -45,9 +46,11 @@ def save_folder(vector: SteeringVector, folder: str | Path, run: Run | None = No
 
 def push(vector: SteeringVector, repo_id: str, run: Run | None, method: str | None, **options: Any) -> str:
     """Upload what ``save_folder`` makes, as one commit; the address of the commit. Raises FormatError."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    if not hub_is_reachable():
+        raise FormatError(f"{repo_id} was not written: {constants.ENDPOINT} cannot be reached", "a network")
     token, private = options.pop("token", None), options.pop("private", None)
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
@@ -78,14 +81,16 @@ def fetch(source: str | Path, filename: str, revision: str | None, token: str | 
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    try:
-        return Path(hf_hub_download(str(source), filename, revision=revision, token=token))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise FormatError(
-            f"no {filename} in {source}: {str(error).strip().partition(chr(10))[0]}",
-            "a folder, or a repository written by push_to_hub",
-            "name the file with filename=, or log in where it is private",
-        ) from error
+    with hub_or_cache(source) as reachable:
+        try:
+            return Path(hf_hub_download(str(source), filename, revision=revision, token=token))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            why = str(error).strip().partition("\n")[0] if reachable else unreachable()
+            raise FormatError(
+                f"no {filename} in {source}: {why}",
+                "a folder, or a repository written by push_to_hub",
+                "name the file with filename=, or log in where it is private",
+            ) from error
 
 
 def _measured(vector: SteeringVector, run: Run, method: str | None) -> list[Setting]:

@@ -14,18 +14,22 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.errors import PairingError, SelectionError, SteeringError
+from fgsteer.brief import Brief
+from fgsteer.checks import check_flags, check_number, is_whole, shown
+from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.sae import SAE
 
+Kind = TypeVar("Kind", bound="Intervention")
 Scope = Literal["all", "prompt", "generated", "last_prompt_on"]
+Scalar = float | Float[Tensor, ""]  # a tensor where it requires grad, else a float
 SCOPES: tuple[Scope, ...] = ("all", "prompt", "generated", "last_prompt_on")
 
 
@@ -99,13 +103,17 @@ def apply(h: Float[Tensor, "batch tokens d_model"], update: Update, where: Tenso
     return torch.where(where[..., None], h + change, h)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Intervention(ABC):
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Intervention(Brief, ABC):
     """How an activation at ``hookpoint`` is changed, and on which tokens.
 
     ``scope``: all tokens, prompt, generated, or last_prompt_on (the last prompt token and
-    everything after it). Padding is never touched, position 0 only with ``bos=True``.
+    everything after it). Padding and virtual tokens (prompt tuning) are never touched. A start token at
+    position 0 (BOS, or EOS in its place) only with ``bos=True``; a word there is like any other.
     ``model_name`` is the model that it was made for and ``method`` how, where known.
+
+    A tensor among its values that requires grad stays the caller's own, so that it can be
+    trained: every pass reads it anew and has its own graph. Other tensors are copied.
     """
 
     hookpoint: Hookpoint
@@ -116,6 +124,7 @@ class Intervention(ABC):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
+        check_flags(bos=self.bos)
         if self.scope not in SCOPES:
             raise SteeringError(f"scope {self.scope!r}", f"one of {', '.join(SCOPES)}")
 
@@ -124,12 +133,41 @@ class Intervention(ABC):
     def d_model(self) -> int:
         """Width of the activation it acts on."""
 
+    @property
+    def trained(self) -> bool:
+        """Whether a value of it requires grad."""
+        return any(isinstance(value, Tensor) and value.requires_grad for value in self._values().values())
+
+    def detach(self: Kind) -> Kind:
+        """The same intervention with the values of now, none of which requires grad."""
+        values: dict[str, Any] = {n: v.detach() for n, v in self._values().items() if isinstance(v, Tensor)}
+        return replace(self, **values) if self.trained else self
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @abstractmethod
     def update(self) -> Update:
         """The kernel's form of this intervention, for one row."""
 
 
+def _scalar(name: str, value: Scalar) -> Scalar:
+    """A float; a tensor that requires grad as it is. Raises SteeringError for one that is not a finite number."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return _finite(name, value)  # type: ignore[arg-type]
+    if value.ndim:
+        raise SteeringError(f"{name} of shape {tuple(value.shape)} that requires grad", "one number, a 0-d tensor")
+    _finite(name, float(value.detach()))
+    return value
+
+
+def _tensor(value: Scalar, like: Tensor) -> Tensor:
+    """A number as a tensor (1, 1) of another's dtype and device."""
+    return (value.to(like) if isinstance(value, Tensor) else torch.tensor(value).to(like)).reshape(1, 1)
+
+
 def _finite(name: str, value: float) -> float:
+    check_number(name, value)
     if not math.isfinite(value):
         raise SteeringError(f"{name} = {value}", "a finite number")
     return float(value)
@@ -141,34 +179,36 @@ def _vector(name: str, value: Tensor) -> Tensor:
         raise PairingError(f"{name} is {got}", "one floating-point vector (d_model,)")
     if not bool(torch.isfinite(value).all()):
         raise SteeringError(f"{name} holds nan or inf", "finite values")
+    if value.requires_grad:
+        return value
     return value.detach().float().clone()  # the caller's tensor may change later
 
 
 def _unit(direction: Tensor) -> tuple[Tensor, Tensor]:
-    """(unit vector, norm). Raises SteeringError for a zero direction."""
+    """(unit vector, norm) in float32. Raises SteeringError for a zero direction."""
+    direction = direction.float()
     norm = direction.norm()
-    if not norm > 0:
+    if not torch.compiler.is_compiling() and not norm > 0:
         raise SteeringError("a direction of norm 0", "a direction to read along")
     return direction / norm, norm
 
 
-def _projection(unit: Tensor, const: Tensor | float) -> Update:
-    one = torch.ones(1, 1)
-    row = unit[None, None]
-    return Update(write=row, const=one.to(unit) * const, lam=one.to(unit), read=row)
+def _projection(unit: Tensor, const: Scalar) -> Update:
+    row, const = unit[None, None], _tensor(const, unit)
+    return Update(write=row, const=const, lam=torch.ones_like(const), read=row)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Add(Intervention):
     """``h' = h + c·v`` for ``direction`` v (d_model,), ``coefficient`` c (CAA, arXiv 2312.06681)."""
 
     direction: Float[Tensor, " d_model"]
-    coefficient: float = 1.0
+    coefficient: Scalar = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "direction", _vector("direction", self.direction))
-        object.__setattr__(self, "coefficient", _finite("coefficient", self.coefficient))
+        object.__setattr__(self, "coefficient", _scalar("coefficient", self.coefficient))
 
     @property
     def d_model(self) -> int:
@@ -177,12 +217,12 @@ class Add(Intervention):
 
     def update(self) -> Update:
         """w = v, λ = 0, α = c."""
-        row = self.direction[None, None]
-        const = torch.full((1, 1), self.coefficient).to(row)
+        row = self.direction.float()[None, None]
+        const = _tensor(self.coefficient, row)
         return Update(write=row, const=const, lam=torch.zeros_like(const))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Clamp(Intervention):
     """``h' = h + (t − r̂·h) r̂``: the projection on ``direction`` r (d_model,) becomes ``target`` t.
 
@@ -191,12 +231,12 @@ class Clamp(Intervention):
     """
 
     direction: Float[Tensor, " d_model"]
-    target: float
+    target: Scalar
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "direction", _vector("direction", self.direction))
-        object.__setattr__(self, "target", _finite("target", self.target))
+        object.__setattr__(self, "target", _scalar("target", self.target))
         _unit(self.direction)
 
     @property
@@ -209,7 +249,7 @@ class Clamp(Intervention):
         return _projection(_unit(self.direction)[0], self.target)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Ablate(Intervention):
     """``h' = h − (r̂·h) r̂``: the projection on ``direction`` r (d_model,) becomes 0 (arXiv 2406.11717).
 
@@ -233,7 +273,7 @@ class Ablate(Intervention):
         return _projection(_unit(self.direction)[0], 0.0)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Affine(Intervention):
     """``h' = h − proj_r(h) + proj_r(r⁻) + α·r``: ACE (arXiv 2411.09003).
 
@@ -244,13 +284,13 @@ class Affine(Intervention):
 
     direction: Float[Tensor, " d_model"]
     reference: Float[Tensor, " d_model"]
-    alpha: float
+    alpha: Scalar
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "direction", _vector("direction", self.direction))
         object.__setattr__(self, "reference", _vector("reference", self.reference))
-        object.__setattr__(self, "alpha", _finite("alpha", self.alpha))
+        object.__setattr__(self, "alpha", _scalar("alpha", self.alpha))
         if self.reference.shape != self.direction.shape:
             raise PairingError(f"a reference of width {len(self.reference)}", f"{len(self.direction)}, the direction's")
         _unit(self.direction)
@@ -263,10 +303,10 @@ class Affine(Intervention):
     def update(self) -> Update:
         """w = r̂, read = r̂·h, λ = 1, μ = r̂·r⁻, α·‖r‖."""
         unit, norm = _unit(self.direction)
-        return _projection(unit, unit @ self.reference + self.alpha * norm)
+        return _projection(unit, unit @ self.reference.float().to(unit) + _tensor(self.alpha, unit)[0, 0] * norm)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ClampFeature(Intervention):
     """``h' = h + Σⱼ (tⱼ − fⱼ(h)) W_dec[j]``: features take set activations, the SAE's error is kept.
 
@@ -275,13 +315,15 @@ class ClampFeature(Intervention):
     """
 
     sae: SAE
-    targets: Mapping[int, float]
+    targets: Mapping[int, Scalar]
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.targets, Mapping):
+            raise ArgumentError(f"targets is {shown(self.targets)}", "{feature id: activation}")
         if not self.targets:
             raise SelectionError("no feature to clamp", "at least one {id: activation}")
-        clean = {int(j): _finite(f"target of feature {j}", t) for j, t in self.targets.items()}
+        clean = {_feature(j): _scalar(f"target of feature {j}", t) for j, t in self.targets.items()}
         object.__setattr__(self, "targets", clean)
         for feature in clean:
             self.sae.direction(feature)
@@ -294,6 +336,15 @@ class ClampFeature(Intervention):
         if self.hookpoint != self.sae.hookpoint:
             raise PairingError(f"a clamp at {self.hookpoint}", f"{self.sae.hookpoint}, where its SAE was trained")
 
+    def _values(self) -> dict[str, Any]:
+        tensors = {name: value for name, value in vars(self.sae).items() if isinstance(value, Tensor)}
+        return tensors | {f"target of feature {j}": target for j, target in self.targets.items()}
+
+    def detach(self) -> ClampFeature:
+        """The same intervention with the targets of now, as floats."""
+        targets = {j: t.detach() if isinstance(t, Tensor) else t for j, t in self.targets.items()}
+        return replace(self, targets=targets) if self.trained else self
+
     @property
     def d_model(self) -> int:
         """Width of the SAE's input."""
@@ -302,15 +353,23 @@ class ClampFeature(Intervention):
     def update(self) -> Update:
         """w = W_dec[j], read = fⱼ(h), λ = 1, μ = 0, α = tⱼ."""
         features = list(self.targets)
-        const = torch.tensor([list(self.targets.values())], device=self.sae.W_dec.device)
+        write = self.sae.W_dec[features][None].float()
+        const = torch.cat([_tensor(target, write) for target in self.targets.values()], 1)
         competing = self.sae.activation == "topk"
         return Update(
-            write=self.sae.W_dec[features][None].float(),
+            write=write,
             const=const,
             lam=torch.ones_like(const),
             sae=self.sae if competing else self.sae.restrict(features),
             features=tuple(features) if competing else (),
         )
+
+
+def _feature(value: object) -> int:
+    """The value as a feature id. Raises ArgumentError."""
+    if not is_whole(value):
+        raise ArgumentError(f"feature id {shown(value)}", "a whole number")
+    return int(value)
 
 
 def stack(rows: Sequence[Intervention | None]) -> list[tuple[Update, list[int]]]:

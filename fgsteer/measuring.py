@@ -25,11 +25,12 @@ from fgsteer.calibration import calibrate_many
 from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.files import read_tensors, tensor_sha256, text_sha256, write_tensors
 from fgsteer.interventions import Add
-from fgsteer.models import check_pairing, identity, weights_sha256
+from fgsteer.models import check_pairing, context_window, identity, weights_sha256
 from fgsteer.parts import Parts
 from fgsteer.ridge import LinearMoments, best_ridge
-from fgsteer.rollouts import Sampling, encode_prompts, rollout_features
+from fgsteer.rollouts import Sampling, rollout_features
 from fgsteer.sae import SAE
+from fgsteer.tokens import TokenReader, encode_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -120,9 +121,9 @@ class Plan:
             "rows": self.rows,
         }
 
-    def _identify(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    def _identify(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sae: SAE) -> dict[str, str]:
         """What names do not tell apart: weights, and the token ids of prompts and texts."""
-        ids = [part.tolist() for part in encode_prompts(tokenizer, self.prompts)]
+        ids = [part.tolist() for part in encode_prompts(tokenizer, self.prompts, prepend_bos=sae.prepend_bos)]
         ids += tokenizer([str(text) for text in self.texts])["input_ids"]
         return {"weights": weights_sha256(model), "tokens": text_sha256(ids)}
 
@@ -141,7 +142,7 @@ class Plan:
         """
         for place in {sae.hookpoint, sae.input_hookpoint}:
             check_pairing(model, place, sae.d_model, sae.model_name, "SAE")
-        parts = Parts(folder, "effects part", {**self.describe(model, sae), **self._identify(model, tokenizer)})
+        parts = Parts(folder, "effects part", {**self.describe(model, sae), **self._identify(model, tokenizer, sae)})
         starts = range(0, len(self.directions), self.size)
 
         @cache
@@ -184,7 +185,7 @@ class _Meter:
         self.plan, self.model, self.tokenizer = plan, model, tokenizer
         self.place = sae.hookpoint
         self.sae = sae.to(next(model.parameters()).device, torch.float32)
-        self.prompts = encode_prompts(tokenizer, plan.prompts)
+        self.prompts = encode_prompts(tokenizer, plan.prompts, prepend_bos=sae.prepend_bos)
         path, ours = parts.folder / "baseline.safetensors", {"plan": parts.key}
         if not path.exists():
             start = typical_norm(model, tokenizer, sae, plan.texts)
@@ -232,10 +233,11 @@ class _Meter:
 
 @torch.no_grad()
 def typical_norm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sae: SAE, texts: Sequence[str]) -> float:
-    """Median norm of the activations where the SAE writes, over the texts' tokens besides position 0."""
+    """Median norm of the activations where the SAE writes, over the texts' tokens."""
     norms = []
     triples = (("", text, True) for text in texts)
-    for batch in text_batches(model, tokenizer, triples, rule="all", batch_tokens=4096):
+    reader = TokenReader(tokenizer, prepend_bos=sae.prepend_bos, window=context_window(model))
+    for batch in text_batches(model, reader, triples, batch_tokens=4096):
         values = record(model, batch.ids, batch.attention, [sae.hookpoint])[sae.hookpoint]
         norms.append(values[batch.selected.to(values.device)].float().norm(dim=-1).cpu())
     return float(torch.cat(norms).median())

@@ -7,15 +7,16 @@ for part, found in in_parts(batches, read):
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
 
 from fgsteer.activations import Batch
+from fgsteer.checks import warn
 from fgsteer.errors import DataError, FgsteerWarning
 from fgsteer.prefixes import SharedBatch
+from fgsteer.wording import count
 
 T = TypeVar("T")
 Either = Batch | SharedBatch
@@ -39,11 +40,10 @@ def in_parts(batches: Iterable[Either], read: Callable[[Either], T]) -> Iterator
                     yield part, found[0]
                     continue
                 if most == math.inf:
-                    warnings.warn(
-                        f"a batch of {part.tokens} tokens does not fit in memory: going on in halves; "
+                    warn(
+                        f"a batch of {count(part.tokens, 'token')} does not fit in memory: going on in halves; "
                         "a smaller batch_tokens spares the attempt",
                         FgsteerWarning,
-                        stacklevel=3,
                     )
             middle = len(part.rows) // 2
             halves = [part.part(slice(middle, None)), part.part(slice(middle))]
@@ -63,7 +63,7 @@ def _try(read: Callable[[Either], T], batch: Either) -> tuple[T] | None:
             return None
         row = batch.rows[0]
         raise DataError(
-            f"{row.where or f'text {row.index}'}, {len(row.ids)} tokens long, does not fit in memory",
+            f"{row.where or f'text {row.index}'}, {count(len(row.ids), 'token')} long, does not fit in memory",
             "one that does",
             "pass max_tokens=, load the model in a smaller dtype, or use another device",
         ) from error

@@ -8,7 +8,7 @@ Nothing is wrapped: every fgsteer function takes the plain model and tokenizer.
 from __future__ import annotations
 
 import re
-import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fgsteer.errors import DataError, FgsteerWarning, FormatError, HookpointError, PairingError, PairingWarning
+from fgsteer.checks import checked, warn
+from fgsteer.errors import (
+    DataError,
+    FgsteerWarning,
+    FormatError,
+    HookpointError,
+    MissingError,
+    PairingError,
+    PairingWarning,
+)
 from fgsteer.files import read_json, tensor_sha256
 from fgsteer.hookpoints import Hookpoint, blocks_of, decoder_of, resolve
-from fgsteer.registry import bare_name
+from fgsteer.network import hub_or_cache, unreachable
+from fgsteer.sae_registry import bare_name
+from fgsteer.wording import a
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,6 +92,7 @@ def embedded_sae_dir(sae_id: str | None = None) -> Path:
     return folder / "sae" / name
 
 
+@checked
 def load_model(
     source: str | Path = DEFAULT,
     *,
@@ -92,24 +104,32 @@ def load_model(
 
     ``dtype`` defaults to float32 for the embedded model and to the checkpoint's own
     otherwise (float32 for GGUF). ``gguf_file`` names a file of llama.cpp's format in the folder or
-    repository, whose weights are read into a plain model (extra ``fgsteer[gguf]``). Other keywords go to
+    repository, whose weights are read into a plain model (extra ``fgsteer[gguf]``); the path of such a
+    file as ``source`` says the same. Other keywords go to
     ``AutoModelForCausalLM.from_pretrained``, and those of the hub (``revision``, ``token``,
     ``trust_remote_code``, ``subfolder``, …) to the tokenizer too.
     The tokenizer pads on the left, with the end-of-text token where it has no pad token.
-    Raises FormatError when the embedded default or, for GGUF, a package or the file is missing; OSError
-    from transformers.
+    Raises FormatError when the embedded default or, for GGUF, the package or the file is missing,
+    MissingError (an OSError too) for another model that is not there, at once where the hub cannot be reached.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if gguf_file is None and Path(source).suffix.lower() == ".gguf" and Path(source).is_file():
+        source, gguf_file = Path(source).parent, Path(source).name
     if gguf_file is not None:
-        _check_gguf(source, gguf_file)
+        _check_gguf(source, gguf_file, kwargs.get("subfolder", ""))
         kwargs["gguf_file"] = gguf_file
     embedded = str(source) == DEFAULT
     folder = pretrained_dir() / "model" if embedded else source
     chosen = dtype if dtype is not None else (torch.float32 if embedded or gguf_file else "auto")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, **kwargs)
     shared = {name: value for name, value in kwargs.items() if name in _OF_BOTH}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
+    with hub_or_cache(folder) as reachable:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
+        except OSError as error:
+            why = str(error).partition("\n")[0] if reachable else unreachable()
+            raise MissingError(f"no model {str(source)!r}", '"default", a folder, or a Hugging Face id', why) from error
     if embedded:
         model.config._name_or_path = model_name()
     tokenizer.padding_side = "left"
@@ -118,15 +138,18 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _check_gguf(source: str | Path, name: str) -> None:
-    """Raises FormatError where transformers could not read a GGUF file, in its own words or none."""
+def _check_gguf(source: str | Path, name: str, subfolder: str) -> None:
+    """Raises FormatError for a GGUF file that is not there, or cannot be read without its package."""
+    folder = Path(source) / subfolder
     if str(source) == DEFAULT:
         raise FormatError(f"gguf_file={name!r} of the embedded default", "a folder or repository that holds the file")
-    if Path(source).is_dir() and not (Path(source) / name).is_file():
-        found = ", ".join(sorted(path.name for path in Path(source).glob("*.gguf"))) or "none"
-        raise FormatError(f"no file {name!r} in {source}", f"a GGUF file of this folder: {found}")
+    if folder.is_dir() and not (folder / name).is_file():
+        names = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
+        raise FormatError(f"no file {name!r} in {folder}", f"one of its GGUF files: {names}")
     if find_spec("gguf") is None:
-        raise FormatError(f"gguf_file={name!r} without the package gguf", "it installed", "pip install 'fgsteer[gguf]'")
+        raise FormatError(
+            f"gguf_file={name!r} without the package gguf", "the package that reads it", "pip install 'fgsteer[gguf]'"
+        )
 
 
 def model_name() -> str:
@@ -158,6 +181,13 @@ def d_model(model: nn.Module) -> int:
     return int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
 
 
+def context_window(model: nn.Module) -> int | None:
+    """The most tokens of a text that the model was made for, None where its config sets no limit."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    window = getattr(config, "max_position_embeddings", None)
+    return window - virtual_tokens(model) if isinstance(window, int) and window > 0 else None
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Device that token ids go to: that of the input embedding, wherever the blocks are."""
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -165,6 +195,61 @@ def input_device(model: nn.Module) -> torch.device:
         return torch.device(weight.device)
     placed = [p.device for p in model.parameters() if p.device.type != "meta"]
     return placed[0] if placed else torch.device("cpu")
+
+
+def start_ids(model: nn.Module) -> frozenset[int]:
+    """Ids of the tokens that may stand before a text: BOS and EOS of the model's and its generation config."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    return ids_of_ends(config, text, getattr(model, "generation_config", None))
+
+
+def ids_of_ends(*configs: Any) -> frozenset[int]:
+    """Ids of BOS and EOS that any of these configs, objects or dicts, names."""
+    found: list[Any] = []
+    for config in configs:
+        for name in ("bos_token_id", "eos_token_id"):
+            value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+            value = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
+            found.extend(value if isinstance(value, list | tuple) else [value])
+    return frozenset(i for i in found if isinstance(i, int))
+
+
+def start_marker(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that tells which of ids (batch, tokens), or of embeddings (batch, tokens, width), are start tokens.
+
+    An embedding is a start token's where it equals that token's row of the model's input embedding.
+    """
+    ids = torch.tensor(sorted(start_ids(model)), dtype=torch.long, device=input_device(model))
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def mark(tokens: torch.Tensor) -> torch.Tensor:
+        if not tokens.is_floating_point():
+            return (tokens[..., None] == ids.to(tokens.device)).any(-1)
+        known = ids[(ids >= 0) & (ids < len(embedding.weight))]  # type: ignore[arg-type]
+        rows: torch.Tensor = embedding(known).to(tokens.device)
+        return (tokens[..., None, :] == rows).all(-1).any(-1)
+
+    return mark
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """Number of tokens that a model with prompt, p- or prefix tuning (PEFT) puts before every text; 0 for others.
+
+    Raises HookpointError for prompt learning that differs by task.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False) or getattr(model, "_adapters_disabled", False):
+        return 0
+    kind = str(getattr(config.peft_type, "value", config.peft_type))  # type: ignore[union-attr]
+    if kind == "MULTITASK_PROMPT_TUNING":
+        raise HookpointError(
+            f"a model with {kind}, whose virtual tokens differ by task",
+            "one with PROMPT_TUNING, P_TUNING or PREFIX_TUNING",
+            "train or convert the prompt of the one task as PROMPT_TUNING",
+        )
+    return int(config.num_virtual_tokens)  # type: ignore[union-attr]
 
 
 def warn_of_dropout(model: nn.Module) -> None:
@@ -177,7 +262,7 @@ def warn_of_dropout(model: nn.Module) -> None:
     rates = [rate for name, rate in settings.items() if active.match(name) and isinstance(rate, float)]
     if any(rates) or any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):
         message = "the model is in train mode and drops activations at random; call model.eval() first"
-        warnings.warn(message, FgsteerWarning, stacklevel=4)
+        warn(message, FgsteerWarning)
 
 
 def check_pairing(model: nn.Module, hookpoint: Hookpoint, width: int, made_for: str, what: str) -> None:
@@ -186,15 +271,25 @@ def check_pairing(model: nn.Module, hookpoint: Hookpoint, width: int, made_for: 
     Raises HookpointError for a place the model lacks, PairingError for another d_model;
     warns PairingWarning when it was made for a model of another name.
     """
-    needed = width_at(model, hookpoint)
-    name = str(getattr(model.config, "_name_or_path", "") or "")
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    another = bool(made_for and name and bare_name(made_for) != bare_name(name))
+    advice = f"load the model that it was made for: fg.load_model({made_for!r})" if another else ""
+    made = f" made for {made_for}" if made_for else ""
+    try:
+        needed = width_at(model, hookpoint)
+    except HookpointError as error:
+        if not another:
+            raise
+        loaded = f"a place in the model that is loaded, {name}: {error.expected}"
+        raise HookpointError(f"{a(what)}{made} at {hookpoint}", loaded, advice) from error
     if width != needed:
         raise PairingError(
-            f"a {what} of d_model {width}{f' made for {made_for}' if made_for else ''}",
+            f"{a(what)} of d_model {width}{made}",
             f"{needed}, the width of {name or type(model).__name__} at {hookpoint}",
+            advice,
         )
-    if made_for and name and bare_name(made_for) != bare_name(name):
-        warnings.warn(f"the {what} was made for {made_for!r} and the model is {name!r}", PairingWarning, stacklevel=3)
+    if another:
+        warn(f"the {what} was made for {made_for!r} and the model is {name!r}", PairingWarning)
 
 
 def width_at(model: nn.Module, hookpoint: Hookpoint) -> int:
@@ -206,6 +301,7 @@ def width_at(model: nn.Module, hookpoint: Hookpoint) -> int:
     return int(module.weight.shape[0] if width is None else width)  # type: ignore[index]
 
 
+@checked
 @torch.no_grad()
 def residual_direction(model: nn.Module, hookpoint: Hookpoint, directions: torch.Tensor) -> torch.Tensor:
     """What directions (..., width) at a hookpoint add to the residual stream, (..., d_model).
@@ -219,7 +315,7 @@ def residual_direction(model: nn.Module, hookpoint: Hookpoint, directions: torch
     sublayer, _ = resolve(model, Hookpoint(hookpoint.layer, "attn_out"))
     if hookpoint.site == "mlp_in" or all(part is not module for part in sublayer.modules()):
         raise HookpointError(
-            f"a direction at {hookpoint} of a {type(model).__name__}",
+            f"a direction at {hookpoint} of {a(type(model).__name__)}",
             "one whose effect on the residual stream is linear",
             "steer with it at its own hookpoint, or read an SAE on resid_post, attn_out or mlp_out",
         )
@@ -228,6 +324,7 @@ def residual_direction(model: nn.Module, hookpoint: Hookpoint, directions: torch
     return module(rows) - module(torch.zeros_like(rows))  # type: ignore[no-any-return]
 
 
+@checked
 @torch.no_grad()
 def logit_lens(model: nn.Module, directions: torch.Tensor) -> torch.Tensor:
     """Logits (n, vocabulary) that directions (n, d_model) add, read through final norm and head.

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.activations import record
+from fgsteer.checks import checked
 from fgsteer.data import check_text
 from fgsteer.errors import DataError, SelectionError
 from fgsteer.interventions import Add
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@checked
 @torch.no_grad()
 def output_scores(
     model: PreTrainedModel,

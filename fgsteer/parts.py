@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from fgsteer.checks import warn
 from fgsteer.errors import FgsteerWarning, FormatError, PairingError
 from fgsteer.files import read_json, read_tensors, text_sha256, write_json, write_tensors
 from fgsteer.ranks import Ranks
@@ -104,8 +104,7 @@ def wait_for(path: Path, maker: int) -> None:
         time.sleep(POLL)
         if not told and time.monotonic() - began > LATE:
             told = True
-            warnings.warn(
+            warn(
                 f"waiting for {path}, which process {maker} makes; if it has ended, start all of them again",
                 FgsteerWarning,
-                stacklevel=3,
             )

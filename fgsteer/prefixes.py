@@ -4,7 +4,7 @@ The common prefixes of a batch go through the model with a cache of keys and val
 cache is repeated for the texts of each prefix, and only what follows is run for each of them.
 Attention, positions and padding are those of ``generate`` after a left-padded prompt.
 
-    for batch in text_batches(model, tokenizer, texts, arrange=arrange_for(model), ...):
+    for batch in text_batches(model, reader, texts, arrange=arrange_for(model), ...):
         values, reads = read(model, batch, hookpoints)
 """
 
@@ -17,9 +17,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from fgsteer.activations import Batch, TokenRow, batches, mark, pad, record
+from fgsteer.activations import Batch, batches, mark, prompt_ends, record
 from fgsteer.hookpoints import Hookpoint, decoder_of, is_known
+from fgsteer.models import virtual_tokens
 from fgsteer.pooling import Reads
+from fgsteer.tokens import TokenRow, pad
 
 PAYS = 0.25  # share of a window's tokens that must be saved: two passes cost more than one of as many tokens
 _BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that differ with the length of the longest row
@@ -159,7 +161,8 @@ def read(
     Raises and warns as ``record`` does.
     """
     if isinstance(batch, Batch):
-        acts = record(model, batch.ids, batch.attention, hookpoints)
+        with prompt_ends(model, [row.prompt_length for row in batch.rows]):
+            acts = record(model, batch.ids, batch.attention, hookpoints)
         return {at: h[batch.selected.to(h.device)] for at, h in acts.items()}, Reads.of(batch.selected)
     from transformers import DynamicCache
 
@@ -194,4 +197,5 @@ def arrange_for(model: nn.Module) -> Callable[..., Iterator[Batch | SharedBatch]
     """
     rotary = str(getattr(decoder_of(model).config, "rope_parameters", ""))
     by_length = any(kind in rotary for kind in _BY_LENGTH)
-    return shared_batches if is_known(model) and not by_length and "generate" not in vars(model) else batches
+    plain = is_known(model) and not by_length and not virtual_tokens(model)
+    return shared_batches if plain and "generate" not in vars(model) else batches

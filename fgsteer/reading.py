@@ -1,6 +1,6 @@
 """Reading features: what is known of each, from a vector or by id.
 
-for row in describe_features(vec, model, tokenizer, sae): print(row)
+for row in describe_features(model, tokenizer, sae, vec): print(row)
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from urllib.parse import quote
 import torch
 from torch import nn
 
+from fgsteer.brief import Brief
+from fgsteer.checks import checked_after
 from fgsteer.errors import PairingError
 from fgsteer.examples import Excerpt, FeatureExamples
 from fgsteer.models import logit_lens, residual_direction
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class FeatureRow:
+@dataclass(frozen=True, repr=False)
+class FeatureRow(Brief):
     """One feature: id, weight (None outside a vector), density, the tokens it pushes towards and away from.
 
     Tokens are the logit lens of its decoder row times the weight's sign. ``label``, ``link`` (its
@@ -62,11 +64,12 @@ def feature_link(sae: SAE, feature: int) -> str:
     return f"https://www.neuronpedia.org/{quote(sae.neuronpedia)}/{feature}" if sae.neuronpedia else ""
 
 
+@checked_after(("features", "model", "tokenizer", "sae"))
 def describe_features(
-    features: SteeringVector | Sequence[int],
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     sae: SAE,
+    features: SteeringVector | Sequence[int],
     *,
     top: int = 20,
     tokens: int = 6,

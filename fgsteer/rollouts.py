@@ -27,7 +27,7 @@ from fgsteer.sae import SAE
 from fgsteer.steering import steer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,6 @@ def choose(
     given = noise.to(top.device)[prompt[:, None], ids]
     best = (top + given).masked_fill(outside, -torch.inf).argmax(-1, keepdim=True)
     return ids.gather(-1, best)[:, 0]
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """(ids, mask), each (prompts, tokens), left-padded. Raises DataError for no prompt, or without a pad token."""
-    if isinstance(prompts, str) or not len(prompts) or not all(isinstance(p, str) and p for p in prompts):
-        raise DataError(f"prompts {prompts!r:.40}", "a list of texts, none empty")
-    if tokenizer.pad_token_id is None and len(prompts) > 1:
-        raise DataError("a tokenizer without a pad token", "one that can pad", "set tokenizer.pad_token")
-    given = tokenizer(list(prompts), return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
-    return given["input_ids"], given["attention_mask"]
 
 
 @contextmanager

@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.brief import Brief, brief
+from fgsteer.checks import is_whole
 from fgsteer.errors import PairingError, SelectionError
 from fgsteer.files import tensor_sha256, text_sha256
 from fgsteer.hookpoints import Hookpoint
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 Activation = Literal["relu", "jumprelu", "topk", "gated"]
 InputNorm = Literal["none", "layer_norm", "constant_norm_rescale"]
+ACTIVATIONS: tuple[Activation, ...] = ("relu", "jumprelu", "topk", "gated")
+INPUT_NORMS: tuple[InputNorm, ...] = ("none", "layer_norm", "constant_norm_rescale")
 PIECE_ELEMENTS = 1 << 18  # pre-activations that a JumpReLU takes at once: speed, not results
 
 
@@ -44,8 +48,8 @@ def _jumprelu(pre: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_s
     return pre
 
 
-@dataclass(frozen=True, eq=False)
-class SAE:
+@dataclass(frozen=True, eq=False, repr=False)
+class SAE(Brief):
     """A sparse autoencoder: ``W_enc (d_model, d_sae)``, ``W_dec (d_sae, d_model)`` and what goes with them.
 
     ``activation`` is relu; jumprelu, active where the pre-activation exceeds
@@ -53,11 +57,12 @@ class SAE:
     ``gate_bias (d_sae,)`` on the gate and ``gate_scale (d_sae,)`` on the magnitude.
     ``density`` holds token-level firing statistics where they are known, ``labels``
     what features are said to mean; ``fingerprint`` is the hash of the weights as stored,
-    before anything was folded into them. ``neuronpedia`` is its id there.
+    before anything was folded into them. ``neuronpedia`` is its id there. ``prepend_bos`` says whether
+    BOS stood before the texts that it was trained on, None where that is not known.
 
     A transcoder encodes what is at ``reads`` and writes, and steers, at ``hookpoint``;
     ``W_skip (d_model, d_model)`` is its linear path from the one to the other, if any.
-    Raises PairingError when the shapes do not fit together.
+    Raises PairingError when the shapes do not fit together, or for another ``activation`` or ``input_norm``.
     """
 
     W_enc: Float[Tensor, "d_model d_sae"]
@@ -77,10 +82,14 @@ class SAE:
     labels: Mapping[int, str] = field(default_factory=dict)
     fingerprint: str = ""
     neuronpedia: str = ""
+    prepend_bos: bool | None = None
     reads: Hookpoint | None = None
     W_skip: Float[Tensor, "d_model d_model"] | None = None
 
     def __post_init__(self) -> None:
+        for name, known in (("activation", ACTIVATIONS), ("input_norm", INPUT_NORMS)):
+            if getattr(self, name) not in known:
+                raise PairingError(f"{name} = {getattr(self, name)!r}", f"one of {', '.join(known)}")
         object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
         if self.reads is not None:
             object.__setattr__(self, "reads", Hookpoint.parse(self.reads))
@@ -104,9 +113,16 @@ class SAE:
                 raise PairingError(
                     f"{name} has {got}", f"{shape} beside W_enc {tuple(self.W_enc.shape)} ({self.activation})"
                 )
-        whole = isinstance(self.k, int) and not isinstance(self.k, bool)
-        if self.activation == "topk" and not (whole and self.k and 0 < self.k <= self.d_sae):
+        if self.activation == "topk" and not (is_whole(self.k) and self.k and 0 < self.k <= self.d_sae):
             raise PairingError(f"k = {self.k}", f"1 to d_sae = {self.d_sae} for a topk SAE")
+
+    def __repr__(self) -> str:
+        kind = f"topk, k {self.k}" if self.activation == "topk" else self.activation
+        kind += "" if self.input_norm == "none" else f", {self.input_norm}"
+        place = f"{self.reads} to {self.hookpoint}" if self.reads is not None else str(self.hookpoint)
+        sizes = f"d_model {self.d_model}, d_sae {self.d_sae}"
+        told = f", from {brief(self.source)}" if self.source else ""
+        return f"SAE({kind}, at {place}, {sizes}{told})"
 
     @property
     def d_model(self) -> int:
@@ -141,11 +157,11 @@ class SAE:
         return replace(self, fingerprint=self.sha256, **moved)
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """(x̃, scale, shift) with x = x̃·scale + shift."""
-        if self.input_norm == "layer_norm":
+        """(x̃, scale, shift): what the encoder reads, and what a decoded x̃ is multiplied by and added to."""
+        if self.input_norm == "layer_norm":  # sae-lens divides by std + 1e-5, and multiplies by std
             shift = x.mean(-1, keepdim=True)
-            scale = x.std(-1, keepdim=True) + 1e-5
-            return (x - shift) / scale, scale, shift
+            scale = x.std(-1, keepdim=True)
+            return (x - shift) / (scale + 1e-5), scale, shift
         if self.input_norm == "constant_norm_rescale":
             scale = x.norm(dim=-1, keepdim=True) / self.d_model**0.5
             return x / scale, scale, 0.0
@@ -209,7 +225,7 @@ class SAE:
         return feature_acts.to(self.W_dec) @ self.W_dec + self.b_dec
 
     def reconstruct(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """x̂ (..., d_model) in the units of x: encode, decode, undo the input normalisation.
+        """x̂ (..., d_model) in the units of x: encode, decode, undo the input normalisation as sae-lens does.
 
         Of a transcoder: what it predicts at ``hookpoint`` from x at ``reads``, ``+ x W_skip``.
         """
@@ -220,7 +236,7 @@ class SAE:
         return self.decode(self.encode(x)) * scale + shift
 
     def input_scale(self, x: Float[Tensor, "*batch d_model"]) -> Tensor | float:
-        """Factor (..., 1) by which a unit of feature activation acts on x: 1 without input normalisation."""
+        """Factor (..., 1) by which a unit of feature activation acts on x̂, as in ``reconstruct``; 1 without a norm."""
         return self._normalised(x.to(self.W_enc))[1]
 
     def direction(self, feature: int) -> Float[Tensor, " d_model"]:

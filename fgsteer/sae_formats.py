@@ -20,8 +20,8 @@ from torch import Tensor
 from fgsteer.errors import FormatError, HookpointError, PairingError
 from fgsteer.files import tensor_sha256, text_sha256
 from fgsteer.hookpoints import Hookpoint, Site
-from fgsteer.registry import RegistryRow
-from fgsteer.sae import SAE, InputNorm
+from fgsteer.sae import INPUT_NORMS, SAE, InputNorm
+from fgsteer.sae_registry import RegistryRow
 
 ARCHITECTURES = {
     "standard": "relu",
@@ -33,7 +33,6 @@ ARCHITECTURES = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
-INPUT_NORMS = ("none", "layer_norm", "constant_norm_rescale")
 _TRAINING = (
     "is a training checkpoint, whose k holds over a batch",
     "the jumprelu that sae-lens's save_inference_model writes",
@@ -74,6 +73,11 @@ _HF_HOOKS: tuple[tuple[str, Site], ...] = (  # Gemma Scope 2's names of places
 )
 # sparsify names a module: its input is read by a transcoder, its output by an SAE
 _MODULE = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(mlp|self_attn|attn|attention|self_attention))?")
+# fields of sparsify, of any of its versions, under which it computes something else
+_UNLIKE = (
+    *("signed", "embed_skip", "gram_lookup", "normalize_io", "n_targets", "n_sources", "divide_cross_layer"),
+    *("post_encoder_scale", "per_source_tied", "secondary_target_tied", "coalesce_topk"),
+)
 _RMS_NORM = re.compile(  # TransformerLens centres no writing weights of these
     r"llama|vicuna|gemma|mi[sx]tral|qwen|qwq|deepseek|\byi-|phi-?[34]|olmo-?[23]|olmoe|smollm|granite|glm|gpt-oss",
     re.IGNORECASE,
@@ -95,6 +99,31 @@ def refuse_place(hook_name: str) -> None:
         raise HookpointError(f"an SAE at {hook_name}, which {why}", instead)
 
 
+def refuse_unread(config: Mapping[str, Any]) -> None:
+    """Nothing for most configs. Raises PairingError for fields that change what an SAE computes and have no form here.
+
+    They are those of sae-lens before version 6, which it drops without a word when it reads them.
+    """
+    activation = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
+    given = config.get("activation_fn_kwargs") or {}
+    topk = activation == "topk" and (given.get("k") or config.get("architecture") == "topk")
+    told = {name: config.get(name) for name in ("hook_point_head_index", "hook_head_index", "hook_head_index_out")}
+    told = {name: value for name, value in told.items() if value is not None}
+    told |= {
+        f"activation_fn_kwargs {name}": value for name, value in given.items() if name != "k" and value is not None
+    }
+    if activation != "relu" and not topk:
+        told["activation function"] = activation
+    if config.get("reshape_activations") not in (None, "none", "hook_z"):
+        told["reshape_activations"] = config["reshape_activations"]
+    if told:
+        raise PairingError(
+            f"an SAE with {', '.join(f'{name} {value!r}' for name, value in told.items())}",
+            "relu, or topk with its k, of a whole activation",
+            "take another SAE: encoded otherwise, its features would be others",
+        )
+
+
 def canonical(
     config: Mapping[str, Any],
     state: Mapping[str, Tensor],
@@ -112,6 +141,7 @@ def canonical(
     ``W_dec /= n`` with n the decoder row norms; training on mean-centred residuals, ``W_enc −= mean(W_enc, 0)``.
     Raises PairingError for architectures and normalisations without an exact form.
     """
+    refuse_unread({**metadata, **config})
     architecture, norm, factor = _kind(config, norm_scaling_factor)
     transcoder = "transcoder" in architecture
     tensors = _tensors(architecture, state)
@@ -156,9 +186,17 @@ def canonical(
         source=source,
         fingerprint=_fingerprint(config, state, factor, centred),
         neuronpedia=str(metadata.get("neuronpedia_id") or config.get("neuronpedia_id") or ""),
+        prepend_bos=_prepends(metadata.get("prepend_bos", config.get("prepend_bos"))),
         reads=read if transcoder else None,
         W_skip=tensors["W_skip"].T.contiguous() if "skip" in architecture else None,
     )
+
+
+def _prepends(told: Any) -> bool | None:
+    """Whether BOS stood before the training texts. Raises FormatError for what is neither true, false nor missing."""
+    if told is not None and not isinstance(told, bool):
+        raise FormatError(f"prepend_bos = {told!r} in the SAE's config", "true or false")
+    return told
 
 
 def _kind(config: Mapping[str, Any], factor: float | None) -> tuple[str, InputNorm, float | None]:
@@ -190,6 +228,11 @@ def _centred(kwargs: Mapping[str, Any], read: Hookpoint, model_name: str) -> boo
     """
     if read.site == "z" and kwargs.get("fold_value_biases"):
         refuse("connor_rob_hook_z", "this SAE")
+    if read.site == "z" and kwargs.get("refactor_factored_attn_matrices"):
+        raise PairingError(
+            "an SAE trained on z of refactored attention matrices, in a basis that the model alone does not have",
+            "an SAE on attn_out, or on z of the model as it is",
+        )
     if read.site == "mlp_in" and kwargs.get("fold_ln"):
         refuse("gemma_2_transcoder", "this transcoder")
     asked = bool(kwargs.get("center_writing_weights")) and not _RMS_NORM.search(model_name)
@@ -212,7 +255,15 @@ def _tensors(architecture: str, state: Mapping[str, Tensor]) -> dict[str, Tensor
         raise FormatError(
             f"SAE weights hold {', '.join(state)}", f"{', '.join(missing)} for architecture {architecture}"
         )
+    _refuse_unread_weights(tensors, {*needed, "scaling_factor", "finetuning_scaling_factor"}, f"a {architecture} SAE")
     return tensors
+
+
+def _refuse_unread_weights(tensors: Mapping[str, Tensor], read: set[str], what: str) -> None:
+    """Raises PairingError for weights, not all 0, that the SAE as it is described would not use."""
+    unread = sorted(name for name, tensor in tensors.items() if name not in read and bool(tensor.any()))
+    if unread:
+        raise PairingError(f"{what} with weights {', '.join(unread)}", f"{', '.join(sorted(read))}, and no others")
 
 
 def _fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor], factor: float | None, centred: bool) -> str:
@@ -282,7 +333,7 @@ def sparsify(
     HookpointError for a folder that names no module.
     """
     activation = str(config.get("activation", "topk"))
-    unlike = [name for name in ("signed", "embed_skip", "gram_lookup") if config.get(name)]
+    unlike = [name for name in _UNLIKE if config.get(name) not in (None, False, 0, "none")]
     if activation != "topk" or unlike:
         raise PairingError(
             f"a sparsify SAE with {', '.join(unlike) or f'activation {activation!r}'}",
@@ -290,9 +341,13 @@ def sparsify(
             "competition within groups, signed activations and other inputs have no canonical form: train with topk",
         )
     tensors = {name: tensor.detach().float() for name, tensor in state.items()}
-    missing = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"} - set(tensors)
+    needed = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"} | (
+        {"W_skip"} if config.get("skip_connection") else set()
+    )
+    missing = needed - set(tensors)
     if missing:
         raise FormatError(f"sparsify weights hold {', '.join(state)}", f"{', '.join(sorted(missing))} too")
+    _refuse_unread_weights(tensors, needed, "a sparsify SAE")
     reads, writes = _module_places(folder, bool(config.get("transcode")), model_name, hookpoint)
     W_enc = tensors["encoder.weight"].T.contiguous()
     b_enc, b_dec = tensors["encoder.bias"], tensors["b_dec"]
@@ -364,6 +419,7 @@ def gemma_scope_2(row: RegistryRow, state: Mapping[str, Tensor]) -> tuple[dict[s
     config = {
         "architecture": ("jumprelu_skip_transcoder" if skip else "jumprelu_transcoder") if transcoder else "jumprelu",
         "apply_b_dec_to_input": False,
+        "prepend_bos": True,
         "model_name": row.model,
         "neuronpedia_id": row.neuronpedia,
         "hook_name": str(Hookpoint(layer, sites[kind])),

@@ -24,15 +24,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fgsteer.density import FeatureDensity
-from fgsteer.errors import FgsteerError, FormatError, PairingError
+from fgsteer.errors import FgsteerError, FormatError, MissingError, PairingError
 from fgsteer.examples import FeatureExamples
 from fgsteer.files import read_json
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.labels import load_labels
 from fgsteer.models import DEFAULT, embedded_sae_dir
-from fgsteer.registry import RegistryRow, find_row
+from fgsteer.network import hub_is_reachable, unreachable
 from fgsteer.sae import SAE
-from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, refuse_place, sparsify
+from fgsteer.sae_formats import canonical, gemma_scope_2, is_sparsify, refuse, refuse_place, refuse_unread, sparsify
+from fgsteer.sae_registry import RegistryRow, find_row
+from fgsteer.wording import a
 
 DENSITY_FILE = "density.safetensors"
 LABELS_FILE = "labels.json"
@@ -140,6 +142,7 @@ def _from_folder(folder: Path, given: Mapping[str, Any]) -> SAE:
         else:
             import sae_lens
 
+            refuse_unread(config)
             sae = replace(_from_live(sae_lens.SAE.load_from_disk(folder), given), source=str(folder))
     if (folder / DENSITY_FILE).is_file():
         density = FeatureDensity.load(folder / DENSITY_FILE)
@@ -197,7 +200,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 def _from_live(sae: Any, given: Mapping[str, Any]) -> SAE:
     """A live ``sae_lens.SAE``. Raises PairingError for any other object."""
     if not hasattr(sae, "cfg") or not hasattr(sae, "state_dict"):
-        raise PairingError(f"a {type(sae).__name__}", "a name, a folder, an fgsteer SAE or a sae_lens.SAE")
+        raise PairingError(f"{a(type(sae).__name__)}", "a name, a folder, an fgsteer SAE or a sae_lens.SAE")
     config = sae.cfg.to_dict()
     return canonical(config, sae.state_dict(), config.get("metadata") or {}, source="sae_lens", **given)
 
@@ -260,6 +263,7 @@ def _by_sae_lens(row: RegistryRow) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FormatError(f"{row.release} in layout {row.conversion!r}", "one that the installed sae-lens reads")
     overrides = {**row.overrides, "device": "cpu", "dtype": "float32"}
     config, state, _ = read(row.repo_id, row.path, "cpu", False, overrides)
+    refuse_unread(config)
     return loaders.handle_config_defaulting(config), state
 
 
@@ -281,4 +285,6 @@ def _cached_first(read: Callable[[], T], what: str) -> T:
                 raise FormatError(f"{what} is not in the Hugging Face cache", change="unset HF_HUB_OFFLINE") from error
         finally:
             constants.HF_HUB_OFFLINE = offline
+        if not hub_is_reachable():
+            raise MissingError(f"no SAE {what!r}", "a folder, or an SAE of the hub", unreachable())
         return read()

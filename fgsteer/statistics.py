@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.brief import FEW, Brief
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 Space = Literal["residual", "feature"]
 
 
-@dataclass(frozen=True, eq=False)
-class Moments:
+@dataclass(frozen=True, eq=False, repr=False)
+class Moments(Brief):
     """Count, mean (n,), sum of squared deviations M2 (n,) and firing count (n,) of examples, in float64.
 
     Adding two merges them exactly (Chan, Golub & LeVeque 1979).
@@ -86,8 +87,8 @@ class Moments:
         return Moments(self.count, self.mean.cpu(), self.m2.cpu(), self.fired.cpu())
 
 
-@dataclass(frozen=True, eq=False)
-class Contrast:
+@dataclass(frozen=True, eq=False, repr=False)
+class Contrast(Brief):
     """Moments of the two sides, in one space at one hookpoint. Raises PairingError for sides of two widths."""
 
     positive: Moments
@@ -106,8 +107,8 @@ class Contrast:
         return self.positive.mean - self.negative.mean
 
 
-@dataclass(frozen=True, eq=False)
-class Pooled:
+@dataclass(frozen=True, eq=False, repr=False)
+class Pooled(Brief):
     """Mean activation of every example, float32: ``positive (n⁺, d_model)`` and ``negative (n⁻, d_model)``.
 
     The first ``pairs`` of both sides are pairs, in the same order; so they stay when two are added.
@@ -125,8 +126,8 @@ class Pooled:
         return Pooled(join(self.positive, other.positive), join(self.negative, other.negative), pairs)
 
 
-@dataclass(frozen=True, eq=False)
-class ContrastStatistics:
+@dataclass(frozen=True, eq=False, repr=False)
+class ContrastStatistics(Brief):
     """What ``collect`` read: residual contrasts by hookpoint, and the feature contrast of one SAE.
 
     ``reading`` says how it was read (model, SAE, token rule) and must agree when two are
@@ -139,6 +140,13 @@ class ContrastStatistics:
     reading: Mapping[str, Any] = field(default_factory=dict)
     data: Sequence[Mapping[str, Any]] = ()
     pooled: Mapping[Hookpoint, Pooled] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        sides = next(iter(self.residual.values()), None)
+        texts = "no texts" if sides is None else f"{sides.positive.count} + {sides.negative.count} texts"
+        places = ", ".join(map(str, self.residual)) if len(self.residual) <= FEW else f"{len(self.residual)} hookpoints"
+        features = f", features at {', '.join(map(str, self.feature))}" if self.feature else ""
+        return f"ContrastStatistics({texts} at {places or 'no hookpoint'}{features})"
 
     def __add__(self, other: ContrastStatistics) -> ContrastStatistics:
         ours, theirs = _identity(self.reading), _identity(other.reading)
@@ -165,12 +173,18 @@ class ContrastStatistics:
         table = self.residual if space == "residual" else self.feature
         if hookpoint is None and len(table) != 1 and len(self.feature) == 1:
             hookpoint = next(iter(self.feature))
+        if space == "feature" and not table:
+            raise PairingError(
+                "statistics without features, as they were collected without an SAE",
+                "statistics that hold feature activations",
+                "collect again with sae=, the SAE whose features are to be selected",
+            )
         at = Hookpoint.parse(hookpoint) if hookpoint is not None else next(iter(table)) if len(table) == 1 else None
         if at is None or at not in table:
             raise PairingError(
                 f"{space} statistics at {at or 'an unnamed hookpoint'}",
-                f"one of {', '.join(map(str, table)) or 'none (collect was run without an SAE)'}",
-                "pass hookpoint=, or collect again with sae= or hookpoints=",
+                f"one of {', '.join(map(str, table))}, where they were collected",
+                "name it with hookpoint=, or collect again with hookpoints=",
             )
         return at, table[at]
 

@@ -12,73 +12,37 @@ function that notes where the prompt ends and then calls the original.
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.activations import by_token, primary, with_primary
-from fgsteer.data import Text, check_text
-from fgsteer.errors import DataError, SteeringError, UntouchedWarning
+from fgsteer.activations import by_token, ends_key, primary, with_primary
+from fgsteer.blocks import Block
+from fgsteer.checks import checked
+from fgsteer.errors import SteeringError, UntouchedWarning
+from fgsteer.groups import Group, check_range, grouped
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
-from fgsteer.interventions import Intervention, Scope, Update, apply, stack
-from fgsteer.models import check_pairing, input_device, warn_of_dropout
-from fgsteer.positions import Place, Positions
-from fgsteer.threads import check_thread, claim
+from fgsteer.interventions import Intervention
+from fgsteer.models import check_pairing, input_device, start_marker, virtual_tokens, warn_of_dropout
+from fgsteer.positions import Positions, column_counts
+from fgsteer.recomputation import Recomputation
+from fgsteer.shadows import refuse, refuse_copies, shadow
+from fgsteer.threads import Claim
+from fgsteer.wording import a
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 Entry = Intervention | Sequence[Intervention] | None
 Steering = Intervention | Sequence[Entry] | None
 
-
-@dataclass(eq=False)
-class Group:
-    """One update at one hookpoint, the tokens it is for, and whether any pass came by."""
-
-    hookpoint: Hookpoint
-    place: Place
-    update: Update
-    serves: Tensor  # mask (rows,) of the rows it is for
-    select: bool  # whether the mask must be applied: the update has one row, for some of several
-    reached: bool = False
-    key: tuple[torch.device, torch.dtype, int] | None = None  # what it was made ready for
-    ready: tuple[Update, Tensor] | None = None
-
-    def act(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
-        """The updated hidden states; h itself where the pass holds none of the tokens."""
-        if self.place.empty:
-            return h
-        self.reached = True
-        update, serves = self.prepare(h.device, h.dtype, repeats)
-        where = self.place.mask
-        if where is not None:
-            where = where.to(h.device)
-        if self.select:
-            rows = serves[:, None]
-            where = rows.expand(h.shape[:2]) if where is None else where & rows
-        return apply(h, update, where)
-
-    def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> tuple[Update, Tensor]:
-        """The update and row mask for hidden states of a dtype on a device, each row repeated."""
-        key = (device, dtype, repeats)
-        if self.ready is None or self.key != key:
-            serves = self.serves.repeat_interleave(repeats).to(device)
-            self.key, self.ready = key, (self.update.prepare(device, dtype, repeats), serves)
-        return self.ready
-
-    def touched(self) -> bool:
-        """Whether it has changed any token. Waits for the device."""
-        met = self.place.met
-        return self.reached and (met if isinstance(met, bool) else bool((met.cpu() & self.serves).any()))
+CACHES = ("past_key_values", "cache_params", "state")  # what decoders call the state that a pass goes on from
+_IN_THREADS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 def _entries(steering: Steering, per_row: bool | None) -> list[list[Intervention]]:
@@ -89,7 +53,7 @@ def _entries(steering: Steering, per_row: bool | None) -> list[list[Intervention
         return [[steering]]
     if not isinstance(steering, list | tuple):
         hint = "call .add(coefficient), .affine(alpha) or the like on a vector"
-        raise SteeringError(f"steering by {type(steering).__name__}", "interventions", hint)
+        raise SteeringError(f"steering by {a(type(steering).__name__)}", "interventions", hint)
     by_row = any(not isinstance(entry, Intervention) for entry in steering) if per_row is None else per_row
     if not by_row:
         return [_interventions(steering)]
@@ -103,39 +67,11 @@ def _interventions(entry: Any) -> list[Intervention]:
     for item in items:
         if not isinstance(item, Intervention):
             raise SteeringError(
-                f"a {type(item).__name__} among interventions",
+                f"{a(type(item).__name__)} among interventions",
                 "Add, Ablate, Clamp, Affine or ClampFeature",
                 "call .add(coefficient), .affine(alpha) or the like on a vector",
             )
     return items
-
-
-def _groups(rows: Sequence[Sequence[Intervention]]) -> list[Group]:
-    """Updates in order of application: the n-th intervention of every row at a hookpoint together."""
-    table: dict[tuple[Hookpoint, int, Scope, bool], list[Intervention | None]] = {}
-    for number, items in enumerate(rows):
-        depth: dict[Hookpoint, int] = {}
-        for item in items:
-            turn = depth.get(item.hookpoint, 0)
-            depth[item.hookpoint] = turn + 1
-            key = (item.hookpoint, turn, item.scope, item.bos)
-            table.setdefault(key, [None] * len(rows))[number] = item
-    places: dict[tuple[Scope, bool], Place] = {}
-    groups = []
-    for (hookpoint, _, scope, bos), column in sorted(table.items(), key=lambda entry: entry[0][:2]):
-        place = places.setdefault((scope, bos), Place(scope, bos))
-        for update, numbers in stack(column):
-            serves = torch.zeros(len(rows), dtype=torch.bool)
-            serves[numbers] = True
-            groups.append(Group(hookpoint, place, update, serves, len(rows) > 1 and len(update.write) == 1))
-    return groups
-
-
-def _shadow(module: nn.Module, name: str, value: Callable[..., Any], hooks: ExitStack) -> None:
-    """Set a function on the module itself until the stack closes."""
-    own = vars(module).get(name)
-    setattr(module, name, value)
-    hooks.callback(delattr, module, name) if own is None else hooks.callback(setattr, module, name, own)
 
 
 def _renewed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,21 +84,6 @@ def _renewed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return steered
 
 
-def _check_range(model: nn.Module, groups: Sequence[Group]) -> None:
-    """Refuse a set amount that a float16 model cannot hold. Raises SteeringError."""
-    if getattr(model, "dtype", None) != torch.float16:
-        return
-    largest = torch.finfo(torch.float16).max
-    for group in groups:
-        amount = float((group.update.const.float()[..., None] * group.update.write.float()).abs().amax())
-        if amount > largest:
-            raise SteeringError(
-                f"a change of {amount:.3g} at {group.hookpoint}",
-                f"at most {largest:g}, what float16 holds",
-                "a smaller coefficient, or the model in bfloat16 or float32",
-            )
-
-
 class _Session:
     """The hooks of one ``steer`` block.
 
@@ -170,24 +91,29 @@ class _Session:
     number that changes between passes is read back: either would compile the graph again.
     """
 
-    def __init__(self, model: nn.Module, rows: Sequence[Sequence[Intervention]]) -> None:
-        self.model, self.rows, self.groups = model, len(rows), _groups(rows)
-        self.positions = Positions(list({id(g.place): g.place for g in self.groups}.values()), self.rows)
+    def __init__(
+        self, model: nn.Module, rows: Sequence[Sequence[Intervention]], prompt_lengths: Tensor | None = None
+    ) -> None:
+        self.model, self.rows, self.groups = model, len(rows), grouped(rows)
+        places = list({id(g.place): g.place for g in self.groups}.values())
+        self.positions = Positions(places, start_marker(model), self.rows, prompt_lengths, ends_key(model))
+        virtual_tokens(model)  # raises for what cannot be placed, before any pass
+        self.learned = hasattr(model, "active_peft_config")  # PEFT's, which may put virtual tokens before texts
+        self.claim = Claim(model)
+        self.recomputation = Recomputation(self.positions, self.claim)
         self.ran = False
-        self.thread = threading.get_ident()
         self.names = [n for n in inspect.signature(decoder_of(model).forward).parameters if n != "self"]
-
-    def __deepcopy__(self, _: dict[int, Any]) -> Any:
-        raise SteeringError("a copy of a model that is being steered", "one made before or after the block")
 
     def install(self, hooks: ExitStack) -> None:
         """Register every hook; all come off when the stack closes."""
         if not self.groups:
             return
-        hooks.enter_context(claim(self.model))
+        self.claim.take(hooks)
         decoder = decoder_of(self.model)
         hooks.callback(decoder.register_forward_pre_hook(self.observe, with_kwargs=True).remove)
-        _shadow(decoder, "forward", _renewed(decoder.forward), hooks)
+        shadow(decoder, "forward", _renewed(decoder.forward), hooks)
+        self.recomputation.install(decoder, hooks)
+        changed = {id(module): module for module in (self.model, decoder)}
         at: dict[Hookpoint, list[Group]] = {}
         for group in self.groups:
             at.setdefault(group.hookpoint, []).append(group)
@@ -200,17 +126,30 @@ class _Session:
             else:
                 handle = module.register_forward_hook(self._output_hook(groups), prepend=True)
             hooks.callback(handle.remove)
-            _shadow(module, "forward", _renewed(module.forward), hooks)
+            shadow(module, "forward", _renewed(module.forward), hooks)
+            changed[id(module)] = module
             weight = next(module.parameters(), None)
             if weight is not None and weight.is_floating_point() and not weight.is_meta:
                 for group in groups:  # before any pass, so that no graph holds it
                     group.prepare(weight.device, weight.dtype)
         if callable(getattr(self.model, "generate", None)):
-            _shadow(self.model, "generate", self._generate(self.model.generate), hooks)  # type: ignore[arg-type]
+            shadow(self.model, "generate", self._generate(self.model.generate), hooks)  # type: ignore[arg-type]
+        for name in _IN_THREADS:
+            refuse(
+                self.model,
+                name,
+                hooks,
+                f"{name} on a model that is being steered: it generates in a thread of its own",
+                "generate, in the thread that steers",
+                "call model.generate, or fgsteer.generate with one entry per prompt",
+            )
+        for module in changed.values():
+            refuse_copies(module, hooks)
 
     def observe(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the decoder is about to run on."""
-        check_thread(self.thread)
+        self.claim.check()
+        self.recomputation.begin()
         given = dict(zip(self.names, args, strict=False)) | kwargs if args else kwargs
         ids = given.get("input_ids")
         tokens: Tensor = given["inputs_embeds"] if ids is None else ids
@@ -219,12 +158,27 @@ class _Session:
             raise SteeringError(
                 f"{self.rows} entries for a batch of {batch} rows", "one entry per row", "pass as many entries as rows"
             )
-        self.positions.begin(tokens, given.get("past_key_values"), given.get("attention_mask"))
+        self._refuse_mixed_rows(given, batch, tokens.shape[1])
+        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+        virtual = virtual_tokens(self.model) if self.learned else 0
+        self.positions.begin(tokens, cache, given.get("attention_mask"), given.get("position_ids"), virtual)
         self.ran = True
+
+    def _refuse_mixed_rows(self, given: dict[str, Any], batch: int, length: int) -> None:
+        """Raises SteeringError where transformers' RWKV would run several rows from a state, which mixes them."""
+        if batch == 1 or "state" not in self.names:
+            return
+        if (given.get("state") is not None and length == 1) or (self.positions.generating and given.get("use_cache")):
+            raise SteeringError(
+                f"a batch of {batch} rows that {type(self.model).__name__} decodes from a state",
+                "one row, or no state: transformers mixes the rows of such a batch, steered or not",
+                "one prompt at a time, or use_cache=False",
+            )
 
     def act(self, groups: Sequence[Group], h: Tensor) -> Tensor:
         """Apply the groups in order to hidden states of any layout."""
-        check_thread(self.thread)  # a pass may have begun before the hooks were set
+        self.claim.check()  # a pass may have begun before the hooks were set
+        self.recomputation.check()
         batch, length = self.positions.batch, self.positions.length
         repeats = 1 if self.rows == 1 else batch // self.rows
         changed = h if h.shape[:-1] == (batch, length) else by_token(h, batch, length)
@@ -249,18 +203,41 @@ class _Session:
     def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``generate`` that notes where the prompt ends."""
 
+        @wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            check_thread(self.thread)
+            if not self._admits(kwargs.get("streamer")):
+                return original(*args, **kwargs)
             positions = self.positions
             if positions.generating:  # the model drafts for itself: the same rows, the same prompt
                 return original(*args, **kwargs)
-            positions.generate(*self._prompt(args, kwargs))
+            positions.generate(*self._prompt(args, kwargs), virtual_tokens(self.model))
             try:
                 return original(*args, **kwargs)
             finally:
                 positions.finish()
 
         return generate
+
+    def _admits(self, streamer: Any) -> bool:
+        """Whether the block steers this call of ``generate``: not one that someone kept and calls after the block.
+
+        Raises SteeringError in another thread or task. A streamer is ended first, so that who
+        reads it does not wait for ever, and the error comes to the thread of the block as well.
+        """
+        if self.claim.left():
+            return False
+        try:
+            self.claim.check("generate")
+        except SteeringError as error:
+            if streamer is None:
+                raise
+            self.claim.failure = SteeringError(
+                f"generate with a streamer: {error}",
+                change="fgsteer.stream(model, tokenizer, prompt, steering=…) yields the text as it is generated",
+            )
+            streamer.end()
+            raise self.claim.failure from error
+        return True
 
     def _prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, Tensor | None]:
         """(prompt length, mask of real tokens or None) of a generate call. Raises SteeringError."""
@@ -300,14 +277,20 @@ class _Session:
             if not group.touched():
                 warnings.warn(
                     f"an intervention at {group.hookpoint} with scope {group.place.scope!r} touched no token; "
-                    "padding is skipped, and position 0 unless bos=True",
+                    "padding is skipped, and a start token at position 0 unless bos=True",
                     UntouchedWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
 
 
-@contextmanager
-def steer(model: PreTrainedModel, steering: Steering, *, per_row: bool | None = None) -> Iterator[PreTrainedModel]:
+@checked
+def steer(
+    model: PreTrainedModel,
+    steering: Steering,
+    *,
+    per_row: bool | None = None,
+    prompt_lengths: Sequence[int] | Tensor | None = None,
+) -> Block[PreTrainedModel]:
     """Steer every forward pass of the model inside the block; hooks always come off.
 
     ``steering`` is one intervention, a list of them (composed in order), or one entry per
@@ -315,78 +298,56 @@ def steer(model: PreTrainedModel, steering: Steering, *, per_row: bool | None = 
     None or lists is read by row; ``per_row`` says it outright. Under ``generate`` entries
     belong to prompts, and beams or several sequences of a prompt share its entry.
 
+    The prompt is what ``generate`` was given, and in other forward passes what was fed to an empty
+    cache. For passes over prompt and completion at once, ``prompt_lengths`` says for each batch row how
+    many columns, padding included, stand before its first completion token: the tokens are then
+    steered as if the prompt were read first and the completion generated.
+
     Nested blocks on one model compose, the inner one acting first. Unsteered rows and
     tokens keep their activations bit for bit. Models may be compiled, before or inside the
-    block; another block that differs in its numbers alone compiles nothing. One thread steers a
-    model at a time: while it does, other threads' steer blocks and forward passes on that model
-    raise SteeringError (not passes that are compiled as a whole). No copies are made of a steered model.
+    block; another block that differs in its numbers alone compiles nothing. Gradients flow through
+    the block to the model and to values that require grad, with gradient checkpointing too.
+
+    A block belongs to the thread that enters it, and to its asyncio task with those started inside:
+    meanwhile, steer blocks and forward passes of others on that model raise SteeringError (not
+    passes that are compiled as a whole), and so do ``generate_batch`` and copies of the model. A block
+    that is left before one that was entered inside it comes off whole and raises SteeringError, as do the
+    passes that the other still runs. Each call is entered once; as a decorator, once for each call of the function.
 
     ``HookpointError`` and ``PairingError`` are raised before anything is hooked;
-    ``SteeringError`` for another number of rows than entries, or, on a float16 model, c·v beyond
+    ``SteeringError`` for another number of rows than entries or prompt lengths, for prompt lengths that
+    are no counts, exceed a pass or meet ``generate``, or, on a float16 model, c·v beyond
     65504 (a sum h + c·v beyond it still becomes inf). Warns UntouchedWarning when an intervention
     touched no token, FgsteerWarning of a model in train mode with dropout.
     """
+    return Block(partial(_steered, model, steering, per_row, prompt_lengths))
+
+
+@contextmanager
+def _steered(
+    model: PreTrainedModel, steering: Steering, per_row: bool | None, prompt_lengths: Sequence[int] | Tensor | None
+) -> Iterator[PreTrainedModel]:
+    """One block. A generator: one that is dropped without being left is closed, and its hooks come off."""
     warn_of_dropout(model)
-    rows = _entries(steering, per_row)
-    for item in {id(i): i for items in rows for i in items}.values():
-        check_pairing(model, item.hookpoint, item.d_model, item.model_name, type(item).__name__)
-    session = _Session(uncompiled(model), rows)
-    _check_range(model, session.groups)
-    with ExitStack() as hooks:
-        session.install(hooks)
-        yield model
+    rows, lengths = checked_rows(model, steering, per_row), column_counts(prompt_lengths)
+    if lengths is not None and len(rows) > 1 and len(rows) != len(lengths):
+        raise SteeringError(f"{len(rows)} entries and {len(lengths)} prompt_lengths", "one of each per row")
+    session = _Session(uncompiled(model), rows, None if lengths is None else lengths.to(input_device(model)))
+    check_range(model, session.groups)
+    try:
+        with ExitStack() as hooks:
+            session.install(hooks)
+            yield model
+    except GeneratorExit:  # the generator that the block stands in is closed, which is a way to leave it
+        session.claim.report()
+        raise
+    session.claim.report()
     session.warn_untouched()
 
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: str | Sequence[Text],
-    *,
-    steering: Steering = None,
-    **options: Any,
-) -> list[str]:
-    """Continuations of the prompts, without the prompts, in their order.
-
-    ``steering``: one intervention for all prompts, or a list with one entry per prompt
-    (an intervention, a list to compose, or None). Prompts are strings or chat messages;
-    other keywords go to ``model.generate``. With ``num_return_sequences = n`` the n
-    continuations of a prompt stand together. Raises DataError for prompts that are neither,
-    SteeringError for another number of entries than prompts.
-    """
-    given: list[Text] = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not given:
-        return []
-    chat = [not isinstance(prompt, str) for prompt in given]
-    if any(chat) and not all(chat):
-        raise DataError("strings and chat messages among the prompts", "all of one kind")
-    for number, prompt in enumerate(given):
-        check_text(prompt, f"prompt {number}", empty=True)
-    listed = isinstance(steering, list | tuple)
-    if isinstance(steering, list | tuple) and len(steering) != len(given):
-        raise SteeringError(
-            f"{len(steering)} steering entries for {len(given)} prompts",
-            "one entry per prompt",
-            "wrap interventions that compose in a list of their own: [[a, b], None, …]",
-        )
-    texts: list[Any] = given
-    if any(chat):
-        texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in given]
-    if tokenizer.pad_token_id is None and len(texts) > 1:
-        raise DataError(
-            "a tokenizer without a pad token", "one that can pad", "set tokenizer.pad_token = tokenizer.eos_token"
-        )
-    inputs = tokenizer(
-        texts,
-        return_tensors="pt",
-        padding=len(texts) > 1,
-        padding_side="left",
-        add_special_tokens=not any(chat),
-        return_token_type_ids=False,
-    ).to(input_device(model))
-    if tokenizer.pad_token_id is not None:
-        options.setdefault("pad_token_id", tokenizer.pad_token_id)
-    with steer(model, steering, per_row=listed):
-        output = model.generate(**inputs, **options)
-    ids = output if isinstance(output, Tensor) else output.sequences
-    return list(tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+def checked_rows(model: PreTrainedModel, steering: Steering, per_row: bool | None) -> list[list[Intervention]]:
+    """Interventions per row. Raises SteeringError, HookpointError, PairingError for what the model cannot be."""
+    rows = _entries(steering, per_row)
+    for item in {id(i): i for items in rows for i in items}.values():
+        check_pairing(model, item.hookpoint, item.d_model, item.model_name, type(item).__name__)
+    return rows

@@ -1,7 +1,8 @@
 """Steering vectors: a direction at a hookpoint, what it is made of, and where it came from.
 
 A vector says nothing of strength; ``.add``, ``.affine``, ``.ablate`` and ``.clamp`` give
-the interventions that apply it. Vectors at one hookpoint add, subtract and scale.
+the interventions that apply it. Vectors at one hookpoint add, subtract and scale:
+``(a + b) / 2``, ``-a``, ``sum([a, b, c])``.
 
     vec.save("wedding.safetensors")
     with steer(model, SteeringVector.load("wedding.safetensors").add(8.0)): ...
@@ -17,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.errors import FormatError, PairingError, SelectionError, SteeringError
+from fgsteer.brief import FEW
+from fgsteer.checks import checked, is_number, is_whole, shown
+from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionError, SteeringError
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.hub import VECTOR, fetch, push, save_folder
-from fgsteer.interventions import Ablate, Add, Affine, Clamp, _vector
+from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, _vector
 from fgsteer.models import check_pairing
+from fgsteer.wording import a, count
 
 if TYPE_CHECKING:
     from fgsteer.evaluation.records import Run
@@ -44,7 +48,9 @@ class SteeringVector:
     ``reference (d_model,)`` is the mean that ``affine`` starts from, where the method kept
     one; ``features`` maps feature ids to their weights; ``provenance`` records method,
     hyperparameters, model, SAE and data. Constructs from a bare tensor and a hookpoint
-    or its name. Raises PairingError for a tensor that is not one finite vector.
+    or its name. A tensor that requires grad stays the caller's own, to be trained through the
+    interventions; files hold its values of when they were written. Raises PairingError for a
+    tensor that is not one finite vector.
     """
 
     direction: Float[Tensor, " d_model"]
@@ -56,6 +62,8 @@ class SteeringVector:
     def __post_init__(self) -> None:
         object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
         object.__setattr__(self, "direction", _vector("direction", self.direction))
+        if not all(map(is_whole, self.features)):
+            raise SelectionError(f"features {', '.join(map(repr, self.features)):.80}", "whole numbers as feature ids")
         if self.reference is not None:
             object.__setattr__(self, "reference", _vector("reference", self.reference))
             if self.reference.shape != self.direction.shape:
@@ -71,9 +79,9 @@ class SteeringVector:
     @property
     def norm(self) -> float:
         """Euclidean norm of the direction, in residual-stream units."""
-        return float(self.direction.norm())
+        return float(self.direction.detach().norm())
 
-    def add(self, coefficient: float = 1.0, **scope: Any) -> Add:
+    def add(self, coefficient: Scalar = 1.0, **scope: Any) -> Add:
         """``h + c·v``; keywords ``scope`` and ``bos`` as in Intervention."""
         return Add(direction=self.direction, coefficient=coefficient, **self._place, **scope)
 
@@ -81,15 +89,15 @@ class SteeringVector:
         """``h − (v̂·h) v̂``. Raises SteeringError for a zero direction."""
         return Ablate(direction=self.direction, **self._place, **scope)
 
-    def clamp(self, target: float, **scope: Any) -> Clamp:
+    def clamp(self, target: Scalar, **scope: Any) -> Clamp:
         """``h + (t − v̂·h) v̂``; target in residual-stream units along v̂."""
         return Clamp(direction=self.direction, target=target, **self._place, **scope)
 
-    def affine(self, alpha: float = 1.0, **scope: Any) -> Affine:
+    def affine(self, alpha: Scalar = 1.0, **scope: Any) -> Affine:
         """ACE: ``r̂·h' = r̂·r⁻ + α‖r‖`` (arXiv 2411.09003). Raises SteeringError without a reference."""
         if self.reference is None:
             raise SteeringError(
-                f"a {self.provenance.get('method', 'bare')} vector without a reference",
+                f"{a(self.provenance.get('method', 'bare'))} vector without a reference",
                 "one that keeps the negative mean",
                 "build it with ace(), or use clamp(target)",
             )
@@ -106,10 +114,10 @@ class SteeringVector:
 
     def __repr__(self) -> str:
         method = self.provenance.get("method", "bare")
-        return (
-            f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, "
-            f"{len(self.features)} features)"
-        )
+        top = ", ".join(f"{feature.id}: {feature.weight:.3g}" for feature in self.top_features(FEW))
+        more = ", …" if len(self.features) > FEW else ""
+        features = f"{count(len(self.features), 'feature')}{f' {{{top}{more}}}' if top else ''}"
+        return f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, {features})"
 
     def unit(self) -> SteeringVector:
         """The vector scaled to norm 1. Raises SelectionError for a zero direction."""
@@ -117,9 +125,12 @@ class SteeringVector:
             raise SelectionError("a direction of norm 0", "one that can be normalised")
         return self * (1 / self.norm)
 
+    __array_ufunc__ = None  # numpy's numbers and arrays leave arithmetic with a vector to the vector
+
     def __mul__(self, factor: float) -> SteeringVector:
-        if not isinstance(factor, int | float):
-            return NotImplemented
+        if not is_number(factor):
+            raise ArgumentError(f"a vector times {shown(factor)}", "a number")
+        factor = float(factor)
         return replace(
             self,
             direction=self.direction * factor,
@@ -129,18 +140,30 @@ class SteeringVector:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> SteeringVector:
+        if not is_number(divisor) or not divisor:
+            raise ArgumentError(f"a vector divided by {shown(divisor)}", "a number other than 0")
+        return self * (1 / float(divisor))
+
     def __neg__(self) -> SteeringVector:
         return self * -1.0
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
         return self._plus(other, 1.0)
 
+    def __radd__(self, other: object) -> SteeringVector:
+        if is_number(other) and not other:  # what sum() starts from
+            return self
+        raise ArgumentError(f"a vector added to {shown(other)}", "two vectors")
+
     def __sub__(self, other: SteeringVector) -> SteeringVector:
         return self._plus(other, -1.0)
 
     def _plus(self, other: SteeringVector, sign: float) -> SteeringVector:
         if not isinstance(other, SteeringVector):
-            return NotImplemented
+            raise ArgumentError(
+                f"a vector and {shown(other)}", "two vectors to add or subtract", "for strength write vector.add(2.0)"
+            )
         if (self.hookpoint, self.d_model) != (other.hookpoint, other.d_model):
             raise PairingError(
                 f"vectors at {self.hookpoint} (d_model {self.d_model}) and {other.hookpoint} (d_model {other.d_model})",
@@ -156,24 +179,29 @@ class SteeringVector:
             self.direction + sign * other.direction,
             self.hookpoint,
             features=features,
-            provenance={
-                **shared,
-                "method": "sum",
-                "terms": [dict(self.provenance), {**other.provenance, "sign": sign}],
-            },
+            provenance={**shared, "method": "sum", "terms": [*self._terms(1.0), *other._terms(sign)]},
         )
+
+    def _terms(self, sign: float) -> list[dict[str, Any]]:
+        """What a sum remembers of this vector: its provenance with a sign, or the terms of a sum."""
+        terms = self.provenance.get("terms")
+        if self.provenance.get("method") != "sum" or "scale" in self.provenance or not isinstance(terms, list):
+            return [{**self.provenance, "sign": sign}]
+        return [{**term, "sign": sign * term.get("sign", 1.0)} for term in terms]
 
     @property
     def _sae_sha256(self) -> str | None:
         sae = self.provenance.get("sae")
         return sae.get("sha256") if isinstance(sae, Mapping) else None
 
+    @checked
     def top_features(self, n: int = 20) -> list[FeatureWeight]:
         """The n features of largest absolute weight, largest first, with density where known."""
         density = self.provenance.get("feature_density") or {}
         order = sorted(self.features.items(), key=lambda item: (-abs(item[1]), item[0]))
         return [FeatureWeight(j, w, density.get(str(j))) for j, w in order[:n]]
 
+    @checked
     def check(self, model: nn.Module) -> None:
         """Refuse a model of another width, warn by name about another model.
 
@@ -233,7 +261,7 @@ class SteeringVector:
         try:
             vector = cls(
                 tensors["direction"],
-                Hookpoint.parse(header["hookpoint"]),
+                Hookpoint.read(header["hookpoint"]),
                 tensors.get("reference"),
                 {int(j): float(w) for j, w in header["features"].items()},
                 _read_provenance(header["provenance"]),

@@ -23,7 +23,8 @@ from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import blocks_of
 from fgsteer.measuring import Agreement, Plan, decoder_directions, fit_parts
 from fgsteer.ridge import LinearMoments, best_ridge, ridge_path
-from fgsteer.rollouts import Sampling, choose, encode_prompts, rollout, rollout_features
+from fgsteer.rollouts import Sampling, choose, rollout, rollout_features
+from fgsteer.tokens import encode_prompts
 from tests.conftest import make_sae
 from tests.reference import effects as reference
 from tests.tiny import tiny_model, word_tokenizer

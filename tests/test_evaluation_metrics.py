@@ -83,7 +83,7 @@ def test_texts_with_nothing_to_score(llama, tokenizer):
     assert fg.text_cross_entropies(llama, bare, ["the", "", "the man"]).isnan().tolist() == [True, True, False]
     with pytest.raises(fg.DataError, match="none to read"):
         fg.cross_entropy(llama, tokenizer, ["the man", ""])
-    with pytest.raises(fg.DataError, match="2 prompts for 1 texts"):
+    with pytest.raises(fg.DataError, match="2 prompts for 1 text;"):
         fg.text_cross_entropies(llama, tokenizer, ["the man"], prompts=["a", "b"])
     for wrong in ("the man", []):
         with pytest.raises(fg.DataError, match="list of at least one"):
@@ -121,6 +121,25 @@ def test_kl_equals_the_loop(llama, tokenizer, vector):
             assert found == pytest.approx([backward, 0.0], rel=1e-3, abs=1e-6)
     with pytest.raises(fg.DataError, match="unsteered or steered"):
         fg.kl_divergences(llama, tokenizer, TEXTS, [None], under="both")
+    with pytest.raises(fg.DataError, match="mean or last"):
+        fg.kl_divergences(llama, tokenizer, TEXTS, [None], at="first")
+
+
+def test_kl_at_the_last_position_is_that_of_what_comes_next(llama, tokenizer, vector):
+    """Row by row, the distributions after each text's last token, whatever the padding of its batch."""
+    forward = backward = 0.0
+    for ids in (tokenizer(text)["input_ids"] for text in TEXTS):
+        plain, moved = distributions(llama, ids)[-1:], distributions(llama, ids, vector, 1.5)[-1:]
+        forward += reference.kl(plain, moved, 2) / len(TEXTS)
+        backward += reference.kl(moved, plain, 2) / len(TEXTS)
+    for batch_tokens in (1, 4096):
+        options = {"at": "last", "batch_tokens": batch_tokens}
+        found = fg.kl_divergences(llama, tokenizer, TEXTS, [vector.add(1.5), None], **options)
+        assert found == pytest.approx([forward, 0.0], rel=1e-3, abs=1e-6)  # as for the mean, above
+        found = fg.kl_divergences(llama, tokenizer, TEXTS, [None, vector.add(1.5)], under="steered", **options)
+        assert found == pytest.approx([0.0, backward], rel=1e-3, abs=1e-6)
+    mean = fg.kl_divergences(llama, tokenizer, TEXTS, [vector.add(1.5)])[0]
+    assert abs(forward / mean - 1) > 0.01  # ten times the tolerance: the two are told apart
 
 
 def test_strengths_cost_the_target_kl(llama, tokenizer, vector):

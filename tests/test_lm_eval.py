@@ -34,10 +34,10 @@ metric_list:
 """
 
 
-def test_without_lm_eval_the_command_is_told(monkeypatch):
+def test_without_lm_eval_the_command_is_told(monkeypatch, llama, tokenizer):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(fg.JudgeError, match=r"pip install 'fgsteer\[lm-eval\]'"):
-        fg.run_tasks(None, None, ["choices"])
+        fg.run_tasks(llama, tokenizer, ["choices"])
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,7 @@ def test_a_task_equals_log_probabilities_under_the_same_steering(loaded, folder,
     sae = fg.load_sae("default")
     clamp = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={12: 30.0})
     choices = [[], [first.add(20.0)], [second.affine(4.0), first.ablate()], [clamp, third.add(2.0, scope="prompt")]]
+    choices += [[first.add(20.0, scope="generated")], [first.add(20.0, scope="last_prompt_on")]]
     seen, manager = [], local_tasks(folder)
     options = {"task_manager": manager, "batch_size": batch_size, "log_samples": True}
     for steering in choices:

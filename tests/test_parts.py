@@ -67,7 +67,7 @@ def test_parts_give_the_same_bytes(llama, tokenizer, tmp_path):
 
 def test_windows_add_up_to_one_pass(llama, tokenizer, monkeypatch):
     small = collect(llama, tokenizer)
-    monkeypatch.setattr("fgsteer.activations.WINDOW", 64)
+    monkeypatch.setattr("fgsteer.tokens.WINDOW", 64)
     monkeypatch.setattr("fgsteer.collecting.WINDOW", 64)
     large = collect(llama, tokenizer)
     for space in ("residual", "feature"):

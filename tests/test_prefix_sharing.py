@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgsteer as fg
-from fgsteer.activations import Batch, TokenRow, batches
+from fgsteer.activations import Batch, batches
 from fgsteer.hookpoints import blocks_of, resolve
 from fgsteer.prefixes import _reads, arrange_for, group, shared_batches
+from fgsteer.tokens import TokenRow
 from tests.conftest import make_sae
 from tests.reference import sparse as reference
 from tests.test_families import NO_SUBLAYERS, SITES
@@ -166,7 +167,7 @@ def test_answers_to_a_prompt_cost_half(llama, tokenizer):
 
 
 def test_pairs_meet_although_windows_are_short(llama, tokenizer, monkeypatch):
-    monkeypatch.setattr("fgsteer.activations.WINDOW", 4)
+    monkeypatch.setattr("fgsteer.tokens.WINDOW", 4)
     data = [fg.ContrastPair("A", "B", f"{word} {LONG}") for word in LONG.split()[:10]]
     shared, _ = tokens_run(llama, tokenizer, data)
     apart, _ = tokens_run(llama, tokenizer, data, share_prefixes=False)

@@ -12,9 +12,8 @@ import pytest
 from fgsteer import cards
 from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.evaluation import plots, report
-from fgsteer.evaluation.intervals import bootstrap, draw, paired_differences
-from fgsteer.evaluation.records import Run, best_coefficients, best_settings, load_run
-from fgsteer.evaluation.tables import average_table, best_sae_method, compare, concept_table, curve
+from fgsteer.evaluation.records import Run, Unit, best_coefficients, best_settings, load_run
+from fgsteer.evaluation.tables import average_table, best_sae_method, compare, concept_table, curve, over_prompts
 from tests import runs
 from tests.reference import tables as naive
 from tests.test_reading import Checker, luminance
@@ -158,50 +157,9 @@ def test_incomplete_runs_are_refused_by_name(run, made):
     assert len(average_table(partial.only(concepts=["anger", "wedding"]))) == 6
 
 
-# sums in another order: a few ulps of float64
+# sums in another order: a few ulps of float64; the reference's t quantile steps by a hundred-thousandth
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def test_bootstrap_agrees_with_a_loop_over_the_same_draws():
-    rng = np.random.default_rng(5)
-    units = [tuple(sorted((p, s) for p in range(n) for s in range(2))) for n in (3, 4)]
-    strata = [{u: float(rng.normal()) for u in units[i]} for i in (0, 1, 0)]
-    draws_of = {u: draw(len(u), 200, 7, n).tolist() for n, u in enumerate(sorted(units))}
-    for values in (strata, strata[:1]):
-        found = bootstrap(values, draws=200, seed=7)
-        draws = draws_of if len(values) > 1 else {units[0]: draw(6, 200, 7).tolist()}
-        np.testing.assert_allclose(found, naive.bootstrap(values, draws), **EXACT)
-        assert found == bootstrap([dict(reversed(s.items())) for s in values], draws=200, seed=7)
-    narrow = bootstrap(strata, draws=200, seed=7, level=0.5)
-    np.testing.assert_allclose(narrow, naive.bootstrap(strata, draws_of, 0.5), **EXACT)
-    assert bootstrap(strata, draws=200, seed=8) != bootstrap(strata, draws=200, seed=7)
-
-
-def test_intervals_refuse_what_has_none():
-    for strata in ([], [{}], [{(0, 0): 1.0}], [{(0, 0): 1.0, (0, 1): float("nan")}]):
-        with pytest.raises(DataError):
-            bootstrap(strata)
-    with pytest.raises(PairingError, match=r"2 of 3 .*\(0, 0\)"):
-        paired_differences({(0, 0): 1.0, (0, 1): 1.0}, {(0, 1): 1.0, (1, 0): 1.0})
-    level = bootstrap([{0: 0.25, 1: 0.25}])
-    assert level == (0.25, 0.25, 0.25)
-    assert [bootstrap([{0: x, 1: x}]).clear for x in (-1.0, 0.0, 1.0)] == [True, False, True]
-
-
-def test_intervals_cover_the_truth_where_a_prompt_moves_all_concepts():
-    """Of 400 runs of 8 concepts about 95 % cover; draws of their own for each concept would cover some 60 %."""
-    rng = np.random.default_rng(0)
-    covered = apart = 0
-    for _ in range(400):
-        shared = rng.normal(0, 1, 40)
-        concepts = 0.3 + shared + rng.normal(0, 1, (8, 40))
-        same = bootstrap([dict(enumerate(x)) for x in concepts], draws=500)
-        other = bootstrap([{(c, u): v for u, v in enumerate(x)} for c, x in enumerate(concepts)], draws=500)
-        covered += same.low <= 0.3 <= same.high
-        apart += other.low <= 0.3 <= other.high
-    # percentile intervals of 40 units are short by about sqrt(39/40); two standard errors of 400 runs are 2.2 %
-    assert 0.91 <= covered / 400 <= 0.97
-    assert apart / 400 < 0.75
+ENDS = {"rtol": 1e-4, "atol": 1e-12}
 
 
 @pytest.mark.parametrize("matched", [None, 0.5])
@@ -219,15 +177,16 @@ def test_tables_agree_with_loops(run, made, matched):
     for method, row in rows.items():
         scores = [bcs(c, method) for c in SMALL["concepts"]]
         gains = [{u: s[u] - bcs(c, "caa")[u] for u in s} for c, s in zip(SMALL["concepts"], scores, strict=True)]
-        units = tuple(sorted(scores[0]))
-        draws = {units: draw(len(units), 400).tolist()}
         np.testing.assert_allclose(row.bcs.mean, naive.mean(naive.mean(s.values()) for s in scores), **EXACT)
-        np.testing.assert_allclose(bootstrap(gains, draws=400), naive.bootstrap(gains, draws), **EXACT)
+        shown = row.bcs if method == "caa" else row.difference
+        expected = naive.interval(scores if method == "caa" else gains, lambda unit: unit[0])
+        np.testing.assert_allclose([*shown], expected, **ENDS)
+        assert (shown.clusters, shown.units) == (4, 8)
         if method == "caa":
             assert row.difference is None
             continue
-        assert row.difference == bootstrap(gains) == compare(run, method, matched=matched)
-        alone = [bootstrap([g]) for g in gains]
+        assert row.difference == compare(run, method, matched=matched)
+        alone = [over_prompts([{Unit(*u): x for u, x in g.items()}]) for g in gains]
         assert [each[c, method].difference for c in SMALL["concepts"]] == alone
         assert (row.won, row.lost) == (sum(g.mean > 0 for g in alone), sum(g.mean < 0 for g in alone))
         clear = [g for g in alone if g.clear]
@@ -325,12 +284,8 @@ HOSTILE = '\u202e</q>--><script>alert("x")</script>\u202e<img src=//x.org/a>&amp
 
 
 def test_page_stands_alone_and_trusts_no_text(made, tmp_path):
-    names = {"love": HOSTILE, "fgaa": "<i>|`"}
-    rows = [
-        {**r, "concept": names.get(r["concept"], r["concept"]), "method": names.get(r["method"], r["method"])}
-        | {"text": r["text"] + HOSTILE}
-        for r in made[1:]
-    ]
+    names = {"love": HOSTILE}
+    rows = [{**r, "concept": names.get(r["concept"], r["concept"]), "text": r["text"] + HOSTILE} for r in made[1:]]
     plan = {**made[0]["plan"], "prompts": [HOSTILE] * 4, "judge": {"name": HOSTILE, "auc": {HOSTILE: HOSTILE}}}
     header = {**made[0], "plan": plan, "versions": {HOSTILE: HOSTILE}, "command": HOSTILE + "\ud800"}
     run = Run(header, loaded(tmp_path, [made[0], *rows]).records)
@@ -380,12 +335,24 @@ def test_page_of_a_run_of_the_baseline_alone(run):
 def test_markdown_table(run):
     rows = sorted(average_table(run), key=lambda row: -row.bcs.mean)
     lines = report.markdown(run).splitlines()
-    assert len(lines) == 2 + len(rows)
-    assert {line.count("|") for line in lines} == {7}
+    assert len(lines) == 4 + len(rows)
+    assert {line.count("|") for line in lines[:-2]} == {8}
+    assert lines[-1].startswith("Intervals are t intervals over 4 prompts")
     best = rows[0]
     assert lines[2].startswith(f"| FGAA + effects | {best.bcs.mean:.3f} [{best.bcs.low:.3f}, {best.bcs.high:.3f}] | +")
-    odd = Run(run.header, [replace(r, method="a|b_") for r in run.records if r.method == "caa"])
-    assert "| a\\|b\\_ |" in report.markdown(odd)
+    assert f" | {best.difference.effective:.0f} of 8 | " in lines[2]
+
+
+def test_methods_that_are_not_in_the_table_are_refused_by_name(run):
+    """No default makes them SAE methods: a run with a method of another name has no best one, no table, no page."""
+    odd = Run(run.header, [replace(r, method="fgaa_2") if r.method == "fgaa" else r for r in run.records])
+    assert "fgaa_2" in odd.methods
+    for told in (best_sae_method, average_table, concept_table, report.markdown, report.html_report, plots.pictures):
+        with pytest.raises(DataError, match=r"method 'fgaa_2'.*fgaa_effects.*run\.only"):
+            told(odd)
+    assert best_sae_method(odd.only(methods=["caa", "sta", "fgaa_effects", "random"])) == "fgaa_effects"
+    residual = Run(run.header, [r for r in run.records if r.method in ("unsteered", "random", "caa", "prompt")])
+    assert best_sae_method(residual) is None
 
 
 def test_samples_carry_what_is_seen_in_them(run):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import fgsteer as fg
-from tests.sae_files import K, config_of, folder_of, inputs, naive, sparsify_files, state_of
+from tests.sae_files import D, K, config_of, folder_of, inputs, naive, sparsify_files, state_of
 
 AVERAGE = {"normalize_activations": "expected_average_only_in"}
 HOOK_Z = {"metadata": {"hook_name": "blocks.1.attn.hook_z"}}
@@ -61,6 +64,22 @@ REFUSED = [
     ("before the norm", "transcoder", hook("blocks.1.hook_mlp_in"), "before the MLP's norm"),
     ("folded gain", "transcoder", hook("blocks.1.mlp.hook_in", fold_ln=True), "before its gain"),
     ("token embedding", "standard", hook("hook_embed"), "token embedding"),
+    ("tanh-relu", "standard", {"activation_fn": "tanh-relu"}, "activation function 'tanh-relu'"),
+    ("topk without its k", "standard", {"activation_fn_str": "topk"}, "activation function 'topk'"),
+    (
+        "topk of another function",
+        "topk",
+        {"k": 4, "activation_fn": "topk", "activation_fn_kwargs": {"k": 4, "postact_fn": "tanh"}},
+        "postact_fn",
+    ),
+    ("one head", "standard", {"hook_head_index": 3, **HOOK_Z}, "hook_head_index 3"),
+    ("reshaped otherwise", "standard", {"reshape_activations": "hook_q"}, "reshape_activations 'hook_q'"),
+    (
+        "z in another basis",
+        "standard",
+        hook("blocks.1.attn.hook_z", refactor_factored_attn_matrices=True),
+        "refactored attention",
+    ),
     ("z without value biases", "standard", hook("blocks.1.attn.hook_z", fold_value_biases=True), "value biases"),
 ]
 FACTOR = 0.37
@@ -106,6 +125,82 @@ def test_refused_with_the_reason(kind, architecture, options, reason, tmp_path):
     folder_of(tmp_path, config_of(architecture, options), state_of(architecture))
     with pytest.raises((fg.PairingError, fg.HookpointError), match=reason):
         fg.load_sae(tmp_path)
+
+
+LEGACY = {"d_in": D, "d_sae": K, "dtype": "float32", "hook_point": "blocks.1.hook_resid_post", "model_name": "tiny"}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu'"),
+        ({"activation_fn": "gelu"}, "activation function 'gelu'"),
+        ({"hook_point_head_index": 2}, "hook_point_head_index 2"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4, "use_abs": True}}, "use_abs True"),
+    ],
+)
+def test_configs_of_older_sae_lens_that_change_the_function_are_refused(options, reason, tmp_path):
+    """sae-lens 6 drops these fields when it reads such a config, and computes a relu of the whole activation."""
+    folder_of(tmp_path, {**LEGACY, **options}, state_of("standard"))
+    with pytest.raises(fg.PairingError, match=reason):
+        fg.load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"activation_fn_str": "relu"}, {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}}]
+)
+def test_configs_of_older_sae_lens_are_read_as_it_does(options, tmp_path):
+    import sae_lens
+
+    folder_of(tmp_path, {**LEGACY, **options}, state_of("standard"))
+    expected = sae_lens.SAE.load_from_disk(tmp_path).encode(inputs()).detach()
+    assert torch.allclose(fg.load_sae(tmp_path).encode(inputs()), expected, atol=1e-5)  # float32, biases folded
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+def test_small_inputs_are_reconstructed_in_sae_lens_units(norm, scale, tmp_path):
+    """It divides by std + 1e-5 and multiplies by std: a tenth apart at a std of 1e-4."""
+    import sae_lens
+
+    folder_of(tmp_path, config_of("standard", {"normalize_activations": norm}), state_of("standard"))
+    ours, theirs = fg.load_sae(tmp_path), sae_lens.SAE.load_from_disk(tmp_path)
+    x = inputs() * scale
+    expected = theirs(x).detach()
+    # float32 sums in another order, relative to the largest entry
+    tolerance = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
+    assert torch.allclose(ours.reconstruct(x), expected, **tolerance)
+    # what a feature's activation adds to the reconstruction: input_scale, which ClampFeature multiplies by
+    acts = ours.encode(x)
+    more = acts + torch.eye(K)[5]
+    theirs.encode(x)
+    moved = theirs.decode(more).detach() - expected
+    assert torch.allclose(moved, ours.direction(5) * ours.input_scale(x), **tolerance)
+
+
+def test_weights_that_a_config_does_not_use_are_refused(tmp_path):
+    """As sae-lens does: a config that says standard beside jumprelu's weights would lose the threshold."""
+    folder_of(tmp_path / "a", config_of("standard", {}), state_of("jumprelu"))
+    with pytest.raises(fg.PairingError, match="a standard SAE with weights threshold"):
+        fg.load_sae(tmp_path / "a")
+    sparsify_files(tmp_path / "layers.1", skip_connection=True)
+    config = json.loads((tmp_path / "layers.1" / "cfg.json").read_text())
+    (tmp_path / "layers.1" / "cfg.json").write_text(json.dumps({**config, "skip_connection": False}))
+    with pytest.raises(fg.PairingError, match="a sparsify SAE with weights W_skip"):
+        fg.load_sae(tmp_path / "layers.1")
+    for field, value in (("normalize_io", True), ("n_targets", 3), ("coalesce_topk", "concat"), ("signed", True)):
+        sparsify_files(tmp_path / "layers.2", **{field: value})
+        with pytest.raises(fg.PairingError, match=field):
+            fg.load_sae(tmp_path / "layers.2")
+    sparsify_files(tmp_path / "layers.2", normalize_io=False, n_targets=0, coalesce_topk="none")
+    assert fg.load_sae(tmp_path / "layers.2").k == 4
+
+
+@pytest.mark.parametrize(("field", "value"), [("activation", "tanh-relu"), ("input_norm", "batch_norm")])
+def test_an_unknown_function_is_not_relu(field, value):
+    sae = fg.SAE(torch.ones(2, 3), torch.ones(3, 2), torch.zeros(3), torch.zeros(2), fg.Hookpoint(0))
+    with pytest.raises(fg.PairingError, match=f"{field} = '{value}'"):
+        replace(sae, **{field: value})
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])

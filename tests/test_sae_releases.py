@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.registry import bare_name, find_row, registry
+from fgsteer.sae_registry import bare_name, find_row, registry
 from tests.hub import Hub
 from tests.sae_files import write_releases
 

@@ -49,7 +49,7 @@ def run(items, hidden, residual):
     for tag, (served, operation, scale, wanted) in enumerate(items, start=1):
         if served is not None:
             table.fill(float(tag), served.tensors)
-            batch.plans[str(tag)] = (tag, *served.amounts(operation, scale), *wanted.span(PROMPT))
+            batch.plans[str(tag)] = (tag, *served.amounts(operation, scale), *wanted.span(PROMPT, True))
     count = len(hidden) // len(items)
     starts = np.arange(len(items) + 3, dtype=np.int32) * count  # longer than the batch, as vLLM's is
     batch.place([str(tag) for tag in range(1, len(items) + 1)], starts, torch.arange(count).repeat(len(items)))
@@ -120,7 +120,11 @@ def test_hooked_blocks_equal_steer(llama, tokenizer):
     handle = block.register_forward_hook(steer_block)
     try:
         block.steering.fill(4.0, serve(v).tensors)
-        batch.plans["r"] = (4.0, *serve(v).amounts("affine", 1.0), *Wanted("v", None, 1.0, "prompt", False).span(99))
+        batch.plans["r"] = (
+            4.0,
+            *serve(v).amounts("affine", 1.0),
+            *Wanted("v", None, 1.0, "prompt", False).span(99, True),
+        )
         starts, places = np.array([0, ids.shape[1]]), torch.arange(ids.shape[1])
         batch.place(["r"], starts, places)
         steered = llama(ids).logits
@@ -223,7 +227,15 @@ class FakeEngine:
     def __init__(self, layers, steers=True, rows=4):
         self.tables = {layer: Table(rows, WIDTH, torch.zeros(3, 8)) for layer in layers}
         self.live, self.steers = [], steers
-        self.config = SimpleNamespace(model_config=SimpleNamespace(get_hidden_size=lambda: WIDTH))
+        config = SimpleNamespace(bos_token_id=0, eos_token_id=[2])
+        self.config = SimpleNamespace(
+            model_config=SimpleNamespace(
+                get_hidden_size=lambda: WIDTH,
+                hf_config=config,
+                hf_text_config=config,
+                try_get_generation_config=lambda: {"eos_token_id": [2, 9]},
+            )
+        )
 
     def call(self, method, *args):
         if method == "steering_clear":
@@ -243,10 +255,10 @@ class FakeEngine:
         return [plain if not extra or not self.steers else changed[extra["steer_scope"]] for extra in extras]
 
 
-def request(extra, salt=None):
+def request(extra, salt=None, ids=(5, 6, 7), embeds=None):
     params = SimpleNamespace(extra_args=extra)
     return SimpleNamespace(
-        sampling_params=params, prompt_token_ids=[5, 6, 7], prompt_embeds=None, request_id="r", cache_salt=salt
+        sampling_params=params, prompt_token_ids=ids, prompt_embeds=embeds, request_id="r", cache_salt=salt
     )
 
 
@@ -273,6 +285,29 @@ def test_names_come_and_go_while_requests_run():
     control.load("calm", vector(4, layer=2))  # the next change frees what nothing uses
     assert (engine.tables[1].owner == -1).all()
     assert control.hookpoints() == {"calm": "blocks.2.hook_resid_post"}
+
+
+@pytest.mark.parametrize("scope", reference.SCOPES)
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_start_token_at_position_0_is_spared_and_a_word_is_not(scope, bos):
+    control = Control(FakeEngine([1]), [1])
+    control.load("love", vector(0))
+    for first in (0, 2, 9, 5):
+        ids = [first, 2, 7]
+        made = request(steering("love", scope=scope, bos=bos), ids=ids)
+        control.admit(made)
+        start, end = made.sampling_params.extra_args[PLAN][3:]
+        places = [i for i in range(6) if start <= i < end]
+        assert places == reference.positions(scope, 6, len(ids), 0, bos=bos or first == 5)
+    one_word = request(steering("love", scope="last_prompt_on"), ids=[5])
+    control.admit(one_word)
+    assert one_word.sampling_params.extra_args[PLAN][3] == 0
+    embedded = request(steering("love", scope=scope, bos=bos), ids=None, embeds=normal(0, 3, WIDTH))
+    if bos or scope in ("generated", "last_prompt_on"):
+        control.admit(embedded)
+    else:
+        with pytest.raises(fg.SteeringError, match=r"embeddings.*steer_bos = 1"):
+            control.admit(embedded)
 
 
 def test_salts_tell_steerings_apart():

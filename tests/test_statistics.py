@@ -108,10 +108,10 @@ def test_moments_merge_is_the_whole(seed, n, m):
 
 
 def test_answer_tokens_letters_and_chat(llama, tokenizer):
-    from fgsteer.activations import token_rows
+    from fgsteer.tokens import TokenReader
 
     def selected(prompt, completion, rule):
-        (rows,) = token_rows(tokenizer, [(prompt, completion, True)], rule=rule)
+        (rows,) = TokenReader(tokenizer, rule=rule).rows([(prompt, completion, True)])
         return tokenizer.decode([rows[0].ids[i] for i in rows[0].selected])
 
     assert selected("the man said", "yes the end", "answer").startswith("yes the")

@@ -18,15 +18,23 @@ PACKAGE = Path(fg.__file__).parent
 # each may import only those before it (inside functions too)
 ORDER = (
     "errors",
+    "wording",
+    "checks",
+    "brief",
+    "network",
+    "chat",
     "ranks",
     "files",
     "parts",
-    "registry",
+    "sae_registry",
     "hookpoints",
+    "conversations",
     "data",
     "models",
     "sae",
     "pooling",
+    "rendering",
+    "tokens",
     "activations",
     "prefixes",
     "memory",
@@ -41,8 +49,14 @@ ORDER = (
     "hub",
     "vector",
     "positions",
+    "groups",
     "threads",
+    "shadows",
+    "recomputation",
+    "blocks",
     "steering",
+    "generation",
+    "streaming",
     "scoring",
     "calibration",
     "ridge",
@@ -102,6 +116,8 @@ ORDER = (
     "serving",
     "__init__",
     "demo",
+    "cli.terminal",
+    "cli.doors",
     "cli.common",
     "cli.measure",
     "cli.vectors",
@@ -210,8 +226,8 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     fg.sweep(model, tokenizer, sides, layers=[0, 1], ce_rises=[0.01, 0.02], neutral=texts)
 for judge in (fg.KeywordJudge(), fg.EmbeddingJudge(BagOfWords())):
     judge.validate("wedding")
-from fgsteer.evaluation.intervals import bootstrap
-bootstrap([{1: 0.5, 2: 1.0}, {1: 0.5, 3: 1.0}])
+from fgsteer.evaluation.intervals import mean_interval
+mean_interval([{1: 0.5, 2: 1.0}, {1: 0.5, 3: 1.0}], hash)
 """
 
 

@@ -15,11 +15,11 @@ import fgsteer as fg
 from fgsteer.cli import app
 from fgsteer.errors import DataError, HookpointError, SelectionError
 from fgsteer.evaluation import sweep_plots
-from fgsteer.evaluation.intervals import Interval, draw
+from fgsteer.evaluation.intervals import Interval
 from fgsteer.evaluation.sweep import random_like
 from fgsteer.evaluation.sweep_answers import Curve, best_layer, fade, in_words, sign_differences
 from fgsteer.hookpoints import blocks_of
-from tests.reference import methods
+from tests.reference import methods, tables
 from tests.reference import sweep as reference
 from tests.test_statistics import naive_examples
 from tests.tiny import D_MODEL, LAYERS, tiny_model
@@ -83,9 +83,10 @@ def test_cells_equal_the_loop_over_texts_and_layers(models, tokenizer, family):
                 assert cell.effect.mean == pytest.approx(reference.propensity(rise_up, rise_down), **CLOSE)
                 cost = reference.cross_entropy(model, plain, block, shift) - reference.cross_entropy(model, plain)
                 assert cell.cost == pytest.approx(cost, **CLOSE)
-                # the same draws; single positives are the first stratum, negatives the second
-                low, high = reference.interval_of_sides(rise_up, rise_down, draw(3, number=0), draw(2, number=1))
-                assert (cell.effect.low, cell.effect.high) == pytest.approx((low, high), **CLOSE)
+                # single positives are one stratum, negatives the other: Welch's interval; the mean is of two strata
+                strata = [dict(enumerate(rise_up)), {n: -x for n, x in enumerate(rise_down, 3)}]
+                ends = [2 * end for end in tables.interval(strata, lambda unit: unit)[1:]]
+                assert (cell.effect.low, cell.effect.high) == pytest.approx(ends, **CLOSE)
 
 
 def sides(contrast):
@@ -110,8 +111,8 @@ def test_answers_are_scored_after_their_prompt(llama, tokenizer, pairs):
             for a, b in zip(up, down, strict=True)
         ]
         assert cell.effect.mean == pytest.approx(sum(effects) / len(effects), **CLOSE)
-        drawn = [np.mean([effects[i] for i in row]) for row in draw(len(pairs))]  # a pair is drawn as one
-        assert cell.effect.low == pytest.approx(np.quantile(drawn, 0.025), **CLOSE)
+        ends = tables.interval([dict(enumerate(effects))], lambda pair: pair)[1:]  # a pair counts as one
+        assert (cell.effect.low, cell.effect.high) == pytest.approx(ends, **CLOSE)
     if pairs is LETTERS:
         steering = [None, vector.add(1.0)]
         differences = fg.answer_probabilities(llama, tokenizer, pairs, steering).difference
@@ -397,7 +398,7 @@ def test_command_line_sweeps(tmp_path):
     assert [(cell["layer"], cell["sign"], cell["target"]) for cell in told["cells"]] == [
         (1, 1, 0.1), (1, 1, 0.2), (1, -1, 0.1), (1, -1, 0.2),
     ]  # fmt: skip
-    assert set(told["cells"][0]["effect"]) == {"mean", "low", "high"}
+    assert set(told["cells"][0]["effect"]) == {"mean", "low", "high", "clusters", "units", "effective"}
     assert (told["fgsteer"], told["method"], told["measured_on"]) == ("sweep", "caa", "held")
     assert len(list((tmp_path / "out").iterdir())) == 5
     shown = invoke(*common, "--coefficient", 0.5, "--coefficient", 1)

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import fgsteer as fg
-from fgsteer.rollouts import Sampling, encode_prompts, rollout_features
+from fgsteer.rollouts import Sampling, rollout_features
+from fgsteer.tokens import encode_prompts
 from timing import peers
 from timing.bench import Bench, distance, unequal
 from timing.clock import Case, Contender, Row

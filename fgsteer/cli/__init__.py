@@ -18,6 +18,7 @@ import typer
 
 from fgsteer.cli import bench, evaluate, export, harness, measure, read, serve, sweep, vectors  # noqa: F401  each registers its commands
 from fgsteer.cli.common import app
+from fgsteer.cli.terminal import in_words, options_of, prepare_streams, say
 from fgsteer.errors import FgsteerError, FgsteerWarning
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -25,16 +26,22 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 def main() -> None:
     """Run the command line; errors of fgsteer and of files end with one message and status 2, Ctrl-C with 130."""
+    prepare_streams()
+    named = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+
+    def plainly(message: object) -> str:
+        command = getattr(typer.main.get_command(app), "commands", {}).get(named)
+        return in_words(str(message), options_of(command))
 
     def note(message: Any, category: Any, *_: Any, **__: Any) -> None:
         if issubclass(category, FgsteerWarning):
-            typer.echo(f"note: {message}", err=True)
+            say(f"note: {plainly(message)}", err=True)
 
     warnings.showwarning = note
     try:
         app()
     except (FgsteerError, OSError) as error:  # OSError: a model that is not there, a folder that is not writable
-        typer.echo(f"error: {error}", err=True)
+        say(f"error: {plainly(error)}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         _interrupted()
@@ -45,5 +52,5 @@ def main() -> None:
 
 
 def _interrupted() -> NoReturn:
-    typer.echo("interrupted; every file is whole", err=True)
+    say("interrupted; every file is whole", err=True)
     sys.exit(INTERRUPTED)

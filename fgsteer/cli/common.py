@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from fgsteer.cli.doors import check_device, check_fit, writable
+from fgsteer.cli.terminal import json_text, say
 from fgsteer.errors import DataError
 from fgsteer.ranks import Ranks
+from fgsteer.wording import count
 
 app = typer.Typer(
     help="Steer language models with the features of sparse autoencoders.",
@@ -25,15 +27,6 @@ app = typer.Typer(
 ModelOption = Annotated[str, typer.Option("--model", "-m", help='"default", or a Hugging Face id or path.')]
 SaeOption = Annotated[str, typer.Option("--sae", help='"default", a folder, or a sae-lens release (with --sae-id).')]
 SaeIdOption = Annotated[str | None, typer.Option("--sae-id", help="The id within a sae-lens release.")]
-
-
-def writable(path: Path | None) -> Path | None:
-    """The path, if a file can be written there: known before anything is measured. Raises DataError."""
-    if path is not None:
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise DataError(f"cannot write {path}", "a file in a folder that can be written to")
-    return path
 
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", callback=writable, help="File to write (safetensors).")]
@@ -57,21 +50,16 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloa
 
 
 def load_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer of the options. Raises DataError for an unknown model, dtype or device."""
+    """Model and tokenizer of the options. Raises DataError for an unknown dtype or device, MissingError for a model."""
     import torch
     from transformers.utils import logging
 
     import fgsteer as fg
 
     logging.disable_progress_bar()  # of reading weights; downloads keep theirs
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise DataError(f"--dtype {dtype}", "float32, bfloat16 or float16")
+    check_device(device, dtype)
     options = {"device_map": "auto"} if device == "auto" else {}
-    try:
-        model, tokenizer = fg.load_model(name, dtype=getattr(torch, dtype) if dtype else None, **options)
-    except OSError as error:
-        why = str(error).partition("\n")[0]
-        raise DataError(f"no model {name!r}", '"default", a folder, or a Hugging Face id', why) from error
+    model, tokenizer = fg.load_model(name, dtype=getattr(torch, dtype) if dtype else None, **options)
     try:
         if device != "auto":
             model = model.to(device or _own_device(torch.cuda.device_count()))
@@ -91,20 +79,27 @@ def work_folder(work: Path | None, out: Path) -> Path | None:
     return work or (out.with_name(out.name + ".parts") if shared else None)
 
 
-def token_rule(tokens: str) -> Any:
-    """The token rule of --tokens: a word, or an index."""
-    return int(tokens) if tokens.lstrip("-").isdecimal() else tokens
+def load_vectors(
+    paths: list[Path] | None, coefficients: list[float] | None, operation: str = "add", model: str | None = None
+) -> list[tuple[Any, float]]:
+    """Vectors with their coefficients, which are 1, and said to be, where none are given.
 
-
-def load_vectors(paths: list[Path] | None, coefficients: list[float] | None) -> list[tuple[Any, float]]:
-    """Vectors with their coefficients, 1 by default. Raises DataError for unequal numbers of them, FormatError."""
+    Raises DataError for unequal numbers of them, FormatError, PairingError for vectors of another model.
+    """
     import fgsteer as fg
 
     paths = paths or []
     strengths = coefficients or [1.0] * len(paths)
     if len(strengths) != len(paths):
-        raise DataError(f"{len(strengths)} coefficients for {len(paths)} vectors", "one each, in the same order")
-    return [(fg.SteeringVector.load(path), c) for path, c in zip(paths, strengths, strict=True)]
+        told = f"{count(len(strengths), 'coefficient')} for {count(len(paths), 'vector')}"
+        raise DataError(told, "one each, in the same order")
+    loaded = [fg.SteeringVector.load(path) for path in paths]
+    if model is not None:
+        check_fit(dict(zip(paths, loaded, strict=True)), model)
+    if loaded and not coefficients and operation != "ablate":
+        norms = ", ".join(f"{vector.norm:.3g}" for vector in loaded)
+        say(f"note: no --coefficient given: 1 is used, of a vector of norm {norms}", err=True)
+    return list(zip(loaded, strengths, strict=True))
 
 
 def interventions(vectors: list[tuple[Any, float]], operation: str, scope: str, *, bos: bool = False) -> list[Any]:
@@ -129,7 +124,7 @@ def show(value: Any, as_json: bool, text: Callable[[Any], None]) -> None:
     if Ranks.here().rank:
         return
     if as_json:
-        typer.echo(json.dumps(value, ensure_ascii=False))
+        say(json_text(value))
     else:
         text(value)
 

@@ -18,14 +18,16 @@ from fgsteer.cli.common import (
     load_model,
     progress_bar,
     show,
-    token_rule,
 )
+from fgsteer.cli.doors import check_fit, hookpoints, token_rule
+from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
+from fgsteer.wording import count
 
 
 @app.command()
 def diagnose(
-    source: Annotated[str, typer.Argument(help="Statistics by fgsteer collect (.safetensors), or a contrast set.")],
+    source: Annotated[str, typer.Argument(help="Statistics by fgsteer collect, or a contrast set.")],
     vector: Annotated[
         Path | None, typer.Option("--vector", "-v", help="A vector to diagnose; default: the difference of means.")
     ] = None,
@@ -45,18 +47,20 @@ def diagnose(
     texts, they are shown too.
     """
     import fgsteer as fg
+    from fgsteer.files import is_tensors
 
     chosen = None if vector is None else fg.SteeringVector.load(vector)
     if chosen is not None and hookpoint:
         raise DataError("--vector and --hookpoint", "one of them: a vector has its own hookpoint")
-    if source.endswith(".safetensors"):
+    places_asked = hookpoints(hookpoint)
+    if is_tensors(source):
         stats = {"collected": fg.ContrastStatistics.load(source)}
     else:
-        stats = _collect(
-            source, [str(chosen.hookpoint)] if chosen else hookpoint, model, tokens, device, dtype, as_json
-        )
+        if chosen is not None:
+            check_fit({Path(str(vector)): chosen}, model)
+        stats = _collect(source, [chosen.hookpoint] if chosen else places_asked, model, tokens, device, dtype, as_json)
     built_from = next(iter(stats.values()))
-    places: list[Any] = [chosen.hookpoint] if chosen else (hookpoint or list(built_from.residual))
+    places: list[Any] = [chosen.hookpoint] if chosen else (places_asked or list(built_from.residual))
     rows = []
     for at in places:
         shown = chosen or fg.caa(built_from, hookpoint=at)
@@ -66,7 +70,7 @@ def diagnose(
 
 def _collect(
     source: str,
-    hookpoints: list[str] | None,
+    at: list[Any] | None,
     model: str,
     tokens: str,
     device: str | None,
@@ -77,9 +81,9 @@ def _collect(
     import fgsteer as fg
     from fgsteer.hookpoints import blocks_of
 
-    contrast = fg.load_contrast(source)
+    contrast, rule = fg.load_contrast(source), token_rule(tokens)
     language_model, tokenizer = load_model(model, device, dtype)
-    wanted: list[Any] = list(hookpoints or map(fg.Hookpoint, range(len(blocks_of(language_model)))))
+    wanted: list[Any] = list(at or map(fg.Hookpoint, range(len(blocks_of(language_model)))))
     found = {}
     for name, part in (("training", contrast), ("held out", contrast.held_out)):
         if part is None:
@@ -90,7 +94,7 @@ def _collect(
                 tokenizer,
                 part,
                 hookpoints=wanted,
-                tokens=token_rule(tokens),
+                tokens=rule,
                 keep_pooled=True,
                 progress=progress,
             )
@@ -104,10 +108,10 @@ def _print_diagnosis(told: dict[str, Any]) -> None:
     for number, heading in enumerate(("hookpoint", "texts", "examples", "norm", "agreement", "rms", "d'")):
         table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
     for row in told["rows"]:
-        examples = f"{row['pairs']} pairs" if row["pairs"] else f"{row['positives']} + {row['negatives']}"
+        examples = count(row["pairs"], "pair") if row["pairs"] else f"{row['positives']} + {row['negatives']}"
         figures = [row[key] for key in ("norm", "agreement", "rms_agreement", "d_prime")]
         table.add_row(row["hookpoint"], row["texts"], examples, *("-" if x is None else f"{x:.3f}" for x in figures))
     console().print(table)
-    typer.echo("agreement: 0 differences point every way, 1 one way; d': 0 the sides overlap, 2 hardly")
+    say("agreement: 0 differences point every way, 1 one way; d': 0 the sides overlap, 2 hardly")
     if any(row["d_prime"] is None for row in told["rows"]):
-        typer.echo("-: needs two texts a side, and their activations: fgsteer collect without --no-pooled")
+        say("-: needs two texts a side, and their activations: fgsteer collect without --no-pooled")

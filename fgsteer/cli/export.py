@@ -23,9 +23,11 @@ from fgsteer.cli.common import (
     load_sae,
     load_vectors,
     show,
-    writable,
 )
+from fgsteer.cli.doors import check_device, new_folder, writable
+from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
+from fgsteer.wording import count
 
 TARGETS = {
     "checkpoint": "an ordinary checkpoint of --model with the vectors inside",
@@ -65,13 +67,17 @@ def export(
 
     if to not in TARGETS:
         raise DataError(f"--to {to}", ", ".join(TARGETS))
-    loaded = load_vectors(vectors, coefficient)
+    if to in ("checkpoint", "lm-eval"):
+        if model is None:
+            raise DataError("no --model", f"the model that is steered: {to} needs it")
+        check_device(device, dtype)
+    if to == "checkpoint":
+        new_folder(out)
+    loaded = load_vectors(vectors, coefficient, operation, model)
     acts_on_first = to != "easysteer" if bos is None else bos
     items = interventions(loaded, operation, scope, bos=acts_on_first)
     model_type = next(filter(None, (_model_type(vector) for vector, _ in loaded)), "")
     files = [out]
-    if to in ("checkpoint", "lm-eval") and model is None:
-        raise DataError("no --model", f"the model that is steered: {to} needs it")
     if to == "checkpoint":
         formats.checkpoint.write(items, out, *load_model(str(model), "cpu", dtype), copy=False)
     elif to == "gguf":
@@ -82,7 +88,7 @@ def export(
         files = formats.easysteer.write(items, out, model_type=model_type)
     else:
         if operation != "add" or len(items) != 1:
-            raise DataError(f"--op {operation} of {len(items)} vectors", "add of one: Neuronpedia adds features")
+            raise DataError(f"--op {operation} of {count(len(items), 'vector')}", "add of one, as Neuronpedia does")
         every_token(items[0], "Neuronpedia")
         vector, strength = loaded[0]
         formats.neuronpedia.write(vector, out, load_sae(sae, sae_id), coefficient=strength, prompt=prompt)
@@ -99,12 +105,12 @@ def export(
 
 
 def _print_export(told: dict[str, Any]) -> None:
-    typer.echo(f"{', '.join(told['files'])}: {TARGETS[told['to']]}")
+    say(f"{', '.join(told['files'])}: {TARGETS[told['to']]}")
     tokens = {"all": "every token"}.get(told["scope"], told["scope"])
     first = "" if told["scope"] == "generated" else ", position 0 too" if told["bos"] else ", position 0 spared"
     for hookpoint, strength in zip(told["hookpoints"], told["coefficients"], strict=True):
         what = told["operation"] + ("" if told["operation"] == "ablate" else f" {strength:g}")
-        typer.echo(f"  {what} at {hookpoint}, {tokens}{first}")
+        say(f"  {what} at {hookpoint}, {tokens}{first}")
 
 
 def _model_type(vector: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from fgsteer.cli.common import (
     load_vectors,
     show,
 )
+from fgsteer.errors import JudgeError
 
 
 @app.command(name="eval")
@@ -46,7 +48,9 @@ def evaluate(
     """Run tasks of lm-evaluation-harness under any intervention; without a vector, unsteered."""
     import fgsteer as fg
 
-    steering = interventions(load_vectors(vector, coefficient), operation, scope)
+    if find_spec("lm_eval") is None:
+        raise JudgeError("lm-eval is not installed", "it, to run its tasks", "pip install 'fgsteer[lm-eval]'")
+    steering = interventions(load_vectors(vector, coefficient, operation, model), operation, scope)
     language_model, tokenizer = load_model(model, device, dtype)
     found = fg.run_tasks(
         language_model,

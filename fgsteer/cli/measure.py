@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,11 +25,13 @@ from fgsteer.cli.common import (
     load_sae,
     progress_bar,
     show,
-    token_rule,
     work_folder,
 )
+from fgsteer.cli.doors import check_device, hookpoints, token_rule
+from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
 from fgsteer.ranks import Ranks
+from fgsteer.wording import count
 
 
 @app.command()
@@ -60,8 +63,14 @@ def collect(
     import fgsteer as fg
 
     pairs = fg.load_contrast(contrast)
-    language_model, tokenizer = load_model(model, device, dtype)
+    wanted, rule = hookpoints(hookpoint), token_rule(tokens)
+    if no_sae and not wanted:
+        raise DataError(
+            "--no-sae without --hookpoint", "a place to read", "such as --hookpoint blocks.2.hook_resid_post"
+        )
+    check_device(device, dtype)
     autoencoder = None if no_sae else load_sae(sae, sae_id)
+    language_model, tokenizer = load_model(model, device, dtype)
     total = pairs.count(True) + pairs.count(False)
     with progress_bar("collecting", total, as_json) as progress:
         stats = fg.collect(
@@ -69,8 +78,8 @@ def collect(
             tokenizer,
             pairs,
             sae=autoencoder,
-            hookpoints=hookpoint,
-            tokens=token_rule(tokens),
+            hookpoints=wanted,
+            tokens=rule,
             bos=bos,
             keep_pooled=pooled,
             batch_tokens=batch_tokens,
@@ -80,10 +89,15 @@ def collect(
     if not Ranks.here().rank:
         stats.save(out)
     told = {"out": str(out), "hookpoints": [str(at) for at in stats.residual], "data": [dict(d) for d in stats.data]}
-    show(told, as_json, lambda v: typer.echo(f"{v['out']}: {v['data'][0]['count']} texts at {v['hookpoints']}"))
+    show(told, as_json, _print_collected)
 
 
-def _count_documents(corpus: Path) -> int:
+def _print_collected(told: dict[str, Any]) -> None:
+    positive, negative = told["data"][0]["count"]
+    say(f"{told['out']}: {positive} + {count(negative, 'text')} at {', '.join(told['hookpoints'])}")
+
+
+def count_documents(corpus: Path) -> int:
     """How many documents a corpus has, every line read. Raises DataError for none or one that cannot be read."""
     from fgsteer.data import read_documents
 
@@ -114,15 +128,16 @@ def density(
     import fgsteer as fg
     from fgsteer.data import read_documents
 
-    total = _count_documents(corpus)
-    language_model, tokenizer = load_model(model, device, dtype)
+    total = count_documents(corpus)
+    check_device(device, dtype)
     autoencoder = load_sae(sae, sae_id)
+    language_model, tokenizer = load_model(model, device, dtype)
     with progress_bar("measuring density", total, as_json) as progress:
         measured = fg.measure_density(
             language_model,
             tokenizer,
-            read_documents(corpus),
             autoencoder,
+            read_documents(corpus),
             batch_tokens=batch_tokens,
             max_tokens=max_tokens,
             corpus={"name": corpus.name, "texts": total},
@@ -142,8 +157,8 @@ def density(
     show(
         told,
         as_json,
-        lambda v: typer.echo(
-            f"{v['out']}: {v['tokens']} tokens, L0 {v['l0']:.1f}, {v['dead']} features never fired, "
+        lambda v: say(
+            f"{v['out']}: {count(v['tokens'], 'token')}, L0 {v['l0']:.1f}, {count(v['dead'], 'feature')} never fired, "
             f"{len(v['bos_features'])} only on position 0"
         ),
     )
@@ -188,12 +203,17 @@ def effects(
     from fgsteer.measuring import decoder_directions
     from fgsteer.rollouts import Sampling
 
-    language_model, tokenizer = load_model(model, device, dtype)
+    neutral, starts = fg.load_neutral()
+    asked = list(read_documents(prompts)) if prompts else starts
+    costed = list(read_documents(texts)) if texts else neutral
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    if not 0 < ce_rise < math.inf or rollouts % 2:
+        raise DataError(f"--ce-rise {ce_rise:g}, --rollouts {rollouts}", "nats above 0, and an even number")
+    check_device(device, dtype)
     autoencoder = load_sae(sae, sae_id)
     source = load_sae(rows_of, rows_of_id) if rows_of is not None else autoencoder
     directions = decoder_directions(source, vectors, seed)
-    neutral, starts = fg.load_neutral()
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    language_model, tokenizer = load_model(model, device, dtype)
     try:
         with progress_bar("measuring effects", len(directions), as_json) as progress:
             measured = fg.EffectApproximator.measure(
@@ -201,8 +221,8 @@ def effects(
                 tokenizer,
                 autoencoder,
                 vectors=directions,
-                prompts=list(read_documents(prompts)) if prompts else starts,
-                texts=(list(read_documents(texts)) if texts else neutral)[:n_texts],
+                prompts=asked,
+                texts=costed[:n_texts],
                 rollouts=rollouts,
                 sampling=sampling,
                 target_ce_rise=ce_rise,
@@ -211,7 +231,7 @@ def effects(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here", err=True)
+        say("stopped; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
     if not Ranks.here().rank:
         measured.save(out)
@@ -219,11 +239,11 @@ def effects(
 
 
 def _print_effects(told: dict[str, Any]) -> None:
-    typer.echo(
-        f"{told['out']}: {told['vectors']} vectors, {told['skipped']} left out; "
+    say(
+        f"{told['out']}: {count(told['vectors'], 'vector')}, {told['skipped']} left out; "
         f"λ = {told['ridge_in_mean_eigenvalues']:.3g} mean eigenvalues"
     )
-    typer.echo(f"on {told['held_out_vectors']} vectors held out, R² about the mean effect")
+    say(f"on {count(told['held_out_vectors'], 'vector')} held out, R² about the mean effect")
     rows = (
         ("fit", told["r2"]),
         ("bias only", 0.0),
@@ -231,8 +251,8 @@ def _print_effects(told: dict[str, Any]) -> None:
         ("ceiling set by sampling noise", told["ceiling"]),
     )
     for name, value in rows:
-        typer.echo(f"  {name:<30} {value:6.3f}")
-    typer.echo(
+        say(f"  {name:<30} {value:6.3f}")
+    say(
         f"share of all squared effect: fit {told['explained']:.3f}, bias only {told['explained_by_bias']:.3f}; "
         f"mean cosine of M's columns to decoder rows {told['cosine_to_decoder']:.3f}"
     )
@@ -243,12 +263,12 @@ def measure_excerpts(corpus: Path, parts: tuple[Any, Any, Any], as_json: bool, *
     import fgsteer as fg
     from fgsteer.data import read_documents
 
-    total = _count_documents(corpus)
+    total = count_documents(corpus)
     model, tokenizer, sae = parts
     about = {"name": corpus.name, "texts": total}
     with progress_bar("measuring excerpts", total, as_json) as progress:
         return fg.measure_examples(
-            model, tokenizer, read_documents(corpus), sae, corpus=about, progress=progress, **options
+            model, tokenizer, sae, read_documents(corpus), corpus=about, progress=progress, **options
         )
 
 
@@ -268,7 +288,10 @@ def examples(
     as_json: JsonOption = False,
 ) -> None:
     """Find where in a corpus each feature fires most; write the excerpts for fgsteer features --examples."""
-    parts = (*load_model(model, device, dtype), load_sae(sae, sae_id))
+    count_documents(corpus)
+    check_device(device, dtype)
+    autoencoder = load_sae(sae, sae_id)
+    parts = (*load_model(model, device, dtype), autoencoder)
     measured = measure_excerpts(
         corpus, parts, as_json, top=top, window=window, max_tokens=max_tokens, batch_tokens=batch_tokens
     )
@@ -278,5 +301,7 @@ def examples(
     show(
         told,
         as_json,
-        lambda v: typer.echo(f"{v['out']}: {v['fired']} of {v['features']} features fired in {v['texts']} texts"),
+        lambda v: say(
+            f"{v['out']}: {v['fired']} of {count(v['features'], 'feature')} fired in {count(v['texts'], 'text')}"
+        ),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,9 +18,10 @@ from fgsteer.cli.common import (
     load_model,
     load_sae,
     show,
-    writable,
 )
-from fgsteer.cli.measure import measure_excerpts
+from fgsteer.cli.doors import check_device, check_fit, writable
+from fgsteer.cli.measure import count_documents, measure_excerpts
+from fgsteer.cli.terminal import json_text, say
 from fgsteer.errors import DataError
 
 
@@ -69,18 +69,28 @@ def features(
         raise DataError("--corpus and --examples", "one of them")
     vector = None if file is None else fg.SteeringVector.load(file)
     ids = None if feature is None else _feature_ids(feature)
+    if vector is not None:
+        check_fit({Path(str(file)): vector}, model)
+    known = None if examples is None else fg.FeatureExamples.load(examples)
+    if corpus is not None:
+        count_documents(corpus)
+    check_device(device, None)
+    autoencoder = None
+    if vector is None or vector.features:
+        autoencoder = load_sae(sae, sae_id)
+        if labels is not None:
+            autoencoder = replace(autoencoder, labels=fg.load_labels(labels, autoencoder))
+        for one in ids or []:
+            autoencoder.direction(one)  # refuses an id that the SAE lacks
+        known = fg.load_examples(autoencoder) if known is None else known.check(autoencoder)
     language_model, tokenizer = load_model(model, device, None)
     told: dict[str, Any] = {"heading": "Features" if search is None else f"Features for {search!r}"}
     if vector is not None:
         told = _describe_direction(vector, language_model, tokenizer)
     told.update(sae=None, corpus=None)
     rows = []
-    if vector is None or vector.features:
-        autoencoder = load_sae(sae, sae_id)
-        if labels is not None:
-            autoencoder = replace(autoencoder, labels=fg.load_labels(labels, autoencoder))
+    if autoencoder is not None:
         parts = (language_model, tokenizer, autoencoder)
-        known = fg.load_examples(autoencoder) if examples is None else fg.FeatureExamples.load(examples)
         if corpus is not None:  # a search reads the excerpts of every feature
             shown = ids if vector is None else [row.id for row in vector.top_features(top)]
             known = measure_excerpts(corpus, parts, as_json, features=shown)
@@ -93,7 +103,7 @@ def features(
         write_page(html, told["heading"], rows, [f"{name} {value}" for name, value in about.items() if value])
     show(told, as_json, print_features)
     if search is not None and not rows:
-        typer.echo(f"no feature found for {search!r}: try another word, --corpus or --labels", err=True)
+        say(f"no feature found for {search!r}: try another word, --corpus or --labels", err=True)
         raise typer.Exit(1)
 
 
@@ -122,23 +132,32 @@ def _feature_rows(chosen: Any, search: str | None, parts: tuple[Any, Any, Any], 
     model, tokenizer, sae = parts
     why = {}
     if search is not None:
-        found = fg.find_features(search, sae, model, tokenizer, examples=known, top=top)
+        found = fg.find_features(model, tokenizer, sae, search, examples=known, top=top)
         why = {entry.id: entry.why for entry in found}
         chosen = list(why)
-    rows: list[Any] = fg.describe_features(chosen, model, tokenizer, sae, top=top, examples=known, why=why)
+    rows: list[Any] = fg.describe_features(model, tokenizer, sae, chosen, top=top, examples=known, why=why)
     return rows
 
 
 @app.command()
 def saes(
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Only SAEs of this model.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Only SAEs of this model, or part of its name.")
+    ] = None,
     layer: Annotated[int | None, typer.Option("--layer", help="Only SAEs of this 0-based layer.")] = None,
     search: Annotated[str, typer.Option("--search", help="Words that release, id or hookpoint must have.")] = "",
     as_json: JsonOption = False,
 ) -> None:
     """List the pretrained SAEs of sae-lens's registry, for --sae RELEASE --sae-id ID."""
-    from fgsteer.registry import registry
+    from fgsteer.sae_registry import models_like, models_named, registry
 
+    if model is not None and not models_named(model):
+        near = ", ".join(models_like(model))
+        raise DataError(
+            f"no SAE of a model {model!r} in the registry of the installed sae-lens",
+            f"a model's name or a part of it, such as {near}" if near else "a model's name or a part of it",
+            "fgsteer saes --search TEXT looks in the releases' names",
+        )
     show([row.as_dict() for row in registry(model, layer, search)], as_json, _print_saes)
 
 
@@ -147,16 +166,16 @@ def _print_saes(rows: list[dict[str, Any]]) -> None:
     from itertools import groupby
 
     if not rows:
-        typer.echo("none in the registry of the installed sae-lens; --search takes words of its releases")
+        say("none in the registry of the installed sae-lens; --search takes words of its releases")
     for (release, model), members in groupby(rows, key=lambda row: (row["release"], row["model"])):
         lines = [
             (r["sae_id"], r["hookpoint"], r["width"], "" if r["l0"] is None else f"L0 {r['l0']:g}", r["neuronpedia"])
             for r in members
         ]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        typer.echo(f"{release}  ({model})")
+        say(f"{release}  ({model})")
         for line in lines:
-            typer.echo("  " + "  ".join(map(str.ljust, line, widths)).rstrip())
+            say("  " + "  ".join(map(str.ljust, line, widths)).rstrip())
 
 
 @app.command()
@@ -175,4 +194,4 @@ def info(
 
 def _print_info(told: dict[str, Any]) -> None:
     shapes = {name: " x ".join(map(str, shape)) for name, shape in told.get("tensors", {}).items()}
-    typer.echo(json.dumps({**told, "tensors": shapes} if shapes else told, indent=2, ensure_ascii=False))
+    say(json_text({**told, "tensors": shapes} if shapes else told, indent=2))

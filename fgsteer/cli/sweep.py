@@ -21,9 +21,9 @@ from fgsteer.cli.common import (
     load_model,
     progress_bar,
     show,
-    token_rule,
-    writable,
 )
+from fgsteer.cli.doors import check_device, check_fit, token_rule, writable
+from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
 
 
@@ -59,6 +59,7 @@ def sweep(
     """
     import fgsteer as fg
     from fgsteer.data import read_documents
+    from fgsteer.evaluation.sweep import METHODS
     from fgsteer.evaluation.sweep_plots import save_pictures
     from fgsteer.files import write_json
 
@@ -66,21 +67,28 @@ def sweep(
     vectors = [fg.SteeringVector.load(path) for path in vector or []]
     if vectors and method != "caa":
         raise DataError(f"--vector and --method {method}", "one of them")
+    if method not in METHODS:
+        raise DataError(f"--method {method}", f"one of {', '.join(METHODS)}")
+    pairs, rule = fg.load_contrast(contrast), token_rule(tokens)
+    measured_on = None if held_out is None else fg.load_contrast(held_out)
+    plain = None if neutral is None else list(read_documents(neutral))
+    check_device(device, dtype)
+    check_fit(dict(zip(vector or [], vectors, strict=True)), model)
     language_model, tokenizer = load_model(model, device, dtype)
     with progress_bar("sweeping", None, as_json) as bar:
         swept = fg.sweep(
             language_model,
             tokenizer,
-            contrast,
+            pairs,
             vectors=vectors or method,
             layers=layer,
             ce_rises=ce_rise and sorted(ce_rise),
             coefficients=coefficient and sorted(coefficient),
             matched=matched,
-            held_out=held_out,
-            neutral=None if neutral is None else list(read_documents(neutral)),
+            held_out=measured_on,
+            neutral=plain,
             controls=controls,
-            tokens=token_rule(tokens),
+            tokens=rule,
             batch_tokens=batch_tokens,
             progress=bar,
         )
@@ -90,7 +98,7 @@ def sweep(
         save_pictures(swept, out)
     show(told, as_json, lambda _: _print_sweep(swept))
     if out is not None and not as_json:
-        typer.echo(f"sweep.json and pictures in {out}")
+        say(f"sweep.json and pictures in {out}")
 
 
 def _print_sweep(swept: Any) -> None:
@@ -109,8 +117,8 @@ def _print_sweep(swept: Any) -> None:
         table.add_row(str(layer), f"{sign:+d}"[0], *(shown.get((layer, sign, step), "-") for step in swept.steps))
     console().print(table)
     columns = "cost in nats a token" if by_cost else "coefficient (cost in nats a token)"
-    typer.echo(f"{swept.method} on {swept.measured_on}: effect in {swept.unit}, by {columns}\n")
+    say(f"{swept.method} on {swept.measured_on}: effect in {swept.unit}, by {columns}\n")
     for answer in swept.answers:
-        typer.echo(answer)
+        say(answer)
     for note in swept.notes:
-        typer.echo(f"note: {note}")
+        say(f"note: {note}")

@@ -30,7 +30,10 @@ from fgsteer.cli.common import (
     load_vectors,
     show,
 )
+from fgsteer.cli.doors import new_folder
+from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
+from fgsteer.wording import count
 
 
 @app.command()
@@ -59,14 +62,27 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _check_settings(method: str, settings: dict[str, Any]) -> None:
-    """Raises DataError for a value of another type than the method's parameter, or one with its own option."""
+def _check_needs(method: str, given: dict[str, Any]) -> None:
+    """Raises DataError for a method without an option that it works on."""
     from fgsteer.methods import METHODS
 
-    parameters = signature(METHODS[method]).parameters if method in METHODS else {}
+    parameters = signature(METHODS[method]).parameters
+    needed = [n for n, p in parameters.items() if p.default is p.empty and n != "sae" and given.get(n) is None]
+    if needed:
+        raise DataError(f"{method} without {', '.join(f'--{name}' for name in needed)}", "what the method works on")
+
+
+def _check_settings(method: str, settings: dict[str, Any]) -> None:
+    """Raises DataError for an unknown method or parameter, a value of another type, or one with its own option."""
+    from fgsteer.methods import METHODS
+
+    if method not in METHODS:
+        raise DataError(f"method {method!r}", f"one of {', '.join(METHODS)}")
+    parameters = signature(METHODS[method]).parameters
     for key, value in settings.items():
         if key not in parameters:
-            continue  # build names it
+            own = [name for name in parameters if name not in ("stats", "sae", "effects", "density", "features")]
+            raise DataError(f"--set {key}={value}: unknown {key}", f"one of {method}'s parameters: {', '.join(own)}")
         expected = str(parameters[key].annotation)
         names = expected.split(" | ")
         fits = {
@@ -121,16 +137,19 @@ def build(
 
     inputs: dict[str, Any] = parse_settings(settings or [])
     _check_settings(method, inputs)
+    _check_needs(method, {"stats": stats, "effects": effects, "features": features})
     if stats is not None:
         inputs["stats"] = fg.ContrastStatistics.load(stats)
-    if "sae" in signature(fg.METHODS.get(method, fg.build)).parameters:
-        inputs["sae"] = load_sae(sae, sae_id)
     if effects is not None:
         inputs["effects"] = fg.load_effects(effects)
     if density is not None:
         inputs["density"] = fg.FeatureDensity.load(density)
     if features is not None:
         inputs["features"] = _feature_weights(features)
+    if "sae" in signature(fg.METHODS[method]).parameters:
+        if stats is not None:
+            inputs["stats"].at("feature", next(iter(inputs["stats"].feature), None))  # refuses those without features
+        inputs["sae"] = load_sae(sae, sae_id)
     vector = fg.build(method, **inputs)
     vector.save(out)
     told = {
@@ -143,8 +162,8 @@ def build(
     show(
         told,
         as_json,
-        lambda v: typer.echo(
-            f"{v['out']}: {v['method']} at {v['hookpoint']}, norm {v['norm']:.3f}, {v['features']} features"
+        lambda v: say(
+            f"{v['out']}: {v['method']} at {v['hookpoint']}, norm {v['norm']:.3f}, {count(v['features'], 'feature')}"
         ),
     )
 
@@ -160,6 +179,11 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 48,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are a user's messages, answered by the chat model.")
+    ] = False,
+    system: Annotated[str | None, typer.Option("--system", help="System message of each chat; implies --chat.")] = None,
+    prefill: Annotated[str | None, typer.Option("--prefill", help="What each answer of a chat begins with.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -169,31 +193,47 @@ def generate(
 
     import fgsteer as fg
 
-    steering = interventions(load_vectors(vector, coefficient), operation, scope)
+    steering = interventions(load_vectors(vector, coefficient, operation, model), operation, scope)
+    asked = _conversations(prompts, system, prefill) if chat or system is not None else prompts
+    if prefill is not None and asked is prompts:
+        raise DataError("--prefill without --chat", "--chat too", "else write the text at the end of the prompt")
     language_model, tokenizer = load_model(model, device, dtype)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
 
     def run(entries: Any) -> list[str]:
         torch.manual_seed(seed)
         texts: list[str] = fg.generate(
-            language_model, tokenizer, prompts, steering=entries, max_new_tokens=max_new_tokens, **sampling
+            language_model, tokenizer, asked, steering=entries, max_new_tokens=max_new_tokens, **sampling
         )
         return texts
 
-    told = {"prompts": prompts, "unsteered": run(None)}
+    told: dict[str, Any] = {"prompts": prompts, "unsteered": run(None)}
     if steering:
         told["steered"] = run([steering] * len(prompts))
+    if asked is not prompts:
+        told |= {"system": system, "prefill": prefill}
     show(told, as_json, _print_texts)
+
+
+def _conversations(prompts: list[str], system: str | None, prefill: str | None) -> list[list[dict[str, str]]]:
+    """Each prompt as a user's message, after a system message and before the beginning of the answer, where given."""
+    before = [] if system is None else [{"role": "system", "content": system}]
+    after = [] if prefill is None else [{"role": "assistant", "content": prefill}]
+    return [[*before, {"role": "user", "content": prompt}, *after] for prompt in prompts]
 
 
 def _print_texts(told: dict[str, Any]) -> None:
     from rich.text import Text
 
     screen = console()
+    chat = "prefill" in told
     for number, prompt in enumerate(told["prompts"]):
+        if chat:
+            screen.print(Text.assemble(("user: ", "dim"), prompt))
+        before = (told["prefill"] or "") if chat else prompt
         for name in ("unsteered", "steered"):
             if name in told:
-                screen.print(Text.assemble((f"{name}: ", "dim"), prompt, (told[name][number], "bold")))
+                screen.print(Text.assemble((f"{name}: ", "dim"), before, (told[name][number], "bold")))
 
 
 @app.command()
@@ -210,7 +250,8 @@ def fold(
     """Write a checkpoint with vectors inside, added to every token: plain transformers loads it, no hooks run."""
     from fgsteer.export import checkpoint
 
-    steering = interventions(load_vectors(vector, coefficient), "add", "all", bos=True)
+    new_folder(out)
+    steering = interventions(load_vectors(vector, coefficient, model=model), "add", "all", bos=True)
     folded = checkpoint.write(steering, out, *load_model(model, "cpu", dtype), copy=False)
     told = {"out": str(out), "model": model, "dtype": str(folded.dtype).removeprefix("torch.")}
     show({**told, **(getattr(folded.config, "fgsteer", None) or {"folded": []})}, as_json, _print_folded)
@@ -218,9 +259,9 @@ def fold(
 
 def _print_folded(told: dict[str, Any]) -> None:
     for term in told["folded"]:
-        typer.echo(
+        say(
             f"{term['coefficient']:g} x {term['method'] or 'a vector'} (norm {term['norm']:.3f}) "
             f"at {term['hookpoint']} in {term['bias']}"
         )
     lost = f", rounded by {told['rounding']:.1g} of the change" if told["folded"] else ", nothing to fold"
-    typer.echo(f"{told['out']}: {told['model']} in {told['dtype']}{lost}; every token is steered, position 0 too")
+    say(f"{told['out']}: {told['model']} in {told['dtype']}{lost}; every token is steered, position 0 too")

@@ -6,6 +6,6 @@ diagnose            how reliable a vector will be, from contrast statistics alon
 judges, endpoint    how much of a behavior texts show, in [0, 1]
 arms, bench         methods × concepts × layers × strengths, to records
 records, tables     a run read back: settings chosen on one half, scores on the other
-intervals           bootstrap intervals, paired by prompt and seed
+intervals           t intervals over prompts, paired by prompt and seed
 plots, report       pictures, one HTML page, Markdown
 """

@@ -18,6 +18,7 @@ from fgsteer.collecting import collect
 from fgsteer.data import ContrastSet
 from fgsteer.effects import EffectApproximator
 from fgsteer.errors import DataError, SelectionWarning
+from fgsteer.evaluation.records import SPECS
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.interventions import Intervention
 from fgsteer.methods import build, pca, select_features
@@ -28,10 +29,10 @@ from fgsteer.vector import SteeringVector
 Make = Callable[[float], Intervention]
 
 UNSTEERED, PROMPT = "unsteered", "prompt"
-RESIDUAL_METHODS = ("random", "caa", "ace", "pca")
-SAE_METHODS = ("sae_feature", "sta", "sae_ts", "fgaa", "fgaa_effects", "minus_bias")
+RESIDUAL_METHODS = tuple(name for name, method in SPECS.items() if method.needs == "layer")
+NEEDS_EFFECTS = tuple(name for name, method in SPECS.items() if method.needs == "effects")
+SAE_METHODS = tuple(name for name, method in SPECS.items() if method.needs in ("sae", "effects"))
 BENCH_METHODS = (UNSTEERED, PROMPT, *RESIDUAL_METHODS, *SAE_METHODS)
-NEEDS_EFFECTS = ("sae_ts", "fgaa_effects", "minus_bias")
 PREFIX_EXAMPLES = 4
 
 
@@ -57,12 +58,19 @@ class ConceptArms:
         self._vectors: dict[tuple[str, int], SteeringVector] = {}
 
     def stats(self, layer: int) -> ContrastStatistics:
-        """Statistics at a layer: with features where there is an SAE."""
+        """Statistics at a layer: with features where there is an SAE, of the same contexts where there is none."""
         if layer not in self._stats:
             sae = self.saes.get(layer)
             at = sae.hookpoint if sae is not None else Hookpoint(layer)
+            prepend = next((sae.prepend_bos for sae in self.saes.values()), None)
             self._stats[layer] = collect(
-                self.model, self.tokenizer, self.contrast, sae=sae, hookpoints=at, keep_pooled=True
+                self.model,
+                self.tokenizer,
+                self.contrast,
+                sae=sae,
+                hookpoints=at,
+                prepend_bos=prepend,
+                keep_pooled=True,
             )
         return self._stats[layer]
 

@@ -21,8 +21,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from fgsteer.brief import Brief
 from fgsteer.calibration import calibrate_grid
-from fgsteer.data import load_contrast, load_neutral
+from fgsteer.data import load_bench_prompts, load_contrast, load_neutral
 from fgsteer.effects import EffectApproximator
 from fgsteer.errors import DataError, FormatError
 from fgsteer.evaluation.arms import BENCH_METHODS, PROMPT, UNSTEERED, ConceptArms, check_methods
@@ -32,8 +33,10 @@ from fgsteer.evaluation.records import HALVES
 from fgsteer.files import append_bytes, parse_json, read_json, write_json
 from fgsteer.interventions import Intervention
 from fgsteer.models import identity
-from fgsteer.rollouts import Sampling, encode_prompts, rollout
+from fgsteer.rollouts import Sampling, rollout
 from fgsteer.sae import SAE
+from fgsteer.tokens import encode_prompts
+from fgsteer.wording import count
 
 BEGINNING = 19  # bytes of {"fgsteer": "bench", by which a header that was cut off is known
 REFERENCE = 1_000_000  # rollout numbers from here are the unsteered samples that coherence is fitted on
@@ -50,9 +53,12 @@ class Writer(Protocol):
         """Continuations by intervention, then prompt, the ``number``-th drawn."""
 
 
-@dataclass(frozen=True)
-class BenchPlan:
+@dataclass(frozen=True, repr=False)
+class BenchPlan(Brief):
     """What is run. ``prompts`` and ``seeds`` are of each half; ``ce_rises`` in nats a token of neutral text.
+
+    Intervals are over prompts, and the texts of one resemble each other: for one cost, more prompts with one seed
+    tell more than few prompts with several.
 
     ``layers`` are those of every method that steers, or of each by its name. ``matched``, one of
     ``ce_rises`` or None, is the cost at which methods are compared besides at their best;
@@ -65,8 +71,8 @@ class BenchPlan:
     ce_rises: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
     matched: float | None = 0.5
     halves: tuple[str, ...] = HALVES
-    prompts: int = 8
-    seeds: int = 2
+    prompts: int = 16
+    seeds: int = 1
     texts: int = 16  # neutral ones, that strength is set on
     max_new_tokens: int = 32
     temperature: float = 1.0
@@ -78,13 +84,15 @@ class BenchPlan:
 
     def __post_init__(self) -> None:
         check_methods(self.methods)
-        available = len(load_neutral()[1]) // len(HALVES)
-        if not 1 <= self.prompts <= available:
-            raise DataError(f"{self.prompts} prompts a half", f"1 to {available}, half of the neutral prompts")
+        available = len(load_bench_prompts()) // len(HALVES)
+        if not 2 <= self.prompts <= available:
+            raise DataError(
+                f"{count(self.prompts, 'prompt')} a half",
+                f"2 to {available}, half of the neutral prompts",
+                "intervals are over prompts: one has none, and another seed of a prompt tells less than another prompt",
+            )
         if not self.concepts or min(self.seeds, self.texts, self.batch_rows) < 1:
             raise DataError(f"{self}", "a concept, and at least one seed, text and row")
-        if self.prompts * self.seeds < 2:
-            raise DataError("one text a setting", "two prompts or two seeds, for an interval")
         if not self.ce_rises or list(self.ce_rises) != sorted(set(self.ce_rises)) or not self.ce_rises[0] > 0:
             raise DataError(f"ce_rises {self.ce_rises}", "rising numbers > 0")
         if self.matched is not None and self.matched not in self.ce_rises:
@@ -129,8 +137,8 @@ class Part:
     arms: tuple[Arm, ...]
 
 
-@dataclass(eq=False)
-class Bench:
+@dataclass(eq=False, repr=False)
+class Bench(Brief):
     """A benchmark of a model with SAEs and effects by layer, judged by ``judge``.
 
     ``writer`` generates in another engine, such as ``serving.VllmWriter``; the model then reads and sets strengths.
@@ -157,7 +165,7 @@ class Bench:
     def prompts(self, half: str) -> list[str]:
         """The half's neutral prompts."""
         start = HALVES.index(half) * self.plan.prompts
-        return load_neutral()[1][start : start + self.plan.prompts]
+        return load_bench_prompts()[start : start + self.plan.prompts]
 
     def arms(self, concept: str) -> list[Arm]:
         """Every arm of a concept, its strengths set."""

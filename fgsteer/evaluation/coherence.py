@@ -16,13 +16,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.activations import token_rows
-from fgsteer.data import Text
+from fgsteer.brief import Brief
+from fgsteer.chat import Text
+from fgsteer.checks import checked
 from fgsteer.errors import DataError
 from fgsteer.evaluation.metrics import text_cross_entropies, with_prompts
+from fgsteer.models import context_window
+from fgsteer.tokens import TokenReader
+from fgsteer.wording import count
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def distinct_share(bigrams: Sequence[Any], window: int) -> float:
@@ -42,8 +46,8 @@ def distinct_share(bigrams: Sequence[Any], window: int) -> float:
     return distinct / (starts * window)
 
 
-@dataclass(frozen=True, eq=False)
-class CoherenceScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class CoherenceScores(Brief):
     """Of each text, (texts,) float64: coherence, cross-entropy in nats a token, and the repetition penalty."""
 
     coherence: Float[Tensor, " texts"]
@@ -51,8 +55,8 @@ class CoherenceScores:
     repetition: Float[Tensor, " texts"]
 
 
-@dataclass(frozen=True, eq=False)
-class Coherence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Coherence(Brief):
     """Scores texts against unsteered samples of the same model; made by ``fit``.
 
     ``coherence = exp(−max(0, CE(text) − CE₀)) · min(1, D_w(text) / D_w)²``, in [0, 1]. CE is in nats a token under
@@ -71,10 +75,11 @@ class Coherence:
     joint: str | None = ""
 
     @classmethod
+    @checked
     def fit(
         cls,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         samples: Sequence[str],
         *,
         prompts: Sequence[Text] | None = None,
@@ -87,9 +92,9 @@ class Coherence:
         sample has two tokens to score, or for another number of prompts than samples.
         """
         losses = text_cross_entropies(model, tokenizer, samples, prompts=prompts, joint=joint)
-        found = [b for b in _bigrams(tokenizer, samples, prompts, joint) if b]
+        found = [b for b in _bigrams(model, tokenizer, samples, prompts, joint) if b]
         if not found:
-            raise DataError(f"{len(samples)} samples without a bigram", "generated texts of several tokens")
+            raise DataError(f"{count(len(samples), 'sample')} without a bigram", "generated texts of several tokens")
         window = statistics.median_low([len(b) for b in found])
         shares = [[distinct_share(b, n) for b in found if len(b) >= n] for n in range(1, window + 1)]
         distinct = torch.tensor([statistics.fmean(share) for share in shares], dtype=torch.float64)
@@ -103,7 +108,7 @@ class Coherence:
         """
         losses = text_cross_entropies(self.model, self.tokenizer, texts, prompts=prompts, joint=self.joint)
         penalty = torch.ones(len(texts), dtype=torch.float64)
-        for index, bigrams in enumerate(_bigrams(self.tokenizer, texts, prompts, self.joint)):
+        for index, bigrams in enumerate(_bigrams(self.model, self.tokenizer, texts, prompts, self.joint)):
             if bigrams:
                 window = min(len(bigrams), len(self.distinct))
                 penalty[index] = distinct_share(bigrams, window) / float(self.distinct[window - 1])
@@ -117,12 +122,19 @@ class Coherence:
 
 
 def _bigrams(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prompts: Sequence[Text] | None, joint: str | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    prompts: Sequence[Text] | None,
+    joint: str | None,
 ) -> list[list[tuple[int, int]]]:
     """Neighbours among the tokens of every text that are scored."""
     triples = ((prompt, text, True) for prompt, text in with_prompts(texts, prompts))
     found: list[list[tuple[int, int]]] = [[] for _ in texts]
-    for rows in token_rows(tokenizer, triples, rule="answer", joint=joint, skip_empty=True):
+    reader = TokenReader(
+        tokenizer, rule="answer", window=context_window(model), joint=joint, skip_empty=True, scored=True
+    )
+    for rows in reader.rows(triples):
         for row in rows:
             ids = [row.ids[place] for place in row.selected]
             found[row.index] = list(pairwise(ids))

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.checks import checked
 from fgsteer.errors import PairingError, SelectionError
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.statistics import Contrast, ContrastStatistics, Pooled
@@ -46,6 +47,7 @@ class Diagnosis:
         return {**plain, "hookpoint": str(self.hookpoint)}
 
 
+@checked
 def diagnose(
     stats: ContrastStatistics, vector: SteeringVector | None = None, *, hookpoint: Hookpoint | str | None = None
 ) -> Diagnosis:
@@ -66,7 +68,7 @@ def diagnose(
     """
     at, contrast = stats.at("residual", vector.hookpoint if vector is not None else hookpoint)
     difference = contrast.difference
-    direction = difference if vector is None else vector.direction.cpu().double()
+    direction = difference if vector is None else vector.direction.detach().cpu().double()
     if direction.shape != difference.shape:
         raise PairingError(f"a vector of width {len(direction)}", f"{len(difference)}, that of the statistics at {at}")
     if not direction.norm() > 0:

@@ -1,35 +1,49 @@
-"""Bootstrap intervals of means and of paired differences, over units that are (prompt, seed).
+"""Intervals of means and of paired differences over texts that come in clusters, such as those of one prompt.
 
-A stratum is one concept's {unit: value}. An average over concepts is a mean of stratum means:
-the concepts stay, the units are drawn again within each. Strata of the same units take the same
-draws, for a prompt and its random numbers move every concept together, and draws of their own
-would give intervals that are too narrow.
+A stratum is one concept's {unit: value}, a unit a text's (prompt, seed). An average over concepts is a mean of
+stratum means: the concepts stay as they are, and what another sample would change are the prompts. Texts of
+one prompt resemble each other and move all concepts together, so the prompts are what is counted.
 
-    bootstrap([paired_differences(fgaa[c], caa[c]) for c in concepts])     # mean, low, high
+    mean_interval([paired_differences(fgaa[c], caa[c]) for c in concepts], lambda unit: unit.prompt)
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from fgsteer.errors import DataError, PairingError
 
-DRAWS = 10_000
+LEVEL = 0.95
 COMPLETE = "let the run finish, or leave out what is incomplete with run.only(...)"
+NEWTON_STEPS = 50
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 Key = TypeVar("Key", bound=Hashable)
+Cells = dict[Hashable, list[float]]
 
 
-class Interval(NamedTuple):
-    """A mean and the two ends of its interval, in the values' units."""
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the two ends of its interval, in the values' units; as a sequence it is these three.
+
+    ``clusters`` is the number of prompts (or of texts, where each stands for itself) and ``units`` that of texts;
+    ``effective`` is how many independent texts would tell as much, ``units / (1 + (m − 1)·ICC)``.
+    """
 
     mean: float
     low: float
     high: float
+    clusters: int = 0
+    units: int = 0
+    effective: float = 0.0
+
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.mean, self.low, self.high))
 
     @property
     def clear(self) -> bool:
@@ -37,34 +51,98 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def bootstrap(
-    strata: Sequence[Mapping[Any, float]], *, level: float = 0.95, draws: int = DRAWS, seed: int = 0
+def mean_interval(
+    strata: Sequence[Mapping[Any, float]], cluster: Callable[[Any], Hashable], *, level: float = LEVEL
 ) -> Interval:
-    """Mean over strata of each one's mean, with its percentile interval.
+    """Mean over strata of each one's mean, with its cluster-robust t interval.
 
-    ``m = Σ_s mean_u x_su / S``; each draw takes as many units of a stratum as it has, with
-    replacement, and the interval runs from the ``(1 − level)/2`` quantile of the drawn m to the
-    ``(1 + level)/2`` (Efron 1979). Units are sortable keys. The same arguments give the same interval.
-    Raises DataError for no stratum, one of fewer than two units, or values that are not finite.
+    With ``m_s`` the mean of the ``n_s`` units of stratum s, ``m = Σ_s m_s / S``. What cluster g adds to m is
+    ``z_g = Σ_s Σ_{u in g} (x_su − m_s) / (n_s S)``, all strata together, and the interval is
+    ``m ± t_{G−1} √(G/(G−1) Σ_g z_g²)`` (Liang & Zeger 1986, with G − 1 degrees of freedom: Cameron & Miller 2015,
+    section VI). For clusters of one size this is the t interval of the G cluster means, which covers as it says
+    for normal means however much a cluster's texts resemble each other (skewed scores of 8 prompts: 92 %).
+    A percentile bootstrap of clusters is too narrow by ``√((G−1)/G)`` and for want of the t quantile: 87 % at
+    G = 8. Strata without a common cluster are independent: their variances add, with Satterthwaite's degrees
+    of freedom (1946).
+
+    The effective number of units comes from the intraclass correlation of the analysis of variance, kept within
+    [0, 1], and m, the mean size of a unit's cluster: ``N / (1 + (m − 1)·ICC)`` (Kish 1965).
+    ``cluster`` gives a unit's cluster, ``level`` is the coverage. Raises DataError for no stratum, one of fewer
+    than two clusters, or values that are not finite.
     """
-    groups: dict[tuple[Any, ...], Float[np.ndarray, " n"]] = {}
-    for stratum in strata:
-        units = tuple(sorted(stratum))
-        values = np.array([stratum[unit] for unit in units], dtype=np.float64)
-        if len(units) < 2 or not np.isfinite(values).all():
-            raise DataError(
-                f"{len(units)} values of {units[:1]} …",
-                "at least two, all finite",
-                "an interval needs several prompts or seeds in each half",
-            )
-        groups[units] = groups.get(units, 0.0) + values / len(strata)
-    if not groups:
+    if not strata:
         raise DataError("no values to take an interval of", "at least one concept")
-    drawn = np.zeros(draws)
-    for number, units in enumerate(sorted(groups)):
-        drawn += _shares(len(units), draws, seed, number) @ groups[units]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(sum(values.mean() for values in groups.values())), float(low), float(high))
+    means: list[float] = []
+    deviations: dict[Any, float] = {}
+    blocks: list[set[Hashable]] = []
+    for stratum in strata:
+        mine = {cluster(unit) for unit in stratum}
+        if len(mine) < 2 or not all(map(math.isfinite, stratum.values())):
+            raise DataError(
+                f"{len(stratum)} values of {len(mine)} prompts, such as {next(iter(stratum.items()), None)}",
+                "finite values of at least two prompts",
+                "an interval needs several prompts: texts of one prompt do not say how another would do",
+            )
+        means.append(math.fsum(stratum.values()) / len(stratum))
+        for unit, value in stratum.items():
+            share = (value - means[-1]) / (len(stratum) * len(strata))
+            deviations[unit] = deviations.get(unit, 0.0) + share
+        joined = mine.union(*(block for block in blocks if block & mine))
+        blocks = [*(block for block in blocks if not block & mine), joined]
+    cells: Cells = {}
+    for unit, deviation in deviations.items():
+        cells.setdefault(cluster(unit), []).append(deviation)
+    mean = math.fsum(means) / len(means)
+    half = _half_width(cells, blocks, level)
+    return Interval(mean, mean - half, mean + half, len(cells), len(deviations), _effective(cells, len(blocks)))
+
+
+def _half_width(cells: Cells, blocks: Sequence[set[Hashable]], level: float) -> float:
+    """Half the width of the t interval, of what units add to the mean by cluster; blocks share no cluster."""
+    variances = []
+    for block in blocks:
+        squares = math.fsum(math.fsum(cells[name]) ** 2 for name in block)
+        variances.append((squares * len(block) / (len(block) - 1), len(block) - 1))
+    total = math.fsum(variance for variance, _ in variances)
+    if total == 0:
+        return 0.0
+    freedom = total**2 / math.fsum(variance**2 / degrees for variance, degrees in variances)
+    return t_quantile(level, freedom) * math.sqrt(total)
+
+
+def _effective(cells: Cells, blocks: int) -> float:
+    """The effective number of units, of what they add to the mean by cluster."""
+    sizes = [len(cell) for cell in cells.values()]
+    units = sum(sizes)
+    size = math.fsum(n * n for n in sizes) / units
+    if units == len(cells):
+        return float(units)
+    between = math.fsum(math.fsum(cell) ** 2 / len(cell) for cell in cells.values())
+    within = math.fsum(deviation**2 for cell in cells.values() for deviation in cell) - between
+    between /= len(cells) - blocks
+    within = max(0.0, within) / (units - len(cells))
+    usual = (units - size) / (len(cells) - 1)  # size of a cluster, for clusters of unequal sizes
+    spread = between + (usual - 1) * within
+    correlation = min(1.0, max(0.0, (between - within) / spread)) if spread > 0 else 0.0
+    return units / (1 + (size - 1) * correlation)
+
+
+def t_quantile(level: float, freedom: float) -> float:
+    """The t for which Student's variable of ``freedom`` ν degrees of freedom is within ±t with probability ``level``.
+
+    ``t = √ν tan θ`` where ``∫₀^θ cos^{ν−1}`` is the share ``level`` of ``∫₀^{π/2} cos^{ν−1}``; the integral is
+    concave in θ, so that Newton's method from the normal quantile, which is smaller, rises to it.
+    """
+    logarithm = math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2)
+    wanted = level * math.sqrt(math.pi) / 2 * math.exp(logarithm)
+    angle = math.atan(NormalDist().inv_cdf((1 + level) / 2) / math.sqrt(freedom))
+    for _ in range(NEWTON_STEPS):
+        found = angle / 2 * float(_WEIGHTS @ np.cos((_NODES + 1) * angle / 2) ** (freedom - 1))
+        step = (wanted - found) / math.cos(angle) ** (freedom - 1)
+        angle += step
+        if abs(step) <= 1e-14 * angle:
+            break
+    return math.sqrt(freedom) * math.tan(angle)
 
 
 def paired_differences(of: Mapping[Key, float], to: Mapping[Key, float], what: str = "two methods") -> dict[Key, float]:
@@ -78,16 +156,3 @@ def paired_differences(of: Mapping[Key, float], to: Mapping[Key, float], what: s
             COMPLETE,
         )
     return {unit: of[unit] - to[unit] for unit in of}
-
-
-def draw(n: int, draws: int = DRAWS, seed: int = 0, number: int = 0) -> Int[np.ndarray, "draws n"]:
-    """Which units each draw takes: indices below n, those of the ``number``-th set of units."""
-    return np.random.default_rng([seed, number]).integers(0, n, (draws, n))
-
-
-@lru_cache(maxsize=4)
-def _shares(n: int, draws: int, seed: int, number: int) -> Float[np.ndarray, "draws n"]:
-    """The share of each draw that falls on each unit, so that a drawn mean is a product with the values."""
-    flat = draw(n, draws, seed, number) + n * np.arange(draws)[:, None]
-    counts: Float[np.ndarray, "draws n"] = np.bincount(flat.ravel(), minlength=draws * n).reshape(draws, n) / n
-    return counts

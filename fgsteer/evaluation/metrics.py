@@ -18,16 +18,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.activations import token_rows
-from fgsteer.data import ContrastPair, ContrastSet, Text, as_contrast
+from fgsteer.brief import Brief
+from fgsteer.chat import Text
+from fgsteer.checks import checked
+from fgsteer.data import ContrastPair, ContrastSet, as_contrast
 from fgsteer.errors import DataError
 from fgsteer.interventions import Intervention
 from fgsteer.scoring import Entry, log_probabilities
+from fgsteer.tokens import TokenReader
+from fgsteer.wording import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@checked
 def text_cross_entropies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -50,6 +55,7 @@ def text_cross_entropies(
     return found.cross_entropy[0]
 
 
+@checked
 def perplexities(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: object
 ) -> Float[Tensor, " texts"]:
@@ -65,12 +71,14 @@ def with_prompts(texts: Sequence[str], prompts: Sequence[Text] | None) -> list[t
     if isinstance(texts, str):
         raise DataError(f"texts {texts!r:.40}", "a list of texts")
     if isinstance(prompts, str) or (prompts is not None and len(prompts) != len(texts)):
-        raise DataError(f"{len(prompts)} prompts for {len(texts)} texts", "a list with one for each text")
+        raise DataError(
+            f"{count(len(prompts), 'prompt')} for {count(len(texts), 'text')}", "a list with one for each text"
+        )
     return list(zip(prompts or [""] * len(texts), texts, strict=True))
 
 
-@dataclass(frozen=True, eq=False)
-class AnswerProbabilities:
+@dataclass(frozen=True, eq=False, repr=False)
+class AnswerProbabilities(Brief):
     """Log-probabilities (interventions, questions), nats, of the two answers, each summed over its tokens; float64."""
 
     positive: Float[Tensor, "interventions questions"]
@@ -92,6 +100,7 @@ class AnswerProbabilities:
         return self.positive - self.negative
 
 
+@checked
 def answer_probabilities(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -124,7 +133,8 @@ def answer_probabilities(
 def _check_parting(tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[Text, Text]], joint: str | None) -> None:
     """Raises DataError for neighbours whose tokens are not the same up to, and other at, the first token scored."""
     triples = ((prompt, answer, True) for prompt, answer in answers)
-    rows = {row.index: row for window in token_rows(tokenizer, triples, rule="answer", joint=joint) for row in window}
+    reader = TokenReader(tokenizer, rule="answer", joint=joint, scored=True)
+    rows = {row.index: row for window in reader.rows(triples) for row in window}
     for index in range(0, len(answers), 2):
         a, b = rows[index], rows[index + 1]
         same = [x == y for x, y in zip(a.ids, b.ids, strict=False)]
@@ -139,8 +149,8 @@ def _check_parting(tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[T
             )
 
 
-@dataclass(frozen=True, eq=False)
-class Steerability:
+@dataclass(frozen=True, eq=False, repr=False)
+class Steerability(Brief):
     """``slopes (samples,)``: by how much a unit of the coefficient moves each sample's difference, in nats."""
 
     slopes: Float[Tensor, " samples"]
@@ -178,6 +188,7 @@ def steerability(
     return Steerability(centred @ (d - d.mean(0)) / centred.square().sum())
 
 
+@checked
 def measure_steerability(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -121,10 +121,12 @@ def pictures(run: Run) -> list[Picture]:
     for matched in (None, *run.targets):
         suffix = "" if matched is None else f"-matched-{matched:g}"
         at = "at the best coefficient" if matched is None else f"at {matched:g} nats of CE rise"
-        caption = f"Average BCS per method {at}, with 95 % intervals.{dashed}"
+        caption = f"Average BCS per method {at}, with 95 % intervals over prompts.{dashed}"
         found.append(Picture(f"methods{suffix}", caption, method_bars(run, matched)))
         if best and any(row.method == best and row.difference for row in average_table(run, matched)):
-            caption = f"BCS of {method_name(best)} less {base} {at}, with 95 % intervals; filled where they exclude 0."
+            caption = (
+                f"BCS of {method_name(best)} less {base} {at}, with 95 % intervals over prompts; filled: 0 excluded."
+            )
             found.append(Picture(f"concepts{suffix}", caption, concept_bars(run, best, matched)))
     if run.swept:
         caption = (
@@ -214,8 +216,10 @@ def coefficient_curves(run: Run) -> Figure:
     return figure
 
 
-def _panels(methods: Sequence[str]) -> tuple[Figure, list[tuple[str, Axes]]]:
-    """A figure with a small panel for each method, titled."""
+def _panels(
+    methods: Sequence[str], name: Callable[[str], str] = method_name
+) -> tuple[Figure, list[tuple[str, Axes]]]:
+    """A figure with a small panel for each method, titled by its name."""
     from matplotlib.figure import Figure
 
     if not methods:
@@ -226,7 +230,7 @@ def _panels(methods: Sequence[str]) -> tuple[Figure, list[tuple[str, Axes]]]:
     for axis in axes[len(methods) :]:
         axis.set_axis_off()
     for method, axis in zip(methods, axes, strict=False):
-        axis.set_title(_short(method_name(method), 17))
+        axis.set_title(_short(name(method), 17))
     return figure, list(zip(methods, axes, strict=False))
 
 

@@ -8,6 +8,7 @@ propensity.interval(propensity.shares(values[1] - values[0]))        the effect 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fgsteer.data import ContrastSet
 from fgsteer.errors import DataError
-from fgsteer.evaluation.intervals import Interval, bootstrap
+from fgsteer.evaluation.intervals import Interval, mean_interval
 from fgsteer.scoring import Entry, log_probabilities
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ Shares = Float[np.ndarray, " units"]
 class Propensity:
     """``mean⁺ − mean⁻`` of the two sides' log-probabilities, as a sum of what each unit adds to it.
 
-    Units are pairs, then single positives, then single negatives. Raises DataError where one of these kinds has a
-    single member, which has no interval.
+    Units are pairs, then single positives, then single negatives. Pairs of one prompt resemble each other and are
+    one cluster of ``interval``; a prompt that all pairs share is part of what is measured. Raises DataError where
+    one of these kinds has a single member, which has no interval.
     """
 
     def __init__(self, contrast: ContrastSet) -> None:
@@ -74,9 +76,15 @@ class Propensity:
         return np.concatenate([positive[:pairs] - negative[:pairs], positive[pairs:], -negative[pairs:]])
 
     def interval(self, shares: Shares) -> Interval:
-        """The sum of shares with its 95 % interval: each kind of unit is drawn again by itself."""
-        parts = [(n, part) for n, part in enumerate(np.split(shares, np.cumsum(self.groups)[:-1])) if len(part)]
-        # bootstrap() takes the mean of the groups' means
-        return bootstrap(
-            [{(n, unit): float(x) * len(part) * len(parts) for unit, x in enumerate(part)} for n, part in parts]
-        )
+        """The sum of shares with its 95 % interval, each kind of unit a stratum and a prompt's pairs one cluster."""
+        kinds = [kind for kind in np.split(np.arange(len(shares)), np.cumsum(self.groups)[:-1]) if len(kind)]
+        # mean_interval() takes the mean of the kinds' means
+        scaled = [{int(unit): float(shares[unit]) * len(kind) * len(kinds) for unit in kind} for kind in kinds]
+        return mean_interval(scaled, self._clusters.__getitem__)
+
+    @cached_property
+    def _clusters(self) -> list[str | int]:
+        """Each unit's cluster: a pair's prompt; a unit without one, or whose prompt all pairs share, is its own."""
+        prompts = [repr(pair.prompt) if pair.prompt else number for number, pair in enumerate(self.contrast.pairs)]
+        fixed = len(set(prompts)) == 1
+        return [number if fixed or number >= self.pairs else prompts[number] for number in range(sum(self.groups))]

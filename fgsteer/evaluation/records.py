@@ -14,27 +14,36 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from fgsteer.brief import Brief
 from fgsteer.errors import DataError, FormatError
 from fgsteer.evaluation.intervals import COMPLETE, paired_differences
 from fgsteer.files import parse_json
 
 HALVES = ("tune", "report")
-# how methods are called in tables, in the order in which they stand there
-METHOD_NAMES = {
-    "unsteered": "unsteered",
-    "random": "random direction",
-    "prompt": "prompt prefix",
-    "caa": "CAA",
-    "ace": "ACE",
-    "pca": "PCA",
-    "sae_feature": "SAE feature",
-    "sta": "STA",
-    "sae_ts": "SAE-TS",
-    "fgaa": "FGAA",
-    "fgaa_effects": "FGAA + effects",
-    "minus_bias": "−Mb alone",
+
+
+class MethodSpec(NamedTuple):
+    """How tables call a method of a benchmark, and what it needs: nothing, a layer, its SAE, or that SAE's effects."""
+
+    label: str
+    needs: Literal["nothing", "layer", "sae", "effects"]
+
+
+SPECS = {  # in the order of tables
+    "unsteered": MethodSpec("unsteered", "nothing"),
+    "random": MethodSpec("random direction", "layer"),
+    "prompt": MethodSpec("prompt prefix", "nothing"),
+    "caa": MethodSpec("CAA", "layer"),
+    "ace": MethodSpec("ACE", "layer"),
+    "pca": MethodSpec("PCA", "layer"),
+    "sae_feature": MethodSpec("SAE feature", "sae"),
+    "sta": MethodSpec("STA", "sae"),
+    "sae_ts": MethodSpec("SAE-TS", "effects"),
+    "fgaa": MethodSpec("FGAA", "sae"),
+    "fgaa_effects": MethodSpec("FGAA + effects", "effects"),
+    "minus_bias": MethodSpec("−Mb alone", "effects"),
 }
 _KINDS = {
     "concept": str,
@@ -71,8 +80,8 @@ class Setting(NamedTuple):
     matched: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class EvalRecord:
+@dataclass(frozen=True, slots=True, repr=False)
+class EvalRecord(Brief):
     """One generated text and its scores: a line of a run.
 
     ``behavior`` and ``coherence`` in [0, 1]; ``ce``: nats a token of the text under the unsteered
@@ -109,8 +118,8 @@ class EvalRecord:
         return Setting(self.concept, self.method, self.layer, self.coefficient, self.matched)
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
+@dataclass(frozen=True, eq=False, repr=False)
+class Run(Brief):
     """A run's header (plan, versions, hashes, command) and its records."""
 
     header: Mapping[str, Any]
@@ -137,7 +146,7 @@ class Run:
     @property
     def methods(self) -> list[str]:
         """Methods in the order of tables: the known, then others by name."""
-        known = list(METHOD_NAMES)
+        known = list(SPECS)
         return sorted(
             {s.method for s in self.settings}, key=lambda m: (known.index(m) if m in known else len(known), m)
         )
@@ -312,9 +321,20 @@ def told(setting: Setting) -> str:
     return f"{setting.concept}: {method_name(setting.method)}{layer}, coefficient {setting.coefficient:g}{at}"
 
 
+def spec(method: str) -> MethodSpec:
+    """The row of ``SPECS``. Raises DataError for a method that is not there."""
+    if method not in SPECS:
+        raise DataError(
+            f"a run with method {method!r:.80}",
+            f"the methods of fgsteer bench: {', '.join(SPECS)}",
+            "leave it out with run.only(methods=...)",
+        )
+    return SPECS[method]
+
+
 def method_name(method: str) -> str:
-    """What tables call a method."""
-    return METHOD_NAMES.get(method, method)
+    """What tables call a method. Raises DataError for one that fgsteer bench does not have."""
+    return spec(method).label
 
 
 def mean(values: Collection[float]) -> float:

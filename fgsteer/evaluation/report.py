@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from fgsteer.cards import LIGHT, visible, whole_page
 from fgsteer.errors import DataError
-from fgsteer.evaluation.intervals import DRAWS, Interval
+from fgsteer.evaluation.intervals import Interval
 from fgsteer.evaluation.plots import Picture, pictures, rendered
-from fgsteer.evaluation.records import EvalRecord, Run, best_settings, mean, method_name
+from fgsteer.evaluation.records import EvalRecord, Run, Unit, best_settings, mean, method_name
 from fgsteer.evaluation.tables import (
     BASELINE,
     AverageRow,
@@ -90,15 +90,15 @@ def html_report(run: Run, samples: int = 2, features: Features | None = None) ->
 def markdown(run: Run, matched: float | None = None) -> str:
     """The average table in Markdown, best method first (arguments and errors as in ``average_table``)."""
     lines = [
-        f"| method | BCS [95 %] | difference to {method_name(BASELINE)} [95 %] | won, lost (clearly) "
+        f"| method | BCS [95 %] | difference to {method_name(BASELINE)} [95 %] | n_eff | won, lost (clearly) "
         "| behavior | coherence |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(average_table(run, matched), key=lambda row: -row.bcs.mean):
-        name = re.sub(r"([\\`*_\[\]<>|])", r"\\\1", visible(method_name(row.method)))
-        scores = f"{_interval(row.bcs)} | {_interval(row.difference, sign=True)} | {_won(row)}"
-        lines.append(f"| {name} | {scores} | {row.behavior.mean:.3f} | {row.coherence.mean:.3f} |")
-    return "\n".join(lines) + "\n"
+    rows = sorted(average_table(run, matched), key=lambda row: -row.bcs.mean)
+    for row in rows:
+        scores = f"{_interval(row.bcs)} | {_interval(row.difference, sign=True)} | {_worth(row)} | {_won(row)}"
+        lines.append(f"| {method_name(row.method)} | {scores} | {row.behavior.mean:.3f} | {row.coherence.mean:.3f} |")
+    return "\n".join([*lines, "", _design(rows)]) + "\n"
 
 
 def _headline(run: Run, rows: Sequence[AverageRow]) -> str:
@@ -109,7 +109,8 @@ def _headline(run: Run, rows: Sequence[AverageRow]) -> str:
     row, base = found[best], method_name(BASELINE)
     text = (
         f"{method_name(best)}, the best SAE method of the tuning half, scores a BCS of {_interval(row.bcs)} on the "
-        f"report half, {base} {_interval(found[BASELINE].bcs)}; difference {_interval(row.difference, sign=True)}, "
+        f"report half, {base} {_interval(found[BASELINE].bcs)}; difference {_interval(row.difference, sign=True)} "
+        f"({row.bcs.clusters} prompts, n_eff {_worth(row)}), "
         f"{_count(run.concepts, 'concept')}: {row.won} won ({row.clearly_won} clearly), {row.lost} lost "
         f"({row.clearly_lost} clearly)."
     )
@@ -123,8 +124,8 @@ def _measured(run: Run) -> str:
         "concepts": ", ".join(run.concepts),
         "methods": ", ".join(map(method_name, run.methods)),
         "layers": ", ".join(map(str, run.layers())) or "one",
-        "tuning half": f"{len(units['tune'])} (prompt, seed) units: choose the coefficient and the layer",
-        "report half": f"{len(units['report'])} other units: every figure on this page",
+        "tuning half": f"{_units(units['tune'])}: choose the coefficient and the layer",
+        "report half": f"{_units(units['report'])}: every figure on this page",
         "BCS": "behavior × coherence of a text, each in [0, 1]; averages are of texts, then of concepts",
         "best": "highest mean BCS on the tuning half, per concept and method; of equals the smaller coefficient",
         "samples": "the first prompts of the report half, not picked",
@@ -133,9 +134,10 @@ def _measured(run: Run) -> str:
         targets = ", ".join(f"{t:g}" for t in run.targets)
         facts["matched"] = f"coefficient calibrated until neutral texts cost {targets} nats a token more"
     facts["intervals"] = (
-        f"95 % percentile bootstrap, {DRAWS:,} draws of (prompt, seed) units within each concept, the same draws for "
-        "every method and for concepts of the same units; differences are paired by unit. Each interval stands alone, "
-        "without correction for their number."
+        "95 %, Student's t over prompts: the texts of a prompt resemble each other and move every concept together, so "
+        "prompts are what is counted; concepts stay as they are. Differences are paired by prompt and seed. n_eff is "
+        "how many independent texts would tell as much. Each interval stands alone, without correction for their "
+        "number."
     )
     return _list(facts)
 
@@ -157,19 +159,21 @@ def _judge(run: Run) -> str:
 
 def _average(run: Run, rows: Sequence[AverageRow], matched: float | None) -> str:
     base = method_name(BASELINE)
-    heads = ("method", "BCS [95 %]", f"difference to {base} [95 %]", "won, lost (clearly)", "behavior", "coherence")
+    difference = f"difference to {base} [95 %]"
+    heads = ("method", "BCS [95 %]", difference, "n_eff", "won, lost (clearly)", "behavior", "coherence")
     cells = [
         [
             method_name(row.method),
             _interval(row.bcs),
             _interval(row.difference, sign=True),
+            _worth(row),
             _won(row),
             f"{row.behavior.mean:.3f}",
             f"{row.coherence.mean:.3f}",
         ]
         for row in sorted(rows, key=lambda row: -row.bcs.mean)
     ]
-    note = f"Won and lost: concepts above and below {base}; clearly: those whose interval excludes 0."
+    note = f"{_design(rows)} Won and lost: concepts above and below {base}; clearly: those whose interval excludes 0."
     pair = ("fgaa_effects", "fgaa")
     if {*pair} <= {row.method for row in rows}:
         names = " less ".join(map(method_name, pair))
@@ -194,7 +198,8 @@ def _marked(row: ConceptRow) -> str:
 
 
 def _details(rows: Sequence[ConceptRow]) -> str:
-    heads = ("concept", "method", "layer", "coefficient", "behavior", "coherence", "BCS [95 %]", "difference [95 %]")
+    heads = ["concept", "method", "layer", "coefficient", "behavior", "coherence"]
+    heads += ["BCS [95 %]", "difference [95 %]", "n_eff"]
     cells = [
         [
             row.setting.concept,
@@ -205,6 +210,7 @@ def _details(rows: Sequence[ConceptRow]) -> str:
             f"{row.coherence.mean:.3f}",
             _interval(row.bcs),
             _interval(row.difference, sign=True),
+            _worth(row),
         ]
         for row in rows
     ]
@@ -306,6 +312,25 @@ def _won(row: AverageRow) -> str:
     if row.difference is None:
         return ""
     return f"{row.won} ({row.clearly_won}), {row.lost} ({row.clearly_lost})"
+
+
+def _units(units: Collection[Unit]) -> str:
+    return f"{len({unit.prompt for unit in units})} prompts × {len({unit.seed for unit in units})} seeds"
+
+
+def _worth(row: AverageRow | ConceptRow) -> str:
+    """The effective number of texts, of the difference where there is one."""
+    interval = row.difference or row.bcs
+    return f"{interval.effective:.0f} of {interval.units}"
+
+
+def _design(rows: Sequence[AverageRow]) -> str:
+    """What intervals are over, and what n_eff is."""
+    prompts = " to ".join(map(str, sorted({min(r.bcs.clusters for r in rows), max(r.bcs.clusters for r in rows)})))
+    return (
+        f"Intervals are t intervals over {prompts} prompts; n_eff is how many independent texts would tell as much "
+        "of the difference (without one, of the BCS) as these do."
+    )
 
 
 def _interval(value: Interval | None, sign: bool = False) -> str:

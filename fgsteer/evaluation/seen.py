@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from fgsteer.activations import record, text_batches
+from fgsteer.brief import Brief
+from fgsteer.checks import checked
 from fgsteer.examples import token_texts
-from fgsteer.models import check_pairing
+from fgsteer.models import check_pairing, context_window
 from fgsteer.sae import SAE
+from fgsteer.tokens import TokenReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,8 +24,8 @@ if TYPE_CHECKING:
 MAX_DENSITY = 0.01  # features that fire on more tokens say little of one text (FGAA's filter, arXiv 2501.09929)
 
 
-@dataclass(frozen=True)
-class SeenFeature:
+@dataclass(frozen=True, repr=False)
+class SeenFeature(Brief):
     """A feature, its label ("" where none is known), its largest activation on a text, and the token of it."""
 
     id: int
@@ -35,6 +38,7 @@ class SeenFeature:
         return f"{self.id}{label}, {self.activation:.3g} on “{self.token}”"
 
 
+@checked
 @torch.no_grad()
 def seen_features(
     model: PreTrainedModel,
@@ -47,16 +51,17 @@ def seen_features(
 ) -> list[SeenFeature]:
     """The ``top`` features of largest activation on a text's tokens, read by the unsteered model after ``prompt``.
 
-    ``max_t f_j(h_t)`` over the text's tokens t, position 0 and the prompt's left out, for features that fire on at
-    most 1 % of tokens (all, where the SAE has no density). Fewer where fewer fire. Raises HookpointError
-    and PairingError as ``collect`` does.
+    ``max_t f_j(h_t)`` over the text's tokens t, without the prompt's and a special one before them, for features
+    that fire on at most 1 % of tokens (all, where the SAE has no density). Fewer where fewer fire. Raises
+    HookpointError and PairingError as ``collect`` does.
     """
     at = sae.input_hookpoint
     check_pairing(model, at, sae.d_model, sae.model_name, "SAE")
     found: list[SeenFeature] = []
-    for batch in text_batches(
-        model, tokenizer, [(prompt, text, True)], rule="answer", joint="", skip_empty=True, batch_tokens=1
-    ):
+    reader = TokenReader(
+        tokenizer, rule="answer", prepend_bos=sae.prepend_bos, window=context_window(model), joint="", skip_empty=True
+    )
+    for batch in text_batches(model, reader, [(prompt, text, True)], batch_tokens=1):
         values = record(model, batch.ids, batch.attention, [at])[at][batch.selected]
         fired = sae.to(values.device, torch.float32).encode(values.float())
         if sae.density is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fgsteer.errors import DataError, FormatError
 from fgsteer.evaluation.bench import Bench, line, strengths_path
+from fgsteer.evaluation.records import HALVES
 from fgsteer.files import parse_json, read_json, rename, whole, write_json
 from fgsteer.parts import wait_for
 from fgsteer.ranks import Ranks
@@ -24,6 +25,20 @@ Progress = Callable[[int, int], None]
 def parts_folder(path: str | Path) -> Path:
     """Where the concepts of the run ``path`` are kept until they are joined."""
     return Path(path).with_suffix(".parts")
+
+
+def begun_design(path: str | Path) -> dict[str, int]:
+    """Prompts and seeds a half of the run that is begun at ``path`` or in its parts folder; nothing where none is.
+
+    A run that goes on keeps them, whatever the defaults are by now.
+    """
+    for file in (Path(path), *sorted(parts_folder(path).glob("*.jsonl"))):
+        try:
+            plan = parse_json(file.read_bytes().split(b"\n", 1)[0])["plan"]
+            return {"prompts": len(plan["prompts"]) // len(HALVES), "seeds": int(plan["seeds"])}
+        except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: resuming says so
+            continue
+    return {}
 
 
 def run_shared(bench: Bench, path: str | Path, command: str = "", progress: Progress | None = None) -> bool:

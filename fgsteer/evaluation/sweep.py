@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from fgsteer.activations import TokenRule
+from fgsteer.brief import Brief
 from fgsteer.calibration import CE_RISE, calibrate_grid
+from fgsteer.checks import checked
 from fgsteer.collecting import collect
 from fgsteer.data import ContrastPair, ContrastSet, as_contrast, load_neutral
 from fgsteer.errors import DataError
@@ -42,6 +43,7 @@ from fgsteer.methods import build
 from fgsteer.methods.provenance import library_version
 from fgsteer.models import identity
 from fgsteer.scoring import cross_entropies
+from fgsteer.tokens import TokenRule
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ Contrasts = ContrastSet | str | Path | Sequence[ContrastPair]
 Step = tuple[int, int, float, float | None]  # layer, sign, coefficient that bears it, rise asked for
 
 
-@dataclass(frozen=True)
-class SweepCell:
+@dataclass(frozen=True, repr=False)
+class SweepCell(Brief):
     """One layer, sign and strength: ``vector.add(coefficient)``, which bears the sign.
 
     ``effect`` is the change of propensity, ``cost`` the measured rise of neutral text's cross-entropy in nats a
@@ -81,8 +83,8 @@ class SweepCell:
         return abs(self.coefficient) if self.target is None else self.target
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Brief):
     """What ``sweep`` measured, and its answers.
 
     ``unit`` is that of effects; ``texts`` are numbers of positives, negatives, and pairs among them, ``measured_on``
@@ -125,8 +127,6 @@ class Sweep:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Interval):
-        return value._asdict()
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -136,6 +136,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@checked
 def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -168,8 +169,8 @@ def sweep(
     that cost does to the two sides, which is no effect of the vector and would pass for a stronger sign.
 
     Effects are measured on ``held_out``, else the contrast's held-out part, else, with a note, on the contrast
-    itself. Intervals (95 %, bootstrap) are over these texts, pairs kept together; the neutral texts and the
-    vectors are taken as they are. ``progress`` gets (steps done, steps in all).
+    itself. Intervals (95 %, Student's t) are over these texts, pairs and the pairs of one prompt kept together;
+    the neutral texts and the vectors are taken as they are. ``progress`` gets (steps done, steps in all).
 
     Raises DataError for a grid that is not rising, fewer than two texts a side, or two vectors at a layer;
     HookpointError for a layer that does not exist; what ``collect`` and the methods raise.

@@ -98,7 +98,7 @@ def fading_curves(sweep: Sweep) -> Figure:
     """
     _check(sweep)
     layers = sorted({cell.layer for cell in sweep.cells})
-    figure, panels = _panels([f"layer {layer}" for layer in layers])
+    figure, panels = _panels([f"layer {layer}" for layer in layers], str)
     for layer, (_, axis) in zip(layers, panels, strict=True):
         axis.axhline(0, color=LINE, lw=0.7, zorder=0)
         axis.axvline(sweep.matched, color=QUIET, lw=0.7, ls=":", zorder=0)

@@ -8,15 +8,15 @@ Every method stands at its best setting (chosen on "tune"), or at the setting ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.intervals import COMPLETE, Interval, bootstrap, paired_differences
-from fgsteer.evaluation.records import Run, Setting, Unit, best_settings, mean, told
+from fgsteer.evaluation.intervals import COMPLETE, Interval, mean_interval, paired_differences
+from fgsteer.evaluation.records import Run, Setting, Unit, best_settings, mean, spec, told
 
 BASELINE = "caa"
-WITHOUT_SAE = ("unsteered", "random", "prompt", "caa", "ace", "pca")
 MEASURES = ("behavior", "coherence", "bcs")
 
 
@@ -52,6 +52,11 @@ class AverageRow(NamedTuple):
     clearly_lost: int
 
 
+def over_prompts(strata: Sequence[Mapping[Unit, float]]) -> Interval:
+    """``mean_interval`` of concepts' values by (prompt, seed), over prompts. Raises DataError for fewer than two."""
+    return mean_interval(strata, attrgetter("prompt"))
+
+
 def concept_table(run: Run, matched: float | None = None, baseline: str = BASELINE) -> list[ConceptRow]:
     """Every concept and method at its best setting, or at the one ``matched`` to a CE rise (nats).
 
@@ -63,8 +68,8 @@ def concept_table(run: Run, matched: float | None = None, baseline: str = BASELI
     for concept, method in ((c, m) for c in run.concepts for m in run.methods if (c, m) in best):
         setting = best[concept, method]
         against = None if method == baseline else best.get((concept, baseline))
-        behavior, coherence, bcs = (bootstrap([run.values(setting, measure=m)]) for m in MEASURES)
-        difference = None if against is None else bootstrap([_less(run, setting, against)])
+        behavior, coherence, bcs = (over_prompts([run.values(setting, measure=m)]) for m in MEASURES)
+        difference = None if against is None else over_prompts([_less(run, setting, against)])
         rows.append(ConceptRow(setting, behavior, coherence, bcs, difference))
     return rows
 
@@ -78,17 +83,17 @@ def average_table(run: Run, matched: float | None = None, baseline: str = BASELI
     rows = []
     for method in (m for m in run.methods if any(m == found for _, found in best)):
         settings = _everywhere(run, best, method)
-        behavior, coherence, bcs = (bootstrap([run.values(s, measure=m) for s in settings]) for m in MEASURES)
+        behavior, coherence, bcs = (over_prompts([run.values(s, measure=m) for s in settings]) for m in MEASURES)
         against = method != baseline and any(baseline == found for _, found in best)
         differences = _differences(run, best, method, baseline) if against else []
-        each = [bootstrap([values]) for values in differences]
+        each = [over_prompts([values]) for values in differences]
         rows.append(
             AverageRow(
                 method,
                 behavior,
                 coherence,
                 bcs,
-                bootstrap(differences) if against else None,
+                over_prompts(differences) if against else None,
                 won=sum(d.mean > 0 for d in each),
                 lost=sum(d.mean < 0 for d in each),
                 clearly_won=sum(d.low > 0 for d in each),
@@ -103,7 +108,7 @@ def compare(run: Run, method: str, baseline: str = BASELINE, matched: float | No
 
     Errors as in ``average_table``.
     """
-    return bootstrap(_differences(run, best_settings(run, matched), method, baseline))
+    return over_prompts(_differences(run, best_settings(run, matched), method, baseline))
 
 
 def _differences(
@@ -126,9 +131,12 @@ def _everywhere(run: Run, best: Mapping[tuple[str, str], Setting], method: str) 
 
 
 def best_sae_method(run: Run) -> str | None:
-    """The method through SAE features of the highest mean BCS over concepts on "tune"; None without one."""
+    """The method through an SAE of the highest mean BCS over concepts on "tune"; None without one.
+
+    Raises DataError for a method that fgsteer bench does not have.
+    """
     best = best_settings(run)
-    methods = [m for m in run.methods if m not in WITHOUT_SAE and any(m == found for _, found in best)]
+    methods = [m for m in run.methods if spec(m).needs in ("sae", "effects") and any(m == found for _, found in best)]
     means = {m: mean([run.mean(s, "tune") for s in _everywhere(run, best, m)]) for m in methods}
     return max(means, key=lambda m: means[m], default=None)
 

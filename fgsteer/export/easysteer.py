@@ -31,10 +31,11 @@ def write(
     """Write the spec and, beside it, one GGUF for each intervention; returns all paths, the spec first.
 
     Add is ``direct`` with its coefficient as ``scale``, Ablate is ``erase``; every scope and a spared
-    position 0 are said. ``folder`` is where the engine will find the GGUF files (default: where they
-    are now). Written after EasySteer's source, not run against it. Raises SteeringError for other
-    interventions and for other sites than the residual stream, PairingError for those of two models,
-    FormatError for a spec not named .json.
+    position 0 are said. EasySteer spares the token there whatever it is: pass ``bos=True`` for a model whose
+    tokenizer puts no start token before a text. ``folder`` is where the engine will find the GGUF files
+    (default: where they are now). Written after EasySteer's source, not run against it. Raises
+    SteeringError for other interventions and for other sites than the residual stream, PairingError for
+    those of two models, FormatError for a spec not named .json.
     """
     path = Path(path)
     if path.suffix != ".json":

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import struct
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from fgsteer.checks import warn
 from fgsteer.errors import FgsteerError, FormatError, PairingWarning, SteeringError
 from fgsteer.export.places import Interventions, block_output, called, checked, every_token
 from fgsteer.files import tensor_sha256, whole
@@ -63,7 +63,7 @@ def write(interventions: Interventions, path: str | Path, *, model_type: str = "
             )
         baked = item.coefficient * item.direction.double().cpu()
         directions[layer] = directions[layer] + baked if layer in directions else baked
-    applied = [_record(item, item.coefficient) for item in items if isinstance(item, Add)]
+    applied = [_record(item, float(item.coefficient)) for item in items if isinstance(item, Add)]
     write_directions(path, directions, model_type=model_type, model_name=items[0].model_name, applied=applied)
 
 
@@ -258,11 +258,10 @@ def _row(file: BinaryIO, start: int, entry: _Entry) -> Tensor:
 def _vectors(path: Path, metadata: dict[str, tuple[int, Any]], rows: dict[int, Tensor]) -> list[SteeringVector]:
     """Vectors by block, with what the metadata tells of them."""
     if metadata.get("controlvector.layer_count", (_UINT32, 0))[0] == _INT32:
-        warnings.warn(
+        warn(
             f"{path} looks written by llama.cpp's generator, which writes what it measures after block N as "
             "direction.N+1; it is read as llama.cpp applies it",
             PairingWarning,
-            stacklevel=3,
         )
     try:
         told = json.loads(str(metadata.get("fgsteer.header", (_STRING, "{}"))[1]))

@@ -70,13 +70,13 @@ def _module_name(item: Intervention, model: nn.Module) -> str:
 def _operation(item: Intervention) -> dict[str, Any]:
     """An intervention in lm-eval's words. Raises SteeringError for one that it has no words for."""
     if isinstance(item, Add):
-        return _entry("add", item.direction, item.coefficient)
+        return _entry("add", item.direction, float(item.coefficient))
     if isinstance(item, Ablate):
         return _entry("clamp", item.direction, 0.0)
     if isinstance(item, Clamp):
-        return _entry("clamp", item.direction, item.target)
+        return _entry("clamp", item.direction, float(item.target))
     if isinstance(item, Affine):
-        return _entry("clamp", item.direction, item.alpha * float(item.direction.norm()), item.reference)
+        return _entry("clamp", item.direction, float(item.alpha) * float(item.direction.norm()), item.reference)
     raise SteeringError(
         called(item), f"an Add, Ablate, Clamp or Affine: {ENGINE} reads no SAE", "run fgsteer eval, which does"
     )

@@ -16,6 +16,7 @@ from fgsteer.errors import PairingError, SelectionError, SteeringError
 from fgsteer.files import write_json
 from fgsteer.sae import SAE
 from fgsteer.vector import SteeringVector
+from fgsteer.wording import a
 
 TOLERANCE = 1e-4  # of the direction's norm: float32 sums of a few hundred rows stay below
 
@@ -68,7 +69,7 @@ def _strengths(vector: SteeringVector, sae: SAE, coefficient: float) -> dict[int
     method = vector.provenance.get("method", "bare")
     if not vector.features:
         raise SelectionError(
-            f"a {method} vector, which has no features",
+            f"{a(method)} vector, which has no features",
             "one built from features: Neuronpedia adds nothing else",
             "build it with from_features, sta or fgaa, or export to GGUF",
         )
@@ -80,11 +81,11 @@ def _strengths(vector: SteeringVector, sae: SAE, coefficient: float) -> dict[int
         raise PairingError(f"a vector at {vector.hookpoint}", f"one at {sae.hookpoint}, where this SAE is")
     rows = torch.stack([sae.direction(j) for j in vector.features]).double().cpu()
     weights = torch.tensor(list(vector.features.values()), dtype=torch.float64)
-    decoded, direction = weights @ rows, vector.direction.double().cpu()
+    decoded, direction = weights @ rows, vector.direction.detach().double().cpu()
     scale = float(direction @ decoded / (decoded @ decoded).clamp(min=torch.finfo(torch.float64).tiny))
     if not bool((direction - scale * decoded).norm() <= TOLERANCE * direction.norm()):
         raise SteeringError(
-            f"a {method} vector that is not the sum of its features' decoder rows",
+            f"{a(method)} vector that is not the sum of its features' decoder rows",
             "one that is: Neuronpedia adds nothing else",
             "from_features(sae, vector.features) is its nearest, or export to GGUF",
         )

@@ -9,23 +9,27 @@ from collections.abc import Sequence
 
 from fgsteer.errors import PairingError, SteeringError
 from fgsteer.interventions import Intervention
+from fgsteer.wording import a
 
 Interventions = Intervention | Sequence[Intervention]
 
 
 def checked(interventions: Interventions) -> list[Intervention]:
-    """The interventions as a list. Raises SteeringError for none, PairingError for those of two models."""
+    """The interventions as a list, with the values of now.
+
+    Raises SteeringError for none, PairingError for those of two models.
+    """
     items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     for item in items:
         if not isinstance(item, Intervention):
-            raise SteeringError(f"a {type(item).__name__}", "interventions", "call .add(coefficient) on a vector")
+            raise SteeringError(f"{a(type(item).__name__)}", "interventions", "call .add(coefficient) on a vector")
     if not items:
         raise SteeringError("no intervention", "at least one")
     if len(widths := {item.d_model for item in items}) > 1:
         raise PairingError(f"interventions of d_model {', '.join(map(str, sorted(widths)))}", "one model's")
     if len(names := {item.model_name for item in items if item.model_name}) > 1:
         raise PairingError(f"interventions made for {' and '.join(sorted(names))}", "one model's")
-    return items
+    return [item.detach() for item in items]
 
 
 def block_output(item: Intervention, engine: str) -> int:

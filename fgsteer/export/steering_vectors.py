@@ -20,6 +20,7 @@ from torch import Tensor
 from fgsteer.errors import FgsteerError, FormatError
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.vector import SteeringVector
+from fgsteer.wording import a
 
 SAVED = "steering_vectors.steering_vector.SteeringVector"
 _DAMAGE = (OSError, EOFError, RuntimeError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
@@ -69,7 +70,7 @@ def read(path: str | Path) -> list[SteeringVector]:
 def _vector(layer: Any, direction: Any, path: Path) -> SteeringVector:
     """One vector. Raises ValueError, or what SteeringVector raises."""
     if not isinstance(layer, int) or not isinstance(direction, Tensor):
-        raise ValueError(f"{layer!r:.60} and a {type(direction).__name__}")
+        raise ValueError(f"{layer!r:.60} and {a(type(direction).__name__)}")
     if direction.nbytes > direction.untyped_storage().nbytes():
         raise ValueError(f"a tensor of {direction.nbytes} bytes in {direction.untyped_storage().nbytes()}")
     about = {"method": "steering-vectors", "file": path.name}

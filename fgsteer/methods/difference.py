@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fgsteer.checks import checked
 from fgsteer.errors import PairingError, SelectionError
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.methods.provenance import provenance
@@ -17,6 +18,7 @@ from fgsteer.statistics import ContrastStatistics
 from fgsteer.vector import SteeringVector
 
 
+@checked
 def caa(stats: ContrastStatistics, *, hookpoint: Hookpoint | str | None = None) -> SteeringVector:
     """Contrastive activation addition: ``v = mean(h⁺) − mean(h⁻)`` (arXiv 2312.06681).
 
@@ -27,6 +29,7 @@ def caa(stats: ContrastStatistics, *, hookpoint: Hookpoint | str | None = None) 
     return _difference(stats, hookpoint, "caa", with_reference=False)
 
 
+@checked
 def ace(stats: ContrastStatistics, *, hookpoint: Hookpoint | str | None = None) -> SteeringVector:
     """Affine concept editing: ``r = mean(h⁺) − mean(h⁻)``, reference ``r⁻ = mean(h⁻)`` (arXiv 2411.09003).
 
@@ -51,6 +54,7 @@ def _difference(
     )
 
 
+@checked
 def pca(stats: ContrastStatistics, *, hookpoint: Hookpoint | str | None = None) -> SteeringVector:
     """First principal component of the contrast, of norm 1, pointing from negatives to positives (arXiv 2310.01405).
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.checks import checked, warn
 from fgsteer.density import FeatureDensity
 from fgsteer.effects import EffectApproximator
 from fgsteer.errors import PairingError, SelectionError, SelectionWarning
@@ -27,6 +27,7 @@ from fgsteer.methods.selection import FeatureIds, feature_weights, select_featur
 from fgsteer.sae import SAE
 from fgsteer.statistics import Contrast, ContrastStatistics
 from fgsteer.vector import SteeringVector
+from fgsteer.wording import count
 
 STA_PAIRS = 80  # below about this many examples a side, frequencies are too coarse to select by
 
@@ -42,7 +43,7 @@ def _feature_contrast(stats: ContrastStatistics, sae: SAE) -> Contrast:
         )
     _, contrast = stats.at("feature", sae.hookpoint)
     if len(contrast.difference) != sae.d_sae:
-        raise PairingError(f"feature statistics of {len(contrast.difference)} features", f"{sae.d_sae}")
+        raise PairingError(f"feature statistics of {count(len(contrast.difference), 'feature')}", f"{sae.d_sae}")
     return contrast
 
 
@@ -63,6 +64,7 @@ def _vector(
     )
 
 
+@checked
 def sta(
     stats: ContrastStatistics,
     sae: SAE,
@@ -99,10 +101,9 @@ def sta(
     frequency = contrast.positive.fired - contrast.negative.fired if compat else SCORES["frequency"](contrast)
     if min(contrast.positive.count, contrast.negative.count) < STA_PAIRS and mode != "act":
         counts = (contrast.positive.count, contrast.negative.count)
-        warnings.warn(
+        warn(
             f"STA from {counts[0]} and {counts[1]} examples; frequencies are coarse below about {STA_PAIRS} a side",
             SelectionWarning,
-            stacklevel=2,
         )
     k = int(p * sae.d_sae)
     kept = _sta_compat(amplitude, frequency, k, mode) if compat else _sta_strict(amplitude, frequency, max(1, k), mode)
@@ -139,6 +140,7 @@ def _sta_compat(amplitude: Tensor, frequency: Tensor, k: int, mode: str) -> Tens
     return {"act_and_freq": by_frequency & by_amplitude, "act": by_amplitude, "freq": by_frequency}[mode]
 
 
+@checked
 def fgaa(
     stats: ContrastStatistics,
     sae: SAE,
@@ -195,6 +197,7 @@ def fgaa(
     return _vector("fgaa", direction, weights, sae, {**hyper, **how, "normalize": normalize}, stats)
 
 
+@checked
 def from_features(sae: SAE, features: FeatureIds, *, normalize: bool = True) -> SteeringVector:
     """``v = Σⱼ wⱼ W_dec[j]`` for features {id: weight}, ids, or one id; norm 1 unless ``normalize=False``.
 
@@ -208,6 +211,7 @@ def from_features(sae: SAE, features: FeatureIds, *, normalize: bool = True) -> 
     return _vector("from_features", direction, weights, sae, {"normalize": normalize, "projection": "decoder"})
 
 
+@checked
 def sae_ts(
     sae: SAE,
     features: FeatureIds,

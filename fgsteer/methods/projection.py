@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.checks import check_flags
 from fgsteer.effects import EffectApproximator
 from fgsteer.errors import SelectionError
 from fgsteer.sae import SAE
@@ -43,6 +44,7 @@ def project(
     Through effects: ``(1 − β)·p/‖p‖ + β·u/‖u‖`` with p of ``EffectApproximator.project``, u of
     ``decode_weights`` and β = ``decoder_weight``; p itself at β = 0.
     """
+    check_flags(unit_effects=unit_effects)
     if not 0 <= decoder_weight < 1:
         raise SelectionError(f"decoder_weight = {decoder_weight}", "a share in [0, 1); without effects it is 1")
     if effects is None:

@@ -9,7 +9,6 @@ one. Ties go to the lower feature id, so that a selection is reproducible.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fgsteer.checks import checked, warn
 from fgsteer.density import FeatureDensity
 from fgsteer.errors import SelectionError, SelectionWarning
 from fgsteer.methods.scores import SCORES
@@ -26,6 +26,7 @@ from fgsteer.statistics import Contrast
 FeatureIds = Mapping[int, float] | Iterable[int] | int
 
 
+@checked
 def select_features(
     contrast: Contrast,
     sae: SAE,
@@ -57,10 +58,9 @@ def select_features(
     removed: dict[str, list[int]] = {}
     if density is None:
         max_density = bos_share = None
-        warnings.warn(
+        warn(
             "this SAE has no density, so the density and BOS filters are off; measure it with fgsteer density",
             SelectionWarning,
-            stacklevel=3,
         )
     else:
         if max_density is None:

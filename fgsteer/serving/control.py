@@ -12,6 +12,7 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import save
 from fgsteer.errors import HookpointError, SteeringError
 from fgsteer.files import text_sha256
 from fgsteer.hookpoints import Hookpoint
+from fgsteer.models import ids_of_ends
 from fgsteer.serving.request import PLAN, parse, steering
 from fgsteer.serving.served import Served, Source, served_from
 
@@ -126,11 +128,20 @@ class Control:
         if entry is None:
             raise self._unknown(wanted.name)
         const, gain = entry.served.amounts(wanted.operation, wanted.scale)
-        tokens = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds
-        params.extra_args = {**params.extra_args, PLAN: [entry.tag, const, gain, *wanted.span(len(tokens))]}
+        ids = request.prompt_token_ids
+        length = len(request.prompt_embeds if ids is None else ids)
+        span = wanted.span(length, None if ids is None else ids[0] in self._start_ids)
+        params.extra_args = {**params.extra_args, PLAN: [entry.tag, const, gain, *span]}
         request.request_id += _suffix(entry.tag)
         how = [entry.served.sha256, const, gain, wanted.scope, wanted.bos]
         request.cache_salt = text_sha256([request.cache_salt, *how])
+
+    @cached_property
+    def _start_ids(self) -> frozenset[int]:
+        """What may stand before a text, as ``steer`` asks of a model."""
+        config = self.engine.config.model_config
+        generation = config.try_get_generation_config()
+        return ids_of_ends(config.hf_config, config.hf_text_config, generation)
 
     def canary(self) -> None:
         """Prove that steering changes outputs at every layer with a table, when prompts are read and in decoding.

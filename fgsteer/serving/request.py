@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fgsteer.checks import check_flags
 from fgsteer.errors import SteeringError
 from fgsteer.interventions import SCOPES, Scope
 
@@ -27,11 +28,22 @@ class Wanted:
     scope: Scope
     bos: bool
 
-    def span(self, prompt_length: int) -> tuple[float, float]:
-        """(first, end) of the positions that are steered."""
+    def span(self, prompt_length: int, start_token: bool | None) -> tuple[float, float]:
+        """(first, end) of the positions that are steered; ``start_token`` says whether one stands at position 0.
+
+        Raises SteeringError where that is not known (None) and matters.
+        """
         first = {"generated": prompt_length, "last_prompt_on": prompt_length - 1}.get(self.scope, 0)
         end = prompt_length if self.scope == "prompt" else math.inf
-        return max(first, 0 if self.bos else 1), end
+        if first > 0 or self.bos:
+            return first, end
+        if start_token is None:
+            raise SteeringError(
+                "a prompt of embeddings, whose first may be a start token's or not",
+                "token ids",
+                "say steer_bos = 1 to steer position 0 too, or steer_scope = generated",
+            )
+        return int(start_token), end
 
 
 def steering(
@@ -44,6 +56,7 @@ def steering(
     multiplies its targets by ``scale``. ``scope`` and ``bos`` as in Intervention.
     Raises SteeringError.
     """
+    check_flags(bos=bos)
     extra: dict[str, Any] = {"steer": name, "steer_scale": scale, "steer_scope": scope, "steer_bos": int(bos)}
     if op is not None:
         extra["steer_op"] = op

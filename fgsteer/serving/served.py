@@ -99,13 +99,13 @@ def serve(item: SteeringVector | ClampFeature) -> Served:
     PairingError for an SAE whose features no row can read (topk, normalised input).
     """
     if isinstance(item, SteeringVector):
-        unit, norm = _unit(item.direction)
+        unit, norm = _unit(item.direction.detach())
         one = torch.ones(1)
-        offset = None if item.reference is None else float(unit @ item.reference)
+        offset = None if item.reference is None else float(unit @ item.reference.detach())
         row = unit[None]
         served = Served(item.hookpoint, row, row, one * 0, one * -math.inf, one, float(norm), offset)
     else:
-        served = _serve_clamp(item)
+        served = _serve_clamp(item.detach())
     _ = served.layer
     return served
 
@@ -133,7 +133,10 @@ def _serve_clamp(clamp: ClampFeature) -> Served:
 
 def save_clamp(clamp: ClampFeature, path: str | Path) -> None:
     """Write a feature clamp as a file that a server loads beside vectors. Raises as ``serve`` does."""
-    header = {"hookpoint": str(clamp.hookpoint), "targets": {str(j): t for j, t in clamp.targets.items()}}
+    header = {
+        "hookpoint": str(clamp.hookpoint),
+        "targets": {str(j): float(t) for j, t in clamp.detach().targets.items()},
+    }
     write_tensors(path, serve(clamp).tensors, kind="clamp", header=header)
 
 
@@ -154,7 +157,7 @@ def read_served(path: str | Path) -> Served:
             raise ValueError("shapes differ")
         if not all(bool(tensors[name].isfinite().all()) for name in ROWS):
             raise ValueError("it holds nan or inf")
-        served = Served(Hookpoint.parse(header["hookpoint"]), read, write, bias, threshold, target)
+        served = Served(Hookpoint.read(header["hookpoint"]), read, write, bias, threshold, target)
         _ = served.layer
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FormatError(f"{path} is damaged: {error}", "a file written by save_clamp") from error

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fgsteer.errors import HookpointError, PairingError, SteeringError
+from fgsteer.wording import a
 
 FREE = -1.0
 Plan = tuple[float, float, float, float, float]  # tag, const, gain, first position, end
@@ -86,7 +87,7 @@ def steer_block(block: nn.Module, _: Any, output: Any) -> Any:
     if isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor):
         return table(*output), output[1]
     raise HookpointError(
-        f"a {type(block).__name__} that returns other than a stream", "(hidden, residual), or a tensor"
+        f"{a(type(block).__name__)} that returns other than a stream", "(hidden, residual), or a tensor"
     )
 
 
@@ -101,7 +102,7 @@ def blocks_of(model: nn.Module, count: int) -> nn.ModuleList:
     }
     if len(found) != 1:
         raise HookpointError(
-            f"a {type(model).__name__} with {', '.join(found) or 'no list'} of {count} blocks", "one such list"
+            f"{a(type(model).__name__)} with {', '.join(found) or 'no list'} of {count} blocks", "one such list"
         )
     return next(iter(found.values()))
 

@@ -24,6 +24,7 @@ NO_END = -100.0  # added to the logits of ends of text, which ``rollout`` never 
 
 def request_of(item: Intervention) -> tuple[Served, dict[str, Any]]:
     """What to serve for an intervention, and how a request asks for it. Raises SteeringError, and as ``serve`` does."""
+    item = item.detach()
     options: dict[str, Any] = {"scope": item.scope, "bos": item.bos}
     if isinstance(item, ClampFeature):
         return serve(item), options

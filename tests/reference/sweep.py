@@ -1,4 +1,4 @@
-"""A sweep cell in plain loops: one text, one layer and one coefficient at a time; intervals one draw at a time."""
+"""A sweep cell in plain loops: one text, one layer and one coefficient at a time."""
 
 from tests.reference.evaluation import log_probability, next_token_log_probabilities
 
@@ -35,19 +35,3 @@ def cross_entropy(model, rows, block=None, vector=None):
 def propensity(positives, negatives):
     """Mean over positives less mean over negatives."""
     return sum(positives) / len(positives) - sum(negatives) / len(negatives)
-
-
-def interval_of_sides(positives, negatives, draw_positive, draw_negative):
-    """Percentile interval of mean+ - mean-, each side drawn again with its own indices."""
-    drawn = []
-    for up, down in zip(draw_positive, draw_negative, strict=True):
-        drawn.append(propensity([positives[i] for i in up], [negatives[i] for i in down]))
-    drawn.sort()
-
-    def quantile(q):  # linear between order statistics
-        place = q * (len(drawn) - 1)
-        low = int(place)
-        high = min(low + 1, len(drawn) - 1)
-        return drawn[low] + (place - low) * (drawn[high] - drawn[low])
-
-    return quantile(0.025), quantile(0.975)

@@ -10,8 +10,9 @@ import torch
 
 import fgsteer as fg
 from fgsteer.models import DEFAULT, pretrained_dir
-from fgsteer.rollouts import Sampling, encode_prompts, rollout
+from fgsteer.rollouts import Sampling, rollout
 from fgsteer.serving import VllmWriter, steered_llm, steering
+from fgsteer.tokens import encode_prompts
 from tests.vllm.cases import (
     PROMPTS,
     SETTINGS,

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fgsteer.brief import Brief
 from fgsteer.errors import FormatError
 
 _HOOK = re.compile(r"blocks\.\d+\.(?:attn\.)?hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|z)(?![a-z])")
@@ -45,8 +46,8 @@ _SITES: tuple[tuple[str, str, str], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class RegistryRow:
+@dataclass(frozen=True, repr=False)
+class RegistryRow(Brief):
     """One pretrained SAE: what ``load_sae(release, sae_id)`` takes, and what its names tell.
 
     ``hookpoint`` is where it writes, "" when the names do not say; ``width`` is as named
@@ -75,20 +76,38 @@ class RegistryRow:
 def registry(model: str | None = None, layer: int | None = None, search: str = "") -> list[RegistryRow]:
     """The registry's SAEs, of a model, of a 0-based layer, and with every word of ``search`` in their names.
 
-    Models match by name whatever the organisation or the spelling (gpt2 and gpt2-small).
-    Sorted by release, layer and id, numbers as numbers. Raises FormatError when sae-lens
+    Models match by name whatever the organisation or the spelling (gpt2 and gpt2-small), else by a part of it
+    (qwen3: every Qwen 3). Sorted by release, layer and id, numbers as numbers. Raises FormatError when sae-lens
     is not installed.
     """
-    words = search.lower().split()
+    words, named = search.lower().split(), None if model is None else models_named(model)
     rows = [
         row
         for name, release in _releases().items()
-        if model is None or bare_name(str(release["model"])) == bare_name(model)
+        if named is None or bare_name(str(release["model"])) in named
         for row in _rows(name, release)
         if (layer is None or row.layer == layer)
         and all(word in f"{row.release} {row.sae_id} {row.hookpoint} {row.neuronpedia}".lower() for word in words)
     ]
     return sorted(rows, key=lambda row: (row.release, _natural(row.sae_id)))
+
+
+def models_named(model: str) -> set[str]:
+    """Bare names of the registry's models that a name means: the one of this name, else those that it is a part of."""
+    known = {bare_name(str(release["model"])) for release in _releases().values()}
+    asked = bare_name(model)
+    return {asked} & known or {name for name in known if _letters(asked) in _letters(name)}
+
+
+def models_like(model: str) -> list[str]:
+    """Bare names of the registry's models that are spelt nearly so, the nearest first."""
+    known = {bare_name(str(release["model"])) for release in _releases().values()}
+    return get_close_matches(bare_name(model), sorted(known), 5, 0.4)
+
+
+def _letters(name: str) -> str:
+    """A name without what separates its words: qwen3 and Qwen-3 are one."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def find_row(release: str, sae_id: str) -> RegistryRow | None:

@@ -1,0 +1,70 @@
+"""One-line reprs of what holds tensors, texts or many entries.
+
+@dataclass(frozen=True, repr=False)
+class Moments(Brief): ...              Moments(count=20, mean=float64 (576,), …)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+LENGTH = 240  # characters of a repr, about; what comes after is left out
+TEXT = 40  # characters of a text in it
+FEW = 3  # entries of a collection that are shown
+
+
+class Brief:
+    """A dataclass whose repr is one short line: its fields but those at their default, tensors by dtype and shape."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        shown: list[str] = []
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.repr and not _is_default(field, value):
+                shown.append(f"{field.name}={brief(value)}")
+            if sum(map(len, shown)) > LENGTH - 2 * TEXT:
+                shown.append("…")
+                break
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def brief(value: Any) -> str:
+    """A value in some tens of characters, on one line."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str):
+        text = repr(value if len(value) <= TEXT else f"{value[: TEXT - 1]}…")
+        return text if len(text) <= 2 * TEXT else f"text of {len(value)} characters"
+    if isinstance(value, Mapping | Sequence | Set):
+        return _entries(value)
+    if value is None or isinstance(value, bool | int):
+        return str(value)
+    text = str(value)
+    return text if 0 < len(text) <= TEXT and "\n" not in text else type(value).__name__
+
+
+def _entries(value: Mapping[Any, Any] | Sequence[Any] | Set[Any]) -> str:
+    """A collection: its entries where they are few and plain, else their number."""
+    plain = all(isinstance(entry, str | int | float | None) for entry in _flat(value))
+    mapped = isinstance(value, Mapping)
+    told = [f"{k!r}: {brief(v)}" for k, v in value.items()] if mapped else [brief(v) for v in value]  # type: ignore[union-attr]
+    text = ", ".join(told) if len(value) <= FEW and plain else ""
+    left, right = ("{", "}") if mapped else ("(", ")")
+    return f"{left}{text}{right}" if len(text) <= TEXT and (text or not value) else f"{left}{len(value)} entries{right}"
+
+
+def _flat(value: Any) -> Any:
+    return [*value, *value.values()] if isinstance(value, Mapping) else value
+
+
+def _is_default(field: Field[Any], value: Any) -> bool:
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    if default is MISSING or hasattr(value, "shape"):
+        return False
+    return type(value) is type(default) and bool(value == default)

@@ -1,0 +1,110 @@
+"""Texts that a steered model writes.
+
+generate(model, tokenizer, ["I think", "The sea"], steering=[vec.add(8.0), None], max_new_tokens=32)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from fgsteer.chat import Text
+from fgsteer.checks import checked, shown
+from fgsteer.data import check_text
+from fgsteer.errors import DataError, SteeringError
+from fgsteer.interventions import Intervention
+from fgsteer.models import context_window, input_device
+from fgsteer.steering import Steering, steer
+from fgsteer.tokens import encode_prompts
+from fgsteer.wording import count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@checked
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: str | Sequence[Text],
+    *,
+    steering: Steering = None,
+    per_row: bool | None = None,
+    **options: Any,
+) -> list[str]:
+    """Continuations of the prompts, without the prompts, in their order.
+
+    ``steering`` means what it means to ``steer``: one intervention, a list of them that compose on every
+    prompt, or, where a list holds None or lists, one entry per prompt (an intervention, a list to
+    compose, or None). ``per_row`` says outright which; a list of as many interventions as prompts
+    could be either and needs it. Prompts are strings or conversations, of which the assistant's last message is
+    continued; other keywords go to ``model.generate``. With ``num_return_sequences = n`` the n
+    continuations of a prompt stand together. BOS stands before a prompt once, also where its text brings it.
+    Raises ArgumentError for a model or tokenizer of another type, DataError for prompts that are neither,
+    empty ones without a BOS and ones beyond the model's window, SteeringError for another number of entries
+    than prompts.
+    """
+    given = listed_prompts(prompts)
+    if not given:
+        return []
+    per_row = by_prompt(steering, len(given), per_row)
+    inputs = prompt_inputs(model, tokenizer, given)
+    if tokenizer.pad_token_id is not None:
+        options.setdefault("pad_token_id", tokenizer.pad_token_id)
+    with steer(model, steering, per_row=per_row):
+        output = model.generate(**inputs, **options)
+    ids = output if isinstance(output, Tensor) else output.sequences
+    return list(tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def prompt_inputs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]
+) -> dict[str, Int[Tensor, "prompts tokens"]]:
+    """What ``model.generate`` takes, on the model's device. Raises DataError for a prompt beyond the window."""
+    ids, mask = encode_prompts(tokenizer, prompts)
+    window = context_window(model)
+    if window is not None and ids.shape[1] > window:
+        number = int(mask.sum(1).argmax())
+        raise DataError(
+            f"prompt {number} has {int(mask[number].sum())} tokens",
+            f"at most {window}, the model's window",
+            "shorten it, or drop its beginning yourself",
+        )
+    device = input_device(model)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def listed_prompts(prompts: str | Sequence[Text]) -> list[Text]:
+    """The prompts, all of them strings or all conversations. Raises DataError."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise DataError(f"prompts is {shown(prompts)}", "a text, or a list of texts or of conversations")
+    given = [check_text(prompt, f"prompt {number}", empty=True) for number, prompt in enumerate(prompts)]
+    if len({isinstance(prompt, str) for prompt in given}) > 1:
+        raise DataError("strings and chat messages among the prompts", "all of one kind")
+    return given
+
+
+def by_prompt(steering: Steering, prompts: int, per_row: bool | None) -> bool | None:
+    """Whether a list of steering has an entry for each prompt; as ``steer`` reads it. Raises SteeringError."""
+    if not isinstance(steering, list | tuple):
+        return None
+    flat = all(isinstance(entry, Intervention) for entry in steering)
+    if per_row is None and flat and len(steering) == prompts > 1:
+        raise SteeringError(
+            f"a list of {len(steering)} interventions for {prompts} prompts",
+            "a list that says whether every prompt gets all of them or one each",
+            "pass per_row=False to apply all of them to every prompt, per_row=True for one a prompt",
+        )
+    by_row = not flat if per_row is None else per_row
+    if by_row and len(steering) != prompts:
+        raise SteeringError(
+            f"{count(len(steering), 'steering entry')} for {count(prompts, 'prompt')}",
+            "one entry per prompt",
+            "wrap interventions that compose in a list of their own: [[a, b], None, …]",
+        )
+    return by_row

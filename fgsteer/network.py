@@ -1,0 +1,61 @@
+"""Whether the Hugging Face hub can be reached, asked once and quickly.
+
+Its client tries a host that cannot be reached six times, for half a minute. Where one quick connection
+fails, what follows runs on the cache alone, so that what is not there is an error at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+CONNECT_SECONDS = 5.0
+_switch = threading.RLock()
+
+
+def hub_is_reachable() -> bool:
+    """Whether a connection to the hub can be made; taken for granted behind a proxy."""
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    if {address.scheme, "all"} & set(getproxies()):
+        return True
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname, port), CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def unreachable() -> str:
+    """Why nothing came from the hub, and what to do, for a message."""
+    from huggingface_hub import constants
+
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "it is not in the Hugging Face cache, and HF_HUB_OFFLINE is set: unset it"
+    return f"it is not in the Hugging Face cache, and {constants.ENDPOINT} cannot be reached: check the network"
+
+
+@contextmanager
+def hub_or_cache(source: object) -> Iterator[bool]:
+    """Run the block on the Hugging Face cache alone where the hub cannot be reached; whether it can.
+
+    A ``source`` that is a path of this machine needs no hub, and none is asked for.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or os.path.exists(str(source)) or hub_is_reachable():
+        yield not constants.HF_HUB_OFFLINE
+        return
+    with _switch:
+        offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+        try:
+            yield False
+        finally:
+            constants.HF_HUB_OFFLINE = offline

@@ -1,0 +1,518 @@
+"""A newcomer's wrong turns: each ends in a typed error that names the way, or simply works."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import socket
+import time
+import warnings
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fgsteer as fg
+from fgsteer import network
+from fgsteer.chat import apply_template, open_conversation
+from fgsteer.cli.common import app
+from fgsteer.search import forms_pattern
+from tests.conftest import make_sae
+from tests.tiny import tiny_model, word_tokenizer
+
+DATA = fg.ContrastSet("x", positives=["the bride wore a ring", "the groom"], negatives=["a dog sat", "a cat"])
+TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def stats():
+    return fg.collect(tiny_model("llama"), word_tokenizer(), DATA, sae=make_sae(), keep_pooled=True)
+
+
+@pytest.fixture
+def chatty():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    yield tokenizer
+    tokenizer.chat_template = None
+
+
+class Processor:
+    """A multimodal processor: callable, with the tokenizer inside."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, images):
+        raise TypeError("images, please")
+
+
+# ---------------------------------------------------------------- arguments at the door
+
+
+def calls(model, tokenizer, sae, stats):
+    """Every public function that takes a model and a tokenizer, called with them."""
+    vec, texts = fg.caa(stats), ["the man sat", "a cat ran"]
+    pair = fg.ContrastPair("yes", "no", prompt="the man said")
+    return {
+        "generate": lambda m, t: fg.generate(m, t, ["the"], max_new_tokens=2),
+        "collect": lambda m, t: fg.collect(m, t, DATA, sae=sae),
+        "measure_density": lambda m, t: fg.measure_density(m, t, sae, texts),
+        "measure_examples": lambda m, t: fg.measure_examples(m, t, sae, texts),
+        "find_features": lambda m, t: fg.find_features(m, t, sae, "cat"),
+        "describe_features": lambda m, t: fg.describe_features(m, t, sae, [1]),
+        "output_scores": lambda m, t: fg.output_scores(m, t, sae, [1], prompt="the man"),
+        "seen_features": lambda m, t: fg.seen_features(m, t, sae, "the man"),
+        "cross_entropy": lambda m, t: fg.cross_entropy(m, t, texts),
+        "cross_entropies": lambda m, t: fg.cross_entropies(m, t, texts, [None]),
+        "kl_divergences": lambda m, t: fg.kl_divergences(m, t, texts, [vec.add(1.0)]),
+        "log_probabilities": lambda m, t: fg.log_probabilities(m, t, [("the", "man")]),
+        "calibrate": lambda m, t: fg.calibrate(m, t, vec.unit().add, texts, target_kl=0.001),
+        "perplexities": lambda m, t: fg.perplexities(m, t, texts),
+        "answer_probabilities": lambda m, t: fg.answer_probabilities(m, t, [pair]),
+        "measure_steerability": lambda m, t: fg.measure_steerability(m, t, vec.add, [pair], [-1.0, 1.0]),
+        "Coherence.fit": lambda m, t: fg.Coherence.fit(m, t, texts),
+    }
+
+
+def test_a_processor_is_taken_for_its_tokenizer(llama, tokenizer, sae, stats):
+    for name, call in calls(llama, tokenizer, sae, stats).items():
+        assert call(llama, Processor(tokenizer)) is not None, name
+
+
+def test_other_things_in_the_places_of_model_and_tokenizer_are_named(llama, tokenizer, sae, stats):
+    for name, call in calls(llama, tokenizer, sae, stats).items():
+        for model, given, told in (
+            (llama, None, "tokenizer is None"),
+            (llama, llama, "tokenizer is a LlamaForCausalLM"),
+            (tokenizer, llama, "model is a Tokeni"),
+            ("default", tokenizer, r"model is 'default' \(str\).*load_model"),
+        ):
+            with pytest.raises(fg.ArgumentError, match=told) as caught:
+                call(model, given)
+            assert name.partition(".")[2] or name in str(caught.value)
+
+
+def test_one_order_of_arguments():
+    """Public functions begin with model, tokenizer and sae, those of them that they take, in this order."""
+    order = ("model", "tokenizer", "sae")
+    for name in fg.__all__:
+        value = getattr(fg, name)
+        if inspect.isfunction(value):
+            first = [p.name for p in inspect.signature(value).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+            named = [n for n in first if n in order]
+            assert named == sorted(named, key=order.index), name
+            assert not named or "model" not in named or first[: len(named)] == named, name
+
+
+def test_former_orders_still_work_and_warn(llama, tokenizer, sae):
+    texts = ["the man sat", "a cat ran"]
+    pairs = [
+        (fg.find_features, ("cat", sae, llama, tokenizer), (llama, tokenizer, sae, "cat")),
+        (fg.describe_features, ([1], llama, tokenizer, sae), (llama, tokenizer, sae, [1])),
+    ]
+    for function, former, now in pairs:
+        with pytest.warns(DeprecationWarning, match=r"is now \w+\(model, tokenizer, sae, ") as caught:
+            assert function(*former) == function(*now)
+        assert caught[0].filename == __file__  # the line that is to change
+    with pytest.warns(DeprecationWarning, match="order of measure_density"):
+        former = fg.measure_density(llama, tokenizer, texts, sae)
+    assert torch.equal(former.fired, fg.measure_density(llama, tokenizer, sae, texts).fired)
+    with pytest.warns(DeprecationWarning, match="order of measure_examples"):
+        former = fg.measure_examples(llama, tokenizer, texts, sae)
+    assert torch.equal(former.tokens, fg.measure_examples(llama, tokenizer, sae, texts).tokens)
+    with pytest.raises(fg.ArgumentError, match=r"find_features\(model, tokenizer, sae, word, …\)"):
+        fg.find_features(llama, tokenizer, "cat", sae)
+
+
+def test_statistics_and_saes_are_what_methods_work_on(sae, stats):
+    path = "love.stats"
+    for make in (
+        lambda: fg.caa(path),
+        lambda: fg.ace(DATA),
+        lambda: fg.pca(None),
+        lambda: fg.sta(path, sae),
+        lambda: fg.fgaa(sae, stats),
+        lambda: fg.build("caa", stats=path),
+        lambda: fg.diagnose(path),
+    ):
+        with pytest.raises(fg.ArgumentError, match=r"statistics.*ContrastStatistics\.load\(path\)"):
+            make()
+    for make, told in (
+        (lambda: fg.fgaa(stats, "default"), r"sae is 'default'.*fg\.load_sae"),
+        (lambda: fg.fgaa(stats, sae, "default"), r"effects is 'default'.*fg\.load_effects"),
+        (lambda: fg.fgaa(stats, sae, density="d"), r"density is 'd'.*FeatureDensity\.load"),
+        (lambda: fg.fgaa(stats), r"missing.*'sae'; expected fgaa\(stats, sae, effects"),
+        (lambda: fg.fgaa(stats, sae, nonsense=1), "unexpected keyword argument 'nonsense'"),
+        (lambda: fg.from_features([1], sae), "sae is a list"),
+    ):
+        with pytest.raises(fg.ArgumentError, match=told):
+            make()
+
+
+def test_plain_values_are_checked_at_the_door(llama, tokenizer, sae):
+    vec = fg.SteeringVector(torch.ones(32), 1)
+    for make, told in (
+        (lambda: fg.collect(llama, tokenizer, DATA, sae=sae, bos="no"), "bos is 'no'.*True or False"),
+        (lambda: fg.collect(llama, tokenizer, DATA, sae=sae, max_tokens="3"), "max_tokens is '3'.*whole number"),
+        (lambda: fg.measure_density(llama, tokenizer, sae, "the man"), "texts is 'the man'"),
+        (lambda: fg.calibrate(llama, tokenizer, vec, ["the man"], target_kl=0.1), "vec.add itself"),
+        (lambda: fg.calibrate(llama, tokenizer, vec.add, ["the man"], target_kl="0.1"), "target_kl is '0.1'"),
+        (lambda: fg.kl_divergences(llama, tokenizer, ["the man"], None), "steering is None"),
+        (lambda: fg.logit_lens(llama, vec), "directions is a SteeringVector"),
+        (lambda: fg.fold(llama, vec), r"a SteeringVector.*\.add\(coefficient\)"),
+        (lambda: fg.steer(vec.add(1.0), llama), r"model is an Add.*steer\(model, steering, …\)"),
+    ):
+        with pytest.raises(fg.ArgumentError, match=told):
+            make()
+
+
+def test_features_of_statistics_without_an_sae_are_named(llama, tokenizer, sae):
+    bare = fg.collect(llama, tokenizer, DATA, hookpoints=1)
+    for make in (fg.fgaa, fg.sta):
+        with pytest.raises(
+            fg.PairingError, match=r"without features.*collected without an SAE.*collect again with sae="
+        ):
+            make(bare, sae)
+
+
+@pytest.mark.parametrize("given", [2, "2", [2], (2,), torch.tensor(2), fg.Hookpoint(2), "blocks.2.hook_resid_post"])
+def test_a_number_is_the_end_of_a_block(llama, tokenizer, given):
+    assert list(fg.collect(llama, tokenizer, DATA, hookpoints=given).residual) == [fg.Hookpoint(2)]
+    assert fg.SteeringVector(torch.ones(32), 2).hookpoint == fg.Hookpoint(2, "resid_post")
+
+
+@pytest.mark.parametrize("given", [True, 2.0, [[1]], {"layer": 1}])
+def test_what_is_no_hookpoint_is_named(llama, tokenizer, given):
+    with pytest.raises(fg.HookpointError, match=r"block's number|a name like"):
+        fg.collect(llama, tokenizer, DATA, hookpoints=given)
+
+
+def test_contrasts_in_memory(llama, tokenizer, sae):
+    expected = fg.collect(llama, tokenizer, DATA, sae=sae).at("residual")[1].difference
+    two_sided = {"positive": list(DATA.positives), "negative": list(DATA.negatives)}
+    for given in (two_sided, {"positives": DATA.positives, "negatives": DATA.negatives}, fg.load_contrast(two_sided)):
+        assert torch.equal(fg.collect(llama, tokenizer, given, sae=sae).at("residual")[1].difference, expected)
+    rows = [{"positive": "the bride", "negative": "a dog"}]
+    pairs = [fg.ContrastPair("the bride", "a dog")]
+    for given in (rows, pairs, [("the bride", "a dog")]):
+        assert fg.load_contrast(given).pairs == tuple(pairs)
+    for given, told in (
+        ({"positive": ["a"]}, "no field 'negative'"),
+        (["a"], r"pairs\[0\] of the contrast is 'a'"),
+        (None, "contrast is None"),
+        (3, r"contrast is 3 \(int\)"),
+        ([{"role": "user", "content": "a"}], "fields 'role', 'content'"),
+    ):
+        with pytest.raises(fg.DataError, match=told):
+            fg.collect(llama, tokenizer, given, sae=sae)
+
+
+def test_a_vector_of_another_model_names_both(llama):
+    made = {"method": "caa", "model": {"name": "google/gemma-2-2b"}}
+    llama.config._name_or_path = "fgsteer/default"
+    try:
+        deep = fg.SteeringVector(torch.ones(32), 15, provenance=made)
+        told = r"made for google/gemma-2-2b at blocks\.15.*loaded, fgsteer/default: 0 to 2.*load_model\('google/gemma-2"
+        with pytest.raises(fg.HookpointError, match=told), fg.steer(llama, deep.add(1.0)):
+            pass
+        wide = fg.SteeringVector(torch.ones(20), 1, provenance=made)
+        with pytest.raises(fg.PairingError, match=r"load_model\('google/gemma-2-2b'\)"):
+            wide.check(llama)
+    finally:
+        llama.config._name_or_path = ""
+
+
+# ---------------------------------------------------------------- prompts and chat
+
+
+def test_a_prompt_without_a_token_is_named(llama, tokenizer):
+    bare = word_tokenizer(bos=False)
+    for prompts, told in (("", "prompt 0, ''"), (["the king", ""], "prompt 1, ''")):
+        with pytest.raises(fg.DataError, match=f"{told}, has no token"):
+            fg.generate(llama, bare, prompts, max_new_tokens=2)
+    assert fg.generate(llama, tokenizer, "", max_new_tokens=2)  # after BOS
+    for prompts in (None, 3):
+        with pytest.raises(fg.DataError, match="prompts is"):
+            fg.generate(llama, tokenizer, prompts)
+    with pytest.raises(fg.DataError, match=r"put the message into a list"):
+        fg.generate(llama, tokenizer, [{"role": "user", "content": "a"}])
+
+
+def test_a_template_that_refuses_is_a_typed_error(llama, chatty):
+    system = [{"role": "system", "content": "the"}, {"role": "user", "content": "a"}]
+    with pytest.raises(fg.DataError, match=r"System role not supported.*first user message"):
+        fg.generate(llama, chatty, [system])
+    with pytest.raises(fg.DataError, match="System role not supported"):
+        fg.collect(llama, chatty, [fg.ContrastPair("yes", "no", prompt=system)], hookpoints=1)
+    chatty.chat_template = "{{ nothing.here }}"
+    with pytest.raises(fg.DataError, match="template refuses"):
+        apply_template(chatty, system)
+    chatty.chat_template = None
+    with pytest.raises(fg.DataError, match="a tokenizer with a chat template"):
+        fg.generate(llama, chatty, [system[1:]])
+
+
+def test_content_parts_are_texts(llama, chatty):
+    plain = [{"role": "user", "content": "the bride sat"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "the bride"}, {"type": "text", "text": " sat"}]}]
+    made = [fg.generate(llama, chatty, [messages], max_new_tokens=4) for messages in (plain, parts)]
+    assert made[0] == made[1]
+    assert fg.ContrastPair(parts, plain) == fg.ContrastPair(plain, plain)
+    for part, told in (
+        ({"type": "image", "url": "x"}, "type 'image'"),
+        ({"type": "audio"}, "type 'audio'"),
+        ("text", "type 'str'"),
+    ):
+        with pytest.raises(fg.DataError, match=f"prompt 0, message 0 has a content part of {told}"):
+            fg.generate(llama, chatty, [[{"role": "user", "content": [part]}]])
+
+
+def test_the_assistants_last_message_is_continued(chatty):
+    messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "a bride"}]
+    assert open_conversation(chatty, messages[:1]) == "user the assistant "
+    assert open_conversation(chatty, messages) == "user the assistant a bride"
+
+
+def test_a_list_of_interventions_means_one_thing(llama, tokenizer):
+    vec = fg.SteeringVector(torch.randn(32, generator=torch.Generator().manual_seed(0)), 1)
+    x, y, prompts = vec.add(9.0), vec.ablate(), ["the man", "a cat"]
+
+    def made(prompts, steering, **options):
+        return fg.generate(llama, tokenizer, prompts, steering=steering, max_new_tokens=6, **options)
+
+    with pytest.raises(fg.SteeringError, match=r"per_row=False.*per_row=True"):
+        made(prompts, [x, y])
+    each, both = made(prompts, [x, y], per_row=True), made(prompts, [x, y], per_row=False)
+    assert each == [*made(prompts[:1], x), *made(prompts[1:], y)] == made(prompts, [[x], [y]])
+    assert both == made(prompts, [[x, y], [x, y]])
+    assert made(prompts[:1], [x, y]) == both[:1]  # as steer composes
+    assert made(prompts, [x, None]) == [each[0], *made(prompts[1:], None)]  # None says: by row
+    with fg.steer(llama, [x, y]):
+        composed = made(prompts, None)
+    assert composed == both
+    for steering, options in (([x, None, y], {}), ([x], {"per_row": True})):
+        with pytest.raises(fg.SteeringError, match="one entry per prompt"):
+            made(prompts, steering, **options)
+
+
+# ---------------------------------------------------------------- search
+
+
+@pytest.mark.parametrize(
+    ("word", "text", "matches"),
+    [
+        ("wedding", "wed", True),
+        ("wedding", "wedded", True),
+        ("wedding", "Wednesday", False),
+        ("marry", "marriage, married", True),
+        ("married", "marry", True),
+        ("running", "runs", True),
+        ("king", "kin", False),
+        ("ring", "r", False),
+        ("sea", "seal", False),
+        ("war", "ward", False),
+        ("wedding ring", "wedding rings", True),
+        ("日本", "日本語", True),
+    ],
+)
+def test_forms_of_a_word(word, text, matches):
+    assert bool(forms_pattern(word).search(text)) is matches
+
+
+def test_search_for_nonsense_finds_nothing_and_for_a_form_finds_its_word():
+    model, tokenizer = fg.load_model("default")
+    sae = fg.load_sae("default")
+    examples = fg.load_examples(sae)
+
+    def found(word):
+        return {entry.id: entry for entry in fg.find_features(model, tokenizer, sae, word, examples=examples)}
+
+    for word in ("zzzzz", "qwertyuiop", "xqvbn"):
+        assert not found(word), word
+    marry = next(j for j, label in sae.labels.items() if label.startswith("marry"))
+    assert "another form in its label" in found("married")[marry].why
+    king = next(iter(found("king").values()))
+    assert king.why[:2] == ("label", "peaks on it in 4 of 4 excerpts")
+    assert king.id in found("kings")
+
+
+def test_a_search_without_a_hit_ends_with_1():
+    result = CliRunner().invoke(app, ["features", "--search", "zzzzz", "--json", "--device", "cpu"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["features"] == []
+    assert "no feature found" in result.stderr
+
+
+# ---------------------------------------------------------------- before a model is loaded
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Loading a model is an error of its own: whatever else is raised, was raised before."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a model is loaded")
+
+    fg.load_model("default")  # fills the module's names
+    monkeypatch.setattr("fgsteer.models.load_model", refuse)
+    monkeypatch.setattr(fg, "load_model", refuse)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    sae = fg.load_sae("default")
+    vec = fg.from_features(sae, {1: 1.0})
+    vec.save(folder / "vector")
+    fg.SteeringVector(torch.ones(64), 15, provenance={"model": {"name": "google/gemma-2-2b"}}).save(folder / "gemma")
+    (folder / "full").mkdir()
+    (folder / "full" / "file").write_text("x", encoding="utf-8")
+    (folder / "corpus.txt").write_text("A dog sat.\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("generate hi -v {0}/none", "no file"),
+        ("generate hi -v {0}/gemma -c 1", "made for google/gemma-2-2b.*pass the vector's model: --model google/gem"),
+        ("generate hi -v {0}/vector -c 1 --op push", "--op push"),
+        ("generate hi -v {0}/vector -c 1 -c 2", "2 coefficients for 1 vector;"),
+        ("generate hi -v {0}/vector -c 1 --scope al", "scope 'al'"),
+        ("generate hi --dtype float31", "--dtype"),
+        ("generate hi --device gpu", "--device gpu"),
+        ("generate hi --prefill Yes", "--prefill without --chat"),
+        ("fold -v {0}/vector -c 1 -o {0}/full", "full exists"),
+        ("export {0}/vector --to checkpoint -c 1 -m default -o {0}/none/none --op push", "--op push"),
+        ("export {0}/gemma --to checkpoint -c 1 -m default -o {0}/none/none", "made for google/gemma-2-2b"),
+        ("eval --tasks x -v {0}/gemma -c 1", "made for google/gemma-2-2b|lm-eval is not installed"),
+        ("features {0}/gemma", "made for google/gemma-2-2b"),
+        ("features --feature 99999", "99999"),
+        ("features --feature 1 --labels {0}/none", "none"),
+        ("features --feature 1 --corpus {0}/none.txt", "cannot read"),
+        ("features --feature 1 --sae {0}/none", "no SAE"),
+        ("collect nothing -o {0}/s", "no contrast set"),
+        ("collect love -o {0}/s --tokens lst", "--tokens lst"),
+        ("collect love -o {0}/s --hookpoint nowhere", "hookpoint 'nowhere'"),
+        ("collect love -o {0}/s --no-sae", "--no-sae without --hookpoint"),
+        ("collect love -o {0}/s --sae {0}/none", "no SAE"),
+        ("collect love -o {0}/full", "cannot write"),
+        ("density {0}/none.txt -o {0}/d", "cannot read"),
+        ("density {0}/corpus.txt -o {0}/d --sae {0}/none", "no SAE"),
+        ("examples {0}/none.txt -o {0}/e", "cannot read"),
+        ("effects -o {0}/m --prompts {0}/none.txt", "cannot read"),
+        ("effects -o {0}/m --top-p 2", "top_p"),
+        ("effects -o {0}/m --ce-rise 0", "--ce-rise 0"),
+        ("effects -o {0}/m --rows-of {0}/none", "no SAE"),
+        ("diagnose nothing", "no contrast set"),
+        ("diagnose wedding --tokens lst", "--tokens lst"),
+        ("diagnose wedding --hookpoint nowhere", "hookpoint 'nowhere'"),
+        ("diagnose wedding -v {0}/gemma", "made for google/gemma-2-2b"),
+        ("sweep nothing", "no contrast set"),
+        ("sweep wedding --method fga", "--method fga"),
+        ("sweep wedding --held-out nothing", "no contrast set"),
+        ("sweep wedding --neutral {0}/none.txt", "cannot read"),
+        ("sweep wedding -v {0}/gemma", "made for google/gemma-2-2b"),
+        ("bench -o {0}/b --concept nothing", "no contrast set"),
+        ("bench -o {0}/b --method fga", "fga"),
+        ("bench -o {0}/corpus.txt", "cannot write"),
+        ("build fga -o {0}/v", "method 'fga'; expected one of caa"),
+        ("build fgaa -o {0}/v", "fgaa without --stats"),
+        ("build sae_ts -o {0}/v --features 1", "sae_ts without --effects"),
+        ("build from_features -o {0}/v", "from_features without --features"),
+        ("build fgaa -o {0}/v --stats {0}/none --set nonsense=1", "unknown nonsense"),
+    ],
+)
+def test_checked_before_a_model_is_loaded(command, told, made, no_loading):
+    result = CliRunner().invoke(app, command.format(made).split())
+    assert isinstance(result.exception, fg.FgsteerError), (result.exception, result.output)
+    with pytest.raises(fg.FgsteerError, match=told):
+        raise result.exception
+
+
+def test_statistics_are_told_by_their_content(tmp_path, stats):
+    for name in ("love.stats", "love", "love.json"):
+        stats.save(tmp_path / name)
+        told = json.loads(CliRunner().invoke(app, ["diagnose", str(tmp_path / name), "--json"]).stdout)
+        assert [row["texts"] for row in told["rows"]] == ["collected"]
+    (tmp_path / "pairs.safetensors").write_text('{"positive": ["a"], "negative": []}', encoding="utf-8")
+    result = CliRunner().invoke(app, ["diagnose", str(tmp_path / "pairs.safetensors")])
+    assert "negative" in str(result.exception)
+
+
+def test_a_missing_coefficient_is_said(made):
+    arguments = ["generate", "I think", "-v", str(made / "vector"), "--max-new-tokens", "1", "--device", "cpu"]
+    assert "no --coefficient given: 1 is used, of a vector of norm 1" in CliRunner().invoke(app, arguments).stderr
+    for more in (["-c", "2"], ["--op", "ablate"]):
+        assert "note" not in CliRunner().invoke(app, [*arguments, *more]).stderr
+
+
+def test_chat_from_the_command_line(monkeypatch, llama, chatty):
+    monkeypatch.setattr(fg, "load_model", lambda *_, **__: (llama, chatty))
+    chatty.chat_template = TEMPLATE.partition("{% endif %}")[2]  # takes a system message
+    asked = []
+    real = fg.generate
+    monkeypatch.setattr(fg, "generate", lambda m, t, prompts, **o: asked.append(prompts) or real(m, t, prompts, **o))
+    options = ["generate", "the king", "--system", "you", "--prefill", "a", "--max-new-tokens", "2", "--device", "cpu"]
+    told = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
+    messages = [("system", "you"), ("user", "the king"), ("assistant", "a")]
+    assert [(m["role"], m["content"]) for m in asked[0][0]] == messages
+    assert (told["prompts"], told["system"], told["prefill"]) == (["the king"], "you", "a")
+    shown = CliRunner().invoke(app, options).stdout
+    assert shown.startswith("user: the king\nunsteered: a")
+    CliRunner().invoke(app, ["generate", "the king", "--chat", "--device", "cpu"])
+    assert [[m["role"] for m in conversation] for conversation in asked[-1]] == [["user"]]
+
+
+# ---------------------------------------------------------------- no network
+
+
+def test_without_a_network_the_error_comes_at_once(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(network, "getproxies", dict)
+    monkeypatch.setattr(network.os, "environ", {k: v for k, v in network.os.environ.items() if k != "HF_HUB_OFFLINE"})
+    began = time.perf_counter()
+    with pytest.raises(fg.MissingError, match=r"no model 'someone/something'.*cannot be reached"):
+        fg.load_model("someone/something")
+    with pytest.raises(OSError, match="cannot be reached"):  # what earlier versions raised
+        fg.load_model("someone/something")
+    with pytest.raises(fg.FormatError, match="cannot be reached"):
+        fg.load_sae("someone/saes", "layer_1")
+    with pytest.raises(fg.FormatError, match="cannot be reached"):
+        fg.SteeringVector.from_pretrained("someone/love")
+    with pytest.raises(fg.FormatError, match="cannot be reached"):
+        fg.SteeringVector(torch.ones(4), 1).push_to_hub("someone/love")
+    assert time.perf_counter() - began < 15  # the client's own attempts take 23 s for each of them
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_answers_is_asked(monkeypatch):
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(network, "getproxies", dict)
+        with network.hub_or_cache("someone/something") as reachable:
+            assert reachable
+            assert not constants.HF_HUB_OFFLINE
+
+
+def test_warnings_point_at_the_callers_line(stats, sae):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fg.sta(stats, sae)
+        fg.fgaa(stats, sae)
+    assert {warning.filename for warning in caught} == {__file__}

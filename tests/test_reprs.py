@@ -1,0 +1,121 @@
+"""Reprs: one short line each, never a tensor in full; an SAE's and a vector's tell what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+import fgsteer as fg
+from fgsteer.brief import Brief, brief
+from fgsteer.evaluation.bench import Bench, BenchPlan
+from tests import runs
+from tests.conftest import make_sae
+from tests.tiny import tiny_model, word_tokenizer
+
+LIMIT = 300
+AT = fg.Hookpoint(1)
+LONG = "the bride wore a ring\n" * 400
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One of every public dataclass and of what holds tensors, as large as they come."""
+    wide, narrow = torch.randn(4096), torch.randn(4096).abs()
+    sae = make_sae("topk", d_sae=4000)
+    sae = dataclasses.replace(sae, source="a/folder/of/some/depth" * 9, labels=dict.fromkeys(range(4000), LONG))
+    provenance = {"method": "fgaa", "data": [{"name": LONG}] * 40, "feature_density": {str(n): 0.1 for n in range(999)}}
+    features = {n: float(n) for n in range(2000)}
+    vector = fg.SteeringVector(wide, AT, reference=wide, features=features, provenance=provenance)
+    moments = fg.Moments(20, wide.double(), wide.double(), narrow.double())
+    contrast, pooled = fg.Contrast(moments, moments), fg.Pooled(torch.randn(20, 4096), torch.randn(20, 4096))
+    places = {fg.Hookpoint(n): contrast for n in range(60)}
+    pair = fg.ContrastPair(LONG, [{"role": "user", "content": LONG}] * 9, prompt=LONG)
+    excerpt = fg.Excerpt(("word",) * 500, (1.0,) * 500, 3, 7)
+    run = fg.load_run(runs.write(tmp_path_factory.mktemp("run") / "run.jsonl", runs.rows(concepts=("love",))))
+    model, tokenizer = tiny_model("llama"), word_tokenizer()
+    texts = ["the bride wore a ring", "a cat ran"]
+    swept = fg.sweep(model, tokenizer, fg.ContrastSet("x", positives=texts, negatives=["a dog sat", "the man"]),
+                     layers=[0, 1], ce_rises=[0.01], neutral=texts)  # fmt: skip
+    plan = BenchPlan(tuple(fg.shipped_contrasts()), methods=("unsteered",), settings={"fgaa": {"n_positive": 8}})
+    common = {"hookpoint": AT, "model_name": "org/" + "name" * 30, "method": "fgaa", "scope": "last_prompt_on"}
+    return [
+        sae,
+        vector,
+        vector * 2.0,
+        *(vector.add(2.0), vector.ablate(), vector.clamp(1.0), vector.affine(1.0)),
+        fg.Add(direction=wide, coefficient=1 / 3, bos=True, **common),
+        fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets=dict.fromkeys(range(900), 2.0)),
+        *(moments, contrast, pooled),
+        fg.ContrastStatistics(places, {AT: contrast}, {"model": LONG}, ({"name": LONG},) * 50, {AT: pooled}),
+        fg.FeatureDensity(narrow, narrow, narrow, 10**9, "3f" * 32, 0.01, {"name": LONG}),
+        fg.EffectApproximator(torch.randn(64, 4096), wide, AT, "a7" * 32, {"plan": {"prompts": [LONG] * 16}}),
+        excerpt,
+        fg.measure_examples(model, tokenizer, texts, make_sae("relu")),
+        fg.FeatureRow(3, 0.5, 0.01, ("word",) * 99, LONG, ("word",) * 99, "https://" + LONG, (excerpt,) * 9, (LONG,)),
+        fg.FoundFeature(3, 0.5, (LONG,) * 9),
+        fg.SeenFeature(3, LONG, 0.5, "word"),
+        fg.FeatureWeight(3, 1 / 3, 1 / 7),
+        pair,
+        fg.ContrastSet("x" * 500, pairs=[pair] * 400, held_out=fg.load_contrast("love")),
+        fg.LogProbabilities(torch.randn(9, 400), torch.ones(400)),
+        fg.AnswerProbabilities(torch.randn(9, 400), torch.randn(9, 400)),
+        fg.Steerability(wide),
+        fg.Coherence.fit(model, tokenizer, texts),
+        fg.CoherenceScores(wide, wide, wide),
+        fg.diagnose(fg.collect(model, tokenizer, fg.load_contrast("love"), hookpoints=AT, keep_pooled=True)),
+        *(run, run.records[0], dataclasses.replace(run.records[0], text=LONG)),
+        *(swept, swept.cells[0]),
+        *(plan, Bench(model, tokenizer, {1: sae}, {}, fg.KeywordJudge(), plan)),
+        fg.registry(search="gemma-scope")[0],
+        fg.CostEstimate(1, 2, 3, 4, 5.0),
+        *(AT, fg.Hookpoint.parse("model.layers.3.mlp")),
+    ]
+
+
+def test_every_public_repr_is_one_short_line(made):
+    for value in made:
+        assert len(repr(value)) < LIMIT, type(value)
+        assert "\n" not in repr(value), type(value)
+        assert "tensor(" not in repr(value), type(value)
+        assert repr(value).startswith(type(value).__name__), type(value)
+    known = {type(value) for value in made}
+    public = {value for value in (getattr(fg, name) for name in fg.__all__) if dataclasses.is_dataclass(value)}
+    assert {kind for kind in public if not inspect.isabstract(kind)} <= known
+
+
+def test_an_sae_and_a_vector_say_what_they_are():
+    assert repr(fg.load_sae("default")) == (
+        "SAE(topk, k 24, at blocks.2.hook_resid_post, d_model 320, d_sae 5120, from 'default/layer_2')"
+    )
+    normed = dataclasses.replace(make_sae("jumprelu"), input_norm="layer_norm")
+    assert repr(normed).startswith("SAE(jumprelu, layer_norm, at blocks.1.hook_resid_post, d_model 32, d_sae ")
+    direction = torch.zeros(32)
+    direction[0] = 2.0
+    vector = fg.SteeringVector(direction, AT, features={3: 0.5, 9: -4.0, 1: 1.0, 2: 0.25}, provenance={"method": "sta"})
+    told = "SteeringVector(sta at blocks.1.hook_resid_post, d_model 32, norm 2, 4 features {9: -4, 1: 1, 3: 0.5, …})"
+    assert repr(vector) == told
+    assert repr(vector.add(8.0)) == "Add(hookpoint=blocks.1.hook_resid_post, method='sta', direction=float32 (32,), coefficient=8)"  # fmt: skip  # noqa: E501
+    bare = fg.SteeringVector(direction, AT)
+    assert repr(bare) == "SteeringVector(bare at blocks.1.hook_resid_post, d_model 32, norm 2, 0 features)"
+
+
+def test_values_in_brief():
+    assert brief(torch.zeros(2, 3)) == "float32 (2, 3)"
+    assert brief(np.zeros(4)) == "float64 (4,)"
+    assert (brief(1 / 3), brief(8), brief(True), brief(None)) == ("0.3333", "8", "True", "None")
+    assert brief("x" * 99) == f"'{'x' * 39}…'"
+    assert brief({1: 2.0}) == "{1: 2}"
+    assert (brief({}), brief(()), brief([1] * 9)) == ("{}", "()", "(9 entries)")
+    assert brief((torch.zeros(2),)) == "(1 entries)"
+    assert brief(torch.nn.Linear(2, 2)) == "Linear"  # which prints its sizes
+
+    @dataclasses.dataclass(frozen=True, repr=False)
+    class Kept(Brief):
+        value: int
+        other: int = 2
+
+    assert (repr(Kept(1)), repr(Kept(1, 3))) == ("Kept(value=1)", "Kept(value=1, other=3)")
