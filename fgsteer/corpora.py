@@ -26,7 +26,7 @@ from fgsteer.files import parse_json
 Row = tuple[str, object]  # where it stands, and what it is: a text, or an object of fields
 FIELD = "text"
 _NAMED = "field= (in a command --field) names the field that holds the text"
-_COMPRESSED: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # type: ignore[dict-item]
+_COMPRESSED: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _LARGEST_CELL = 2**31 - 1  # characters of one cell of a .csv file, which may be a whole book
 
 
@@ -123,7 +123,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 def _open(path: Path, newline: str | None = None) -> IO[str]:
     """A UTF-8 file, uncompressed where its suffix says that it is compressed."""
-    unpack = _COMPRESSED.get(path.suffix.lower(), open)
+    unpack: Callable[..., IO[str]] = _COMPRESSED.get(path.suffix.lower(), open)
     return unpack(path, "rt", encoding="utf-8-sig", newline=newline)
 
 
