@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import wraps
 from numbers import Real
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ R = TypeVar("R")
 PACKAGE = str(Path(__file__).resolve().parent)
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is an integer of Python, numpy or torch; True and False are not."""
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
         return False

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fgsteer.activations import Batch, batches, text_batches
-from fgsteer.checks import checked
+from fgsteer.checks import checked, is_whole
 from fgsteer.data import Contrastable, ContrastSet, as_contrast
 from fgsteer.errors import DataError, FgsteerError
 from fgsteer.files import text_sha256
@@ -293,7 +293,7 @@ def _hookpoints(
     """Hookpoints asked for, the SAE's among them. Raises DataError when there is none."""
     if hookpoints is None:
         given: list[Hookpoint] = []
-    elif not isinstance(hookpoints, Iterable) or isinstance(hookpoints, str):
+    elif isinstance(hookpoints, str) or is_whole(hookpoints) or not isinstance(hookpoints, Iterable):
         given = [Hookpoint.parse(hookpoints)]
     else:
         given = [Hookpoint.parse(h) for h in hookpoints]

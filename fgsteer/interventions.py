@@ -12,7 +12,6 @@ kernel; ``stack`` puts one intervention per batch row into a single update.
 from __future__ import annotations
 
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -370,7 +369,7 @@ def _feature(value: object) -> int:
     """The value as a feature id. Raises ArgumentError."""
     if not is_whole(value):
         raise ArgumentError(f"feature id {shown(value)}", "a whole number")
-    return operator.index(value)  # type: ignore[arg-type]
+    return int(value)
 
 
 def stack(rows: Sequence[Intervention | None]) -> list[tuple[Update, list[int]]]:

@@ -34,10 +34,10 @@ metric_list:
 """
 
 
-def test_without_lm_eval_the_command_is_told(monkeypatch):
+def test_without_lm_eval_the_command_is_told(monkeypatch, llama, tokenizer):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(fg.JudgeError, match=r"pip install 'fgsteer\[lm-eval\]'"):
-        fg.run_tasks(None, None, ["choices"])
+        fg.run_tasks(llama, tokenizer, ["choices"])
 
 
 @pytest.fixture(scope="module")

@@ -92,9 +92,9 @@ def test_other_things_in_the_places_of_model_and_tokenizer_are_named(llama, toke
             (tokenizer, llama, "model is a Tokeni"),
             ("default", tokenizer, r"model is 'default' \(str\).*load_model"),
         ):
-            with pytest.raises(fg.ArgumentError, match=told):
+            with pytest.raises(fg.ArgumentError, match=told) as caught:
                 call(model, given)
-                pytest.fail(name)
+            assert name.partition(".")[2] or name in str(caught.value)
 
 
 def test_one_order_of_arguments():
@@ -119,10 +119,10 @@ def test_former_orders_still_work_and_warn(llama, tokenizer, sae):
         with pytest.warns(DeprecationWarning, match=r"is now \w+\(model, tokenizer, sae, ") as caught:
             assert function(*former) == function(*now)
         assert caught[0].filename == __file__  # the line that is to change
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="order of measure_density"):
         former = fg.measure_density(llama, tokenizer, texts, sae)
     assert torch.equal(former.fired, fg.measure_density(llama, tokenizer, sae, texts).fired)
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="order of measure_examples"):
         former = fg.measure_examples(llama, tokenizer, texts, sae)
     assert torch.equal(former.tokens, fg.measure_examples(llama, tokenizer, sae, texts).tokens)
     with pytest.raises(fg.ArgumentError, match=r"find_features\(model, tokenizer, sae, word, …\)"):
@@ -175,7 +175,7 @@ def test_features_of_statistics_without_an_sae_are_named(llama, tokenizer, sae):
     bare = fg.collect(llama, tokenizer, DATA, hookpoints=1)
     for make in (fg.fgaa, fg.sta):
         with pytest.raises(
-            fg.PairingError, match="without features.*collected without an SAE.*collect again with sae="
+            fg.PairingError, match=r"without features.*collected without an SAE.*collect again with sae="
         ):
             make(bare, sae)
 
@@ -188,7 +188,7 @@ def test_a_number_is_the_end_of_a_block(llama, tokenizer, given):
 
 @pytest.mark.parametrize("given", [True, 2.0, [[1]], {"layer": 1}])
 def test_what_is_no_hookpoint_is_named(llama, tokenizer, given):
-    with pytest.raises(fg.HookpointError, match="block's number|a name like"):
+    with pytest.raises(fg.HookpointError, match=r"block's number|a name like"):
         fg.collect(llama, tokenizer, DATA, hookpoints=given)
 
 
@@ -217,7 +217,7 @@ def test_a_vector_of_another_model_names_both(llama):
     llama.config._name_or_path = "fgsteer/default"
     try:
         deep = fg.SteeringVector(torch.ones(32), 15, provenance=made)
-        told = r"made for google/gemma-2-2b at blocks\.15.*loaded, fgsteer/default: 0 to 2.*load_model\('google/gemma-2-2b'\)"
+        told = r"made for google/gemma-2-2b at blocks\.15.*loaded, fgsteer/default: 0 to 2.*load_model\('google/gemma-2"
         with pytest.raises(fg.HookpointError, match=told), fg.steer(llama, deep.add(1.0)):
             pass
         wide = fg.SteeringVector(torch.ones(20), 1, provenance=made)
@@ -245,7 +245,7 @@ def test_a_prompt_without_a_token_is_named(llama, tokenizer):
 
 def test_a_template_that_refuses_is_a_typed_error(llama, chatty):
     system = [{"role": "system", "content": "the"}, {"role": "user", "content": "a"}]
-    with pytest.raises(fg.DataError, match="System role not supported.*first user message"):
+    with pytest.raises(fg.DataError, match=r"System role not supported.*first user message"):
         fg.generate(llama, chatty, [system])
     with pytest.raises(fg.DataError, match="System role not supported"):
         fg.collect(llama, chatty, [fg.ContrastPair("yes", "no", prompt=system)], hookpoints=1)
@@ -285,7 +285,7 @@ def test_a_list_of_interventions_means_one_thing(llama, tokenizer):
     def made(prompts, steering, **options):
         return fg.generate(llama, tokenizer, prompts, steering=steering, max_new_tokens=6, **options)
 
-    with pytest.raises(fg.SteeringError, match="per_row=False.*per_row=True"):
+    with pytest.raises(fg.SteeringError, match=r"per_row=False.*per_row=True"):
         made(prompts, [x, y])
     each, both = made(prompts, [x, y], per_row=True), made(prompts, [x, y], per_row=False)
     assert each == [*made(prompts[:1], x), *made(prompts[1:], y)] == made(prompts, [[x], [y]])
