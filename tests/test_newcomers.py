@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer import network
-from fgsteer.chat import apply_template, open_conversation
+from fgsteer.chat import apply_template
 from fgsteer.cli.common import app
+from fgsteer.rendering import render_prompt
 from fgsteer.search import forms_pattern
 from tests.conftest import make_sae
 from tests.tiny import tiny_model, word_tokenizer
@@ -274,8 +275,8 @@ def test_content_parts_are_texts(llama, chatty):
 
 def test_the_assistants_last_message_is_continued(chatty):
     messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "a bride"}]
-    assert open_conversation(chatty, messages[:1]) == "user the assistant "
-    assert open_conversation(chatty, messages) == "user the assistant a bride"
+    assert render_prompt(chatty, messages[:1]).text == "user the assistant "
+    assert render_prompt(chatty, messages).text == "user the assistant a bride"
 
 
 def test_a_list_of_interventions_means_one_thing(llama, tokenizer):

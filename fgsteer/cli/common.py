@@ -42,9 +42,19 @@ CoefficientOption = Annotated[
 OperationOption = Annotated[str, typer.Option("--op", help="add, affine, ablate or clamp.")]
 ScopeOption = Annotated[str, typer.Option("--scope", help="all, prompt, generated or last_prompt_on.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value, for scripts.")]
-TokensOption = Annotated[str, typer.Option("--tokens", help="all, last, answer, letter, or an index.")]
+TokensOption = Annotated[
+    str,
+    typer.Option("--tokens", help="all, last, answer, letter, tail (of a chat template), or an index."),
+]
 FieldOption = Annotated[
     str, typer.Option("--field", help="Field or column of the text in .jsonl, .json, .csv, .tsv and .parquet.")
+]
+PrependBosOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--prepend-bos/--no-prepend-bos",
+        help="Put BOS before every text, or leave it away; default: as the SAE was trained, else the tokenizer.",
+    ),
 ]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=2, help="Tokens read of each document.")]
 BatchTokensOption = Annotated[

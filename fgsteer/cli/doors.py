@@ -9,7 +9,7 @@ from typing import Any
 
 from fgsteer.errors import DataError, PairingError
 
-TOKEN_RULES = ("all", "last", "answer", "letter")
+TOKEN_RULES = ("all", "last", "answer", "letter", "tail")
 
 
 def writable(path: Path | None) -> Path | None:

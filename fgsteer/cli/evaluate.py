@@ -12,6 +12,7 @@ from fgsteer.cli.common import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    PrependBosOption,
     TokensOption,
     app,
     console,
@@ -36,6 +37,7 @@ def diagnose(
     ] = None,
     model: ModelOption = "default",
     tokens: TokensOption = "all",
+    prepend_bos: PrependBosOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -58,7 +60,9 @@ def diagnose(
     else:
         if chosen is not None:
             check_fit({Path(str(vector)): chosen}, model)
-        stats = _collect(source, [chosen.hookpoint] if chosen else places_asked, model, tokens, device, dtype, as_json)
+        reading = {"tokens": token_rule(tokens), "prepend_bos": prepend_bos}
+        at = [chosen.hookpoint] if chosen else places_asked
+        stats = _collect(fg.load_contrast(source), at, (model, device, dtype), reading, as_json)
     built_from = next(iter(stats.values()))
     places: list[Any] = [chosen.hookpoint] if chosen else (places_asked or list(built_from.residual))
     rows = []
@@ -69,20 +73,17 @@ def diagnose(
 
 
 def _collect(
-    source: str,
+    contrast: Any,
     at: list[Any] | None,
-    model: str,
-    tokens: str,
-    device: str | None,
-    dtype: str | None,
+    model: tuple[str, str | None, str | None],
+    reading: dict[str, Any],
     as_json: bool,
 ) -> dict[str, Any]:
     """Statistics of a contrast set, and of its held-out texts if it has any, at the hookpoints or after every layer."""
     import fgsteer as fg
     from fgsteer.hookpoints import blocks_of
 
-    contrast, rule = fg.load_contrast(source), token_rule(tokens)
-    language_model, tokenizer = load_model(model, device, dtype)
+    language_model, tokenizer = load_model(*model)
     wanted: list[Any] = list(at or map(fg.Hookpoint, range(len(blocks_of(language_model)))))
     found = {}
     for name, part in (("training", contrast), ("held out", contrast.held_out)):
@@ -94,9 +95,9 @@ def _collect(
                 tokenizer,
                 part,
                 hookpoints=wanted,
-                tokens=rule,
                 keep_pooled=True,
                 progress=progress,
+                **reading,
             )
     return found
 

@@ -17,6 +17,7 @@ from fgsteer.cli.common import (
     MaxTokensOption,
     ModelOption,
     OutOption,
+    PrependBosOption,
     SaeIdOption,
     SaeOption,
     TokensOption,
@@ -47,7 +48,11 @@ def collect(
         list[str] | None, typer.Option("--hookpoint", help="More hookpoints, such as blocks.2.hook_resid_post.")
     ] = None,
     tokens: TokensOption = "all",
-    bos: Annotated[bool, typer.Option("--bos", help="Read position 0 too.")] = False,
+    bos: Annotated[bool, typer.Option("--bos", help="Read the special token before a text too.")] = False,
+    prepend_bos: PrependBosOption = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Tokens read of each text. Default: the model's window.")
+    ] = None,
     pooled: Annotated[
         bool, typer.Option("--pooled/--no-pooled", help="Keep every text's mean activations, for fgsteer diagnose.")
     ] = True,
@@ -82,6 +87,8 @@ def collect(
             hookpoints=wanted,
             tokens=rule,
             bos=bos,
+            prepend_bos=prepend_bos,
+            max_tokens=max_tokens,
             keep_pooled=pooled,
             batch_tokens=batch_tokens,
             work=work_folder(work, out),
@@ -119,6 +126,7 @@ def density(
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     max_tokens: MaxTokensOption = 256,
+    prepend_bos: PrependBosOption = None,
     work: WorkOption = None,
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
@@ -144,6 +152,7 @@ def density(
             read_documents(corpus, field),
             batch_tokens=batch_tokens,
             max_tokens=max_tokens,
+            prepend_bos=prepend_bos,
             corpus={"name": corpus.name, "texts": total},
             work=work_folder(work, out),
             progress=progress,
@@ -163,7 +172,7 @@ def density(
         as_json,
         lambda v: say(
             f"{v['out']}: {count(v['tokens'], 'token')}, L0 {v['l0']:.1f}, {count(v['dead'], 'feature')} never fired, "
-            f"{len(v['bos_features'])} only on position 0"
+            f"{len(v['bos_features'])} only at the beginning of texts"
         ),
     )
 
@@ -292,6 +301,7 @@ def examples(
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     max_tokens: MaxTokensOption = 256,
+    prepend_bos: PrependBosOption = None,
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -302,9 +312,8 @@ def examples(
     check_device(device, dtype)
     autoencoder = load_sae(sae, sae_id, model)
     parts = (*load_model(model, device, dtype), autoencoder)
-    measured = measure_excerpts(
-        corpus, field, parts, as_json, top=top, window=window, max_tokens=max_tokens, batch_tokens=batch_tokens
-    )
+    sizes = {"top": top, "window": window, "max_tokens": max_tokens, "batch_tokens": batch_tokens}
+    measured = measure_excerpts(corpus, field, parts, as_json, prepend_bos=prepend_bos, **sizes)
     measured.save(out)
     fired = int((measured.documents >= 0).any(1).sum())
     told = {"out": str(out), "texts": measured.corpus["texts"], "features": len(measured.features), "fired": fired}

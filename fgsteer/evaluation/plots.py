@@ -216,9 +216,7 @@ def coefficient_curves(run: Run) -> Figure:
     return figure
 
 
-def _panels(
-    methods: Sequence[str], name: Callable[[str], str] = method_name
-) -> tuple[Figure, list[tuple[str, Axes]]]:
+def _panels(methods: Sequence[str], name: Callable[[str], str] = method_name) -> tuple[Figure, list[tuple[str, Axes]]]:
     """A figure with a small panel for each method, titled by its name."""
     from matplotlib.figure import Figure
 
