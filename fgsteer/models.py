@@ -8,7 +8,8 @@ Nothing is wrapped: every fgsteer function takes the plain model and tokenizer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import nn
 from fgsteer.checks import checked, warn
 from fgsteer.errors import (
     DataError,
+    FgsteerError,
     FgsteerWarning,
     FormatError,
     HookpointError,
@@ -118,14 +120,16 @@ def load_model(
         source, gguf_file = Path(source).parent, Path(source).name
     if gguf_file is not None:
         _check_gguf(source, gguf_file, kwargs.get("subfolder", ""))
-        kwargs["gguf_file"] = gguf_file
+        kwargs |= {"gguf_file": gguf_file, "output_loading_info": True}
     embedded = str(source) == DEFAULT
     folder = pretrained_dir() / "model" if embedded else source
     chosen = dtype if dtype is not None else (torch.float32 if embedded or gguf_file else "auto")
     shared = {name: value for name, value in kwargs.items() if name in _OF_BOTH}
-    with hub_or_cache(folder) as reachable:
+    with hub_or_cache(folder) as reachable, _typed_gguf(gguf_file):
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, **kwargs)
+            if gguf_file is not None:
+                model = _whole_gguf(gguf_file, *model)
             tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
         except OSError as error:
             why = str(error).partition("\n")[0] if reachable else unreachable()
@@ -136,6 +140,27 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _typed_gguf(name: str | None) -> Iterator[None]:
+    """Raises FormatError for what reading a GGUF file raises of itself."""
+    try:
+        yield
+    except Exception as error:  # struct.error, ValueError, and Exception itself from tokenizers
+        if name is None or isinstance(error, FgsteerError | OSError):
+            raise
+        told = "a GGUF file, of an architecture that transformers reads"
+        raise FormatError(f"{name} cannot be read: {error}", told) from error
+
+
+def _whole_gguf(name: str, model: PreTrainedModel, found: Mapping[str, Collection[str]]) -> PreTrainedModel:
+    """The model. Raises FormatError for weights that the file lacks, which transformers draws at random."""
+    if missing := sorted(found["missing_keys"]):
+        raise FormatError(
+            f"{name} lacks {len(missing)} weights of a {type(model).__name__}: {', '.join(missing[:3])}, …"
+        )
+    return model
 
 
 def _check_gguf(source: str | Path, name: str, subfolder: str) -> None:

@@ -263,6 +263,24 @@ HYBRIDS = {
         logits_soft_cap=1e6,  # so far off that logits are linear in the head's input, as the logit lens is
     ),
 }
+# families whose decoder or blocks come in another form: a wrapper with the head, the head itself, lists as outputs
+ODD_FAMILIES = {
+    "llama4": lambda: _config(
+        "llama4_text",
+        **_GQA,
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        attention_chunk_size=8,
+        interleave_moe_layer_step=2,
+        layer_types=["chunked_attention", "chunked_attention", "full_attention"],
+    ),
+    "mllama": lambda: AutoConfig.for_model(
+        "mllama", text_config={**_SHAPE, "num_key_value_heads": 2, "cross_attention_layers": []}
+    ),
+    "modernbert-decoder": lambda: _config("modernbert-decoder", local_attention=8, cls_token_id=0, sep_token_id=2),
+    "openai-gpt": lambda: _config("openai-gpt", **_OLD),
+}
 # families whose blocks are checked to add up, no more
 OTHER_FAMILIES = {
     "codegen": lambda: _config("codegen", **_OLD, rotary_dim=8),
@@ -293,7 +311,7 @@ OTHER_FAMILIES = {
     "stablelm": lambda: _config("stablelm", num_key_value_heads=2),
     "starcoder2": lambda: _config("starcoder2", num_key_value_heads=2),
 }
-_ALL = {**FAMILIES, **MORE_FAMILIES, **HYBRIDS, **OTHER_FAMILIES}
+_ALL = {**FAMILIES, **MORE_FAMILIES, **HYBRIDS, **ODD_FAMILIES, **OTHER_FAMILIES}
 
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32):

@@ -1,0 +1,160 @@
+"""Loading: what the hub is told reaches model and tokenizer alike, GGUF files become plain models."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import fgsteer as fg
+from fgsteer import models
+from tests.tiny import VOCAB, tiny_model, word_tokenizer
+
+TEXTS = ["the king said", "a dog"]
+HUB = {
+    "cache_dir": "cache",
+    "code_revision": "main",
+    "force_download": True,
+    "local_files_only": True,
+    "proxies": {},
+    "revision": "abc",
+    "subfolder": "inner",
+    "token": "secret",
+    "trust_remote_code": True,
+}
+
+
+def save(folder):
+    tiny_model("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+
+
+def test_the_hubs_arguments_reach_model_and_tokenizer(monkeypatch):
+    told = {}
+
+    def loader(name, value):
+        def load(source, **kwargs):
+            told[name] = (source, kwargs)
+            return value
+
+        return load
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loader("model", tiny_model("llama")))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", loader("tokenizer", word_tokenizer()))
+    fg.load_model("folder", dtype=torch.float32, attn_implementation="eager", **HUB)
+    assert told["model"] == ("folder", {"dtype": torch.float32, "attn_implementation": "eager", **HUB})
+    assert told["tokenizer"] == ("folder", HUB)
+    fg.load_model("folder", dtype=torch.float32)
+    assert told["tokenizer"] == ("folder", {})
+
+
+def test_every_argument_of_the_hub_is_shared():
+    """What transformers itself picks out for the files of a model, besides arguments that say what to do with them."""
+    from transformers.utils import hub
+
+    known = set(inspect.signature(hub.cached_files).parameters)
+    names = {"cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder"}
+    assert names <= known
+    assert names <= set(models._OF_BOTH)
+
+
+def test_a_subfolder_holds_model_and_tokenizer(tmp_path):
+    save(tmp_path / "inner")
+    model, tokenizer = fg.load_model(tmp_path, subfolder="inner")
+    assert (type(model), tokenizer.padding_side) == (LlamaForCausalLM, "left")
+    assert tokenizer("the king")["input_ids"] == word_tokenizer()("the king")["input_ids"]
+
+
+def write_gguf(path, model, ending=""):
+    """The weights of a Qwen 2 model, which llama.cpp's format holds as they are, with a vocabulary of letters."""
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    tokens = ["<s>", "<pad>", "</s>", *map(chr, range(33, 33 + VOCAB - 4)), "AB"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, *[1] * (VOCAB - 3)])
+    writer.add_token_merges(["A B"])
+    writer.add_bos_token_id(0)
+    writer.add_pad_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")) + ending, value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def untied():
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def test_gguf_files_load_and_steer(tmp_path):
+    original = untied()
+    write_gguf(tmp_path / "tiny.gguf", original)
+    ids = torch.tensor([[5, 9, 40, 7]])
+    for source, options in ((tmp_path, {"gguf_file": "tiny.gguf"}), (tmp_path / "tiny.gguf", {})):
+        model, tokenizer = fg.load_model(source, **options)
+        assert (type(model), model.dtype) == (Qwen2ForCausalLM, torch.float32)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, original(ids).logits)
+        assert tokenizer("ABC")["input_ids"] == [VOCAB - 1, 3 + ord("C") - 33]
+        assert (tokenizer.padding_side, tokenizer.pad_token_id) == ("left", 1)
+        item = fg.Add(hookpoint=fg.Hookpoint(1), direction=torch.ones(32), coefficient=50.0)
+        plain, steered = (
+            fg.generate(model, tokenizer, ["AB"], steering=s, max_new_tokens=8, do_sample=False) for s in (None, [item])
+        )
+        assert plain != steered
+
+
+def test_a_gguf_file_without_the_models_weights_is_refused(tmp_path):
+    """transformers would draw at random what a file does not hold under its names."""
+    write_gguf(tmp_path / "tiny.gguf", untied(), ending=".other")
+    with pytest.raises(fg.FormatError, match=r"tiny\.gguf lacks 39 weights.*lm_head\.weight"):
+        fg.load_model(tmp_path / "tiny.gguf")
+
+
+def test_a_gguf_file_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "there.gguf").write_bytes(b"GGUF")
+    with pytest.raises(fg.FormatError, match=r"no file 'gone\.gguf'.*there\.gguf"):
+        fg.load_model(tmp_path, gguf_file="gone.gguf")
+    pytest.importorskip("gguf")
+    with pytest.raises(fg.FormatError, match=r"there\.gguf cannot be read"):
+        fg.load_model(tmp_path / "there.gguf")
+    with pytest.raises(fg.FormatError, match="embedded default"):
+        fg.load_model("default", gguf_file="gone.gguf")
+
+
+def test_gguf_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "gguf" else find(name))
+    with pytest.raises(fg.FormatError, match=r"pip install 'fgsteer\[gguf\]'"):
+        fg.load_model(tmp_path, gguf_file="tiny.gguf")
+    with pytest.raises(fg.FormatError, match=r"pip install 'fgsteer\[gguf\]'"):
+        fg.load_model(tmp_path / "tiny.gguf")
