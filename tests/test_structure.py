@@ -281,7 +281,7 @@ def test_gpu_twin_of_effects_and_reading(dtype, tokenizer):
         assert effects.M.device.type == "cpu"
         makes = [fg.SteeringVector(sae.direction(j), sae.hookpoint).add for j in range(4)]
         strengths = fg.calibrate_many(model, tokenizer, makes, texts, target_ce_rise=0.2)
-        examples = fg.measure_examples(model, tokenizer, texts, sae, top=2)
+        examples = fg.measure_examples(model, tokenizer, sae, texts, top=2)
         scores = fg.output_scores(model, tokenizer, sae, prompt="the old king")
         found.append((torch.tensor(strengths), examples.activations.amax((1, 2)), scores))
     tolerance = 0.05 if dtype == torch.float32 else 0.3  # the strengths' own tolerance is 2 %; bfloat16 keeps 8 bits
