@@ -203,10 +203,10 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     fg.collect(model, tokenizer, [fg.ContrastPair("yes", "no", prompt="the man said it")], sae=sae)
     stats = fg.collect(model, tokenizer, data, sae=sae)
     effects = fg.EffectApproximator(torch.randn(32, 24), torch.randn(24), sae.hookpoint, sae.sha256)
-    density = fg.measure_density(model, tokenizer, ["the man sat", "a cat ran"], sae)
-    examples = fg.measure_examples(model, tokenizer, ["the man sat", "a cat ran"], sae)
-    fg.describe_features([1], model, tokenizer, sae, examples=examples)
-    fg.find_features("cat", sae, model, tokenizer, examples=examples)
+    density = fg.measure_density(model, tokenizer, sae, ["the man sat", "a cat ran"])
+    examples = fg.measure_examples(model, tokenizer, sae, ["the man sat", "a cat ran"])
+    fg.describe_features(model, tokenizer, sae, [1], examples=examples)
+    fg.find_features(model, tokenizer, sae, "cat", examples=examples)
     vectors = [fg.caa(stats), fg.ace(stats), fg.sta(stats, sae), fg.fgaa(stats, sae, density=density, max_density=1.0),
                fg.fgaa(stats, sae, effects, score="pearson"), fg.from_features(sae, [1]), fg.sae_ts(sae, [1], effects)]
     clamp = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={1: 2.0})
