@@ -97,15 +97,31 @@ class _Reached(Exception):  # noqa: N818
 
 
 def primary(output: Any) -> Tensor:
-    """The hidden states of a module output: a tensor, or the first entry of a tuple."""
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    """The hidden states of a module output: a tensor, or the first entry of a tuple or list. Raises HookpointError."""
+    hidden = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(hidden, Tensor):
+        raise HookpointError(f"a module output of type {type(output).__name__}", "a tensor, or one first in a tuple")
+    return hidden
+
+
+def with_primary(output: Any, hidden: Tensor) -> Any:
+    """The same module output with other hidden states."""
+    if isinstance(output, list):
+        return [hidden, *output[1:]]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def by_token(hidden: Tensor, batch: int, length: int) -> Float[Tensor, "batch tokens width"]:
     """Hidden states as (batch, tokens, width), also of modules that flatten batch and tokens (OPT's fc2).
 
-    Raises HookpointError when there is not one vector a token.
+    Raises HookpointError when there is not one vector a token, or tokens come before rows.
     """
+    if hidden.shape[:2] == (length, batch) and hidden.ndim == 3 and min(batch, length) > 1 and batch != length:
+        raise HookpointError(
+            f"hidden states of shape {tuple(hidden.shape)}, tokens before rows",
+            f"({batch}, {length}, width)",
+            "models whose blocks keep the sequence first are not supported",
+        )
     if hidden.numel() != batch * length * hidden.shape[-1]:
         raise HookpointError(
             f"hidden states of shape {tuple(hidden.shape)}",

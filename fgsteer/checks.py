@@ -139,7 +139,7 @@ _KINDS: dict[str, _Kind] = {
     "Callable[[float], Intervention]": _Kind(
         callable, "a function from a strength to an intervention", "pass vec.add itself, without a call"
     ),
-    "Iterable[str]": _Kind(
+    "Iterable[object]": _Kind(
         lambda value: isinstance(value, Iterable) and not isinstance(value, str), "texts, such as a list of them"
     ),
     "torch.Tensor": _Kind(lambda value: isinstance(value, Tensor), "a tensor"),

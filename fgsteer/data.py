@@ -20,8 +20,9 @@ from fgsteer.brief import Brief
 from fgsteer.chat import Text, plain_message
 from fgsteer.checks import shown
 from fgsteer.conversations import after_prompt, separate, split
+from fgsteer.corpora import file_kind, read_rows
 from fgsteer.errors import DataError, FormatError
-from fgsteer.files import parse_json, read_json, text_sha256
+from fgsteer.files import read_json, text_sha256
 
 SHIPPED = Path(__file__).resolve().parent / "contrast_sets"
 
@@ -168,35 +169,17 @@ def _two_sided(value: Mapping[str, Any], name: str, where: str) -> ContrastSet:
     )
 
 
-def _read_lines(path: Path) -> list[ContrastPair]:
-    """Pairs of a JSONL file. Raises DataError naming the line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}", "a UTF-8 text file") from error
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise DataError(f"{where} is not JSON: {error}", "one JSON object a line") from error
-        pairs.append(_row_pair(row, where))
-    return pairs
-
-
 def shipped_contrasts() -> list[str]:
     """Names of the contrast sets that ship with the package."""
     return sorted(p.stem for p in SHIPPED.glob("*.json") if p.stem != "neutral")
 
 
 def load_contrast(source: Contrastable) -> ContrastSet:
-    """A contrast set by its shipped name, from a .json or .jsonl file, or from what such a file holds.
+    """A contrast set by its shipped name, from a file, or from what such a file holds.
 
-    JSON: ``{"positive": [...], "negative": [...]}`` of any sizes, or a list of rows.
-    A row has ``positive`` and ``negative`` (with an optional ``prompt``), ``prompt``,
+    ``.json``: ``{"positive": [...], "negative": [...]}`` of any sizes, or a list of rows; ``.jsonl`` and
+    ``.ndjson``: a row a line; ``.csv``, ``.tsv`` and ``.parquet``: rows under a header, as ``read_documents``
+    reads them. A row has ``positive`` and ``negative`` (with an optional ``prompt``), ``prompt``,
     ``chosen`` and ``rejected``, or CAA's ``question``, ``answer_matching_behavior`` and
     ``answer_not_matching_behavior``. Any text may be a list of chat messages.
 
@@ -212,8 +195,11 @@ def load_contrast(source: Contrastable) -> ContrastSet:
         raise DataError(
             f"no contrast set {name!r}", f"a .json or .jsonl file, or one of {', '.join(shipped_contrasts())}"
         )
-    if path.suffix == ".jsonl":
-        return ContrastSet(path.stem, pairs=_read_lines(path))
+    kind = file_kind(path)
+    if kind in (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"):
+        return ContrastSet(path.stem, pairs=[_row_pair(row, where) for where, row in read_rows(path)])
+    if kind != ".json":
+        raise DataError(f"{path} ends in {kind!r}", "a .json, .jsonl, .ndjson, .csv, .tsv or .parquet file")
     try:
         value = read_json(path)
     except FormatError as error:
@@ -223,29 +209,6 @@ def load_contrast(source: Contrastable) -> ContrastSet:
     if isinstance(value, list):
         return ContrastSet(path.stem, pairs=[_row_pair(row, f"{path}, row {i}") for i, row in enumerate(value, 1)])
     raise DataError(f"{path} holds {type(value).__name__}", "an object of two lists, or a list of rows")
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """Documents of a corpus: lines of a text file, or the field "text" of JSONL rows. Raises DataError."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if path.suffix != ".jsonl":
-                    yield line.strip()
-                    continue
-                try:
-                    row = parse_json(line)
-                except ValueError as error:
-                    raise DataError(f"{path}, line {number} is not JSON: {error}", "one JSON object a line") from error
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise DataError(f"{path}, line {number}", 'an object with a text in the field "text"')
-                yield row["text"]
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", "a UTF-8 .txt or .jsonl file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"cannot read {path}: {error}", "a UTF-8 .txt or .jsonl file") from error
 
 
 def load_neutral() -> tuple[list[str], list[str]]:

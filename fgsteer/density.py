@@ -20,6 +20,7 @@ from torch import Tensor
 from fgsteer.activations import Batch, corpus_batches, corpus_reader
 from fgsteer.brief import Brief
 from fgsteer.checks import checked_after
+from fgsteer.corpora import as_documents
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.files import read_tensors, text_sha256, write_tensors
 from fgsteer.models import identity, weights_sha256
@@ -129,8 +130,9 @@ def measure_density(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     sae: SAE,
-    texts: Iterable[str],
+    texts: Iterable[object],
     *,
+    field: str = "text",
     batch_tokens: int | None = None,
     max_tokens: int = 256,
     prepend_bos: bool | None = None,
@@ -140,11 +142,13 @@ def measure_density(
 ) -> FeatureDensity:
     """Stream a generic corpus through the SAE and count, token by token, where each feature fires.
 
-    Texts keep their first ``max_tokens`` tokens, and begin as those that the SAE was trained on (``prepend_bos`` as in
+    Texts are strings, or rows with one in ``field``, as those of the ``datasets`` library.
+    They keep their first ``max_tokens`` tokens, and begin as those that the SAE was trained on (``prepend_bos`` as in
     ``collect``). ``progress`` is called with the number of texts done. Memory is O(d_sae) besides one batch.
     ``work`` as in ``collect``. FGAA steps 2 and 3 (arXiv 2501.09929).
     Raises DataError for a text without a token, PairingError for an SAE of another width.
     """
+    strings = as_documents(texts, field)
     reader = corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos)
 
     def count(number: int, window: Sequence[str]) -> dict[str, Tensor]:
@@ -153,13 +157,13 @@ def measure_density(
         return _count(read, sae.d_sae, None if progress is None or work else lambda done: progress(first + done))
 
     if work is None:
-        found: Iterable[Mapping[str, Tensor]] = (count(*numbered) for numbered in enumerate(windows(texts)))
+        found: Iterable[Mapping[str, Tensor]] = (count(*numbered) for numbered in enumerate(windows(strings)))
     else:
         plan = {"model": identity(model), "weights": weights_sha256(model), "sae": sae.sha256}
         options = {"batch_tokens": batch_tokens, "max_tokens": max_tokens, "prepend_bos": reader.prepend_bos}
         parts = Parts(work, "counted texts", {**plan, **options})
         told = None if progress is None else lambda parts_done: progress(parts_done * WINDOW)
-        found = parts.each(windows(texts), count, text_sha256, told)
+        found = parts.each(windows(strings), count, text_sha256, told)
     total = {**dict.fromkeys(COUNTS, torch.zeros(sae.d_sae, dtype=torch.float64)), "tokens": torch.tensor(0)}
     with reader:
         for number, counts in enumerate(found):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fgsteer.brief import Brief
 from fgsteer.checks import checked_after
+from fgsteer.corpora import as_documents
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.files import read_tensors, write_tensors
 
@@ -159,8 +160,9 @@ def measure_examples(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     sae: SAE,
-    texts: Iterable[str],
+    texts: Iterable[object],
     *,
+    field: str = "text",
     features: Sequence[int] | None = None,
     top: int = 8,
     window: int = 12,
@@ -174,7 +176,8 @@ def measure_examples(
 
     Of peaks with the same token and the same twelve before it (copies, common openings) the highest is kept.
     An excerpt is the peak with ``window`` tokens on either side. ``features`` are all by default;
-    texts keep their first ``max_tokens`` tokens and begin as those that the SAE was trained on (``prepend_bos`` as in
+    texts (strings, or rows with one in ``field``, as those of the ``datasets`` library)
+    keep their first ``max_tokens`` tokens and begin as those that the SAE was trained on (``prepend_bos`` as in
     ``collect``); a special token before them is not read. ``progress`` is
     called with the number of texts done. Memory is O(features · top · window) besides one batch.
     Raises DataError for a text without a token or activations that are not finite, PairingError for
@@ -188,12 +191,13 @@ def measure_examples(
         raise SelectionError(
             f"features {chosen[:1]} … {chosen[-1:]}, top = {top}, window = {window}", f"ids 0 to {sae.d_sae - 1}"
         )
+    strings = as_documents(texts, field)
     every = len(chosen) == sae.d_sae
     width = sae.d_sae if every or sae.activation == "topk" else len(chosen)
     done = 0
     best: _Best | None = None
     with corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos) as reader:
-        for batch, values, local in corpus_batches(model, reader, texts, sae, batch_tokens=batch_tokens):
+        for batch, values, local in corpus_batches(model, reader, strings, sae, batch_tokens=batch_tokens):
             best = best or _Best(len(chosen), top, window, values.device)
             text = (batch.selected & ~batch.starts).to(values.device)
             ids = batch.ids.to(values.device)

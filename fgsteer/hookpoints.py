@@ -65,6 +65,8 @@ _SUBLAYERS: dict[str, tuple[str, str]] = {
     "FalconDecoderLayer": ("self_attention", "mlp"),
     "OPTDecoderLayer": ("self_attn", "fc2"),
 }
+# model types that have get_decoder() and generate, yet are not causal stacks of (batch, tokens, d_model)
+_NOT_CAUSAL = {"xlnet": ", whose blocks keep tokens before rows and attend to later tokens"}
 _NOT_ADDED = {
     "BloomBlock": "its sublayers return their output with the residual added",
     "GraniteDecoderLayer": "sublayer outputs are scaled by residual_multiplier",
@@ -142,12 +144,36 @@ class Hookpoint:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The decoder stack of a Hugging Face causal LM, without its head. Raises HookpointError."""
+    """The decoder stack of a Hugging Face causal LM, without its head.
+
+    Raises HookpointError for anything else, encoder–decoder models among it.
+    """
+    reason = _why_not_causal(model)
     get = getattr(model, "get_decoder", None)
-    decoder = get() if callable(get) else None
+    decoder = get() if callable(get) and not reason else None
     if not isinstance(decoder, nn.Module):
-        raise HookpointError(f"{a(type(model).__name__)}", "a Hugging Face causal LM with get_decoder()")
+        raise HookpointError(
+            a(type(model).__name__) + reason,
+            "a Hugging Face causal LM with get_decoder(): one stack that reads prompt and continuation alike",
+            "load a decoder-only model",
+        )
+    # Llama 4 gives its wrapper with the head, ModernBERT's decoder gives the head
+    for found in (decoder, getattr(decoder, "model", None), getattr(model, "model", None)):
+        if isinstance(found, nn.Module) and _lists(uncompiled(found)):
+            return uncompiled(found)
     return uncompiled(decoder)
+
+
+def _why_not_causal(model: nn.Module) -> str:
+    """What is said of a model that its config shows to be no causal LM, or ""."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return ", an encoder–decoder model, which generates a sequence apart from the prompt"
+    return _NOT_CAUSAL.get(str(getattr(config, "model_type", "")), "")
+
+
+def _lists(decoder: nn.Module) -> dict[str, nn.ModuleList]:
+    return {name: m for name, m in decoder.named_children() if isinstance(m, nn.ModuleList)}
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -158,13 +184,13 @@ def uncompiled(module: nn.Module) -> nn.Module:
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The decoder's one list of ``num_hidden_layers`` blocks, found by shape, not by name.
 
-    Raises HookpointError when there is none or more than one.
+    Raises HookpointError when there is none or more than one, or when their attention looks ahead, as in a masked LM.
     """
     decoder = decoder_of(model)
     config = getattr(decoder, "config", None) or getattr(model, "config", None)
     text_config = config.get_text_config() if config is not None else None
     count = getattr(text_config, "num_hidden_layers", None)
-    lists = {name: m for name, m in decoder.named_children() if isinstance(m, nn.ModuleList)}
+    lists = _lists(decoder)
     found = [m for m in lists.values() if len(m) == count]
     if len(found) != 1:
         listed = ", ".join(f"{name} ({len(m)})" for name, m in lists.items()) or "no module list"
@@ -172,6 +198,13 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
             f"decoder {type(decoder).__name__} has {listed}",
             f"one module list of num_hidden_layers = {count} blocks",
             "this architecture is not supported yet",
+        )
+    causal = [m.is_causal for m in found[0][:1].modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    if causal and not any(causal):
+        raise HookpointError(
+            f"{a(type(model).__name__)}, whose {type(found[0][0]).__name__} attends to later tokens",
+            "a causal LM, whose activations depend on earlier tokens alone",
+            "load a decoder-only model",
         )
     return found[0]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,21 @@ FINAL_NORMS = (
 )
 
 
+# arguments of from_pretrained that say where files are and may run: what the tokenizer must be told too
+_OF_BOTH = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "gguf_file",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
 def pretrained_dir() -> Path:
     """Folder of the embedded default: inside the package, or in a checkout beside it.
 
@@ -78,26 +94,39 @@ def embedded_sae_dir(sae_id: str | None = None) -> Path:
 
 @checked
 def load_model(
-    source: str | Path = DEFAULT, *, dtype: torch.dtype | str | None = None, **kwargs: Any
+    source: str | Path = DEFAULT,
+    *,
+    dtype: torch.dtype | str | None = None,
+    gguf_file: str | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) in eval mode: "default" for the embedded one, else a Hugging Face id or path.
 
     ``dtype`` defaults to float32 for the embedded model and to the checkpoint's own
-    otherwise; ``device_map`` and the like go to ``AutoModelForCausalLM.from_pretrained``.
+    otherwise (float32 for GGUF). ``gguf_file`` names a file of llama.cpp's format in the folder or
+    repository, whose weights are read into a plain model (extra ``fgsteer[gguf]``); the path of such a
+    file as ``source`` says the same. Other keywords go to
+    ``AutoModelForCausalLM.from_pretrained``, and those of the hub (``revision``, ``token``,
+    ``trust_remote_code``, ``subfolder``, …) to the tokenizer too.
     The tokenizer pads on the left, with the end-of-text token where it has no pad token.
-    Raises FormatError when the embedded default is missing, MissingError (an OSError too) for another
-    model that is not there, at once where the hub cannot be reached.
+    Raises FormatError when the embedded default or, for GGUF, the package or the file is missing,
+    MissingError (an OSError too) for another model that is not there, at once where the hub cannot be reached.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if gguf_file is None and Path(source).suffix.lower() == ".gguf" and Path(source).is_file():
+        source, gguf_file = Path(source).parent, Path(source).name
+    if gguf_file is not None:
+        _check_gguf(source, gguf_file, kwargs.get("subfolder", ""))
+        kwargs["gguf_file"] = gguf_file
     embedded = str(source) == DEFAULT
     folder = pretrained_dir() / "model" if embedded else source
-    chosen = dtype if dtype is not None else (torch.float32 if embedded else "auto")
-    revision = kwargs.get("revision")
+    chosen = dtype if dtype is not None else (torch.float32 if embedded or gguf_file else "auto")
+    shared = {name: value for name, value in kwargs.items() if name in _OF_BOTH}
     with hub_or_cache(folder) as reachable:
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, **kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **({"revision": revision} if revision else {}))
+            tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
         except OSError as error:
             why = str(error).partition("\n")[0] if reachable else unreachable()
             raise MissingError(f"no model {str(source)!r}", '"default", a folder, or a Hugging Face id', why) from error
@@ -107,6 +136,20 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def _check_gguf(source: str | Path, name: str, subfolder: str) -> None:
+    """Raises FormatError for a GGUF file that is not there, or cannot be read without its package."""
+    folder = Path(source) / subfolder
+    if str(source) == DEFAULT:
+        raise FormatError(f"gguf_file={name!r} of the embedded default", "a folder or repository that holds the file")
+    if folder.is_dir() and not (folder / name).is_file():
+        names = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
+        raise FormatError(f"no file {name!r} in {folder}", f"one of its GGUF files: {names}")
+    if find_spec("gguf") is None:
+        raise FormatError(
+            f"gguf_file={name!r} without the package gguf", "the package that reads it", "pip install 'fgsteer[gguf]'"
+        )
 
 
 def model_name() -> str:

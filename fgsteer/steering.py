@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fgsteer.activations import by_token, ends_key, primary
+from fgsteer.activations import by_token, ends_key, primary, with_primary
 from fgsteer.blocks import Block
 from fgsteer.checks import checked
 from fgsteer.errors import SteeringError, UntouchedWarning
@@ -186,8 +186,7 @@ class _Session:
 
     def _output_hook(self, groups: Sequence[Group]) -> Callable[..., Any]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            changed = self.act(groups, primary(output))
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return with_primary(output, self.act(groups, primary(output)))
 
         return hook
 

@@ -30,7 +30,7 @@ import torch
 
 import fgsteer as fg
 from fgsteer.collecting import _Reader, _sums_of
-from fgsteer.data import read_documents
+from fgsteer.corpora import read_documents
 from fgsteer.evaluation.bench import line, read_arms, resume
 from fgsteer.evaluation.chat import BrokenAnswerError, _content
 from fgsteer.evaluation.endpoint import AnswerCache, read_score

@@ -29,6 +29,7 @@ ORDER = (
     "sae_registry",
     "hookpoints",
     "conversations",
+    "corpora",
     "data",
     "models",
     "sae",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.data import read_documents
+from fgsteer.corpora import read_documents
 from fgsteer.files import write_tensors
 from fgsteer.hookpoints import resolve
 

@@ -197,6 +197,72 @@ MORE_FAMILIES = {
         hidden_size_per_layer_input=8,
     ),
 }
+# families with state-space, convolution or other recurrent blocks, alone or among attention
+_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+HYBRIDS = {
+    "mamba": lambda: _config("mamba", intermediate_size=None, state_size=8, time_step_rank=4),
+    "mamba2": lambda: _config("mamba2", num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=8),
+    "qwen3_5": lambda: _config("qwen3_5_text", **_GQA, **_DELTA),
+    "qwen3_next": lambda: _config(
+        "qwen3_next", **_GQA, **_DELTA, **_EXPERTS, shared_expert_intermediate_size=16, mlp_only_layers=[]
+    ),
+    "lfm2": lambda: _config("lfm2", num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"]),
+    "falcon_h1": lambda: _config("falcon_h1", num_key_value_heads=2, mamba_d_ssm=64, **_MAMBA2),
+    "nemotron_h": lambda: _config(
+        "nemotron_h",
+        **_GQA,
+        num_hidden_layers=None,
+        layers_block_type=["mamba", "attention", "mlp"],
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        ssm_state_size=8,
+        n_groups=1,
+        chunk_size=8,
+    ),
+    "granitemoehybrid": lambda: _config(
+        "granitemoehybrid",
+        num_key_value_heads=2,
+        layer_types=["mamba", "attention", "mamba"],
+        shared_intermediate_size=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        **_MAMBA2,
+    ),
+    "jamba": lambda: _config(
+        "jamba",
+        num_key_value_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=4,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    ),
+    "bamba": lambda: _config("bamba", num_key_value_heads=2, attn_layer_indices=[1], **_MAMBA2),
+    "zamba2": lambda: _config(
+        "zamba2",
+        layers_block_type=["mamba", "hybrid", "mamba"],
+        mamba_d_state=8,
+        n_mamba_heads=4,
+        chunk_size=8,
+        use_mamba_kernels=False,
+    ),
+    "recurrent_gemma": lambda: _config(
+        "recurrent_gemma",
+        num_key_value_heads=1,
+        lru_width=D_MODEL,
+        attention_window_size=8,
+        block_types=["recurrent", "attention"],
+        logits_soft_cap=1e6,  # so far off that logits are linear in the head's input, as the logit lens is
+    ),
+}
 # families whose blocks are checked to add up, no more
 OTHER_FAMILIES = {
     "codegen": lambda: _config("codegen", **_OLD, rotary_dim=8),
@@ -227,7 +293,7 @@ OTHER_FAMILIES = {
     "stablelm": lambda: _config("stablelm", num_key_value_heads=2),
     "starcoder2": lambda: _config("starcoder2", num_key_value_heads=2),
 }
-_ALL = {**FAMILIES, **MORE_FAMILIES, **OTHER_FAMILIES}
+_ALL = {**FAMILIES, **MORE_FAMILIES, **HYBRIDS, **OTHER_FAMILIES}
 
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32):

@@ -21,6 +21,7 @@ from fgsteer.cli.common import (
     load_model,
     load_sae,
     progress_bar,
+    sae_name,
     show,
 )
 from fgsteer.cli.doors import check_device, writable
@@ -48,7 +49,7 @@ def bench(
     method: Annotated[list[str] | None, typer.Option(help="A method; default: all that the SAEs allow.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two concepts, six methods, few samples.")] = False,
     model: ModelOption = "default",
-    sae: SaeOption = "default",
+    sae: SaeOption = None,
     sae_id: Annotated[list[str] | None, typer.Option("--sae-id", help="An id within a release; one a layer.")] = None,
     effects: Annotated[list[str] | None, typer.Option(help='An effect approximator: a file, or "default".')] = None,
     judge: Annotated[
@@ -167,7 +168,7 @@ def make_bench(
     *,
     quick: bool,
     model: tuple[str, str | None, str | None],
-    sae: tuple[str, list[str] | None],
+    sae: tuple[str | None, list[str] | None],
     effects: list[str] | None,
     judge: tuple[str | None, str | None],
 ) -> Any:
@@ -176,12 +177,13 @@ def make_bench(
     from fgsteer.evaluation.arms import BENCH_METHODS, NEEDS_EFFECTS
     from fgsteer.evaluation.shared import begun_design
 
-    name, ids = sae
+    name, ids = sae_name(sae[0], model[0]), sae[1]
     check_device(*model[1:])
     for concept in given.get("concepts", ()):
         fg.load_contrast(concept)
     writable(out / "bench.jsonl")
-    saes = [load_sae(name, one) for one in ids] if ids else [load_sae(name, None)]
+    wanted: list[str | None] = [*ids] if ids else [None]
+    saes = [load_sae(name, one, model[0]) for one in wanted]
     fits = [fg.load_effects(source) for source in effects or (["default"] if name == "default" and not ids else [])]
     by_layer = {one.hookpoint.layer: one for one in saes}
     fitted = {fit.hookpoint.layer: fit for fit in fits}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,12 @@ app = typer.Typer(
 )
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help='"default", or a Hugging Face id or path.')]
-SaeOption = Annotated[str, typer.Option("--sae", help='"default", a folder, or a sae-lens release (with --sae-id).')]
+SaeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--sae", help='"default" (taken where the model is), a folder, or a sae-lens release (with --sae-id).'
+    ),
+]
 SaeIdOption = Annotated[str | None, typer.Option("--sae-id", help="The id within a sae-lens release.")]
 
 
@@ -40,6 +45,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value, 
 TokensOption = Annotated[
     str,
     typer.Option("--tokens", help="all, last, answer, letter, tail (of a chat template), or an index."),
+]
+FieldOption = Annotated[
+    str, typer.Option("--field", help="Field or column of the text in .jsonl, .json, .csv, .tsv and .parquet.")
 ]
 PrependBosOption = Annotated[
     bool | None,
@@ -122,11 +130,30 @@ def interventions(vectors: list[tuple[Any, float]], operation: str, scope: str, 
     ]
 
 
-def load_sae(name: str, sae_id: str | None) -> Any:
-    """The SAE of the options."""
+def sae_name(name: str | None, model: str) -> str:
+    """The SAE of --sae, by default the embedded model's own. Raises DataError where none is named for another model."""
+    from fgsteer.models import DEFAULT, model_name
+
+    if name is None and model not in ("", DEFAULT, model_name()):
+        raise DataError(
+            f"no --sae for {model!r}: the default SAE was trained on the default model",
+            "an SAE of this model",
+            f"fgsteer saes --model {Path(model).name} lists them: --sae RELEASE --sae-id ID, or --sae FOLDER",
+        )
+    return name or DEFAULT
+
+
+def model_of(about: Mapping[str, Any]) -> str:
+    """The name of the model that a vector's provenance or statistics' reading remembers, or ""."""
+    made = about.get("model")
+    return str(made.get("name") or "") if isinstance(made, Mapping) else ""
+
+
+def load_sae(name: str | None, sae_id: str | None, model: str) -> Any:
+    """The SAE of the options, for the model of --model. Raises DataError where none is named for it."""
     import fgsteer as fg
 
-    return fg.load_sae(name, sae_id)
+    return fg.load_sae(sae_name(name, model), sae_id)
 
 
 def show(value: Any, as_json: bool, text: Callable[[Any], None]) -> None:

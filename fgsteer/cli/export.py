@@ -22,6 +22,7 @@ from fgsteer.cli.common import (
     load_model,
     load_sae,
     load_vectors,
+    model_of,
     show,
 )
 from fgsteer.cli.doors import check_device, new_folder, writable
@@ -54,7 +55,7 @@ def export(
         str | None,
         typer.Option("--model", "-m", help="checkpoint: the model; lm-eval: it too, for its modules' names."),
     ] = None,
-    sae: SaeOption = "default",
+    sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     prompt: Annotated[str, typer.Option(help="neuronpedia: the text to continue.")] = "I think",
     device: DeviceOption = None,
@@ -91,7 +92,9 @@ def export(
             raise DataError(f"--op {operation} of {count(len(items), 'vector')}", "add of one, as Neuronpedia does")
         every_token(items[0], "Neuronpedia")
         vector, strength = loaded[0]
-        formats.neuronpedia.write(vector, out, load_sae(sae, sae_id), coefficient=strength, prompt=prompt)
+        formats.neuronpedia.write(
+            vector, out, load_sae(sae, sae_id, model_of(vector.provenance)), coefficient=strength, prompt=prompt
+        )
     told = {
         "to": to,
         "files": [str(file) for file in files],

@@ -12,6 +12,7 @@ from fgsteer.cli.common import (
     BatchTokensOption,
     DeviceOption,
     DtypeOption,
+    FieldOption,
     JsonOption,
     MaxTokensOption,
     ModelOption,
@@ -40,7 +41,7 @@ def collect(
     contrast: Annotated[str, typer.Argument(help="A shipped contrast set, or a .json or .jsonl file.")],
     out: OutOption,
     model: ModelOption = "default",
-    sae: SaeOption = "default",
+    sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     no_sae: Annotated[bool, typer.Option("--no-sae", help="Residual statistics only (with --hookpoint).")] = False,
     hookpoint: Annotated[
@@ -74,7 +75,7 @@ def collect(
             "--no-sae without --hookpoint", "a place to read", "such as --hookpoint blocks.2.hook_resid_post"
         )
     check_device(device, dtype)
-    autoencoder = None if no_sae else load_sae(sae, sae_id)
+    autoencoder = None if no_sae else load_sae(sae, sae_id, model)
     language_model, tokenizer = load_model(model, device, dtype)
     total = pairs.count(True) + pairs.count(False)
     with progress_bar("collecting", total, as_json) as progress:
@@ -104,22 +105,25 @@ def _print_collected(told: dict[str, Any]) -> None:
     say(f"{told['out']}: {positive} + {count(negative, 'text')} at {', '.join(told['hookpoints'])}")
 
 
-def count_documents(corpus: Path) -> int:
+def count_documents(corpus: Path, field: str) -> int:
     """How many documents a corpus has, every line read. Raises DataError for none or one that cannot be read."""
-    from fgsteer.data import read_documents
+    from fgsteer.corpora import read_documents
 
-    total = sum(1 for _ in read_documents(corpus))
+    total = sum(1 for _ in read_documents(corpus, field))
     if not total:
-        raise DataError(f"{corpus} has no document", "one a line")
+        raise DataError(f"{corpus} has no document", "one at least")
     return total
 
 
 @app.command()
 def density(
-    corpus: Annotated[Path, typer.Argument(help='Text file, a document a line, or JSONL with a field "text".')],
+    corpus: Annotated[
+        Path, typer.Argument(help="A .txt (a document a line), .jsonl, .json, .csv, .tsv or .parquet file.")
+    ],
     out: OutOption,
+    field: FieldOption = "text",
     model: ModelOption = "default",
-    sae: SaeOption = "default",
+    sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     max_tokens: MaxTokensOption = 256,
     prepend_bos: PrependBosOption = None,
@@ -134,18 +138,18 @@ def density(
     A file density.safetensors in an SAE's folder is loaded with it. Under torchrun the processes share the texts.
     """
     import fgsteer as fg
-    from fgsteer.data import read_documents
+    from fgsteer.corpora import read_documents
 
-    total = count_documents(corpus)
+    total = count_documents(corpus, field)
     check_device(device, dtype)
-    autoencoder = load_sae(sae, sae_id)
+    autoencoder = load_sae(sae, sae_id, model)
     language_model, tokenizer = load_model(model, device, dtype)
     with progress_bar("measuring density", total, as_json) as progress:
         measured = fg.measure_density(
             language_model,
             tokenizer,
             autoencoder,
-            read_documents(corpus),
+            read_documents(corpus, field),
             batch_tokens=batch_tokens,
             max_tokens=max_tokens,
             prepend_bos=prepend_bos,
@@ -177,15 +181,18 @@ def density(
 def effects(
     out: OutOption,
     model: ModelOption = "default",
-    sae: SaeOption = "default",
+    sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     vectors: Annotated[
         int | None, typer.Option(min=20, help="Decoder rows to measure, drawn by seed; default: all.")
     ] = None,
     rows_of: Annotated[str | None, typer.Option("--rows-of", help="Another SAE whose decoder rows to measure.")] = None,
     rows_of_id: Annotated[str | None, typer.Option("--rows-of-id", help="Its id within a sae-lens release.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; default: shipped neutral ones.")] = None,
-    texts: Annotated[Path | None, typer.Option(help="Texts that set the strength; default: shipped neutral.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of prompts; default: shipped neutral ones.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="File of texts that set the strength; default: shipped neutral.")
+    ] = None,
+    field: FieldOption = "text",
     n_texts: Annotated[int, typer.Option(min=1, help="How many of the texts to use.")] = 8,
     rollouts: Annotated[int, typer.Option(min=2, help="Continuations of each prompt per vector; even.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each continuation.")] = 32,
@@ -208,19 +215,19 @@ def effects(
     processes share the vectors.
     """
     import fgsteer as fg
-    from fgsteer.data import read_documents
+    from fgsteer.corpora import read_documents
     from fgsteer.measuring import decoder_directions
     from fgsteer.rollouts import Sampling
 
     neutral, starts = fg.load_neutral()
-    asked = list(read_documents(prompts)) if prompts else starts
-    costed = list(read_documents(texts)) if texts else neutral
+    asked = list(read_documents(prompts, field)) if prompts else starts
+    costed = list(read_documents(texts, field)) if texts else neutral
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     if not 0 < ce_rise < math.inf or rollouts % 2:
         raise DataError(f"--ce-rise {ce_rise:g}, --rollouts {rollouts}", "nats above 0, and an even number")
     check_device(device, dtype)
-    autoencoder = load_sae(sae, sae_id)
-    source = load_sae(rows_of, rows_of_id) if rows_of is not None else autoencoder
+    autoencoder = load_sae(sae, sae_id, model)
+    source = load_sae(rows_of, rows_of_id, model) if rows_of is not None else autoencoder
     directions = decoder_directions(source, vectors, seed)
     language_model, tokenizer = load_model(model, device, dtype)
     try:
@@ -267,28 +274,31 @@ def _print_effects(told: dict[str, Any]) -> None:
     )
 
 
-def measure_excerpts(corpus: Path, parts: tuple[Any, Any, Any], as_json: bool, **options: Any) -> Any:
+def measure_excerpts(corpus: Path, field: str, parts: tuple[Any, Any, Any], as_json: bool, **options: Any) -> Any:
     """Excerpts of a corpus file, with a progress bar. Raises DataError for one without documents."""
     import fgsteer as fg
-    from fgsteer.data import read_documents
+    from fgsteer.corpora import read_documents
 
-    total = count_documents(corpus)
+    total = count_documents(corpus, field)
     model, tokenizer, sae = parts
     about = {"name": corpus.name, "texts": total}
     with progress_bar("measuring excerpts", total, as_json) as progress:
         return fg.measure_examples(
-            model, tokenizer, sae, read_documents(corpus), corpus=about, progress=progress, **options
+            model, tokenizer, sae, read_documents(corpus, field), corpus=about, progress=progress, **options
         )
 
 
 @app.command()
 def examples(
-    corpus: Annotated[Path, typer.Argument(help='Text file, a document a line, or JSONL with a field "text".')],
+    corpus: Annotated[
+        Path, typer.Argument(help="A .txt (a document a line), .jsonl, .json, .csv, .tsv or .parquet file.")
+    ],
     out: OutOption,
+    field: FieldOption = "text",
     top: Annotated[int, typer.Option(min=1, help="Excerpts kept of each feature.")] = 8,
     window: Annotated[int, typer.Option(min=0, help="Tokens kept on either side of a peak.")] = 12,
     model: ModelOption = "default",
-    sae: SaeOption = "default",
+    sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     max_tokens: MaxTokensOption = 256,
     prepend_bos: PrependBosOption = None,
@@ -298,12 +308,12 @@ def examples(
     as_json: JsonOption = False,
 ) -> None:
     """Find where in a corpus each feature fires most; write the excerpts for fgsteer features --examples."""
-    count_documents(corpus)
+    count_documents(corpus, field)
     check_device(device, dtype)
-    autoencoder = load_sae(sae, sae_id)
+    autoencoder = load_sae(sae, sae_id, model)
     parts = (*load_model(model, device, dtype), autoencoder)
     sizes = {"top": top, "window": window, "max_tokens": max_tokens, "batch_tokens": batch_tokens}
-    measured = measure_excerpts(corpus, parts, as_json, prepend_bos=prepend_bos, **sizes)
+    measured = measure_excerpts(corpus, field, parts, as_json, prepend_bos=prepend_bos, **sizes)
     measured.save(out)
     fired = int((measured.documents >= 0).any(1).sum())
     told = {"out": str(out), "texts": measured.corpus["texts"], "features": len(measured.features), "fired": fired}

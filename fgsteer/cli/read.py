@@ -10,6 +10,7 @@ import typer
 
 from fgsteer.cli.common import (
     DeviceOption,
+    FieldOption,
     JsonOption,
     ModelOption,
     SaeIdOption,
@@ -42,8 +43,9 @@ def features(
     feature: Annotated[str | None, typer.Option("--feature", help="Ids such as 12,40 instead of a vector.")] = None,
     search: Annotated[str | None, typer.Option("--search", help="A word, to find features for it.")] = None,
     corpus: Annotated[
-        Path | None, typer.Option(help="Show excerpts of this text file (a document a line) or JSONL.")
+        Path | None, typer.Option(help="Show excerpts of this corpus, as fgsteer examples reads it.")
     ] = None,
+    field: FieldOption = "text",
     examples: Annotated[
         Path | None, typer.Option(help="Excerpts by fgsteer examples; default: those beside the SAE.")
     ] = None,
@@ -51,7 +53,7 @@ def features(
     html: Annotated[Path | None, typer.Option(callback=writable, help="Write feature cards as one HTML page.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many features, by absolute weight or by --search's score.")] = 20,
     model: ModelOption = "default",
-    sae: SaeOption = "default",
+    sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -73,11 +75,11 @@ def features(
         check_fit({Path(str(file)): vector}, model)
     known = None if examples is None else fg.FeatureExamples.load(examples)
     if corpus is not None:
-        count_documents(corpus)
+        count_documents(corpus, field)
     check_device(device, None)
     autoencoder = None
     if vector is None or vector.features:
-        autoencoder = load_sae(sae, sae_id)
+        autoencoder = load_sae(sae, sae_id, model)
         if labels is not None:
             autoencoder = replace(autoencoder, labels=fg.load_labels(labels, autoencoder))
         for one in ids or []:
@@ -93,7 +95,7 @@ def features(
         parts = (language_model, tokenizer, autoencoder)
         if corpus is not None:  # a search reads the excerpts of every feature
             shown = ids if vector is None else [row.id for row in vector.top_features(top)]
-            known = measure_excerpts(corpus, parts, as_json, features=shown)
+            known = measure_excerpts(corpus, field, parts, as_json, features=shown)
         rows = _feature_rows(vector or ids, search, parts, known, top)
         told.update(sae=autoencoder.source, corpus=None if known is None else known.corpus)
     told["features"] = [row.as_dict() for row in rows]

@@ -13,6 +13,7 @@ from fgsteer.cli.common import (
     BatchTokensOption,
     DeviceOption,
     DtypeOption,
+    FieldOption,
     JsonOption,
     ModelOption,
     TokensOption,
@@ -44,7 +45,8 @@ def sweep(
     ] = None,
     matched: Annotated[float | None, typer.Option(help="The cost at which layers and signs are compared.")] = None,
     held_out: Annotated[str | None, typer.Option(help="Set to measure on; default: the held-out part.")] = None,
-    neutral: Annotated[Path | None, typer.Option(help="Texts that cost is measured on, a line each.")] = None,
+    neutral: Annotated[Path | None, typer.Option(help="File of texts that cost is measured on.")] = None,
+    field: FieldOption = "text",
     controls: Annotated[int, typer.Option(min=0, help="Random directions a layer, to compare signs with.")] = 4,
     model: ModelOption = "default",
     tokens: TokensOption = "all",
@@ -58,7 +60,7 @@ def sweep(
     Effects are changes of the log-probability of texts with the behavior against that of texts without it.
     """
     import fgsteer as fg
-    from fgsteer.data import read_documents
+    from fgsteer.corpora import read_documents
     from fgsteer.evaluation.sweep import METHODS
     from fgsteer.evaluation.sweep_plots import save_pictures
     from fgsteer.files import write_json
@@ -71,7 +73,7 @@ def sweep(
         raise DataError(f"--method {method}", f"one of {', '.join(METHODS)}")
     pairs, rule = fg.load_contrast(contrast), token_rule(tokens)
     measured_on = None if held_out is None else fg.load_contrast(held_out)
-    plain = None if neutral is None else list(read_documents(neutral))
+    plain = None if neutral is None else list(read_documents(neutral, field))
     check_device(device, dtype)
     check_fit(dict(zip(vector or [], vectors, strict=True)), model)
     language_model, tokenizer = load_model(model, device, dtype)

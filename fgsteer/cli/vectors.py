@@ -28,6 +28,7 @@ from fgsteer.cli.common import (
     load_model,
     load_sae,
     load_vectors,
+    model_of,
     show,
 )
 from fgsteer.cli.doors import new_folder
@@ -122,7 +123,7 @@ def build(
     method: Annotated[str, typer.Argument(help="caa, ace, sta, fgaa, sae_ts or from_features.")],
     out: OutOption,
     stats: Annotated[Path | None, typer.Option(help="Statistics written by fgsteer collect.")] = None,
-    sae: SaeOption = "default",
+    sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     effects: Annotated[str | None, typer.Option(help='Effect approximator: a file, or "default".')] = None,
     density: Annotated[Path | None, typer.Option(help="Density of the SAE, if not in its folder.")] = None,
@@ -149,7 +150,7 @@ def build(
     if "sae" in signature(fg.METHODS[method]).parameters:
         if stats is not None:
             inputs["stats"].at("feature", next(iter(inputs["stats"].feature), None))  # refuses those without features
-        inputs["sae"] = load_sae(sae, sae_id)
+        inputs["sae"] = load_sae(sae, sae_id, "" if stats is None else model_of(inputs["stats"].reading))
     vector = fg.build(method, **inputs)
     vector.save(out)
     told = {
