@@ -110,7 +110,7 @@ class Hookpoint:
         """
         if isinstance(name, Hookpoint):
             return name
-        if is_whole(name) or (isinstance(name, str) and name.isdecimal()):
+        if is_whole(name):
             return cls(int(name))
         if not isinstance(name, str):
             raise HookpointError(

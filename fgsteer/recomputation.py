@@ -29,7 +29,7 @@ _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name, on each modu
 class Recomputation:
     """The passes of one block, and the parts of them that are computed again.
 
-    While a graph is compiled it does nothing: the graph holds the masks of its own pass.
+    What is compiled checks nothing; modules that checkpoint are left out of it, but not what they run.
     """
 
     def __init__(self, positions: Positions, claim: Claim) -> None:
@@ -37,13 +37,17 @@ class Recomputation:
         self.backward = -1  # the backward pass in which the running forward pass began; -1 outside any
 
     def begin(self) -> None:
-        """Note that the decoder begins a pass."""
+        """Note that the decoder begins a pass. Raises SteeringError where it may not."""
         if not torch.compiler.is_compiling():
+            self.claim.check()
             self.backward = backward_pass()
 
     def check(self) -> None:
-        """Raises SteeringError where a backward pass runs a module again whose positions were not kept."""
-        if not torch.compiler.is_compiling() and backward_pass() != self.backward:
+        """Raises SteeringError where no pass may run, or a module runs again whose positions were not kept."""
+        if torch.compiler.is_compiling():
+            return
+        self.claim.check()
+        if backward_pass() != self.backward:
             raise SteeringError(
                 "a layer that is computed again for gradients, of a pass that ran outside this steer block or that "
                 "other code than transformers checkpointed: which tokens it holds is not known",
@@ -63,11 +67,12 @@ class Recomputation:
 
         @wraps(checkpoint)
         def keeping(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or not self.claim.open:
+            if not self.claim.open:
                 return checkpoint(function, *args, **kwargs)
             return checkpoint(self._again(function), *args, **kwargs)
 
-        return keeping
+        eager: Callable[..., Any] = torch.compiler.disable(keeping, recursive=False)  # type: ignore[no-untyped-call]
+        return eager
 
     def _again(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, run with the positions of now each time after the first. Raises SteeringError there."""
@@ -89,7 +94,8 @@ class Recomputation:
             with self._restored(state):
                 return function(*args, **kwargs)
 
-        return run
+        eager: Callable[..., Any] = torch.compiler.disable(run, recursive=False)  # type: ignore[no-untyped-call]
+        return eager
 
     def _state(self) -> list[dict[str, Any]]:
         """All that is known of the running pass."""

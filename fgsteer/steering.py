@@ -148,7 +148,6 @@ class _Session:
 
     def observe(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the decoder is about to run on."""
-        self.claim.check()
         self.recomputation.begin()
         given = dict(zip(self.names, args, strict=False)) | kwargs if args else kwargs
         ids = given.get("input_ids")
@@ -177,8 +176,7 @@ class _Session:
 
     def act(self, groups: Sequence[Group], h: Tensor) -> Tensor:
         """Apply the groups in order to hidden states of any layout."""
-        self.claim.check()  # a pass may have begun before the hooks were set
-        self.recomputation.check()
+        self.recomputation.check()  # a pass may have begun before the hooks were set
         batch, length = self.positions.batch, self.positions.length
         repeats = 1 if self.rows == 1 else batch // self.rows
         changed = h if h.shape[:-1] == (batch, length) else by_token(h, batch, length)

@@ -78,13 +78,11 @@ class Claim:
             raise self.failure
 
     def check(self, what: str = "a forward pass") -> None:
-        """Nothing inside the block, or while a graph is compiled. Raises SteeringError elsewhere.
+        """Nothing inside the block. Raises SteeringError elsewhere.
 
         A backward pass may compute parts of the model again in a thread of autograd's, while
         the thread that opened the block waits for it.
         """
-        if torch.compiler.is_compiling():
-            return
         if threading.get_ident() != self.thread:
             if backward_pass() >= 0 and _waits_for_backward(self.thread):
                 return

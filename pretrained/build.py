@@ -63,7 +63,7 @@ def stage_density(work: Path, folder: Path) -> None:
     model, tokenizer = load_lm(work)
     sae = fg.load_sae(folder)
     texts = [text for group in held_out(work).values() for text in group if len(text) > 20]
-    density = fg.measure_density(model, tokenizer, texts, sae, corpus={"name": "held-out 1 %", "texts": len(texts)})
+    density = fg.measure_density(model, tokenizer, sae, texts, corpus={"name": "held-out 1 %", "texts": len(texts)})
     activations = contrast_activations(model, tokenizer, sae)
     theta, table = choose_density(activations, density.density)
     write_json(
@@ -85,7 +85,7 @@ def read_features(
     texts = [text for _, text in pairs]
     corpus = {"name": "training documents", "texts": len(texts)}
     options: dict[str, Any] = {"top": features.TOP, "window": features.WINDOW, "corpus": corpus}
-    examples = fg.measure_examples(model, tokenizer, texts, sae, **options)
+    examples = fg.measure_examples(model, tokenizer, sae, texts, **options)
     return (examples, *features.label(examples, tokenizer))
 
 

@@ -178,8 +178,8 @@ def saved_files(folder: Path) -> dict[str, Reader]:
     made = {
         "vector": fg.SteeringVector(torch.randn(6, generator=g), AT, torch.ones(6), {1: 2.0, 3: -1.0}, provenance),
         "statistics": fg.collect(model, TOKENIZER, data, sae=SAE, keep_pooled=True),
-        "density": fg.measure_density(model, TOKENIZER, ["the man sat", "a cat ran"], SAE),
-        "examples": fg.measure_examples(model, TOKENIZER, ["the man sat", "a cat ran"], SAE, top=2, window=2),
+        "density": fg.measure_density(model, TOKENIZER, SAE, ["the man sat", "a cat ran"]),
+        "examples": fg.measure_examples(model, TOKENIZER, SAE, ["the man sat", "a cat ran"], top=2, window=2),
         "effects": fg.EffectApproximator(
             torch.randn(6, 12, generator=g), torch.ones(12), SAE.hookpoint, SAE.sha256, {"r2": 0.5}
         ),

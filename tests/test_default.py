@@ -44,7 +44,7 @@ def test_excerpts_and_labels_say_what_features_fire_on():
     model, tokenizer = fg.load_model("default")
     sae = fg.load_sae("default")
     examples = fg.load_examples(sae)
-    found = fg.find_features("king", sae, model, tokenizer, examples=examples, top=3)
+    found = fg.find_features(model, tokenizer, sae, "king", examples=examples, top=3)
     king = found[0].id
     assert len(examples.of(king, tokenizer)) == 4
     assert sae.labels[king].startswith("king")

@@ -537,7 +537,7 @@ def test_interrupt_leaves_the_model_clean_and_files_whole(job, llama, tokenizer,
             try:
                 for n in range(100_000):
                     if job == "generate":
-                        fg.generate(llama, tokenizer, ["the man", "a cat"], steering=adds(), max_new_tokens=8)
+                        fg.generate(llama, tokenizer, ["the man"], steering=adds(), max_new_tokens=8)
                     else:
                         fg.collect(llama, tokenizer, DATA, sae=make_sae()).save(tmp_path / "stats")
                     if n == 0:

@@ -395,3 +395,18 @@ def test_a_compiled_model_has_the_same_gradients():
     for eager, graph in zip(found[:2], found[2:], strict=True):
         for a, b in zip(eager, graph, strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)  # float32 in another order
+
+
+@pytest.mark.parametrize("part", ["model", "block"])
+def test_a_compiled_model_with_checkpointing_has_the_same_gradients(part):
+    torch._dynamo.reset()
+    model = training("llama")
+    twin = checkpointed(model, False)
+    if part == "block":
+        twin.model.layers[1].compile(backend="aot_eager")
+    else:
+        twin.compile(backend="aot_eager")
+    item = fg.Add(hookpoint=fg.Hookpoint(1, "attn_out"), direction=3 * randn())
+    passes = [(IDS, MASK), (OTHER_IDS, OTHER_MASK)]
+    assert_equal(gradients(twin, item, *passes), gradients(model, item, *passes))
+    torch._dynamo.reset()

@@ -8,6 +8,7 @@ import socket
 import time
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -181,16 +182,23 @@ def test_features_of_statistics_without_an_sae_are_named(llama, tokenizer, sae):
             make(bare, sae)
 
 
-@pytest.mark.parametrize("given", [2, "2", [2], (2,), torch.tensor(2), fg.Hookpoint(2), "blocks.2.hook_resid_post"])
+@pytest.mark.parametrize(
+    "given", [2, [2], (2,), np.int64(2), torch.tensor(2), fg.Hookpoint(2), "blocks.2.hook_resid_post"]
+)
 def test_a_number_is_the_end_of_a_block(llama, tokenizer, given):
     assert list(fg.collect(llama, tokenizer, DATA, hookpoints=given).residual) == [fg.Hookpoint(2)]
     assert fg.SteeringVector(torch.ones(32), 2).hookpoint == fg.Hookpoint(2, "resid_post")
 
 
-@pytest.mark.parametrize("given", [True, 2.0, [[1]], {"layer": 1}])
+@pytest.mark.parametrize("given", [True, 2.0, "2", [[1]], {"layer": 1}])
 def test_what_is_no_hookpoint_is_named(llama, tokenizer, given):
     with pytest.raises(fg.HookpointError, match=r"block's number|a name like"):
         fg.collect(llama, tokenizer, DATA, hookpoints=given)
+
+
+def test_the_command_line_takes_the_number_of_a_block(tmp_path):
+    arguments = ["collect", "love", "-o", str(tmp_path / "s"), "--no-sae", "--hookpoint", "0", "--device", "cpu"]
+    assert "40 + 40 texts at blocks.0.hook_resid_post" in CliRunner().invoke(app, arguments).stdout
 
 
 def test_contrasts_in_memory(llama, tokenizer, sae):

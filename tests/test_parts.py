@@ -110,10 +110,10 @@ def test_a_rank_makes_its_own_parts_and_reads_the_others(llama, tokenizer, tmp_p
 
 def test_density_in_parts_is_the_same(llama, tokenizer, tmp_path):
     texts, sae = sentences(30, 3), make_sae()
-    whole = saved(fg.measure_density(llama, tokenizer, texts, sae), tmp_path / "whole")
+    whole = saved(fg.measure_density(llama, tokenizer, sae, texts), tmp_path / "whole")
     done = []
     for _ in range(2):
-        found = fg.measure_density(llama, tokenizer, iter(texts), sae, work=tmp_path / "parts", progress=done.append)
+        found = fg.measure_density(llama, tokenizer, sae, iter(texts), work=tmp_path / "parts", progress=done.append)
         assert saved(found, tmp_path / "a") == whole
     assert len(list((tmp_path / "parts").glob("part-*"))) == 4
     assert done[-1] >= 30

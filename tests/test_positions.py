@@ -262,3 +262,18 @@ def test_packed_rows_without_a_mask_and_places_of_a_padded_one(llama):
     assert changed(llama, padded_row, item).tolist() == [[False] * 4 + [True]]
     with pytest.raises(fg.SteeringError, match="packed in a row"), fg.steer(llama, item, prompt_lengths=[3]):
         llama(**inputs)
+
+
+@pytest.mark.filterwarnings("ignore::fgsteer.errors.UntouchedWarning")
+def test_other_prompt_lengths_compile_nothing(llama, tokenizer):
+    torch._dynamo.reset()
+    inputs, columns = padded(rows_of(tokenizer), "left")
+    model = torch.compile(copy.deepcopy(llama), backend="eager")
+    for number, lengths in enumerate((columns, [n + 1 for n in columns])):
+        item = vector().add(1.0 + number, scope="generated")
+        with torch.no_grad(), fg.steer(llama, item, prompt_lengths=lengths):
+            expected = llama(**inputs).logits
+        stance = torch.compiler.set_stance("fail_on_recompile" if number else "default")
+        with torch.no_grad(), stance, fg.steer(model, item, prompt_lengths=lengths):
+            torch.testing.assert_close(model(**inputs).logits, expected, **CLOSE)
+    torch._dynamo.reset()

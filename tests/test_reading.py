@@ -54,8 +54,8 @@ def test_excerpts_equal_a_loop(llama, tokenizer, activation, features, small_bat
     found = fg.measure_examples(
         llama,
         tokenizer,
-        TEXTS,
         sae,
+        TEXTS,
         features=features,
         top=4,
         window=2,
@@ -84,8 +84,8 @@ def test_one_excerpt_of_each_context(llama, tokenizer):
     texts = [*TEXTS[:2], *[TEXTS[2]] * 6, TEXTS[2] + " " + TEXTS[0]]
     for batch_tokens in (16, 8192):  # copies in one batch and in several
         options = {"top": 4, "window": 2, "batch_tokens": batch_tokens}
-        once = fg.measure_examples(llama, tokenizer, [*TEXTS[:3], texts[-1]], sae, **options)
-        found = fg.measure_examples(llama, tokenizer, texts, sae, **options)
+        once = fg.measure_examples(llama, tokenizer, sae, [*TEXTS[:3], texts[-1]], **options)
+        found = fg.measure_examples(llama, tokenizer, sae, texts, **options)
         for feature in range(sae.d_sae):
             peaks = [[e.activations[e.peak] for e in kept.of(feature, tokenizer)] for kept in (once, found)]
             assert peaks[1] == pytest.approx(peaks[0], rel=1e-4)
@@ -94,7 +94,7 @@ def test_one_excerpt_of_each_context(llama, tokenizer):
 def test_position_0_is_shown_where_it_is_a_word_but_never_read(llama):
     plain = word_tokenizer(bos=False)
     sae = replace(make_sae(), b_enc=torch.full((24,), 50.0))  # every feature fires on every token
-    for excerpt in fg.measure_examples(llama, plain, ["the man sat"], sae, window=3).of(2, plain):
+    for excerpt in fg.measure_examples(llama, plain, sae, ["the man sat"], window=3).of(2, plain):
         assert "".join(excerpt.tokens) == "the man sat"
         assert excerpt.activations[0] == 0
         assert excerpt.peak > 0
@@ -102,25 +102,25 @@ def test_position_0_is_shown_where_it_is_a_word_but_never_read(llama):
 
 def test_excerpts_of_a_feature_that_never_fires_are_none(llama, tokenizer):
     sae = replace(make_sae(), b_enc=torch.full((24,), -1e4))
-    found = fg.measure_examples(llama, tokenizer, TEXTS, sae, top=2)
+    found = fg.measure_examples(llama, tokenizer, sae, TEXTS, top=2)
     assert (found.documents == -1).all()
     assert found.of(3, tokenizer) == ()
-    reasons = [why for f in fg.find_features("man", sae, llama, tokenizer, examples=found) for why in f.why]
+    reasons = [why for f in fg.find_features(llama, tokenizer, sae, "man", examples=found) for why in f.why]
     assert all(why.startswith("raises it") for why in reasons)
-    assert fg.measure_examples(llama, tokenizer, [], sae).of(3, tokenizer) == ()
+    assert fg.measure_examples(llama, tokenizer, sae, []).of(3, tokenizer) == ()
 
 
 def test_excerpts_refuse_what_they_cannot_use(llama, tokenizer, sae):
     for bad in ({"features": [24]}, {"features": []}, {"top": 0}, {"window": -1}):
         with pytest.raises(fg.SelectionError):
-            fg.measure_examples(llama, tokenizer, TEXTS, sae, **bad)
+            fg.measure_examples(llama, tokenizer, sae, TEXTS, **bad)
     with pytest.raises(fg.DataError, match="text 0 are not finite"):
-        fg.measure_examples(llama, tokenizer, ["the man"], replace(sae, b_enc=torch.full((24,), torch.inf)))
+        fg.measure_examples(llama, tokenizer, replace(sae, b_enc=torch.full((24,), torch.inf)), ["the man"])
 
 
 def test_excerpts_save_whole_and_refuse_damage(llama, tokenizer, sae, tmp_path):
     path = tmp_path / "e.safetensors"
-    made = fg.measure_examples(llama, tokenizer, TEXTS, sae, top=3, window=2, corpus={"name": "c"})
+    made = fg.measure_examples(llama, tokenizer, sae, TEXTS, top=3, window=2, corpus={"name": "c"})
     made.save(path)
     read = fg.FeatureExamples.load(path).check(sae)
     assert read.corpus == {"name": "c"}
@@ -279,8 +279,8 @@ def planted(llama, tokenizer, word="bride"):
 def test_search_finds_planted_features_and_says_why(llama, tokenizer):
     sae = planted(llama, tokenizer)
     texts = [*TEXTS, "the bride wore a ring", "a bride ran"]
-    examples = fg.measure_examples(llama, tokenizer, texts, sae, top=8)
-    found = {entry.id: entry for entry in fg.find_features("BRIDE", sae, llama, tokenizer, examples=examples)}
+    examples = fg.measure_examples(llama, tokenizer, sae, texts, top=8)
+    found = {entry.id: entry for entry in fg.find_features(llama, tokenizer, sae, "BRIDE", examples=examples)}
     excerpts = examples.of(5, tokenizer)
     assert all(excerpt.tokens[excerpt.peak].strip() == "bride" for excerpt in excerpts)
     peak = 0.2 * float(llama.get_input_embeddings().weight[tokenizer("bride")["input_ids"][1]].detach().norm())
@@ -291,21 +291,21 @@ def test_search_finds_planted_features_and_says_why(llama, tokenizer):
     assert 2 not in found or "label" not in found[2].why
     scores = [entry.score for entry in found.values()]
     assert scores == sorted(scores, reverse=True)
-    assert len(fg.find_features("bride", sae, llama, tokenizer, top=2)) == 2
+    assert len(fg.find_features(llama, tokenizer, sae, "bride", top=2)) == 2
     with pytest.raises(fg.DataError, match="empty word"):
-        fg.find_features("  ", sae, llama, tokenizer)
+        fg.find_features(llama, tokenizer, sae, "  ")
     with pytest.raises(fg.PairingError):
-        fg.find_features("bride", make_sae(seed=3), llama, tokenizer, examples=examples)
+        fg.find_features(llama, tokenizer, make_sae(seed=3), "bride", examples=examples)
 
 
 def test_search_for_no_word_finds_less_than_for_a_word():
     model, tokenizer = fg.load_model("default")
     sae = fg.load_sae("default")
-    assert fg.find_features("xyzzyplugh frobnitz", sae, model, tokenizer) == []  # twelve tokens
-    found = fg.find_features("love", sae, model, tokenizer)
+    assert fg.find_features(model, tokenizer, sae, "xyzzyplugh frobnitz") == []  # twelve tokens
+    found = fg.find_features(model, tokenizer, sae, "love")
     assert "love" in sae.labels[found[0].id]
     assert min(entry.score for entry in found) >= FLOOR
-    assert len(fg.find_features("qzxwv", sae, model, tokenizer)) < len(found)  # five tokens
+    assert len(fg.find_features(model, tokenizer, sae, "qzxwv")) < len(found)  # five tokens
 
 
 def test_search_finds_what_raises_a_word():
@@ -314,7 +314,7 @@ def test_search_finds_what_raises_a_word():
     i = tokenizer(" king", add_special_tokens=False)["input_ids"][0]
     W_dec = sae.W_dec.clone()
     W_dec[77] = model.get_output_embeddings().weight[i].detach().float()
-    found = fg.find_features("king", replace(sae, W_dec=W_dec), model, tokenizer, top=4)
+    found = fg.find_features(model, tokenizer, replace(sae, W_dec=W_dec), "king", top=4)
     assert any(entry.id == 77 and "raises it (rank 1)" in entry.why for entry in found)
     assert any("king" in sae.labels.get(entry.id, "") for entry in found)
 
@@ -387,8 +387,8 @@ def test_contrast_of_every_text(plain, scale):
 
 def test_describe_features_by_id_and_by_vector(llama, tokenizer):
     sae = named_sae("gemma-2-2b/12-gemmascope-res-16k")
-    examples = fg.measure_examples(llama, tokenizer, TEXTS, sae, top=2)
-    rows = fg.describe_features([7, 3], llama, tokenizer, sae, examples=examples, why={3: ("label",)})
+    examples = fg.measure_examples(llama, tokenizer, sae, TEXTS, top=2)
+    rows = fg.describe_features(llama, tokenizer, sae, [7, 3], examples=examples, why={3: ("label",)})
     assert [(row.id, row.weight, row.why) for row in rows] == [(7, None, ()), (3, None, ("label",))]
     assert rows[0].link == "https://www.neuronpedia.org/gemma-2-2b/12-gemmascope-res-16k/7"
     assert rows[0].excerpts == examples.of(7, tokenizer)
@@ -396,13 +396,13 @@ def test_describe_features_by_id_and_by_vector(llama, tokenizer):
     assert rows[0].tokens[0] == tokenizer.decode([int(lens.argmax())]).strip()
     assert rows[0].lowered[0] == tokenizer.decode([int(lens.argmin())]).strip()
     vector = fg.from_features(sae, {7: -2.0})
-    flipped = fg.describe_features(vector, llama, tokenizer, sae)[0]
+    flipped = fg.describe_features(llama, tokenizer, sae, vector)[0]
     assert (flipped.tokens, flipped.lowered) == (rows[0].lowered, rows[0].tokens)
     json.dumps([row.as_dict() for row in rows], allow_nan=False)
     with pytest.raises(fg.SelectionError):
-        fg.describe_features([24], llama, tokenizer, sae)
+        fg.describe_features(llama, tokenizer, sae, [24])
     with pytest.raises(fg.PairingError):
-        fg.describe_features([1], llama, tokenizer, make_sae(seed=2), examples=examples)
+        fg.describe_features(llama, tokenizer, make_sae(seed=2), [1], examples=examples)
 
 
 def invoke(*arguments):

@@ -54,7 +54,7 @@ def made(tmp_path_factory):
         fg.FeatureDensity(narrow, narrow, narrow, 10**9, "3f" * 32, 0.01, {"name": LONG}),
         fg.EffectApproximator(torch.randn(64, 4096), wide, AT, "a7" * 32, {"plan": {"prompts": [LONG] * 16}}),
         excerpt,
-        fg.measure_examples(model, tokenizer, texts, make_sae("relu")),
+        fg.measure_examples(model, tokenizer, make_sae("relu"), texts),
         fg.FeatureRow(3, 0.5, 0.01, ("word",) * 99, LONG, ("word",) * 99, "https://" + LONG, (excerpt,) * 9, (LONG,)),
         fg.FoundFeature(3, 0.5, (LONG,) * 9),
         fg.SeenFeature(3, LONG, 0.5, "word"),

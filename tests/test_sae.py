@@ -158,8 +158,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
             fg.load_sae(source)
     with pytest.raises(fg.FormatError, match="sae_id 5"):
         fg.load_sae("gpt2-small-res-jb", 5)
-    with pytest.raises(fg.HookpointError, match="hookpoint 3"):
-        fg.Hookpoint.parse(3)
+    with pytest.raises(fg.HookpointError, match=r"hookpoint 3\.5"):
+        fg.Hookpoint.parse(3.5)
 
 
 def test_refusals(tmp_path):

@@ -57,7 +57,7 @@ def test_transcoder_reads_the_mlps_input_and_steers_its_output(family_model, tok
     assert torch.allclose(features.positive.mean.float(), coder.encode(acts[reads])[0, 1:].mean(0), atol=1e-5)
     residual = stats.at("residual")[1].positive.mean.float()
     assert torch.allclose(residual, acts[writes][0, 1:].mean(0), atol=1e-5)
-    density = fg.measure_density(model, tokenizer, ["a dog sat"], coder)
+    density = fg.measure_density(model, tokenizer, coder, ["a dog sat"])
     assert torch.equal(density.fired, (coder.encode(acts[reads])[0, 1:] > 0).sum(0).double())
     vector = fg.fgaa(stats, coder, density=density, max_density=1.0)
     assert vector.hookpoint == writes

@@ -161,7 +161,7 @@ def test_density_equals_the_loop(llama, tokenizer, tmp_path):
         documents.append(sae.encode(fg.record(llama, ids, None, [sae.hookpoint])[sae.hookpoint][0]).numpy())
     shares, bos_share = reference.density(documents)
     for batch_tokens in (1, 4096):
-        got = fg.measure_density(llama, tokenizer, texts, sae, batch_tokens=batch_tokens)
+        got = fg.measure_density(llama, tokenizer, sae, texts, batch_tokens=batch_tokens)
         assert np.allclose(got.density, shares, atol=1e-12)
         assert got.bos_features(0.99).tolist() == [bool(s >= 0.99) for s in bos_share]
     got.save(tmp_path / "d.safetensors")

@@ -34,7 +34,13 @@ def is_free(model):
 
 @pytest.mark.parametrize("prompt", [PROMPT, CHAT])
 @pytest.mark.parametrize(
-    "options", [{"do_sample": False}, {"do_sample": True}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}]
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": True},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 2, "eos_token_id": 79},
+    ],
 )
 def test_a_stream_joined_is_what_generate_gives(llama, tokenizer, item, prompt, options):
     for steering in (None, item, [[item, item]], [None]):

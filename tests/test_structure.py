@@ -204,10 +204,10 @@ for activation in ("relu", "jumprelu", "topk", "gated"):
     fg.collect(model, tokenizer, [fg.ContrastPair("yes", "no", prompt="the man said it")], sae=sae)
     stats = fg.collect(model, tokenizer, data, sae=sae)
     effects = fg.EffectApproximator(torch.randn(32, 24), torch.randn(24), sae.hookpoint, sae.sha256)
-    density = fg.measure_density(model, tokenizer, ["the man sat", "a cat ran"], sae)
-    examples = fg.measure_examples(model, tokenizer, ["the man sat", "a cat ran"], sae)
-    fg.describe_features([1], model, tokenizer, sae, examples=examples)
-    fg.find_features("cat", sae, model, tokenizer, examples=examples)
+    density = fg.measure_density(model, tokenizer, sae, ["the man sat", "a cat ran"])
+    examples = fg.measure_examples(model, tokenizer, sae, ["the man sat", "a cat ran"])
+    fg.describe_features(model, tokenizer, sae, [1], examples=examples)
+    fg.find_features(model, tokenizer, sae, "cat", examples=examples)
     vectors = [fg.caa(stats), fg.ace(stats), fg.sta(stats, sae), fg.fgaa(stats, sae, density=density, max_density=1.0),
                fg.fgaa(stats, sae, effects, score="pearson"), fg.from_features(sae, [1]), fg.sae_ts(sae, [1], effects)]
     clamp = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={1: 2.0})
@@ -282,7 +282,7 @@ def test_gpu_twin_of_effects_and_reading(dtype, tokenizer):
         assert effects.M.device.type == "cpu"
         makes = [fg.SteeringVector(sae.direction(j), sae.hookpoint).add for j in range(4)]
         strengths = fg.calibrate_many(model, tokenizer, makes, texts, target_ce_rise=0.2)
-        examples = fg.measure_examples(model, tokenizer, texts, sae, top=2)
+        examples = fg.measure_examples(model, tokenizer, sae, texts, top=2)
         scores = fg.output_scores(model, tokenizer, sae, prompt="the old king")
         found.append((torch.tensor(strengths), examples.activations.amax((1, 2)), scores))
     tolerance = 0.05 if dtype == torch.float32 else 0.3  # the strengths' own tolerance is 2 %; bfloat16 keeps 8 bits

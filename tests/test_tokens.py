@@ -186,10 +186,10 @@ def test_contexts_are_those_that_the_sae_was_trained_on(models):
         assert_mean(stats.at("feature")[1].positive.mean, expected)
         assert stats.reading["prepend_bos"] is prepend
         every = torch.cat(acts)
-        density = fg.measure_density(model, bare, texts, trained)
+        density = fg.measure_density(model, bare, trained, texts)
         assert density.tokens == len(every)
         assert torch.equal(density.fired, (every > 0).sum(0).double())
-        examples = fg.measure_examples(model, bare, texts, trained, top=1, window=0)
+        examples = fg.measure_examples(model, bare, trained, texts, top=1, window=0)
         top = every.max(0).values
         assert torch.allclose(examples.largest(24)[top > 0], top[top > 0], rtol=1e-4)
     # what is asked for goes before what the SAE says
@@ -271,7 +271,7 @@ def test_texts_beyond_the_window_are_cut_with_one_warning(models, tokenizer):
         with pytest.warns(fg.FgsteerWarning, match="1 of 2 texts"):
             fg.cross_entropies(model, tokenizer, [long, "the tea"], [None])
         with pytest.warns(fg.FgsteerWarning, match="1 of 2 texts"):
-            fg.measure_density(model, tokenizer, [long, "tea"], make_sae())
+            fg.measure_density(model, tokenizer, make_sae(), [long, "tea"])
         with pytest.raises(fg.DataError, match="prompt 1 has 121 tokens; expected at most 64"):
             fg.generate(model, tokenizer, ["tea", long], max_new_tokens=2)
     for wrong in (0, -1, 2.5, True):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import fgsteer as fg
 from fgsteer.activations import text_batches
-from fgsteer.tokens import TokenReader
 from fgsteer.hookpoints import blocks_of, decoder_of
+from fgsteer.tokens import TokenReader
 from timing import peers
 from timing.bench import Bench, distance
 from timing.clock import Case, Contender, Row

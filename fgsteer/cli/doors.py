@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fgsteer.errors import DataError, PairingError
+from fgsteer.errors import DataError, FormatError, PairingError
 
 TOKEN_RULES = ("all", "last", "answer", "letter", "tail")
 
@@ -22,9 +22,9 @@ def writable(path: Path | None) -> Path | None:
 
 
 def new_folder(path: Path) -> Path:
-    """The path, if it is free or an empty folder, and can be made. Raises DataError."""
+    """The path, if it is free or an empty folder, and can be made. Raises FormatError, DataError."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise DataError(f"{path} exists", "a new or an empty folder", "name another, or remove it first")
+        raise FormatError(f"{path} exists", "a new or an empty folder", "name another, or remove it first")
     writable(path / "config.json")
     return path
 
@@ -39,10 +39,10 @@ def token_rule(tokens: str) -> Any:
 
 
 def hookpoints(names: Iterable[str] | None) -> list[Any] | None:
-    """Hookpoints of --hookpoint. Raises HookpointError for a name that is none."""
+    """Hookpoints of --hookpoint: names, or blocks' numbers. Raises HookpointError for a name that is none."""
     from fgsteer.hookpoints import Hookpoint
 
-    return None if names is None else [Hookpoint.parse(name) for name in names]
+    return None if names is None else [Hookpoint.parse(int(n) if n.isdecimal() else n) for n in names]
 
 
 def check_device(device: str | None, dtype: str | None) -> None:
