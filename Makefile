@@ -1,13 +1,15 @@
 # make demo   creates .venv, installs, shows the main job on the embedded default
 # make test   creates .venv, installs, runs ruff, mypy and the tests
 # make slow   the tests that take longer, make gpu those that need a CUDA device
+# make test-lowest  creates .venv-lowest with the lowest versions of every dependency, tests models and loading in it:
+#                   to be run by whoever changes a minimum in pyproject.toml or what is used of a dependency
 # make test-llama-cpp  creates .venv-llama-cpp, builds llama.cpp (some minutes), tests control vectors in it
 # make test-vllm  creates .venv-vllm with vLLM for the CPU, tests serving in it
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow gpu test-vllm test-llama-cpp lint clean
+.PHONY: demo test slow gpu test-vllm test-llama-cpp test-lowest lint clean
 
 demo: .venv/installed
 	$(BIN)/fgsteer demo
@@ -55,6 +57,17 @@ test-llama-cpp: .venv-llama-cpp/installed
 	$(PYTHON) -m venv .venv-llama-cpp
 	.venv-llama-cpp/bin/python tests/llama_cpp/install.py
 	.venv-llama-cpp/bin/python -m pip install -q -e . pytest
+	touch $@
+
+test-lowest: .venv-lowest/installed
+	.venv-lowest/bin/python -m pytest tests/test_lowest.py tests/test_architectures.py tests/test_families.py \
+		tests/test_steering.py tests/test_reading.py tests/test_statistics.py tests/test_prefix_sharing.py \
+		tests/test_corpora.py tests/test_loading.py tests/test_sae.py tests/test_sae_kinds.py tests/test_methods.py
+
+.venv-lowest/installed: pyproject.toml tests/lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q -c tests/lowest.txt torch
+	.venv-lowest/bin/python -m pip install -q -c tests/lowest.txt transformer-lens -e '.[test]'
 	touch $@
 
 clean:
