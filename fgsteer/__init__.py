@@ -34,6 +34,7 @@ _HOMES = {
     ),
     "sae_registry": ("RegistryRow", "registry"),
     "hookpoints": ("Hookpoint",),
+    "corpora": ("read_documents",),
     "data": ("ContrastPair", "ContrastSet", "load_contrast", "load_neutral", "shipped_contrasts"),
     "models": ("load_model", "logit_lens", "residual_direction"),
     "sae": ("SAE",),
