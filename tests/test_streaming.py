@@ -198,7 +198,7 @@ def test_what_a_stream_refuses_before_it_runs(llama, tokenizer, item):
             {"generation_config": GenerationConfig(num_return_sequences=3, do_sample=True)},
         ),
         (fg.DataError, "streamer", PROMPT, {"streamer": None}),
-        (fg.SteeringError, "2 steering entries", PROMPT, {"steering": [item, item]}),
+        (fg.SteeringError, "2 steering entries", PROMPT, {"steering": [item, None]}),
         (fg.PairingError, "7", PROMPT, {"steering": wide}),
     ]:
         with pytest.raises(error, match=match):
