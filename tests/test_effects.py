@@ -438,7 +438,6 @@ def test_refusals(llama, tokenizer, sae, texts):
         ({"rollouts": 3}, "even number"),
         ({"vectors": torch.ones(4)}, r"\(n, d_model\)"),
         ({"target_ce_rise": 0.0}, "nats"),
-        ({"prompts": ["the", ""]}, "none empty"),
         ({"prompts": []}, "0 prompts"),
         ({"texts": []}, "0 texts"),
         ({"vectors": -2}, "-2 vectors"),

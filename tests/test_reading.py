@@ -91,13 +91,13 @@ def test_one_excerpt_of_each_context(llama, tokenizer):
             assert peaks[1] == pytest.approx(peaks[0], rel=1e-4)
 
 
-def test_position_0_is_shown_where_it_is_a_word_but_never_read(llama):
+def test_position_0_is_read_where_it_is_a_word(llama, tokenizer):
     plain = word_tokenizer(bos=False)
     sae = replace(make_sae(), b_enc=torch.full((24,), 50.0))  # every feature fires on every token
-    for excerpt in fg.measure_examples(llama, plain, sae, ["the man sat"], window=3).of(2, plain):
-        assert "".join(excerpt.tokens) == "the man sat"
-        assert excerpt.activations[0] == 0
-        assert excerpt.peak > 0
+    for words, prepend in ((plain, None), (plain, True), (tokenizer, None)):
+        (excerpt,) = fg.measure_examples(llama, words, sae, ["the man sat"], window=3, prepend_bos=prepend).of(2, words)
+        assert "".join(excerpt.tokens) == "the man sat"  # BOS is neither read nor shown
+        assert min(excerpt.activations) > 0
 
 
 def test_excerpts_of_a_feature_that_never_fires_are_none(llama, tokenizer):

@@ -9,7 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 import fgsteer as fg
 from tests.tiny import D_MODEL, tiny_model
@@ -70,15 +76,16 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
-class Writer:
+class Writer(torch.nn.Module):
     """Stands in for a model: puts the tokens of a text to the streamer one by one."""
 
     device = torch.device("cpu")
 
     def __init__(self, tokenizer, text, error=None):
+        super().__init__()
         self.generation_config = GenerationConfig()
         self.ids, self.error = tokenizer(text)["input_ids"], error
-        self.config, self.training = None, False
+        self.config, self.training = PretrainedConfig(), False
         self.embedding = torch.nn.Embedding(2, 2)
 
     def get_input_embeddings(self):
@@ -181,7 +188,7 @@ def test_a_stream_that_is_never_read_runs_nothing(llama, tokenizer, item):
 def test_what_a_stream_refuses_before_it_runs(llama, tokenizer, item):
     wide = fg.SteeringVector(torch.ones(7), AT).add()
     for error, match, prompt, options in [
-        (fg.DataError, "prompt 0", 3, {}),
+        (fg.DataError, "prompt is int 3", 3, {}),
         (fg.DataError, "message 0", ["a", "b"], {}),
         (fg.DataError, "num_beams = 2", PROMPT, {"num_beams": 2}),
         (
@@ -191,7 +198,7 @@ def test_what_a_stream_refuses_before_it_runs(llama, tokenizer, item):
             {"generation_config": GenerationConfig(num_return_sequences=3, do_sample=True)},
         ),
         (fg.DataError, "streamer", PROMPT, {"streamer": None}),
-        (fg.SteeringError, "2 steering entries", PROMPT, {"steering": [item, item]}),
+        (fg.SteeringError, "2 steering entries", PROMPT, {"steering": [item, None]}),
         (fg.PairingError, "7", PROMPT, {"steering": wide}),
     ]:
         with pytest.raises(error, match=match):

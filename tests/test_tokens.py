@@ -275,7 +275,7 @@ def test_texts_beyond_the_window_are_cut_with_one_warning(models, tokenizer):
         with pytest.raises(fg.DataError, match="prompt 1 has 121 tokens; expected at most 64"):
             fg.generate(model, tokenizer, ["tea", long], max_new_tokens=2)
     for wrong in (0, -1, 2.5, True):
-        with pytest.raises(fg.DataError, match="max_tokens"):
+        with pytest.raises(fg.FgsteerError, match="max_tokens"):
             fg.collect(models["llama"], tokenizer, contrast, hookpoints=AT, max_tokens=wrong)
 
 

@@ -162,3 +162,23 @@ def test_how_many_there_are(llama):
         model = peft_model("llama", "multitask")
     with pytest.raises(fg.HookpointError, match=r"MULTITASK_PROMPT_TUNING.*differ by task"), fg.steer(model, add()):
         pass
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_what_is_read_and_scored_stands_behind_them(family, kind, tokenizer):
+    """``record``, ``collect`` and log-probabilities are those of the whole model with its virtual tokens."""
+    model, at = peft_model(family, kind), fg.Hookpoint(1)
+    ids = torch.tensor([tokenizer("the man said yes")["input_ids"]])
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+    expected = out.hidden_states[2][:, -ids.shape[1] :]
+    assert torch.allclose(fg.record(model, ids, None, [fg.Hookpoint(0), at])[at], expected, **CLOSE)
+    pairs = [fg.ContrastPair("yes", "no", prompt="the man said"), fg.ContrastPair("tea", "war and bread")]
+    stats = fg.collect(model, tokenizer, pairs[:1], hookpoints=at, tokens="last")
+    assert torch.allclose(stats.at("residual")[1].positive.mean, expected[0, -1].double(), **CLOSE)
+    shared = [fg.collect(model, tokenizer, pairs, hookpoints=at, share_prefixes=share) for share in (True, False)]
+    for one, other in zip(*(s.residual.values() for s in shared), strict=True):
+        assert torch.allclose(one.difference, other.difference, **CLOSE)
+    log_p = out.logits[0, -ids.shape[1] :].log_softmax(-1)
+    found = fg.log_probabilities(model, tokenizer, [("the man said", "yes")], [None])
+    assert torch.allclose(found.sums, log_p[3, ids[0, 4]].double(), **CLOSE)

@@ -60,6 +60,8 @@ def diagnose(
     else:
         if chosen is not None:
             check_fit({Path(str(vector)): chosen}, model)
+        if chosen is not None and prepend_bos is None:  # texts begin as those that it was built from
+            prepend_bos = (chosen.provenance.get("reading") or {}).get("prepend_bos")
         reading = {"tokens": token_rule(tokens), "prepend_bos": prepend_bos}
         at = [chosen.hookpoint] if chosen else places_asked
         stats = _collect(fg.load_contrast(source), at, (model, device, dtype), reading, as_json)

@@ -29,7 +29,7 @@ def provenance(
     record: dict[str, Any] = {"method": method, "hyperparameters": dict(hyperparameters), "version": library_version()}
     if stats is not None:
         record["model"] = stats.reading.get("model")
-        record["reading"] = {key: stats.reading.get(key) for key in ("tokens", "bos", "max_tokens")}
+        record["reading"] = {key: stats.reading.get(key) for key in ("tokens", "bos", "prepend_bos", "max_tokens")}
         record["data"] = [dict(entry) for entry in stats.data]
     if sae is not None:
         record["sae"] = {"source": sae.source, "sha256": sae.sha256, "d_sae": sae.d_sae}
