@@ -120,7 +120,7 @@ def load_model(
         source, gguf_file = Path(source).parent, Path(source).name
     if gguf_file is not None:
         _check_gguf(source, gguf_file, kwargs.get("subfolder", ""))
-        kwargs |= {"gguf_file": gguf_file, "output_loading_info": True}
+        kwargs |= {"gguf_file": gguf_file, "output_loading_info": True, **_unpacked()}
     embedded = str(source) == DEFAULT
     folder = pretrained_dir() / "model" if embedded else source
     chosen = dtype if dtype is not None else (torch.float32 if embedded or gguf_file else "auto")
@@ -155,12 +155,25 @@ def _typed_gguf(name: str | None) -> Iterator[None]:
 
 
 def _whole_gguf(name: str, model: PreTrainedModel, found: Mapping[str, Collection[str]]) -> PreTrainedModel:
-    """The model. Raises FormatError for weights that the file lacks, which transformers draws at random."""
+    """The model, which can be saved like any other.
+
+    Raises FormatError for weights that the file lacks, which transformers draws at random.
+    """
     if missing := sorted(found["missing_keys"]):
         raise FormatError(
             f"{name} lacks {len(missing)} weights of a {type(model).__name__}: {', '.join(missing[:3])}, …"
         )
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:  # of weights that are not packed any more
+        quantizer.remove_quantization_config(model)
     return model
+
+
+def _unpacked() -> dict[str, Any]:
+    """What has transformers unpack quantised weights, as all its versions did before it could compute with them."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def _check_gguf(source: str | Path, name: str, subfolder: str) -> None:

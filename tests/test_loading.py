@@ -130,6 +130,10 @@ def test_gguf_files_load_and_steer(tmp_path):
             fg.generate(model, tokenizer, ["AB"], steering=s, max_new_tokens=8, do_sample=False) for s in (None, [item])
         )
         assert plain != steered
+    model.save_pretrained(tmp_path / "plain")  # a model like any other
+    tokenizer.save_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        assert torch.equal(fg.load_model(tmp_path / "plain")[0](ids).logits, original(ids).logits)
 
 
 def test_a_gguf_file_without_the_models_weights_is_refused(tmp_path):
