@@ -60,7 +60,7 @@ test-llama-cpp: .venv-llama-cpp/installed
 	touch $@
 
 test-lowest: .venv-lowest/installed
-	.venv-lowest/bin/python -m pytest tests/test_lowest.py tests/test_architectures.py tests/test_families.py \
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest tests/test_lowest.py tests/test_architectures.py tests/test_families.py \
 		tests/test_steering.py tests/test_reading.py tests/test_statistics.py tests/test_prefix_sharing.py \
 		tests/test_corpora.py tests/test_loading.py tests/test_sae.py tests/test_sae_kinds.py tests/test_methods.py
 

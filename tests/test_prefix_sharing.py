@@ -56,7 +56,7 @@ def alone(model, tokenizer, text, hookpoints):
             hook = lambda _, args, kwargs, at=at: keep(at, args[0] if args else kwargs["hidden_states"])  # noqa: E731
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         else:
-            hook = lambda _, __, out, at=at: keep(at, out[0] if isinstance(out, tuple) else out)  # noqa: E731
+            hook = lambda _, __, out, at=at: keep(at, out[0] if isinstance(out, tuple | list) else out)  # noqa: E731
             handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
         model(tokenizer(text, return_tensors="pt")["input_ids"], use_cache=False)
