@@ -199,8 +199,8 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
             f"one module list of num_hidden_layers = {count} blocks",
             "this architecture is not supported yet",
         )
-    causal = [m.is_causal for m in found[0][:1].modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    if causal and not any(causal):
+    attention = [m for m in found[0][:1].modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    if attention and not any(m.is_causal or getattr(m, "is_decoder", False) for m in attention):
         raise HookpointError(
             f"{a(type(model).__name__)}, whose {type(found[0][0]).__name__} attends to later tokens",
             "a causal LM, whose activations depend on earlier tokens alone",

@@ -81,12 +81,12 @@ def write_gguf(path, model, ending=""):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    tokens = ["<s>", "<pad>", "</s>", *map(chr, range(33, 33 + VOCAB - 4)), "AB"]
+    tokens = ["<s>", "<pad>", "</s>", *map(chr, range(33, 33 + VOCAB - 5)), "AB", "CD"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3, *[1] * (VOCAB - 3)])
-    writer.add_token_merges(["A B"])
+    writer.add_token_merges(["A B", "C D"])
     writer.add_bos_token_id(0)
     writer.add_pad_token_id(1)
     writer.add_eos_token_id(2)
@@ -123,8 +123,8 @@ def test_gguf_files_load_and_steer(tmp_path):
         assert (type(model), model.dtype) == (Qwen2ForCausalLM, torch.float32)
         with torch.no_grad():
             assert torch.equal(model(ids).logits, original(ids).logits)
-        assert tokenizer("ABC")["input_ids"] == [VOCAB - 1, 3 + ord("C") - 33]
-        assert (tokenizer.padding_side, tokenizer.pad_token_id) == ("left", 1)
+        assert tokenizer("ABCDE")["input_ids"] == [VOCAB - 2, VOCAB - 1, 3 + ord("E") - 33]
+        assert tokenizer.padding_side == "left"
         item = fg.Add(hookpoint=fg.Hookpoint(1), direction=torch.ones(32), coefficient=50.0)
         plain, steered = (
             fg.generate(model, tokenizer, ["AB"], steering=s, max_new_tokens=8, do_sample=False) for s in (None, [item])

@@ -451,7 +451,7 @@ def test_statistics_are_told_by_their_content(tmp_path, stats):
         assert [row["texts"] for row in told["rows"]] == ["collected"]
     (tmp_path / "pairs.safetensors").write_text('{"positive": ["a"], "negative": []}', encoding="utf-8")
     result = CliRunner().invoke(app, ["diagnose", str(tmp_path / "pairs.safetensors")])
-    assert "negative" in str(result.exception)
+    assert "ends in '.safetensors'; expected a .json" in str(result.exception)
 
 
 def test_a_missing_coefficient_is_said(made):
