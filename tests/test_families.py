@@ -23,7 +23,17 @@ from tests.conftest import make_sae
 from tests.reference import sparse as reference
 from tests.test_statistics import DOWN, SET, UP, naive_examples
 from tests.test_steering import batch, rows_of, run, vector
-from tests.tiny import D_MODEL, FAMILIES, HYBRIDS, LAYERS, MORE_FAMILIES, OTHER_FAMILIES, tiny_model, word_tokenizer
+from tests.tiny import (
+    D_MODEL,
+    FAMILIES,
+    HYBRIDS,
+    LAYERS,
+    MORE_FAMILIES,
+    ODD_FAMILIES,
+    OTHER_FAMILIES,
+    tiny_model,
+    word_tokenizer,
+)
 
 README = Path(__file__).parent.parent / "README.md"
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
@@ -71,7 +81,7 @@ NO_SUBLAYERS = {
     "granite": "residual_multiplier",
     "bloom": "residual added",
     "gemma4": "layer_scalar",
-    **dict.fromkeys(HYBRIDS, "not known"),
+    **dict.fromkeys([*HYBRIDS, *ODD_FAMILIES], "not known"),
 }
 STEERED = [*sorted(MORE_FAMILIES), *HYBRIDS]
 SUBLAYERED = [family for family in (*FAMILIES, *STEERED) if family not in NO_SUBLAYERS]

@@ -11,19 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 import fgsteer as fg
 from fgsteer.activations import Batch, batches
-from fgsteer.hookpoints import blocks_of, is_known, resolve
+from fgsteer.hookpoints import blocks_of, resolve
 from fgsteer.prefixes import _reads, arrange_for, group, shared_batches
 from fgsteer.tokens import TokenRow
 from tests.conftest import make_sae
 from tests.reference import sparse as reference
 from tests.test_families import NO_SUBLAYERS, SITES
 from tests.test_steering import vector
-from tests.tiny import _ALL, D_MODEL, tiny_model
+from tests.tiny import _ALL, D_MODEL, HYBRIDS, ODD_FAMILIES, tiny_model
 
 LONG = "the old king and the new queen was in the church on the sea with the happy man ."
 PROMPTS = ["the man said yes and the dog sat on bread ?", LONG, f"a cat ran to {LONG}", "is it war ?"]
@@ -117,8 +119,11 @@ def check(model, tokenizer, family, rules, sae=None):
 @pytest.mark.parametrize("family", sorted(_ALL))
 def test_every_family_equals_one_text_at_a_time(family, tokenizer):
     """Sliding windows shorter than the prefix, ALiBi, learned positions and experts among them."""
+    if family in ("nemotron_h", "zamba2") and Version(transformers.__version__) < Version("5.20"):
+        pytest.skip("before 5.20 their scan in chunks itself differs by 1e-4 with the padding after a text")
     model = model_of(family)
-    assert arrange_for(model) is (shared_batches if is_known(model) else batches)
+    unknown = family in HYBRIDS or family in ODD_FAMILIES
+    assert arrange_for(model) is (batches if unknown else shared_batches)
     check(model, tokenizer, family, [("all", False), ("last", False)])
 
 
