@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fgsteer.checks import checked
 from fgsteer.errors import DataError, HookpointError
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve
-from fgsteer.models import check_pairing, context_window, input_device, virtual_tokens, warn_of_dropout
+from fgsteer.models import check_pairing, check_window, context_window, input_device, virtual_tokens, warn_of_dropout
 from fgsteer.tokens import TokenReader, TokenRow, Triple, pad
 
 if TYPE_CHECKING:
@@ -87,6 +87,14 @@ def prompt_ends(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
             _ends[key] = before
 
 
+def record_batch(
+    model: nn.Module, batch: Batch, hookpoints: Iterable[Hookpoint]
+) -> dict[Hookpoint, Float[Tensor, "batch tokens d_model"]]:
+    """``record`` of a batch of texts, for ``steer`` blocks around it too: its prompts end where they do."""
+    with prompt_ends(model, [row.prompt_length for row in batch.rows]):
+        return record(model, batch.ids, batch.attention, hookpoints)
+
+
 def running_ends(key: tuple[int, int]) -> Int[Tensor, " batch"] | None:
     """What ``prompt_ends`` says of the pass that runs now, None outside of it."""
     return _ends.get(key)
@@ -148,7 +156,8 @@ def record(
     model lacks, DataError for none; warns FgsteerWarning of a model in train mode with dropout.
     """
     warn_of_dropout(model)
-    wanted = list(dict.fromkeys(hookpoints))
+    check_window(model, ids.shape[1], "a row")
+    wanted = list(dict.fromkeys(map(Hookpoint.parse, hookpoints)))
     if not wanted:
         raise DataError("no hookpoint", "at least one")
     found: dict[Hookpoint, Tensor] = {}
@@ -243,6 +252,8 @@ def text_batches(
     pad_id = reader.tokenizer.pad_token_id
     pad_id = pad_id if isinstance(pad_id, int) else 0
     device = input_device(model)
+    if batch_tokens is not None and batch_tokens < 1:
+        raise DataError(f"batch_tokens = {batch_tokens}", "at least 1, or None for what suits the device")
     batch_tokens = batch_tokens or usual_batch_tokens(device)
     for rows in reader.rows(texts, first):
         yield from arrange(rows, batch_tokens=batch_tokens, pad_id=pad_id, device=device)
@@ -261,7 +272,7 @@ def corpus_batches(
     at, local = sae.input_hookpoint, sae
     triples = (("", text, True) for text in texts)
     for batch in text_batches(model, reader, triples, batch_tokens=batch_tokens, first=first):
-        values = record(model, batch.ids, batch.attention, [at])[at]
+        values = record_batch(model, batch, [at])[at]
         if local.W_enc.device != values.device or local.W_enc.dtype != torch.float32:
             local = sae.to(values.device, torch.float32)
         yield batch, values, local

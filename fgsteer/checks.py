@@ -108,7 +108,7 @@ _MODEL = 'fg.load_model("default") gives a model and its tokenizer, or pass a tr
 _TOKENIZER = "pass the tokenizer that fg.load_model returns beside the model, or processor.tokenizer"
 _KINDS: dict[str, _Kind] = {
     "None": _Kind(lambda value: value is None, "None"),
-    "bool": _Kind(lambda value: isinstance(value, bool) or type(value).__name__ == "bool_", "True or False"),
+    "bool": _Kind(lambda value: isinstance(value, bool), "True or False"),
     "int": _Kind(is_whole, "a whole number"),
     "float": _Kind(is_number, "a number"),
     "str": _Kind(lambda value: isinstance(value, str), "a text"),

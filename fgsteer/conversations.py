@@ -53,9 +53,10 @@ def separate(prompt: Text, positive: Text, negative: Text) -> tuple[Text, Text, 
     if not before:
         return (common or "", *after)
     turns = _without_system(before)
-    if common and turns and _agree(_without_system(common), turns):
+    said = _without_system(common)
+    if turns and (_agree(said, turns) or _agree(said[: len(turns)], turns)):
         system = [message for message in (*before, *common) if message["role"] == "system"][:1]
-        return ([*system, *_without_system(common)], *after)
+        return ([*system, *said], *after)
     for side in (positive, negative):
         opening = _without_system(side)[:1]
         if before[-1]["role"] == "user" and opening and opening[0]["role"] == "user":
@@ -69,19 +70,26 @@ def separate(prompt: Text, positive: Text, negative: Text) -> tuple[Text, Text, 
 
 
 def _beside_a_string(prompt: Text, positive: Text, negative: Text) -> tuple[Text, Text, Text]:
-    """The same where one completion at least is a string, which holds no prompt. Raises DataError."""
+    """The same where one completion at least is a string, which holds no prompt. Raises DataError.
+
+    Beside messages a string is an assistant's message too: both then go through the template.
+    """
+    if isinstance(positive, str) and isinstance(negative, str):
+        return prompt, positive, negative
     sides = []
     for side in (positive, negative):
-        head, tail = ("", side) if isinstance(side, str) or side[0]["role"] == "assistant" else split(side)
-        if head:
-            if not prompt or not _agree(_without_system(_messages(head)), _without_system(_messages(prompt))):
-                raise DataError(
-                    f"one completion with a prompt of its own, {_messages(head)[-1]['content']!r:.60}, beside a string",
-                    "two strings, two assistant's messages or two whole conversations",
-                    "give what both follow in the field 'prompt'",
-                )
-            prompt = head
-        sides.append(tail)
+        if isinstance(side, str):
+            sides.append([{"role": "assistant", "content": side}])
+            continue
+        head, tail = ("", side) if side[0]["role"] == "assistant" else split(side)
+        if head and not _agree(_without_system(_messages(head)), _without_system(_messages(prompt))):
+            raise DataError(
+                f"one completion with a prompt of its own, {_messages(head)[-1]['content']!r:.60}, beside a string",
+                "two strings, two assistant's messages or two whole conversations",
+                "give what both follow in the field 'prompt'",
+            )
+        prompt = head or prompt
+        sides.append(list(tail))  # type: ignore[arg-type]
     return prompt, sides[0], sides[1]
 
 
@@ -97,9 +105,9 @@ def _same(a: Message, b: Message) -> bool:
 
 
 def _agree(turns: Sequence[Message], prompt: Sequence[Message]) -> bool:
-    """Whether the turns end in the prompt's, white space around them aside."""
+    """Whether the turns end in the prompt's, of which there is one at least, white space around them aside."""
     last = turns[len(turns) - len(prompt) :]
-    return len(last) == len(prompt) and all(
+    return len(last) == len(prompt) > 0 and all(
         a["role"] == b["role"] and a["content"].strip() == b["content"].strip()
         for a, b in zip(last, prompt, strict=True)
     )

@@ -16,7 +16,7 @@ from fgsteer.checks import checked, shown
 from fgsteer.data import check_text
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.interventions import Intervention
-from fgsteer.models import context_window, input_device
+from fgsteer.models import check_window, context_window, input_device
 from fgsteer.steering import Steering, steer
 from fgsteer.tokens import encode_prompts
 from fgsteer.wording import count
@@ -51,7 +51,7 @@ def generate(
     if not given:
         return []
     per_row = by_prompt(steering, len(given), per_row)
-    inputs = prompt_inputs(model, tokenizer, given)
+    inputs = prompt_inputs(model, tokenizer, given, options.get("max_new_tokens"))
     if tokenizer.pad_token_id is not None:
         options.setdefault("pad_token_id", tokenizer.pad_token_id)
     with steer(model, steering, per_row=per_row):
@@ -61,7 +61,7 @@ def generate(
 
 
 def prompt_inputs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], new_tokens: object = None
 ) -> dict[str, Int[Tensor, "prompts tokens"]]:
     """What ``model.generate`` takes, on the model's device. Raises DataError for a prompt beyond the window."""
     ids, mask = encode_prompts(tokenizer, prompts)
@@ -73,6 +73,9 @@ def prompt_inputs(
             f"at most {window}, the model's window",
             "shorten it, or drop its beginning yourself",
         )
+    if isinstance(new_tokens, int):
+        what = f"prompts of up to {ids.shape[1]} tokens and {new_tokens} new ones: texts"
+        check_window(model, ids.shape[1] + new_tokens, what)
     device = input_device(model)
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 

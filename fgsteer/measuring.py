@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.activations import record, text_batches
+from fgsteer.activations import record_batch, text_batches
 from fgsteer.calibration import calibrate_many
 from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.files import read_tensors, tensor_sha256, text_sha256, write_tensors
@@ -238,7 +238,7 @@ def typical_norm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sae
     triples = (("", text, True) for text in texts)
     reader = TokenReader(tokenizer, prepend_bos=sae.prepend_bos, window=context_window(model))
     for batch in text_batches(model, reader, triples, batch_tokens=4096):
-        values = record(model, batch.ids, batch.attention, [sae.hookpoint])[sae.hookpoint]
+        values = record_batch(model, batch, [sae.hookpoint])[sae.hookpoint]
         norms.append(values[batch.selected.to(values.device)].float().norm(dim=-1).cpu())
     return float(torch.cat(norms).median())
 

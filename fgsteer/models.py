@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT = "default"
+LEARNED_POSITIONS = ("wpe", "positions_embed", "embed_positions", "position_embeddings")
 FINAL_NORMS = (
     "norm",
     "ln_f",
@@ -133,6 +134,8 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
         except OSError as error:
             why = str(error).partition("\n")[0] if reachable else unreachable()
+            if Path(source).is_absolute() or str(source).startswith("."):
+                why = "there is no such folder" if not Path(source).is_dir() else why
             raise MissingError(f"no model {str(source)!r}", '"default", a folder, or a Hugging Face id', why) from error
     if embedded:
         model.config._name_or_path = model_name()
@@ -224,6 +227,18 @@ def context_window(model: nn.Module) -> int | None:
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     window = getattr(config, "max_position_embeddings", None)
     return window - virtual_tokens(model) if isinstance(window, int) and window > 0 else None
+
+
+def check_window(model: nn.Module, tokens: int, what: str) -> None:
+    """Raises DataError for more tokens than a model with learned positions has; others run on beyond their window."""
+    window = context_window(model)
+    if window is None or tokens <= window:
+        return
+    decoder = decoder_of(model)
+    if any(isinstance(getattr(decoder, name, None), nn.Embedding) for name in LEARNED_POSITIONS):
+        raise DataError(
+            f"{what} of {tokens} tokens", f"at most {window}, as many positions as the model has", "shorten it"
+        )
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -23,9 +23,10 @@ from fgsteer.data import check_text
 from fgsteer.errors import DataError, SelectionError
 from fgsteer.interventions import Add
 from fgsteer.methods.selection import feature_id
-from fgsteer.models import check_pairing, input_device, logit_lens
+from fgsteer.models import check_pairing, context_window, input_device, logit_lens
 from fgsteer.sae import SAE
 from fgsteer.steering import steer
+from fgsteer.tokens import encode_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,8 +65,11 @@ def output_scores(
         counts = f"top_tokens = {top_tokens}, batch_size = {batch_size}"
         raise SelectionError(counts, f"1 to the {vocabulary} tokens of the vocabulary, and at least 1")
     chosen = list(range(sae.d_sae)) if features is None else [feature_id(j, sae) for j in features]
-    inputs = tokenizer(check_text(prompt, "the prompt"), return_tensors="pt", return_token_type_ids=False)
-    ids = inputs["input_ids"].to(input_device(model))
+    ids = encode_prompts(tokenizer, [check_text(prompt, "the prompt")], prepend_bos=sae.prepend_bos)[0]
+    window = context_window(model)
+    if window is not None and ids.shape[1] > window:
+        raise DataError(f"a prompt of {ids.shape[1]} tokens", f"at most {window}, the model's window", "shorten it")
+    ids = ids.to(input_device(model))
     size = coefficient * _largest_activation(model, ids, sae)
     scores = torch.zeros(sae.d_sae, dtype=torch.float64)
     for start in range(0, len(chosen), batch_size):

@@ -73,6 +73,7 @@ class Positions:
         key: tuple[int, int] = (0, 0),
     ) -> None:
         self.places, self.starts, self.rows, self.named, self.key = places, starts, rows, named, key
+        self.around = running_ends(key)  # those in which the block was opened
         self.lengths: Tensor | None = None  # those of the running pass
         self.generating = False
         self.read = False  # whether the running generate's prompt is in its cache
@@ -112,6 +113,7 @@ class Positions:
         where named prompt lengths do not fit the pass.
         """
         self.lengths = None if self.generating else running_ends(self.key) if self.named is None else self.named
+        self._check_batch()
         start = columns_in(cache)
         if isinstance(start, Tensor):  # a static cache's: to look at it waits for the device, and breaks a graph
             if self.generating and self.read:
@@ -138,6 +140,17 @@ class Positions:
         if not self.generating and start <= self.virtual and (positions := _by_row(position_ids, tokens)) is not None:
             marks = self._unpack(marks, positions)
         self._hold(tokens, marks)
+
+    def _check_batch(self) -> None:
+        """Raises SteeringError for entries or lengths by row around a function that puts texts into rows itself."""
+        ends = running_ends(self.key)
+        if ends is not None and ends is not self.around and (self.rows > 1 or self.named is not None):
+            what = "one entry a row" if self.rows > 1 else "prompt_lengths"
+            raise SteeringError(
+                f"a steer block with {what} around a function that makes batches of texts, in an order of its own",
+                "one intervention, or a composition, for all rows",
+                "pass the entries to the function where it takes steering=, or call it once for each",
+            )
 
     def _uncounted(self, tokens: Tensor, attention_mask: Any) -> int:
         """Columns before a pass that goes on from a state which does not count them."""

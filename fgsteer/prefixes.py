@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from fgsteer.activations import Batch, batches, mark, prompt_ends, record
+from fgsteer.activations import Batch, batches, mark, record, record_batch
 from fgsteer.hookpoints import Hookpoint, decoder_of, is_known
 from fgsteer.models import virtual_tokens
 from fgsteer.pooling import Reads
@@ -161,8 +161,7 @@ def read(
     Raises and warns as ``record`` does.
     """
     if isinstance(batch, Batch):
-        with prompt_ends(model, [row.prompt_length for row in batch.rows]):
-            acts = record(model, batch.ids, batch.attention, hookpoints)
+        acts = record_batch(model, batch, hookpoints)
         return {at: h[batch.selected.to(h.device)] for at, h in acts.items()}, Reads.of(batch.selected)
     from transformers import DynamicCache
 

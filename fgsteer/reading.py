@@ -17,6 +17,7 @@ from fgsteer.brief import Brief
 from fgsteer.checks import checked_after
 from fgsteer.errors import PairingError
 from fgsteer.examples import Excerpt, FeatureExamples
+from fgsteer.methods.selection import feature_id
 from fgsteer.models import logit_lens, residual_direction
 from fgsteer.sae import SAE
 from fgsteer.vector import SteeringVector
@@ -92,7 +93,7 @@ def describe_features(
             raise PairingError(f"a vector made with SAE {made[:12]}", f"this SAE {sae.sha256[:12]} ({sae.source})")
         entries = [(row.id, row.weight, row.density) for row in features.top_features(top)]
     else:
-        entries = [(int(feature), None, None) for feature in features]
+        entries = [(feature_id(feature, sae), None, None) for feature in features]
     if not entries:
         return []
     signs = torch.tensor([-1.0 if (weight or 0) < 0 else 1.0 for _, weight, _ in entries])

@@ -6,7 +6,7 @@ render(tokenizer, [{"role": "user", "content": "Is it war?"}], "Yes").text
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fgsteer.chat import Message, Text, apply_template
@@ -31,7 +31,7 @@ class Rendered:
 
 def _between(before: str, after: str, joint: str | None) -> str:
     """What stands between two strings: ``joint``, or for None a space unless one of them brings white space."""
-    if not before:
+    if not before or not after:
         return ""
     if joint is None:
         return "" if before[-1:].isspace() or after[:1].isspace() else " "
@@ -46,6 +46,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, j
     continues that message. Raises DataError for messages that the template refuses.
     """
     before = [] if isinstance(prompt, str) else list(prompt)
+    completion = completion or ""  # no message is no text
     if isinstance(completion, str) and not before:
         head = str(prompt) if isinstance(prompt, str) else ""
         head += _between(head, completion, joint)
@@ -67,7 +68,11 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, j
         return _conversation(tokenizer, [*before[:-1], one, *after[1:]], head + between)
     opens = bool(before) and after[0]["role"] == "assistant"
     head = apply_template(tokenizer, before, add_generation_prompt=opens) if before else ""
-    return _conversation(tokenizer, before + after, head)
+    whole = _conversation(tokenizer, before + after, head)
+    if opens and whole.answer:  # a template may write into the assistant's turn, as Qwen 3 its <think></think>
+        begin = whole.text.find(after[0]["content"].strip(), whole.answer, whole.end)
+        whole = replace(whole, answer=max(begin, whole.answer))
+    return whole
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], head: str) -> Rendered:

@@ -21,7 +21,7 @@ from torch import Tensor
 from fgsteer.activations import record
 from fgsteer.errors import DataError
 from fgsteer.interventions import Intervention
-from fgsteer.models import input_device
+from fgsteer.models import check_window, input_device
 from fgsteer.pooling import Reads, pool_features
 from fgsteer.sae import SAE
 from fgsteer.steering import steer
@@ -101,6 +101,7 @@ def rollout(
     device = input_device(model)
     ids, mask = (part.repeat(len(steering), 1).to(device) for part in prompts)
     length, count = ids.shape[1], len(prompts[0])
+    check_window(model, length + how.max_new_tokens, f"a prompt of {length} tokens and {how.max_new_tokens} new ones")
     ends = getattr(model.generation_config, "eos_token_id", None)
 
     def pick(so_far: Tensor, logits: Tensor) -> Tensor:

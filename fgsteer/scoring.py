@@ -9,7 +9,7 @@ it, and their log-softmax is taken in float32, whatever the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,11 +20,13 @@ from torch import Tensor
 from fgsteer.activations import Batch, prompt_ends, text_batches, usual_batch_tokens
 from fgsteer.brief import Brief
 from fgsteer.chat import Text
-from fgsteer.checks import checked
+from fgsteer.checks import checked, shown
+from fgsteer.conversations import split
+from fgsteer.data import check_text
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.interventions import Intervention
 from fgsteer.models import context_window, input_device
-from fgsteer.steering import Steering, steer
+from fgsteer.steering import Steering, listed, steer
 from fgsteer.tokens import TokenReader
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def _run(
     rows, times = len(batch.ids), len(part)
     steering = part[0] if times == 1 else [entry for entry in part for _ in range(rows)]
     ids, attention = batch.ids.repeat(times, 1), batch.attention.repeat(times, 1)
-    with steer(model, steering, per_row=times > 1), prompt_ends(model, [*ends] * times):
+    with prompt_ends(model, [*ends] * times), steer(model, steering, per_row=times > 1):
         logits: Tensor = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
     return logits[:, -ids.shape[1] :]  # without those of virtual tokens
 
@@ -104,7 +106,8 @@ def _passes(
 
     Those of which no token is to be ``scored`` may be prompts alone.
     """
-    triples = ((prompt, completion, True) for prompt, completion in texts)
+    pairs = [_pair(text, number) for number, text in enumerate(texts)]
+    triples = ((prompt, completion, True) for prompt, completion in pairs)
     wanted = batch_tokens or usual_batch_tokens(input_device(model))
     fits = max(1, min(wanted, LOGIT_ELEMENTS // model.config.get_text_config().vocab_size))
     with TokenReader(
@@ -168,16 +171,25 @@ def log_probabilities(
 
 
 def _pairs(texts: Sequence[Scored]) -> list[tuple[Text, Text]]:
-    """(prompt, completion) of each text. Raises DataError for none or a single string."""
+    """(prompt, completion) of each text. Raises DataError for none, a single string, or one that is neither."""
     if isinstance(texts, str) or not len(texts):
         raise DataError(f"texts {texts!r:.40}", "a list of at least one text")
-    return [("", text) if isinstance(text, str) else text for text in texts]
+    return [("", text) if isinstance(text, str) else _pair(text, number) for number, text in enumerate(texts)]
+
+
+def _pair(text: Any, number: int) -> tuple[Text, Text]:
+    """(prompt, completion) of a pair, or of a conversation, which ends in the completion. Raises DataError."""
+    if isinstance(text, list | tuple) and text and all(isinstance(part, Mapping) for part in text):
+        return split(check_text(text, f"text {number}"))
+    if not isinstance(text, list | tuple) or len(text) != 2:
+        raise DataError(f"text {number} is {shown(text)}", "a pair (prompt, completion), or a conversation")
+    return text[0], text[1]
 
 
 def _whole(texts: Sequence[Scored], steering: Sequence[Entry]) -> list[tuple[Text, Text]]:
     """``_pairs``. Raises SteeringError for an intervention on prompts, where a text has none: it would cost nothing."""
     pairs = _pairs(texts)
-    items = [item for entry in steering for item in ([entry] if isinstance(entry, Intervention) else entry or ())]
+    items = [item for entry in steering for item in listed(entry)]
     if any(item.scope == "prompt" and not item.bos for item in items) and not all(prompt for prompt, _ in pairs):
         raise SteeringError(
             "an intervention with scope 'prompt' on texts without a prompt",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fgsteer.activations import record, text_batches
+from fgsteer.activations import record_batch, text_batches
 from fgsteer.brief import Brief
 from fgsteer.checks import checked_after
 from fgsteer.errors import DataError
@@ -198,7 +198,7 @@ def _firing(
     acts = torch.zeros(len(triples), sae.d_sae)
     reader = TokenReader(tokenizer, rule="last", prepend_bos=sae.prepend_bos)
     for batch in text_batches(model, reader, triples, batch_tokens=1024):
-        values = record(model, batch.ids, batch.attention, [sae.input_hookpoint])[sae.input_hookpoint]
+        values = record_batch(model, batch, [sae.input_hookpoint])[sae.input_hookpoint]
         read = sae.encode(values[batch.selected.to(values.device)].to(sae.W_enc.device))
         acts[[row.index for row in batch.rows]] = read.float().cpu()
     least = acts.view(len(forms), len(BEGINNINGS), -1).amin(1).amax(0)

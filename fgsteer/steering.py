@@ -56,11 +56,12 @@ def _entries(steering: Steering, per_row: bool | None) -> list[list[Intervention
         raise SteeringError(f"steering by {a(type(steering).__name__)}", "interventions", hint)
     by_row = any(not isinstance(entry, Intervention) for entry in steering) if per_row is None else per_row
     if not by_row:
-        return [_interventions(steering)]
-    return [_interventions(entry) for entry in steering]
+        return [listed(steering)]
+    return [listed(entry) for entry in steering]
 
 
-def _interventions(entry: Any) -> list[Intervention]:
+def listed(entry: Any) -> list[Intervention]:
+    """The interventions of one entry. Raises SteeringError for anything else among them."""
     if entry is None or isinstance(entry, Intervention):
         return [] if entry is None else [entry]
     items = list(entry) if isinstance(entry, list | tuple) else [entry]

@@ -54,7 +54,7 @@ def stream(
     for beams or several sequences, SteeringError inside a steer block, HookpointError and
     PairingError as ``steer``. What fails while it generates is raised where the pieces are read.
     """
-    inputs = prompt_inputs(model, tokenizer, [check_text(prompt, "prompt", empty=True)])
+    inputs = prompt_inputs(model, tokenizer, [check_text(prompt, "prompt", empty=True)], options.get("max_new_tokens"))
     listed = by_prompt(steering, 1, None)
     checked_rows(model, steering, listed)
     if is_claimed(model):

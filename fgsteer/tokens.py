@@ -28,6 +28,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from fgsteer.chat import Text
+from fgsteer.data import check_text
 from fgsteer.errors import DataError, FgsteerWarning
 from fgsteer.rendering import Rendered, render, render_prompt
 
@@ -131,7 +132,7 @@ class _Encoder:
         def first(character: int, edge: int) -> int:
             """The first token whose end (edge 1) is past a character, or whose beginning (edge 0) is not before it."""
             if offsets is None:
-                return self._length(text.text[:character], text.special)
+                return self._shared(ids, text.text[:character], text.special, 1 - edge)
             places = range(added, len(ids))
             return next((p for p in places if offsets[p][edge] >= character + edge), len(ids))
 
@@ -160,10 +161,15 @@ class _Encoder:
             offsets = [(0, 0)] * insert + offsets[drop:]
         return ids, offsets, added + insert
 
-    def _length(self, text: str, special: bool) -> int:
-        """How many tokens a text begins with, by a tokenizer that does not tell where tokens stand."""
-        ids = list(self.tokenizer(text.rstrip(), add_special_tokens=special, verbose=False)["input_ids"])
-        return len(self._framed(ids, None, special)[0])
+    def _shared(self, ids: Sequence[int], text: str, special: bool, spanning: int) -> int:
+        """How many of ids the beginning of their text has, by a tokenizer that does not tell where tokens stand.
+
+        One that spans the beginning's end counts ``spanning``, 0 or 1.
+        """
+        own = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        begin = self._framed(own, None, special)[0]
+        same = next((n for n, (x, y) in enumerate(zip(begin, ids, strict=False)) if x != y), min(len(begin), len(ids)))
+        return same if same == len(begin) else min(same + spanning, len(ids))
 
 
 def encode_prompts(
@@ -269,18 +275,25 @@ class TokenReader:
         Raises DataError naming the text.
         """
         for window in windows(enumerate(texts, first)):
-            rendered = [render(self.tokenizer, prompt, completion, self.joint) for _, (prompt, completion, _) in window]
+            rendered = [self._rendered(index, prompt, completion) for index, (prompt, completion, _) in window]
             rows = []
             for (index, (_, _, positive)), text, spans in zip(
                 window, rendered, self._encoder.spans(rendered), strict=True
             ):
                 where = f"text {index} ({'positive' if positive else 'negative'}) {text.text!r:.60}"
-                spans = self._cut(spans)
+                whole, spans = len(spans.ids), self._cut(spans)
                 selected = self.select(spans, where)
                 if selected:
                     length = self._prompt_length(spans)
                     rows.append(TokenRow(spans.ids, selected, index, positive, where, spans.start, length))
                 elif not self.skip_empty:
+                    if len(spans.ids) < whole:
+                        raise DataError(
+                            f"{where} has {whole} tokens, and none of the first {len(spans.ids)}, which the model's "
+                            f"window or max_tokens leaves, is to be read under tokens={self.rule!r}",
+                            "a text that is not cut before what is read",
+                            "shorten its prompt",
+                        )
                     raise DataError(
                         f"{where} has {len(spans.ids)} token(s) and none to read under tokens={self.rule!r}",
                         "at least one token besides the special one before the text",
@@ -289,6 +302,11 @@ class TokenReader:
             self.texts += len(window)
             rows.sort(key=lambda row: (len(row.ids), row.index))
             yield rows
+
+    def _rendered(self, index: int, prompt: Text, completion: Text) -> Rendered:
+        where = f"text {index}"
+        prompt = check_text(prompt, f"the prompt of {where}", empty=True)
+        return render(self.tokenizer, prompt, check_text(completion, where, empty=True), self.joint)
 
     def _cut(self, spans: Spans) -> Spans:
         """The spans without what is past ``max_tokens`` or the window."""

@@ -42,6 +42,7 @@ from fgsteer.parts import Parts
 from fgsteer.ranks import Ranks
 from fgsteer.serving import save_clamp
 from fgsteer.serving.served import read_served
+from fgsteer.tokens import TokenReader
 from tests import runs
 from tests.conftest import make_sae
 from tests.sae_files import K, config_of, folder_of, sparsify_files, state_of
@@ -146,7 +147,7 @@ def answer(path):
 
 
 PLAN = {"p": 1}
-OPTIONS = {"rule": "all", "bos": False, "batch_tokens": None, "max_tokens": None}
+TEXTS = [("", "the man", True), ("", "a cat", False)]
 HEADER = {"fgsteer": "bench", "plan": {"prompts": 2}, "sha256": {}, "model": {"name": "m"}}
 TOKENIZER = word_tokenizer()
 
@@ -190,7 +191,7 @@ def saved_files(folder: Path) -> dict[str, Reader]:
     header = {"plan": text_sha256(PLAN), "part": 0, "of": "0"}
     write_tensors(folder / "effects part", parts, kind="effects part", header=header)
     at = fg.Hookpoint.parse(AT)
-    sums = _Reader(model, TOKENIZER, None, [at], True, OPTIONS).window(0, [("", "the man", True), ("", "a cat", False)])
+    sums = _Reader(model, TokenReader(TOKENIZER), None, [at], True, {}).window(0, TEXTS)
     write_tensors(folder / "collected part", sums.tensors(), kind="collected texts", header=header)
     relu = make_sae(d_model=6, d_sae=12)
     save_clamp(fg.ClampFeature(hookpoint=relu.hookpoint, sae=relu, targets={1: 2.0}), folder / "clamp")

@@ -40,13 +40,15 @@ TURNS = [user("the man"), assistant("ran")]
         ("is it war ?", [YES], [NO], "is it war ?"),
         ("is it war ?", "yes", "no", "is it war ?"),
         ("is it war ?", [Q, YES], "no", [Q]),
+        ("is it war ?", [YES], "no", "is it war ?"),  # one format for both sides
+        ("the man", [*TURNS, Q, YES], [*TURNS, Q, NO], [*TURNS, Q]),  # the conversation's first turn
     ],
 )
 def test_the_prompt_is_said_once(tmp_path, prompt, chosen, rejected, expected):
     pair = fg.ContrastPair(chosen, rejected, prompt)
     assert pair.prompt == expected
-    assert pair.positive in ([YES], "yes")
-    assert pair.negative in ([NO], "no")
+    both = ("yes", "no") if isinstance(chosen, str) and isinstance(rejected, str) else ([YES], [NO])
+    assert (pair.positive, pair.negative) == both
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
     assert fg.load_contrast(path).pairs == (pair,)

@@ -108,7 +108,7 @@ def test_a_set_that_copies_a_shipped_one_keeps_its_sentences_unseen():
 
 
 def test_pairs_and_messages_are_judged_without_their_prompts():
-    said = [{"role": "user", "content": "a bride"}, {"role": "assistant", "content": "and a groom"}]
+    said = [{"role": "assistant", "content": "a bride"}, {"role": "assistant", "content": "and a groom"}]
     pair = fg.ContrastPair(said, "a dog", prompt="Tell me a tale.")
     contrast = fg.ContrastSet("c", pairs=[pair], held_out=fg.ContrastSet("h", pairs=[pair]))
     assert judging_texts(contrast)[:2] == (["a bride\nand a groom"], ["a dog"])

@@ -13,7 +13,7 @@ import fgsteer as fg
 from fgsteer.cli import app
 
 ROWS = [
-    ("The day of the wedding she wore a white", ["dress", "ship", "war", "king"], 0),
+    ("The day of the wedding she wore a white", ["dress", "ship", "war of the king", "king"], 0),
     ("The old king and the", ["bread", "queen", "cold"], 1),
     ("He took his hat and went out into the", ["street", "yes", "and"], 0),
     ("The ship sailed over the", ["tea", "book", "sea", "ring"], 2),

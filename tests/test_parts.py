@@ -40,7 +40,7 @@ CONTRAST = fg.ContrastSet(
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    for module in ("activations", "collecting", "density"):
+    for module in ("tokens", "collecting", "density"):
         monkeypatch.setattr(f"fgsteer.{module}.WINDOW", 8)  # 43 texts: six parts
 
 
@@ -102,7 +102,7 @@ def test_a_rank_makes_its_own_parts_and_reads_the_others(llama, tokenizer, tmp_p
     assert sorted(path.stem[-1] for path in (tmp_path / "parts").glob("part-*")) == ["1", "3", "5"]
     monkeypatch.undo()
     small = pytest.MonkeyPatch()
-    for module in ("activations", "collecting"):
+    for module in ("tokens", "collecting"):
         small.setattr(f"fgsteer.{module}.WINDOW", 8)
     assert saved(collect(llama, tokenizer, work=tmp_path / "parts"), tmp_path / "a") == whole
     small.undo()

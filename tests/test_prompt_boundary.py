@@ -234,3 +234,58 @@ def test_harness_answers_know_the_boundary(llama, tokenizer, scope):
         expected = total(llama, tokenizer, *pair, scope)
         for found in scores:
             assert float(found.gather(1, torch.tensor(row[-count:])[:, None]).sum()) == pytest.approx(expected, **CLOSE)
+
+
+def test_entries_by_row_around_functions_that_make_batches_are_refused(llama, tokenizer):
+    """Texts are sorted by length: an entry would act on another text. A composition for all rows is no such thing."""
+    texts = [("the old man of the sea sat and", "sat"), ("the king", "sat")]
+    contrast = fg.ContrastSet("x", positives=["the king sat in"], negatives=["the dog"])
+    around = (
+        lambda: fg.log_probabilities(llama, tokenizer, texts),
+        lambda: fg.collect(llama, tokenizer, contrast, hookpoints=1),
+        lambda: fg.kl_divergences(llama, tokenizer, texts, [None]),
+    )
+    for call in around:
+        with pytest.raises(fg.SteeringError, match="one entry a row around a function"), fg.steer(llama, [add(), None]):
+            call()
+        lengths = {"prompt_lengths": [3, 3]}
+        with pytest.raises(fg.SteeringError, match="prompt_lengths around a"), fg.steer(llama, add(), **lengths):
+            call()
+        with fg.steer(llama, [add(), add("last_prompt_on")]):
+            call()
+
+
+def test_the_last_position_of_a_prompt_without_a_completion(llama, tokenizer):
+    whole = "the day of the wedding"
+    kl = [
+        fg.kl_divergences(llama, tokenizer, [text], [add("prompt")], at="last")[0]
+        for text in (whole, (whole, ""), (whole, []))
+    ]
+    assert kl[0] > 0
+    assert kl == [kl[0]] * 3
+    chat = [{"role": "user", "content": "the man"}]
+    assert fg.kl_divergences(llama, tokenizer, [(chat, "")], [add("prompt")], at="last")[0] > 0
+
+
+@pytest.mark.parametrize(
+    "texts",
+    ["ab", ["ab", ("a",)], [("a", "b", "c")], [None], [3], [("a", None)], [(None, "a")], [({"role": "user"}, "a")]],
+)
+def test_what_is_no_text_is_refused_wherever_texts_are_scored(llama, tokenizer, texts):
+    for call in (
+        lambda: fg.cross_entropy(llama, tokenizer, texts),
+        lambda: fg.kl_divergences(llama, tokenizer, texts, [None]),
+        *([] if texts == ["ab", ("a",)] else [lambda: fg.log_probabilities(llama, tokenizer, texts)]),
+    ):
+        with pytest.raises(fg.DataError, match="text"):
+            call()
+
+
+def test_messages_are_plain_wherever_texts_are_scored(llama, tokenizer):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "the old king"}]}]
+    plain = [{"role": "user", "content": "the old king"}]
+    answer = [{"role": "assistant", "content": "yes"}]
+    sums = [fg.log_probabilities(llama, tokenizer, [(prompt, answer)]).sums for prompt in (parts, plain)]
+    assert torch.equal(*sums)
+    losses = [fg.cross_entropy(llama, tokenizer, [text]) for text in (plain + answer, (plain, answer))]
+    assert losses[0] == losses[1] == pytest.approx(-float(sums[0]), rel=1e-5)

@@ -294,3 +294,46 @@ def test_wrong_rules_are_named(llama, tokenizer):
             fg.collect(llama, tokenizer, contrast, hookpoints=AT, tokens=rule)
     with pytest.raises(fg.ArgumentError, match="bos is 'no'"):
         fg.collect(llama, tokenizer, contrast, hookpoints=AT, bos="no")
+
+
+def test_white_space_at_the_end_of_a_prompt_is_the_prompts(llama):
+    """Of byte-level tokenizers that do not tell where tokens stand, as those of ByT5."""
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    for prompt in ("a\n", "a  ", "the man said:\n\n"):
+        ((row,),) = TokenReader(tokenizer, rule="answer", joint="").rows([(prompt, "b c", True)])
+        assert tokenizer.decode([row.ids[place] for place in row.selected]) == "b c"
+        assert row.prompt_length == len(prompt.encode())
+
+
+def test_what_a_template_writes_into_the_answers_turn_is_no_answer():
+    """As Qwen 3's <think></think>."""
+    tokenizer = with_tail()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m['role'] }} {{ m['content'] }}",
+        "{{ m['role'] }} {% if m['role'] == 'assistant' %}( ) {% endif %}{{ m['content'] }}",
+    )
+    for rule in ("answer", "last"):
+        read = row_of(tokenizer, USER, YES, rule=rule)[1]
+        assert read == (["tea", "and", "bread"] if rule == "answer" else ["bread"])
+
+
+def test_prompts_beyond_learned_positions_are_refused_before_any_work(models, tokenizer):
+    gpt2, long = models["gpt2"], " ".join(["the"] * 60)  # of 64 positions
+    at = fg.Hookpoint(1)
+    with pytest.raises(fg.DataError, match="61 tokens and 30 new ones"):
+        fg.generate(gpt2, tokenizer, [long], max_new_tokens=30)
+    with pytest.raises(fg.DataError, match="61 tokens and 30 new ones"):
+        fg.stream(gpt2, tokenizer, long, max_new_tokens=30)
+    with pytest.raises(fg.DataError, match="a row of 70 tokens"):
+        fg.record(gpt2, torch.zeros(1, 70, dtype=torch.long), None, [1])
+    assert fg.record(gpt2, torch.zeros(1, 64, dtype=torch.long), None, [1])[at].shape == (1, 64, D_MODEL)
+    with pytest.raises(fg.DataError, match="at most 64, the model's window"):
+        fg.output_scores(gpt2, tokenizer, make_sae(), [1], prompt=f"{long} {long}")
+    with pytest.raises(fg.DataError, match="cut before what is read"):
+        fg.log_probabilities(gpt2, tokenizer, [(f"{long} {long}", "yes")])
+    with pytest.raises(fg.DataError, match="batch_tokens = -1"):
+        fg.collect(
+            gpt2, tokenizer, fg.ContrastSet("x", positives=["tea"], negatives=["a"]), hookpoints=1, batch_tokens=-1
+        )

@@ -54,6 +54,10 @@ def run_tasks(
         raise JudgeError(
             f"lm-eval cannot be imported: {error}", "it, to run its tasks", "pip install 'fgsteer[lm-eval]'"
         ) from error
+    if isinstance(tasks, str) or not tasks:
+        raise DataError(f"tasks {tasks!r}", 'a list of their names, such as ["hellaswag"]')
+    if batch_size < 1 or (limit is not None and not limit > 0):
+        raise DataError(f"batch_size = {batch_size}, limit = {limit}", "numbers above 0")
     folder = None if include_path is None else str(include_path)
     manager = options.pop("task_manager", None) or TaskManager(include_path=folder)
     for task in tasks:
@@ -88,6 +92,12 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             """
             same: dict[tuple[tuple[int, ...], int], list[int]] = {}  # answers of one token share a forward pass
             for place, (_, context, answer) in enumerate(requests):
+                if len(answer) > self.max_length:
+                    raise DataError(
+                        f"an answer of {len(answer)} tokens, number {place} of a task's",
+                        f"at most {self.max_length}, the model's window",
+                        "leave the task out, or pass a model of a longer window",
+                    )
                 row = tuple((context + answer)[-(self.max_length + 1) : -1])
                 same.setdefault((row, len(answer)), []).append(place)
             found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fgsteer.brief import Brief
 from fgsteer.chat import Text
-from fgsteer.checks import checked
+from fgsteer.checks import checked, shown
 from fgsteer.data import ContrastPair, ContrastSet, as_contrast
-from fgsteer.errors import DataError
+from fgsteer.errors import DataError, SteeringError
 from fgsteer.interventions import Intervention
 from fgsteer.scoring import Entry, log_probabilities
 from fgsteer.tokens import TokenReader
@@ -205,5 +205,8 @@ def measure_steerability(
     ``steerability``.
     """
     entries = [make(float(c)) for c in coefficients]
+    for c, entry in zip(coefficients, entries, strict=True):
+        if not isinstance(entry, Intervention):
+            raise SteeringError(f"make({c}) is {shown(entry)}", "an intervention", "pass vec.add itself")
     found = answer_probabilities(model, tokenizer, questions, entries, joint=joint, batch_tokens=batch_tokens)
     return steerability(coefficients, found.difference)

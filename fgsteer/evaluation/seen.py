@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fgsteer.activations import record, text_batches
+from fgsteer.activations import record_batch, text_batches
 from fgsteer.brief import Brief
 from fgsteer.checks import checked
 from fgsteer.examples import token_texts
@@ -58,11 +58,12 @@ def seen_features(
     at = sae.input_hookpoint
     check_pairing(model, at, sae.d_model, sae.model_name, "SAE")
     found: list[SeenFeature] = []
-    reader = TokenReader(
+    with TokenReader(
         tokenizer, rule="answer", prepend_bos=sae.prepend_bos, window=context_window(model), joint="", skip_empty=True
-    )
-    for batch in text_batches(model, reader, [(prompt, text, True)], batch_tokens=1):
-        values = record(model, batch.ids, batch.attention, [at])[at][batch.selected]
+    ) as reader:
+        read = list(text_batches(model, reader, [(prompt, text, True)], batch_tokens=1))
+    for batch in read:
+        values = record_batch(model, batch, [at])[at][batch.selected]
         fired = sae.to(values.device, torch.float32).encode(values.float())
         if sae.density is not None:
             fired = fired * (sae.density.density <= MAX_DENSITY).to(fired.device)

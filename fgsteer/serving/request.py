@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,8 +76,8 @@ def parse(extra: Mapping[str, Any] | None) -> Wanted | None:
     scale, bos = given.get("steer_scale", 1.0), given.get("steer_bos", 0)
     if not isinstance(name, str) or not name:
         raise SteeringError(f"steer = {name!r}", "the name of a loaded vector")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise SteeringError(f"steer_scale = {scale!r}", "a finite number")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= sys.float_info.max:
+        raise SteeringError(f"steer_scale = {scale!r:.40}", "a finite number")
     if scope not in SCOPES:
         raise SteeringError(f"steer_scope = {scope!r}", f"one of {', '.join(SCOPES)}")
     if bos not in (0, 1):
