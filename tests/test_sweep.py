@@ -135,7 +135,8 @@ def test_nothing_added_does_nothing(llama, tokenizer):
     assert len(zero) == 2 * LAYERS
     null = [fg.SteeringVector(torch.zeros(D_MODEL), fg.Hookpoint(layer)) for layer in range(LAYERS)]
     zero += fg.sweep(llama, tokenizer, SIDES, vectors=null, coefficients=[1.0], neutral=NEUTRAL, controls=0).cells
-    assert {(cell.cost, *cell.effect) for cell in zero} == {(0.0, 0.0, 0.0, 0.0)}
+    # rows that are the same but for their place in a batch: on some processors products round by their place
+    assert all(abs(value) < 1e-5 for cell in zero for value in (cell.cost, *cell.effect))
     assert all(cell.effect.mean != 0 for cell in found.cells if cell.coefficient)
     asleep = fg.sweep(llama, tokenizer, SIDES, vectors=null[:1], ce_rises=[0.1, 0.2], neutral=NEUTRAL, controls=0)
     assert not asleep.cells
