@@ -174,7 +174,7 @@ def added(model, inputs, steering, **options):
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_an_addition_is_one_operation_a_layer(llama, inputs, cache, dtype):
     model = copy.deepcopy(llama).to(dtype)
     everywhere = [vector(n, n).add(2.0) for n in range(LAYERS)]

@@ -34,7 +34,14 @@ CONTENDERS = {
 
 
 @pytest.mark.parametrize(
-    ("section", "model"), [*zip(CONTENDERS, ["gpt2", "llama-100m", "gpt2", "llama", "llama"], strict=True)]
+    ("section", "model"),
+    [
+        pytest.param("collect", "gpt2", marks=pytest.mark.slow),
+        pytest.param("encode", "llama-100m", marks=pytest.mark.slow),
+        ("step", "gpt2"),
+        ("generate", "llama"),
+        ("effects", "llama"),
+    ],
 )
 def test_sections_run_and_agree(speed, tmp_path, capsys, section, model):
     out = tmp_path / "speed.json"
