@@ -69,6 +69,7 @@ def test_every_command_prints_on_any_console(encoding, vector, tmp_path, monkeyp
     assert json.loads(out)["prompts"] == [PROMPT]  # nothing is lost: what the console lacks is escaped
 
 
+@pytest.mark.slow
 def test_a_process_on_such_a_console(vector):
     """The same from outside: the streams that Python itself makes."""
     command = [sys.executable, "-m", "fgsteer", "generate", PROMPT, "--max-new-tokens", "2"]

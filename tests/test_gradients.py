@@ -397,6 +397,7 @@ def test_a_compiled_model_has_the_same_gradients():
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)  # float32 in another order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["model", "block"])
 def test_a_compiled_model_with_checkpointing_has_the_same_gradients(part):
     torch._dynamo.reset()
