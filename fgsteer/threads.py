@@ -2,7 +2,8 @@
 
 Hooks act on every forward pass of the model, whoever runs it. A block therefore belongs to the
 thread that opened it and to that thread's context (``contextvars``): an asyncio task, and the
-tasks that it starts inside the block. Blocks of one context nest; two requests never mix.
+tasks that it starts inside the block. Blocks of one context nest; two requests never mix, those
+neither that are generators: none is entered while another one is held by a generator that has yielded.
 
     claim = Claim(model)
     claim.take(hooks)
@@ -12,10 +13,13 @@ tasks that it starts inside the block. Blocks of one context nest; two requests 
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import sys
 import threading
 from contextlib import ExitStack
 from contextvars import ContextVar
+from types import FrameType
 
 import torch
 from torch import nn
@@ -25,6 +29,7 @@ from fgsteer.errors import SteeringError
 from fgsteer.hookpoints import decoder_of
 
 _INSTEAD = "hold a lock around both, or put the requests into one batch: generate(…, steering=[a, b, None])"
+_FOR_OTHERS = ("contextlib", "_pytest", "pytest_asyncio", "anyio")  # run generators up to a yield to set something up
 _lock = threading.Lock()
 _open: dict[int, list[Claim]] = {}  # by the id of a decoder: the open blocks on it, the outermost first
 _mine: ContextVar[tuple[Claim, ...]] = ContextVar("fgsteer_claims", default=())  # those that this context is inside of
@@ -40,6 +45,8 @@ class Claim:
         self.hooks: ExitStack | None = None  # reachable while open: a collected handle of a hook cannot remove it
         self.overlapped = False  # whether a block around this one was left first
         self.failure: SteeringError | None = None  # of another thread, for the thread that opened the block
+        self.generator: FrameType | None = None  # whose code opened the block
+        self.task: asyncio.Task[object] | None = None  # in which that generator ran
 
     def take(self, hooks: ExitStack) -> None:
         """Open the block, inside the blocks of this context. Raises SteeringError while another one has the model."""
@@ -47,7 +54,9 @@ class Claim:
         with _lock:
             for other in _open.get(self.decoder, ()):
                 other.check("a second steer block")
+                other.check_resumed()
             self.open, self.hooks = True, hooks
+            self.generator, self.task = _generator(), _task()
             _open.setdefault(self.decoder, []).append(self)
         _mine.set((*(claim for claim in _mine.get() if claim.open), self))
 
@@ -61,7 +70,7 @@ class Claim:
             blocks.remove(self)
             if not blocks:
                 del _open[self.decoder]
-            self.open, self.hooks = False, None
+            self.open, self.hooks, self.generator, self.task = False, None, None, None
             for claim in inner:
                 claim.overlapped = True
             if inner and self.failure is None:
@@ -99,6 +108,53 @@ class Claim:
             )
         if self.overlapped:
             raise _overlap(f"{what} in a steer block around which another one was left first")
+
+
+    def check_resumed(self) -> None:
+        """Nothing unless a generator opened the block and has yielded. Raises SteeringError then."""
+        if self.generator is None or self.task is not _task():
+            return
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.generator:
+            frame = frame.f_back
+        if frame is None:
+            raise SteeringError(
+                f"a second steer block, while the generator {self.generator.f_code.co_name!r} has yielded inside one",
+                "blocks that nest",
+                "give steer both in one list; for a generator that only sets up steering, make it a context manager "
+                f"with contextlib.contextmanager; for two requests, {_INSTEAD}",
+            )
+
+
+def _generator() -> FrameType | None:
+    """The generator whose code enters the block that is being entered; None where it is no generator's.
+
+    One that contextlib drives stands for the code that enters the context manager, and one that is a
+    fixture of pytest's for the test: both yield so that others run inside the block.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        package = _package(frame)
+        if package not in ("fgsteer", "contextlib"):
+            if not frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
+                return None
+            if frame.f_back is None or _package(frame.f_back) not in _FOR_OTHERS:
+                return frame
+        frame = frame.f_back
+    return None
+
+
+def _package(frame: FrameType) -> str:
+    """The name of the package that the code of a frame belongs to."""
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
+
+
+def _task() -> asyncio.Task[object] | None:
+    """The asyncio task that runs in this thread, None where none does."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
 
 
 def _overlap(what: str) -> SteeringError:

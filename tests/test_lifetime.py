@@ -181,23 +181,116 @@ def steering(model, item):
             yield logits(model)
 
 
-@pytest.mark.parametrize("first", ["a", "b"])
-def test_generators_that_overlap(model, first):
+def test_a_generator_that_has_yielded_inside_its_block_lets_no_other_in(model):
     a, b = steering(model, A), steering(model, B)
     assert torch.equal(next(a), model.alone.a)
-    next(b)
-    if first == "a":
-        with pytest.raises(fg.SteeringError, match=r"overlap.*nest"):
-            a.close()
-        assert "generate" in vars(model)  # that of b
-        with pytest.raises(fg.SteeringError, match="left first"), fg.steer(model, A):
-            pass
-        with pytest.raises(fg.SteeringError, match="left first"):
-            next(b)
-    else:
-        b.close()
-        assert torch.equal(next(a), model.alone.a)
-        a.close()
+    with pytest.raises(fg.SteeringError, match=r"generator 'steering' has yielded.*contextmanager.*one batch"):
+        next(b)
+    with pytest.raises(fg.SteeringError, match="has yielded"), fg.steer(model, B):
+        pass
+    assert torch.equal(next(a), model.alone.a)
+    a.close()
+    assert torch.equal(next(steering(model, B)), model.alone.b)
+
+
+def test_async_generators_of_one_task(model):
+    async def steering(item):
+        with fg.steer(model, item):
+            while True:
+                yield logits(model)
+
+    async def main():
+        a, b = steering(A), steering(B)
+        assert torch.equal(await anext(a), model.alone.a)
+        with pytest.raises(fg.SteeringError, match="has yielded"):
+            await anext(b)
+        assert torch.equal(await anext(a), model.alone.a)
+        await a.aclose()
+
+    asyncio.run(main())
+
+
+def test_generators_inside_one_another(model):
+    def inner():
+        with fg.steer(model, B):
+            yield logits(model)
+            yield logits(model)
+
+    def outer():
+        with fg.steer(model, A):
+            yield from inner()
+            b = inner()
+            yield next(b)
+            yield next(b)
+
+    with fg.steer(model, [B, A]):
+        both = logits(model)
+    assert all(torch.equal(one, both) for one in outer())
+
+
+@contextlib.contextmanager
+def manager(model, item):
+    with contextlib.ExitStack() as stack:
+        yield stack.enter_context(fg.steer(model, item))
+
+
+def test_context_managers_that_are_generators_nest(model):
+    @contextlib.asynccontextmanager
+    async def asynchronous(item):
+        with manager(model, item):
+            yield
+
+    async def main():
+        async with asynchronous(A), asynchronous(B):
+            return logits(model)
+
+    def held():
+        with manager(model, A):
+            yield
+
+    with fg.steer(model, [B, A]):
+        both = logits(model)
+    with manager(model, A), manager(model, B):
+        assert torch.equal(logits(model), both)
+    assert torch.equal(asyncio.run(main()), both)
+    a = held()
+    next(a)
+    with pytest.raises(fg.SteeringError, match="generator 'held'"), manager(model, B):
+        pass
+    a.close()
+
+
+def test_an_async_generator_that_waits_for_its_child(model):
+    """It is suspended because it waits, and what it waits for is inside its block."""
+
+    async def child():
+        with fg.steer(model, B):
+            return logits(model)
+
+    async def parent():
+        with fg.steer(model, A):
+            yield await asyncio.create_task(child())
+
+    async def main():
+        return [value async for value in parent()]
+
+    with fg.steer(model, [B, A]):
+        both = logits(model)
+    assert torch.equal(asyncio.run(main())[0], both)
+
+
+@pytest.fixture
+def steered(model):
+    with fg.steer(model, A):
+        yield model
+
+
+def test_a_fixture_of_pytest_stands_for_its_test(model, steered):
+    with fg.steer(steered, B):
+        both = logits(model)
+    assert torch.equal(logits(model), model.alone.a)
+    assert not torch.equal(both, model.alone.a)
+    assert not torch.equal(both, model.alone.b)
 
 
 def test_three_blocks_in_every_order(model):
