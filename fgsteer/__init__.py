@@ -18,6 +18,7 @@ from typing import Any
 _HOMES = {
     "errors": (
         "ArgumentError",
+        "BusyError",
         "DataError",
         "FgsteerError",
         "FgsteerWarning",

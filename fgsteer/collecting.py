@@ -23,8 +23,9 @@ from fgsteer.data import Contrastable, ContrastSet, as_contrast
 from fgsteer.errors import DataError, FgsteerError
 from fgsteer.files import text_sha256
 from fgsteer.hookpoints import Hookpoint, resolve
+from fgsteer.identities import made_of, sae_identity
 from fgsteer.memory import in_parts
-from fgsteer.models import check_pairing, context_window, identity, weights_sha256
+from fgsteer.models import check_pairing, context_window, identity
 from fgsteer.parts import Parts
 from fgsteer.pooling import pool, pool_features
 from fgsteer.prefixes import SharedBatch, arrange_for, read
@@ -174,6 +175,7 @@ def collect(
     keep_pooled: bool = False,
     share_prefixes: bool = True,
     work: str | Path | None = None,
+    fresh: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ContrastStatistics:
     """Statistics of both sides of a contrast, from one forward pass per text up to the last hookpoint.
@@ -197,10 +199,12 @@ def collect(
     saves a quarter of the tokens; results differ by rounding. ``progress`` is called with the number of texts done.
 
     ``work`` names a folder that keeps the sums of every 1,024 texts: a killed call goes on from there, to the
-    same result, and processes that torchrun starts share the texts among them; each returns all of it.
+    same result, and processes that torchrun starts share the texts among them; each returns all of it. A folder
+    of another model, tokenizer, SAE, contrast or setting is refused, saying what differs; ``fresh`` starts it over.
 
     Raises DataError for a text without a token to read, with non-finite activations or too long for memory,
-    PairingError for an SAE of another width or a folder of another reading, HookpointError for a missing hookpoint.
+    PairingError for an SAE of another width or a folder of another reading, HookpointError for a missing hookpoint,
+    BusyError while another process reads into the folder.
     """
     contrast = as_contrast(contrast)
     wanted = _hookpoints(hookpoints, sae)
@@ -235,13 +239,16 @@ def collect(
         else:
             plan = {
                 **reading,
-                "weights": weights_sha256(model),
+                **made_of(model, tokenizer),
+                "sae": sae_identity(sae),
+                "contrast": contrast.sha256,
                 "hookpoints": [str(at) for at in wanted],
                 "batch_tokens": batch_tokens,
                 "keep_pooled": keep_pooled,
                 "share_prefixes": arrange is not batches,
             }
-            sums = _join(_in_parts_of(Parts(work, "collected texts", plan), texts, reader, sum(counts)))
+            parts = Parts(work, "collected texts", plan, fresh=fresh)
+            sums = _join(_in_parts_of(parts, texts, reader, sum(counts)))
     tables: dict[Space, dict[Hookpoint, Contrast]] = {"residual": {}, "feature": {}}
     for space, at, side in sums.moments:
         if side:

@@ -23,7 +23,7 @@ from fgsteer.checks import checked_after
 from fgsteer.corpora import as_documents
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.files import read_tensors, text_sha256, write_tensors
-from fgsteer.models import identity, weights_sha256
+from fgsteer.identities import made_of, sae_identity
 from fgsteer.parts import Parts
 from fgsteer.pooling import row_groups
 from fgsteer.tokens import WINDOW, windows
@@ -138,6 +138,7 @@ def measure_density(
     prepend_bos: bool | None = None,
     corpus: dict[str, Any] | None = None,
     work: str | Path | None = None,
+    fresh: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> FeatureDensity:
     """Stream a generic corpus through the SAE and count, token by token, where each feature fires.
@@ -145,7 +146,7 @@ def measure_density(
     Texts are strings, or rows with one in ``field``, as those of the ``datasets`` library.
     They keep their first ``max_tokens`` tokens, and begin as those that the SAE was trained on (``prepend_bos`` as in
     ``collect``). ``progress`` is called with the number of texts done. Memory is O(d_sae) besides one batch.
-    ``work`` as in ``collect``. FGAA steps 2 and 3 (arXiv 2501.09929).
+    ``work`` and ``fresh`` as in ``collect``. FGAA steps 2 and 3 (arXiv 2501.09929).
     Raises DataError for a text without a token, PairingError for an SAE of another width.
     """
     strings = as_documents(texts, field)
@@ -159,9 +160,9 @@ def measure_density(
     if work is None:
         found: Iterable[Mapping[str, Tensor]] = (count(*numbered) for numbered in enumerate(windows(strings)))
     else:
-        plan = {"model": identity(model), "weights": weights_sha256(model), "sae": sae.sha256}
+        plan = {**made_of(model, tokenizer), "sae": sae_identity(sae)}
         options = {"batch_tokens": batch_tokens, "max_tokens": max_tokens, "prepend_bos": reader.prepend_bos}
-        parts = Parts(work, "counted texts", {**plan, **options})
+        parts = Parts(work, "counted texts", {**plan, **options}, fresh=fresh)
         told = None if progress is None else lambda parts_done: progress(parts_done * WINDOW)
         found = parts.each(windows(strings), count, text_sha256, told)
     total = {**dict.fromkeys(COUNTS, torch.zeros(sae.d_sae, dtype=torch.float64)), "tokens": torch.tensor(0)}

@@ -97,6 +97,7 @@ class EffectApproximator(Brief):
         prompts: Sequence[str] | None = None,
         texts: Sequence[str] | None = None,
         work: str | Path | None = None,
+        fresh: bool = False,
         progress: Callable[[int], None] | None = None,
         **plan: Any,
     ) -> EffectApproximator:
@@ -113,7 +114,7 @@ class EffectApproximator(Brief):
         that many of them); ``prompts`` and ``texts`` default to the shipped neutral ones;
         ``rollouts``, ``sampling``, ``target_ce_rise`` and ``rows`` go to ``measuring.Plan``.
         ``work`` is a folder for measured parts, from which a killed run goes on to the same
-        result. Raises PairingError for an SAE of another width or parts of another plan,
+        result; ``fresh`` starts it over. Raises PairingError for an SAE of another width or parts of another plan,
         DataError for too few vectors, prompts or texts.
         """
         from fgsteer.measuring import Plan, decoder_directions, fit_parts
@@ -124,7 +125,7 @@ class EffectApproximator(Brief):
         chosen = Plan(directions, *given, **plan)
         with ExitStack() as stack:
             folder = Path(work) if work else Path(stack.enter_context(TemporaryDirectory()))
-            M, b, figures = fit_parts(chosen.parts(model, tokenizer, sae, folder, progress))
+            M, b, figures = fit_parts(chosen.parts(model, tokenizer, sae, folder, progress, fresh=fresh))
         M, b = M.float(), b.float()
         alive = (M.norm(dim=0) > 0).cpu()
         cosine = torch.cosine_similarity(M.T.cpu()[alive], sae.W_dec.cpu().float()[alive], dim=1).mean()

@@ -8,6 +8,7 @@
     ├── SelectionError     nothing left to steer with
     ├── FormatError        a file that is not what it should be
     │   └── MissingError   a model that is not there, or whose hub cannot be reached
+    ├── BusyError          a file or run that another process is writing
     ├── SteeringError      an intervention that cannot be applied as asked
     └── JudgeError         a judge that cannot be asked, or gave no score
     FgsteerWarning
@@ -56,6 +57,10 @@ class FormatError(FgsteerError, ValueError):
 
 class MissingError(FormatError, OSError):
     """What was named is neither on this machine nor at an address that can be reached."""
+
+
+class BusyError(FgsteerError, RuntimeError):
+    """Another process, or another thread, is writing the file or going on with the run."""
 
 
 class SteeringError(FgsteerError, RuntimeError):

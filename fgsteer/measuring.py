@@ -24,8 +24,9 @@ from fgsteer.activations import record_batch, text_batches
 from fgsteer.calibration import calibrate_many
 from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.files import read_tensors, tensor_sha256, text_sha256, write_tensors
+from fgsteer.identities import made_of, sae_identity
 from fgsteer.interventions import Add
-from fgsteer.models import check_pairing, context_window, identity, weights_sha256
+from fgsteer.models import check_pairing, context_window, identity
 from fgsteer.parts import Parts
 from fgsteer.ridge import LinearMoments, best_ridge
 from fgsteer.rollouts import Sampling, rollout_features
@@ -121,12 +122,6 @@ class Plan:
             "rows": self.rows,
         }
 
-    def _identify(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sae: SAE) -> dict[str, str]:
-        """What names do not tell apart: weights, and the token ids of prompts and texts."""
-        ids = [part.tolist() for part in encode_prompts(tokenizer, self.prompts, prepend_bos=sae.prepend_bos)]
-        ids += tokenizer([str(text) for text in self.texts])["input_ids"]
-        return {"weights": weights_sha256(model), "tokens": text_sha256(ids)}
-
     def parts(
         self,
         model: PreTrainedModel,
@@ -134,15 +129,18 @@ class Plan:
         sae: SAE,
         folder: Path,
         progress: Callable[[int], None] | None = None,
+        *,
+        fresh: bool = False,
     ) -> Iterator[Part]:
         """Every part in order: read from the folder where it is there, else measured and written to it.
 
-        Raises PairingError when the folder holds the parts of another plan, FormatError when
-        one is damaged.
+        ``fresh`` starts over. Raises PairingError when the folder holds the parts of another plan, FormatError when
+        one is damaged, BusyError while another process writes there.
         """
         for place in {sae.hookpoint, sae.input_hookpoint}:
             check_pairing(model, place, sae.d_model, sae.model_name, "SAE")
-        parts = Parts(folder, "effects part", {**self.describe(model, sae), **self._identify(model, tokenizer, sae)})
+        plan = {**self.describe(model, sae), **made_of(model, tokenizer), "sae": sae_identity(sae)}
+        parts = Parts(folder, "effects part", plan, fresh=fresh)
         starts = range(0, len(self.directions), self.size)
 
         @cache

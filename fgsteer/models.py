@@ -28,7 +28,7 @@ from fgsteer.errors import (
     PairingError,
     PairingWarning,
 )
-from fgsteer.files import read_json, tensor_sha256
+from fgsteer.files import read_json
 from fgsteer.hookpoints import Hookpoint, blocks_of, decoder_of, resolve
 from fgsteer.network import hub_or_cache, unreachable
 from fgsteer.sae_registry import bare_name
@@ -208,13 +208,6 @@ def identity(model: nn.Module) -> dict[str, Any]:
         "d_model": d_model(model),
         "layers": len(blocks_of(model)),
     }
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Hash of a sample of every weight: what names do not tell apart."""
-    return tensor_sha256(
-        *(p.detach().flatten()[:: max(1, p.numel() // 256)] for p in model.parameters() if not p.is_meta)
-    )
 
 
 def d_model(model: nn.Module) -> int:

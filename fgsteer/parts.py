@@ -1,14 +1,15 @@
 """Long work in parts, each written whole to one folder: a killed run goes on, and several processes share it.
 
 What a part holds follows from the plan and its number, not from the process that makes it. Part n is
-made by process n mod world (see ranks); they need a common folder and nothing else.
+made by process n mod world (see ranks); they need a common folder and nothing else. A second run on the folder is
+refused, and so is one of another plan.
 
     for tensors in Parts(folder, "sums", plan).each(pieces, make, text_sha256): ...
 """
 
 from __future__ import annotations
 
-import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 from fgsteer.checks import warn
 from fgsteer.errors import FgsteerWarning, FormatError, PairingError
 from fgsteer.files import read_json, read_tensors, text_sha256, write_json, write_tensors
+from fgsteer.identities import check_same
+from fgsteer.locks import held
 from fgsteer.ranks import Ranks
 
 POLL = 0.1  # seconds between looks for a part that another process makes
@@ -28,26 +31,17 @@ T = TypeVar("T")
 
 
 class Parts:
-    """The parts of one plan in a folder.
+    """The parts of one plan in a folder; ``fresh`` starts over, removing those of a run of this kind.
 
-    Raises PairingError when the folder holds those of another plan, FormatError when it cannot be written to.
+    The plan says all that the parts depend on, besides the pieces that they are made of.
     """
 
-    def __init__(self, folder: str | Path, kind: str, plan: Mapping[str, Any], ranks: Ranks | None = None) -> None:
-        self.folder, self.kind, self.ranks = Path(folder), kind, ranks or Ranks.here()
-        self.key = text_sha256(dict(plan))
-        note = self.folder / "plan.json"
-        if not note.exists():
-            write_json(note, plan)
-        found, told = read_json(note), json.loads(json.dumps(plan))
-        if found != told:
-            known = found if isinstance(found, dict) else {}
-            differing = sorted(k for k in {*told, *known} if told.get(k) != known.get(k))
-            raise PairingError(
-                f"{self.folder} holds a run with other {', '.join(differing)}",
-                "the same plan as before",
-                "name another folder, or delete this one",
-            )
+    def __init__(
+        self, folder: str | Path, kind: str, plan: Mapping[str, Any], ranks: Ranks | None = None, *, fresh: bool = False
+    ) -> None:
+        self.folder, self.kind, self.ranks, self.fresh = Path(folder), kind, ranks or Ranks.here(), fresh
+        self.plan = {"run": kind, **plan}
+        self.key = text_sha256(self.plan)
 
     def each(
         self,
@@ -59,8 +53,50 @@ class Parts:
         """The tensors of every part in order: this process's made and written where missing, others' waited for.
 
         ``name`` says of what a part was made, so that none is taken for another's. ``progress`` gets the
-        number of parts that are done. Raises PairingError and FormatError as ``read`` does.
+        number of parts that are done. Raises BusyError while another run is at work in the folder, PairingError where
+        it holds parts of another plan, FormatError when it cannot be written to, or as ``read`` does.
         """
+        with held(self.folder, f"process-{self.ranks.rank}"):
+            self._begin()
+            yield from self._each(pieces, make, name, progress)
+
+    def _begin(self) -> None:
+        """Note the plan, or see that it is the one that the folder is of."""
+        note = self.folder / "plan.json"
+        if self.fresh and note.exists():
+            self._clear(read_json(note))
+        if self.fresh or not note.exists():
+            write_json(note, self.plan)
+        check_same(self.folder, read_json(note), self.plan)
+
+    def _clear(self, found: Any) -> None:
+        """Remove this process's parts, and whatever is of another plan: what others may just have made stays."""
+        kind = found.get("run", self.kind) if isinstance(found, dict) and "model" in found else None
+        if kind != self.kind:
+            raise PairingError(
+                f"{self.folder} holds {kind or 'something else'}, not {self.kind}",
+                "a folder of the run to start over",
+                "name another folder",
+            )
+        for path in self.folder.glob("*.safetensors"):
+            part = re.fullmatch(r"part-(\d{6})", path.stem)
+            if part is None and path.stem != "baseline":
+                continue
+            try:
+                header = read_tensors(path, kind=None)[1]
+            except FormatError:  # damaged, under the name of ours
+                header = {"kind": self.kind}
+            mine = part is not None and self.ranks.makes(int(part[1]))
+            if header["kind"] in (self.kind, "baseline") and (mine or header.get("plan") != self.key):
+                path.unlink(missing_ok=True)
+
+    def _each(
+        self,
+        pieces: Iterable[T],
+        make: Callable[[int, T], Mapping[str, Tensor]],
+        name: Callable[[T], str],
+        progress: Callable[[int], None] | None,
+    ) -> Iterator[dict[str, Tensor]]:
         names = []
         for number, piece in enumerate(pieces):
             names.append(name(piece))
@@ -85,8 +121,16 @@ class Parts:
         """A part that was written. Raises PairingError for one made of something else, FormatError when damaged."""
         path = self.path(number)
         tensors, header = read_tensors(path, kind=self.kind)
-        if {key: header.get(key) for key in ("plan", "part", "of")} != self._header(number, name):
-            raise PairingError(f"{path} of another run, or another part", "what this plan writes there", "delete it")
+        found, ours = (
+            {key: told.get(key) for key in ("plan", "part", "of")} for told in (header, self._header(number, name))
+        )
+        if found != ours:
+            what = "other texts or vectors" if {**found, "of": name} == ours else "another run, or another part"
+            raise PairingError(
+                f"{path} was made of {what}",
+                "what this run writes there",
+                "start over with fresh=True, which removes what is there; or name another folder",
+            )
         return tensors
 
     def damaged(self, number: int, why: object) -> FormatError:

@@ -359,9 +359,9 @@ def test_a_folder_of_another_run_is_refused(llama, tokenizer, texts, tmp_path):
     measure(llama, tokenizer, sae, texts, tmp_path)
     part, next_ = (tmp_path / f"part-00000{n}.safetensors" for n in (1, 2))
     note, kept = tmp_path / "plan.json", part.read_bytes()
-    for model, words, differing in ((tiny_model("llama", seed=1), tokenizer, "weights"),
-                                    (llama, word_tokenizer(bos=False), "tokens")):  # fmt: skip
-        with pytest.raises(fg.PairingError, match=f"other {differing}"):
+    for model, words, differing in ((tiny_model("llama", seed=1), tokenizer, "model.weights"),
+                                    (llama, word_tokenizer(bos=False), "tokenizer")):  # fmt: skip
+        with pytest.raises(fg.PairingError, match=rf"{differing} was [0-9a-f]{{12}} and is"):
             measure(model, words, sae, texts, tmp_path)
     part.write_bytes(next_.read_bytes())
     with pytest.raises(fg.PairingError, match="another part"):

@@ -1,0 +1,118 @@
+"""One writer at a time: whoever writes a file, or goes on with a run, holds a lock on it for as long as that takes.
+
+The lock is the operating system's, on ``.NAME.lock`` beside what is written: it ends with its process, however that
+ends. The file goes when the work is done; one that a kill left behind means nothing. Processes that share a run take
+a lock each, by their rank.
+
+    with held("bench.jsonl"): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fgsteer.errors import BusyError, FgsteerWarning, FormatError
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that keep none
+NOTE_BYTES = 4096  # that are read of who holds a lock
+NOTE_SECONDS = 0.3  # that a holder may take to say who it is
+_holders: dict[Path, tuple[int, int]] = {}  # process and thread, by what they hold
+
+
+def lock_path(path: str | Path, share: str = "") -> Path:
+    """Where the lock on a file is: beside what is written, also where ``path`` is a link to it; on a share, inside."""
+    target = Path(os.path.realpath(path))
+    return target / f".{share}.lock" if share else target.with_name(f".{target.name}.lock")
+
+
+@contextlib.contextmanager
+def held(path: str | Path, share: str = "") -> Iterator[None]:
+    """A block in which no other process, and no other thread, holds ``path``; within a block of its own it is held.
+
+    ``share`` names what of a folder is held, where several processes have one each. Raises BusyError at once, saying
+    who holds it, and FormatError where nothing can be written. Where the file system keeps no locks it warns
+    FgsteerWarning and goes on without.
+    """
+    note, me = lock_path(path, share), (os.getpid(), threading.get_ident())
+    if _holders.get(note) == me:
+        yield
+        return
+    lock = FileLock(note, thread_local=False, fallback_to_soft=False)
+    if not _acquired(lock, note, path):
+        yield
+        return
+    _holders[note] = me
+    try:
+        _sign(note)
+        yield
+    finally:
+        _holders.pop(note, None)
+        with contextlib.suppress(OSError):
+            note.unlink()  # by its holder: whoever opened it meanwhile finds it gone, and takes a new one
+        lock.release()
+
+
+def _acquired(lock: FileLock, note: Path, path: str | Path) -> bool:
+    """Whether the lock could be taken; False where there are none to be had. Raises BusyError, FormatError."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BusyError(
+            f"{path} is being written by {_holder(note)}",
+            "one writer at a time",
+            "wait until it has ended, end it, or write elsewhere",
+        ) from None
+    except OSError as error:
+        reason = error.strerror or error
+        if error.errno not in NO_LOCKS:
+            raise FormatError(f"cannot write {path}: {reason}", "a folder that can be written to") from error
+        from fgsteer.checks import warn  # it loads torch, which a command's options do without
+
+        warn(f"no lock on {path}: {reason}; see that nothing else writes there", FgsteerWarning)
+        return False
+    return True
+
+
+def _sign(note: Path) -> None:
+    """Say in the lock's file who holds it."""
+    command = shlex.join(sys.argv)[:300]
+    about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T"), "command": command}
+    with contextlib.suppress(OSError):  # the lock holds without
+        file = os.open(note, os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            os.write(file, json.dumps(about).encode())
+        finally:
+            os.close(file)
+
+
+def _holder(note: Path) -> str:
+    """Who holds a lock, as it says itself."""
+    deadline = time.monotonic() + NOTE_SECONDS
+    while True:
+        try:
+            with open(note, "rb") as file:
+                about = json.loads(file.read(NOTE_BYTES))
+            who = f"process {_plain(about['pid'])} on {_plain(about['host'])} since {_plain(about['since'])}"
+            return f"{who}: {_plain(about['command'])}"
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            if time.monotonic() > deadline:
+                return "another process"
+            time.sleep(NOTE_SECONDS / 10)
+
+
+def _plain(value: Any) -> str:
+    """A value of a file that is not trusted, on one line of a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(value)[:300])

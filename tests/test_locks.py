@@ -1,0 +1,188 @@
+"""One writer at a time: who comes second is told who writes, and nothing is left of a lock when its process ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import fgsteer as fg
+from fgsteer.locks import held, lock_path
+
+ROOT = Path(__file__).resolve().parent.parent
+HOLD = """
+import sys, time
+from fgsteer.locks import held
+with held(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the file "run", and the file."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process, tmp_path / "run"
+    process.kill()
+    process.wait()
+
+
+def test_the_second_process_is_told_who_holds_a_file(holder):
+    process, path = holder
+    before = lock_path(path).read_bytes()
+    for _ in range(2):  # being refused leaves the holder's note as it is
+        began = time.monotonic()
+        told = rf"run is being written by process {process.pid} on \S+ since 2.*-c"
+        with pytest.raises(fg.BusyError, match=told), held(path):
+            pass
+        assert time.monotonic() - began < 0.4
+    assert lock_path(path).read_bytes() == before
+    link = path.with_name("link")
+    link.symlink_to(path)
+    with pytest.raises(fg.BusyError, match=f"process {process.pid}"), held(link):
+        pass
+    with held(path.with_name("another")):
+        pass
+
+
+def test_a_killed_process_holds_nothing(holder):
+    process, path = holder
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert lock_path(path).exists()  # its note means nothing
+    with held(path):
+        assert str(os.getpid()) in lock_path(path).read_text()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_stopped_process_still_holds(holder):
+    process, path = holder
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(fg.BusyError), held(path):
+        pass
+    process.send_signal(signal.SIGCONT)
+
+
+def test_a_block_within_a_block_is_the_same_lock(tmp_path):
+    path = tmp_path / "run"
+    with held(path):
+        with held(path):
+            pass
+        assert lock_path(path).exists()
+        found = []
+
+        def other():
+            try:
+                with held(path):
+                    found.append("held")
+            except fg.BusyError as error:
+                found.append(error)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert isinstance(found[0], fg.BusyError)
+        child = os.fork()
+        if child == 0:  # a child is another process, whatever it was given
+            try:
+                with held(path):
+                    os._exit(1)
+            except fg.BusyError:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    assert not lock_path(path).exists()
+    with pytest.raises(ZeroDivisionError), held(path):
+        raise ZeroDivisionError
+    assert not lock_path(path).exists()
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_its_parent(tmp_path):
+    path = tmp_path / "run"
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        with held(path):
+            if os.fork() == 0:
+                os.write(write, b".")
+                time.sleep(5)
+                os._exit(0)
+            time.sleep(5)
+        os._exit(0)
+    os.read(read, 1)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    with held(path):  # though the child lives on
+        pass
+
+
+def test_threads_that_race_hold_one_after_another(tmp_path):
+    """Lock files come and go while others take them."""
+    inside, most, wins = [0], [0], [0]
+    stop = time.monotonic() + 0.8
+
+    def race():
+        while time.monotonic() < stop:
+            try:
+                with held(tmp_path / "run"):
+                    inside[0] += 1
+                    most[0] = max(most[0], inside[0])
+                    time.sleep(0)
+                    inside[0] -= 1
+                    wins[0] += 1
+            except fg.BusyError:
+                pass
+
+    threads = [threading.Thread(target=race) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    assert wins[0] > 20
+
+
+@pytest.mark.parametrize(
+    "note", [b"", b"[]", b'{"pid": 1}', b"[" * 4000, b'{"pid": "\\u001b[2J", "host": [1], "since": 7}']
+)
+def test_a_holder_that_does_not_say_who_it_is_is_still_one(holder, note):
+    _, path = holder
+    lock_path(path).write_bytes(note)
+    with pytest.raises(fg.BusyError, match="by another process"), held(path):
+        pass
+
+
+def test_what_a_holder_says_is_shown_on_one_line(holder):
+    _, path = holder
+    lock_path(path).write_text('{"pid": "\\u001b[2J", "host": "a\\nb", "since": 7, "command": "x"}')
+    with pytest.raises(fg.BusyError, match=r"process \?\[2J on a\?b since 7: x"), held(path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, number):
+    import fcntl
+
+    def none(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    done = []
+    with pytest.warns(fg.FgsteerWarning, match="no lock on .*run"), held(tmp_path / "run"):
+        done.append(True)
+    assert done
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(fg.FormatError, match=r"cannot write .*file/run"), held(tmp_path / "file" / "run"):
+        pass
