@@ -10,6 +10,8 @@ what both sides begin with is the prompt.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +25,11 @@ from fgsteer.conversations import after_prompt, separate, split
 from fgsteer.corpora import file_kind, read_rows
 from fgsteer.errors import DataError, FormatError
 from fgsteer.files import read_json, text_sha256
+from fgsteer.wording import count
 
+FEWEST_TO_HOLD_OUT = 6  # texts a side, to put a third of them aside
+LONGEST_NAME = 100  # bytes of a name that files are called by
+_NAME = re.compile(r"\w[\w .+-]*")
 SHIPPED = Path(__file__).resolve().parent / "contrast_sets"
 
 # Field names of one row: where the prompt, the positive and the negative stand.
@@ -72,7 +78,8 @@ class ContrastSet(Brief):
     """Texts with and without a behavior: ``pairs``, or ``positives`` and ``negatives``, or both.
 
     The two sides need not be of equal size. ``held_out`` is a set of the same behavior
-    that nothing is built from. Raises DataError when a side is empty.
+    that nothing is built from. ``description`` tells a judge that is a language model what the behavior is.
+    Raises DataError when a side is empty.
     """
 
     name: str
@@ -80,6 +87,7 @@ class ContrastSet(Brief):
     positives: Sequence[Text] = ()
     negatives: Sequence[Text] = ()
     held_out: ContrastSet | None = None
+    description: str = dataclasses.field(default="", repr=False)
 
     def __post_init__(self) -> None:
         for field in ("positives", "negatives"):
@@ -111,6 +119,31 @@ class ContrastSet(Brief):
     def count(self, positive: bool) -> int:
         """Number of texts of one side."""
         return len(self.pairs) + len(self.positives if positive else self.negatives)
+
+    def hold_out(self) -> ContrastSet:
+        """The set with every third pair and text of either side as its held-out part; itself where it has one.
+
+        Raises DataError for fewer than six texts a side.
+        """
+        if self.held_out is not None:
+            return self
+        fewest = min(self.count(True), self.count(False))
+        if fewest < FEWEST_TO_HOLD_OUT:
+            raise DataError(
+                f"contrast set {self.name!r} with {count(fewest, 'text')} on a side, and no held_out part",
+                f"{FEWEST_TO_HOLD_OUT} texts a side, of which every third is held out, or a held_out part of its own",
+                'add "held_out": {"positive": [...], "negative": [...]} to its file',
+            )
+
+        def part(name: str, out: bool) -> ContrastSet:
+            pairs, positives, negatives = (
+                [entry for number, entry in enumerate(entries) if (number % 3 == 2) == out]
+                for entries in (self.pairs, self.positives, self.negatives)
+            )
+            return ContrastSet(name, pairs, positives, negatives)  # type: ignore[arg-type]  # each of its own kind
+
+        held_out = part(f"{self.name}:held_out", out=True)
+        return dataclasses.replace(part(self.name, out=False), held_out=held_out, description=self.description)
 
     @cached_property
     def sha256(self) -> str:
@@ -166,7 +199,19 @@ def _two_sided(value: Mapping[str, Any], name: str, where: str) -> ContrastSet:
         positives=sides["positive"],
         negatives=sides["negative"],
         held_out=_two_sided(held_out, f"{name}:held_out", f"{where}, held_out") if held_out else None,
+        description=str(value.get("description") or ""),
     )
+
+
+def check_name(name: str) -> str:
+    """A contrast set's name, if a file can be called so. Raises DataError."""
+    if not _NAME.fullmatch(name) or len(name.encode()) > LONGEST_NAME or name.endswith((" ", ".", ".running")):
+        raise DataError(
+            f"a contrast set named {name[:LONGEST_NAME]!r}",
+            f"a name that a file can have: letters, digits, spaces and . + - _, at most {LONGEST_NAME} bytes",
+            'give its file another name, or a "name" of its own',
+        )
+    return name
 
 
 def shipped_contrasts() -> list[str]:

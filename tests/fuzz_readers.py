@@ -31,10 +31,10 @@ import torch
 import fgsteer as fg
 from fgsteer.collecting import _Reader, _sums_of
 from fgsteer.corpora import read_documents
-from fgsteer.evaluation.bench import line, read_arms, resume
 from fgsteer.evaluation.chat import BrokenAnswerError, _content
 from fgsteer.evaluation.endpoint import AnswerCache, read_score
 from fgsteer.evaluation.records import best_settings
+from fgsteer.evaluation.run_files import line, read_arms, resume
 from fgsteer.files import text_sha256, write_json, write_tensors
 from fgsteer.info import describe_file
 from fgsteer.measuring import _check_shapes

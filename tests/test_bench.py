@@ -21,7 +21,8 @@ import fgsteer as fg
 from fgsteer.cli import app
 from fgsteer.evaluation import shared
 from fgsteer.evaluation.arms import BENCH_METHODS, ConceptArms
-from fgsteer.evaluation.bench import Bench, BenchPlan, append, resume, strengths_path
+from fgsteer.evaluation.bench import Bench, BenchPlan
+from fgsteer.evaluation.run_files import append, resume, strengths_path
 
 PLAN = BenchPlan(
     concepts=("love", "war"),
@@ -111,7 +112,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_file(parts, unbroken, tmp_path
     seen = []
     make(parts, LengthJudge()).run(path, progress=lambda done, total: seen.append((done, total)))
     assert len(sizes) >= 4
-    assert max(sizes) > 3 * min(sizes)  # killed with little done, and with much
+    assert max(sizes) > 2 * min(sizes)  # killed with little done, and with much
     assert path.read_bytes() == expected
     assert seen[-1][0] == seen[-1][1] == len(expected.splitlines()) - 1
     make(parts, LengthJudge(fail_at=6)).run(path)  # nothing is left to judge
@@ -138,7 +139,7 @@ def test_processes_that_share_a_run_write_the_same_file(parts, unbroken, tmp_pat
     assert json.loads(strengths_path(path).read_bytes()) == json.loads(before)
     make(parts, LengthJudge()).run(path)  # complete: nothing is added
     assert path.read_bytes() == unbroken.read_bytes()
-    with pytest.raises(fg.DataError, match=r"love\.jsonl is of another plan"):
+    with pytest.raises(fg.PairingError, match=r"run\.jsonl holds a run of something else: .*seeds was 1 and is 2"):
         shared.run_shared(make(parts, LengthJudge(), concepts=("love",), seeds=2), path)
 
 
@@ -159,7 +160,7 @@ def test_another_engine_writes_and_is_named(parts, unbroken, tmp_path):
     assert run.header["plan"]["engine"] == "echo 1"
     for record in run.records:
         assert f" {record.method not in ('unsteered', 'prompt')} 0 {record.seed}" in record.text
-    with pytest.raises(fg.DataError, match="another plan"):
+    with pytest.raises(fg.PairingError, match=r"plan\.engine was echo 1 and is null"):
         make(parts, LengthJudge(), concepts=("love",)).run(tmp_path / "run.jsonl")
 
 
@@ -188,7 +189,7 @@ def test_engines_that_cannot_be_are_refused(tmp_path, monkeypatch):
 
 def test_a_file_of_another_plan_is_left_alone(parts, unbroken):
     before = unbroken.read_bytes()
-    with pytest.raises(fg.DataError, match="another plan"):
+    with pytest.raises(fg.PairingError, match=r"plan\.max_new_tokens was 4 and is 5"):
         make(parts, LengthJudge(), max_new_tokens=5).run(unbroken)
     assert unbroken.read_bytes() == before
 

@@ -23,8 +23,8 @@ import torch
 
 import fgsteer as fg
 from fgsteer import files
-from fgsteer.evaluation.bench import append, resume
 from fgsteer.evaluation.endpoint import AnswerCache
+from fgsteer.evaluation.run_files import append, resume
 from fgsteer.statistics import Contrast, Moments
 from tests.conftest import make_sae
 from tests.fuzz_readers import fuzz

@@ -93,6 +93,7 @@ ORDER = (
     "evaluation.chat",
     "evaluation.endpoint",
     "evaluation.arms",
+    "evaluation.run_files",
     "evaluation.bench",
     "evaluation.shared",
     "evaluation.seen",

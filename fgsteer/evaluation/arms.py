@@ -18,6 +18,7 @@ from fgsteer.collecting import collect
 from fgsteer.data import ContrastSet
 from fgsteer.effects import EffectApproximator
 from fgsteer.errors import DataError, SelectionWarning
+from fgsteer.evaluation.judges import plain_text
 from fgsteer.evaluation.records import SPECS
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.interventions import Intervention
@@ -77,7 +78,7 @@ class ConceptArms:
     @cached_property
     def prefix(self) -> str:
         """In-context examples of the concept: the first training positives, a sentence a line."""
-        texts = [completion for _, completion in self.contrast.side(True)][:PREFIX_EXAMPLES]
+        texts = [plain_text(completion) for _, completion in self.contrast.side(True)][:PREFIX_EXAMPLES]
         return "".join(f"{text}\n" for text in texts)
 
     def make(self, method: str, layer: int) -> Make:

@@ -13,32 +13,33 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from fgsteer.brief import Brief
 from fgsteer.calibration import calibrate_grid
-from fgsteer.data import load_bench_prompts, load_contrast, load_neutral
+from fgsteer.data import ContrastSet, check_name, load_bench_prompts, load_contrast, load_neutral, shipped_contrasts
 from fgsteer.effects import EffectApproximator
-from fgsteer.errors import DataError, FormatError
+from fgsteer.errors import DataError
 from fgsteer.evaluation.arms import BENCH_METHODS, PROMPT, UNSTEERED, ConceptArms, check_methods
 from fgsteer.evaluation.coherence import Coherence
 from fgsteer.evaluation.judges import Judge, validation_auc
 from fgsteer.evaluation.records import HALVES
-from fgsteer.files import append_bytes, parse_json, read_json, write_json
+from fgsteer.evaluation.run_files import Arm, append, check_run, read_arms, resume, strengths_path
+from fgsteer.files import text_sha256, write_json
+from fgsteer.identities import density_sha256, effects_sha256, made_of, sae_identity
 from fgsteer.interventions import Intervention
-from fgsteer.models import identity
+from fgsteer.locks import held
 from fgsteer.rollouts import Sampling, rollout
 from fgsteer.sae import SAE
 from fgsteer.tokens import encode_prompts
 from fgsteer.wording import count
 
-BEGINNING = 19  # bytes of {"fgsteer": "bench", by which a header that was cut off is known
+NAMED = ("name", "revision", "type", "d_model", "layers")  # what reports tell of the model
 REFERENCE = 1_000_000  # rollout numbers from here are the unsteered samples that coherence is fitted on
 
 
@@ -60,9 +61,10 @@ class BenchPlan(Brief):
     Intervals are over prompts, and the texts of one resemble each other: for one cost, more prompts with one seed
     tell more than few prompts with several.
 
-    ``layers`` are those of every method that steers, or of each by its name. ``matched``, one of
-    ``ce_rises`` or None, is the cost at which methods are compared besides at their best;
-    ``settings`` are keywords by method. Raises DataError for what cannot be run.
+    ``concepts`` are names of shipped contrast sets, or of ``Bench``'s own. ``layers`` are those of every method that
+    steers, or of each by its name. ``matched``, one of ``ce_rises`` or None, is the cost at which methods are compared
+    besides at their best; ``settings`` are keywords by method. ``neutral`` texts, of which the first ``texts`` count,
+    and ``own_prompts`` stand for the shipped ones. Raises DataError for what cannot be run.
     """
 
     concepts: tuple[str, ...]
@@ -81,16 +83,24 @@ class BenchPlan(Brief):
     seed: int = 0
     batch_rows: int = 256
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    neutral: tuple[str, ...] = ()
+    own_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_methods(self.methods)
-        available = len(load_bench_prompts()) // len(HALVES)
+        _check_texts("neutral", self.neutral)
+        _check_texts("own_prompts", self.own_prompts)
+        available = len(self.all_prompts) // len(HALVES)
         if not 2 <= self.prompts <= available:
             raise DataError(
                 f"{count(self.prompts, 'prompt')} a half",
-                f"2 to {available}, half of the neutral prompts",
+                f"2 to {available}, half of the {len(self.all_prompts)} prompts there are",
                 "intervals are over prompts: one has none, and another seed of a prompt tells less than another prompt",
             )
+        for name in self.concepts:
+            check_name(name)
+        if len({name.casefold() for name in self.concepts}) < len(self.concepts):
+            raise DataError(f"concepts {', '.join(self.concepts)}", "each name once, in any case", "rename one")
         if not self.concepts or min(self.seeds, self.texts, self.batch_rows) < 1:
             raise DataError(f"{self}", "a concept, and at least one seed, text and row")
         if not self.ce_rises or list(self.ce_rises) != sorted(set(self.ce_rises)) or not self.ce_rises[0] > 0:
@@ -105,6 +115,11 @@ class BenchPlan(Brief):
             )
 
     @property
+    def all_prompts(self) -> Sequence[str]:
+        """The prompts that both halves are drawn from."""
+        return self.own_prompts or load_bench_prompts()
+
+    @property
     def places(self) -> list[tuple[str, int]]:
         """(method, layer) for all that steers."""
         steered = [method for method in self.methods if method not in (UNSTEERED, PROMPT)]
@@ -117,15 +132,12 @@ class BenchPlan(Brief):
         return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One way in which a concept's texts are made."""
-
-    concept: str
-    method: str
-    layer: int | None = None
-    coefficient: float = 0.0
-    ce_rise: float | None = None
+def _check_texts(name: str, texts: Sequence[str]) -> None:
+    """Raises DataError for a text that is none, is empty, or stands there twice."""
+    if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise DataError(f"{name} with an entry that is no text, or empty", "a tuple of texts")
+    if twice := [text for text, times in Counter(texts).items() if times > 1]:
+        raise DataError(f"{name} with {twice[0]!r:.60} twice", "each text once: what is repeated tells nothing more")
 
 
 @dataclass(frozen=True)
@@ -142,6 +154,7 @@ class Bench(Brief):
     """A benchmark of a model with SAEs and effects by layer, judged by ``judge``.
 
     ``writer`` generates in another engine, such as ``serving.VllmWriter``; the model then reads and sets strengths.
+    ``contrasts`` are sets besides the shipped ones, which the plan's concepts name; the judge must know them too.
     Methods that no layer can run (no SAE, no effects) raise DataError before anything is generated.
     """
 
@@ -152,28 +165,50 @@ class Bench(Brief):
     judge: Judge
     plan: BenchPlan
     writer: Writer | None = None
+    contrasts: Sequence[ContrastSet] = ()
     _concepts: dict[str, ConceptArms] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [contrast.name for contrast in self.contrasts]
+        if len(set(names)) < len(names):
+            raise DataError(f"contrasts named {', '.join(names)}", "each name once", "give one another name")
+
+    def contrast(self, name: str) -> ContrastSet:
+        """The contrast set of a concept. Raises DataError for one that is neither here nor shipped."""
+        if own := [contrast for contrast in self.contrasts if contrast.name == name]:
+            return own[0]
+        if name not in shipped_contrasts():
+            raise DataError(
+                f"no contrast set {name!r}",
+                f"one of {', '.join(shipped_contrasts())}, or one of Bench's own",
+                "pass contrasts=[fg.load_contrast(path)] to Bench, and to its judge",
+            )
+        return load_contrast(name)
 
     def concept(self, name: str) -> ConceptArms:
         """Vectors of a concept."""
         if name not in self._concepts:
             self._concepts[name] = ConceptArms(
-                self.model, self.tokenizer, load_contrast(name), self.saes, self.effects, self.plan.settings
+                self.model, self.tokenizer, self.contrast(name), self.saes, self.effects, self.plan.settings
             )
         return self._concepts[name]
 
     def prompts(self, half: str) -> list[str]:
-        """The half's neutral prompts."""
+        """The half's prompts."""
         start = HALVES.index(half) * self.plan.prompts
-        return load_bench_prompts()[start : start + self.plan.prompts]
+        return list(self.plan.all_prompts[start : start + self.plan.prompts])
+
+    @property
+    def neutral(self) -> list[str]:
+        """The texts that strength is set on."""
+        return list(self.plan.neutral or load_neutral()[0])[: self.plan.texts]
 
     def arms(self, concept: str) -> list[Arm]:
         """Every arm of a concept, its strengths set."""
         plan, vectors = self.plan, self.concept(concept)
         arms = [Arm(concept, method) for method in (UNSTEERED, PROMPT) if method in plan.methods]
         makes = [vectors.make(method, layer) for method, layer in plan.places]
-        texts = load_neutral()[0][: plan.texts]
-        found = calibrate_grid(self.model, self.tokenizer, makes, texts, target_ce_rises=plan.ce_rises)
+        found = calibrate_grid(self.model, self.tokenizer, makes, self.neutral, target_ce_rises=plan.ce_rises)
         for number, rise in enumerate(plan.ce_rises):
             reached = [(*at, c[number]) for at, c in zip(plan.places, found, strict=True) if not math.isnan(c[number])]
             arms += [Arm(concept, method, layer, c, rise) for method, layer, c in reached]
@@ -254,123 +289,96 @@ class Bench(Brief):
                 rows.append({**row, "matched": arm.ce_rise})
         return rows
 
+    @cached_property
+    def _things(self) -> dict[str, Any]:
+        """What the run is made of besides its plan and texts: what takes time to hash, once for all concepts."""
+        layers = {str(layer): {**_identity(sae)} for layer, sae in self.saes.items()}
+        effects = {str(layer): effects_sha256(found) for layer, found in self.effects.items()}
+        judge = getattr(self.judge, "identity", self.judge.name)
+        return {**made_of(self.model, self.tokenizer), "saes": layers, "effects": effects, "judge": judge}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that the records depend on, as plain JSON: runs with equal ones may share a file."""
+        plan = {key: value for key, value in asdict(self.plan).items() if key not in ("neutral", "own_prompts")}
+        plan["prompts"] = [prompt for half in HALVES for prompt in self.prompts(half)]
+        if self.writer is not None:  # other engines draw other samples
+            plan["engine"] = self.writer.name
+        contrasts = {}
+        for name in self.plan.concepts:
+            contrast = self.contrast(name)
+            held_out = None if contrast.held_out is None else contrast.held_out.sha256
+            contrasts[name] = {"sha256": contrast.sha256, "held_out": held_out}
+        texts = {"neutral": text_sha256(self.neutral), "contrasts": contrasts}
+        made: dict[str, Any] = json.loads(json.dumps({"plan": plan, **self._things, **texts}))
+        return made
+
     def header(self, command: str) -> dict[str, Any]:
         """The first line of a run: what was run, on what, with which versions."""
         import platform
         from importlib.metadata import version
 
-        from fgsteer.methods.provenance import library_version
-
-        plan = json.loads(json.dumps(asdict(self.plan)))
-        if self.writer is not None:  # other engines draw other samples
-            plan["engine"] = self.writer.name
-        prompts = [prompt for half in HALVES for prompt in self.prompts(half)]
-        validated = {name: validation_auc(self.judge, load_contrast(name)) for name in self.plan.concepts}
+        identity = self.identity
+        plan, library = identity.pop("plan"), identity["versions"]["fgsteer"]
+        validated = {name: validation_auc(self.judge, self.contrast(name)) for name in self.plan.concepts}
         return {
             "fgsteer": "bench",
-            "version": library_version(),
+            "version": library,
             "command": command,
-            "plan": {**plan, "prompts": prompts, "judge": {"name": self.judge.name, "auc": validated}},
+            "plan": {**plan, "judge": {"name": self.judge.name, "auc": validated}},
             "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
             "sha256": {f"sae at layer {layer}": sae.sha256 for layer, sae in self.saes.items()},
-            "model": identity(self.model),
+            "model": {key: value for key, value in identity["model"].items() if key in NAMED},
+            "identity": identity,
         }
 
-    def run(self, path: str | Path, command: str = "", progress: Callable[[int, int], None] | None = None) -> None:
+    def run(
+        self,
+        path: str | Path,
+        command: str = "",
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        fresh: bool = False,
+    ) -> None:
         """Write all records to ``path``, after those of an earlier run of the same plan.
 
         A batch is appended whole and synced; what a killed run left of one is cut off first. Strengths are kept
-        beside it. ``progress`` gets (records done, records in all). Raises DataError when the file is
-        of another plan, FormatError when it is damaged, and what the methods raise.
+        beside it. ``fresh`` starts over. ``progress`` gets (records done, records in all). Raises PairingError, saying
+        what differs, when the file is of another run, BusyError while another process writes it, FormatError when it
+        is damaged, and what the methods raise; all before anything is generated.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        header = self.header(command)
-        arms = self._arms(strengths_path(path), header)
-        parts = [part for concept in self.plan.concepts for part in self.parts(arms[concept])]
-        counts = [sum(1 + (a.ce_rise is not None and a.ce_rise == self.plan.matched) for a in p.arms) for p in parts]
-        counts = [count * self.plan.prompts for count in counts]
-        done = resume(path, header, counts)
-        for number in range(done, len(parts)):
+        with held(path):
+            check_run(path, self.identity, fresh=fresh)
+            header = self.header(command)
+            arms = self._arms(strengths_path(path))
+            parts = [part for concept in self.plan.concepts for part in self.parts(arms[concept])]
+            counts = [self._count(part) for part in parts]
+            done = resume(path, header, counts)
+            for number in range(done, len(parts)):
+                if progress is not None:
+                    progress(sum(counts[:number]), sum(counts))
+                append(path, self.records(parts[number]))
             if progress is not None:
-                progress(sum(counts[:number]), sum(counts))
-            append(path, self.records(parts[number]))
-        if progress is not None:
-            progress(sum(counts), sum(counts))
+                progress(sum(counts), sum(counts))
 
-    def _arms(self, path: Path, header: Mapping[str, Any]) -> dict[str, list[Arm]]:
+    def _count(self, part: Part) -> int:
+        """Records of a part: an arm at the matched cost has two of each text."""
+        matched = self.plan.matched
+        return self.plan.prompts * sum(1 + (a.ce_rise is not None and a.ce_rise == matched) for a in part.arms)
+
+    def _arms(self, path: Path) -> dict[str, list[Arm]]:
         """Every concept's arms, from the file beside the run where it holds them, else calibrated and kept there."""
-        plan = {key: header[key] for key in ("plan", "sha256", "model")}
-        known = read_arms(path, plan)
+        identity = self.identity
+        known = read_arms(path, identity)
         for concept in self.plan.concepts:
             if concept not in known:
                 known[concept] = self.arms(concept)
                 arms = {name: [asdict(arm) for arm in entries] for name, entries in known.items()}
-                write_json(path, {"plan": plan, "arms": arms})
+                write_json(path, {"identity": identity, "arms": arms})
         return known
 
 
-def strengths_path(path: Path) -> Path:
-    """Where the strengths of the run ``path`` are kept."""
-    return path.with_suffix(".strengths.json")
-
-
-def read_arms(path: Path, plan: Mapping[str, Any]) -> dict[str, list[Arm]]:
-    """Every concept's arms that a run of this plan kept; none without one. Raises FormatError."""
-    kept = read_json(path) if path.is_file() else None
-    if not isinstance(kept, dict) or kept.get("plan") != plan:
-        return {}
-    try:
-        arms = {concept: [Arm(**entry) for entry in entries] for concept, entries in kept["arms"].items()}
-        for arm in (arm for entries in arms.values() for arm in entries):
-            texts, numbers = (arm.concept, arm.method), (arm.coefficient, arm.layer or 0, arm.ce_rise or 0.0)
-            if not all(isinstance(text, str) for text in texts) or not all(math.isfinite(n) for n in numbers):
-                raise ValueError(f"no arm: {arm}")
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise FormatError(f"{path} is damaged: {error}", "strengths of fgsteer bench", "delete it") from error
-    return arms
-
-
-def line(row: Mapping[str, Any]) -> bytes:
-    """A row as a line of a run."""
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
-
-
-def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add lines to a file in one write, to disk. Raises FormatError."""
-    append_bytes(path, b"".join(map(line, rows)))
-
-
-def resume(path: Path, header: Mapping[str, Any], counts: Sequence[int]) -> int:
-    """How many batches of ``counts`` records a file holds; what follows them is cut off, a missing file is begun.
-
-    A file with a header that was cut off was killed while it was begun. Raises DataError for a
-    file of another plan, FormatError for one that is no run: both are left as they are.
-    """
-    if not path.exists():
-        append(path, [header])
-        return 0
-    with open(path, "rb") as file:
-        first = file.readline()
-        begun = line(header)[:BEGINNING]
-        if not first.endswith(b"\n") and first[:BEGINNING] == begun[: len(first)]:
-            path.unlink()
-            append(path, [header])
-            return 0
-        try:
-            found = parse_json(first)
-            if not isinstance(found, dict):
-                raise ValueError("no object")
-        except ValueError as error:
-            raise FormatError(f"{path}, line 1 is not JSON: {error}", "a run of fgsteer bench") from error
-        same = [key for key in ("plan", "sha256", "model") if found.get(key) != header[key]]
-        if same:
-            raise DataError(f"{path} is a run with another {', '.join(same)}", "the same plan", "write elsewhere")
-        done, end = 0, file.tell()
-        for count in counts:
-            lines = list(islice(file, count))
-            if len(lines) < count or not lines[-1].endswith(b"\n"):
-                break
-            done, end = done + 1, file.tell()
-    os.truncate(path, end)
-    return done
+def _identity(sae: SAE) -> dict[str, Any]:
+    """What a benchmark's SAE is, with the density that its features are filtered by."""
+    return {**(sae_identity(sae) or {}), "density": density_sha256(sae.density)}

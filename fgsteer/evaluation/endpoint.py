@@ -96,6 +96,13 @@ class EndpointJudge:
         self._concurrency = concurrency
         self._answers = answers
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its scores depend on, addresses as a hash: they may hold what is secret."""
+        client = self._client
+        asked = [client.url, client.model, client.options, self._behaviors, _FRAME, _BEHAVIOR, _COHERENCE]
+        return {"name": self.name, "asks": text_sha256(asked)}
+
     def score(self, texts: Sequence[str], concept: str) -> Float[Tensor, " texts"]:
         """How much each text shows the concept, ``(score − 1)/9``, (texts,). Raises JudgeError."""
         return self._scores(texts, self._behavior(concept))

@@ -20,12 +20,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
 from fgsteer.chat import Text
 from fgsteer.data import ContrastSet, load_contrast, load_neutral, shipped_contrasts
 from fgsteer.errors import DataError, FormatError, JudgeError
+from fgsteer.identities import weights_sha256
 from fgsteer.wording import count
 
 MINILM = "all-MiniLM-L6-v2"
@@ -41,7 +42,10 @@ _WORD = re.compile(r"[^\W\d_]{3,}")
 
 @runtime_checkable
 class Judge(Protocol):
-    """What scores texts for a concept. ``name`` stands in records and reports."""
+    """What scores texts for a concept. ``name`` stands in records and reports.
+
+    Where it has an ``identity``, plain JSON of what scores depend on besides, runs under another one do not mix.
+    """
 
     @property
     def name(self) -> str:
@@ -61,13 +65,14 @@ def check_texts(texts: Sequence[str]) -> list[str]:
     return list(texts)
 
 
-def _plain(text: Text) -> str:
+def plain_text(text: Text) -> str:
+    """A text as it is, messages as their contents, a line each."""
     return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
 
 
 def _completions(contrast: ContrastSet, positive: bool) -> list[str]:
     """One side as plain strings, without the prompts, which are no part of the behavior."""
-    return [_plain(completion) for _, completion in contrast.side(positive)]
+    return [plain_text(completion) for _, completion in contrast.side(positive)]
 
 
 @cache
@@ -128,6 +133,11 @@ class _Contrasts:
     def __getitem__(self, concept: str) -> ContrastSet:
         return self.given[concept] if concept in self.given else load_contrast(concept)
 
+    @property
+    def identity(self) -> dict[str, list[str]]:
+        """Hashes of the texts of those given."""
+        return {name: [c.sha256, c.held_out.sha256 if c.held_out else ""] for name, c in self.given.items()}
+
 
 class KeywordJudge:
     """1 for a text with at least one keyword of the concept, else 0: a floor for the other judges.
@@ -144,6 +154,12 @@ class KeywordJudge:
     ) -> None:
         self._keywords = {concept: tuple(words) for concept, words in (keywords or {}).items()}
         self._contrasts = _Contrasts(contrasts)
+        self._given = dict(self._keywords)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its scores depend on."""
+        return {"name": self.name, "keywords": self._given, "contrasts": self._contrasts.identity}
 
     def keywords(self, concept: str) -> tuple[str, ...]:
         """The concept's keywords. Raises DataError where there are none."""
@@ -202,6 +218,13 @@ class EmbeddingJudge:
         self._embeddings: dict[str, Tensor] = {}
         self._fits: dict[str, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its scores depend on: the weights of its encoder, and the texts it was given."""
+        encoder = self._loaded()
+        weights = weights_sha256(encoder) if isinstance(encoder, nn.Module) else type(encoder).__name__
+        return {"name": self.name, "weights": weights, "contrasts": self._contrasts.identity}
+
     def score(self, texts: Sequence[str], concept: str) -> Float[Tensor, " texts"]:
         """Probability that each text shows the concept, (texts,) float32. Raises DataError, JudgeError, FormatError."""
         texts = check_texts(texts)
@@ -220,9 +243,7 @@ class EmbeddingJudge:
         """Unit embeddings, (texts, d) float32. Raises JudgeError, FormatError."""
         new = [text for text in dict.fromkeys(texts) if text not in self._embeddings]
         if new:
-            if self._encoder is None:
-                self._encoder = _load_encoder(self._model, self._device)
-            found = self._encoder.encode(
+            found = self._loaded().encode(
                 new, batch_size=self._batch_size, convert_to_tensor=True, show_progress_bar=False
             )
             unit = normalize(found.detach().to("cpu", torch.float32), dim=-1)
@@ -230,6 +251,12 @@ class EmbeddingJudge:
                 raise FormatError(f"embeddings by {self.name} hold nan or inf", "a working sentence-transformers model")
             self._embeddings.update(zip(new, unit.unbind(), strict=True))
         return torch.stack([self._embeddings[text] for text in texts])
+
+    def _loaded(self) -> Any:
+        """The encoder. Raises JudgeError, FormatError."""
+        if self._encoder is None:
+            self._encoder = _load_encoder(self._model, self._device)
+        return self._encoder
 
     def _fit(self, concept: str) -> tuple[Float[Tensor, " d"], Float[Tensor, ""]]:
         if concept not in self._fits:

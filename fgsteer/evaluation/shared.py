@@ -7,15 +7,18 @@ with_ray(make_bench, ("love", "sea"), Path("bench.parts"), workers=2)  by Ray, t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fgsteer.errors import DataError, FormatError
-from fgsteer.evaluation.bench import Bench, line, strengths_path
+from fgsteer.errors import DataError, FormatError, PairingError
+from fgsteer.evaluation.bench import Bench
 from fgsteer.evaluation.records import HALVES
+from fgsteer.evaluation.run_files import check_run, line, strengths_path
 from fgsteer.files import parse_json, read_json, rename, whole, write_json
+from fgsteer.locks import held
 from fgsteer.parts import wait_for
 from fgsteer.ranks import Ranks
 
@@ -41,21 +44,58 @@ def begun_design(path: str | Path) -> dict[str, int]:
     return {}
 
 
-def run_shared(bench: Bench, path: str | Path, command: str = "", progress: Progress | None = None) -> bool:
+def run_shared(
+    bench: Bench,
+    path: str | Path,
+    command: str = "",
+    progress: Progress | None = None,
+    *,
+    fresh: bool = False,
+) -> bool:
     """Run this process's concepts; the first process waits for the others' and writes ``path`` as ``Bench.run`` does.
 
-    Returns whether this is the first process. A killed run goes on, also with another number of processes.
-    Raises as ``Bench.run`` does.
+    Returns whether this is the first process. A killed run goes on, also with another number of processes; ``fresh``
+    starts over. Raises as ``Bench.run`` does.
     """
     ranks, folder = Ranks.here(), parts_folder(path)
     mine = [concept for number, concept in enumerate(bench.plan.concepts) if ranks.makes(number)]
-    for concept in mine:
-        run_concept(bench, concept, folder, command, progress)
-    if ranks.rank == 0:
-        for number, concept in enumerate(bench.plan.concepts):
-            wait_for(folder / f"{concept}.jsonl", number % ranks.world)
-        join(bench, path, command)
+    with held(path) if ranks.rank == 0 else nullcontext():
+        check_parts(bench, path, mine, fresh=fresh)
+        for concept in mine:
+            run_concept(bench, concept, folder, command, progress)
+        if ranks.rank == 0:
+            for number, concept in enumerate(bench.plan.concepts):
+                wait_for(folder / f"{concept}.jsonl", number % ranks.world)
+            join(bench, path, command)
     return ranks.rank == 0
+
+
+def of_concept(bench: Bench, concept: str) -> Bench:
+    """The benchmark of one concept, with what is hashed once for all of them."""
+    _ = bench.identity
+    alone = copy.copy(bench)
+    alone.plan = replace(bench.plan, concepts=(concept,))
+    return alone
+
+
+def check_parts(bench: Bench, path: str | Path, mine: Iterable[str], *, fresh: bool) -> None:
+    """See that the run, and its concepts that are there, are those to go on with; ``fresh`` removes them.
+
+    Of the concepts it removes ``mine``, and those of another run, so that none of them is waited for: others of this
+    run may just have been made. Raises PairingError, FormatError.
+    """
+    path, folder, own = Path(path), parts_folder(path), set(mine)
+    if Ranks.here().rank == 0 or not fresh:
+        check_run(path, bench.identity, fresh=fresh)
+    for concept in bench.plan.concepts:
+        identity = of_concept(bench, concept).identity
+        for file in (folder / f"{concept}.jsonl", folder / f"{concept}.running.jsonl"):
+            try:
+                check_run(file, identity, fresh=fresh and concept in own)
+            except PairingError:
+                if not fresh:
+                    raise
+                check_run(file, identity, fresh=True)
 
 
 def run_concept(bench: Bench, concept: str, folder: Path, command: str = "", progress: Progress | None = None) -> None:
@@ -64,45 +104,32 @@ def run_concept(bench: Bench, concept: str, folder: Path, command: str = "", pro
     if done.exists():
         return
     _ = bench.coherence  # fitted once for all concepts
-    alone = copy.copy(bench)
-    alone.plan = replace(bench.plan, concepts=(concept,))
-    alone.run(running, command, progress)
+    of_concept(bench, concept).run(running, command, progress)
     rename(strengths_path(running), strengths_path(done))
     rename(running, done)
 
 
 def join(bench: Bench, path: str | Path, command: str = "") -> None:
-    """Write the run whose concepts are all in its folder, whole. Raises DataError for those of another plan."""
+    """Write the run whose concepts are all in its folder, whole. Raises PairingError for those of another run."""
     path, folder, header = Path(path), parts_folder(path), bench.header(command)
     arms: dict[str, Any] = {}
     records = []
     for concept in bench.plan.concepts:
         part = folder / f"{concept}.jsonl"
-        first, rest = _lines(part)
-        if _shared(first) != _shared(header):
-            raise DataError(f"{part} is of another plan, SAE or model", "this run's", f"delete {folder}")
-        records.append(rest)
+        check_run(part, of_concept(bench, concept).identity)
+        records.append(_records(part))
         arms |= read_json(strengths_path(part))["arms"]
-    plan = {key: header[key] for key in ("plan", "sha256", "model")}
-    write_json(strengths_path(path), {"plan": plan, "arms": arms})
+    write_json(strengths_path(path), {"identity": bench.identity, "arms": arms})
     with whole(path) as beside:
         beside.write_bytes(line(header) + b"".join(records))
 
 
-def _lines(path: Path) -> tuple[Any, bytes]:
-    """Header and the bytes of the records. Raises FormatError."""
+def _records(path: Path) -> bytes:
+    """The lines of a run after its header. Raises FormatError."""
     try:
-        first, _, rest = path.read_bytes().partition(b"\n")
-        return parse_json(first), rest
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path} cannot be read: {error}", "a run of fgsteer bench", "delete it") from error
-
-
-def _shared(header: Mapping[str, Any]) -> dict[str, Any]:
-    """What the runs of one benchmark's concepts have in common."""
-    plan = {key: value for key, value in header["plan"].items() if key != "concepts"}
-    plan["judge"] = plan["judge"]["name"]
-    return {"plan": plan, "sha256": header["sha256"], "model": header["model"]}
+        return path.read_bytes().partition(b"\n")[2]
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}", "a run of fgsteer bench") from error
 
 
 def with_ray(
