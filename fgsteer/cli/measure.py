@@ -13,6 +13,7 @@ from fgsteer.cli.common import (
     DeviceOption,
     DtypeOption,
     FieldOption,
+    FreshOption,
     JsonOption,
     MaxTokensOption,
     ModelOption,
@@ -57,6 +58,7 @@ def collect(
         bool, typer.Option("--pooled/--no-pooled", help="Keep every text's mean activations, for fgsteer diagnose.")
     ] = True,
     work: WorkOption = None,
+    fresh: FreshOption = False,
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -92,6 +94,7 @@ def collect(
             keep_pooled=pooled,
             batch_tokens=batch_tokens,
             work=work_folder(work, out),
+            fresh=fresh,
             progress=progress,
         )
     if not Ranks.here().rank:
@@ -128,6 +131,7 @@ def density(
     max_tokens: MaxTokensOption = 256,
     prepend_bos: PrependBosOption = None,
     work: WorkOption = None,
+    fresh: FreshOption = False,
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -155,6 +159,7 @@ def density(
             prepend_bos=prepend_bos,
             corpus={"name": corpus.name, "texts": total},
             work=work_folder(work, out),
+            fresh=fresh,
             progress=progress,
         )
     if not Ranks.here().rank:
@@ -205,6 +210,7 @@ def effects(
     work: Annotated[
         Path | None, typer.Option(help="Folder of measured parts, to go on from; default: OUT.parts.")
     ] = None,
+    fresh: FreshOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -244,6 +250,7 @@ def effects(
                 target_ce_rise=ce_rise,
                 rows=rows,
                 work=work or out.with_name(out.name + ".parts"),
+                fresh=fresh,
                 progress=progress,
             )
     except KeyboardInterrupt:

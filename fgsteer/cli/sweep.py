@@ -19,6 +19,7 @@ from fgsteer.cli.common import (
     TokensOption,
     app,
     console,
+    hold,
     load_model,
     progress_bar,
     show,
@@ -30,6 +31,7 @@ from fgsteer.errors import DataError
 
 @app.command()
 def sweep(
+    context: typer.Context,
     contrast: Annotated[str, typer.Argument(help="A shipped contrast set, or a .json or .jsonl file.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for sweep.json and pictures.")] = None,
     method: Annotated[str, typer.Option(help="caa, ace or pca: builds a vector at each layer.")] = "caa",
@@ -65,7 +67,9 @@ def sweep(
     from fgsteer.evaluation.sweep_plots import save_pictures
     from fgsteer.files import write_json
 
-    writable(None if out is None else out / "sweep.json")
+    if out is not None:
+        writable(out / "sweep.json")
+        hold(context, out / "sweep.json")
     vectors = [fg.SteeringVector.load(path) for path in vector or []]
     if vectors and method != "caa":
         raise DataError(f"--vector and --method {method}", "one of them")

@@ -24,6 +24,7 @@ from fgsteer.cli.common import (
     VectorOption,
     app,
     console,
+    hold,
     interventions,
     load_model,
     load_sae,
@@ -239,6 +240,7 @@ def _print_texts(told: dict[str, Any]) -> None:
 
 @app.command()
 def fold(
+    context: typer.Context,
     vector: Annotated[list[Path], typer.Option("--vector", "-v", help="A vector to add; repeat.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the checkpoint.")],
     coefficient: Annotated[
@@ -252,6 +254,7 @@ def fold(
     from fgsteer.export import checkpoint
 
     new_folder(out)
+    hold(context, out)
     steering = interventions(load_vectors(vector, coefficient, model=model), "add", "all", bos=True)
     folded = checkpoint.write(steering, out, *load_model(model, "cpu", dtype), copy=False)
     told = {"out": str(out), "model": model, "dtype": str(folded.dtype).removeprefix("torch.")}

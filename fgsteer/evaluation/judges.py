@@ -93,7 +93,7 @@ def judging_texts(contrast: ContrastSet) -> tuple[list[str], list[str], list[str
         raise DataError(
             f"contrast set {contrast.name!r} has no held_out part",
             "sentences that no vector is built from",
-            'add "held_out": {"positive": [...], "negative": [...]} to its file',
+            'add "held_out": {"positive": [...], "negative": [...]} to its file, or use contrast.hold_out()',
         )
     positives, negatives = (_completions(contrast.held_out, side) for side in (True, False))
     own = {*positives, *negatives, *_completions(contrast, True), *_completions(contrast, False)}
