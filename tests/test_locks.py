@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -12,9 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import fgsteer as fg
+from fgsteer.cli import app
+from fgsteer.evaluation import shared
 from fgsteer.locks import held, lock_path
+from tests.conftest import make_sae
+from tests.test_identities import PARTS, bench, collect, density, effects, shared_bench
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
@@ -186,3 +192,114 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(fg.FormatError, match=r"cannot write .*file/run"), held(tmp_path / "file" / "run"):
         pass
+
+
+# ---------------------------------------------------------------- runs and outputs
+
+
+@contextlib.contextmanager
+def held_elsewhere(path, share=""):
+    """A block in which another thread holds a path."""
+    ready, done = threading.Event(), threading.Event()
+
+    def hold():
+        with held(path, share):
+            ready.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    ready.wait()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("run", [collect, density, effects, bench, shared_bench])
+def test_a_run_that_is_under_way_is_left_alone(run, llama, tmp_path):
+    """Whatever goes on with a folder or a file is refused while another does, with nothing written."""
+    place = (tmp_path, "process-0") if run in (collect, density, effects) else (tmp_path / "run.jsonl", "")
+    for fresh in (False, True):
+        with held_elsewhere(*place):
+            there = sorted(tmp_path.iterdir())
+            with pytest.raises(fg.BusyError, match=f"process {os.getpid()} on"):
+                run(tmp_path, **{**PARTS, "model": llama}, fresh=fresh)
+            assert sorted(tmp_path.iterdir()) == there
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("run", [collect, density])
+def test_processes_that_share_a_run_do_not_keep_each_other_out(run, llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with held_elsewhere(tmp_path, "process-1"):
+        run(tmp_path, **{**PARTS, "model": llama})
+    with held_elsewhere(tmp_path, "process-0"), pytest.raises(fg.BusyError):  # of a second torchrun
+        run(tmp_path, **{**PARTS, "model": llama})
+
+
+def test_a_concept_that_another_worker_runs_is_refused(llama, tmp_path):
+    from tests.test_identities import bench_of
+
+    folder = tmp_path / "run.parts"
+    folder.mkdir()
+    alone = bench_of(**{**PARTS, "model": llama})
+    with held_elsewhere(folder / "own.running.jsonl"), pytest.raises(fg.BusyError, match=r"own\.running\.jsonl"):
+        shared.run_concept(alone, "own", folder)
+    shared.run_concept(alone, "own", folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["own.jsonl", "own.strengths.json"]
+
+
+@pytest.mark.parametrize(
+    ("command", "written"),
+    [
+        ("collect love -o OUT", "OUT"),
+        ("density corpus.txt -o OUT", "OUT"),
+        ("effects -o OUT", "OUT"),
+        ("examples corpus.txt -o OUT", "OUT"),
+        ("build from_features --features 1 -o OUT", "OUT"),
+        ("features --feature 1 --html OUT", "OUT"),
+        ("export v.safetensors --to gguf -o OUT", "OUT"),
+        ("fold -v v.safetensors -o OUT", "OUT"),
+        ("sweep love --out FOLDER", "FOLDER/sweep.json"),
+        ("bench --quick --out FOLDER", "FOLDER/bench.jsonl"),
+    ],
+)
+def test_a_command_leaves_an_output_alone_that_another_one_writes(command, written, tmp_path, monkeypatch):
+    """Before anything is loaded; and one that ended, or failed, keeps nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.txt").write_text("One day.\n")
+    fg.SteeringVector(make_sae().direction(1), "blocks.1.hook_resid_post").save("v.safetensors")
+    monkeypatch.setattr("fgsteer.models.load_model", lambda *_, **__: 1 / 0)
+    (tmp_path / "FOLDER").mkdir()
+    with held_elsewhere(written):
+        there = sorted(tmp_path.rglob("*"))
+        told = CliRunner().invoke(app, command.split())
+        assert isinstance(told.exception, fg.BusyError), told.output
+        assert written in str(told.exception)
+        assert sorted(tmp_path.rglob("*")) == there
+    told = CliRunner().invoke(app, command.split())
+    assert not isinstance(told.exception, fg.BusyError)
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+@pytest.mark.slow
+def test_two_benchmarks_of_one_folder_end_with_one_whole_run(tmp_path):
+    """Started together, again and again: one runs, the others are told its process; the file is as if it were alone."""
+    options = "--concept love --method unsteered --method caa --judge keyword --ce-rise 0.5 --prompts 4 --device cpu"
+    command = [sys.executable, "-m", "fgsteer", "bench", *options.split(), "--max-new-tokens", "8", "--json", "--out"]
+    subprocess.run([*command, str(tmp_path / "alone")], check=True, capture_output=True)
+    together = [
+        subprocess.Popen([*command, str(tmp_path / "two")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    told = [process.communicate() for process in together]
+    assert sorted(process.returncode for process in together) == [0, 2, 2]
+    winner = next(process.pid for process in together if process.returncode == 0)
+    for process, (_, error) in zip(together, told, strict=True):
+        assert process.returncode == 0 or f"is being written by process {winner}" in error
+    alone, two = ((tmp_path / name / "bench.jsonl").read_bytes().split(b"\n", 1)[1] for name in ("alone", "two"))
+    assert two == alone
+    assert not list(tmp_path.rglob(".*"))
