@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.cli import app
+from fgsteer.data import check_name
 from fgsteer.evaluation import shared
 from fgsteer.evaluation.arms import BENCH_METHODS, ConceptArms
 from fgsteer.evaluation.bench import Bench, BenchPlan
@@ -240,21 +241,155 @@ def test_methods_have_layers_of_their_own(parts, tmp_path):
     assert run.header["plan"]["layers"] == {method: list(at) for method, at in layers.items()}
 
 
+def own_files(folder):
+    """A contrast set, prompts and neutral texts of one's own."""
+    love = fg.load_contrast("love")
+    sides = {side: [text for _, text in love.side(side == "positive")][:12] for side in ("positive", "negative")}
+    (folder / "my.json").write_text(json.dumps({"name": "my love", "description": "tenderness", **sides}))
+    rows = [{"positive": p, "negative": n} for p, n in zip(sides["positive"], sides["negative"], strict=True)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.txt").write_text("The captain said\nAt dawn\nMy uncle never\nLast winter\n")
+    (folder / "neutral.txt").write_text("The report was filed on Monday.\nHe took the bus to work.\n")
+
+
 def test_the_command_writes_records_report_and_pictures(tmp_path, monkeypatch):
-    """As in an installation without sentence-transformers: judged by keywords, and said."""
+    """Of contrast sets, prompts and texts of one's own, judged by keywords as without sentence-transformers."""
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "sentence_transformers" else found(n))
-    options = "--method unsteered --method caa --method fgaa --ce-rise 0.5 --prompts 2 --seeds 1 --max-new-tokens 4"
-    told = CliRunner().invoke(app, ["bench", "--concept", "love", *options.split(), "--out", str(tmp_path), "--json"])
-    assert told.exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    own_files(tmp_path)
+    options = (
+        "--method unsteered --method caa --method fgaa --ce-rise 0.5 --seeds 1 --max-new-tokens 4 --out out --json"
+    )
+    own = "--concept my.json --concept ./rows.jsonl --prompts-from prompts.txt --neutral neutral.txt"
+    told = CliRunner().invoke(app, ["bench", *own.split(), *options.split()])
+    assert told.exit_code == 0, told.output
     assert "judged by keywords" in told.stderr
-    assert json.loads(told.stdout)["records"] == len(fg.load_run(tmp_path / "bench.jsonl").records) == 2 * 2 * 3
-    written = {path.name for path in tmp_path.iterdir()}
+    assert "my love has no held_out part" in told.stderr
+    run = fg.load_run(tmp_path / "out" / "bench.jsonl")
+    assert json.loads(told.stdout)["records"] == len(run.records) == 2 * 2 * 3 * 2
+    assert run.concepts == ["my love", "rows"]
+    plan = run.header["plan"]
+    assert plan["prompts"] == ["The captain said", "At dawn", "My uncle never", "Last winter"]
+    assert plan["texts"] == 2
+    assert plan["judge"]["auc"]["my love"] > 0.5
+    written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"bench.jsonl", "report.html", "table.md", "methods.png", "methods.svg"} <= written
-    assert 'class="seen"' in (tmp_path / "report.html").read_text(encoding="utf-8")
-    refused = CliRunner().invoke(app, ["bench", "--out", str(tmp_path), "--judge", "gpt"])
+    assert 'class="seen"' in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    refused = CliRunner().invoke(app, ["bench", "--out", "out", "--judge", "gpt"])
     assert isinstance(refused.exception, fg.DataError)
     assert "--judge-url" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--concept my.json --concept copy/my.json", "two contrast sets named 'my love'"),
+        ("--concept love --concept copy/Love.jsonl", "two contrast sets named 'Love'"),
+        ("--concept path.json", r"named '\.\./love'"),
+        ("--concept nowhere.json", "no contrast set 'nowhere.json'"),
+        ("--concept few.json --judge keyword", "'few' with 3 texts on a side, and no held_out part"),
+        ("--prompts-from nowhere.txt", "cannot read nowhere.txt"),
+        ("--neutral my.json", "field 'text'"),
+        ("--prompts-from two.txt", "1 prompt a half"),
+        ("--prompts-from twice.txt", "'At dawn' twice"),
+    ],
+)
+def test_own_files_that_cannot_be_used_are_refused_before_a_model_is_loaded(options, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own_files(tmp_path)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "my.json").write_bytes((tmp_path / "my.json").read_bytes())
+    (tmp_path / "copy" / "Love.jsonl").write_bytes((tmp_path / "rows.jsonl").read_bytes())
+    sides = {"positive": ["a", "b", "c"], "negative": ["d", "e", "f"]}
+    (tmp_path / "path.json").write_text(json.dumps({"name": "../love", **sides}))
+    (tmp_path / "few.json").write_text(json.dumps(sides))
+    (tmp_path / "two.txt").write_text("At dawn\nLast winter\n")
+    (tmp_path / "twice.txt").write_text("At dawn\nLast winter\nAt dawn\nNow\n")
+    monkeypatch.setattr("fgsteer.models.load_model", lambda *_, **__: 1 / 0)
+    refused = CliRunner().invoke(app, ["bench", *options.split(), "--out", "out"])
+    assert isinstance(refused.exception, fg.DataError), refused.exception
+    with pytest.raises(fg.DataError, match=told):
+        raise refused.exception
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_chat_model_judges_by_what_a_file_says_of_its_behavior(tmp_path):
+    from fgsteer.cli.bench import _judged
+
+    own_files(tmp_path)
+    sets = [fg.load_contrast(tmp_path / "my.json"), fg.load_contrast("war")]
+    kept, judge = _judged(sets, "gpt", "http://localhost:1/v1", tmp_path)
+    assert kept == sets  # nothing is held out for a judge that learns nothing
+    assert judge._behavior("my love").startswith("Rate how strongly the text shows this behavior: tenderness.")
+    assert "war" in judge._behavior("war")
+    assert judge.identity == _judged(sets, "gpt", "http://localhost:1/v1", tmp_path)[1].identity
+    assert judge.identity != _judged(sets, "gpt", "http://localhost:2/v1", tmp_path)[1].identity
+    assert judge.identity != _judged(sets[1:], "gpt", "http://localhost:1/v1", tmp_path)[1].identity
+    assert "localhost" not in str(judge.identity)
+
+
+def test_every_third_text_is_held_out():
+    pairs = [fg.ContrastPair(f"a{n}", f"b{n}", f"p{n}") for n in range(7)]
+    parted = fg.ContrastSet("x", pairs, ("u", "v", "w"), ("z",), description="d").hold_out()
+    assert [p.positive for p in parted.held_out.pairs] == ["a2", "a5"]
+    assert [p.positive for p in parted.pairs] == ["a0", "a1", "a3", "a4", "a6"]
+    assert (parted.positives, parted.held_out.positives, parted.negatives) == (("u", "v"), ("w",), ("z",))
+    assert (parted.name, parted.description) == ("x", "d")
+    assert parted.hold_out() is parted
+    with pytest.raises(fg.DataError, match=r"5 texts on a side.*six|6 texts a side"):
+        fg.ContrastSet("x", pairs[:5]).hold_out()
+
+
+@pytest.mark.parametrize("name", ["love", "my love", "v1.2-b_c+d", "Дом", "a" * 100])
+def test_names_that_files_can_have(name):
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../a", "/a", ".a", "-a", "a\\b", "a\n", "a\0", "a:", "a ", "a.", "x.running", "a" * 101,
+             "\u202ea", "a\u200b", "ж" * 60]
+)  # fmt: skip
+def test_names_that_files_cannot_have(name):
+    with pytest.raises(fg.DataError, match="a contrast set named"):
+        check_name(name)
+    with pytest.raises(fg.DataError, match="a contrast set named"):
+        replace(PLAN, concepts=(name,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"own_prompts": ("a", "b", "c", "c")}, "own_prompts with 'c' twice"),
+        ({"own_prompts": ("a", "b", "c", " ")}, "own_prompts with an entry that is no text, or empty"),
+        ({"own_prompts": ("a", "b", "c")}, "2 prompts a half"),
+        ({"own_prompts": "abcd"}, "own_prompts with an entry"),
+        ({"neutral": ("a", 3)}, "neutral with an entry"),
+        ({"neutral": ("a", "a")}, "neutral with 'a' twice"),
+        ({"concepts": ("love", "Love")}, "each name once, in any case"),
+    ],
+)
+def test_own_texts_of_a_plan_are_checked(changes, told):
+    with pytest.raises(fg.DataError, match=told):
+        replace(PLAN, **changes)
+
+
+def test_a_concept_that_is_nowhere_is_refused_with_what_to_do(parts, tmp_path):
+    own_files(tmp_path)
+    bench = make(parts, LengthJudge(), concepts=("my.json",))
+    with pytest.raises(fg.DataError, match=r"no contrast set 'my\.json'.*contrasts="):
+        bench.run(tmp_path / "run.jsonl")
+    assert not (tmp_path / "run.jsonl").exists()
+    twice = [fg.load_contrast(tmp_path / "my.json")] * 2
+    with pytest.raises(fg.DataError, match="each name once"):
+        Bench(*parts, LengthJudge(), PLAN, contrasts=twice)
+
+
+def test_examples_in_a_prompt_are_text_where_a_set_has_messages(llama, tokenizer):
+    chats = [
+        fg.ContrastPair([{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}], "he said")
+    ]
+    assert ConceptArms(llama, tokenizer, fg.ContrastSet("x", chats), {}, {}, {}).prefix == "yes\n"
 
 
 @pytest.mark.slow
