@@ -87,6 +87,7 @@ class Tuning:
     parts: Mapping[str, Any]
     concepts: tuple[str, ...]
     work: Path
+    fresh: bool
 
     def layers(self, method: str) -> list[int]:
         """Where a method can run."""
@@ -106,7 +107,7 @@ class Tuning:
         )
         name = "-".join([method, str(layer), *(f"{key}={value}" for key, value in settings.items())])
         path = self.work / f"{name}.jsonl"
-        Bench(**self.parts, plan=plan).run(path)
+        Bench(**self.parts, plan=plan).run(path, fresh=self.fresh)
         run = fg.load_run(path)
         chosen = [run.mean(setting, "tune") for setting in best_settings(run).values()]
         found = Trial(layer, settings, sum(chosen) / len(chosen))
@@ -170,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "quality", help="folder of tuning runs")
     parser.add_argument("--tables", action="store_true", help="only tables, page and pictures of the records")
+    parser.add_argument("--fresh", action="store_true", help="begin anew what earlier versions or settings began")
     parser.add_argument("--readme", action="store_true", help="only put the table into README.md")
     arguments = parser.parse_args()
     if arguments.readme:
@@ -191,7 +193,7 @@ def main() -> None:
         "effects": {effects.hookpoint.layer: effects},
         "judge": fg.EmbeddingJudge(),
     }
-    tuning = Tuning(parts, tuple(fg.shipped_contrasts()), arguments.work)
+    tuning = Tuning(parts, tuple(fg.shipped_contrasts()), arguments.work, arguments.fresh)
     tuned = {method: tuning.tune(method) for method in SETTINGS}
     write_json(RESULTS / "tuning.json", {method: [asdict(t) for t in trials] for method, trials in tuned.items()})
     best = {method: trials[0] for method, trials in tuned.items()}
@@ -200,11 +202,12 @@ def main() -> None:
     settings = {method: trial.settings for method, trial in best.items() if trial.settings}
     rises = (0.125, 0.25, 0.5, 1.0)
     plan = BenchPlan(tuning.concepts, layers=layers, settings=settings, ce_rises=rises, prompts=PROMPTS)
-    Bench(**parts, plan=plan).run(BENCH, "python benchmarks/quality.py", lambda done, of: print(done, of, flush=True))
+    command, fresh = "python benchmarks/quality.py", arguments.fresh
+    Bench(**parts, plan=plan).run(BENCH, command, lambda done, of: print(done, of, flush=True), fresh=fresh)
     run = fg.load_run(BENCH)
     near = layers[best_sae_method(run) or "fgaa_effects"]
     other = replace(plan, methods=("caa",), layers={"caa": near})
-    Bench(**parts, plan=other).run(NEARBY, "python benchmarks/quality.py")
+    Bench(**parts, plan=other).run(NEARBY, command, fresh=fresh)
     publish(model, tokenizer, by_layer[effects.hookpoint.layer])
     print(f"{time.monotonic() - began:.0f} s")
 

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,12 +32,16 @@ import torch
 import fgsteer as fg
 from fgsteer.collecting import _Reader, _sums_of
 from fgsteer.corpora import read_documents
+from fgsteer.data import check_name
 from fgsteer.evaluation.chat import BrokenAnswerError, _content
 from fgsteer.evaluation.endpoint import AnswerCache, read_score
 from fgsteer.evaluation.records import best_settings
-from fgsteer.evaluation.run_files import line, read_arms, resume
+from fgsteer.evaluation.run_files import check_run, line, read_arms, resume
+from fgsteer.evaluation.shared import begun_design
 from fgsteer.files import text_sha256, write_json, write_tensors
+from fgsteer.identities import made_of, sae_identity
 from fgsteer.info import describe_file
+from fgsteer.locks import _holder
 from fgsteer.measuring import _check_shapes
 from fgsteer.parts import Parts
 from fgsteer.ranks import Ranks
@@ -154,7 +159,7 @@ TOKENIZER = word_tokenizer()
 
 def readers(folder: Path) -> dict[str, Reader]:
     """Every reader by name, with good files; the folder is for making them."""
-    return {**saved_files(folder), **texts(), **records(folder), **sae_folders(folder)}
+    return {**saved_files(folder), **texts(), **records(folder), **sae_folders(folder), **identities(folder)}
 
 
 def as_json(value: object) -> bytes:
@@ -188,10 +193,11 @@ def saved_files(folder: Path) -> dict[str, Reader]:
     for name, thing in made.items():
         thing.save(folder / name)
     parts = {"vectors": torch.ones(2, 6), "strengths": torch.ones(2)}
-    header = {"plan": text_sha256(PLAN), "part": 0, "of": "0"}
+    header = {"plan": text_sha256({"run": "effects part", **PLAN}), "part": 0, "of": "0"}
     write_tensors(folder / "effects part", parts, kind="effects part", header=header)
     at = fg.Hookpoint.parse(AT)
     sums = _Reader(model, TokenReader(TOKENIZER), None, [at], True, {}).window(0, TEXTS)
+    header["plan"] = text_sha256({"run": "collected texts", **PLAN})
     write_tensors(folder / "collected part", sums.tensors(), kind="collected texts", header=header)
     relu = make_sae(d_model=6, d_sae=12)
     save_clamp(fg.ClampFeature(hookpoint=relu.hookpoint, sae=relu, targets={1: 2.0}), folder / "clamp")
@@ -239,7 +245,7 @@ def records(folder: Path) -> dict[str, Reader]:
     made = lines(*runs.rows(**settings, prompts=2, seeds=1))
     resumed = line(HEADER) + lines(*({"row": n} for n in range(6)))
     arms = {"sea": [{"concept": "sea", "method": "caa", "layer": 1, "coefficient": 2.0, "ce_rise": 0.5}]}
-    write_json(folder / "arms", {"plan": HEADER, "arms": arms})
+    write_json(folder / "arms", {"identity": HEADER, "arms": arms})
     scores = lines({"key": "a" * 8, "score": 7}, {"key": "b" * 8, "score": 3})
     told = as_json({"choices": [{"message": {"content": 'well: {"score": 7}'}}]})
     return {
@@ -248,6 +254,51 @@ def records(folder: Path) -> dict[str, Reader]:
         "strengths of a run": Reader({"f.json": (folder / "arms").read_bytes()}, lambda path: read_arms(path, HEADER)),
         "judge's cache": Reader({"f.jsonl": scores}, cache),
         "judge's answer": Reader({"f.json": told}, answer),
+    }
+
+
+def identities(folder: Path) -> dict[str, Reader]:
+    """What a run notes of what it is made of, and who holds it; names that files are called by."""
+    made = {**made_of(tiny(), TOKENIZER), "sae": sae_identity(SAE), "prompts": ["one", "two"], "mu": 0.5}
+    plan = {"run": "sums", **made}
+    header = {"plan": text_sha256(plan), "part": 0, "of": "0"}
+    write_tensors(folder / "identity part", {"x": torch.ones(2)}, kind="sums", header=header)
+    parts = {"plan.json": as_json(plan), "part-000000.safetensors": (folder / "identity part").read_bytes()}
+    run_header = (
+        as_json({"fgsteer": "bench", "plan": {"prompts": ["a", "b"], "seeds": 1}, "identity": made}) + b"\n{}\n"
+    )
+    identity = {**made, "plan": {"prompts": ["a", "b"], "seeds": 1}}
+    arms = {"sea": [{"concept": "sea", "method": "caa", "layer": 1, "coefficient": 2.0, "ce_rise": 0.5}]}
+    note = as_json({"host": "h", "pid": 1, "since": "2026-01-01 00:00:00", "command": "fgsteer bench"})
+    sides = {"positive": list("abcdef"), "negative": list("ghijkl")}
+
+    def go_on(path: Path, fresh: bool = False) -> object:
+        steps = Parts(path.parent, "sums", made, Ranks(), fresh=fresh).each(["0"], lambda *_: {"x": torch.ones(2)}, str)
+        return list(steps)
+
+    def holder(path: Path) -> str:
+        with mock.patch("fgsteer.locks.NOTE_SECONDS", -1):
+            who = _holder(path)
+        assert who.isprintable()
+        return who
+
+    def own(path: Path) -> object:
+        contrast = fg.load_contrast(path)
+        name = check_name(contrast.name)
+        (path.parent / f"{name}.running.jsonl").write_bytes(b"")
+        return contrast.hold_out(), contrast.description.strip()
+
+    return {
+        "parts to go on with": Reader(parts, go_on),
+        "parts to start over": Reader(parts, lambda path: go_on(path, fresh=True)),
+        "identity of a run": Reader({"f.jsonl": run_header}, lambda path: check_run(path, identity)),
+        "run to start over": Reader({"f.jsonl": run_header}, lambda path: check_run(path, identity, fresh=True)),
+        "design of a run": Reader({"f.jsonl": run_header}, begun_design),
+        "strengths with identity": Reader(
+            {"f.json": as_json({"identity": identity, "arms": arms})}, lambda path: read_arms(path, identity)
+        ),
+        "holder of a lock": Reader({"f.lock": note}, holder),
+        "contrast of one's own": Reader({"f.json": as_json({"name": "n", "description": "d", **sides})}, own),
     }
 
 

@@ -306,7 +306,7 @@ def test_own_files_that_cannot_be_used_are_refused_before_a_model_is_loaded(opti
     (tmp_path / "few.json").write_text(json.dumps(sides))
     (tmp_path / "two.txt").write_text("At dawn\nLast winter\n")
     (tmp_path / "twice.txt").write_text("At dawn\nLast winter\nAt dawn\nNow\n")
-    monkeypatch.setattr("fgsteer.models.load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(fg, "load_model", lambda *_, **__: 1 / 0)
     refused = CliRunner().invoke(app, ["bench", *options.split(), "--out", "out"])
     assert isinstance(refused.exception, fg.DataError), refused.exception
     with pytest.raises(fg.DataError, match=told):
@@ -347,8 +347,8 @@ def test_names_that_files_can_have(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "a/b", "../a", "/a", ".a", "-a", "a\\b", "a\n", "a\0", "a:", "a ", "a.", "x.running", "a" * 101,
-             "\u202ea", "a\u200b", "ж" * 60]
+    "name", ["", ".", "..", "a/b", "../a", "/a", ".a", "-a", "a\\b", "a\n", "a\0", "a:", "a ", "a.", "x.running",
+             "a" * 101, "\u202ea", "a\u200b", "ж" * 60]
 )  # fmt: skip
 def test_names_that_files_cannot_have(name):
     with pytest.raises(fg.DataError, match="a contrast set named"):

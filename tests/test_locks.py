@@ -272,7 +272,7 @@ def test_a_command_leaves_an_output_alone_that_another_one_writes(command, writt
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus.txt").write_text("One day.\n")
     fg.SteeringVector(make_sae().direction(1), "blocks.1.hook_resid_post").save("v.safetensors")
-    monkeypatch.setattr("fgsteer.models.load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(fg, "load_model", lambda *_, **__: 1 / 0)
     (tmp_path / "FOLDER").mkdir()
     with held_elsewhere(written):
         there = sorted(tmp_path.rglob("*"))

@@ -39,7 +39,7 @@ def begun_design(path: str | Path) -> dict[str, int]:
         try:
             plan = parse_json(file.read_bytes().split(b"\n", 1)[0])["plan"]
             return {"prompts": len(plan["prompts"]) // len(HALVES), "seeds": int(plan["seeds"])}
-        except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: resuming says so
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):  # none, or damaged: resuming says so
             continue
     return {}
 
