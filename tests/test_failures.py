@@ -147,7 +147,7 @@ def test_two_hundred_kills_leave_every_file_whole(tmp_path):
 
 
 def test_kill_leaves_records_to_go_on_from(tmp_path):
-    path, header, batch = tmp_path / "run.jsonl", {"plan": 1, "sha256": {}, "model": "m"}, 50
+    path, header, batch = tmp_path / "run.jsonl", {"fgsteer": "bench", "plan": 1}, 50
     lottery = random.Random(0)
     done = 0
     for _ in range(5):

@@ -94,9 +94,9 @@ def _header(path: Path) -> dict[str, Any] | None:
     try:
         found = parse_json(first)
         if not isinstance(found, dict) or found.get("fgsteer") != "bench":
-            raise ValueError("no header")
+            raise ValueError("no object of fgsteer bench")
     except ValueError as error:
-        raise FormatError(f"{path}, line 1 is not JSON: {error}", "a run of fgsteer bench") from error
+        raise FormatError(f"{path}, line 1 is no header: {error}", "a run of fgsteer bench") from error
     return found
 
 
