@@ -222,6 +222,7 @@ def test_generators_inside_one_another(model):
             b = inner()
             yield next(b)
             yield next(b)
+            b.close()
 
     with fg.steer(model, [B, A]):
         both = logits(model)
