@@ -27,6 +27,7 @@ from fgsteer.wording import a
 
 P = ParamSpec("P")
 R = TypeVar("R")
+MOST = 2**31 - 1  # of what is counted: tokens, texts, rows
 PACKAGE = str(Path(__file__).resolve().parent)
 
 
@@ -58,7 +59,7 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_range(name: str, value: object, least: float, most: float, *, whole: bool = False) -> None:
-    """Raises ArgumentError unless the value is one number, a ``whole`` one if so asked; DataError for one out of range."""
+    """Raises ArgumentError unless the value is one number, or a ``whole`` one; DataError for one out of range."""
     fits = is_whole(value) if whole else is_number(value)
     if not fits or not least <= value <= most:  # type: ignore[operator]
         expected = f"a {'whole ' if whole else ''}number from {least} to {most}"

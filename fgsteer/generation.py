@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fgsteer.chat import Text
-from fgsteer.checks import check_range, checked, shown
+from fgsteer.checks import MOST, check_range, checked, shown
 from fgsteer.data import check_text
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.interventions import Intervention
@@ -24,7 +24,6 @@ from fgsteer.wording import count
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MOST = 2**31 - 1  # tokens, texts and the like
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-20, 1e20  # that logits can be divided by in float32
 # numbers among the options of generate: the least and the most that they may be, and whether they are whole
 _NUMBERS: dict[str, tuple[float, float, bool]] = {

@@ -174,7 +174,9 @@ def _typed(name: str, gguf: bool) -> Iterator[None]:
                 "a model that transformers itself has the code of",
                 "read that code, and where you trust it pass trust_remote_code=True",
             ) from error
-        expected = "a GGUF file, of an architecture that transformers reads" if gguf else "a model that transformers reads"
+        expected = (
+            "a GGUF file, of an architecture that transformers reads" if gguf else "a model that transformers reads"
+        )
         raise FormatError(f"{name} cannot be read: {' '.join(str(error).split()):.400}", expected) from error
 
 

@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgsteer.activations import record
-from fgsteer.checks import check_range
-from fgsteer.generation import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, MOST
+from fgsteer.checks import MOST, check_range
+from fgsteer.generation import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from fgsteer.interventions import Intervention
 from fgsteer.models import check_window, input_device
 from fgsteer.pooling import Reads, pool_features

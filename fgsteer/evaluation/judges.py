@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from fgsteer.chat import Text
+from fgsteer.chat import Text, whole_text
 from fgsteer.data import ContrastSet, load_contrast, load_neutral, shipped_contrasts
 from fgsteer.errors import DataError, FormatError, JudgeError
 from fgsteer.files import read_json
@@ -59,6 +59,7 @@ def check_texts(texts: Sequence[str]) -> list[str]:
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"texts[{number}] is {type(text).__name__}", "a string")
+        whole_text(text, f"texts[{number}]")
     return list(texts)
 
 
