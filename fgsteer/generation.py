@@ -66,7 +66,8 @@ def generate(
         return []
     per_row = by_prompt(steering, len(given), per_row)
     inputs = prompt_inputs(model, tokenizer, given, options.get("max_new_tokens"))
-    with_defaults(options, tokenizer)
+    if tokenizer.pad_token_id is not None:
+        options.setdefault("pad_token_id", tokenizer.pad_token_id)
     with steer(model, steering, per_row=per_row):
         output = model.generate(**inputs, **options)
     ids = output if isinstance(output, Tensor) else output.sequences
@@ -74,20 +75,19 @@ def generate(
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises ArgumentError, DataError for a number among the options of ``generate`` that cannot be used as such."""
+    """Raises ArgumentError, DataError for an option of ``generate`` that is out of range, or runs code unasked."""
     for name, (least, most, whole) in _NUMBERS.items():
         if options.get(name) is not None:
             check_range(name, options[name], least, most, whole=whole)
     if options.get("do_sample") and options.get("temperature") is not None:
         check_range("temperature", options["temperature"], LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)
-
-
-def with_defaults(options: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fill in the pad token, and that no code of a repository runs: transformers would ask on standard input."""
-    if tokenizer.pad_token_id is not None:
-        options.setdefault("pad_token_id", tokenizer.pad_token_id)
-    if isinstance(options.get("custom_generate"), str):
-        options.setdefault("trust_remote_code", False)
+    source = options.get("custom_generate")
+    if isinstance(source, str) and options.get("trust_remote_code") is not True:  # transformers would ask on stdin
+        raise DataError(
+            f"custom_generate {source!r:.100}, which would run code from there",
+            "a function of your own",
+            "read that code, and where you trust it pass trust_remote_code=True",
+        )
 
 
 def prompt_inputs(

@@ -21,7 +21,7 @@ from fgsteer.chat import Text
 from fgsteer.checks import checked
 from fgsteer.data import check_text
 from fgsteer.errors import DataError, SteeringError
-from fgsteer.generation import by_prompt, check_options, prompt_inputs, with_defaults
+from fgsteer.generation import by_prompt, check_options, prompt_inputs
 from fgsteer.steering import Steering, checked_rows, steer
 from fgsteer.threads import is_claimed
 
@@ -71,7 +71,8 @@ def stream(
         number = options.get(name) or getattr(config, name, None) or 1
         if number > 1:
             raise DataError(f"{name} = {number} in stream", "one continuation, token by token", "call generate")
-    with_defaults(options, tokenizer)
+    if tokenizer.pad_token_id is not None:
+        options.setdefault("pad_token_id", tokenizer.pad_token_id)
     return _pieces(model, tokenizer, dict(inputs), steering, listed, options)
 
 
