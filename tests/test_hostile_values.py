@@ -36,7 +36,9 @@ INTEGERS = [
     "²",
 ]
 FLOATS = ["nan", "inf", "-inf", HUGE, "9" * 5000, "1e999", "", "\udcff", "1,5"]
-COMMANDS = typer.main.get_command(app).commands
+RELEASES = {"r": {"model": "m", "repo_id": "me/r", "saes": [{"id": "layer_1", "path": "layer_1"}]}}
+COMMAND = typer.main.get_command(app)
+COMMANDS = COMMAND.commands
 
 
 class Loaded(fg.FgsteerError):
@@ -78,12 +80,15 @@ def run(monkeypatch, capsys):
     def refuse(*_, **__):
         raise Loaded("a model is loaded")
 
+    monkeypatch.setattr(cli, "app", COMMAND)  # built once
+    monkeypatch.setattr(typer.main, "get_command", lambda _: COMMAND)
     for name in ("load_model", "run_tasks"):
         monkeypatch.setattr(fg, name, refuse)
     monkeypatch.setattr(fg, "load_sae", lambda *_, **__: make_sae())
     monkeypatch.setattr("fgsteer.cli.common.check_fit", lambda *_: None)
     monkeypatch.setattr("fgsteer.cli.harness.find_spec", lambda _: True)
     monkeypatch.setattr("fgsteer.demo.run", refuse)
+    monkeypatch.setattr("fgsteer.sae_registry._releases", lambda: RELEASES)
     monkeypatch.setattr("fgsteer.serving.server.need_vllm", refuse)
 
     def call(*arguments):
@@ -223,6 +228,4 @@ def test_paths_of_every_command(files, run, command, option):
     ],
 )
 def test_values_that_cannot_be(arguments, told, run, tmp_path):
-    assert told.replace("--judge-url", "base_url") in refused(run, *arguments.format(tmp_path).split(" ")).replace(
-        "--judge-url", "base_url"
-    )
+    assert told in refused(run, *arguments.format(tmp_path).split(" ")).replace("--judge-url", "base_url")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +23,7 @@ def serve(
     """Serve with vLLM, each request steered as it asks. Other options go to vLLM (vllm serve --help)."""
     from fgsteer.serving.server import serve as run
 
-    try:
-        more_layers = [int(layer) for layer in layers.split(",") if layer]
-    except ValueError as error:
-        raise DataError(f"--layers {layers}", "layer numbers with commas between") from error
+    if not re.fullmatch(r"(\d{1,9}(,|$))*", layers):
+        raise DataError(f"--layers {layers:.100}", "layer numbers with commas between")
+    more_layers = [int(layer) for layer in layers.split(",") if layer]
     run(model, vectors, layers=more_layers, rows=rows, more=context.args)
