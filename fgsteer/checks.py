@@ -22,11 +22,12 @@ from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 
-from fgsteer.errors import ArgumentError
+from fgsteer.errors import ArgumentError, DataError
 from fgsteer.wording import a
 
 P = ParamSpec("P")
 R = TypeVar("R")
+MOST = 2**31 - 1  # of what is counted: tokens, texts, rows
 PACKAGE = str(Path(__file__).resolve().parent)
 
 
@@ -57,6 +58,14 @@ def check_number(name: str, value: object) -> None:
         raise ArgumentError(f"{name} = {shown(value)}", "a number")
 
 
+def check_range(name: str, value: object, least: float, most: float, *, whole: bool = False) -> None:
+    """Raises ArgumentError unless the value is one number, or a ``whole`` one; DataError for one out of range."""
+    fits = is_whole(value) if whole else is_number(value)
+    if not fits or not least <= value <= most:  # type: ignore[operator]
+        expected = f"a {'whole ' if whole else ''}number from {least} to {most}"
+        raise (DataError if fits else ArgumentError)(f"{name} = {shown(value)}", expected)
+
+
 def check_flags(**flags: object) -> None:
     """Raises ArgumentError, naming it, for a flag that is neither True nor False: the text "no" would count as true."""
     for name, value in flags.items():
@@ -69,6 +78,8 @@ def shown(value: object) -> str:
     name = type(value).__name__
     if value is None or isinstance(value, bool):
         return repr(value)
+    if isinstance(value, int) and value.bit_length() > 200:  # Python writes out no number of 4,300 digits
+        return f"{'-' if value < 0 else ''}2^{value.bit_length() - 1} and more ({name})"
     return f"{value!r:.60} ({name})" if isinstance(value, str | int | float | complex | Path) else a(name)
 
 

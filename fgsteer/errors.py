@@ -13,7 +13,7 @@
     FgsteerWarning
     ├── PairingWarning     things that may not belong together (names)
     ├── SelectionWarning   a selection that is weaker than it looks
-    └── UntouchedWarning   a steered run in which no token was steered
+    └── UntouchedWarning   a steered run in which no token was steered, or a module that was is replaced
 
 An error says what came, what was expected, and what to change.
 """
@@ -79,4 +79,4 @@ class SelectionWarning(FgsteerWarning):
 
 
 class UntouchedWarning(FgsteerWarning):
-    """A steered run in which an intervention touched no token."""
+    """A steered run in which an intervention touched no token, or in which what it acts on was replaced."""

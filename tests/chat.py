@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class Chat:
     ``requests``: (time, path, headers, body, text) of each; ``most_open``: the most that were open at a time.
     """
 
-    def __init__(self, reply):
+    def __init__(self, reply, host="127.0.0.1"):
         self.requests, self.most_open = [], 0
         seen, lock, chat = Counter(), Lock(), self
         self.open = 0
@@ -87,8 +88,10 @@ class Chat:
             def log_message(self, *_):
                 pass
 
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        six = ":" in host
+        server = type("Server", (Server,), {"address_family": socket.AF_INET6 if six else socket.AF_INET})
+        self.server = server((host, 0), Handler)
+        self.url = f"http://{f'[{host}]' if six else host}:{self.server.server_port}/v1"
 
     def __enter__(self):
         Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

@@ -338,6 +338,16 @@ def test_estimate_asks_nothing_and_counts_what_is_new():
     assert (after.calls, after.cached, after.output_tokens) == (2, 4, 16)
 
 
+def test_an_endpoint_at_an_ipv6_address():
+    try:
+        served = Chat(lambda text, n: Reply(), host="::1")
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with served as chat:
+        assert chat.url.startswith("http://[::1]:")
+        assert judge(chat).coherence(TEXTS[:1]).tolist() == pytest.approx([6 / 9])
+
+
 def test_no_texts_no_request():
     with Chat(lambda text, n: Reply()) as chat:
         assert judge(chat).coherence([]).shape == (0,)
@@ -351,6 +361,12 @@ def test_no_texts_no_request():
     [
         ({"base_url": "file:///etc"}, "base_url"),
         ({"base_url": "http://[bad"}, "base_url"),
+        ({"base_url": "http://[::g]/v1"}, "base_url"),
+        ({"base_url": "http://a..b"}, "base_url"),
+        ({"base_url": f"http://{'a' * 64}.com"}, "base_url"),
+        ({"base_url": "http://localhost:65536"}, "base_url"),
+        ({"base_url": "http://\udcff/v1"}, "base_url"),
+        ({"base_url": None}, "base_url"),
         ({"base_url": "https://a host/v1"}, "base_url"),
         ({"api_key": "sk-1\r\nX-Other: 1"}, "API key"),
         ({"concurrency": 0}, "concurrency"),

@@ -11,11 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.common import (
+    MOST,
+    SEEDS,
     DeviceOption,
     DtypeOption,
     JsonOption,
     ModelOption,
+    RevisionOption,
     SaeOption,
+    TrustOption,
     app,
     console,
     load_model,
@@ -24,7 +28,7 @@ from fgsteer.cli.common import (
     sae_name,
     show,
 )
-from fgsteer.cli.doors import check_device, writable
+from fgsteer.cli.doors import check_device, finite, writable
 from fgsteer.cli.terminal import say
 from fgsteer.cli.vectors import parse_settings
 from fgsteer.errors import DataError
@@ -57,22 +61,30 @@ def bench(
         typer.Option(help="embedding, keyword, or a chat model of --judge-url; default: embedding if installed."),
     ] = None,
     judge_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible endpoint, http://…/v1.")] = None,
-    ce_rise: Annotated[list[float] | None, typer.Option(help="A cost in nats a token of neutral text.")] = None,
-    matched: Annotated[float | None, typer.Option(help="The cost of these at which methods are compared.")] = None,
-    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts a half: intervals are over these.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a half, of every prompt.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a text.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all samples.")] = None,
+    ce_rise: Annotated[
+        list[float] | None, typer.Option(callback=finite, help="A cost in nats a token of neutral text.")
+    ] = None,
+    matched: Annotated[
+        float | None, typer.Option(callback=finite, help="The cost of these at which methods are compared.")
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Prompts a half: intervals are over these.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=MOST, help="Seeds a half, of every prompt.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens a text.")] = None,
+    seed: Annotated[int | None, typer.Option(**SEEDS, help="Of all samples.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A method's parameter, such as fgaa.n_positive=8.")
     ] = None,
     engine: Annotated[str, typer.Option(help=f"{', '.join(ENGINES)}: what generates, or spreads the work.")] = "hf",
-    workers: Annotated[int, typer.Option(min=1, help="Processes of --engine ray.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, max=MOST, help="Processes of --engine ray.")] = 2,
     engine_settings: Annotated[
         list[str] | None, typer.Option("--engine-set", help="An argument of vllm.LLM, such as max_model_len=512.")
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure methods against CAA: behavior, coherence and their product, with intervals; a killed run goes on.
@@ -100,7 +112,7 @@ def bench(
         given,
         out,
         quick=quick,
-        model=(model, device, dtype),
+        model=(model, device, dtype, revision, trust_remote_code),
         sae=(sae, sae_id),
         effects=effects,
         judge=(judge, judge_url),
@@ -108,7 +120,9 @@ def bench(
     runner = make()
     with progress_bar("concepts" if engine == "ray" else "texts", None, as_json) as bar:
         if engine == "vllm":
-            runner.writer = _vllm_writer(runner, model, parse_settings(engine_settings or []))
+            runner.writer = _vllm_writer(
+                runner, (model, revision, trust_remote_code), parse_settings(engine_settings or [])
+            )
         first = _run(runner, out / "bench.jsonl", bar, partial(_by_ray, make, workers) if engine == "ray" else None)
     if first:
         show(_report(runner, out), as_json, _print_table)
@@ -167,7 +181,7 @@ def make_bench(
     out: Path,
     *,
     quick: bool,
-    model: tuple[str, str | None, str | None],
+    model: tuple[str, str | None, str | None, str | None, bool],
     sae: tuple[str | None, list[str] | None],
     effects: list[str] | None,
     judge: tuple[str | None, str | None],
@@ -178,7 +192,7 @@ def make_bench(
     from fgsteer.evaluation.shared import begun_design
 
     name, ids = sae_name(sae[0], model[0]), sae[1]
-    check_device(*model[1:])
+    check_device(*model[1:3])
     for concept in given.get("concepts", ()):
         fg.load_contrast(concept)
     writable(out / "bench.jsonl")
@@ -198,14 +212,16 @@ def make_bench(
     return fg.Bench(language_model, tokenizer, by_layer, fitted, chosen_judge, plan)
 
 
-def _vllm_writer(bench: Any, model: str, settings: dict[str, Any]) -> Any:
+def _vllm_writer(bench: Any, model: tuple[str, str | None, bool], settings: dict[str, Any]) -> Any:
     """vLLM with room for the arms of a batch, in the model's dtype."""
     from fgsteer.serving import VllmWriter, steered_llm
 
     rows = max(32, bench.plan.batch_rows // bench.plan.prompts)
     dtype = str(bench.model.dtype).removeprefix("torch.")
     layers = sorted({layer for _, layer in bench.plan.places})
-    return VllmWriter(steered_llm(model, layers=layers, rows=rows, **{"dtype": dtype, **settings}), bench.tokenizer)
+    name, revision, trust_remote_code = model
+    options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, **settings}
+    return VllmWriter(steered_llm(name, layers=layers, rows=rows, **options), bench.tokenizer)
 
 
 def _print_table(told: dict[str, Any]) -> None:

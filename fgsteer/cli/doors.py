@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from fgsteer.errors import DataError, FormatError, PairingError
 
@@ -31,10 +35,10 @@ def new_folder(path: Path) -> Path:
 
 def token_rule(tokens: str) -> Any:
     """The token rule of --tokens: a word, or an index. Raises DataError."""
-    if tokens.lstrip("-").isdecimal():
+    if re.fullmatch(r"-?\d{1,9}", tokens):
         return int(tokens)
     if tokens not in TOKEN_RULES:
-        raise DataError(f"--tokens {tokens}", f"{', '.join(TOKEN_RULES)}, or an index")
+        raise DataError(f"--tokens {tokens:.100}", f"{', '.join(TOKEN_RULES)}, or an index")
     return tokens
 
 
@@ -42,27 +46,51 @@ def hookpoints(names: Iterable[str] | None) -> list[Any] | None:
     """Hookpoints of --hookpoint: names, or blocks' numbers. Raises HookpointError for a name that is none."""
     from fgsteer.hookpoints import Hookpoint
 
-    return None if names is None else [Hookpoint.parse(int(n) if n.isdecimal() else n) for n in names]
+    return None if names is None else [Hookpoint.parse(int(n) if re.fullmatch(r"\d{1,9}", n) else n) for n in names]
+
+
+def finite(value: Any) -> Any:
+    """The number or numbers of an option. Raises BadParameter for nan and inf."""
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if number is not None and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is not a finite number")
+    return value
+
+
+def texts(*given: str | None) -> None:
+    """Raises DataError for a text that is not Unicode: bytes that the terminal's encoding has no characters for."""
+    from fgsteer.data import check_text
+
+    for text in given:
+        if text is not None:
+            check_text(text, "a text of the command line", empty=True)
 
 
 def check_device(device: str | None, dtype: str | None) -> None:
-    """Raises DataError for a device that this machine lacks, or a dtype that is none."""
+    """Raises DataError for a device that this machine lacks or that keeps no numbers, or a dtype that is none."""
     import torch
 
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise DataError(f"--dtype {dtype}", "float32, bfloat16 or float16")
+    from fgsteer.models import as_dtype
+
+    try:
+        if dtype is not None:
+            as_dtype(dtype)
+    except DataError as error:
+        raise DataError(f"--dtype {dtype:.100}", error.expected) from error
     if device in (None, "auto"):
         return
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is unknown, missing or full
-        raise DataError(f"--device {device}: {error}".partition("\n")[0], "a device of this machine") from error
+        kept = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:  # unknown, missing, full, or no text
+        raise DataError(f"--device {device:.100}: {error}".partition("\n")[0], "a device of this machine") from error
+    if kept.type == "meta":
+        raise DataError(f"--device {device}, which keeps no numbers", "a device of this machine")
 
 
-def check_fit(vectors: Mapping[Path, Any], model: str) -> None:
+def check_fit(vectors: Mapping[Path, Any], model: str, revision: str | None = None) -> None:
     """Refuse vectors of another model than --model by what its config tells. Raises PairingError.
 
-    A model whose config cannot be read passes: loading it says why.
+    A model whose config cannot be read, or not without running code of its own, passes: loading it says why.
     """
     if not vectors:
         return
@@ -74,7 +102,7 @@ def check_fit(vectors: Mapping[Path, Any], model: str) -> None:
     folder = pretrained_dir() / "model" if model == DEFAULT else model
     try:
         with hub_or_cache(folder):
-            config = AutoConfig.from_pretrained(folder).get_text_config()
+            config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False).get_text_config()
         layers, width = int(config.num_hidden_layers), int(config.hidden_size)
     except (OSError, ValueError, AttributeError, TypeError, KeyError, ImportError):
         return

@@ -14,9 +14,11 @@ from fgsteer.cli.common import (
     DtypeOption,
     JsonOption,
     OperationOption,
+    RevisionOption,
     SaeIdOption,
     SaeOption,
     ScopeOption,
+    TrustOption,
     app,
     interventions,
     load_model,
@@ -60,6 +62,8 @@ def export(
     prompt: Annotated[str, typer.Option(help="neuronpedia: the text to continue.")] = "I think",
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write vectors, at a strength, in the format of another engine; refuse what it cannot say."""
@@ -74,17 +78,19 @@ def export(
         check_device(device, dtype)
     if to == "checkpoint":
         new_folder(out)
-    loaded = load_vectors(vectors, coefficient, operation, model)
+    loaded = load_vectors(vectors, coefficient, operation, model, revision)
     acts_on_first = to != "easysteer" if bos is None else bos
     items = interventions(loaded, operation, scope, bos=acts_on_first)
     model_type = next(filter(None, (_model_type(vector) for vector, _ in loaded)), "")
     files = [out]
     if to == "checkpoint":
-        formats.checkpoint.write(items, out, *load_model(str(model), "cpu", dtype), copy=False)
+        formats.checkpoint.write(
+            items, out, *load_model(str(model), "cpu", dtype, revision, trust_remote_code), copy=False
+        )
     elif to == "gguf":
         formats.gguf.write(items, out, model_type=model_type)
     elif to == "lm-eval":
-        formats.lm_eval.write(items, out, load_model(str(model), device, dtype)[0])
+        formats.lm_eval.write(items, out, load_model(str(model), device, dtype, revision, trust_remote_code)[0])
     elif to == "easysteer":
         files = formats.easysteer.write(items, out, model_type=model_type)
     else:

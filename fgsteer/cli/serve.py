@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fgsteer.cli.common import app
+from fgsteer.cli.common import MOST, app
 from fgsteer.errors import DataError
 
 
@@ -17,13 +18,12 @@ def serve(
     model: Annotated[str, typer.Argument(help='"default", or a Hugging Face id or path.')],
     vectors: Annotated[Path | None, typer.Option("--vectors", help="Folder of NAME.safetensors to load.")] = None,
     layers: Annotated[str, typer.Option("--layers", help="More layers to steer at, such as 10,12.")] = "",
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Room for vectors at each layer.")] = 32,
+    rows: Annotated[int, typer.Option("--rows", min=1, max=MOST, help="Room for vectors at each layer.")] = 32,
 ) -> None:
     """Serve with vLLM, each request steered as it asks. Other options go to vLLM (vllm serve --help)."""
     from fgsteer.serving.server import serve as run
 
-    try:
-        more_layers = [int(layer) for layer in layers.split(",") if layer]
-    except ValueError as error:
-        raise DataError(f"--layers {layers}", "layer numbers with commas between") from error
+    if not re.fullmatch(r"(\d{1,9}(,|$))*", layers):
+        raise DataError(f"--layers {layers:.100}", "layer numbers with commas between")
+    more_layers = [int(layer) for layer in layers.split(",") if layer]
     run(model, vectors, layers=more_layers, rows=rows, more=context.args)

@@ -10,20 +10,23 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.common import (
+    MOST,
     BatchTokensOption,
     DeviceOption,
     DtypeOption,
     FieldOption,
     JsonOption,
     ModelOption,
+    RevisionOption,
     TokensOption,
+    TrustOption,
     app,
     console,
     load_model,
     progress_bar,
     show,
 )
-from fgsteer.cli.doors import check_device, check_fit, token_rule, writable
+from fgsteer.cli.doors import check_device, check_fit, finite, token_rule, writable
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
 
@@ -36,23 +39,31 @@ def sweep(
     vector: Annotated[
         list[Path] | None, typer.Option("--vector", "-v", help="A vector of a layer, instead of --method; repeat.")
     ] = None,
-    layer: Annotated[list[int] | None, typer.Option(help="Only these layers; default: all.")] = None,
+    layer: Annotated[list[int] | None, typer.Option(min=0, max=MOST, help="Only these layers; default: all.")] = None,
     ce_rise: Annotated[
-        list[float] | None, typer.Option(help="A cost in nats a token to set strength by; default: 0.05 to 1.")
+        list[float] | None,
+        typer.Option(callback=finite, help="A cost in nats a token to set strength by; default: 0.05 to 1."),
     ] = None,
     coefficient: Annotated[
-        list[float] | None, typer.Option("--coefficient", "-c", help="A strength, both signs, instead of costs.")
+        list[float] | None,
+        typer.Option("--coefficient", "-c", callback=finite, help="A strength, both signs, instead of costs."),
     ] = None,
-    matched: Annotated[float | None, typer.Option(help="The cost at which layers and signs are compared.")] = None,
+    matched: Annotated[
+        float | None, typer.Option(callback=finite, help="The cost at which layers and signs are compared.")
+    ] = None,
     held_out: Annotated[str | None, typer.Option(help="Set to measure on; default: the held-out part.")] = None,
     neutral: Annotated[Path | None, typer.Option(help="File of texts that cost is measured on.")] = None,
     field: FieldOption = "text",
-    controls: Annotated[int, typer.Option(min=0, help="Random directions a layer, to compare signs with.")] = 4,
+    controls: Annotated[
+        int, typer.Option(min=0, max=MOST, help="Random directions a layer, to compare signs with.")
+    ] = 4,
     model: ModelOption = "default",
     tokens: TokensOption = "all",
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Where does steering work best, how does it fade, is negative stronger? Layers × strengths × signs, no generation.
@@ -75,8 +86,8 @@ def sweep(
     measured_on = None if held_out is None else fg.load_contrast(held_out)
     plain = None if neutral is None else list(read_documents(neutral, field))
     check_device(device, dtype)
-    check_fit(dict(zip(vector or [], vectors, strict=True)), model)
-    language_model, tokenizer = load_model(model, device, dtype)
+    check_fit(dict(zip(vector or [], vectors, strict=True)), model, revision)
+    language_model, tokenizer = load_model(model, device, dtype, revision, trust_remote_code)
     with progress_bar("sweeping", None, as_json) as bar:
         swept = fg.sweep(
             language_model,

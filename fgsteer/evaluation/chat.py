@@ -11,6 +11,7 @@ are refused.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import random
@@ -79,7 +80,7 @@ class ChatClient:
         backoff: float = 1.0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/[!-~]*)?", base_url):
+        if not _is_address(base_url):
             raise JudgeError(f"base_url {base_url!r}", f"an http or https address such as {OPENAI}")
         if attempts < 1 or timeout <= 0 or backoff < 0:
             raise JudgeError(f"attempts {attempts}, timeout {timeout}, backoff {backoff}", "≥ 1, > 0 and ≥ 0")
@@ -155,6 +156,20 @@ class ChatClient:
             wait = _seconds(error.headers.get("Retry-After"))
             return _PassingError(f"HTTP {error.code}, Retry-After {wait:.0f} s", wait)
         return _RefusedError(error.code, " ".join(detail.split())[:300])
+
+
+def _is_address(url: object) -> bool:
+    """Whether a URL has a host that can be asked for, by name or as an IP address, and a port that can be."""
+    parts = re.fullmatch(r"https?://(?:([\w.-]+)|\[([\w:.]+)\])(?::(\d{1,5}))?(?:/[!-~]*)?", str(url), re.ASCII)
+    if parts is None:
+        return False
+    try:
+        (parts[1] or "").encode("idna")  # refuses a label that is empty or too long
+        if parts[2]:
+            ipaddress.IPv6Address(parts[2])
+    except ValueError:
+        return False
+    return int(parts[3] or 80) < 65536
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -32,8 +32,22 @@ def write(
         folded = fold(model, checked(interventions), copy=copy)
         folded.save_pretrained(beside)
         if tokenizer is not None:
-            from transformers import AutoTokenizer
-
-            name = tokenizer.name_or_path  # read again: as it was before it padded
-            (AutoTokenizer.from_pretrained(name) if name else tokenizer).save_pretrained(beside)
+            _as_it_was(tokenizer, model).save_pretrained(beside)
     return folded
+
+
+def _as_it_was(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer before it padded: read again, at the model's revision if it is the model's own.
+
+    Code of its own runs only where it has run already: the class of this one came from it.
+    """
+    from transformers import AutoTokenizer
+
+    name = tokenizer.name_or_path
+    if not name:
+        return tokenizer
+    own = name == getattr(model.config, "_name_or_path", None)
+    ran = type(tokenizer).__module__.startswith("transformers_modules.")
+    revision = getattr(model.config, "_commit_hash", None) if own else None
+    again: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=ran)
+    return again
