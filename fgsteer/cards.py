@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from fgsteer.files import whole
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fgsteer.examples import Excerpt
     from fgsteer.reading import FeatureRow
 
@@ -158,13 +160,11 @@ def _characters(tokens: Sequence[str]) -> Iterable[tuple[int, int]]:
             first = n + 1
 
 
-def print_features(told: dict[str, Any]) -> None:
+def print_features(told: dict[str, Any], console: Console) -> None:
     """Print what ``fgsteer features`` has to tell: a table of features, then their excerpts."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
     console.print(Text(told["heading"]))
     if "raises" in told:
         console.print(Text(f"  raises  {' '.join(told['raises'])}\n  lowers  {' '.join(told['lowers'])}"))
