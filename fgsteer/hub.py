@@ -147,7 +147,7 @@ def card(vector: SteeringVector, points: Sequence[Setting] = (), run: Run | None
     embedded = model == model_name()
     hub_model = model if _HUB_ID.fullmatch(model) and not embedded else ""
     best = max(points, key=lambda s: run.mean(s, "tune"), default=None) if run is not None else None
-    head = {"library_name": "fgsteer", **({"base_model": hub_model} if hub_model else {})}
+    head: dict[str, Any] = {"library_name": "fgsteer", **({"base_model": hub_model} if hub_model else {})}
     head["tags"] = ["steering-vector", "activation-steering", "sparse-autoencoder"]
     lines = ["---", yaml.safe_dump(head, sort_keys=False) + "---", "", *_summary(vector, model), *_features(vector)]
     if run is not None and best is not None:
