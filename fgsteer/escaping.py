@@ -54,9 +54,11 @@ def markdown(text: object) -> str:
 
 def markdown_code(text: object) -> str:
     """Text as a code span of Markdown, on one line."""
-    line = escaped(str(text), keep="")
+    line = escaped(str(text), keep="") or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
-    return f"{fence} {line} {fence}" if line[:1] in ("", "`", " ") or line[-1] in "` " else f"{fence}{line}{fence}"
+    ends = line[0] + line[-1]
+    pad = " " if "`" in ends or (ends == "  " and line.strip(" ")) else ""  # one is taken off where both ends have one
+    return f"{fence}{pad}{line}{pad}{fence}"
 
 
 def without(secret: str, text: str) -> str:
@@ -74,11 +76,17 @@ def without(secret: str, text: str) -> str:
 
 
 def _readings(text: str) -> Iterator[str]:
-    """A text as it stands, without the escapes of JSON, URLs and HTML, and its words out of base64."""
-    yield text
-    plain = re.sub(r"\\+(?:u00|x)([0-9a-fA-F]{2})", lambda found: chr(int(found[1], 16)), text)
-    yield html.unescape(unquote(re.sub(r"\\(.)", r"\1", plain)))
+    """A text as it stands, without up to three layers of escapes, and its words out of base64."""
+    found = {text}
+    for _ in range(3):
+        found |= {undo(form) for form in found for undo in (_out_of_json, unquote, html.unescape)}
+    yield from found
     for word in re.findall(r"[A-Za-z0-9+/_-]{6,}", text):
         for first in range(4):  # where a group of it may begin
             group = word[first:-1] if (len(word) - first) % 4 == 1 else word[first:]
             yield base64.urlsafe_b64decode(group.translate(_URL_SAFE) + "=" * (-len(group) % 4)).decode("latin-1")
+
+
+def _out_of_json(text: str) -> str:
+    text = re.sub(r"\\+(?:u00|x)([0-9a-fA-F]{2})", lambda found: chr(int(found[1], 16)), text)
+    return re.sub(r"\\(.)", r"\1", text)

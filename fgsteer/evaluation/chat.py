@@ -244,7 +244,8 @@ class ChatClient:
 
     def quote(self, words: str) -> str:
         """The server's words as an error may tell them: the first 300 characters, nothing of the API key in them."""
-        return without(self._key.value, " ".join(words.split()))[:LONGEST_QUOTE]
+        # cut before the key is looked for, which takes time, and after: not in the middle of it
+        return without(self._key.value, " ".join(words.split())[: 40 * LONGEST_QUOTE])[:LONGEST_QUOTE]
 
 
 def _seconds(retry_after: str | None) -> float:
