@@ -180,6 +180,7 @@ def test_what_the_hub_says_is_told_without_the_token(named, vector, monkeypatch)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     options = {"token": token} if named else {}
     for ask in (
         lambda: vector.push_to_hub("me/sea", **options),

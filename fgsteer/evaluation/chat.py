@@ -11,6 +11,7 @@ error quotes of the server is without it. An answer ends in time and in size, or
 from __future__ import annotations
 
 import io
+import ipaddress
 import json
 import os
 import random
@@ -150,9 +151,9 @@ class ChatClient:
         backoff: float = 1.0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        if re.search(r"[?#]|//[^/]*@", base_url):  # which may hold a secret, so it is not shown
+        if re.search(r"[?#]|//[^/]*@", str(base_url)):  # which may hold a secret, so it is not shown
             raise JudgeError("a base_url with a login, a query or a fragment", f"an address alone, such as {OPENAI}")
-        if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/[!-~]*)?", base_url):
+        if not _is_address(base_url):
             raise JudgeError(f"base_url {base_url!r}", f"an http or https address such as {OPENAI}")
         if attempts < 1 or timeout <= 0 or backoff < 0:
             raise JudgeError(f"attempts {attempts}, timeout {timeout}, backoff {backoff}", "≥ 1, > 0 and ≥ 0")
@@ -246,6 +247,20 @@ class ChatClient:
         """The server's words as an error may tell them: the first 300 characters, nothing of the API key in them."""
         # cut before the key is looked for, which takes time, and after: not in the middle of it
         return without(self._key.value, " ".join(words.split())[: 40 * LONGEST_QUOTE])[:LONGEST_QUOTE]
+
+
+def _is_address(url: object) -> bool:
+    """Whether a URL has a host that can be asked for, by name or as an IP address, and a port that can be."""
+    parts = re.fullmatch(r"https?://(?:([\w.-]+)|\[([\w:.]+)\])(?::(\d{1,5}))?(?:/[!-~]*)?", str(url), re.ASCII)
+    if parts is None:
+        return False
+    try:
+        (parts[1] or "").encode("idna")  # refuses a label that is empty or too long
+        if parts[2]:
+            ipaddress.IPv6Address(parts[2])
+    except ValueError:
+        return False
+    return int(parts[3] or 80) < 65536
 
 
 def _seconds(retry_after: str | None) -> float:
