@@ -295,21 +295,24 @@ def test_an_answer_that_drips_ends_at_the_time_limit(kind):
 
 STUCK = """
 import sys, fgsteer as fg
-judge = fg.EndpointJudge("judge-model", base_url=sys.argv[1], api_key="")
+judge = fg.EndpointJudge("judge-model", base_url=sys.argv[1], api_key="", cache=sys.argv[2])
 judge.score([f"text number {i}" for i in range(40)], "wedding")
 """
 
 
-def test_an_interrupt_ends_at_once():
+def test_an_interrupt_ends_at_once(tmp_path):
     released = Event()
 
     def reply(text, n):
-        released.wait(30)
+        if int(text.split()[-1]) >= 4:
+            released.wait(30)
         return Reply()
 
     with Chat(reply) as chat:
-        run = subprocess.Popen([sys.executable, "-c", STUCK, chat.url], stderr=subprocess.PIPE)
-        while chat.open < 8:
+        run = subprocess.Popen(
+            [sys.executable, "-c", STUCK, chat.url, str(tmp_path / "answers.jsonl")], stderr=subprocess.PIPE
+        )
+        while chat.open < 8 or len(chat.requests) < 12:
             time.sleep(0.01)
         began = time.monotonic()
         run.send_signal(signal.SIGINT)
@@ -318,7 +321,8 @@ def test_an_interrupt_ends_at_once():
         released.set()
     assert b"KeyboardInterrupt" in told
     assert took < 5  # a time-out is 60 s, and the server would have answered after 30 s
-    assert len(chat.requests) == 8
+    assert len(chat.requests) == 12
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 4  # what was answered is kept
 
 
 @pytest.mark.parametrize(("status", "body"), [(401, f"bad key {KEY}"), (404, "no model"), (429, "insufficient_quota")])
