@@ -158,7 +158,9 @@ def test_retry_after_as_a_date():
     soon = datetime.now(UTC) + timedelta(seconds=90)
     assert _seconds(format_datetime(soon, usegmt=True)) == pytest.approx(90, abs=2)  # a date has whole seconds
     assert _seconds("1.5") == 1.5
-    for nothing in (None, "", "-3", "soon", "nan", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 2015 07:28:00 -0000"):
+    past = [f"Wed, 21 Oct {when}" for when in ("2015 07:28:00 GMT", "2015 07:28:00 -0000", "9" * 30 + " 07:28:00 GMT")]
+    past += ["Wed, 21 Oct 2015 07:28:00 +" + "9" * 30, "1 Jan 1 00:00:00 +2359"]
+    for nothing in (None, "", "-3", "soon", "nan", *past):
         assert _seconds(nothing) == 0
 
 
@@ -193,8 +195,8 @@ PLACES = {
         raw=[f"HTTP/1.1 200 ok\r\nTransfer-Encoding: chunked\r\n\r\n{echo}\r\n".encode()]
     ),
     "a refusal": lambda echo: Reply(status=401, body=echo),
-    "the end of a quote": lambda echo: Reply(status=401, body="." * 290 + echo),
-    "the end of a long answer": lambda echo: Reply(status=401, body=" " * 3990 + echo),
+    "the end of a quote": lambda echo: Reply(status=401, body="." * 282 + echo),
+    "the end of a long answer": lambda echo: Reply(status=401, body=" " * 3982 + echo),
     "a Retry-After": lambda echo: Reply(status=429, headers={"Retry-After": echo}),
 }
 

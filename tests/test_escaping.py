@@ -20,11 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 import fgsteer as fg
+from fgsteer.cards import html_page
 from fgsteer.cli.common import console, progress_bar
 from fgsteer.cli.terminal import json_text as terminal_json
 from fgsteer.cli.terminal import say
 from fgsteer.escaping import escaped, json_text, markdown, markdown_code, without
+from fgsteer.examples import Excerpt
 from fgsteer.files import write_tensors
+from fgsteer.reading import FeatureRow
 from tests.test_consoles import run
 
 # an escape sequence, a bell, a carriage return, C1's CSI, directions, an end of line, half a character, tags
@@ -140,6 +143,16 @@ def test_texts_without_the_secret_stay():
     assert without("", "a") == without("x", "a") == "a"  # servers without keys are given none, or an x
 
 
+def test_pages_hold_no_control_characters_and_no_markup_of_others():
+    text = f"{ACTING}\n<script>alert(1)</script>"
+    excerpt = Excerpt((text, "a"), (1.0, 0.5), 0, 0)
+    row = FeatureRow(1, 1.0, 0.5, (text,), text, (text,), "", (excerpt,), (text,))
+    page = html_page(text, [row], [text])
+    assert not acts(page)
+    assert "<script" not in page
+    assert page.count("&lt;script") >= 8
+
+
 # ---------------------------------------------------------------- the terminal
 
 
@@ -165,9 +178,10 @@ def test_say_and_consoles_print_no_control_characters(capsys):
 def test_json_for_a_terminal_is_json_without_control_characters(monkeypatch):
     for encoding in ("utf-8", "ascii", "latin-1"):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
-        text = terminal_json({ACTING: [ACTING]}, indent=2)
-        assert json.loads(text) == {ACTING: [ACTING]}
-        assert not acts(text)
+        for value in (ACTING, ACTING.replace("\udc80", "")):  # half a character cannot be encoded
+            text = terminal_json({value: [value]}, indent=2)
+            assert json.loads(text) == {value: [value]}
+            assert not acts(text)
 
 
 def test_errors_and_warnings_hold_no_control_characters():
