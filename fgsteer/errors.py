@@ -20,6 +20,8 @@ An error says what came, what was expected, and what to change.
 
 from __future__ import annotations
 
+from fgsteer.escaping import escaped
+
 
 class FgsteerError(Exception):
     """Base of every fgsteer error: what was got, what was expected, what to change."""
@@ -28,6 +30,9 @@ class FgsteerError(Exception):
         self.got, self.expected, self.change = got, expected, change
         parts = [got, f"expected {expected}" if expected else "", change]
         super().__init__("; ".join(part for part in parts if part))
+
+    def __str__(self) -> str:
+        return escaped(super().__str__())  # names and texts in it may come from anywhere
 
 
 class ArgumentError(FgsteerError, TypeError):
@@ -68,6 +73,9 @@ class JudgeError(FgsteerError, RuntimeError):
 
 class FgsteerWarning(UserWarning):
     """Base of every fgsteer warning."""
+
+    def __str__(self) -> str:
+        return escaped(super().__str__())
 
 
 class PairingWarning(FgsteerWarning):

@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
@@ -15,7 +16,8 @@ from threading import Lock, Thread
 class Reply:
     """What to send: ``content`` of a chat completion, or a raw ``body``, after ``delay`` seconds.
 
-    ``drop`` closes the connection without a byte, ``cut`` after half of the body.
+    ``drop`` closes the connection without a byte, ``cut`` after half of the body. ``raw``: pieces of bytes to send
+    instead of all that, from the status line on; ``sent`` counts them.
     """
 
     content: str | None = '{"score": 7}'
@@ -25,6 +27,8 @@ class Reply:
     delay: float = 0.0
     drop: bool = False
     cut: bool = False
+    raw: Iterable[bytes] | None = None
+    sent: int = 0
 
     @property
     def data(self) -> bytes:
@@ -41,7 +45,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Chat:
-    """``reply(text, n)``: the Reply to the n-th request (from 1) about the text between the tags.
+    """``reply(text, n)``: the Reply to the n-th request (from 1) about the text in its last line.
 
     ``requests``: (time, path, headers, body, text) of each; ``most_open``: the most that were open at a time.
     """
@@ -55,7 +59,7 @@ class Chat:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 prompt = body["messages"][-1]["content"]
-                text = prompt.split("<text>\n", 1)[1].split("\n</text>", 1)[0]
+                text = json.loads(prompt.rpartition("\n")[2])["text"]
                 with lock:
                     seen[text] += 1
                     number = seen[text]
@@ -72,6 +76,12 @@ class Chat:
                 time.sleep(reply.delay)
                 if reply.drop:
                     self.close_connection = True
+                    return
+                if reply.raw is not None:
+                    self.close_connection = True
+                    for piece in reply.raw:
+                        self.wfile.write(piece)
+                        reply.sent += len(piece)
                     return
                 data = reply.data
                 self.send_response(reply.status)

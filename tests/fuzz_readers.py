@@ -32,7 +32,7 @@ import fgsteer as fg
 from fgsteer.collecting import _Reader, _sums_of
 from fgsteer.corpora import read_documents
 from fgsteer.evaluation.bench import line, read_arms, resume
-from fgsteer.evaluation.chat import BrokenAnswerError, _content
+from fgsteer.evaluation.chat import BrokenAnswerError, completion
 from fgsteer.evaluation.endpoint import AnswerCache, read_score
 from fgsteer.evaluation.records import best_settings
 from fgsteer.files import text_sha256, write_json, write_tensors
@@ -143,7 +143,7 @@ def cache(path):
 
 
 def answer(path):
-    return read_score(_content(path.read_bytes()))
+    return read_score(completion(path.read_bytes()) or "")
 
 
 PLAN = {"p": 1}

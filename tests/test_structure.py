@@ -17,6 +17,7 @@ import fgsteer as fg
 PACKAGE = Path(fg.__file__).parent
 # each may import only those before it (inside functions too)
 ORDER = (
+    "escaping",
     "errors",
     "wording",
     "checks",

@@ -31,7 +31,8 @@ def main() -> None:
 
     def plainly(message: object) -> str:
         command = getattr(typer.main.get_command(app), "commands", {}).get(named)
-        return in_words(str(message), options_of(command))
+        # no line of a message can pass for one of ours
+        return in_words(str(message), options_of(command)).replace("\n", "\n  ")
 
     def note(message: Any, category: Any, *_: Any, **__: Any) -> None:
         if issubclass(category, FgsteerWarning):

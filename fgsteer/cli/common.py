@@ -13,6 +13,7 @@ import typer
 from fgsteer.cli.doors import check_device, check_fit, finite, writable
 from fgsteer.cli.terminal import json_text, say
 from fgsteer.errors import DataError
+from fgsteer.escaping import escaped
 from fgsteer.ranks import Ranks
 from fgsteer.wording import count
 
@@ -191,21 +192,26 @@ def show(value: Any, as_json: bool, text: Callable[[Any], None]) -> None:
         text(value)
 
 
-def console() -> Any:
-    """A terminal that prints text as it is."""
+def console(**options: Any) -> Any:
+    """A terminal that prints text as it is, but control characters as escapes."""
     from rich.console import Console
+    from rich.segment import Segment
 
-    return Console(highlight=False)
+    class Screen(Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for text, style, control in super().render(renderable, options):
+                yield Segment(text if control else escaped(text), style, control)
+
+    return Screen(highlight=False, markup=False, emoji=False, **options)
 
 
 @contextmanager
 def progress_bar(what: str, total: int | None, as_json: bool) -> Iterator[Callable[..., None]]:
     """A progress bar on standard error; the block gets a function to report how many are done (and of how many)."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     quiet = as_json or Ranks.here().rank > 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+    with Progress(*columns, console=console(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done, of=total: bar.update(task, completed=done, total=of)

@@ -19,6 +19,7 @@ from fgsteer.cli.common import (
     SaeOption,
     TrustOption,
     app,
+    console,
     load_model,
     load_sae,
     show,
@@ -111,7 +112,7 @@ def features(
         about = {"SAE": told["sae"], "Excerpts from": (told["corpus"] or {}).get("name")}
         about |= {f"{name}:": " ".join(told[name]) for name in ("raises", "lowers") if name in told}
         write_page(html, told["heading"], rows, [f"{name} {value}" for name, value in about.items() if value])
-    show(told, as_json, print_features)
+    show(told, as_json, lambda it: print_features(it, console()))
     if search is not None and not rows:
         say(f"no feature found for {search!r}: try another word, --corpus or --labels", err=True)
         raise typer.Exit(1)
