@@ -12,7 +12,6 @@ function that notes where the prompt ends and then calls the original.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from fgsteer.activations import by_token, ends_key, primary, with_primary
 from fgsteer.blocks import Block
-from fgsteer.checks import checked
+from fgsteer.checks import checked, warn
 from fgsteer.errors import SteeringError, UntouchedWarning
 from fgsteer.groups import Group, check_range, grouped
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
@@ -274,11 +273,10 @@ class _Session:
         """Warn of every update that touched no token, if anything ran."""
         for group in self.groups if self.ran else ():
             if not group.touched():
-                warnings.warn(
+                warn(
                     f"an intervention at {group.hookpoint} with scope {group.place.scope!r} touched no token; "
                     "padding is skipped, and a start token at position 0 unless bos=True",
                     UntouchedWarning,
-                    stacklevel=5,
                 )
 
 
