@@ -347,5 +347,6 @@ class TokenReader:
                 'use tokens="last", or pass the prompt and the answer as strings',
             )
         if rule == "letter":
-            return [_letter_token(self.tokenizer, spans.ids[: spans.tail], spans.answer, where)]
+            ids = spans.ids[: spans.tail]
+            return [_letter_token(self.tokenizer, ids, spans.answer, where)] if spans.answer < len(ids) else []
         return list(range(max(first, 0 if self.bos and spans.answer == spans.start else spans.answer), spans.tail))
