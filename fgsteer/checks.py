@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from torch import Tensor, nn
+from torch.utils import _contextlib as no_grad
 
 from fgsteer.errors import ArgumentError, DataError
 from fgsteer.wording import a
@@ -29,6 +30,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 MOST = 2**31 - 1  # of what is counted: tokens, texts, rows
 PACKAGE = str(Path(__file__).resolve().parent)
+_ON_THE_WAY = (PACKAGE, contextlib.__file__, no_grad.__file__)  # files of frames that no caller of this package wrote
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -233,6 +235,6 @@ def checked_after(former: Sequence[str]) -> Callable[[Callable[P, R]], Callable[
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line outside this package that led here."""
     level, frame = 1, sys._getframe(0)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((PACKAGE, contextlib.__file__)):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_ON_THE_WAY):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

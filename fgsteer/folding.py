@@ -132,7 +132,7 @@ def _check_model(model: PreTrainedModel) -> None:
     config = getattr(model, "config", None)
     if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not type(model):
         raise SteeringError(
-            f"{a(type(model).__name__)}",
+            a(type(model).__name__),
             "a model that AutoModelForCausalLM loads",
             "fold the plain one, without wrappers",
         )

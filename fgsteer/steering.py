@@ -12,7 +12,6 @@ function that notes where the prompt ends and then calls the original.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
@@ -315,11 +314,10 @@ class _Session:
         """Warn of every update that touched no token, if anything ran, and ran on the modules that are hooked."""
         for group in self.groups if self.ran and self.links else ():
             if not group.touched():
-                warnings.warn(
+                warn(
                     f"an intervention at {group.hookpoint} with scope {group.place.scope!r} touched no token; "
                     "padding is skipped, and a start token at position 0 unless bos=True",
                     UntouchedWarning,
-                    stacklevel=5,
                 )
 
 

@@ -128,9 +128,7 @@ class SteeringVector:
     __array_ufunc__ = None  # numpy's numbers and arrays leave arithmetic with a vector to the vector
 
     def __mul__(self, factor: float) -> SteeringVector:
-        if not is_number(factor):
-            raise ArgumentError(f"a vector times {shown(factor)}", "a number")
-        factor = float(factor)
+        factor = _factor(factor, "times")
         return replace(
             self,
             direction=self.direction * factor,
@@ -141,9 +139,10 @@ class SteeringVector:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> SteeringVector:
-        if not is_number(divisor) or not divisor:
+        divisor = _factor(divisor, "divided by")
+        if not divisor:
             raise ArgumentError(f"a vector divided by {shown(divisor)}", "a number other than 0")
-        return self * (1 / float(divisor))
+        return self * (1 / divisor)
 
     def __neg__(self) -> SteeringVector:
         return self * -1.0
@@ -271,6 +270,15 @@ class SteeringVector:
         if model is not None:
             vector.check(model)
         return vector
+
+
+def _factor(value: object, what: str) -> float:
+    """A float. Raises ArgumentError, also for one that is trained, of which a vector keeps the value alone."""
+    trained = getattr(value, "requires_grad", False)
+    if is_number(value) and not trained:
+        return float(value)  # type: ignore[arg-type]
+    change = "a strength that is trained is a coefficient: vector.add(c)" if trained else ""
+    raise ArgumentError(f"a vector {what} {shown(value)}", "a number", change)
 
 
 def _read_provenance(value: Mapping[str, Any]) -> dict[str, Any]:

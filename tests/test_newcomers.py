@@ -519,9 +519,24 @@ def test_a_hub_that_answers_is_asked(monkeypatch):
             assert not constants.HF_HUB_OFFLINE
 
 
-def test_warnings_point_at_the_callers_line(stats, sae):
+def test_warnings_point_at_the_callers_line(stats, sae, llama, tokenizer):
+    item = fg.Add(hookpoint="blocks.1.hook_resid_post", direction=torch.ones(32), scope="generated")
+    ids = torch.tensor([[0, 5]])
+    long = "the man said " * 40
+
+    @fg.steer(llama, item)
+    def decorated():
+        llama(ids)
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fg.sta(stats, sae)
         fg.fgaa(stats, sae)
+        fg.generate(llama, tokenizer, ["tea"], steering=item, max_new_tokens=1)
+        decorated()
+        with fg.steer(llama, item):
+            llama(ids)
+        fg.collect(llama, tokenizer, {"positive": [long], "negative": ["tea"]}, hookpoints=1)
+        fg.cross_entropy(llama, tokenizer, [long])
+    assert [warning.category for warning in caught[2:]] == [fg.UntouchedWarning] * 3 + [fg.FgsteerWarning] * 2
     assert {warning.filename for warning in caught} == {__file__}

@@ -22,7 +22,7 @@ def checked(interventions: Interventions) -> list[Intervention]:
     items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     for item in items:
         if not isinstance(item, Intervention):
-            raise SteeringError(f"{a(type(item).__name__)}", "interventions", "call .add(coefficient) on a vector")
+            raise SteeringError(a(type(item).__name__), "interventions", "call .add(coefficient) on a vector")
     if not items:
         raise SteeringError("no intervention", "at least one")
     if len(widths := {item.d_model for item in items}) > 1:
