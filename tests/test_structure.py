@@ -24,6 +24,7 @@ ORDER = (
     "network",
     "chat",
     "ranks",
+    "targets",
     "files",
     "parts",
     "sae_registry",

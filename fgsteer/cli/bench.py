@@ -24,11 +24,12 @@ from fgsteer.cli.common import (
     sae_name,
     show,
 )
-from fgsteer.cli.doors import check_device, writable
+from fgsteer.cli.doors import check_device, fillable
 from fgsteer.cli.terminal import say
 from fgsteer.cli.vectors import parse_settings
 from fgsteer.errors import DataError
 from fgsteer.ranks import Ranks
+from fgsteer.targets import make_folder
 from fgsteer.wording import count
 
 ENGINES = ("hf", "vllm", "ray")
@@ -44,7 +45,9 @@ QUICK: dict[str, Any] = {
 
 @app.command()
 def bench(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for records, report and pictures.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", callback=fillable, help="Folder for records, report and pictures.")
+    ],
     concept: Annotated[list[str] | None, typer.Option(help="A contrast set; default: all shipped ones.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method; default: all that the SAEs allow.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two concepts, six methods, few samples.")] = False,
@@ -181,7 +184,6 @@ def make_bench(
     check_device(*model[1:])
     for concept in given.get("concepts", ()):
         fg.load_contrast(concept)
-    writable(out / "bench.jsonl")
     wanted: list[str | None] = [*ids] if ids else [None]
     saes = [load_sae(name, one, model[0]) for one in wanted]
     fits = [fg.load_effects(source) for source in effects or (["default"] if name == "default" and not ids else [])]
@@ -192,7 +194,7 @@ def make_bench(
     chosen |= QUICK if quick else {}
     chosen["methods"] = tuple(m for m in chosen["methods"] if layers[m])
     chosen |= begun_design(out / "bench.jsonl") | given
-    plan, chosen_judge = fg.BenchPlan(**chosen), _judge(*judge, out)
+    plan, chosen_judge = fg.BenchPlan(**chosen), _judge(*judge, make_folder(out))
     language_model, tokenizer = load_model(*model)
     by_layer = {layer: one.to(language_model.device) for layer, one in by_layer.items()}
     return fg.Bench(language_model, tokenizer, by_layer, fitted, chosen_judge, plan)

@@ -30,6 +30,7 @@ from fgsteer.errors import FormatError, JudgeError
 from fgsteer.evaluation.chat import OPENAI, BrokenAnswerError, ChatClient
 from fgsteer.evaluation.judges import check_texts
 from fgsteer.files import append_bytes, parse_json, read_json, text_sha256
+from fgsteer.targets import file_target
 
 LOWEST, HIGHEST = 1, 10
 CHARACTERS_A_TOKEN = 4  # of English, roughly: for estimates
@@ -197,7 +198,7 @@ class AnswerCache:
         self._path = None if path is None else Path(path)
         self._lock = Lock()
         self._torn = False
-        if self._path is not None and self._path.exists():
+        if self._path is not None and file_target(self._path).exists():
             self._read(self._path)
 
     def _read(self, path: Path) -> None:

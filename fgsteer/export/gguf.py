@@ -24,7 +24,7 @@ from torch import Tensor
 from fgsteer.checks import warn
 from fgsteer.errors import FgsteerError, FormatError, PairingWarning, SteeringError
 from fgsteer.export.places import Interventions, block_output, called, checked, every_token
-from fgsteer.files import tensor_sha256, whole
+from fgsteer.files import parse_json, tensor_sha256, whole
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.interventions import Add
 from fgsteer.vector import SteeringVector
@@ -264,8 +264,8 @@ def _vectors(path: Path, metadata: dict[str, tuple[int, Any]], rows: dict[int, T
             PairingWarning,
         )
     try:
-        told = json.loads(str(metadata.get("fgsteer.header", (_STRING, "{}"))[1]))
-    except (ValueError, RecursionError) as error:
+        told = parse_json(str(metadata.get("fgsteer.header", (_STRING, "{}"))[1]))
+    except ValueError as error:
         raise FormatError(f"{path} has a damaged fgsteer.header: {error}") from error
     told = told if isinstance(told, dict) else {}
     hint = metadata.get("controlvector.model_hint", (_STRING, ""))[1]
