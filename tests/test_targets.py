@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -187,8 +188,9 @@ def test_what_is_read_only_is_refused(tmp_path):
 # ---------------------------------------------------------------- several writers
 
 
-def begun(path, how="whole"):
-    """The id of a process that has begun to write, and never ends."""
+@contextlib.contextmanager
+def writing(path, how="whole"):
+    """Another process that has begun to write, and is killed before it ends."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -196,31 +198,28 @@ def begun(path, how="whole"):
             (beside / "a" if beside.is_dir() else beside).write_text("half")
             os.write(write, b".")
             time.sleep(600)
-    os.close(write)
-    assert os.read(read, 1)
-    os.close(read)
-    return pid
-
-
-def killed(pid):
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    try:
+        os.close(write)
+        assert os.read(read, 1)
+        os.close(read)
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def test_only_what_a_dead_writer_left_goes(tmp_path, monkeypatch):
     """However old it looks: a clock that is two hours off, or a write that takes a day, is no reason."""
     page, folder = tmp_path / "page", tmp_path / "folder"
-    writers = [begun(page), begun(folder, "whole_folder")]
-    beside = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-    assert len(beside) == 3
-    for path in beside:
-        os.utime(path, (time.time() - 7200, time.time() - 7200))
-    monkeypatch.setattr(time, "time", lambda: 4e9)
-    write_page(page)
-    write_folder(folder)
-    assert all(path.exists() for path in beside)
-    for writer in writers:
-        killed(writer)
+    with writing(page), writing(folder, "whole_folder"):
+        beside = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+        assert len(beside) == 3
+        for path in beside:
+            os.utime(path, (time.time() - 7200, time.time() - 7200))
+        monkeypatch.setattr(time, "time", lambda: 4e9)
+        write_page(page)
+        write_folder(folder)
+        assert all(path.exists() for path in beside)
     (tmp_path / ".page.0badf00d.12345678.part").write_text("another machine's")
     write_page(page)
     folder.joinpath("a").unlink()
