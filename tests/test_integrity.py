@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save, save_file
 import fgsteer as fg
 from fgsteer import files
 from fgsteer.corpora import read_documents
-from fgsteer.evaluation.bench import read_arms
+from fgsteer.evaluation.bench import line, read_arms
 from fgsteer.evaluation.chat import BrokenAnswerError, _content
 from fgsteer.evaluation.endpoint import AnswerCache
 from fgsteer.export import gguf
 from fgsteer.models import pretrained_dir
 from fgsteer.parts import Parts
 from fgsteer.serving.served import read_served, save_clamp
+from tests import runs
 from tests.conftest import make_sae
 from tests.sae_files import config_of, folder_of, state_of
 from tests.test_failures import things
@@ -209,6 +210,17 @@ def test_a_key_that_stands_twice_is_refused(name, text, key, read, tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
+def test_a_last_line_that_says_a_key_twice_is_not_taken_for_one_that_breaks_off(tmp_path):
+    whole = b"".join(line(row) for row in runs.rows(concepts=("sea",), layers=(1,), seeds=1))
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(whole + whole.splitlines()[-1][:-5])
+    records = len(fg.load_run(path).records)
+    assert records == whole.count(b"\n") - 1
+    path.write_bytes(whole[:-2] + b', "text": "another"}')
+    with pytest.raises(fg.FormatError, match="'text' stands twice"):
+        fg.load_run(path)
+
+
 def test_a_judge_that_answers_twice_gave_no_answer():
     with pytest.raises(BrokenAnswerError):
         _content(b'{"choices": [{"message": {"content": "7", "content": "3"}}]}')
@@ -257,6 +269,18 @@ def test_an_saes_weight_that_is_named_twice_is_refused(tmp_path):
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + body)
     with pytest.raises(fg.FormatError, match=r"twice|[Dd]uplicate"):
         fg.load_sae(folder)
+
+
+def test_a_flip_in_a_control_vector_is_seen(tmp_path):
+    vec = fg.SteeringVector(torch.randn(8), AT)
+    gguf.write([vec.add(1.0, bos=True), fg.SteeringVector(torch.randn(8), 2).add(2.0, bos=True)], tmp_path / "f.gguf")
+    data = (tmp_path / "f.gguf").read_bytes()
+    for place in range(len(data) - 64, len(data)):
+        (tmp_path / "f.gguf").write_bytes(flipped(data, place, place % 8))
+        with pytest.raises(fg.FormatError, match=r"is damaged|nan|finite"):
+            gguf.read(tmp_path / "f.gguf")
+    (tmp_path / "f.gguf").write_bytes(data.replace(b'"sha256"', b'"sha255"'))  # another engine's has none
+    assert len(gguf.read(tmp_path / "f.gguf")) == 2
 
 
 def test_a_control_vectors_header_that_says_a_key_twice_is_refused(tmp_path):

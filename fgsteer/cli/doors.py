@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from typer.core import TyperCommand
 
@@ -23,21 +24,26 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run it. Raises DataError for an output that is an input too."""
-        check_apart(ctx.params, {p.name: max(p.opts, key=len) for p in self.params if p.name and p.opts})
+        hints = get_type_hints(inspect.unwrap(self.callback)) if self.callback else {}
+        paths = [p for p in self.params if p.name in _BY_NAME or "Path" in str(hints.get(p.name or ""))]
+        check_apart({max(p.opts, key=len): (p.name, ctx.params.get(p.name)) for p in paths})
         return super().invoke(ctx)
 
 
-def check_apart(values: Mapping[str, Any], options: Mapping[str, str]) -> None:
-    """Refuse an output that is an input too, by another name or link as well, or two that are one. Raises DataError."""
-    outputs = {name: Path(values[name]) for name in OUTPUTS if values.get(name) is not None}
-    for name, value in values.items():
+def check_apart(paths: Mapping[str, tuple[str, Any]]) -> None:
+    """Refuse an output that is an input too, by another name or link as well, or two that are one.
+
+    ``paths`` is {option: (parameter, path or paths or None)} of those that may name files. Raises DataError.
+    """
+    outputs = {option: Path(value) for option, (name, value) in paths.items() if name in OUTPUTS and value is not None}
+    for option, (name, value) in paths.items():
         for given in value if isinstance(value, list | tuple) else [value]:
+            if given is None or (name in _BY_NAME and _is_shipped(str(given))):
+                continue
             for other, output in outputs.items():
-                if name != other and isinstance(given, str | Path) and _one(given, output, name in outputs):
-                    if name in _BY_NAME and _is_shipped(str(given)):
-                        continue
+                if option != other and _one(given, output, name in OUTPUTS):
                     raise DataError(
-                        f"{options[name]} {given} and {options[other]} {output} are one file",
+                        f"{option} {given} and {other} {output} are one file",
                         "another one to write: what is read stays as it is",
                     )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -198,8 +199,11 @@ class AnswerCache:
         self._path = None if path is None else Path(path)
         self._lock = Lock()
         self._torn = False
-        if self._path is not None and file_target(self._path).exists():
-            self._read(self._path)
+        if self._path is not None:
+            if os.path.isfile(self._path):
+                self._read(self._path)
+            else:
+                file_target(self._path)  # before anything is asked
 
     def _read(self, path: Path) -> None:
         try:
