@@ -80,7 +80,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         with _beside(target, 0o666) as file:
             beside = Path(file.name).with_suffix("")
             try:
-                beside.mkdir()
+                beside.mkdir(0o777 if before is None else before.st_mode & 0o777 | stat.S_IRWXU)
                 yield beside
                 for made in filter(Path.is_file, beside.rglob("*")):
                     made.chmod(stat.S_IMODE(os.fstat(file.fileno()).st_mode))  # safetensors': their owner's alone

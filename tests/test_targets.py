@@ -125,7 +125,9 @@ def test_a_link_is_followed(name, tmp_path):
 def test_an_empty_folder_behind_a_link_is_taken(tmp_path):
     (tmp_path / "target").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to("target")
-    write_folder(tmp_path / "link")
+    with files.whole_folder(tmp_path / "link") as beside:
+        assert stat.S_IMODE(beside.stat().st_mode) == 0o700
+        (beside / "a").write_text("new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target" / "a").read_text() == "new"
     assert stat.S_IMODE((tmp_path / "target").stat().st_mode) == 0o700

@@ -109,6 +109,7 @@ def bench(
         judge=(judge, judge_url),
     )
     runner = make()
+    make_folder(out)
     with progress_bar("concepts" if engine == "ray" else "texts", None, as_json) as bar:
         if engine == "vllm":
             runner.writer = _vllm_writer(runner, model, parse_settings(engine_settings or []))
@@ -194,7 +195,7 @@ def make_bench(
     chosen |= QUICK if quick else {}
     chosen["methods"] = tuple(m for m in chosen["methods"] if layers[m])
     chosen |= begun_design(out / "bench.jsonl") | given
-    plan, chosen_judge = fg.BenchPlan(**chosen), _judge(*judge, make_folder(out))
+    plan, chosen_judge = fg.BenchPlan(**chosen), _judge(*judge, out)
     language_model, tokenizer = load_model(*model)
     by_layer = {layer: one.to(language_model.device) for layer, one in by_layer.items()}
     return fg.Bench(language_model, tokenizer, by_layer, fitted, chosen_judge, plan)
@@ -233,7 +234,7 @@ def _judge(name: str | None, url: str | None, out: Path) -> Any:
         return fg.KeywordJudge()
     if url is None:
         raise DataError(f"--judge {name}", "embedding, keyword, or a chat model with --judge-url")
-    return fg.EndpointJudge(name, base_url=url, cache=out / "judge.jsonl")
+    return fg.EndpointJudge(name, base_url=url, cache=make_folder(out) / "judge.jsonl")
 
 
 def _settings_by_method(settings: list[str]) -> dict[str, dict[str, Any]] | None:
