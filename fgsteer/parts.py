@@ -20,6 +20,7 @@ from fgsteer.checks import warn
 from fgsteer.errors import FgsteerWarning, FormatError, PairingError
 from fgsteer.files import read_json, read_tensors, text_sha256, write_json, write_tensors
 from fgsteer.ranks import Ranks
+from fgsteer.targets import make_folder
 
 POLL = 0.1  # seconds between looks for a part that another process makes
 LATE = 60.0  # seconds after which waiting for one is told
@@ -34,7 +35,7 @@ class Parts:
     """
 
     def __init__(self, folder: str | Path, kind: str, plan: Mapping[str, Any], ranks: Ranks | None = None) -> None:
-        self.folder, self.kind, self.ranks = Path(folder), kind, ranks or Ranks.here()
+        self.folder, self.kind, self.ranks = make_folder(folder), kind, ranks or Ranks.here()
         self.key = text_sha256(dict(plan))
         note = self.folder / "plan.json"
         if not note.exists():

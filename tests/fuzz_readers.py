@@ -1,7 +1,8 @@
 """Every reader against damaged and hostile files: nothing but an fgsteer error may come of them.
 
-Each input is a good file with a few bytes or JSON values changed; it is read, and what was read is used.
-Memory is limited, so that a header which lies about sizes shows.
+Each input is a good file with a few bytes or JSON values changed, or a key doubled; it is read, and what was read is
+used. Of files that hold a hash, one with a bit of its tensors flipped is never read; most are damaged without it, as
+it would tell of any damage. Memory is limited, so that a header which lies about sizes shows.
 
     python tests/fuzz_readers.py --inputs 100000 --seed 0
 """
@@ -296,6 +297,9 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+AGAIN = "@@again@@"  # before a key that is to stand twice
+
+
 def damaged(files: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
     """The files with one of them changed, or gone."""
     name = rng.choice(sorted(files))
@@ -308,6 +312,35 @@ def damaged(files: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         data = change(data, rng)
     return {**files, name: data}
+
+
+def split(data: bytes) -> tuple[dict, dict, bytes] | None:
+    """(header, fgsteer's header in it, bytes of tensors) of safetensors that hold a hash; None for anything else."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    if data[8:9] != b"{" or start >= len(data):
+        return None
+    header = json.loads(data[8:start])
+    inner = json.loads(header.get("__metadata__", {}).get("fgsteer", "{}"))
+    return (header, inner, data[start:]) if "sha256" in inner else None
+
+
+def without_hash(data: bytes) -> bytes:
+    """A file as the first versions wrote it, or the same."""
+    if (parts := split(data)) is None:
+        return data
+    header, inner, tensors = parts
+    del inner["sha256"]
+    header["__metadata__"]["fgsteer"] = json.dumps(inner)
+    text = as_json(header)
+    return len(text).to_bytes(8, "little") + text + tensors
+
+
+def with_a_flip(files: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
+    """The files with a bit flipped among the tensors of one that holds a hash of them."""
+    name = rng.choice([name for name, data in files.items() if split(data)])
+    data = bytearray(files[name])
+    data[-rng.randint(1, len(split(files[name])[2]))] ^= 1 << rng.randrange(8)
+    return {**files, name: bytes(data)}
 
 
 def in_bytes(data: bytes, rng: random.Random) -> bytes:
@@ -363,7 +396,7 @@ def in_json(data: bytes, rng: random.Random) -> bytes:
         while (start := text.find(f'"@@{word}:')) >= 0:
             end = text.index('@@"', start + 3)
             text = text[:start] + made(int(text[start + len(word) + 4 : end])) + text[end + 3 :]
-    parts[place] = text.encode()
+    parts[place] = text.replace(f'"{AGAIN}', '"').encode()
     return b"\n".join(parts)
 
 
@@ -380,8 +413,10 @@ def changed_value(value: object, rng: random.Random) -> object:
         return rng.choice(HOSTILE)
     node, key = rng.choice(places)
     old, how = node[key], rng.random()
-    if how < 0.15:
+    if how < 0.08:
         del node[key]
+    elif how < 0.15 and isinstance(node, dict):
+        node[f"{AGAIN}{key}"] = rng.choice((old, *HOSTILE))
     elif how < 0.25 and isinstance(node, dict):
         word = rng.choice([word for word in HOSTILE if isinstance(word, str)])
         node[word] = node.pop(key)
@@ -413,11 +448,16 @@ def put(folder: Path, files: dict[str, bytes], reader: Reader) -> Path:
 def check(name: str, reader: Reader, folder: Path, seed: int, number: int) -> str:
     """What came of one input: "read", or the name of an fgsteer error. Any other error goes on."""
     rng = random.Random(f"{seed}/{name}/{number}")
-    first = put(folder, damaged(reader.files, rng), reader)
+    flip = rng.random() < 0.1 and any(map(split, reader.files.values()))
+    files = reader.files
+    if not flip and rng.random() < 0.8:
+        files = {name: without_hash(data) for name, data in files.items()}
+    first = put(folder, (with_a_flip if flip else damaged)(files, rng), reader)
     try:
         reader.read(first)
     except (fg.FgsteerError, BrokenAnswerError) as error:
         return type(error).__name__
+    assert not flip, "a flipped bit among tensors was not seen"
     return "read"
 
 

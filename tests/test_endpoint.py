@@ -441,7 +441,7 @@ def test_a_failure_ends_the_rest_soon():
 
 
 def test_what_was_answered_is_not_asked_again(tmp_path):
-    cache = tmp_path / "in" / "answers.jsonl"
+    cache = tmp_path / "answers.jsonl"
     with Chat(by_number) as chat:
         first = judge(chat, cache=cache).score([*TEXTS, TEXTS[0]], "wedding")
         assert len(chat.requests) == len(TEXTS)
@@ -481,8 +481,9 @@ def test_only_a_cache_is_added_to(tmp_path):
             with pytest.raises(fg.FormatError):
                 judge(chat, cache=path)
         (tmp_path / "file").write_text("")
-        with pytest.raises(fg.FormatError, match="cannot write"):
-            judge(chat, cache=tmp_path / "file" / "answers.jsonl").coherence(TEXTS[:1])
+        for folder, told in (("file", "is no folder"), ("typo", "there is no folder")):
+            with pytest.raises(fg.FormatError, match=f"cannot write .*{told}"):  # before anything is asked
+                judge(chat, cache=tmp_path / folder / "answers.jsonl")
 
 
 RUN = """

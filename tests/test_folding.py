@@ -345,6 +345,9 @@ def test_a_bare_decoder_and_a_steered_model_are_refused():
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     target = tmp_path / "deep" / "out"
+    with pytest.raises(fg.FormatError, match=f"there is no folder {target.parent};"), whole_folder(target):
+        pass
+    target.parent.mkdir()
 
     def fill(text):
         with whole_folder(target) as folder:

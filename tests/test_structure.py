@@ -25,6 +25,7 @@ ORDER = (
     "network",
     "chat",
     "ranks",
+    "targets",
     "files",
     "parts",
     "sae_registry",

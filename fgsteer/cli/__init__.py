@@ -18,10 +18,14 @@ import typer
 
 from fgsteer.cli import bench, evaluate, export, harness, measure, read, serve, sweep, vectors  # noqa: F401  each registers its commands
 from fgsteer.cli.common import app
+from fgsteer.cli.doors import Command
 from fgsteer.cli.terminal import in_words, options_of, prepare_streams, say
 from fgsteer.errors import FgsteerError, FgsteerWarning
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+for command in app.registered_commands:
+    command.cls = Command
 
 
 def main() -> None:

@@ -28,11 +28,12 @@ from fgsteer.cli.common import (
     sae_name,
     show,
 )
-from fgsteer.cli.doors import check_device, finite, writable
+from fgsteer.cli.doors import check_device, fillable, finite
 from fgsteer.cli.terminal import say
 from fgsteer.cli.vectors import parse_settings
 from fgsteer.errors import DataError
 from fgsteer.ranks import Ranks
+from fgsteer.targets import make_folder
 from fgsteer.wording import count
 
 ENGINES = ("hf", "vllm", "ray")
@@ -48,7 +49,9 @@ QUICK: dict[str, Any] = {
 
 @app.command()
 def bench(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for records, report and pictures.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", callback=fillable, help="Folder for records, report and pictures.")
+    ],
     concept: Annotated[list[str] | None, typer.Option(help="A contrast set; default: all shipped ones.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method; default: all that the SAEs allow.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two concepts, six methods, few samples.")] = False,
@@ -118,6 +121,7 @@ def bench(
         judge=(judge, judge_url),
     )
     runner = make()
+    make_folder(out)
     with progress_bar("concepts" if engine == "ray" else "texts", None, as_json) as bar:
         if engine == "vllm":
             runner.writer = _vllm_writer(
@@ -195,7 +199,6 @@ def make_bench(
     check_device(*model[1:3])
     for concept in given.get("concepts", ()):
         fg.load_contrast(concept)
-    writable(out / "bench.jsonl")
     wanted: list[str | None] = [*ids] if ids else [None]
     saes = [load_sae(name, one, model[0]) for one in wanted]
     fits = [fg.load_effects(source) for source in effects or (["default"] if name == "default" and not ids else [])]
@@ -247,7 +250,7 @@ def _judge(name: str | None, url: str | None, out: Path) -> Any:
         return fg.KeywordJudge()
     if url is None:
         raise DataError(f"--judge {name}", "embedding, keyword, or a chat model with --judge-url")
-    return fg.EndpointJudge(name, base_url=url, cache=out / "judge.jsonl")
+    return fg.EndpointJudge(name, base_url=url, cache=make_folder(out) / "judge.jsonl")
 
 
 def _settings_by_method(settings: list[str]) -> dict[str, dict[str, Any]] | None:

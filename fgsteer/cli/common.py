@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fgsteer.cli.doors import check_device, check_fit, finite, writable
+from fgsteer.cli.doors import check_device, check_fit, fillable, finite, writable
 from fgsteer.cli.terminal import json_text, say
 from fgsteer.errors import DataError
 from fgsteer.escaping import escaped
@@ -67,7 +67,10 @@ BatchTokensOption = Annotated[
     typer.Option("--batch-tokens", min=1, max=MOST, help="Padded tokens in a batch; default: what suits the device."),
 ]
 WorkOption = Annotated[
-    Path | None, typer.Option("--work", help="Folder of finished parts, to go on from; under torchrun OUT.parts.")
+    Path | None,
+    typer.Option(
+        "--work", callback=fillable, help="Folder of finished parts, to go on from; under torchrun OUT.parts."
+    ),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, auto …; default: cuda if any.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 …; default: the checkpoint's.")]

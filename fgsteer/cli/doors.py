@@ -2,34 +2,86 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
-from fgsteer.errors import DataError, FormatError, PairingError
+from fgsteer.errors import DataError, PairingError
+from fgsteer.targets import file_target, folder_target, new_folder
 
 TOKEN_RULES = ("all", "last", "answer", "letter", "tail")
+OUTPUTS = ("out", "html", "work")  # the parameters that say where a command writes
+_BY_NAME = ("contrast", "source", "concept", "held_out", "model", "sae", "rows_of", "effects")  # shipped, or files
+
+
+class Command(TyperCommand):
+    """A command that writes to no file that it reads."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it. Raises DataError for an output that is an input too."""
+        hints = get_type_hints(inspect.unwrap(self.callback)) if self.callback else {}
+        paths = [p for p in self.params if p.name in _BY_NAME or "Path" in str(hints.get(p.name or ""))]
+        check_apart({max(p.opts, key=len): (p.name, ctx.params.get(p.name)) for p in paths})
+        return super().invoke(ctx)
+
+
+def check_apart(paths: Mapping[str, tuple[str, Any]]) -> None:
+    """Refuse an output that is an input too, by another name or link as well, or two that are one.
+
+    ``paths`` is {option: (parameter, path or paths or None)} of those that may name files. Raises DataError.
+    """
+    outputs = {option: Path(value) for option, (name, value) in paths.items() if name in OUTPUTS and value is not None}
+    for option, (name, value) in paths.items():
+        for given in value if isinstance(value, list | tuple) else [value]:
+            if given is None or (name in _BY_NAME and _is_shipped(str(given))):
+                continue
+            for other, output in outputs.items():
+                if option != other and _one(given, output, name in OUTPUTS):
+                    raise DataError(
+                        f"{option} {given} and {other} {output} are one file",
+                        "another one to write: what is read stays as it is",
+                    )
+
+
+def _one(first: str | Path, second: Path, outputs: bool) -> bool:
+    """Whether two paths are one file, which two outputs may be that are not there yet."""
+    with contextlib.suppress(OSError, ValueError):
+        return os.path.samefile(first, second)
+    return outputs and os.path.realpath(first) == os.path.realpath(second)
+
+
+def _is_shipped(name: str) -> bool:
+    from fgsteer.data import shipped_contrasts
+    from fgsteer.models import DEFAULT
+
+    return name == DEFAULT or name in shipped_contrasts()
 
 
 def writable(path: Path | None) -> Path | None:
-    """The path, if a file can be written there: known before anything is measured. Raises DataError."""
+    """The path, if a file can be written there. Raises FormatError."""
     if path is not None:
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise DataError(f"cannot write {path}", "a file in a folder that can be written to")
+        file_target(path)
     return path
 
 
-def new_folder(path: Path) -> Path:
-    """The path, if it is free or an empty folder, and can be made. Raises FormatError, DataError."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FormatError(f"{path} exists", "a new or an empty folder", "name another, or remove it first")
-    writable(path / "config.json")
+def unused(path: Path) -> Path:
+    """The path, if a new folder can be written there. Raises FormatError."""
+    new_folder(path)
+    return path
+
+
+def fillable(path: Path | None) -> Path | None:
+    """The path, if it is a folder that can be written to, or can be made in one. Raises FormatError."""
+    if path is not None:
+        folder_target(path)
     return path
 
 

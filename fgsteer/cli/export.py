@@ -27,7 +27,7 @@ from fgsteer.cli.common import (
     model_of,
     show,
 )
-from fgsteer.cli.doors import check_device, new_folder, writable
+from fgsteer.cli.doors import check_device, unused, writable
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
 from fgsteer.wording import count
@@ -45,7 +45,7 @@ TARGETS = {
 def export(
     vectors: Annotated[list[Path], typer.Argument(help="Vectors by fgsteer build, to apply together.")],
     to: Annotated[str, typer.Option("--to", help=f"{', '.join(TARGETS)}.")],
-    out: Annotated[Path, typer.Option("--out", "-o", callback=writable, help="File to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, or new folder.")],
     coefficient: CoefficientOption = None,
     operation: OperationOption = "add",
     scope: ScopeOption = "all",
@@ -76,8 +76,7 @@ def export(
         if model is None:
             raise DataError("no --model", f"the model that is steered: {to} needs it")
         check_device(device, dtype)
-    if to == "checkpoint":
-        new_folder(out)
+    (unused if to == "checkpoint" else writable)(out)
     loaded = load_vectors(vectors, coefficient, operation, model, revision)
     acts_on_first = to != "easysteer" if bos is None else bos
     items = interventions(loaded, operation, scope, bos=acts_on_first)

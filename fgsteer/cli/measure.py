@@ -33,7 +33,7 @@ from fgsteer.cli.common import (
     show,
     work_folder,
 )
-from fgsteer.cli.doors import check_device, finite, hookpoints, token_rule
+from fgsteer.cli.doors import check_device, fillable, finite, hookpoints, token_rule
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
 from fgsteer.ranks import Ranks
@@ -214,7 +214,8 @@ def effects(
     seed: Annotated[int, typer.Option(**SEEDS, help="Seed of vectors and sampling.")] = 0,
     rows: Annotated[int, typer.Option(min=1, max=MOST, help="Sequences in a forward pass.")] = 512,
     work: Annotated[
-        Path | None, typer.Option(help="Folder of measured parts, to go on from; default: OUT.parts.")
+        Path | None,
+        typer.Option(callback=fillable, help="Folder of measured parts, to go on from; default: OUT.parts."),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,

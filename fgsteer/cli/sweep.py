@@ -26,7 +26,7 @@ from fgsteer.cli.common import (
     progress_bar,
     show,
 )
-from fgsteer.cli.doors import check_device, check_fit, finite, token_rule, writable
+from fgsteer.cli.doors import check_device, check_fit, fillable, finite, token_rule
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
 from fgsteer.escaping import escaped
@@ -35,7 +35,9 @@ from fgsteer.escaping import escaped
 @app.command()
 def sweep(
     contrast: Annotated[str, typer.Argument(help="A shipped contrast set, or a .json or .jsonl file.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for sweep.json and pictures.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", callback=fillable, help="Folder for sweep.json and pictures.")
+    ] = None,
     method: Annotated[str, typer.Option(help="caa, ace or pca: builds a vector at each layer.")] = "caa",
     vector: Annotated[
         list[Path] | None, typer.Option("--vector", "-v", help="A vector of a layer, instead of --method; repeat.")
@@ -76,8 +78,8 @@ def sweep(
     from fgsteer.evaluation.sweep import METHODS
     from fgsteer.evaluation.sweep_plots import save_pictures
     from fgsteer.files import write_json
+    from fgsteer.targets import make_folder
 
-    writable(None if out is None else out / "sweep.json")
     vectors = [fg.SteeringVector.load(path) for path in vector or []]
     if vectors and method != "caa":
         raise DataError(f"--vector and --method {method}", "one of them")
@@ -108,7 +110,7 @@ def sweep(
         )
     told = {"command": " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]])), **swept.as_dict()}
     if out is not None:
-        write_json(out / "sweep.json", told)
+        write_json(make_folder(out) / "sweep.json", told)
         save_pictures(swept, out)
     show(told, as_json, lambda _: _print_sweep(swept))
     if out is not None and not as_json:

@@ -35,7 +35,7 @@ from fgsteer.cli.common import (
     model_of,
     show,
 )
-from fgsteer.cli.doors import finite, new_folder
+from fgsteer.cli.doors import finite, unused
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
 from fgsteer.wording import count
@@ -55,15 +55,19 @@ def demo(
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
     """key=value options as Python values: JSON where it parses, "inf" as a number. Raises DataError."""
+    from fgsteer.files import parse_json
+
     settings = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key.isidentifier():
             raise DataError(f"--set {pair}", "key=value, such as --set n_positive=8")
         try:
-            settings[key] = json.loads(value)
-        except (ValueError, RecursionError):  # no JSON, or numbers and lists that Python does not read
+            settings[key] = parse_json(value)
+        except json.JSONDecodeError:
             settings[key] = math.inf if value == "inf" else value
+        except ValueError as error:
+            raise DataError(f"--set {pair:.80}: {error}", "key=value, such as --set n_positive=8") from error
     return settings
 
 
@@ -248,7 +252,7 @@ def _print_texts(told: dict[str, Any]) -> None:
 @app.command()
 def fold(
     vector: Annotated[list[Path], typer.Option("--vector", "-v", help="A vector to add; repeat.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the checkpoint.")],
+    out: Annotated[Path, typer.Option("--out", "-o", callback=unused, help="New folder for the checkpoint.")],
     coefficient: Annotated[
         list[float] | None,
         typer.Option("--coefficient", "-c", callback=finite, help="One per vector, in the same order; default: 1."),
@@ -262,7 +266,6 @@ def fold(
     """Write a checkpoint with vectors inside, added to every token: plain transformers loads it, no hooks run."""
     from fgsteer.export import checkpoint
 
-    new_folder(out)
     steering = interventions(load_vectors(vector, coefficient, model=model, revision=revision), "add", "all", bos=True)
     folded = checkpoint.write(steering, out, *load_model(model, "cpu", dtype, revision, trust_remote_code), copy=False)
     told = {"out": str(out), "model": model, "dtype": str(folded.dtype).removeprefix("torch.")}

@@ -35,6 +35,7 @@ from fgsteer.interventions import Intervention
 from fgsteer.models import identity
 from fgsteer.rollouts import Sampling, rollout
 from fgsteer.sae import SAE
+from fgsteer.targets import file_target
 from fgsteer.tokens import encode_prompts
 from fgsteer.wording import count
 
@@ -284,7 +285,7 @@ class Bench(Brief):
         of another plan, FormatError when it is damaged, and what the methods raise.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        file_target(path)
         header = self.header(command)
         arms = self._arms(strengths_path(path), header)
         parts = [part for concept in self.plan.concepts for part in self.parts(arms[concept])]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from fgsteer.escaping import json_text
 from fgsteer.evaluation.chat import OPENAI, BrokenAnswerError, ChatClient
 from fgsteer.evaluation.judges import check_texts
 from fgsteer.files import append_bytes, parse_json, read_json, text_sha256
+from fgsteer.targets import file_target
 
 LOWEST, HIGHEST = 1, 10
 CHARACTERS_A_TOKEN = 4  # of English, roughly: for estimates
@@ -232,8 +234,11 @@ class AnswerCache:
         self._path = None if path is None else Path(path)
         self._lock = Lock()
         self._torn = False
-        if self._path is not None and self._path.exists():
-            self._read(self._path)
+        if self._path is not None:
+            if os.path.isfile(self._path):
+                self._read(self._path)
+            else:
+                file_target(self._path)  # before anything is asked
 
     def _read(self, path: Path) -> None:
         try:

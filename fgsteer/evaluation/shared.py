@@ -18,6 +18,7 @@ from fgsteer.evaluation.records import HALVES
 from fgsteer.files import parse_json, read_json, rename, whole, write_json
 from fgsteer.parts import wait_for
 from fgsteer.ranks import Ranks
+from fgsteer.targets import make_folder
 
 Progress = Callable[[int, int], None]
 
@@ -66,6 +67,7 @@ def run_concept(bench: Bench, concept: str, folder: Path, command: str = "", pro
     _ = bench.coherence  # fitted once for all concepts
     alone = copy.copy(bench)
     alone.plan = replace(bench.plan, concepts=(concept,))
+    make_folder(folder)
     alone.run(running, command, progress)
     rename(strengths_path(running), strengths_path(done))
     rename(running, done)

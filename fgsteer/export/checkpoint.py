@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fgsteer.export.places import Interventions, checked
 from fgsteer.files import whole_folder
 from fgsteer.folding import fold
+from fgsteer.targets import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,13 +27,16 @@ def write(
 ) -> PreTrainedModel:
     """Write ``fold(model, interventions)`` and the tokenizer whole into a new folder; returns the folded model.
 
-    Raises as ``fold`` does, FormatError for a folder that is not free.
+    Raises as ``fold`` does, FormatError for a folder that is not free or cannot be written.
     """
+    new_folder(folder)
+    if tokenizer is not None:
+        tokenizer = _as_it_was(tokenizer, model)
+    folded = fold(model, checked(interventions), copy=copy)
     with whole_folder(folder) as beside:
-        folded = fold(model, checked(interventions), copy=copy)
         folded.save_pretrained(beside)
         if tokenizer is not None:
-            _as_it_was(tokenizer, model).save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
     return folded
 
 
