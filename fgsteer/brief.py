@@ -46,7 +46,7 @@ def brief(value: Any) -> str:
     if value is None or isinstance(value, bool | int):
         return str(value)
     text = str(value)
-    return text if 0 < len(text) <= TEXT and "\n" not in text else type(value).__name__
+    return text if 0 < len(text) <= TEXT and text.isprintable() else type(value).__name__
 
 
 def _entries(value: Mapping[Any, Any] | Sequence[Any] | Set[Any]) -> str:

@@ -23,6 +23,7 @@ from fgsteer.brief import Brief
 from fgsteer.checks import checked_after
 from fgsteer.corpora import as_documents
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
+from fgsteer.escaping import escaped
 from fgsteer.files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Excerpt(Brief):
 
     def __str__(self) -> str:
         marked = [f"[{text}]" if n == self.peak else text for n, text in enumerate(self.tokens)]
-        return f"{self.activations[self.peak]:.2f}  {''.join(marked)}"
+        return f"{self.activations[self.peak]:.2f}  {escaped(''.join(marked))}"
 
     def peaks_on(self, pattern: re.Pattern[str]) -> bool:
         """Whether a match of the pattern overlaps the peak's token, white space aside."""

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.brief import FEW
+from fgsteer.brief import FEW, TEXT
 from fgsteer.checks import checked, is_number, is_whole, shown
 from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionError, SteeringError
+from fgsteer.escaping import escaped
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.hub import VECTOR, fetch, push, save_folder
@@ -113,7 +114,7 @@ class SteeringVector:
         }
 
     def __repr__(self) -> str:
-        method = self.provenance.get("method", "bare")
+        method = escaped(str(self.provenance.get("method", "bare")), keep="")[:TEXT]
         top = ", ".join(f"{feature.id}: {feature.weight:.3g}" for feature in self.top_features(FEW))
         more = ", …" if len(self.features) > FEW else ""
         features = f"{count(len(self.features), 'feature')}{f' {{{top}{more}}}' if top else ''}"

@@ -9,9 +9,11 @@ import json
 import sys
 import unicodedata
 import warnings
+from dataclasses import replace
 from urllib.parse import quote
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -28,6 +30,7 @@ from fgsteer.escaping import escaped, json_text, markdown, markdown_code, withou
 from fgsteer.examples import Excerpt
 from fgsteer.files import write_tensors
 from fgsteer.reading import FeatureRow
+from tests.conftest import make_sae
 from tests.test_consoles import run
 
 # an escape sequence, a bell, a carriage return, C1's CSI, directions, an end of line, half a character, tags
@@ -190,6 +193,14 @@ def test_errors_and_warnings_hold_no_control_characters():
         assert r"\x1b[2J" in str(kind(ACTING))
     with pytest.warns(fg.PairingWarning, match=r"\\x1b"):
         warnings.warn(ACTING, fg.PairingWarning, stacklevel=1)
+
+
+def test_what_prints_itself_holds_no_control_characters():
+    vector = fg.SteeringVector(torch.ones(4), "blocks.1.hook_resid_post", provenance={"method": ACTING * 9})
+    sae = replace(make_sae(), source=ACTING)
+    for value in (vector, sae, Excerpt((ACTING, "a"), (1.0, 0.5), 0, 0), fg.SeenFeature(1, ACTING, 1.0, ACTING)):
+        assert not acts(str(value) + repr(value))
+        assert len(repr(value)) < 400
 
 
 def test_nothing_that_a_file_holds_reaches_the_terminal_raw(tmp_path, monkeypatch):
