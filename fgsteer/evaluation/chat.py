@@ -263,20 +263,6 @@ def _is_address(url: object) -> bool:
     return int(parts[3] or 80) < 65536
 
 
-def _is_address(url: object) -> bool:
-    """Whether a URL has a host that can be asked for, by name or as an IP address, and a port that can be."""
-    parts = re.fullmatch(r"https?://(?:([\w.-]+)|\[([\w:.]+)\])(?::(\d{1,5}))?(?:/[!-~]*)?", str(url), re.ASCII)
-    if parts is None:
-        return False
-    try:
-        (parts[1] or "").encode("idna")  # refuses a label that is empty or too long
-        if parts[2]:
-            ipaddress.IPv6Address(parts[2])
-    except ValueError:
-        return False
-    return int(parts[3] or 80) < 65536
-
-
 def _seconds(retry_after: str | None) -> float:
     """A Retry-After header, in seconds or as a date, as seconds from now; 0 where there is none to read."""
     try:
