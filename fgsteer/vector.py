@@ -10,6 +10,7 @@ the interventions that apply it. Vectors at one hookpoint add, subtract and scal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -128,8 +129,8 @@ class SteeringVector:
     __array_ufunc__ = None  # numpy's numbers and arrays leave arithmetic with a vector to the vector
 
     def __mul__(self, factor: float) -> SteeringVector:
-        if not is_number(factor):
-            raise ArgumentError(f"a vector times {shown(factor)}", "a number")
+        if not is_number(factor) or not math.isfinite(factor):
+            raise ArgumentError(f"a vector times {shown(factor)}", "a finite number")
         factor = float(factor)
         return replace(
             self,
@@ -141,8 +142,8 @@ class SteeringVector:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> SteeringVector:
-        if not is_number(divisor) or not divisor:
-            raise ArgumentError(f"a vector divided by {shown(divisor)}", "a number other than 0")
+        if not is_number(divisor) or not divisor or not math.isfinite(divisor):
+            raise ArgumentError(f"a vector divided by {shown(divisor)}", "a finite number other than 0")
         return self * (1 / float(divisor))
 
     def __neg__(self) -> SteeringVector:
