@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from fgsteer.checks import checked
+from fgsteer.checks import check_number, checked
 from fgsteer.errors import SteeringError
 from fgsteer.interventions import Intervention
 from fgsteer.scoring import Scored, cross_entropies, kl_divergences
@@ -128,6 +128,7 @@ def _cost(
 
 
 def _check_target(name: str, target: float) -> None:
+    check_number(name, target)
     if not 0 < target < math.inf:
         raise SteeringError(f"{name} = {target}", "nats a token, finite and > 0")
 
@@ -140,8 +141,9 @@ def _solve(
     tolerance: float,
 ) -> list[list[float]]:
     """The coefficients at which each intervention costs each target; nan where none does."""
-    if not start > 0:
-        raise SteeringError(f"start = {start}", "a coefficient > 0 to double from")
+    for name, value in (("start", start), ("tolerance", tolerance)):
+        if not 0 < value < math.inf:
+            raise SteeringError(f"{name} = {value}", "finite and > 0")
     searches = [[_Search(target, float(start)) for target in targets] for _ in makes]
     while asked := [(n, s) for n, group in enumerate(searches) if (s := next((s for s in group if s.open), None))]:
         guesses = [search.guess for _, search in asked]

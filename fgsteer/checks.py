@@ -45,12 +45,14 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is one real number of Python, numpy or torch; True and False are not."""
+    """Whether a value is one real number of Python, numpy or torch that a float holds; True and False are not."""
     if callable(getattr(value, "item", None)):  # of an array or a tensor of one element
         try:
             value = value.item()  # type: ignore[attr-defined]
         except (RuntimeError, ValueError):
             return False
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return False
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -122,7 +124,7 @@ _TOKENIZER = "pass the tokenizer that fg.load_model returns beside the model, or
 _KINDS: dict[str, _Kind] = {
     "None": _Kind(lambda value: value is None, "None"),
     "bool": _Kind(lambda value: isinstance(value, bool), "True or False"),
-    "int": _Kind(is_whole, "a whole number"),
+    "int": _Kind(lambda value: is_whole(value) and abs(int(value)) < 2**63, "a whole number"),
     "float": _Kind(is_number, "a number"),
     "str": _Kind(lambda value: isinstance(value, str), "a text"),
     "Path": _Kind(lambda value: isinstance(value, Path), "a path"),

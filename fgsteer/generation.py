@@ -5,7 +5,7 @@ generate(model, tokenizer, ["I think", "The sea"], steering=[vec.add(8.0), None]
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Int
@@ -74,13 +74,14 @@ def generate(
     return list(tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: dict[str, Any]) -> None:
     """Raises ArgumentError, DataError for an option of ``generate`` that is out of range, or runs code unasked."""
     for name, (least, most, whole) in _NUMBERS.items():
         if options.get(name) is not None:
             check_range(name, options[name], least, most, whole=whole)
     if options.get("do_sample") and options.get("temperature") is not None:
         check_range("temperature", options["temperature"], LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)
+        options["temperature"] = float(options["temperature"])  # transformers refuses 1
     source = options.get("custom_generate")
     if isinstance(source, str) and options.get("trust_remote_code") is not True:  # transformers would ask on stdin
         raise DataError(

@@ -10,6 +10,7 @@ the interventions that apply it. Vectors at one hookpoint add, subtract and scal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -274,12 +275,12 @@ class SteeringVector:
 
 
 def _factor(value: object, what: str) -> float:
-    """A float. Raises ArgumentError, also for one that is trained, of which a vector keeps the value alone."""
+    """A finite float. Raises ArgumentError, also for one that is trained, of which a vector keeps the value alone."""
     trained = getattr(value, "requires_grad", False)
-    if is_number(value) and not trained:
+    if is_number(value) and not trained and math.isfinite(value):  # type: ignore[arg-type]
         return float(value)  # type: ignore[arg-type]
     change = "a strength that is trained is a coefficient: vector.add(c)" if trained else ""
-    raise ArgumentError(f"a vector {what} {shown(value)}", "a number", change)
+    raise ArgumentError(f"a vector {what} {shown(value)}", "a finite number", change)
 
 
 def _read_provenance(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 
 from fgsteer.brief import Brief
 from fgsteer.calibration import calibrate_grid
+from fgsteer.checks import MOST, check_range
 from fgsteer.data import load_bench_prompts, load_contrast, load_neutral
 from fgsteer.effects import EffectApproximator
 from fgsteer.errors import DataError, FormatError
@@ -85,6 +87,10 @@ class BenchPlan(Brief):
 
     def __post_init__(self) -> None:
         check_methods(self.methods)
+        for name in ("prompts", "seeds", "texts", "batch_rows"):
+            check_range(name, getattr(self, name), 1, MOST, whole=True)
+        for rise in self.ce_rises:
+            check_range("a ce_rise", rise, 0, sys.float_info.max)
         available = len(load_bench_prompts()) // len(HALVES)
         if not 2 <= self.prompts <= available:
             raise DataError(
@@ -92,8 +98,8 @@ class BenchPlan(Brief):
                 f"2 to {available}, half of the neutral prompts",
                 "intervals are over prompts: one has none, and another seed of a prompt tells less than another prompt",
             )
-        if not self.concepts or min(self.seeds, self.texts, self.batch_rows) < 1:
-            raise DataError(f"{self}", "a concept, and at least one seed, text and row")
+        if not self.concepts:
+            raise DataError("no concepts", "at least one")
         if not self.ce_rises or list(self.ce_rises) != sorted(set(self.ce_rises)) or not self.ce_rises[0] > 0:
             raise DataError(f"ce_rises {self.ce_rises}", "rising numbers > 0")
         if self.matched is not None and self.matched not in self.ce_rises:
@@ -104,6 +110,7 @@ class BenchPlan(Brief):
                 f"no layer for {', '.join(sorted(nowhere))}",
                 "an SAE of a layer, and for methods through effects those of it",
             )
+        _ = self.sampling  # refuses what cannot be drawn
 
     @property
     def places(self) -> list[tuple[str, int]]:

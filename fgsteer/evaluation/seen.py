@@ -12,7 +12,7 @@ import torch
 
 from fgsteer.activations import record_batch, text_batches
 from fgsteer.brief import Brief
-from fgsteer.checks import checked
+from fgsteer.checks import MOST, check_range, checked
 from fgsteer.escaping import escaped
 from fgsteer.examples import token_texts
 from fgsteer.models import check_pairing, context_window
@@ -57,6 +57,7 @@ def seen_features(
     HookpointError and PairingError as ``collect`` does.
     """
     at = sae.input_hookpoint
+    check_range("top", top, 1, MOST, whole=True)
     check_pairing(model, at, sae.d_model, sae.model_name, "SAE")
     found: list[SeenFeature] = []
     with TokenReader(
