@@ -69,6 +69,8 @@ def shown(value: object) -> str:
     name = type(value).__name__
     if value is None or isinstance(value, bool):
         return repr(value)
+    if isinstance(value, int) and value.bit_length() > 200:  # Python writes out no number of 4,300 digits
+        return f"{'-' if value < 0 else ''}2^{value.bit_length() - 1} and more ({name})"
     return f"{value!r:.60} ({name})" if isinstance(value, str | int | float | complex | Path) else a(name)
 
 

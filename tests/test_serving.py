@@ -17,10 +17,11 @@ import fgsteer as fg
 from fgsteer.cli import main
 from fgsteer.rollouts import Sampling
 from fgsteer.serving import VllmWriter, save_clamp, steered_llm, steering
-from fgsteer.serving.control import Control
+from fgsteer.serving.control import Control, refuse_unplanned
+from fgsteer.serving.offline import engine_settings
 from fgsteer.serving.request import PLAN, Wanted, parse
 from fgsteer.serving.served import read_served, serve, sources
-from fgsteer.serving.server import arguments
+from fgsteer.serving.server import settle
 from fgsteer.serving.tables import Batch, Table, blocks_of, steer_block
 from fgsteer.serving.writer import request_of
 from tests.conftest import make_sae
@@ -216,9 +217,42 @@ def test_requests_are_read_strictly():
         ({"steer": "a", "steer_bos": 2}, "bos"),
         ({"steer": "a", "steer_strength": 2}, "steer_strength"),
         ({"steer": "a", PLAN: [1, 1, 1, 0, 9]}, PLAN),
+        ({"steer": ["a"]}, "name"),
+        ({"steer": "a", "steer_op": ["add"]}, "steer_op"),
+        ({"steer": "a", "steer_op": {"add": 1}}, "steer_op"),
+        ({"steer": "a", "steer_op": "turn"}, "steer_op"),
+        ({"steer": "a", "steer_scope": ["all"]}, "steer_scope"),
+        ({"steer": "a", "steer_bos": [0]}, "steer_bos"),
+        ({"steer": "a", "steer_scale": [1.0]}, "steer_scale"),
+        ({"steer": "a", "steer_scale": 10**5000}, "steer_scale"),
+        ({"steer": "a", "steer_x\n\u202e": 1}, r"steer_x\\n\\u202e"),
     ):
         with pytest.raises(fg.SteeringError, match=why):
             parse(bad)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".a", "a/b", "a\n", "a\x00b", "\u202eevol", "é", "a b", "a" * 65, None, 3]
+)
+def test_names_are_of_a_plain_alphabet(name, tmp_path):
+    control = Control(FakeEngine([1]), [1])
+    with pytest.raises(fg.SteeringError, match="letters, digits"):
+        control.load(name, vector())
+    with pytest.raises(fg.SteeringError, match="letters, digits"):
+        sources({name: vector()})
+    with pytest.raises(fg.SteeringError, match="name"):
+        parse({"steer": name})
+    if name in ("a b", "é", "\u202eevol"):
+        vector().save(tmp_path / f"{name}.safetensors")
+        with pytest.raises(fg.SteeringError, match="letters, digits"):
+            sources(tmp_path)
+
+
+def test_names_of_letters_and_the_like_are_taken():
+    control = Control(FakeEngine([1]), [1])
+    for name in ("a", "-a_B.9", "0" * 64, "_"):
+        control.load(name, vector())
+        control.unload(name)
 
 
 class FakeEngine:
@@ -230,6 +264,7 @@ class FakeEngine:
         config = SimpleNamespace(bos_token_id=0, eos_token_id=[2])
         self.config = SimpleNamespace(
             model_config=SimpleNamespace(
+                dtype=torch.float32,
                 get_hidden_size=lambda: WIDTH,
                 hf_config=config,
                 hf_text_config=config,
@@ -257,9 +292,8 @@ class FakeEngine:
 
 def request(extra, salt=None, ids=(5, 6, 7), embeds=None):
     params = SimpleNamespace(extra_args=extra)
-    return SimpleNamespace(
-        sampling_params=params, prompt_token_ids=ids, prompt_embeds=embeds, request_id="r", cache_salt=salt
-    )
+    places = {"prompt_token_ids": ids, "prompt_embeds": embeds, "pooling_params": None}
+    return SimpleNamespace(sampling_params=params, request_id="r", cache_salt=salt, resumable=False, **places)
 
 
 def test_names_come_and_go_while_requests_run():
@@ -343,6 +377,52 @@ def test_refused_loads_leave_nothing_behind():
     assert (engine.tables[1].owner == -1).all()
 
 
+def test_a_name_in_a_full_table_is_replaced_once_nothing_uses_it():
+    engine = FakeEngine([1], rows=1)
+    control = Control(engine, [1])
+    control.load("a", vector(0))
+    used = request(steering("a"))
+    control.admit(used)
+    engine.live = [used.request_id]
+    with pytest.raises(fg.SteeringError, match="requests under way use"):
+        control.load("a", vector(3))
+    assert engine.tables[1].owner.tolist() == [used.sampling_params.extra_args[PLAN][0]]  # theirs still
+    engine.live = []
+    control.load("a", vector(3))
+    torch.testing.assert_close(engine.tables[1].write[0], vector(3).unit().direction)
+    with pytest.raises(fg.SteeringError, match="0 of 1 free"):
+        control.load("b", vector(4))
+    with pytest.raises(fg.SteeringError, match="3 rows, with 1 of 1 free"):
+        control.load("a", clamp("relu"))  # does not fit even alone: what was there comes back
+    torch.testing.assert_close(engine.tables[1].write[0], vector(3).unit().direction)
+    again = request(steering("a"))
+    control.admit(again)
+    assert engine.tables[1].owner.tolist() == [again.sampling_params.extra_args[PLAN][0]]
+
+
+def test_what_admission_has_not_planned_never_reaches_the_engine():
+    control = Control(FakeEngine([1]), [1])
+    control.load("love", vector(0))
+    good = request(steering("love"))
+    assert control.admit(good)
+    refuse_unplanned(good)
+    assert not control.admit(request({"other": 1}))
+    refuse_unplanned(request({"other": 1}))
+    refuse_unplanned(request(None))
+    streamed = request(good.sampling_params.extra_args)  # a chunk of an input that is streamed
+    streamed.request_id, streamed.resumable = good.request_id, True
+    forged = request({PLAN: good.sampling_params.extra_args[PLAN]})
+    for bad in (request(steering("love")), streamed, forged):
+        with pytest.raises(fg.SteeringError, match="streamed"):
+            refuse_unplanned(bad)
+    pooled = request(None)
+    pooled.sampling_params, pooled.pooling_params = None, SimpleNamespace(extra_kwargs=steering("love"))
+    with pytest.raises(fg.SteeringError, match="generates nothing"):
+        control.admit(pooled)
+    pooled.pooling_params.extra_kwargs = None
+    assert not control.admit(pooled)
+
+
 def test_canary():
     engine = FakeEngine([0, 1])
     Control(engine, [0, 1]).canary()
@@ -353,23 +433,44 @@ def test_canary():
         assert all((table.owner == -1).all() for table in one.tables.values())
 
 
+def parsed(**given):
+    """vLLM's options as its parser leaves them."""
+    bare = {"worker_cls": "auto", "additional_config": {}, "api_server_count": None, "headless": False, "grpc": False}
+    bare |= {"data_parallel_multi_port_external_lb": False, "served_model_name": None, "api_key": None}
+    return SimpleNamespace(**bare | given)
+
+
+def test_options_of_the_server(tmp_path):
+    vector().save(tmp_path / "love.safetensors")
+    _, _, settings = engine_settings("default", sources(tmp_path), [2], 8)
+    args = parsed(additional_config={"other": 1})
+    settle(args, "default", settings)
+    assert args.worker_cls == "fgsteer.serving.worker.SteeringWorker"
+    assert (args.additional_config["other"], args.additional_config["fgsteer"]["layers"]) == (1, [1, 2])
+    assert (args.api_server_count, args.served_model_name) == (1, ["default"])
+    headless = parsed(headless=True, served_model_name=["mine"])
+    settle(headless, "default", settings)
+    assert (headless.api_server_count, headless.served_model_name) == (None, ["mine"])
+    for given, option in (
+        ({"worker_cls": "x"}, "--worker-cls"),
+        ({"api_server_count": 2}, "--api-server-count"),
+        ({"additional_config": {"fgsteer": {}}}, "--additional-config"),
+        ({"grpc": True}, "--grpc"),
+        ({"data_parallel_multi_port_external_lb": True}, "multi-port"),
+    ):
+        with pytest.raises(fg.SteeringError, match=option):
+            settle(parsed(**given), "default", settings)
+
+
 def test_command_line_of_the_server(tmp_path, monkeypatch, capsys):
     vector().save(tmp_path / "love.safetensors")
-    made = arguments("default", tmp_path, [2], 8, ["--port", "9"])
-    assert made[0].endswith("default/model")
-    extra = made[made.index("--additional-config") + 1]
-    assert '"layers": [1, 2], "rows": 8' in extra
-    assert made[-2:] == ["--port", "9"]
-    assert made[made.index("--served-model-name") + 1] == "default"
-    assert "--api-server-count" not in arguments("default", None, [2], 8, ["--headless"])
-    with pytest.raises(fg.SteeringError, match="--worker-cls"):
-        arguments("default", tmp_path, None, 8, ["--worker-cls=x"])
     with pytest.raises(fg.SteeringError, match="no layer"):
-        arguments("default", None, None, 8, [])
+        engine_settings("default", {}, None, 8)
     monkeypatch.setattr("fgsteer.serving.offline.find_spec", lambda name: None)
     with pytest.raises(fg.SteeringError, match=r"pip install 'fgsteer\[vllm\]'"):
         steered_llm("default", vectors=tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fgsteer", "serve", "default", "--vectors", str(tmp_path), "--dtype", "float32"])
+    command = ["fgsteer", "serve", "default", "--vectors", str(tmp_path), "--admin-key", "k", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
