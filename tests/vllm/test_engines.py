@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from contextlib import contextmanager
+import random
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import fgsteer as fg
 from fgsteer.models import DEFAULT, pretrained_dir
 from fgsteer.rollouts import Sampling, rollout
 from fgsteer.serving import VllmWriter, steered_llm, steering
+from fgsteer.serving.served import Served
 from fgsteer.tokens import encode_prompts
+from tests.vllm import hostile
 from tests.vllm.cases import (
     PROMPTS,
     SETTINGS,
@@ -174,6 +177,48 @@ def test_a_benchmark_is_written_as_by_hooks(eager):
     assert texts == tokenizer.batch_decode(ids[:, -12:], skip_special_tokens=True)
     assert len(set(texts)) > 10  # arms differ
     assert eager.steering.names == before
+
+
+def check_unharmed(llm, folder, monkeypatch):
+    """Unsteered requests to the bit as before, after anything that is accepted; without the checks before it too."""
+    from vllm.exceptions import VLLMValidationError
+
+    before = [run(llm, [(prompt, {})]) for prompt in PROMPTS]
+    rng, outcomes = random.Random(0), set()
+    for checks in (True, False):
+        with monkeypatch.context() as patch:
+            if not checks:
+                patch.setattr(Served, "check", lambda *_: None)
+                patch.setattr(Served, "check_const", lambda *_: None)
+            for path in hostile.files(folder):
+                names = tuple(served())
+                with suppress(fg.FgsteerError):
+                    llm.steering.load("sent", path)
+                    names = ("sent",)
+                for _ in range(3):
+                    extra = hostile.extra(rng, names)
+                    if not checks:
+                        extra = {"steer": names[0], "steer_scale": rng.choice(hostile.SCALES)}
+                    try:
+                        run(llm, [(rng.choice(PROMPTS), extra)], 4)
+                        outcomes.add("accepted")
+                    except VLLMValidationError:
+                        outcomes.add("refused")
+                if names == ("sent",):
+                    llm.steering.unload("sent")
+        assert [run(llm, [(prompt, {})]) for prompt in PROMPTS] == before
+    assert outcomes == {"accepted", "refused"}
+
+
+def test_no_request_harms_another(eager, tmp_path, monkeypatch):
+    check_unharmed(eager, tmp_path, monkeypatch)
+    check_mixed_batch(eager)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_request_harms_another_in_16_bits(dtype, tmp_path, monkeypatch):
+    with engine(dtype=dtype) as llm:
+        check_unharmed(llm, tmp_path, monkeypatch)
 
 
 def test_tensor_parallel_compiled_in_chunks(tmp_path):

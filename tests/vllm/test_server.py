@@ -13,6 +13,7 @@ from fgsteer.serving import steering
 from tests.vllm import hostile
 from tests.vllm.cases import PROMPTS, cases, check, continue_with_hooks, served
 from tests.vllm.server import ADMIN, call, complete, completion, save_served, serving
+from tests.vllm.soak import Soak
 
 pytestmark = pytest.mark.vllm
 
@@ -20,8 +21,20 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     folder = save_served(tmp_path_factory.mktemp("vectors"))
-    with serving(folder, folder.parent / "server.log") as (address, _):
+    with serving(folder, folder.parent / "server.log", "--enable-scale-out") as (address, _):
         yield address
+
+
+def test_a_soak_in_short(url, tmp_path):
+    """That it runs, and that it would tell of steering that is lost."""
+    (tmp_path / "good").mkdir()
+    (tmp_path / "bad").mkdir()
+    soak, broken = Soak(url, tmp_path / "good"), Soak(url, tmp_path / "bad", unsteered=True)
+    soak.run(20, 8)
+    assert (soak.wrong, soak.broken) == ([], [])
+    assert {kind.partition(":")[0] for kind in soak.counts} >= {"honest", "uploaded", "hostile request", "hostile file"}
+    broken.run(5, 8)
+    assert broken.wrong
 
 
 def test_mixed_requests_at_once(url):
