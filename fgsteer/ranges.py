@@ -8,7 +8,7 @@ An activation that overflows becomes inf, then nan, and nan in a shared cache sp
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fgsteer.errors import SteeringError
 from fgsteer.interventions import Update
@@ -35,9 +35,18 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def reach(update: Update) -> float:
-    """The most that the set part of an update changes an entry by, ``Σⱼ|αⱼ + λⱼμⱼ|·|wⱼ|``; inf or nan on overflow."""
-    change: Tensor = (update.const.detach().abs()[..., None] * update.write.detach().abs()).sum(-2)
-    return float(change.amax()) if change.numel() else 0.0
+    """The most that an update changes an entry by: ``Σⱼ|αⱼ + λⱼμⱼ|·|wⱼ|``, or what it reads of a stream of norm 1.
+
+    inf or nan where that overflows.
+    """
+    amounts = [update.const]
+    if update.read is not None:
+        amounts.append(update.lam * update.read.norm(dim=-1))
+    elif update.sae is not None:
+        weights = update.sae.W_enc[:, list(update.features)] if update.features else update.sae.W_enc
+        amounts.append(update.lam * weights.float().norm(dim=0))
+    write = update.write.detach().abs()
+    return float(torch.stack([(each.detach().abs()[..., None] * write).sum(-2).amax() for each in amounts]).amax())
 
 
 def check_amount(amount: float, dtype: torch.dtype, d_model: int, what: str) -> None:

@@ -39,7 +39,21 @@ def test_hooks_refuse_what_would_become_nan(dtype, tokenizer):
     v, sae = fg.SteeringVector(torch.ones(32), AT, reference=torch.zeros(32)), make_sae("relu")
     model = tiny_model("llama", dtype=dtype)
     clamp = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={1: 1e39})
-    for item in (v.clamp(1e39), v.affine(-1e39), v.add(1e39), clamp, (v * 1e15).add(1e15), [None, v.clamp(1e300)]):
+    wide = replace(sae, W_enc=sae.W_enc * 1e30)
+    loud = fg.ClampFeature(hookpoint=sae.hookpoint, sae=wide, targets={1: 1.0})
+    topk = replace(make_sae("topk"), W_enc=sae.W_enc * 1e38)
+    far = fg.ClampFeature(hookpoint=sae.hookpoint, sae=topk, targets={1: 1.0, 3: 0.0})
+    refused = [
+        v.clamp(1e39),
+        v.affine(-1e39),
+        v.add(1e39),
+        clamp,
+        loud,
+        far,
+        (v * 1e15).add(1e15),
+        [None, v.clamp(1e300)],
+    ]
+    for item in refused:
         with pytest.raises(fg.SteeringError, match=r"blocks\.1\.hook_resid_post that changes entries by"):  # noqa: SIM117
             with fg.steer(model, item):
                 pass
