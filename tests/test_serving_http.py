@@ -254,7 +254,8 @@ def test_what_asks_and_is_not_steered_is_the_clients_error(body, stream):
     assert (status, told["error"]["type"]) == (400, "BadRequestError")
     assert "vllm_xargs" in told["error"]["message"]
     escaped = post(**body)[2].replace(b"steer", b"\\u0073teer")
-    assert client("POST", "/v1/completions", escaped)[0] == 400
+    for same in (escaped, post(**body)[2].decode().encode("utf-16")):
+        assert client("POST", "/v1/completions", same)[0] == 400
     form = b'--x\r\ncontent-disposition: form-data; name="vllm_xargs"\r\n\r\n{"steer": "love"}\r\n--x--'
     assert client("POST", "/v1/audio/transcriptions", form)[0] == 400
 

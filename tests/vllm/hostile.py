@@ -13,7 +13,7 @@ from fgsteer.files import write_tensors
 from fgsteer.serving.served import serve
 from tests.vllm.cases import served
 
-SCALES = (1e39, -1e39, 8.6e36, 1e38, 3.4e38, 1e30, 1e20, 1e9, 1e7, -1e6, 1e5, 0.0, 1e-300, 1.7e308)
+SCALES = (1e39, -1e39, 8.6e36, 1e30, 1.7e308, 1e9, 1e7, 1e6, -1e6, 3e5, 1e5, -1e5, 1e4, 1e3, 0.0, 1e-300)
 VALUES: tuple[Any, ...] = (["add"], "turn", "", "love", 7, [1], [], 1.5, "é", "a" * 5000, "\x00", "..", "-", 2**62, -1)
 KEYS = ("steer", "steer_op", "steer_scale", "steer_scope", "steer_bos", "steer_plan", "steer_x", "other")
 
@@ -23,7 +23,7 @@ def extra(rng: random.Random, names: tuple[str, ...]) -> dict[str, Any]:
     made: dict[str, Any] = {"steer": rng.choice(names), "steer_scale": rng.choice(SCALES)}
     made["steer_op"] = rng.choice(("add", "clamp", "affine", "ablate"))
     made["steer_scope"] = rng.choice(("all", "prompt", "generated", "last_prompt_on"))
-    for _ in range(rng.choice((0, 0, 1, 2))):
+    for _ in range(rng.choice((0, 0, 0, 0, 1, 2))):
         made[rng.choice(KEYS)] = rng.choice(VALUES)
     return made
 
