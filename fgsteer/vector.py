@@ -10,6 +10,7 @@ the interventions that apply it. Vectors at one hookpoint add, subtract and scal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionEr
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.hub import VECTOR, fetch, push, save_folder
-from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, _vector
+from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, _finite, _vector
 from fgsteer.models import check_pairing
 from fgsteer.wording import a, count
 
@@ -120,9 +121,9 @@ class SteeringVector:
         return f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, {features})"
 
     def unit(self) -> SteeringVector:
-        """The vector scaled to norm 1. Raises SelectionError for a zero direction."""
-        if not self.norm > 0:
-            raise SelectionError("a direction of norm 0", "one that can be normalised")
+        """The vector scaled to norm 1. Raises SelectionError for a direction whose norm is 0, or beyond float32."""
+        if not 0 < self.norm < math.inf:
+            raise SelectionError(f"a direction of norm {self.norm:g}", "one that can be normalised")
         return self * (1 / self.norm)
 
     __array_ufunc__ = None  # numpy's numbers and arrays leave arithmetic with a vector to the vector
@@ -130,7 +131,7 @@ class SteeringVector:
     def __mul__(self, factor: float) -> SteeringVector:
         if not is_number(factor):
             raise ArgumentError(f"a vector times {shown(factor)}", "a number")
-        factor = float(factor)
+        factor = _finite("a factor", factor)
         return replace(
             self,
             direction=self.direction * factor,
@@ -143,7 +144,7 @@ class SteeringVector:
     def __truediv__(self, divisor: float) -> SteeringVector:
         if not is_number(divisor) or not divisor:
             raise ArgumentError(f"a vector divided by {shown(divisor)}", "a number other than 0")
-        return self * (1 / float(divisor))
+        return self * (1 / _finite("a divisor", divisor))
 
     def __neg__(self) -> SteeringVector:
         return self * -1.0

@@ -70,8 +70,15 @@ def test_numbers_beyond_floats_are_typed_errors():
         for amount in (10**400, -(10**5000), math.inf, math.nan):
             with pytest.raises(fg.SteeringError, match="finite"):
                 make(amount)
+    for make in (v.__mul__, v.__truediv__):
+        for amount in (10**400, -(10**5000), math.inf, math.nan):
+            with pytest.raises(fg.SteeringError, match="finite"):
+                make(amount)
+    far = fg.SteeringVector(torch.full((8,), 1e30), AT)
     with pytest.raises(fg.SteeringError, match="norm inf"):
-        fg.SteeringVector(torch.full((8,), 1e30), AT).clamp(1.0)
+        far.clamp(1.0)
+    with pytest.raises(fg.SelectionError, match="norm inf"):
+        far.unit()
 
 
 def test_a_strength_that_no_amount_reaches_is_nan_before_activations_overflow(tokenizer):

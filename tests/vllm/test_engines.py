@@ -233,6 +233,13 @@ def test_pipeline_parallel_compiled():
         check_mixed_batch(llm)
 
 
+def test_drafted_tokens_are_steered():
+    """Speculative decoding: the tokens of a draft, taken or not, are steered as they are when generated one by one."""
+    draft = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with engine(speculative_config=draft, enforce_eager=True) as llm:
+        check_mixed_batch(llm)
+
+
 def test_second_model_runner(monkeypatch):
     """vLLM's default where Triton runs, which is not on CPUs."""
     from vllm.triton_utils import HAS_TRITON

@@ -21,7 +21,10 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     folder = save_served(tmp_path_factory.mktemp("vectors"))
-    with serving(folder, folder.parent / "server.log", "--enable-scale-out") as (address, _):
+    template = folder.parent / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    options = ("--enable-scale-out", "--chat-template", str(template))
+    with serving(folder, folder.parent / "server.log", *options) as (address, _):
         yield address
 
 
@@ -97,6 +100,9 @@ def test_a_body_beyond_any_vector_is_refused_before_it_is_sent(url):
         ("/v1/completions", {"vllm_xargs": {"steer": "middle", "steer_scale": 1e39}}),
         ("/v1/completions", {"n": 2, "temperature": 1.0, "vllm_xargs": {"steer": "middle", "steer_scale": 1e39}}),
         ("/v1/chat/completions", {"use_beam_search": True, "n": 2, "vllm_xargs": steering("middle")}),
+        ("/v1/chat/completions", {"vllm_xargs": {"steer": "nothing"}}),
+        ("/v1/chat/completions", {"stream": True, "vllm_xargs": {"steer": "nothing"}}),
+        ("/v1/responses", {"input": "hello", "max_output_tokens": 4, "vllm_xargs": {"steer": "nothing"}}),
         ("/tokenize", {"vllm_xargs": steering("middle")}),
         ("/inference/v1/generate", {"sampling_params": {"max_tokens": 2, "extra_args": {"steer": "nothing"}}}),
     ],
@@ -107,7 +113,6 @@ def test_what_asks_for_steering_is_steered_or_refused(url, path, more):
     body.pop("logprobs")
     if "chat" in path:
         body |= {"messages": [{"role": "user", "content": "hello"}]}
-        body["chat_template"] = "{{ messages[0].content }}"
     if "inference" in path:
         body = {"token_ids": body["prompt"]}
     status, reply = call(f"{url}{path}", body | more)
@@ -127,6 +132,29 @@ def test_other_ways_in_are_steered(url):
     assert [choice["token_ids"] for choice in reply["choices"]] == [wanted] * 3
     status, reply = call(f"{url}/v1/completions", completion(case.prompt, case.extra, 8, stream=True))
     assert (status, reply.count("data: ")) == (200, 9)
+
+
+def test_chat_and_responses_are_steered(url):
+    """As a completion of the same tokens is."""
+    case = next(c for c in cases() if c.label == "add")
+    body = completion("", case.extra, 8)
+    body |= {"messages": [{"role": "user", "content": case.prompt}], "max_tokens": 8, "logprobs": True}
+    status, reply = call(f"{url}/v1/chat/completions", {key: body[key] for key in body if key != "prompt"})
+    assert status == 200, reply
+    same = completion(case.prompt, case.extra, 8) | {"prompt": reply["prompt_token_ids"]}
+    status, told = call(f"{url}/v1/completions", same)
+    assert reply["choices"][0]["token_ids"] == told["choices"][0]["token_ids"]
+    assert (
+        told["choices"][0]["token_ids"]
+        != call(f"{url}/v1/completions", same | {"vllm_xargs": None})[1]["choices"][0]["token_ids"]
+    )
+    texts = []
+    for extra in (case.extra, None):
+        asked = {"input": case.prompt, "max_output_tokens": 8, "temperature": 0, "vllm_xargs": extra}
+        status, reply = call(f"{url}/v1/responses", asked | {"model": "default"})
+        assert status == 200, reply
+        texts.append(reply["output"][0]["content"][0]["text"])
+    assert texts[0].strip() == told["choices"][0]["text"].strip() != texts[1].strip()
 
 
 def test_no_accepted_request_changes_an_unsteered_one(url, tmp_path):
