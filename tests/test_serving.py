@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -345,6 +346,17 @@ def test_a_name_in_a_full_table_is_replaced_once_nothing_uses_it():
     assert engine.tables[1].owner.tolist() == [again.sampling_params.extra_args[PLAN][0]]
 
 
+def test_tags_stay_whole_numbers_of_float32():
+    """Whatever the number of uploads: 2²⁴ + 1 would be the tag before it, and steer by another's rows."""
+    control = Control(FakeEngine([1]), [1])
+    control.load("kept", vector(0))
+    for number in range(50):
+        control.load("a", vector(number))
+    assert control.engine.tables[1].owner.max() <= 3
+    control.unload("a")
+    assert (control.engine.tables[1].owner == -1).sum() == 3
+
+
 def test_what_admission_has_not_planned_never_reaches_the_engine():
     control = Control(FakeEngine([1]), [1])
     control.load("love", vector(0))
@@ -420,6 +432,20 @@ def test_command_line_of_the_server(tmp_path, monkeypatch, capsys):
         main()
     assert stop.value.code == 2
     assert "vllm" in capsys.readouterr().err
+
+
+def test_the_soaks_figures_are_in_the_readme():
+    root = Path(__file__).parents[1]
+    told = fg.files.read_json(root / "benchmarks" / "results" / "soak.json")
+    honest, memory = told["honest"], told["memory"]
+    assert (told["minutes"], told["clients"], honest["unequal"], told["broken"]) == (10, 8, 0, [])
+    assert told["alive"]
+    assert memory["flat"]
+    figures = (
+        f"all {honest['answers']:,} honest answers among {told['requests']:,} requests equalled their hook-made twins, "
+        f"memory {memory['growth']:+.1%}"
+    )
+    assert figures in (root / "README.md").read_text(encoding="utf-8")
 
 
 def test_importing_serving_needs_no_vllm():

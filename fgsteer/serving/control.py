@@ -60,7 +60,6 @@ class Control:
         self.engine, self.layers = engine, tuple(layers)
         self._entries: dict[str, _Entry] = {}
         self._retired: list[int] = []
-        self._tags = itertools.count(1)
         self._lock = threading.Lock()
 
     @property
@@ -91,7 +90,10 @@ class Control:
             )
         with self._lock:
             self._sweep()
-            entry = _Entry(next(self._tags), served)
+            used = {*self._retired, *(entry.tag for entry in self._entries.values())}
+            entry = _Entry(
+                next(tag for tag in itertools.count(1) if tag not in used), served
+            )  # small: float32 holds it
             old = self._entries.get(name)
             error = self._fill(entry)
             if error and old is not None and old.served.layer == served.layer:
