@@ -148,6 +148,15 @@ def test_files_of_huge_entries_are_refused_when_they_are_loaded(size, dtype, tmp
     assert (engine.tables[1].owner == -1).all()
 
 
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc"])
+def test_a_clamp_of_a_damaged_sae_is_refused(name):
+    sae = make_sae("relu")
+    sae = replace(sae, **{name: getattr(sae, name).clone().fill_(math.nan)})
+    control = Control(FakeEngine([1]), [1])
+    with pytest.raises(fg.SteeringError, match="changes entries by nan"):
+        control.load("x", fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={3: 1.0}))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_admission_holds_amounts_against_the_engines_dtype(dtype):
     engine = FakeEngine([1])

@@ -95,10 +95,11 @@ class Served:
     def check(self, dtype: torch.dtype) -> None:
         """Raises SteeringError for rows, a norm or a reference beyond what activations of a dtype can take."""
         width, (by_const, by_read) = self.read.shape[1], self._reach
-        entries = max(float(getattr(self, name).double().abs().amax()) for name in ROWS if name != "threshold")
+        entries = torch.cat([getattr(self, name).flatten().double() for name in ROWS if name != "threshold"])
         strength = 1.0 if self.norm is None else self.norm
         for what, amount in (
-            ("a row", max(entries, by_read)),
+            ("a row", float(entries.abs().amax())),
+            ("a row", by_read),
             ("a vector or a clamp at strength 1", strength * by_const),
             ("a reference", abs(self.offset or 0.0) * by_const),
         ):
