@@ -6,11 +6,12 @@
 # make lock   writes constraints.txt anew: the newest versions that pyproject.toml allows, in .venv-lock; then make test
 # make test-llama-cpp  creates .venv-llama-cpp, builds llama.cpp (some minutes), tests control vectors in it
 # make test-vllm  creates .venv-vllm with vLLM for the CPU, tests serving in it
+# make soak   ten minutes of a server with honest and hostile clients, in .venv-vllm; its figures go to benchmarks/results
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow gpu test-vllm test-llama-cpp test-lowest lint lock clean
+.PHONY: demo test slow gpu test-vllm soak test-llama-cpp test-lowest lint lock clean
 
 demo: .venv/installed
 	$(BIN)/fgsteer demo
@@ -50,6 +51,9 @@ test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python tests/vllm/install.py
 	.venv-vllm/bin/python -m pip install -q -e . pytest
 	touch $@
+
+soak: .venv-vllm/installed
+	.venv-vllm/bin/python -m tests.vllm.soak --minutes 10 --out benchmarks/results/soak.json
 
 test-llama-cpp: .venv-llama-cpp/installed
 	.venv-llama-cpp/bin/python -m pytest -m llama_cpp tests/llama_cpp

@@ -354,8 +354,8 @@ def steer(
 
     ``HookpointError`` and ``PairingError`` are raised before anything is hooked;
     ``SteeringError`` for another number of rows than entries or prompt lengths, for prompt lengths that
-    are no counts, exceed a pass or meet ``generate``, or, on a float16 model, c·v beyond
-    65504 (a sum h + c·v beyond it still becomes inf). Warns UntouchedWarning when an intervention
+    are no counts, exceed a pass or meet ``generate``, or for an amount at which activations of the
+    model's dtype overflow (c·v or a target beyond ``ranges.largest``). Warns UntouchedWarning when an intervention
     touched no token, or a module that is steered was replaced inside the block, FgsteerWarning of a
     model in train mode with dropout.
     """

@@ -122,9 +122,9 @@ class SteeringVector:
         return f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, {features})"
 
     def unit(self) -> SteeringVector:
-        """The vector scaled to norm 1. Raises SelectionError for a zero direction."""
-        if not self.norm > 0:
-            raise SelectionError("a direction of norm 0", "one that can be normalised")
+        """The vector scaled to norm 1. Raises SelectionError for a direction whose norm is 0, or beyond float32."""
+        if not 0 < self.norm < math.inf:
+            raise SelectionError(f"a direction of norm {self.norm:g}", "one that can be normalised")
         return self * (1 / self.norm)
 
     __array_ufunc__ = None  # numpy's numbers and arrays leave arithmetic with a vector to the vector

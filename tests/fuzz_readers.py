@@ -27,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 
 import fgsteer as fg
@@ -41,10 +42,14 @@ from fgsteer.info import describe_file
 from fgsteer.measuring import _check_shapes
 from fgsteer.parts import Parts
 from fgsteer.ranks import Ranks
-from fgsteer.serving import save_clamp
-from fgsteer.serving.served import read_served
+from fgsteer.serving import save_clamp, steering
+from fgsteer.serving.control import Control
+from fgsteer.serving.http import asking, load
+from fgsteer.serving.request import PLAN
+from fgsteer.serving.served import check_name, read_served
+from fgsteer.serving.tables import Batch
 from fgsteer.tokens import TokenReader
-from tests import runs
+from tests import engine, runs
 from tests.conftest import make_sae
 from tests.sae_files import K, config_of, folder_of, sparsify_files, state_of
 from tests.tiny import word_tokenizer
@@ -123,14 +128,14 @@ def piece(path):
 
 def part(path, kind):
     with tempfile.TemporaryDirectory() as folder:
-        parts = Parts(folder, kind, PLAN, Ranks())
+        parts = Parts(folder, kind, PARTS, Ranks())
         parts.path(0).write_bytes(path.read_bytes())
         return parts.read(0, "0")
 
 
 def collected(path):
     with tempfile.TemporaryDirectory() as folder:
-        return list(_sums_of(Parts(folder, "", PLAN, Ranks()), [part(path, "collected texts")]))
+        return list(_sums_of(Parts(folder, "", PARTS, Ranks()), [part(path, "collected texts")]))
 
 
 def clamp(path):
@@ -147,7 +152,54 @@ def answer(path):
     return read_score(completion(path.read_bytes()) or "")
 
 
-PLAN = {"p": 1}
+def upload(path):
+    """A body, loaded by a server's engine; what it accepts is asked for."""
+    control = Control(engine.FakeEngine([1]), [1])
+    load(control, "sent", path.read_bytes())
+    return [asked(control, {"steer": "sent", "steer_scale": scale}) for scale in (1.0, -1e3, 1e6)]
+
+
+def wish(path):
+    """A body that asks for steering, as the server reads it."""
+    asks, refusal = asking(path.read_bytes())
+    try:
+        body = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return asks, refusal
+    extra = body.get("vllm_xargs") if isinstance(body, dict) else None
+    return asks, refusal, asked(CONTROL, extra) if isinstance(extra, dict) else None
+
+
+def asked(control, extra):
+    """A request admitted, and what its steering makes of a few tokens: finite numbers, and others' as they were."""
+    made = engine.request(extra)
+    if not control.admit(made):
+        return None
+    table = control.engine.tables[1]
+    batch = Batch(8, torch.device("cpu"))
+    table.tokens, batch.plans = batch.tokens, {"r": tuple(made.sampling_params.extra_args[PLAN])}
+    hidden = 3 * engine.normal(0, 8, engine.WIDTH)
+    batch.place(["r", "other"], np.array([0, 4, 8]), torch.arange(4).repeat(2))
+    out = table(hidden, hidden)
+    assert (out[:4] + hidden[:4]).square().sum(1).isfinite().all()
+    assert torch.equal(out[4:], hidden[4:])
+    return out
+
+
+def name(path):
+    told = path.read_bytes().decode(errors="replace")
+    with contextlib.suppress(ValueError, RecursionError):
+        told = json.loads(told)
+    inside = Path("/vectors", f"{check_name(told)}.safetensors")
+    assert inside.resolve() == inside
+    assert told.isascii()
+    assert told.isprintable()
+
+
+CONTROL = Control(engine.FakeEngine([1]), [1])
+for key, thing in (("love", engine.vector()), ("features", engine.clamp("relu"))):
+    CONTROL.load(key, thing)
+PARTS = {"p": 1}
 TEXTS = [("", "the man", True), ("", "a cat", False)]
 HEADER = {"fgsteer": "bench", "plan": {"prompts": 2}, "sha256": {}, "model": {"name": "m"}}
 TOKENIZER = word_tokenizer()
@@ -155,7 +207,7 @@ TOKENIZER = word_tokenizer()
 
 def readers(folder: Path) -> dict[str, Reader]:
     """Every reader by name, with good files; the folder is for making them."""
-    return {**saved_files(folder), **texts(), **records(folder), **sae_folders(folder)}
+    return {**saved_files(folder), **texts(), **records(folder), **requests(folder), **sae_folders(folder)}
 
 
 def as_json(value: object) -> bytes:
@@ -189,7 +241,7 @@ def saved_files(folder: Path) -> dict[str, Reader]:
     for name, thing in made.items():
         thing.save(folder / name)
     parts = {"vectors": torch.ones(2, 6), "strengths": torch.ones(2)}
-    header = {"plan": text_sha256(PLAN), "part": 0, "of": "0"}
+    header = {"plan": text_sha256(PARTS), "part": 0, "of": "0"}
     write_tensors(folder / "effects part", parts, kind="effects part", header=header)
     at = fg.Hookpoint.parse(AT)
     sums = _Reader(model, TokenReader(TOKENIZER), None, [at], True, {}).window(0, TEXTS)
@@ -249,6 +301,21 @@ def records(folder: Path) -> dict[str, Reader]:
         "strengths of a run": Reader({"f.json": (folder / "arms").read_bytes()}, lambda path: read_arms(path, HEADER)),
         "judge's cache": Reader({"f.jsonl": scores}, cache),
         "judge's answer": Reader({"f.json": told}, answer),
+    }
+
+
+def requests(folder: Path) -> dict[str, Reader]:
+    """What the clients of a server send: vectors and clamps, requests, names."""
+    engine.vector().save(folder / "sent")
+    save_clamp(engine.clamp("jumprelu"), folder / "sent clamp")
+    extra = steering("love", op="affine", scale=0.5, scope="generated")
+    body = {"model": "m", "prompt": [1, 2], "vllm_xargs": extra, "use_beam_search": False}
+    return {
+        "upload, vector": Reader({"f": (folder / "sent").read_bytes()}, upload),
+        "upload, clamp": Reader({"f": (folder / "sent clamp").read_bytes()}, upload),
+        "request": Reader({"f.json": as_json(body)}, wish),
+        "request, clamp": Reader({"f.json": as_json({"vllm_xargs": steering("features", scale=2.0)})}, wish),
+        "name": Reader({"f.json": as_json("love-2.b")}, name),
     }
 
 

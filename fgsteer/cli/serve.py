@@ -19,11 +19,25 @@ def serve(
     vectors: Annotated[Path | None, typer.Option("--vectors", help="Folder of NAME.safetensors to load.")] = None,
     layers: Annotated[str, typer.Option("--layers", help="More layers to steer at, such as 10,12.")] = "",
     rows: Annotated[int, typer.Option("--rows", min=1, max=MOST, help="Room for vectors at each layer.")] = 32,
+    admin_key: Annotated[
+        str | None,
+        typer.Option("--admin-key", envvar="FGSTEER_ADMIN_KEY", help="Key to list, load and unload vectors with."),
+    ] = None,
+    allow_uploads: Annotated[
+        bool, typer.Option("--allow-uploads", help="Let anyone load vectors where there is no key at all.")
+    ] = False,
 ) -> None:
     """Serve with vLLM, each request steered as it asks. Other options go to vLLM (vllm serve --help)."""
     from fgsteer.serving.server import serve as run
 
     if not re.fullmatch(r"(\d{1,9}(,|$))*", layers):
         raise DataError(f"--layers {layers:.100}", "layer numbers with commas between")
-    more_layers = [int(layer) for layer in layers.split(",") if layer]
-    run(model, vectors, layers=more_layers, rows=rows, more=context.args)
+    run(
+        model,
+        vectors,
+        layers=[int(layer) for layer in layers.split(",") if layer],
+        rows=rows,
+        more=context.args,
+        admin_key=admin_key or None,
+        allow_uploads=allow_uploads,
+    )
