@@ -3,13 +3,15 @@
 # make slow   the tests that take longer, make gpu those that need a CUDA device
 # make test-lowest  creates .venv-lowest with the lowest versions of every dependency, tests models and loading in it:
 #                   to be run by whoever changes a minimum in pyproject.toml or what is used of a dependency
+# make lock   writes constraints.txt anew: the newest versions that pyproject.toml allows, in .venv-lock; then make test
 # make test-llama-cpp  creates .venv-llama-cpp, builds llama.cpp (some minutes), tests control vectors in it
 # make test-vllm  creates .venv-vllm with vLLM for the CPU, tests serving in it
+# make soak   ten minutes of a server with honest and hostile clients, in .venv-vllm; its figures go to benchmarks/results
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow gpu test-vllm test-llama-cpp test-lowest lint clean
+.PHONY: demo test slow gpu test-vllm soak test-llama-cpp test-lowest lint lock clean
 
 demo: .venv/installed
 	$(BIN)/fgsteer demo
@@ -50,6 +52,9 @@ test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pip install -q -e . pytest
 	touch $@
 
+soak: .venv-vllm/installed
+	.venv-vllm/bin/python -m tests.vllm.soak --minutes 10 --out benchmarks/results/soak.json
+
 test-llama-cpp: .venv-llama-cpp/installed
 	.venv-llama-cpp/bin/python -m pytest -m llama_cpp tests/llama_cpp
 
@@ -69,6 +74,15 @@ test-lowest: .venv-lowest/installed
 	.venv-lowest/bin/python -m pip install -q -c tests/lowest.txt torch
 	.venv-lowest/bin/python -m pip install -q -c tests/lowest.txt transformer-lens -e '.[test]'
 	touch $@
+
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install -q torch
+	.venv-lock/bin/python -m pip install -q '.[test]'
+	{ grep '^#' constraints.txt; .venv-lock/bin/python -m pip freeze --all --exclude pip --exclude fgsteer \
+		| sed 's/+[^+]*$$//'; } > .venv-lock/constraints.txt
+	mv .venv-lock/constraints.txt constraints.txt
 
 clean:
 	rm -rf .venv .venv-* build dist

@@ -46,17 +46,18 @@ def brief(value: Any) -> str:
     if value is None or isinstance(value, bool | int):
         return str(value)
     text = str(value)
-    return text if 0 < len(text) <= TEXT and "\n" not in text else type(value).__name__
+    return text if 0 < len(text) <= TEXT and text.isprintable() else type(value).__name__
 
 
 def _entries(value: Mapping[Any, Any] | Sequence[Any] | Set[Any]) -> str:
     """A collection: its entries where they are few and plain, else their number."""
-    plain = all(isinstance(entry, str | int | float | None) for entry in _flat(value))
-    mapped = isinstance(value, Mapping)
-    told = [f"{k!r}: {brief(v)}" for k, v in value.items()] if mapped else [brief(v) for v in value]  # type: ignore[union-attr]
-    text = ", ".join(told) if len(value) <= FEW and plain else ""
+    mapped, text = isinstance(value, Mapping), ""
+    if len(value) <= FEW and all(isinstance(entry, str | int | float | None) for entry in _flat(value)):
+        told = [f"{k!r}: {brief(v)}" for k, v in value.items()] if mapped else [brief(v) for v in value]  # type: ignore[union-attr]
+        text = ", ".join(told)
     left, right = ("{", "}") if mapped else ("(", ")")
-    return f"{left}{text}{right}" if len(text) <= TEXT and (text or not value) else f"{left}{len(value)} entries{right}"
+    number = f"{len(value)} {'entry' if len(value) == 1 else 'entries'}"
+    return f"{left}{text if len(text) <= TEXT and (text or not value) else number}{right}"
 
 
 def _flat(value: Any) -> Any:

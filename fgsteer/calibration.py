@@ -10,9 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from fgsteer.checks import checked
+import torch
+
+from fgsteer.checks import check_number, checked
 from fgsteer.errors import SteeringError
 from fgsteer.interventions import Intervention
+from fgsteer.ranges import largest, model_dtype, reach
 from fgsteer.scoring import Scored, cross_entropies, kl_divergences
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ def calibrate(
     at_zero = costs([make(0.0)])[0]
     if at_zero >= target:
         raise SteeringError(f"a {name} of {at_zero:.3f} nats at coefficient 0", f"less than the target {target}")
-    found = _solve(costs, [target], [make], start, tolerance)[0][0]
+    found = _solve(costs, [target], [make], start, tolerance, model_dtype(model))[0][0]
     if math.isnan(found):
         raise SteeringError(f"a {name} below {target} nats at every coefficient tried", "a vector that moves the model")
     return found
@@ -72,11 +75,11 @@ def calibrate_many(
     """The coefficient of ``calibrate`` for each of many interventions, many to a forward pass.
 
     Each is doubled from ``start`` until its cost reaches the target, then the bracket is narrowed; nan where
-    the target is not reached after forty doublings. Raises SteeringError for ``start`` ≤ 0, for both
-    targets, or for one that is no finite number > 0.
+    the target is not reached after forty doublings, or before activations overflow. Raises SteeringError
+    for ``start`` ≤ 0, for both targets, or for one that is no finite number > 0.
     """
     _, target, costs = _cost(model, tokenizer, texts, target_ce_rise, target_kl, batch_tokens)
-    return [found[0] for found in _solve(costs, [target], makes, start, tolerance)]
+    return [found[0] for found in _solve(costs, [target], makes, start, tolerance, model_dtype(model))]
 
 
 @checked
@@ -101,7 +104,7 @@ def calibrate_grid(
     if not target_ce_rises:
         raise SteeringError("no target_ce_rises", "at least one")
     costs = _cost(model, tokenizer, texts, target_ce_rises[0], None, batch_tokens)[2]
-    return _solve(costs, target_ce_rises, makes, start, tolerance)
+    return _solve(costs, target_ce_rises, makes, start, tolerance, model_dtype(model))
 
 
 def _cost(
@@ -128,6 +131,7 @@ def _cost(
 
 
 def _check_target(name: str, target: float) -> None:
+    check_number(name, target)
     if not 0 < target < math.inf:
         raise SteeringError(f"{name} = {target}", "nats a token, finite and > 0")
 
@@ -138,16 +142,23 @@ def _solve(
     makes: Sequence[Callable[[float], Intervention]],
     start: float,
     tolerance: float,
+    dtype: torch.dtype,
 ) -> list[list[float]]:
     """The coefficients at which each intervention costs each target; nan where none does."""
-    if not start > 0:
-        raise SteeringError(f"start = {start}", "a coefficient > 0 to double from")
+    for name, value in (("start", start), ("tolerance", tolerance)):
+        if not 0 < value < math.inf:
+            raise SteeringError(f"{name} = {value}", "finite and > 0")
     searches = [[_Search(target, float(start)) for target in targets] for _ in makes]
     while asked := [(n, s) for n, group in enumerate(searches) if (s := next((s for s in group if s.open), None))]:
-        guesses = [search.guess for _, search in asked]
-        values = costs([makes[n](guess) for (n, _), guess in zip(asked, guesses, strict=True)])
-        for (n, search), guess, value in zip(asked, guesses, values, strict=True):
+        items = [makes[n](search.guess) for n, search in asked]
+        for (_, search), item in zip(asked, items, strict=True):
+            if search.low[0] > 0 and not reach(item.update()) <= largest(dtype, item.d_model):
+                search.found = math.nan  # doubled out of what the model's dtype holds
+        tried = [(n, search, item) for (n, search), item in zip(asked, items, strict=True) if search.found is None]
+        values = costs([item for _, _, item in tried]) if tried else []
+        for (n, search, _), value in zip(tried, values, strict=True):
             search.turns += 1
+            guess = search.guess
             for other in searches[n]:
                 other.tell(guess, value, tolerance)
     return [[search.found if search.found is not None else search.guess for search in group] for group in searches]

@@ -13,9 +13,12 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fgsteer.escaping import escaped
 from fgsteer.files import whole
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fgsteer.examples import Excerpt
     from fgsteer.reading import FeatureRow
 
@@ -83,7 +86,7 @@ def html_page(heading: str, rows: Sequence[FeatureRow], notes: Iterable[str] = (
 
     A token's background shows the activation on it, in five steps of the feature's largest shown.
     """
-    above = "".join(f'<p class="quiet">{escape(note)}</p>' for note in notes)
+    above = "".join(f'<p class="quiet">{_text(note)}</p>' for note in notes)
     if any(row.excerpts for row in rows):
         steps = "".join(f'<span class="s{n}">{100 * n // SHADES} %</span>' for n in range(1, SHADES + 1))
         above += (
@@ -98,8 +101,8 @@ def whole_page(heading: str, above: str, main: str, more_style: str = "") -> str
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(heading)}</title><style>{style()}{more_style}</style></head>\n"
-        f"<body><header><h1>{escape(heading)}</h1>{above}</header>\n<main>{main}</main></body></html>\n"
+        f"<title>{_text(heading)}</title><style>{style()}{more_style}</style></head>\n"
+        f"<body><header><h1>{_text(heading)}</h1>{above}</header>\n<main>{main}</main></body></html>\n"
     )
 
 
@@ -113,19 +116,23 @@ def _card(row: FeatureRow) -> str:
     facts = [
         ("weight", "" if row.weight is None else f"{row.weight:.4f}"),
         ("density", "" if row.density is None else f"{row.density:.3%} of tokens"),
-        ("found", escape("; ".join(row.why))),
-        ("raises", " ".join(f"<code>{escape(t)}</code>" for t in row.tokens)),
-        ("lowers", " ".join(f"<code>{escape(t)}</code>" for t in row.lowered)),
+        ("found", _text("; ".join(row.why))),
+        ("raises", " ".join(f"<code>{_text(t)}</code>" for t in row.tokens)),
+        ("lowers", " ".join(f"<code>{_text(t)}</code>" for t in row.lowered)),
         ("more", f'<a href="{escape(row.link)}">Neuronpedia</a>' if row.link else ""),
     ]
     listed = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts if value)
-    label = f"<p>{escape(row.label)}</p>" if row.label else ""
+    label = f"<p>{_text(row.label)}</p>" if row.label else ""
     largest = max((max(e.activations) for e in row.excerpts), default=0.0)
     excerpts = "".join(_excerpt(excerpt, largest) for excerpt in row.excerpts)
     return (
         f'<article id="f{row.id}"><h2>Feature {row.id}</h2>{label}<dl>{listed}</dl>'
         f"{f'<ol>{excerpts}</ol>' if excerpts else ''}</article>\n"
     )
+
+
+def _text(text: str) -> str:
+    return escape(escaped(text, keep=""))
 
 
 def _excerpt(excerpt: Excerpt, largest: float) -> str:
@@ -158,13 +165,11 @@ def _characters(tokens: Sequence[str]) -> Iterable[tuple[int, int]]:
             first = n + 1
 
 
-def print_features(told: dict[str, Any]) -> None:
+def print_features(told: dict[str, Any], console: Console) -> None:
     """Print what ``fgsteer features`` has to tell: a table of features, then their excerpts."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
     console.print(Text(told["heading"]))
     if "raises" in told:
         console.print(Text(f"  raises  {' '.join(told['raises'])}\n  lowers  {' '.join(told['lowers'])}"))

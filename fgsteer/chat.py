@@ -17,6 +17,17 @@ Message = Mapping[str, str]
 Text = str | Sequence[Message]
 
 
+def whole_text(text: str, where: str) -> str:
+    """The text. Raises DataError for one that holds half a character, as bytes of another encoding become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half a character, {text[error.start]!r} at {error.start}", "Unicode text, as UTF-8 holds it"
+        ) from error
+    return text
+
+
 def plain_message(message: object, where: str) -> Message:
     """The message with a text as its content; text parts ({"type": "text", "text": …}) are joined.
 
@@ -26,11 +37,12 @@ def plain_message(message: object, where: str) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise DataError(f"{where}: {message!r:.200}", expected)
     content = message.get("content")
-    if isinstance(content, str):
-        return message
-    if not isinstance(content, list | tuple) or not content:
+    if isinstance(content, list | tuple) and content:
+        message = {**message, "content": "".join(_text_part(part, where) for part in content)}
+    elif not isinstance(content, str):
         raise DataError(f"{where}: {message!r:.200}", expected)
-    return {**message, "content": "".join(_text_part(part, where) for part in content)}
+    whole_text(message["role"] + message["content"], where)
+    return message
 
 
 def _text_part(part: object, where: str) -> str:

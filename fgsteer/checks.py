@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from torch import Tensor, nn
+from torch.utils import _contextlib as no_grad
 
-from fgsteer.errors import ArgumentError
+from fgsteer.errors import ArgumentError, DataError
 from fgsteer.wording import a
 
 P = ParamSpec("P")
 R = TypeVar("R")
+MOST = 2**31 - 1  # of what is counted: tokens, texts, rows
 PACKAGE = str(Path(__file__).resolve().parent)
+_ON_THE_WAY = (PACKAGE, contextlib.__file__, no_grad.__file__)  # files of frames that no caller of this package wrote
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -42,12 +45,14 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is one real number of Python, numpy or torch; True and False are not."""
+    """Whether a value is one real number of Python, numpy or torch that a float holds; True and False are not."""
     if callable(getattr(value, "item", None)):  # of an array or a tensor of one element
         try:
             value = value.item()  # type: ignore[attr-defined]
         except (RuntimeError, ValueError):
             return False
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return False
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -55,6 +60,14 @@ def check_number(name: str, value: object) -> None:
     """Raises ArgumentError unless the value is one real number."""
     if not is_number(value):
         raise ArgumentError(f"{name} = {shown(value)}", "a number")
+
+
+def check_range(name: str, value: object, least: float, most: float, *, whole: bool = False) -> None:
+    """Raises ArgumentError unless the value is one number, or a ``whole`` one; DataError for one out of range."""
+    fits = is_whole(value) if whole else is_number(value)
+    if not fits or not least <= value <= most:  # type: ignore[operator]
+        expected = f"a {'whole ' if whole else ''}number from {least} to {most}"
+        raise (DataError if fits else ArgumentError)(f"{name} = {shown(value)}", expected)
 
 
 def check_flags(**flags: object) -> None:
@@ -69,6 +82,8 @@ def shown(value: object) -> str:
     name = type(value).__name__
     if value is None or isinstance(value, bool):
         return repr(value)
+    if isinstance(value, int) and value.bit_length() > 200:  # Python writes out no number of 4,300 digits
+        return f"{'-' if value < 0 else ''}2^{value.bit_length() - 1} and more ({name})"
     return f"{value!r:.60} ({name})" if isinstance(value, str | int | float | complex | Path) else a(name)
 
 
@@ -109,7 +124,7 @@ _TOKENIZER = "pass the tokenizer that fg.load_model returns beside the model, or
 _KINDS: dict[str, _Kind] = {
     "None": _Kind(lambda value: value is None, "None"),
     "bool": _Kind(lambda value: isinstance(value, bool), "True or False"),
-    "int": _Kind(is_whole, "a whole number"),
+    "int": _Kind(lambda value: is_whole(value) and abs(int(value)) < 2**63, "a whole number"),
     "float": _Kind(is_number, "a number"),
     "str": _Kind(lambda value: isinstance(value, str), "a text"),
     "Path": _Kind(lambda value: isinstance(value, Path), "a path"),
@@ -222,6 +237,6 @@ def checked_after(former: Sequence[str]) -> Callable[[Callable[P, R]], Callable[
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line outside this package that led here."""
     level, frame = 1, sys._getframe(0)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((PACKAGE, contextlib.__file__)):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_ON_THE_WAY):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

@@ -40,7 +40,7 @@ def separate(prompt: Text, positive: Text, negative: Text) -> tuple[Text, Text, 
 
     The messages that both begin with belong to the prompt, as long as either side keeps one of its own. A prompt
     that they end in is not said twice, and a prompt without them stands before them. Raises DataError for
-    conversations that begin with another user's message right after the prompt's.
+    conversations that begin with another user's message right after the prompt's, or with another system message.
     """
     if isinstance(positive, str) or isinstance(negative, str):
         return _beside_a_string(prompt, positive, negative)
@@ -54,9 +54,8 @@ def separate(prompt: Text, positive: Text, negative: Text) -> tuple[Text, Text, 
         return (common or "", *after)
     turns = _without_system(before)
     said = _without_system(common)
-    if turns and (_agree(said, turns) or _agree(said[: len(turns)], turns)):
-        system = [message for message in (*before, *common) if message["role"] == "system"][:1]
-        return ([*system, *said], *after)
+    if not turns or _agree(said, turns) or _agree(said[: len(turns)], turns):
+        return ([*_system_before(before, common), *common], *after)
     for side in (positive, negative):
         opening = _without_system(side)[:1]
         if before[-1]["role"] == "user" and opening and opening[0]["role"] == "user":
@@ -67,6 +66,20 @@ def separate(prompt: Text, positive: Text, negative: Text) -> tuple[Text, Text, 
                 "leave the field 'prompt' out: what both conversations begin with is then the prompt",
             )
     return ([*before, *common] if common else prompt, *after)
+
+
+def _system_before(prompt: Sequence[Message], common: Sequence[Message]) -> list[Message]:
+    """The prompt's system messages, for conversations that bring none. Raises DataError where they bring another."""
+    told, own = ([m for m in messages if m["role"] == "system"] for messages in (prompt, common))
+    for message in told:
+        if own and not any(_agree([other], [message]) for other in own):
+            raise DataError(
+                f"a prompt with the system message {message['content']!r:.60} and conversations with "
+                f"{own[0]['content']!r:.60}",
+                "one system message",
+                "leave the field 'prompt' out: what both conversations begin with is then the prompt",
+            )
+    return [] if own else told
 
 
 def _beside_a_string(prompt: Text, positive: Text, negative: Text) -> tuple[Text, Text, Text]:

@@ -15,6 +15,7 @@ import csv
 import gzip
 import lzma
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -102,7 +103,10 @@ def _parquet(path: Path, fields: Collection[str]) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in fields] or None
+            names = file.schema_arrow.names
+            if twice := [name for name, times in Counter(names).items() if times > 1]:
+                raise DataError(f"{path} has columns that are named twice: {', '.join(twice)}", "each name once")
+            columns = [name for name in names if name in fields] or None
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 for row in batch.to_pylist():
                     number += 1

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fgsteer.brief import Brief
-from fgsteer.chat import Text, plain_message
+from fgsteer.chat import Text, plain_message, whole_text
 from fgsteer.checks import shown
 from fgsteer.conversations import after_prompt, separate, split
 from fgsteer.corpora import file_kind, read_rows
@@ -45,7 +45,7 @@ def check_text(value: object, where: str, *, empty: bool = False) -> Text:
     if isinstance(value, str):
         if not value.strip() and not empty:
             raise DataError(f"{where} is empty", "a text or chat messages")
-        return value
+        return whole_text(value, where)
     if isinstance(value, Sequence) and (value or empty):
         return [plain_message(message, f"{where}, message {number}") for number, message in enumerate(value)]
     hint = "put the message into a list: [message]" if isinstance(value, Mapping) and "role" in value else ""

@@ -99,7 +99,7 @@ class FeatureDensity(Brief):
             "max_density": self.max_density,
             "corpus": self.corpus,
         }
-        tensors = {name: getattr(self, name) for name in ("fired", "documents", "first")}
+        tensors = {name: getattr(self, name) for name in COUNTS}
         write_tensors(path, tensors, kind="density", header=header)
 
     @classmethod
@@ -107,7 +107,7 @@ class FeatureDensity(Brief):
         """Read a file that ``save`` wrote. Raises FormatError."""
         tensors, header = read_tensors(path, kind="density")
         try:
-            if len({tuple(tensors[name].shape) for name in ("fired", "documents", "first")}) != 1:
+            if len({tuple(tensors[name].shape) for name in COUNTS}) != 1:
                 raise ValueError("counts of unequal widths")
             if tensors["fired"].ndim != 1 or not 0 <= int(header["tokens"]) < 2**53:
                 raise ValueError(f"counts of {header['tokens']} tokens, of shape {tuple(tensors['fired'].shape)}")

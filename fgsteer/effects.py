@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.brief import Brief
-from fgsteer.checks import check_flags, checked
+from fgsteer.checks import check_flags, check_number, checked
 from fgsteer.data import load_neutral
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.files import read_tensors, write_tensors
@@ -158,8 +158,11 @@ class EffectApproximator(Brief):
                 f"a target of shape {tuple(target.shape)}", f"{tuple(self.b.shape)}, one weight a feature"
             )
         check_flags(unit_effects=unit_effects)
-        if not mu >= 0:
-            raise SelectionError(f"mu = {mu}", "a number ≥ 0, or inf")
+        check_number("mu", mu)
+        check_number("bias_weight", bias_weight)
+        if not mu >= 0 or not math.isfinite(bias_weight):
+            raise SelectionError(f"mu = {mu}, bias_weight = {bias_weight}", "mu ≥ 0 or inf, a finite bias_weight")
+        mu, bias_weight = float(mu), float(bias_weight)
         M = self.M.double()
         if mu != math.inf:
             gram = M @ M.T

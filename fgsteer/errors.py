@@ -14,12 +14,14 @@
     FgsteerWarning
     ├── PairingWarning     things that may not belong together (names)
     ├── SelectionWarning   a selection that is weaker than it looks
-    └── UntouchedWarning   a steered run in which no token was steered
+    └── UntouchedWarning   a steered run in which no token was steered, or a module that was is replaced
 
 An error says what came, what was expected, and what to change.
 """
 
 from __future__ import annotations
+
+from fgsteer.escaping import escaped
 
 
 class FgsteerError(Exception):
@@ -29,6 +31,9 @@ class FgsteerError(Exception):
         self.got, self.expected, self.change = got, expected, change
         parts = [got, f"expected {expected}" if expected else "", change]
         super().__init__("; ".join(part for part in parts if part))
+
+    def __str__(self) -> str:
+        return escaped(super().__str__())  # names and texts in it may come from anywhere
 
 
 class ArgumentError(FgsteerError, TypeError):
@@ -74,6 +79,9 @@ class JudgeError(FgsteerError, RuntimeError):
 class FgsteerWarning(UserWarning):
     """Base of every fgsteer warning."""
 
+    def __str__(self) -> str:
+        return escaped(super().__str__())
+
 
 class PairingWarning(FgsteerWarning):
     """Names of a model, SAE or vector differ, though their shapes agree."""
@@ -84,4 +92,4 @@ class SelectionWarning(FgsteerWarning):
 
 
 class UntouchedWarning(FgsteerWarning):
-    """A steered run in which an intervention touched no token."""
+    """A steered run in which an intervention touched no token, or in which what it acts on was replaced."""

@@ -20,9 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fgsteer.brief import Brief
-from fgsteer.checks import checked_after
+from fgsteer.checks import check_range, checked_after, is_whole, shown
 from fgsteer.corpora import as_documents
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
+from fgsteer.escaping import escaped
 from fgsteer.files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from fgsteer.sae import SAE
 
+MOST_KEPT = 1 << 16  # excerpts of a feature, tokens on a side of a peak
 CONTEXT = 12  # tokens before a peak that tell excerpts apart
 _TENSORS = ("features", "tokens", "activations", "documents")
 
@@ -46,7 +48,7 @@ class Excerpt(Brief):
 
     def __str__(self) -> str:
         marked = [f"[{text}]" if n == self.peak else text for n, text in enumerate(self.tokens)]
-        return f"{self.activations[self.peak]:.2f}  {''.join(marked)}"
+        return f"{self.activations[self.peak]:.2f}  {escaped(''.join(marked))}"
 
     def peaks_on(self, pattern: re.Pattern[str]) -> bool:
         """Whether a match of the pattern overlaps the peak's token, white space aside."""
@@ -180,17 +182,15 @@ def measure_examples(
     keep their first ``max_tokens`` tokens and begin as those that the SAE was trained on (``prepend_bos`` as in
     ``collect``); a special token before them is not read. ``progress`` is
     called with the number of texts done. Memory is O(features · top · window) besides one batch.
-    Raises DataError for a text without a token or activations that are not finite, PairingError for
-    an SAE of another width, SelectionError for unknown features, or sizes below 1 (window: 0).
+    Raises DataError for a text without a token, activations that are not finite or sizes below 1 (window: 0),
+    PairingError for an SAE of another width, SelectionError for unknown features.
     """
     from fgsteer.activations import corpus_batches, corpus_reader
     from fgsteer.pooling import row_groups
 
-    chosen = sorted(set(range(sae.d_sae) if features is None else features))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= sae.d_sae or top < 1 or window < 0:
-        raise SelectionError(
-            f"features {chosen[:1]} … {chosen[-1:]}, top = {top}, window = {window}", f"ids 0 to {sae.d_sae - 1}"
-        )
+    check_range("top", top, 1, MOST_KEPT, whole=True)
+    check_range("window", window, 0, MOST_KEPT, whole=True)
+    chosen = list(range(sae.d_sae)) if features is None else _ids(features, sae)
     strings = as_documents(texts, field)
     every = len(chosen) == sae.d_sae
     width = sae.d_sae if every or sae.activation == "topk" else len(chosen)
@@ -212,6 +212,14 @@ def measure_examples(
     best = best or _Best(len(chosen), top, window, torch.device("cpu"))
     tokens, activations, documents = (kept.cpu() for kept in (best.tokens, best.activations, best.documents))
     return FeatureExamples(torch.tensor(chosen), tokens, activations, documents, sae.sha256, corpus or {})
+
+
+def _ids(features: Sequence[int], sae: SAE) -> list[int]:
+    """The feature ids, rising. Raises SelectionError for none, and for what is no id of the SAE's."""
+    if not features or any(not is_whole(j) or not 0 <= j < sae.d_sae for j in features):
+        listed = ", ".join(shown(j) for j in [*features][:5])
+        raise SelectionError(f"features {listed or 'none'}", f"ids 0 to {sae.d_sae - 1}")
+    return sorted({int(j) for j in features})
 
 
 class _Best:

@@ -23,6 +23,7 @@ from fgsteer.hookpoints import Hookpoint, Site, blocks_of, resolve, why_not_adde
 from fgsteer.interventions import Ablate, Add, Intervention
 from fgsteer.methods.provenance import library_version
 from fgsteer.models import check_pairing, residual_direction
+from fgsteer.ranges import check_amount
 from fgsteer.wording import a
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _check_model(model: PreTrainedModel) -> None:
     config = getattr(model, "config", None)
     if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not type(model):
         raise SteeringError(
-            f"{a(type(model).__name__)}",
+            a(type(model).__name__),
             "a model that AutoModelForCausalLM loads",
             "fold the plain one, without wrappers",
         )
@@ -214,8 +215,7 @@ def _rounded(model: nn.Module, changes: Mapping[str, Tensor]) -> tuple[dict[str,
         given = getattr(module, "bias", None)
         old = torch.zeros_like(change) if given is None else given.detach().cpu().double()
         new = (old + change).to(weight.dtype)
-        if not bool(torch.isfinite(new).all()):
-            raise SteeringError(f"{name} overflows {weight.dtype}", "a smaller coefficient, or a wider dtype")
+        check_amount(float(change.abs().amax()), weight.dtype, len(change), f"an Add in {name}")
         size = float(change.norm())
         rounding = max(rounding, float((new.double() - old - change).norm()) / size if size else 0.0)
         biases[name] = new

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fgsteer.chat import Text
-from fgsteer.checks import checked, shown
+from fgsteer.checks import MOST, check_range, checked, shown
 from fgsteer.data import check_text
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.interventions import Intervention
@@ -23,6 +23,18 @@ from fgsteer.wording import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-20, 1e20  # that logits can be divided by in float32
+# numbers among the options of generate: the least and the most that they may be, and whether they are whole
+_NUMBERS: dict[str, tuple[float, float, bool]] = {
+    "max_new_tokens": (1, MOST, True),
+    "min_new_tokens": (0, MOST, True),
+    "num_return_sequences": (1, MOST, True),
+    "num_beams": (1, MOST, True),
+    "top_k": (0, MOST, True),
+    "temperature": (0, HIGHEST_TEMPERATURE, False),
+    "top_p": (0, 1, False),
+}
 
 
 @checked
@@ -41,12 +53,14 @@ def generate(
     prompt, or, where a list holds None or lists, one entry per prompt (an intervention, a list to
     compose, or None). ``per_row`` says outright which; a list of as many interventions as prompts
     could be either and needs it. Prompts are strings or conversations, of which the assistant's last message is
-    continued; other keywords go to ``model.generate``. With ``num_return_sequences = n`` the n
+    continued; other keywords go to ``model.generate``, code of a repository (``custom_generate``) with
+    ``trust_remote_code=True`` alone. With ``num_return_sequences = n`` the n
     continuations of a prompt stand together. BOS stands before a prompt once, also where its text brings it.
     Raises ArgumentError for a model or tokenizer of another type, DataError for prompts that are neither,
-    empty ones without a BOS and ones beyond the model's window, SteeringError for another number of entries
-    than prompts.
+    empty ones without a BOS and ones beyond the model's window, and for a number among the options that is
+    out of its range, SteeringError for another number of entries than prompts.
     """
+    check_options(options)
     given = listed_prompts(prompts)
     if not given:
         return []
@@ -58,6 +72,23 @@ def generate(
         output = model.generate(**inputs, **options)
     ids = output if isinstance(output, Tensor) else output.sequences
     return list(tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises ArgumentError, DataError for an option of ``generate`` that is out of range, or runs code unasked."""
+    for name, (least, most, whole) in _NUMBERS.items():
+        if options.get(name) is not None:
+            check_range(name, options[name], least, most, whole=whole)
+    if options.get("do_sample") and options.get("temperature") is not None:
+        check_range("temperature", options["temperature"], LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)
+        options["temperature"] = float(options["temperature"])  # transformers refuses 1
+    source = options.get("custom_generate")
+    if isinstance(source, str) and options.get("trust_remote_code") is not True:  # transformers would ask on stdin
+        raise DataError(
+            f"custom_generate {source!r:.100}, which would run code from there",
+            "a function of your own",
+            "read that code, and where you trust it pass trust_remote_code=True",
+        )
 
 
 def prompt_inputs(

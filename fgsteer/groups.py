@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.errors import SteeringError
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.interventions import Intervention, Scope, Update, apply, stack
 from fgsteer.positions import Place
+from fgsteer.ranges import check_amount, model_dtype, reach
 
 
 @dataclass(eq=False)
@@ -96,15 +96,7 @@ def _restack(column: Sequence[Intervention | None], number: int) -> Update:
 
 
 def check_range(model: nn.Module, groups: Sequence[Group]) -> None:
-    """Refuse a set amount that a float16 model cannot hold. Raises SteeringError."""
-    if getattr(model, "dtype", None) != torch.float16:
-        return
-    largest = torch.finfo(torch.float16).max
+    """Refuse a set amount at which the model's activations would overflow. Raises SteeringError."""
+    dtype = model_dtype(model)
     for group in groups:
-        amount = float((group.update.const.float()[..., None] * group.update.write.float()).detach().abs().amax())
-        if amount > largest:
-            raise SteeringError(
-                f"a change of {amount:.3g} at {group.hookpoint}",
-                f"at most {largest:g}, what float16 holds",
-                "a smaller coefficient, or the model in bfloat16 or float32",
-            )
+        check_amount(reach(group.update), dtype, group.update.write.shape[-1], f"an intervention at {group.hookpoint}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import nn
 
@@ -18,16 +18,17 @@ from fgsteer.checks import is_whole
 from fgsteer.errors import HookpointError
 from fgsteer.wording import a
 
+ModuleOrNone = TypeVar("ModuleOrNone", nn.Module, nn.Module | None)
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in"]
 SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in")
 
 # TransformerLens's names; its hook_mlp_in is another place, before the norm
 _HOOKS: dict[str, Site] = {f"hook_{site}": site for site in SITES[:4]} | {"attn.hook_z": "z", "mlp.hook_in": "mlp_in"}
 _NAMES = {site: name for name, site in _HOOKS.items()}
-_SAE_LENS = re.compile(rf"blocks\.(\d+)\.({'|'.join(map(re.escape, _HOOKS))})")
+_SAE_LENS = re.compile(rf"blocks\.(\d{{1,9}})\.({'|'.join(map(re.escape, _HOOKS))})")
 # any path to the language model's blocks, none to those of a vision or audio tower
 _HUGGING_FACE = re.compile(
-    r"(?!.*(?:vision|visual|audio|encoder))(?:\w+\.)*(?:layers|h)\.(\d+)"
+    r"(?!.*(?:vision|visual|audio|encoder))(?:\w+\.)*(?:layers|h)\.(\d{1,9})"
     r"(?:\.(?!input$|output$)(\w+))?(?:\.(input|output))?"
 )
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
@@ -127,7 +128,7 @@ class Hookpoint:
         if match and match[2] == "post_attention_layernorm":
             change = "that norm's output is attn_out in some families and the MLP's input in others: name the site"
         raise HookpointError(
-            f"hookpoint {name!r}",
+            f"hookpoint {name!r:.100}",
             "a name like blocks.12.hook_resid_post, model.layers.12, model.layers.12.input or model.layers.12.mlp",
             change,
         )
@@ -176,7 +177,7 @@ def _lists(decoder: nn.Module) -> dict[str, nn.ModuleList]:
     return {name: m for name, m in decoder.named_children() if isinstance(m, nn.ModuleList)}
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
+def uncompiled(module: ModuleOrNone) -> ModuleOrNone:
     """The module itself, or the one that ``torch.compile`` wrapped."""
     return getattr(module, "_orig_mod", module)
 

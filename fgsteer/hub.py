@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import DataError, FormatError
+from fgsteer.escaping import markdown, markdown_code, without
 from fgsteer.files import whole, whole_folder
 from fgsteer.models import model_name
 from fgsteer.network import hub_is_reachable, hub_or_cache, unreachable
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 VECTOR, CARD, CURVE = "vector.safetensors", "README.md", "curve.png"
 FEATURES = 20
 MEASURES = ("behavior", "coherence", "bcs")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)  # all else stands in no address and in no code
 
 
 def save_folder(vector: SteeringVector, folder: str | Path, run: Run | None = None, method: str | None = None) -> None:
@@ -62,13 +65,24 @@ def push(vector: SteeringVector, repo_id: str, run: Run | None, method: str | No
                 folder_path=Path(folder) / "vector",
                 **{"commit_message": "Steering vector by fgsteer", **options},
             )
+            return str(told.commit_url)
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise FormatError(
-                f"{repo_id} was not written: {str(error).strip().partition(chr(10))[0]}",
-                "a repository that your token may write to",
-                "hf auth login, or pass token=",
-            ) from error
-    return str(told.commit_url)
+            why = _told(error, token)
+    raise FormatError(
+        f"{repo_id} was not written: {why}",
+        "a repository that your token may write to",
+        "hf auth login, or pass token=",
+    )
+
+
+def _told(error: Exception, token: str | None) -> str:
+    """What the hub says of an error, without the token, were it to say that.
+
+    What is raised of it is raised after the except block: in one, the error would go along and say it all.
+    """
+    from huggingface_hub import get_token
+
+    return without(token or get_token() or "", str(error).strip()).partition("\n")[0]
 
 
 def fetch(source: str | Path, filename: str, revision: str | None, token: str | None) -> Path:
@@ -85,12 +99,12 @@ def fetch(source: str | Path, filename: str, revision: str | None, token: str | 
         try:
             return Path(hf_hub_download(str(source), filename, revision=revision, token=token))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            why = str(error).strip().partition("\n")[0] if reachable else unreachable()
-            raise FormatError(
-                f"no {filename} in {source}: {why}",
-                "a folder, or a repository written by push_to_hub",
-                "name the file with filename=, or log in where it is private",
-            ) from error
+            why = _told(error, token) if reachable else unreachable()
+    raise FormatError(
+        f"no {filename} in {source}: {why}",
+        "a folder, or a repository written by push_to_hub",
+        "name the file with filename=, or log in where it is private",
+    )
 
 
 def _measured(vector: SteeringVector, run: Run, method: str | None) -> list[Setting]:
@@ -111,85 +125,101 @@ def _measured(vector: SteeringVector, run: Run, method: str | None) -> list[Sett
 
 
 def _concept(vector: SteeringVector) -> str:
-    data = vector.provenance.get("data") or [{}]
-    return str(data[0].get("name") or "") if isinstance(data[0], Mapping) else ""
+    data = vector.provenance.get("data")
+    first = data[0] if isinstance(data, Sequence) and data else {}
+    return str(first.get("name") or "") if isinstance(first, Mapping) else ""
+
+
+def _made(vector: SteeringVector, key: str) -> Mapping[str, Any]:
+    """A part of the provenance, empty where a file holds something else there."""
+    value = vector.provenance.get(key)
+    return value if isinstance(value, Mapping) else {}
 
 
 def card(vector: SteeringVector, points: Sequence[Setting] = (), run: Run | None = None) -> str:
-    """The model card: what the vector does and is made of, how it was measured, how to load it."""
-    made, sae = (vector.provenance.get(key) or {} for key in ("model", "sae"))
-    model, concept = str(made.get("name") or ""), _concept(vector)
-    method = str(vector.provenance.get("method") or "a bare vector")
-    best = max(points, key=lambda s: run.mean(s, "tune"), default=None) if run is not None else None
+    """The model card: what the vector does and is made of, how it was measured, how to load it.
+
+    Names in it come from files: each is escaped for where it stands.
+    """
+    import yaml
+
+    model = str(_made(vector, "model").get("name") or "")
     embedded = model == model_name()
-    hub_model = model if model.count("/") == 1 and not model.startswith(("/", ".")) and not embedded else ""
-    head = ["---", "library_name: fgsteer", *([f"base_model: {json.dumps(hub_model)}"] if hub_model else [])]
-    head += ["tags:", "- steering-vector", "- activation-steering", "- sparse-autoencoder", "---", ""]
-    what = f"Steers {model or 'a model'} towards **{concept}**" if concept else f"Steers {model or 'a model'}"
+    hub_model = model if _HUB_ID.fullmatch(model) and not embedded else ""
+    best = max(points, key=lambda s: run.mean(s, "tune"), default=None) if run is not None else None
+    head: dict[str, Any] = {"library_name": "fgsteer", **({"base_model": hub_model} if hub_model else {})}
+    head["tags"] = ["steering-vector", "activation-steering", "sparse-autoencoder"]
+    lines = ["---", yaml.safe_dump(head, sort_keys=False) + "---", "", *_summary(vector, model), *_features(vector)]
+    if run is not None and best is not None:
+        lines += _table(points, run, best)
+    lines += _use("default" if embedded else hub_model or "…", best)
+    told = {key: value for key, value in vector.provenance.items() if key != "feature_density"}
+    made = json.dumps(told, indent=1, default=str)  # no line of it begins with what would end the block
+    return "\n".join([*lines, "Made with fgsteer. How it was made, in full:", "", "```json", made, "```", ""])
+
+
+def _summary(vector: SteeringVector, model: str) -> list[str]:
+    """What the vector does, and which SAE's features it is made of."""
+    concept, method = markdown(_concept(vector)), markdown(vector.provenance.get("method") or "a bare vector")
+    sae, given = _made(vector, "sae"), _made(vector, "hyperparameters")
+    plain = ", ".join(f"{key} = {value}" for key, value in given.items() if isinstance(value, int | float | str))
     lines = [
         f"# {concept or 'Steering vector'}",
         "",
-        f"{what}: a direction of width {vector.d_model} and norm {vector.norm:.4g} at `{vector.hookpoint}`, "
-        f"made by {method}{_settings(vector)}.",
+        f"Steers {markdown_code(model) if model else 'a model'}{f' towards **{concept}**' if concept else ''}: "
+        f"a direction of width {vector.d_model} and norm {vector.norm:.4g} at `{vector.hookpoint}`, "
+        f"made by {method}{f' ({markdown(plain)})' if plain else ''}.",
     ]
     if sae:
-        lines += [
-            "",
-            f"Features are those of the SAE `{sae.get('source') or 'unnamed'}` ({sae.get('d_sae', '?')} features).",
-        ]
-    if vector.features:
-        lines += ["", "## Features", "", "| id | weight | density |", "|---|---|---|"]
-        for feature in vector.top_features(FEATURES):
-            density = "" if feature.density is None else f"{feature.density:.3%}"
-            lines.append(f"| {feature.id} | {feature.weight:.4g} | {density} |")
-        if len(vector.features) > FEATURES:
-            lines.append(f"\nand {len(vector.features) - FEATURES} more of smaller weight.")
-    if run is not None and best is not None:
-        lines += _table(points, run, best)
-    name = '"default"' if embedded else f'"{hub_model}"' if hub_model else '"…"'
-    calibrated = "fg.calibrate(model, tokenizer, vector.add, fg.load_neutral()[0][:16], target_ce_rise=0.5)"
-    coefficient = (
-        calibrated if best is None else f"{best.coefficient:.4g}  # the best on texts that the table leaves out"
-    )
-    lines += [
+        source = markdown_code(sae.get("source") or "unnamed")
+        lines += ["", f"Features are those of the SAE {source} ({markdown(sae.get('d_sae', '?'))} features)."]
+    return lines
+
+
+def _features(vector: SteeringVector) -> list[str]:
+    if not vector.features:
+        return []
+    lines = ["", "## Features", "", "| id | weight | density |", "|---|---|---|"]
+    for feature in vector.top_features(FEATURES):
+        density = "" if feature.density is None else f"{feature.density:.3%}"
+        lines.append(f"| {feature.id} | {feature.weight:.4g} | {density} |")
+    if len(vector.features) > FEATURES:
+        lines.append(f"\nand {len(vector.features) - FEATURES} more of smaller weight.")
+    return lines
+
+
+def _use(model: str, best: Setting | None) -> list[str]:
+    """Code that loads the model and the vector, and generates."""
+    coefficient = "fg.calibrate(model, tokenizer, vector.add, fg.load_neutral()[0][:16], target_ce_rise=0.5)"
+    if best is not None:
+        coefficient = f"{best.coefficient:.4g}  # the best on texts that the table leaves out"
+    return [
         "",
         "## Use",
         "",
         "```python",
         "import fgsteer as fg",
         "",
-        f"model, tokenizer = fg.load_model({name})",
-        'vector = fg.SteeringVector.from_pretrained("…")  # this repository',
+        f"model, tokenizer = fg.load_model({model!r})",
+        "vector = fg.SteeringVector.from_pretrained('…')  # this repository",
         f"coefficient = {coefficient}",
-        'print(fg.generate(model, tokenizer, "I think", steering=vector.add(coefficient), max_new_tokens=40))',
-        "```",
-        "",
-        "Made with fgsteer. How it was made, in full:",
-        "",
-        "```json",
-        json.dumps({k: v for k, v in vector.provenance.items() if k != "feature_density"}, indent=1, default=str),
+        "print(fg.generate(model, tokenizer, 'I think', steering=vector.add(coefficient), max_new_tokens=40))",
         "```",
         "",
     ]
-    return "\n".join([*head, *lines])
-
-
-def _settings(vector: SteeringVector) -> str:
-    given = vector.provenance.get("hyperparameters") or {}
-    told = ", ".join(f"{key} = {value}" for key, value in given.items() if isinstance(value, int | float | str))
-    return f" ({told})" if told else ""
 
 
 def _table(points: Sequence[Setting], run: Run, best: Setting) -> list[str]:
     """What the run's half that chose nothing says of every coefficient."""
-    judge = (run.header.get("plan") or {}).get("judge") or {}
+    judge = (run.header.get("plan") or {}).get("judge")
+    name = markdown(judge.get("name") or "unnamed") if isinstance(judge, Mapping) else "unnamed"
     lines = [
         "",
         "## Measured",
         "",
         f"![BCS by coefficient]({CURVE})",
         "",
-        f"Behavior (judge: {judge.get('name', 'unnamed')}), coherence and their product BCS, each in [0, 1], of texts "
+        f"Behavior (judge: {name}), coherence and their product BCS, each in [0, 1], of texts "
         "that chose nothing; the coefficient in bold was the best on others.",
         "",
         "| coefficient | behavior | coherence | BCS |",

@@ -168,9 +168,13 @@ def _tensor(value: Scalar, like: Tensor) -> Tensor:
 
 def _finite(name: str, value: float) -> float:
     check_number(name, value)
-    if not math.isfinite(value):
-        raise SteeringError(f"{name} = {value}", "a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond floats
+        number = math.inf
+    if not math.isfinite(number):
+        raise SteeringError(f"{name} = {number}", "a finite number")
+    return number
 
 
 def _vector(name: str, value: Tensor) -> Tensor:
@@ -185,11 +189,11 @@ def _vector(name: str, value: Tensor) -> Tensor:
 
 
 def _unit(direction: Tensor) -> tuple[Tensor, Tensor]:
-    """(unit vector, norm) in float32. Raises SteeringError for a zero direction."""
+    """(unit vector, norm) in float32. Raises SteeringError for a direction whose norm is 0, or beyond float32."""
     direction = direction.float()
     norm = direction.norm()
-    if not torch.compiler.is_compiling() and not norm > 0:
-        raise SteeringError("a direction of norm 0", "a direction to read along")
+    if not torch.compiler.is_compiling() and not 0 < norm < math.inf:
+        raise SteeringError(f"a direction of norm {float(norm):g}", "a direction to read along")
     return direction / norm, norm
 
 

@@ -24,7 +24,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fgsteer.errors import BusyError, FgsteerWarning, FormatError
+from fgsteer.errors import BusyError, FgsteerWarning
+from fgsteer.targets import make_folder, unwritable
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that keep none
 NOTE_BYTES = 4096  # that are read of who holds a lock
@@ -50,7 +51,9 @@ def held(path: str | Path, share: str = "") -> Iterator[None]:
     if _holders.get(note) == me:
         yield
         return
-    new_folder = not note.parent.exists()
+    new = not note.parent.exists()
+    if new:
+        make_folder(note.parent)
     lock = FileLock(note, thread_local=False, fallback_to_soft=False)
     if not _acquired(lock, note, path):
         yield
@@ -64,7 +67,7 @@ def held(path: str | Path, share: str = "") -> Iterator[None]:
         with contextlib.suppress(OSError):
             note.unlink()  # by its holder: whoever opened it meanwhile finds it gone, and takes a new one
         lock.release()
-        if new_folder:  # in which nothing was written after all
+        if new:  # in which nothing was written after all
             with contextlib.suppress(OSError):
                 note.parent.rmdir()
 
@@ -82,7 +85,7 @@ def _acquired(lock: FileLock, note: Path, path: str | Path) -> bool:
     except OSError as error:
         reason = error.strerror or error
         if error.errno not in NO_LOCKS:
-            raise FormatError(f"cannot write {path}: {reason}", "a folder that can be written to") from error
+            raise unwritable(path, reason) from error
         from fgsteer.checks import warn  # it loads torch, which a command's options do without
 
         warn(f"no lock on {path}: {reason}; see that nothing else writes there", FgsteerWarning)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fgsteer.activations import record_batch, text_batches
 from fgsteer.calibration import calibrate_many
+from fgsteer.checks import MOST, check_range
 from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.files import read_tensors, tensor_sha256, text_sha256, write_tensors
 from fgsteer.identities import made_of, sae_identity
@@ -43,10 +44,11 @@ TOLERANCE = 0.1  # of the rise in cross-entropy; the strength of a measured vect
 def decoder_directions(sae: SAE, count: int | None = None, seed: int = 0) -> Float[Tensor, "n d_model"]:
     """Unit decoder rows in an order drawn by seed, at most ``count`` of them; rows of norm 0 are left out.
 
-    Raises DataError for a count below 1.
+    Raises DataError for a count below 1, or a seed that torch does not take.
     """
-    if count is not None and count < 1:
-        raise DataError(f"{count} vectors", "at least one")
+    if count is not None:
+        check_range("vectors", count, 1, MOST, whole=True)
+    check_range("seed", seed, -(2**63), 2**63 - 1, whole=True)
     rows = sae.W_dec.detach().to("cpu", torch.float32)
     norms = rows.norm(dim=1)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT = "default"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that models compute in
 LEARNED_POSITIONS = ("wpe", "positions_embed", "embed_positions", "position_embeddings")
 FINAL_NORMS = (
     "norm",
@@ -95,12 +96,22 @@ def embedded_sae_dir(sae_id: str | None = None) -> Path:
     return folder / "sae" / name
 
 
+def as_dtype(value: object) -> torch.dtype:
+    """The dtype, or the one of a name. Raises DataError for one that no model computes in."""
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    if not isinstance(found, torch.dtype) or found not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise DataError(f"dtype {value!r:.60}", f"one of {names}")
+    return found
+
+
 @checked
 def load_model(
     source: str | Path = DEFAULT,
     *,
     dtype: torch.dtype | str | None = None,
     gguf_file: str | None = None,
+    trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) in eval mode: "default" for the embedded one, else a Hugging Face id or path.
@@ -108,11 +119,13 @@ def load_model(
     ``dtype`` defaults to float32 for the embedded model and to the checkpoint's own
     otherwise (float32 for GGUF). ``gguf_file`` names a file of llama.cpp's format in the folder or
     repository, whose weights are read into a plain model (extra ``fgsteer[gguf]``); the path of such a
-    file as ``source`` says the same. Other keywords go to
-    ``AutoModelForCausalLM.from_pretrained``, and those of the hub (``revision``, ``token``,
-    ``trust_remote_code``, ``subfolder``, …) to the tokenizer too.
+    file as ``source`` says the same. Python code that a model brings runs with ``trust_remote_code=True``
+    alone; nobody is asked. Other keywords go to
+    ``AutoModelForCausalLM.from_pretrained``, and those of the hub (``revision``, ``token``, ``subfolder``, …)
+    to the tokenizer too.
     The tokenizer pads on the left, with the end-of-text token where it has no pad token.
-    Raises FormatError when the embedded default or, for GGUF, the package or the file is missing,
+    Raises FormatError when the embedded default or, for GGUF, the package or the file is missing, for files
+    that cannot be read and for code that is not trusted, DataError for a dtype that no model computes in,
     MissingError (an OSError too) for another model that is not there, at once where the hub cannot be reached.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -124,9 +137,11 @@ def load_model(
         kwargs |= {"gguf_file": gguf_file, "output_loading_info": True, **_unpacked()}
     embedded = str(source) == DEFAULT
     folder = pretrained_dir() / "model" if embedded else source
-    chosen = dtype if dtype is not None else (torch.float32 if embedded or gguf_file else "auto")
+    usual = torch.float32 if embedded or gguf_file else "auto"
+    chosen = usual if dtype is None else dtype if dtype == "auto" else as_dtype(dtype)
+    kwargs["trust_remote_code"] = trust_remote_code  # said outright: else transformers asks on standard input
     shared = {name: value for name, value in kwargs.items() if name in _OF_BOTH}
-    with hub_or_cache(folder) as reachable, _typed_gguf(gguf_file):
+    with hub_or_cache(folder) as reachable, _typed(gguf_file or str(source), gguf_file is not None):
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, **kwargs)
             if gguf_file is not None:
@@ -146,15 +161,23 @@ def load_model(
 
 
 @contextmanager
-def _typed_gguf(name: str | None) -> Iterator[None]:
-    """Raises FormatError for what reading a GGUF file raises of itself."""
+def _typed(name: str, gguf: bool) -> Iterator[None]:
+    """Raises FormatError for whatever transformers raises of files that it cannot read, or of code that they bring."""
     try:
         yield
-    except Exception as error:  # struct.error, ValueError, and Exception itself from tokenizers
-        if name is None or isinstance(error, FgsteerError | OSError):
-            raise
-        told = "a GGUF file, of an architecture that transformers reads"
-        raise FormatError(f"{name} cannot be read: {error}", told) from error
+    except (FgsteerError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # ValueError, KeyError, struct.error and many more, and Exception itself from tokenizers
+        if "trust_remote_code" in str(error):
+            raise FormatError(
+                f"{name} brings Python code of its own, which would run on this machine",
+                "a model that transformers itself has the code of",
+                "read that code, and where you trust it pass trust_remote_code=True",
+            ) from error
+        expected = (
+            "a GGUF file, of an architecture that transformers reads" if gguf else "a model that transformers reads"
+        )
+        raise FormatError(f"{name} cannot be read: {' '.join(str(error).split()):.400}", expected) from error
 
 
 def _whole_gguf(name: str, model: PreTrainedModel, found: Mapping[str, Collection[str]]) -> PreTrainedModel:

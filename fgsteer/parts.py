@@ -23,6 +23,7 @@ from fgsteer.files import read_json, read_tensors, text_sha256, write_json, writ
 from fgsteer.identities import check_same
 from fgsteer.locks import held
 from fgsteer.ranks import Ranks
+from fgsteer.targets import make_folder
 
 POLL = 0.1  # seconds between looks for a part that another process makes
 LATE = 60.0  # seconds after which waiting for one is told
@@ -39,7 +40,7 @@ class Parts:
     def __init__(
         self, folder: str | Path, kind: str, plan: Mapping[str, Any], ranks: Ranks | None = None, *, fresh: bool = False
     ) -> None:
-        self.folder, self.kind, self.ranks, self.fresh = Path(folder), kind, ranks or Ranks.here(), fresh
+        self.folder, self.kind, self.ranks, self.fresh = make_folder(folder), kind, ranks or Ranks.here(), fresh
         self.plan = {"run": kind, **plan}
         self.key = text_sha256(self.plan)
 

@@ -21,6 +21,7 @@ from fgsteer.activations import Batch, batches, mark, record, record_batch
 from fgsteer.hookpoints import Hookpoint, decoder_of, is_known
 from fgsteer.models import virtual_tokens
 from fgsteer.pooling import Reads
+from fgsteer.threads import is_claimed
 from fgsteer.tokens import TokenRow, pad
 
 PAYS = 0.25  # share of a window's tokens that must be saved: two passes cost more than one of as many tokens
@@ -192,9 +193,9 @@ def arrange_for(model: nn.Module) -> Callable[..., Iterator[Batch | SharedBatch]
     """``shared_batches`` where a cached prefix changes nothing but speed, else ``batches``.
 
     That is in blocks that ``resolve`` knows, without rotary embeddings that depend on the batch, and
-    outside ``steer``, whose scopes tell a prompt by its first pass (and which sets ``model.generate``).
+    outside ``steer``, whose scopes tell a prompt by its first pass.
     """
     rotary = str(getattr(decoder_of(model).config, "rope_parameters", ""))
     by_length = any(kind in rotary for kind in _BY_LENGTH)
     plain = is_known(model) and not by_length and not virtual_tokens(model)
-    return shared_batches if plain and "generate" not in vars(model) else batches
+    return shared_batches if plain and not is_claimed(model) else batches

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fgsteer.brief import Brief
-from fgsteer.checks import checked_after
+from fgsteer.checks import check_range, checked_after
 from fgsteer.errors import PairingError
 from fgsteer.examples import Excerpt, FeatureExamples
 from fgsteer.methods.selection import feature_id
@@ -84,6 +84,7 @@ def describe_features(
     examples were not made with, SelectionError for an unknown id, HookpointError where
     directions do not act linearly on the residual stream.
     """
+    check_range("tokens", tokens, 1, len(model.get_output_embeddings().weight), whole=True)  # type: ignore[operator]
     if examples is not None:
         examples.check(sae)
     entries: list[tuple[int, float | None, float | None]]

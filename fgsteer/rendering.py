@@ -70,7 +70,9 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, j
     head = apply_template(tokenizer, before, add_generation_prompt=opens) if before else ""
     whole = _conversation(tokenizer, before + after, head)
     if opens and whole.answer:  # a template may write into the assistant's turn, as Qwen 3 its <think></think>
-        begin = whole.text.find(after[0]["content"].strip(), whole.answer, whole.end)
+        # what it writes may hold the message's own words; an only message is what the content ends in
+        find = whole.text.rfind if len(after) == 1 else whole.text.find
+        begin = find(after[0]["content"].strip(), whole.answer, whole.end)
         whole = replace(whole, answer=max(begin, whole.answer))
     return whole
 

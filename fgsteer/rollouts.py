@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgsteer.activations import record
-from fgsteer.errors import DataError
+from fgsteer.checks import MOST, check_range
+from fgsteer.generation import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from fgsteer.interventions import Intervention
 from fgsteer.models import check_window, input_device
 from fgsteer.pooling import Reads, pool_features
@@ -44,8 +45,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.top_k < 1 or not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise DataError(f"{self}", "max_new_tokens and top_k ≥ 1, temperature > 0, top_p in (0, 1]")
+        check_range("max_new_tokens", self.max_new_tokens, 1, MOST, whole=True)
+        check_range("temperature", self.temperature, LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)
+        check_range("top_k", self.top_k, 1, MOST, whole=True)
+        check_range("top_p", self.top_p, 1e-20, 1)
+        check_range("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
 
     def noise(self, rollout: int, step: int, prompts: int, vocabulary: int) -> Float[Tensor, "prompts vocabulary"]:
         """Standard Gumbel noise of one step, one row a prompt, the same on every device."""

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.brief import Brief, brief
-from fgsteer.checks import is_whole
+from fgsteer.checks import is_whole, shown
 from fgsteer.errors import PairingError, SelectionError
 from fgsteer.files import tensor_sha256, text_sha256
 from fgsteer.hookpoints import Hookpoint
@@ -251,7 +251,10 @@ class SAE(Brief):
             )
 
     def _columns(self, features: Sequence[int] | Tensor) -> Tensor:
-        columns = torch.as_tensor(features, dtype=torch.long, device=self.W_enc.device)
+        try:
+            columns = torch.as_tensor(features, dtype=torch.long, device=self.W_enc.device)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise SelectionError(f"feature ids {shown(features)}", f"whole numbers, 0 to {self.d_sae - 1}") from error
         if columns.numel() and not (int(columns.min()) >= 0 and int(columns.max()) < self.d_sae):
             raise SelectionError(f"feature ids {columns.tolist()}", f"0 to {self.d_sae - 1}")
         return columns

@@ -26,7 +26,7 @@ from torch import Tensor
 from fgsteer.density import FeatureDensity
 from fgsteer.errors import FgsteerError, FormatError, MissingError, PairingError
 from fgsteer.examples import FeatureExamples
-from fgsteer.files import read_json
+from fgsteer.files import check_names, read_json
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.labels import load_labels
 from fgsteer.models import DEFAULT, embedded_sae_dir
@@ -192,8 +192,10 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        state = load_file(path)
+        check_names(path)
+        return state
+    except (OSError, SafetensorError, ValueError) as error:
         raise FormatError(f"{path} is not readable: {error}", "safetensors weights beside cfg.json") from error
 
 

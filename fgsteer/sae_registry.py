@@ -196,4 +196,4 @@ def _hookpoint(conversion: str, sae_id: str, place: str, layer: int | None) -> s
 
 def _natural(text: str) -> list[tuple[int, str]]:
     """Sort key under which layer_9 comes before layer_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]

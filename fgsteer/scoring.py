@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -165,8 +166,10 @@ def log_probabilities(
         targets = batch.ids[:, 1:][batch.selected[:, 1:]]
         for part in parts:
             logits = _logits(model, batch, steering[part])
-            chosen = _chosen(logits.flatten(0, 1), targets.to(logits.device).repeat(len(logits)))
-            sums[part, places] = _row_sums(batch, chosen.view(len(logits), -1))
+            by_token = rearrange(logits, "interventions n vocabulary -> (interventions n) vocabulary")
+            chosen = _chosen(by_token, targets.to(logits.device).repeat(len(logits)))
+            by_intervention = rearrange(chosen, "(interventions n) -> interventions n", interventions=len(logits))
+            sums[part, places] = _row_sums(batch, by_intervention)
     return LogProbabilities(sums, counts)
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from fgsteer.activations import record_batch, text_batches
 from fgsteer.brief import Brief
-from fgsteer.checks import checked_after
+from fgsteer.chat import whole_text
+from fgsteer.checks import MOST, check_range, checked_after
 from fgsteer.errors import DataError
 from fgsteer.models import logit_lens
 from fgsteer.sae import SAE
@@ -70,9 +71,10 @@ def find_features(
     In scripts without case any occurrence of the word counts, else whole words.
     Raises DataError for an empty word, PairingError for excerpts of another SAE.
     """
+    check_range("top", top, 1, MOST, whole=True)
     if not word.strip():
         raise DataError("an empty word", "a word or phrase to search for")
-    word = " ".join(word.split())
+    word = " ".join(whole_text(word, "the word").split())
     patterns = (word_pattern(word), forms_pattern(word))
     evidence = [
         _labelled(patterns, sae.labels),

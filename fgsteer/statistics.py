@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,9 +25,6 @@ from fgsteer.brief import FEW, Brief
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
-
-if TYPE_CHECKING:
-    pass
 
 Space = Literal["residual", "feature"]
 

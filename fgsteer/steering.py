@@ -12,7 +12,6 @@ function that notes where the prompt ends and then calls the original.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
@@ -20,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fgsteer.activations import by_token, ends_key, primary, with_primary
 from fgsteer.blocks import Block
-from fgsteer.checks import checked
+from fgsteer.checks import checked, warn
 from fgsteer.errors import SteeringError, UntouchedWarning
 from fgsteer.groups import Group, check_range, grouped
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 Entry = Intervention | Sequence[Intervention] | None
 Steering = Intervention | Sequence[Entry] | None
+Link = tuple[nn.Module, str, nn.Module]  # a module, the name of one that it holds, and that one
 
 CACHES = ("past_key_values", "cache_params", "state")  # what decoders call the state that a pass goes on from
 _IN_THREADS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -75,6 +76,20 @@ def listed(entry: Any) -> list[Intervention]:
     return items
 
 
+def _links(model: nn.Module, modules: Sequence[nn.Module]) -> list[Link]:
+    """Every module on the way from the model to these, with what holds it and by which name."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, Link] = {}
+    for path in (names[id(module)] for module in modules if names.get(id(module))):
+        holder = model
+        for end, part in enumerate(parts := path.split("."), 1):
+            inner = holder._modules[part]
+            assert inner is not None  # a path of named_modules
+            found[".".join(parts[:end])] = (holder, part, uncompiled(inner))
+            holder = inner
+    return list(found.values())
+
+
 def _renewed(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The same function under another name: compiled graphs do not watch for new hooks, but for another forward."""
 
@@ -103,6 +118,8 @@ class _Session:
         self.claim = Claim(model)
         self.recomputation = Recomputation(self.positions, self.claim)
         self.ran = False
+        self.handles: list[RemovableHandle] = []
+        self.links: list[Link] = []
         self.names = [n for n in inspect.signature(decoder_of(model).forward).parameters if n != "self"]
 
     def install(self, hooks: ExitStack) -> None:
@@ -111,7 +128,9 @@ class _Session:
             return
         self.claim.take(hooks)
         decoder = decoder_of(self.model)
-        hooks.callback(decoder.register_forward_pre_hook(self.observe, with_kwargs=True).remove)
+        handle = decoder.register_forward_pre_hook(self.observe, with_kwargs=True)
+        hooks.callback(handle.remove)
+        self.handles.append(handle)
         shadow(decoder, "forward", _renewed(decoder.forward), hooks)
         self.recomputation.install(decoder, hooks)
         changed = {id(module): module for module in (self.model, decoder)}
@@ -127,6 +146,7 @@ class _Session:
             else:
                 handle = module.register_forward_hook(self._output_hook(groups), prepend=True)
             hooks.callback(handle.remove)
+            self.handles.append(handle)
             shadow(module, "forward", _renewed(module.forward), hooks)
             changed[id(module)] = module
             weight = next(module.parameters(), None)
@@ -144,12 +164,15 @@ class _Session:
                 "generate, in the thread that steers",
                 "call model.generate, or fgsteer.generate with one entry per prompt",
             )
+        self.links = _links(self.model, list(changed.values()))
         for module in changed.values():
             refuse_copies(module, hooks)
 
     def observe(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the decoder is about to run on."""
         self.recomputation.begin()
+        if not (torch.compiler.is_compiling() or self.positions.generating):
+            self.warn_replaced()
         given = dict(zip(self.names, args, strict=False)) | kwargs if args else kwargs
         ids = given.get("input_ids")
         tokens: Tensor = given["inputs_embeds"] if ids is None else ids
@@ -209,6 +232,7 @@ class _Session:
             positions = self.positions
             if positions.generating:  # the model drafts for itself: the same rows, the same prompt
                 return original(*args, **kwargs)
+            self.warn_replaced()
             positions.generate(*self._prompt(args, kwargs), virtual_tokens(self.model))
             try:
                 return original(*args, **kwargs)
@@ -270,15 +294,30 @@ class _Session:
             return None
         return ids.ne(pad)
 
+    def warn_replaced(self) -> None:
+        """Warn, once, of a hook that stands on a module which is no longer the model's, or that was taken off."""
+        gone = [
+            f"{parent}'s {name!r}" if (parent := type(holder).__name__) != "ModuleList" else f"block {name}"
+            for holder, name, module in self.links
+            if uncompiled(holder._modules.get(name)) is not module
+        ]
+        if gone or any(handle.id not in (handle.hooks_dict_ref() or ()) for handle in self.handles):
+            self.links, self.handles = [], []
+            what = f"{gone[0]} was replaced" if gone else "hooks of the block were taken off by other code"
+            warn(
+                f"{what} inside the steer block: what runs there now is not steered, or only a part of it; "
+                "change the model before the block",
+                UntouchedWarning,
+            )
+
     def warn_untouched(self) -> None:
-        """Warn of every update that touched no token, if anything ran."""
-        for group in self.groups if self.ran else ():
+        """Warn of every update that touched no token, if anything ran, and ran on the modules that are hooked."""
+        for group in self.groups if self.ran and self.links else ():
             if not group.touched():
-                warnings.warn(
+                warn(
                     f"an intervention at {group.hookpoint} with scope {group.place.scope!r} touched no token; "
                     "padding is skipped, and a start token at position 0 unless bos=True",
                     UntouchedWarning,
-                    stacklevel=5,
                 )
 
 
@@ -315,9 +354,10 @@ def steer(
 
     ``HookpointError`` and ``PairingError`` are raised before anything is hooked;
     ``SteeringError`` for another number of rows than entries or prompt lengths, for prompt lengths that
-    are no counts, exceed a pass or meet ``generate``, or, on a float16 model, c·v beyond
-    65504 (a sum h + c·v beyond it still becomes inf). Warns UntouchedWarning when an intervention
-    touched no token, FgsteerWarning of a model in train mode with dropout.
+    are no counts, exceed a pass or meet ``generate``, or for an amount at which activations of the
+    model's dtype overflow (c·v or a target beyond ``ranges.largest``). Warns UntouchedWarning when an intervention
+    touched no token, or a module that is steered was replaced inside the block, FgsteerWarning of a
+    model in train mode with dropout.
     """
     return Block(partial(_steered, model, steering, per_row, prompt_lengths))
 
@@ -337,6 +377,7 @@ def _steered(
         with ExitStack() as hooks:
             session.install(hooks)
             yield model
+            session.warn_replaced()
     except GeneratorExit:  # the generator that the block stands in is closed, which is a way to leave it
         session.claim.report()
         raise

@@ -21,7 +21,7 @@ from fgsteer.chat import Text
 from fgsteer.checks import checked
 from fgsteer.data import check_text
 from fgsteer.errors import DataError, SteeringError
-from fgsteer.generation import by_prompt, prompt_inputs
+from fgsteer.generation import by_prompt, check_options, prompt_inputs
 from fgsteer.steering import Steering, checked_rows, steer
 from fgsteer.threads import is_claimed
 
@@ -54,6 +54,7 @@ def stream(
     for beams or several sequences, SteeringError inside a steer block, HookpointError and
     PairingError as ``steer``. What fails while it generates is raised where the pieces are read.
     """
+    check_options(options)
     inputs = prompt_inputs(model, tokenizer, [check_text(prompt, "prompt", empty=True)], options.get("max_new_tokens"))
     listed = by_prompt(steering, 1, None)
     checked_rows(model, steering, listed)

@@ -109,7 +109,6 @@ class Claim:
         if self.overlapped:
             raise _overlap(f"{what} in a steer block around which another one was left first")
 
-
     def check_resumed(self) -> None:
         """Nothing unless a generator opened the block and has yielded. Raises SteeringError then."""
         if self.generator is None or self.task is not _task():

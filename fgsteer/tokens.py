@@ -16,7 +16,6 @@ EOS that a tokenizer appends is left out: nothing before it sees it, and no gene
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +27,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from fgsteer.chat import Text
+from fgsteer.checks import warn
 from fgsteer.data import check_text
 from fgsteer.errors import DataError, FgsteerWarning
 from fgsteer.rendering import Rendered, render, render_prompt
@@ -47,7 +47,8 @@ class TokenRow:
 
     ``index`` is its place in the input, ``where`` how messages name it. ``start`` special tokens stand before the
     text; ``prompt_length`` tokens before its completion: what ``generate`` would have been given, at least one. A
-    text without a prompt is one as a whole, or, where its tokens are scored, none but its first token.
+    text without a prompt is one as a whole, or, where its tokens are scored, none but the special tokens
+    before it, its first word where there are none.
     """
 
     ids: Sequence[int]
@@ -258,11 +259,10 @@ class TokenReader:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self.too_long:
-            warnings.warn(
+            warn(
                 f"{self.too_long} of {self.texts} texts are longer than the model's window of {self.window} tokens; "
                 "only what fits was read. Shorten or split them, or say how much to read with max_tokens",
                 FgsteerWarning,
-                stacklevel=3,
             )
 
     @cached_property
@@ -320,7 +320,7 @@ class TokenReader:
     def _prompt_length(self, spans: Spans) -> int:
         answer = spans.answer if spans.answer != spans.start else None
         if answer is None:
-            return 1 if self.scored else len(spans.ids)
+            return max(1, spans.start) if self.scored else len(spans.ids)
         return min(answer, len(spans.ids))
 
     def select(self, spans: Spans, where: str) -> list[int]:
@@ -347,5 +347,6 @@ class TokenReader:
                 'use tokens="last", or pass the prompt and the answer as strings',
             )
         if rule == "letter":
-            return [_letter_token(self.tokenizer, spans.ids[: spans.tail], spans.answer, where)]
+            ids = spans.ids[: spans.tail]
+            return [_letter_token(self.tokenizer, ids, spans.answer, where)] if spans.answer < len(ids) else []
         return list(range(max(first, 0 if self.bos and spans.answer == spans.start else spans.answer), spans.tail))

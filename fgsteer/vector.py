@@ -10,6 +10,7 @@ the interventions that apply it. Vectors at one hookpoint add, subtract and scal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.brief import FEW
+from fgsteer.brief import FEW, TEXT
 from fgsteer.checks import checked, is_number, is_whole, shown
 from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionError, SteeringError
+from fgsteer.escaping import escaped
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.hub import VECTOR, fetch, push, save_folder
@@ -113,24 +115,22 @@ class SteeringVector:
         }
 
     def __repr__(self) -> str:
-        method = self.provenance.get("method", "bare")
+        method = escaped(str(self.provenance.get("method", "bare")), keep="")[:TEXT]
         top = ", ".join(f"{feature.id}: {feature.weight:.3g}" for feature in self.top_features(FEW))
         more = ", …" if len(self.features) > FEW else ""
         features = f"{count(len(self.features), 'feature')}{f' {{{top}{more}}}' if top else ''}"
         return f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, {features})"
 
     def unit(self) -> SteeringVector:
-        """The vector scaled to norm 1. Raises SelectionError for a zero direction."""
-        if not self.norm > 0:
-            raise SelectionError("a direction of norm 0", "one that can be normalised")
+        """The vector scaled to norm 1. Raises SelectionError for a direction whose norm is 0, or beyond float32."""
+        if not 0 < self.norm < math.inf:
+            raise SelectionError(f"a direction of norm {self.norm:g}", "one that can be normalised")
         return self * (1 / self.norm)
 
     __array_ufunc__ = None  # numpy's numbers and arrays leave arithmetic with a vector to the vector
 
     def __mul__(self, factor: float) -> SteeringVector:
-        if not is_number(factor):
-            raise ArgumentError(f"a vector times {shown(factor)}", "a number")
-        factor = float(factor)
+        factor = _factor(factor, "times")
         return replace(
             self,
             direction=self.direction * factor,
@@ -141,9 +141,10 @@ class SteeringVector:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> SteeringVector:
-        if not is_number(divisor) or not divisor:
+        divisor = _factor(divisor, "divided by")
+        if not divisor:
             raise ArgumentError(f"a vector divided by {shown(divisor)}", "a number other than 0")
-        return self * (1 / float(divisor))
+        return self * (1 / divisor)
 
     def __neg__(self) -> SteeringVector:
         return self * -1.0
@@ -271,6 +272,15 @@ class SteeringVector:
         if model is not None:
             vector.check(model)
         return vector
+
+
+def _factor(value: object, what: str) -> float:
+    """A finite float. Raises ArgumentError, also for one that is trained, of which a vector keeps the value alone."""
+    trained = getattr(value, "requires_grad", False)
+    if is_number(value) and not trained and math.isfinite(value):  # type: ignore[arg-type]
+        return float(value)  # type: ignore[arg-type]
+    change = "a strength that is trained is a coefficient: vector.add(c)" if trained else ""
+    raise ArgumentError(f"a vector {what} {shown(value)}", "a finite number", change)
 
 
 def _read_provenance(value: Mapping[str, Any]) -> dict[str, Any]:

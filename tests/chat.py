@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
@@ -14,7 +16,8 @@ from threading import Lock, Thread
 class Reply:
     """What to send: ``content`` of a chat completion, or a raw ``body``, after ``delay`` seconds.
 
-    ``drop`` closes the connection without a byte, ``cut`` after half of the body.
+    ``drop`` closes the connection without a byte, ``cut`` after half of the body. ``raw``: pieces of bytes to send
+    instead of all that, from the status line on; ``sent`` counts them.
     """
 
     content: str | None = '{"score": 7}'
@@ -24,6 +27,8 @@ class Reply:
     delay: float = 0.0
     drop: bool = False
     cut: bool = False
+    raw: Iterable[bytes] | None = None
+    sent: int = 0
 
     @property
     def data(self) -> bytes:
@@ -40,12 +45,12 @@ class Server(ThreadingHTTPServer):
 
 
 class Chat:
-    """``reply(text, n)``: the Reply to the n-th request (from 1) about the text between the tags.
+    """``reply(text, n)``: the Reply to the n-th request (from 1) about the text in its last line.
 
     ``requests``: (time, path, headers, body, text) of each; ``most_open``: the most that were open at a time.
     """
 
-    def __init__(self, reply):
+    def __init__(self, reply, host="127.0.0.1"):
         self.requests, self.most_open = [], 0
         seen, lock, chat = Counter(), Lock(), self
         self.open = 0
@@ -54,7 +59,7 @@ class Chat:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 prompt = body["messages"][-1]["content"]
-                text = prompt.split("<text>\n", 1)[1].split("\n</text>", 1)[0]
+                text = json.loads(prompt.rpartition("\n")[2])["text"]
                 with lock:
                     seen[text] += 1
                     number = seen[text]
@@ -72,6 +77,12 @@ class Chat:
                 if reply.drop:
                     self.close_connection = True
                     return
+                if reply.raw is not None:
+                    self.close_connection = True
+                    for piece in reply.raw:
+                        self.wfile.write(piece)
+                        reply.sent += len(piece)
+                    return
                 data = reply.data
                 self.send_response(reply.status)
                 for name, value in reply.headers.items():
@@ -87,8 +98,10 @@ class Chat:
             def log_message(self, *_):
                 pass
 
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        six = ":" in host
+        server = type("Server", (Server,), {"address_family": socket.AF_INET6 if six else socket.AF_INET})
+        self.server = server((host, 0), Handler)
+        self.url = f"http://{f'[{host}]' if six else host}:{self.server.server_port}/v1"
 
     def __enter__(self):
         Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

@@ -1,7 +1,8 @@
 """Every reader against damaged and hostile files: nothing but an fgsteer error may come of them.
 
-Each input is a good file with a few bytes or JSON values changed; it is read, and what was read is used.
-Memory is limited, so that a header which lies about sizes shows.
+Each input is a good file with a few bytes or JSON values changed, or a key doubled; it is read, and what was read is
+used. Of files that hold a hash, one with a bit of its tensors flipped is never read; most are damaged without it, as
+it would tell of any damage. Memory is limited, so that a header which lies about sizes shows.
 
     python tests/fuzz_readers.py --inputs 100000 --seed 0
 """
@@ -27,13 +28,14 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 
 import fgsteer as fg
 from fgsteer.collecting import _Reader, _sums_of
 from fgsteer.corpora import read_documents
-from fgsteer.data import check_name
-from fgsteer.evaluation.chat import BrokenAnswerError, _content
+from fgsteer.data import check_name as check_file_name
+from fgsteer.evaluation.chat import BrokenAnswerError, completion
 from fgsteer.evaluation.endpoint import AnswerCache, read_score
 from fgsteer.evaluation.records import best_settings
 from fgsteer.evaluation.run_files import check_run, line, read_arms, resume
@@ -45,10 +47,14 @@ from fgsteer.locks import _holder
 from fgsteer.measuring import _check_shapes
 from fgsteer.parts import Parts
 from fgsteer.ranks import Ranks
-from fgsteer.serving import save_clamp
-from fgsteer.serving.served import read_served
+from fgsteer.serving import save_clamp, steering
+from fgsteer.serving.control import Control
+from fgsteer.serving.http import asking, load
+from fgsteer.serving.request import PLAN
+from fgsteer.serving.served import check_name, read_served
+from fgsteer.serving.tables import Batch
 from fgsteer.tokens import TokenReader
-from tests import runs
+from tests import engine, runs
 from tests.conftest import make_sae
 from tests.sae_files import K, config_of, folder_of, sparsify_files, state_of
 from tests.tiny import word_tokenizer
@@ -127,14 +133,14 @@ def piece(path):
 
 def part(path, kind):
     with tempfile.TemporaryDirectory() as folder:
-        parts = Parts(folder, kind, PLAN, Ranks())
+        parts = Parts(folder, kind, PARTS, Ranks())
         parts.path(0).write_bytes(path.read_bytes())
         return parts.read(0, "0")
 
 
 def collected(path):
     with tempfile.TemporaryDirectory() as folder:
-        return list(_sums_of(Parts(folder, "", PLAN, Ranks()), [part(path, "collected texts")]))
+        return list(_sums_of(Parts(folder, "", PARTS, Ranks()), [part(path, "collected texts")]))
 
 
 def clamp(path):
@@ -148,10 +154,57 @@ def cache(path):
 
 
 def answer(path):
-    return read_score(_content(path.read_bytes()))
+    return read_score(completion(path.read_bytes()) or "")
 
 
-PLAN = {"p": 1}
+def upload(path):
+    """A body, loaded by a server's engine; what it accepts is asked for."""
+    control = Control(engine.FakeEngine([1]), [1])
+    load(control, "sent", path.read_bytes())
+    return [asked(control, {"steer": "sent", "steer_scale": scale}) for scale in (1.0, -1e3, 1e6)]
+
+
+def wish(path):
+    """A body that asks for steering, as the server reads it."""
+    asks, refusal = asking(path.read_bytes())
+    try:
+        body = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return asks, refusal
+    extra = body.get("vllm_xargs") if isinstance(body, dict) else None
+    return asks, refusal, asked(CONTROL, extra) if isinstance(extra, dict) else None
+
+
+def asked(control, extra):
+    """A request admitted, and what its steering makes of a few tokens: finite numbers, and others' as they were."""
+    made = engine.request(extra)
+    if not control.admit(made):
+        return None
+    table = control.engine.tables[1]
+    batch = Batch(8, torch.device("cpu"))
+    table.tokens, batch.plans = batch.tokens, {"r": tuple(made.sampling_params.extra_args[PLAN])}
+    hidden = 3 * engine.normal(0, 8, engine.WIDTH)
+    batch.place(["r", "other"], np.array([0, 4, 8]), torch.arange(4).repeat(2))
+    out = table(hidden, hidden)
+    assert (out[:4] + hidden[:4]).square().sum(1).isfinite().all()
+    assert torch.equal(out[4:], hidden[4:])
+    return out
+
+
+def name(path):
+    told = path.read_bytes().decode(errors="replace")
+    with contextlib.suppress(ValueError, RecursionError):
+        told = json.loads(told)
+    inside = Path("/vectors", f"{check_name(told)}.safetensors")
+    assert inside.resolve() == inside
+    assert told.isascii()
+    assert told.isprintable()
+
+
+CONTROL = Control(engine.FakeEngine([1]), [1])
+for key, thing in (("love", engine.vector()), ("features", engine.clamp("relu"))):
+    CONTROL.load(key, thing)
+PARTS = {"p": 1}
 TEXTS = [("", "the man", True), ("", "a cat", False)]
 HEADER = {"fgsteer": "bench", "plan": {"prompts": 2}, "sha256": {}, "model": {"name": "m"}}
 TOKENIZER = word_tokenizer()
@@ -159,7 +212,8 @@ TOKENIZER = word_tokenizer()
 
 def readers(folder: Path) -> dict[str, Reader]:
     """Every reader by name, with good files; the folder is for making them."""
-    return {**saved_files(folder), **texts(), **records(folder), **sae_folders(folder), **identities(folder)}
+    made = (saved_files(folder), texts(), records(folder), requests(folder), identities(folder), sae_folders(folder))
+    return {name: reader for part in made for name, reader in part.items()}
 
 
 def as_json(value: object) -> bytes:
@@ -193,11 +247,11 @@ def saved_files(folder: Path) -> dict[str, Reader]:
     for name, thing in made.items():
         thing.save(folder / name)
     parts = {"vectors": torch.ones(2, 6), "strengths": torch.ones(2)}
-    header = {"plan": text_sha256({"run": "effects part", **PLAN}), "part": 0, "of": "0"}
+    header = {"plan": text_sha256({"run": "effects part", **PARTS}), "part": 0, "of": "0"}
     write_tensors(folder / "effects part", parts, kind="effects part", header=header)
     at = fg.Hookpoint.parse(AT)
     sums = _Reader(model, TokenReader(TOKENIZER), None, [at], True, {}).window(0, TEXTS)
-    header["plan"] = text_sha256({"run": "collected texts", **PLAN})
+    header["plan"] = text_sha256({"run": "collected texts", **PARTS})
     write_tensors(folder / "collected part", sums.tensors(), kind="collected texts", header=header)
     relu = make_sae(d_model=6, d_sae=12)
     save_clamp(fg.ClampFeature(hookpoint=relu.hookpoint, sae=relu, targets={1: 2.0}), folder / "clamp")
@@ -284,7 +338,7 @@ def identities(folder: Path) -> dict[str, Reader]:
 
     def own(path: Path) -> object:
         contrast = fg.load_contrast(path)
-        name = check_name(contrast.name)
+        name = check_file_name(contrast.name)
         (path.parent / f"{name}.running.jsonl").write_bytes(b"")
         return contrast.hold_out(), contrast.description.strip()
 
@@ -299,6 +353,21 @@ def identities(folder: Path) -> dict[str, Reader]:
         ),
         "holder of a lock": Reader({"f.lock": note}, holder),
         "contrast of one's own": Reader({"f.json": as_json({"name": "n", "description": "d", **sides})}, own),
+    }
+
+
+def requests(folder: Path) -> dict[str, Reader]:
+    """What the clients of a server send: vectors and clamps, requests, names."""
+    engine.vector().save(folder / "sent")
+    save_clamp(engine.clamp("jumprelu"), folder / "sent clamp")
+    extra = steering("love", op="affine", scale=0.5, scope="generated")
+    body = {"model": "m", "prompt": [1, 2], "vllm_xargs": extra, "use_beam_search": False}
+    return {
+        "upload, vector": Reader({"f": (folder / "sent").read_bytes()}, upload),
+        "upload, clamp": Reader({"f": (folder / "sent clamp").read_bytes()}, upload),
+        "request": Reader({"f.json": as_json(body)}, wish),
+        "request, clamp": Reader({"f.json": as_json({"vllm_xargs": steering("features", scale=2.0)})}, wish),
+        "name": Reader({"f.json": as_json("love-2.b")}, name),
     }
 
 
@@ -347,6 +416,9 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+AGAIN = "@@again@@"  # before a key that is to stand twice
+
+
 def damaged(files: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
     """The files with one of them changed, or gone."""
     name = rng.choice(sorted(files))
@@ -359,6 +431,35 @@ def damaged(files: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         data = change(data, rng)
     return {**files, name: data}
+
+
+def split(data: bytes) -> tuple[dict, dict, bytes] | None:
+    """(header, fgsteer's header in it, bytes of tensors) of safetensors that hold a hash; None for anything else."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    if data[8:9] != b"{" or start >= len(data):
+        return None
+    header = json.loads(data[8:start])
+    inner = json.loads(header.get("__metadata__", {}).get("fgsteer", "{}"))
+    return (header, inner, data[start:]) if "sha256" in inner else None
+
+
+def without_hash(data: bytes) -> bytes:
+    """A file as the first versions wrote it, or the same."""
+    if (parts := split(data)) is None:
+        return data
+    header, inner, tensors = parts
+    del inner["sha256"]
+    header["__metadata__"]["fgsteer"] = json.dumps(inner)
+    text = as_json(header)
+    return len(text).to_bytes(8, "little") + text + tensors
+
+
+def with_a_flip(files: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
+    """The files with a bit flipped among the tensors of one that holds a hash of them."""
+    name = rng.choice([name for name, data in files.items() if split(data)])
+    data = bytearray(files[name])
+    data[-rng.randint(1, len(split(files[name])[2]))] ^= 1 << rng.randrange(8)
+    return {**files, name: bytes(data)}
 
 
 def in_bytes(data: bytes, rng: random.Random) -> bytes:
@@ -414,7 +515,7 @@ def in_json(data: bytes, rng: random.Random) -> bytes:
         while (start := text.find(f'"@@{word}:')) >= 0:
             end = text.index('@@"', start + 3)
             text = text[:start] + made(int(text[start + len(word) + 4 : end])) + text[end + 3 :]
-    parts[place] = text.encode()
+    parts[place] = text.replace(f'"{AGAIN}', '"').encode()
     return b"\n".join(parts)
 
 
@@ -431,8 +532,10 @@ def changed_value(value: object, rng: random.Random) -> object:
         return rng.choice(HOSTILE)
     node, key = rng.choice(places)
     old, how = node[key], rng.random()
-    if how < 0.15:
+    if how < 0.08:
         del node[key]
+    elif how < 0.15 and isinstance(node, dict):
+        node[f"{AGAIN}{key}"] = rng.choice((old, *HOSTILE))
     elif how < 0.25 and isinstance(node, dict):
         word = rng.choice([word for word in HOSTILE if isinstance(word, str)])
         node[word] = node.pop(key)
@@ -464,11 +567,16 @@ def put(folder: Path, files: dict[str, bytes], reader: Reader) -> Path:
 def check(name: str, reader: Reader, folder: Path, seed: int, number: int) -> str:
     """What came of one input: "read", or the name of an fgsteer error. Any other error goes on."""
     rng = random.Random(f"{seed}/{name}/{number}")
-    first = put(folder, damaged(reader.files, rng), reader)
+    flip = rng.random() < 0.1 and any(map(split, reader.files.values()))
+    files = reader.files
+    if not flip and rng.random() < 0.8:
+        files = {name: without_hash(data) for name, data in files.items()}
+    first = put(folder, (with_a_flip if flip else damaged)(files, rng), reader)
     try:
         reader.read(first)
     except (fg.FgsteerError, BrokenAnswerError) as error:
         return type(error).__name__
+    assert not flip, "a flipped bit among tensors was not seen"
     return "read"
 
 

@@ -43,6 +43,11 @@ STRUCTURES = {
 }
 
 
+def slow_but(chosen, names):
+    """Parameters of which the chosen ones run by default; the others compile anew for some seconds each."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.fixture
 def graphs():
     """A backend that runs graphs as they are, and the list of those it was given."""
@@ -74,10 +79,8 @@ def tokens(model, inputs, steering=None, **options):
 
 
 @pytest.mark.filterwarnings("ignore::fgsteer.errors.UntouchedWarning")
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [*(("llama", name) for name in STRUCTURES), ("gpt2", "every layer and site"), ("gpt2", "per row")],
-)
+@pytest.mark.parametrize("name", slow_but(["per row", "prompt"], STRUCTURES))
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_compiled_decoding_equals_eager_and_compiles_once(models, inputs, graphs, family, name):
     model, make = copy.deepcopy(models[family]), STRUCTURES[name]
     backend, found = graphs
@@ -128,7 +131,7 @@ def wrapped_decoder(model, backend):
 
 
 @pytest.mark.parametrize("compile_", [whole, in_place, forward, block, block_forward, wrapped_block, wrapped_decoder])
-@pytest.mark.parametrize("when", ["before", "inside"])
+@pytest.mark.parametrize("when", slow_but(["before"], ["before", "inside"]))
 def test_models_that_the_user_compiled(llama, inputs, graphs, compile_, when):
     backend, found = graphs
     model = copy.deepcopy(llama)
@@ -183,7 +186,7 @@ def test_an_addition_is_one_operation_a_layer(llama, inputs, cache, dtype):
 
 
 @pytest.mark.filterwarnings("ignore::fgsteer.errors.UntouchedWarning")
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", slow_but(["per row", "prompt"], STRUCTURES))
 def test_a_decoding_step_waits_for_nothing(llama, inputs, name):
     more = added(llama, inputs, STRUCTURES[name](2.0), cache_implementation="static")
     assert not {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero"} & set(more)

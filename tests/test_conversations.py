@@ -22,6 +22,7 @@ def assistant(text):
 
 
 SYSTEM = {"role": "system", "content": "the old king"}
+OTHER = {"role": "system", "content": "the new queen"}
 Q, YES, NO = user("is it war ?"), assistant("yes"), assistant("no")
 TURNS = [user("the man"), assistant("ran")]
 
@@ -35,6 +36,9 @@ TURNS = [user("the man"), assistant("ran")]
         ("is it war ?", [SYSTEM, Q, YES], [SYSTEM, Q, NO], [SYSTEM, Q]),
         ([SYSTEM], [Q, YES], [Q, NO], [SYSTEM, Q]),
         ([SYSTEM, Q], [Q, YES], [Q, NO], [SYSTEM, Q]),
+        ([SYSTEM], [SYSTEM, Q, YES], [SYSTEM, Q, NO], [SYSTEM, Q]),
+        ([SYSTEM, Q], [SYSTEM, Q, YES], [SYSTEM, Q, NO], [SYSTEM, Q]),
+        ("is it war ?", [*TURNS, SYSTEM, Q, YES], [*TURNS, SYSTEM, Q, NO], [*TURNS, SYSTEM, Q]),
         (TURNS, [Q, YES], [Q, NO], [*TURNS, Q]),
         ("is it war ?", [*TURNS, Q, YES], [*TURNS, Q, NO], [*TURNS, Q]),
         ("is it war ?", [YES], [NO], "is it war ?"),
@@ -111,6 +115,8 @@ def test_a_message_that_the_assistant_has_begun_is_continued(llama):
         ([user("the sea ?")], [Q, YES], [Q, NO]),
         ("", [Q, YES], "no"),
         ("the sea ?", [Q, YES], "no"),
+        ([SYSTEM], [OTHER, Q, YES], [OTHER, Q, NO]),
+        ([SYSTEM, Q], [OTHER, Q, YES], [OTHER, Q, NO]),
     ],
 )
 def test_two_prompts_are_refused(prompt, chosen, rejected):

@@ -447,7 +447,7 @@ def test_refusals(llama, tokenizer, sae, texts):
         with pytest.raises(fg.DataError, match=message):
             fg.EffectApproximator.measure(llama, tokenizer, sae, **given)
     for wrong in ({"top_p": 0.0}, {"top_k": 0}, {"temperature": 0.0}, {"max_new_tokens": 0}):
-        with pytest.raises(fg.DataError, match="top_p in"):
+        with pytest.raises(fg.DataError, match=f"{next(iter(wrong))} = 0"):
             Sampling(**wrong)
     with pytest.raises(fg.PairingError, match="d_model 8"):
         fg.EffectApproximator.measure(llama, tokenizer, make_sae(d_model=8), prompts=PROMPTS, texts=texts)

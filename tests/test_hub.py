@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 import yaml
+from markdown_it import MarkdownIt
 
 import fgsteer as fg
+from fgsteer.escaping import markdown
 from fgsteer.evaluation.records import Run
+from fgsteer.hub import card
 from tests.conftest import make_sae
 from tests.hub import COMMIT, TOKEN, Hub
+from tests.test_endpoint import chain
+from tests.test_escaping import MARKS
 from tests.test_sae_releases import run as in_process
 
 PUSH = """
@@ -76,11 +84,68 @@ def test_a_folder_holds_the_vector_and_a_card(vector, measured, tmp_path):
     assert "| 3 | 2 |" in body
     assert "| **4** | 0.600 | 0.500 | 0.300 |" in body  # of the half that chose nothing
     assert "coefficient = 4  #" in body
-    assert 'load_model("acme/tiny")' in body
+    assert "load_model('acme/tiny')" in body
     assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "curve.png", "vector.safetensors"]
     with pytest.raises(fg.FormatError, match="exists"):
         vector.save_pretrained(folder)
+
+
+def read(text):
+    """A card's front matter, its headings, what its code does with the model's name taken out, and its JSON."""
+    _, head, body = text.split("---\n", 2)
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(body)
+    inline = [child for token in tokens for child in token.children or ()]
+    kinds = {token.type for token in [*tokens, *inline]}
+    assert not kinds & {
+        "html_block",
+        "html_inline",
+        "link_open",
+        "code_block",
+        "hr",
+        "blockquote_open",
+        "list_item_open",
+    }
+    assert {token.attrs["src"] for token in inline if token.type == "image"} <= {"curve.png"}
+    headings = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
+    fences = {token.info: token.content for token in tokens if token.type == "fence"}
+    assert sorted(fences) == ["json", "python"]
+    code = ast.parse(fences["python"])
+    (load,) = [n for n in ast.walk(code) if isinstance(n, ast.Call) and "load_model" in ast.unparse(n.func)]
+    (named,) = load.args
+    load.args = []
+    return yaml.safe_load(head), headings, named.value, ast.unparse(code), json.loads(fences["json"])
+
+
+NAMES = [*MARKS, "---", "a: b", "acme/tiny\n", "é/é", "acme/ti\\ny", "...", "\x1b[2J", "x" * 300]
+NAMES += ['a/b"); import os; os.system("x") #', "a/b'); import os #", 'a/b")\nimport os\nprint("', "a/b```\nimport os"]
+
+
+def test_no_name_writes_the_card(vector, measured):
+    run = fg.load_run(measured)
+    points = sorted(set(run.settings), key=lambda s: s.coefficient)
+    head, headings, named, code, _ = read(card(vector, points, run))
+    assert (named, headings) == ("acme/tiny", ["sea", "Features", "Measured", "Use"])
+    for name in NAMES:
+        provenance = {
+            "method": name,
+            "data": [{"name": name}],
+            "hyperparameters": {name: name},
+            "model": {"name": name},
+            "sae": {"source": name, "d_sae": name},
+        }
+        hostile = replace(vector, provenance=provenance)
+        judged = Run({**run.header, "plan": {"judge": {"name": name}}}, run.records)
+        found = read(card(hostile, points, judged))
+        assert found[0] == {key: value for key, value in head.items() if key != "base_model"}
+        assert found[1] == [markdown(name) or "Steering vector", *headings[1:]]
+        assert found[2:] == ("…", code, provenance)
+
+
+@pytest.mark.parametrize("odd", [3, "text", [], {}, [3], {"a": 1}, None])
+def test_a_card_of_provenance_of_other_kinds(vector, odd):
+    provenance = dict.fromkeys(("method", "data", "hyperparameters", "model", "sae"), odd)
+    assert read(card(replace(vector, provenance=provenance)))[1] == ["Steering vector", "Features", "Use"]
 
 
 def test_the_cards_code_runs(vector, tmp_path):
@@ -89,7 +154,7 @@ def test_the_cards_code_runs(vector, tmp_path):
     code = (tmp_path / "bare" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     scope: dict[str, object] = {}
     here = repr(str(tmp_path / "bare"))
-    exec(code.replace('"…"', here), scope)
+    exec(code.replace("'…'", here), scope)
     assert scope["vector"].norm == pytest.approx(1.0, rel=1e-5)
     assert 10 < scope["coefficient"] < 1000
 
@@ -101,6 +166,29 @@ def test_a_run_without_the_vector_is_refused(vector, measured, tmp_path):
     with pytest.raises(fg.DataError, match="other concepts"):
         vector.save_pretrained(tmp_path / "x", run=Run(run.header, []))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_the_hub_says_is_told_without_the_token(named, vector, monkeypatch):
+    token = "hf_abcdefghijklmnopqrstuvwxyz"
+
+    def refuse(*_, **__):
+        raise OSError(f"401 for Authorization: Bearer {token}\nmore")
+
+    monkeypatch.setattr("fgsteer.hub.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("fgsteer.network.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    options = {"token": token} if named else {}
+    for ask in (
+        lambda: vector.push_to_hub("me/sea", **options),
+        lambda: type(vector).from_pretrained("me/s", **options),
+    ):
+        with pytest.raises(fg.FormatError, match=r"401 for Authorization: Bearer \(key\)") as caught:
+            ask()
+        assert token not in chain(caught.value)
 
 
 def test_pushed_to_a_hub_and_read_back(vector, measured, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import zlib
 from types import SimpleNamespace
@@ -183,7 +184,8 @@ def fake_library(monkeypatch, package):
     """A sentence-transformers that notes what it was asked to load, and the weights' package or none."""
     loaded = []
 
-    def load(source, device):
+    def load(source, device, trust_remote_code):
+        assert trust_remote_code is False
         if "missing" in source:
             raise OSError(f"{source} is not there")
         loaded.append(source)
@@ -206,6 +208,23 @@ def test_the_default_model_comes_from_its_package_then_the_hub(monkeypatch, tmp_
         assert judge.name == "embedding:all-MiniLM-L6-v2"
     fg.EmbeddingJudge(tmp_path).score(["a text"], "wedding")
     assert loaded[-1] == str(tmp_path)
+
+
+def test_code_of_a_folder_is_not_run(monkeypatch, tmp_path):
+    """sentence-transformers 3.4 to 5 imports modules that a folder brings, whatever trust_remote_code says."""
+    loaded = fake_library(monkeypatch, None)
+    modules = [{"type": "sentence_transformers.models.Transformer"}, {"type": "evil.Pooling"}]
+    for given in (modules, modules[1:], [{"type": None}], [{}]):
+        (tmp_path / "modules.json").write_text(json.dumps(given), encoding="utf-8")
+        with pytest.raises(fg.FormatError, match=r"Python code of the folder's own.*load the model yourself"):
+            fg.EmbeddingJudge(tmp_path).score(["a text"], "wedding")
+    (tmp_path / "modules.json").write_text("[", encoding="utf-8")
+    with pytest.raises(fg.FormatError, match="line 1"):
+        fg.EmbeddingJudge(tmp_path).score(["a text"], "wedding")
+    assert not loaded
+    (tmp_path / "modules.json").write_text(json.dumps(modules[:1]), encoding="utf-8")
+    fg.EmbeddingJudge(tmp_path).score(["a text"], "wedding")
+    assert loaded == [str(tmp_path)]
 
 
 def test_what_is_not_installed_is_named(monkeypatch, tmp_path):

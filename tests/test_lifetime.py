@@ -11,6 +11,7 @@ import gc
 import io
 import pickle
 import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -222,6 +223,7 @@ def test_generators_inside_one_another(model):
             b = inner()
             yield next(b)
             yield next(b)
+            b.close()
 
     with fg.steer(model, [B, A]):
         both = logits(model)
@@ -446,3 +448,78 @@ def test_models_apart_do_not_disturb_each_other(model):
         other(IDS)
         a.close()
         other(IDS)
+
+
+# ---------------------------------------------------------------- modules that are replaced
+
+
+def _peft(model):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(model, LoraConfig(target_modules=["o_proj"], r=2))
+
+
+def _own_decoder(model):
+    model.model = tiny_model("llama", seed=1).model
+
+
+REPLACED = {
+    "a block": lambda m: m.model.layers.__setitem__(1, tiny_model("llama", seed=1).model.layers[1]),
+    "the decoder": _own_decoder,
+    "all blocks": lambda m: setattr(m.model, "layers", torch.nn.ModuleList([*m.model.layers][::-1])),
+    "fewer blocks": lambda m: setattr(m.model, "layers", m.model.layers[:2]),
+    "a sublayer": lambda m: setattr(m.model.layers[1], "mlp", tiny_model("llama", seed=1).model.layers[1].mlp),
+    "its projection": _peft,
+    "its hooks": lambda m: [hooks.clear() for x in m.modules() for hooks in (x._forward_hooks, x._forward_pre_hooks)],
+}
+KEPT = {
+    "dtype and device": lambda m: m.to(torch.float64).to("cpu"),
+    "weights": lambda m: m.load_state_dict(tiny_model("llama", seed=1).state_dict(), assign=True),
+    "a compiled decoder": lambda m: setattr(m, "model", torch.compile(m.model, backend="eager")),
+    "a compiled block": lambda m: m.model.layers.__setitem__(1, torch.compile(m.model.layers[1], backend="eager")),
+    "another block": lambda m: m.model.layers.__setitem__(2, tiny_model("llama", seed=1).model.layers[2]),
+}
+SITES = {"a sublayer": "mlp_out", "its projection": "z"}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.parametrize("runs", ["a pass", "generate", "nothing"])
+def test_a_steered_module_that_is_replaced_inside_the_block_is_warned_of(name, runs):
+    model = tiny_model("llama")
+    item = fg.Add(hookpoint=fg.Hookpoint(1, SITES.get(name, "resid_post")), direction=A.direction, coefficient=5.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with fg.steer(model, item):
+            logits(model)
+            REPLACED[name](model)
+            if name != "fewer blocks" and runs == "generate":
+                model.generate(IDS, **SHORT)
+            elif runs == "a pass":
+                logits(model)
+    (told,) = (warning for warning in caught if issubclass(warning.category, fg.FgsteerWarning))
+    assert told.category is fg.errors.UntouchedWarning
+    assert "inside the steer block: what runs there now is not steered" in str(told.message)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "compiled" in name else []) for name in KEPT]
+)
+def test_what_leaves_the_steered_modules_in_place_stays_steered(name):
+    model = tiny_model("llama")
+    with fg.steer(model, A):
+        KEPT[name](model)
+        steered = logits(model)
+        told = model.generate(IDS, **SHORT)
+    assert not torch.equal(steered, logits(model))
+    assert told.shape[1] == IDS.shape[1] + 4
+
+
+def test_a_warning_comes_before_the_pass_that_is_not_steered(model):
+    """Where the decoder is the model's own; a block that is put back before the end is still told of."""
+    own = model.model.layers[1]
+    with fg.steer(model, A):
+        model.model.layers[1] = tiny_model("llama", seed=1).model.layers[1]
+        with pytest.warns(fg.errors.UntouchedWarning, match="block 1 was replaced"):
+            model(IDS)
+        model.model.layers[1] = own
+        assert torch.equal(logits(model), model.alone.a)

@@ -48,7 +48,7 @@ def test_the_hubs_arguments_reach_model_and_tokenizer(monkeypatch):
     assert told["model"] == ("folder", {"dtype": torch.float32, "attn_implementation": "eager", **HUB})
     assert told["tokenizer"] == ("folder", HUB)
     fg.load_model("folder", dtype=torch.float32)
-    assert told["tokenizer"] == ("folder", {})
+    assert told["tokenizer"] == ("folder", {"trust_remote_code": False})
 
 
 def test_every_argument_of_the_hub_is_shared():

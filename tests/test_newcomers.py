@@ -397,8 +397,8 @@ def made(tmp_path_factory):
         ("generate hi --device gpu", "--device gpu"),
         ("generate hi --prefill Yes", "--prefill without --chat"),
         ("fold -v {0}/vector -c 1 -o {0}/full", "full exists"),
-        ("export {0}/vector --to checkpoint -c 1 -m default -o {0}/none/none --op push", "--op push"),
-        ("export {0}/gemma --to checkpoint -c 1 -m default -o {0}/none/none", "made for google/gemma-2-2b"),
+        ("export {0}/vector --to checkpoint -c 1 -m default -o {0}/none --op push", "--op push"),
+        ("export {0}/gemma --to checkpoint -c 1 -m default -o {0}/none", "made for google/gemma-2-2b"),
         ("eval --tasks x -v {0}/gemma -c 1", "made for google/gemma-2-2b|lm-eval is not installed"),
         ("features {0}/gemma", "made for google/gemma-2-2b"),
         ("features --feature 99999", "99999"),
@@ -519,9 +519,24 @@ def test_a_hub_that_answers_is_asked(monkeypatch):
             assert not constants.HF_HUB_OFFLINE
 
 
-def test_warnings_point_at_the_callers_line(stats, sae):
+def test_warnings_point_at_the_callers_line(stats, sae, llama, tokenizer):
+    item = fg.Add(hookpoint="blocks.1.hook_resid_post", direction=torch.ones(32), scope="generated")
+    ids = torch.tensor([[0, 5]])
+    long = "the man said " * 40
+
+    @fg.steer(llama, item)
+    def decorated():
+        llama(ids)
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fg.sta(stats, sae)
         fg.fgaa(stats, sae)
+        fg.generate(llama, tokenizer, ["tea"], steering=item, max_new_tokens=1)
+        decorated()
+        with fg.steer(llama, item):
+            llama(ids)
+        fg.collect(llama, tokenizer, {"positive": [long], "negative": ["tea"]}, hookpoints=1)
+        fg.cross_entropy(llama, tokenizer, [long])
+    assert [warning.category for warning in caught[2:]] == [fg.UntouchedWarning] * 3 + [fg.FgsteerWarning] * 2
     assert {warning.filename for warning in caught} == {__file__}

@@ -11,6 +11,7 @@ import fgsteer as fg
 from fgsteer.evaluation.propensity import Propensity
 from fgsteer.hookpoints import resolve
 from fgsteer.interventions import SCOPES
+from fgsteer.tokens import encode_prompts
 from tests.tiny import D_MODEL, word_tokenizer
 
 AT = fg.Hookpoint(1)
@@ -87,6 +88,29 @@ def test_log_probabilities_are_those_of_feeding_token_by_token(family_model, tok
     if scope != "all":  # scopes are told apart, by ten times the tolerance
         assert not torch.allclose(found.sums[1], found.sums[2], atol=1e-3)
     assert float((found.sums[1] - found.sums[0])[0].abs()) > 1e-3
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.filterwarnings("ignore::fgsteer.errors.UntouchedWarning")
+def test_all_special_tokens_before_a_text_are_its_prompt(llama, scope):
+    """Some tokenizers put two in front, as GLM's: ``generate`` is given both, so neither counts as generated."""
+    from tokenizers import processors
+
+    tokenizer = word_tokenizer(bos=False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> <s> $A", special_tokens=[("<pad>", 1), ("<s>", 0)]
+    )
+    assert encode_prompts(tokenizer, [""])[0].tolist() == [[1, 0]]
+    ids = tokenizer("ring and said yes")["input_ids"]
+    with torch.no_grad(), fg.steer(llama, add(scope)):
+        out = llama(torch.tensor([ids[:2]]), use_cache=True)
+        rows = [out.logits[0, -1]]
+        for token in ids[2:-1]:
+            out = llama(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+            rows.append(out.logits[0, -1])
+    expected = torch.stack(rows).log_softmax(-1).gather(1, torch.tensor(ids[2:])[:, None]).sum()
+    found = fg.log_probabilities(llama, tokenizer, [("", "ring and said yes")], [add(scope)]).sums
+    assert float(found) == pytest.approx(float(expected), **CLOSE)
 
 
 def test_a_block_around_scoring_knows_the_boundary_too(llama, tokenizer):

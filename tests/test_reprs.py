@@ -103,6 +103,11 @@ def test_an_sae_and_a_vector_say_what_they_are():
     assert repr(bare) == "SteeringVector(bare at blocks.1.hook_resid_post, d_model 32, norm 2, 0 features)"
 
 
+class Untold:
+    def __str__(self):
+        raise AssertionError("rendered")
+
+
 def test_values_in_brief():
     assert brief(torch.zeros(2, 3)) == "float32 (2, 3)"
     assert brief(np.zeros(4)) == "float64 (4,)"
@@ -110,8 +115,9 @@ def test_values_in_brief():
     assert brief("x" * 99) == f"'{'x' * 39}…'"
     assert brief({1: 2.0}) == "{1: 2}"
     assert (brief({}), brief(()), brief([1] * 9)) == ("{}", "()", "(9 entries)")
-    assert brief((torch.zeros(2),)) == "(1 entries)"
+    assert brief((torch.zeros(2),)) == "(1 entry)"
     assert brief(torch.nn.Linear(2, 2)) == "Linear"  # which prints its sizes
+    assert brief([Untold()] * 9) == "(9 entries)"  # nothing is rendered that is not shown
 
     @dataclasses.dataclass(frozen=True, repr=False)
     class Kept(Brief):

@@ -6,40 +6,28 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load
 
 import fgsteer as fg
 from fgsteer.cli import main
 from fgsteer.rollouts import Sampling
 from fgsteer.serving import VllmWriter, save_clamp, steered_llm, steering
-from fgsteer.serving.control import Control
+from fgsteer.serving.control import Control, refuse_unplanned
+from fgsteer.serving.offline import engine_settings
 from fgsteer.serving.request import PLAN, Wanted, parse
 from fgsteer.serving.served import read_served, serve, sources
-from fgsteer.serving.server import arguments
+from fgsteer.serving.server import settle
 from fgsteer.serving.tables import Batch, Table, blocks_of, steer_block
 from fgsteer.serving.writer import request_of
-from tests.conftest import make_sae
+from tests.engine import WIDTH, FakeEngine, clamp, normal, request, vector
 from tests.reference import apply as reference
 
-WIDTH, PROMPT, LENGTH = 32, 3, 6
-
-
-def normal(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def vector(seed=0, layer=1):
-    return fg.SteeringVector(normal(seed, WIDTH) * 3, fg.Hookpoint(layer), reference=normal(seed + 1, WIDTH))
-
-
-def clamp(activation, layer=1):
-    sae = make_sae(activation, layer=layer)
-    return fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={3: 2.0, 7: 0.5, 11: -1.0})
+PROMPT, LENGTH = 3, 6
 
 
 def run(items, hidden, residual):
@@ -216,50 +204,42 @@ def test_requests_are_read_strictly():
         ({"steer": "a", "steer_bos": 2}, "bos"),
         ({"steer": "a", "steer_strength": 2}, "steer_strength"),
         ({"steer": "a", PLAN: [1, 1, 1, 0, 9]}, PLAN),
+        ({"steer": ["a"]}, "name"),
+        ({"steer": "a", "steer_op": ["add"]}, "steer_op"),
+        ({"steer": "a", "steer_op": {"add": 1}}, "steer_op"),
+        ({"steer": "a", "steer_op": "turn"}, "steer_op"),
+        ({"steer": "a", "steer_scope": ["all"]}, "steer_scope"),
+        ({"steer": "a", "steer_bos": [0]}, "steer_bos"),
+        ({"steer": "a", "steer_scale": [1.0]}, "steer_scale"),
+        ({"steer": "a", "steer_scale": 10**5000}, "steer_scale"),
+        ({"steer": "a", "steer_x\n\u202e": 1}, r"steer_x\\n\\u202e"),
     ):
         with pytest.raises(fg.SteeringError, match=why):
             parse(bad)
 
 
-class FakeEngine:
-    """Workers with one table a layer, and requests that are live for as long as a test says."""
-
-    def __init__(self, layers, steers=True, rows=4):
-        self.tables = {layer: Table(rows, WIDTH, torch.zeros(3, 8)) for layer in layers}
-        self.live, self.steers = [], steers
-        config = SimpleNamespace(bos_token_id=0, eos_token_id=[2])
-        self.config = SimpleNamespace(
-            model_config=SimpleNamespace(
-                get_hidden_size=lambda: WIDTH,
-                hf_config=config,
-                hf_text_config=config,
-                try_get_generation_config=lambda: {"eos_token_id": [2, 9]},
-            )
-        )
-
-    def call(self, method, *args):
-        if method == "steering_clear":
-            return [table.clear(float(args[0])) for table in self.tables.values()]
-        tag, layer, tensors = args
-        try:
-            return [None, self.tables[layer].fill(float(tag), load(tensors))]
-        except fg.FgsteerError as error:
-            return [None, str(error)]
-
-    def live_requests(self):
-        return self.live
-
-    def continuations(self, extras, tokens):
-        plain = [(1, -1.0), (2, -1.0)]
-        changed = {"all": [(1, -2.0), (3, -1.0)], "generated": [(1, -1.0), (2, -1.5)]}
-        return [plain if not extra or not self.steers else changed[extra["steer_scope"]] for extra in extras]
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".a", "a/b", "a\n", "a\x00b", "\u202eevol", "é", "a b", "a" * 65, None, 3]
+)
+def test_names_are_of_a_plain_alphabet(name, tmp_path):
+    control = Control(FakeEngine([1]), [1])
+    with pytest.raises(fg.SteeringError, match="letters, digits"):
+        control.load(name, vector())
+    with pytest.raises(fg.SteeringError, match="letters, digits"):
+        sources({name: vector()})
+    with pytest.raises(fg.SteeringError, match="name"):
+        parse({"steer": name})
+    if name in ("a b", "é", "\u202eevol"):
+        vector().save(tmp_path / f"{name}.safetensors")
+        with pytest.raises(fg.SteeringError, match="letters, digits"):
+            sources(tmp_path)
 
 
-def request(extra, salt=None, ids=(5, 6, 7), embeds=None):
-    params = SimpleNamespace(extra_args=extra)
-    return SimpleNamespace(
-        sampling_params=params, prompt_token_ids=ids, prompt_embeds=embeds, request_id="r", cache_salt=salt
-    )
+def test_names_of_letters_and_the_like_are_taken():
+    control = Control(FakeEngine([1]), [1])
+    for name in ("a", "-a_B.9", "0" * 64, "_"):
+        control.load(name, vector())
+        control.unload(name)
 
 
 def test_names_come_and_go_while_requests_run():
@@ -343,6 +323,63 @@ def test_refused_loads_leave_nothing_behind():
     assert (engine.tables[1].owner == -1).all()
 
 
+def test_a_name_in_a_full_table_is_replaced_once_nothing_uses_it():
+    engine = FakeEngine([1], rows=1)
+    control = Control(engine, [1])
+    control.load("a", vector(0))
+    used = request(steering("a"))
+    control.admit(used)
+    engine.live = [used.request_id]
+    with pytest.raises(fg.SteeringError, match="requests under way use"):
+        control.load("a", vector(3))
+    assert engine.tables[1].owner.tolist() == [used.sampling_params.extra_args[PLAN][0]]  # theirs still
+    engine.live = []
+    control.load("a", vector(3))
+    torch.testing.assert_close(engine.tables[1].write[0], vector(3).unit().direction)
+    with pytest.raises(fg.SteeringError, match="0 of 1 free"):
+        control.load("b", vector(4))
+    with pytest.raises(fg.SteeringError, match="3 rows, with 1 of 1 free"):
+        control.load("a", clamp("relu"))  # does not fit even alone: what was there comes back
+    torch.testing.assert_close(engine.tables[1].write[0], vector(3).unit().direction)
+    again = request(steering("a"))
+    control.admit(again)
+    assert engine.tables[1].owner.tolist() == [again.sampling_params.extra_args[PLAN][0]]
+
+
+def test_tags_stay_whole_numbers_of_float32():
+    """Whatever the number of uploads: 2²⁴ + 1 would be the tag before it, and steer by another's rows."""
+    control = Control(FakeEngine([1]), [1])
+    control.load("kept", vector(0))
+    for number in range(50):
+        control.load("a", vector(number))
+    assert control.engine.tables[1].owner.max() <= 3
+    control.unload("a")
+    assert (control.engine.tables[1].owner == -1).sum() == 3
+
+
+def test_what_admission_has_not_planned_never_reaches_the_engine():
+    control = Control(FakeEngine([1]), [1])
+    control.load("love", vector(0))
+    good = request(steering("love"))
+    assert control.admit(good)
+    refuse_unplanned(good)
+    assert not control.admit(request({"other": 1}))
+    refuse_unplanned(request({"other": 1}))
+    refuse_unplanned(request(None))
+    streamed = request(good.sampling_params.extra_args)  # a chunk of an input that is streamed
+    streamed.request_id, streamed.resumable = good.request_id, True
+    forged = request({PLAN: good.sampling_params.extra_args[PLAN]})
+    for bad in (request(steering("love")), streamed, forged):
+        with pytest.raises(fg.SteeringError, match="streamed"):
+            refuse_unplanned(bad)
+    pooled = request(None)
+    pooled.sampling_params, pooled.pooling_params = None, SimpleNamespace(extra_kwargs=steering("love"))
+    with pytest.raises(fg.SteeringError, match="generates nothing"):
+        control.admit(pooled)
+    pooled.pooling_params.extra_kwargs = None
+    assert not control.admit(pooled)
+
+
 def test_canary():
     engine = FakeEngine([0, 1])
     Control(engine, [0, 1]).canary()
@@ -353,27 +390,62 @@ def test_canary():
         assert all((table.owner == -1).all() for table in one.tables.values())
 
 
+def parsed(**given):
+    """vLLM's options as its parser leaves them."""
+    bare = {"worker_cls": "auto", "additional_config": {}, "api_server_count": None, "headless": False, "grpc": False}
+    bare |= {"data_parallel_multi_port_external_lb": False, "served_model_name": None, "api_key": None}
+    return SimpleNamespace(**bare | given)
+
+
+def test_options_of_the_server(tmp_path):
+    vector().save(tmp_path / "love.safetensors")
+    _, _, settings = engine_settings("default", sources(tmp_path), [2], 8)
+    args = parsed(additional_config={"other": 1})
+    settle(args, "default", settings)
+    assert args.worker_cls == "fgsteer.serving.worker.SteeringWorker"
+    assert (args.additional_config["other"], args.additional_config["fgsteer"]["layers"]) == (1, [1, 2])
+    assert (args.api_server_count, args.served_model_name) == (1, ["default"])
+    headless = parsed(headless=True, served_model_name=["mine"])
+    settle(headless, "default", settings)
+    assert (headless.api_server_count, headless.served_model_name) == (None, ["mine"])
+    for given, option in (
+        ({"worker_cls": "x"}, "--worker-cls"),
+        ({"api_server_count": 2}, "--api-server-count"),
+        ({"additional_config": {"fgsteer": {}}}, "--additional-config"),
+        ({"grpc": True}, "--grpc"),
+        ({"data_parallel_multi_port_external_lb": True}, "multi-port"),
+    ):
+        with pytest.raises(fg.SteeringError, match=option):
+            settle(parsed(**given), "default", settings)
+
+
 def test_command_line_of_the_server(tmp_path, monkeypatch, capsys):
     vector().save(tmp_path / "love.safetensors")
-    made = arguments("default", tmp_path, [2], 8, ["--port", "9"])
-    assert made[0].endswith("default/model")
-    extra = made[made.index("--additional-config") + 1]
-    assert '"layers": [1, 2], "rows": 8' in extra
-    assert made[-2:] == ["--port", "9"]
-    assert made[made.index("--served-model-name") + 1] == "default"
-    assert "--api-server-count" not in arguments("default", None, [2], 8, ["--headless"])
-    with pytest.raises(fg.SteeringError, match="--worker-cls"):
-        arguments("default", tmp_path, None, 8, ["--worker-cls=x"])
     with pytest.raises(fg.SteeringError, match="no layer"):
-        arguments("default", None, None, 8, [])
+        engine_settings("default", {}, None, 8)
     monkeypatch.setattr("fgsteer.serving.offline.find_spec", lambda name: None)
     with pytest.raises(fg.SteeringError, match=r"pip install 'fgsteer\[vllm\]'"):
         steered_llm("default", vectors=tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fgsteer", "serve", "default", "--vectors", str(tmp_path), "--dtype", "float32"])
+    command = ["fgsteer", "serve", "default", "--vectors", str(tmp_path), "--admin-key", "k", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
     assert "vllm" in capsys.readouterr().err
+
+
+def test_the_soaks_figures_are_in_the_readme():
+    root = Path(__file__).parents[1]
+    told = fg.files.read_json(root / "benchmarks" / "results" / "soak.json")
+    honest, memory = told["honest"], told["memory"]
+    assert (told["minutes"], told["clients"], honest["unequal"], told["broken"]) == (10, 8, 0, [])
+    assert told["alive"]
+    assert memory["flat"]
+    figures = (
+        f"all {honest['answers']:,} honest answers among {told['requests']:,} requests equalled their hook-made twins, "
+        f"memory {memory['growth']:+.1%}"
+    )
+    assert figures in (root / "README.md").read_text(encoding="utf-8")
 
 
 def test_importing_serving_needs_no_vllm():

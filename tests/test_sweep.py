@@ -411,7 +411,7 @@ def test_command_line_sweeps(tmp_path):
     assert again["cells"] == same["cells"]
     with pytest.raises(DataError, match="one of them"):
         invoke("wedding", "--vector", tmp_path / "v.safetensors", "--method", "pca")
-    with pytest.raises(DataError, match="cannot write"):
+    with pytest.raises(fg.FormatError, match="cannot write"):
         invoke("wedding", "--out", plain)
 
 

@@ -287,6 +287,12 @@ def test_prompts_of_nothing_are_refused(llama, tokenizer):
         assert len(fg.generate(llama, tokenizer, prompts, max_new_tokens=3)) == len(prompts)  # from BOS
 
 
+def test_a_letter_that_is_cut_away_is_told(llama, tokenizer):
+    pairs = [fg.ContrastPair("A", "B", prompt="the king " * 40)]
+    with pytest.raises(fg.DataError, match=r"82 tokens, and none of the first 64.*tokens='letter'"):
+        fg.collect(llama, tokenizer, pairs, hookpoints=AT, tokens="letter")
+
+
 def test_wrong_rules_are_named(llama, tokenizer):
     contrast = fg.ContrastSet("x", positives=["tea"], negatives=["dog"])
     for rule in ("first", True, None, 1.5):
@@ -308,15 +314,16 @@ def test_white_space_at_the_end_of_a_prompt_is_the_prompts(llama):
 
 
 def test_what_a_template_writes_into_the_answers_turn_is_no_answer():
-    """As Qwen 3's <think></think>."""
-    tokenizer = with_tail()
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "{{ m['role'] }} {{ m['content'] }}",
-        "{{ m['role'] }} {% if m['role'] == 'assistant' %}( ) {% endif %}{{ m['content'] }}",
-    )
-    for rule in ("answer", "last"):
-        read = row_of(tokenizer, USER, YES, rule=rule)[1]
-        assert read == (["tea", "and", "bread"] if rule == "answer" else ["bread"])
+    """As Qwen 3's <think></think>; it may hold the answer's words, as "channel" in gpt-oss's holds "a"."""
+    for written in ("( )", "( tea and bread )"):
+        tokenizer = with_tail()
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "{{ m['role'] }} {{ m['content'] }}",
+            f"{{{{ m['role'] }}}} {{% if m['role'] == 'assistant' %}}{written} {{% endif %}}{{{{ m['content'] }}}}",
+        )
+        for rule in ("answer", "last"):
+            read = row_of(tokenizer, USER, YES, rule=rule)[1]
+            assert read == (["tea", "and", "bread"] if rule == "answer" else ["bread"])
 
 
 def test_prompts_beyond_learned_positions_are_refused_before_any_work(models, tokenizer):

@@ -101,3 +101,11 @@ def test_what_is_no_vector_or_feature_is_a_typed_error(sae):
             fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets=targets)
     with pytest.raises(fg.ArgumentError, match="whole number"):
         vec.top_features("3")
+
+
+def test_a_trained_factor_is_refused_and_not_cut_off_from_its_gradient():
+    vector, strength = vectors()[0], torch.nn.Parameter(torch.tensor(2.0))
+    for wrong in (lambda: vector * strength, lambda: strength * vector, lambda: vector / strength):
+        with pytest.raises(fg.ArgumentError, match="coefficient"):
+            wrong()
+    assert vector.add(strength).trained

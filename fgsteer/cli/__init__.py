@@ -18,10 +18,14 @@ import typer
 
 from fgsteer.cli import bench, evaluate, export, harness, measure, read, serve, sweep, vectors  # noqa: F401  each registers its commands
 from fgsteer.cli.common import app
+from fgsteer.cli.doors import Command
 from fgsteer.cli.terminal import in_words, options_of, prepare_streams, say
 from fgsteer.errors import FgsteerError, FgsteerWarning
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+for command in app.registered_commands:
+    command.cls = Command
 
 
 def main() -> None:
@@ -31,7 +35,8 @@ def main() -> None:
 
     def plainly(message: object) -> str:
         command = getattr(typer.main.get_command(app), "commands", {}).get(named)
-        return in_words(str(message), options_of(command))
+        # no line of a message can pass for one of ours
+        return in_words(str(message), options_of(command)).replace("\n", "\n  ")
 
     def note(message: Any, category: Any, *_: Any, **__: Any) -> None:
         if issubclass(category, FgsteerWarning):

@@ -12,13 +12,17 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.common import (
+    MOST,
+    SEEDS,
     DeviceOption,
     DtypeOption,
     FieldOption,
     FreshOption,
     JsonOption,
     ModelOption,
+    RevisionOption,
     SaeOption,
+    TrustOption,
     app,
     console,
     hold,
@@ -28,11 +32,12 @@ from fgsteer.cli.common import (
     sae_name,
     show,
 )
-from fgsteer.cli.doors import check_device, writable
+from fgsteer.cli.doors import check_device, fillable, finite
 from fgsteer.cli.terminal import say
 from fgsteer.cli.vectors import parse_settings
 from fgsteer.errors import DataError
 from fgsteer.ranks import Ranks
+from fgsteer.targets import make_folder
 from fgsteer.wording import count
 
 ENGINES = ("hf", "vllm", "ray")
@@ -49,7 +54,9 @@ QUICK: dict[str, Any] = {
 @app.command()
 def bench(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for records, report and pictures.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", callback=fillable, help="Folder for records, report and pictures.")
+    ],
     concept: Annotated[
         list[str] | None, typer.Option(help="A contrast set, shipped or a file; default: all shipped ones.")
     ] = None,
@@ -64,28 +71,36 @@ def bench(
         typer.Option(help="embedding, keyword, or a chat model of --judge-url; default: embedding if installed."),
     ] = None,
     judge_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible endpoint, http://…/v1.")] = None,
-    ce_rise: Annotated[list[float] | None, typer.Option(help="A cost in nats a token of neutral text.")] = None,
-    matched: Annotated[float | None, typer.Option(help="The cost of these at which methods are compared.")] = None,
-    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts a half: intervals are over these.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a half, of every prompt.")] = None,
+    ce_rise: Annotated[
+        list[float] | None, typer.Option(callback=finite, help="A cost in nats a token of neutral text.")
+    ] = None,
+    matched: Annotated[
+        float | None, typer.Option(callback=finite, help="The cost of these at which methods are compared.")
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Prompts a half: intervals are over these.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=MOST, help="Seeds a half, of every prompt.")] = None,
     own_prompts: Annotated[
         Path | None, typer.Option("--prompts-from", help="File of prompts of your own; a half of them chooses.")
     ] = None,
     neutral: Annotated[Path | None, typer.Option(help="File of texts that cost is measured on.")] = None,
     field: FieldOption = "text",
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a text.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all samples.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens a text.")] = None,
+    seed: Annotated[int | None, typer.Option(**SEEDS, help="Of all samples.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A method's parameter, such as fgaa.n_positive=8.")
     ] = None,
     engine: Annotated[str, typer.Option(help=f"{', '.join(ENGINES)}: what generates, or spreads the work.")] = "hf",
-    workers: Annotated[int, typer.Option(min=1, help="Processes of --engine ray.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, max=MOST, help="Processes of --engine ray.")] = 2,
     engine_settings: Annotated[
         list[str] | None, typer.Option("--engine-set", help="An argument of vllm.LLM, such as max_model_len=512.")
     ] = None,
     fresh: FreshOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure methods against CAA: behavior, coherence and their product, with intervals; a killed run goes on.
@@ -110,7 +125,6 @@ def bench(
         given["matched"] = None
     check_engine(engine, workers)
     contrasts = _contrasts(concept or (QUICK["concepts"] if quick else fg.shipped_contrasts()))
-    writable(out / "bench.jsonl")
     hold(context, out / "bench.jsonl")
     # what a worker of another machine needs to make the same benchmark
     make = partial(
@@ -120,15 +134,18 @@ def bench(
         contrasts=contrasts,
         quick=quick,
         fresh=fresh,
-        model=(model, device, dtype),
+        model=(model, device, dtype, revision, trust_remote_code),
         sae=(sae, sae_id),
         effects=effects,
         judge=(judge, judge_url),
     )
     runner = make()
+    make_folder(out)
     with progress_bar("concepts" if engine == "ray" else "texts", None, as_json) as bar:
         if engine == "vllm":
-            runner.writer = _vllm_writer(runner, model, parse_settings(engine_settings or []))
+            runner.writer = _vllm_writer(
+                runner, (model, revision, trust_remote_code), parse_settings(engine_settings or [])
+            )
         spread = partial(_by_ray, make, workers) if engine == "ray" else None
         first = _run(runner, out / "bench.jsonl", bar, spread, fresh)
     if first:
@@ -222,7 +239,7 @@ def make_bench(
     contrasts: list[Any],
     quick: bool,
     fresh: bool,
-    model: tuple[str, str | None, str | None],
+    model: tuple[str, str | None, str | None, str | None, bool],
     sae: tuple[str | None, list[str] | None],
     effects: list[str] | None,
     judge: tuple[str | None, str | None],
@@ -233,7 +250,7 @@ def make_bench(
     from fgsteer.evaluation.shared import begun_design
 
     name, ids = sae_name(sae[0], model[0]), sae[1]
-    check_device(*model[1:])
+    check_device(*model[1:3])
     given = given | {"concepts": tuple(contrast.name for contrast in contrasts)}
     wanted: list[str | None] = [*ids] if ids else [None]
     saes = [load_sae(name, one, model[0]) for one in wanted]
@@ -252,14 +269,16 @@ def make_bench(
     return fg.Bench(language_model, tokenizer, by_layer, fitted, chosen_judge, plan, contrasts=contrasts)
 
 
-def _vllm_writer(bench: Any, model: str, settings: dict[str, Any]) -> Any:
+def _vllm_writer(bench: Any, model: tuple[str, str | None, bool], settings: dict[str, Any]) -> Any:
     """vLLM with room for the arms of a batch, in the model's dtype."""
     from fgsteer.serving import VllmWriter, steered_llm
 
     rows = max(32, bench.plan.batch_rows // bench.plan.prompts)
     dtype = str(bench.model.dtype).removeprefix("torch.")
     layers = sorted({layer for _, layer in bench.plan.places})
-    return VllmWriter(steered_llm(model, layers=layers, rows=rows, **{"dtype": dtype, **settings}), bench.tokenizer)
+    name, revision, trust_remote_code = model
+    options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, **settings}
+    return VllmWriter(steered_llm(name, layers=layers, rows=rows, **options), bench.tokenizer)
 
 
 def _print_table(told: dict[str, Any]) -> None:
@@ -294,7 +313,7 @@ def _judged(contrasts: list[Any], name: str | None, url: str | None, out: Path) 
     if url is None:
         raise DataError(f"--judge {name}", "embedding, keyword, or a chat model with --judge-url")
     behaviors = {contrast.name: contrast.description for contrast in contrasts if contrast.description}
-    return contrasts, fg.EndpointJudge(name, base_url=url, cache=out / "judge.jsonl", behaviors=behaviors)
+    return contrasts, fg.EndpointJudge(name, base_url=url, cache=make_folder(out) / "judge.jsonl", behaviors=behaviors)
 
 
 def _settings_by_method(settings: list[str]) -> dict[str, dict[str, Any]] | None:

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fgsteer.cli.doors import check_device, check_fit, writable
+from fgsteer.cli.doors import check_device, check_fit, fillable, finite, writable
 from fgsteer.cli.terminal import json_text, say
 from fgsteer.errors import DataError
+from fgsteer.escaping import escaped
 from fgsteer.ranks import Ranks
 from fgsteer.wording import count
 
@@ -23,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+MOST = 2**31 - 1  # of what is counted: tokens, texts, rows
+SEEDS = {"min": -(2**63), "max": 2**63 - 1}  # what torch takes
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help='"default", or a Hugging Face id or path.')]
 SaeOption = Annotated[
@@ -52,7 +56,8 @@ def claim(context: typer.Context, path: Path | None) -> Path | None:
 OutOption = Annotated[Path, typer.Option("--out", "-o", callback=claim, help="File to write (safetensors).")]
 VectorOption = Annotated[list[Path] | None, typer.Option("--vector", "-v", help="Vectors to apply together.")]
 CoefficientOption = Annotated[
-    list[float] | None, typer.Option("--coefficient", "-c", help="One per vector: add's c, affine's α, clamp's t.")
+    list[float] | None,
+    typer.Option("--coefficient", "-c", callback=finite, help="One per vector: add's c, affine's α, clamp's t."),
 ]
 OperationOption = Annotated[str, typer.Option("--op", help="add, affine, ablate or clamp.")]
 ScopeOption = Annotated[str, typer.Option("--scope", help="all, prompt, generated or last_prompt_on.")]
@@ -71,31 +76,51 @@ PrependBosOption = Annotated[
         help="Put BOS before every text, or leave it away; default: as the SAE was trained, else the tokenizer.",
     ),
 ]
-MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=2, help="Tokens read of each document.")]
+MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=2, max=MOST, help="Tokens read of each document.")]
 BatchTokensOption = Annotated[
-    int | None, typer.Option("--batch-tokens", min=1, help="Padded tokens in a batch; default: what suits the device.")
+    int | None,
+    typer.Option("--batch-tokens", min=1, max=MOST, help="Padded tokens in a batch; default: what suits the device."),
 ]
 WorkOption = Annotated[
-    Path | None, typer.Option("--work", help="Folder of finished parts, to go on from; under torchrun OUT.parts.")
+    Path | None,
+    typer.Option(
+        "--work", callback=fillable, help="Folder of finished parts, to go on from; under torchrun OUT.parts."
+    ),
 ]
 FreshOption = Annotated[
     bool, typer.Option("--fresh", help="Start over: remove what a killed run, or one of something else, left.")
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, auto …; default: cuda if any.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 …; default: the checkpoint's.")]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a model of the hub; default: main.")
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings: read it before.")
+]
 
 
-def load_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer of the options. Raises DataError for an unknown dtype or device, MissingError for a model."""
+def load_model(
+    name: str, device: str | None, dtype: str | None, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Model and tokenizer of the options.
+
+    Raises DataError for an unknown dtype or device and a revision of a folder, MissingError for a model.
+    """
     import torch
     from transformers.utils import logging
 
     import fgsteer as fg
+    from fgsteer.models import DEFAULT
 
     logging.disable_progress_bar()  # of reading weights; downloads keep theirs
     check_device(device, dtype)
-    options = {"device_map": "auto"} if device == "auto" else {}
-    model, tokenizer = fg.load_model(name, dtype=getattr(torch, dtype) if dtype else None, **options)
+    options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+    if revision is not None:
+        if name == DEFAULT or Path(name).exists():
+            raise DataError(f"--revision {revision} of {name}", "a model of the hub: files have no revisions")
+        options["revision"] = revision
+    model, tokenizer = fg.load_model(name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     try:
         if device != "auto":
             model = model.to(device or _own_device(torch.cuda.device_count()))
@@ -116,7 +141,11 @@ def work_folder(work: Path | None, out: Path) -> Path | None:
 
 
 def load_vectors(
-    paths: list[Path] | None, coefficients: list[float] | None, operation: str = "add", model: str | None = None
+    paths: list[Path] | None,
+    coefficients: list[float] | None,
+    operation: str = "add",
+    model: str | None = None,
+    revision: str | None = None,
 ) -> list[tuple[Any, float]]:
     """Vectors with their coefficients, which are 1, and said to be, where none are given.
 
@@ -131,7 +160,7 @@ def load_vectors(
         raise DataError(told, "one each, in the same order")
     loaded = [fg.SteeringVector.load(path) for path in paths]
     if model is not None:
-        check_fit(dict(zip(paths, loaded, strict=True)), model)
+        check_fit(dict(zip(paths, loaded, strict=True)), model, revision)
     if loaded and not coefficients and operation != "ablate":
         norms = ", ".join(f"{vector.norm:.3g}" for vector in loaded)
         say(f"note: no --coefficient given: 1 is used, of a vector of norm {norms}", err=True)
@@ -184,21 +213,26 @@ def show(value: Any, as_json: bool, text: Callable[[Any], None]) -> None:
         text(value)
 
 
-def console() -> Any:
-    """A terminal that prints text as it is."""
+def console(**options: Any) -> Any:
+    """A terminal that prints text as it is, but control characters as escapes."""
     from rich.console import Console
+    from rich.segment import Segment
 
-    return Console(highlight=False)
+    class Screen(Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for text, style, control in super().render(renderable, options):
+                yield Segment(text if control else escaped(text), style, control)
+
+    return Screen(highlight=False, markup=False, emoji=False, **options)
 
 
 @contextmanager
 def progress_bar(what: str, total: int | None, as_json: bool) -> Iterator[Callable[..., None]]:
     """A progress bar on standard error; the block gets a function to report how many are done (and of how many)."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     quiet = as_json or Ranks.here().rank > 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+    with Progress(*columns, console=console(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done, of=total: bar.update(task, completed=done, total=of)

@@ -2,39 +2,95 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from fgsteer.errors import DataError, FormatError, PairingError
+import typer
+from typer.core import TyperCommand
+
+from fgsteer.errors import DataError, PairingError
+from fgsteer.targets import file_target, folder_target, new_folder
 
 TOKEN_RULES = ("all", "last", "answer", "letter", "tail")
+OUTPUTS = ("out", "html", "work")  # the parameters that say where a command writes
+_BY_NAME = ("contrast", "source", "concept", "held_out", "model", "sae", "rows_of", "effects")  # shipped, or files
+
+
+class Command(TyperCommand):
+    """A command that writes to no file that it reads."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it. Raises DataError for an output that is an input too."""
+        hints = get_type_hints(inspect.unwrap(self.callback)) if self.callback else {}
+        paths = [p for p in self.params if p.name in _BY_NAME or "Path" in str(hints.get(p.name or ""))]
+        check_apart({max(p.opts, key=len): (p.name, ctx.params.get(p.name)) for p in paths})
+        return super().invoke(ctx)
+
+
+def check_apart(paths: Mapping[str, tuple[str, Any]]) -> None:
+    """Refuse an output that is an input too, by another name or link as well, or two that are one.
+
+    ``paths`` is {option: (parameter, path or paths or None)} of those that may name files. Raises DataError.
+    """
+    outputs = {option: Path(value) for option, (name, value) in paths.items() if name in OUTPUTS and value is not None}
+    for option, (name, value) in paths.items():
+        for given in value if isinstance(value, list | tuple) else [value]:
+            if given is None or (name in _BY_NAME and _is_shipped(str(given))):
+                continue
+            for other, output in outputs.items():
+                if option != other and _one(given, output, name in OUTPUTS):
+                    raise DataError(
+                        f"{option} {given} and {other} {output} are one file",
+                        "another one to write: what is read stays as it is",
+                    )
+
+
+def _one(first: str | Path, second: Path, outputs: bool) -> bool:
+    """Whether two paths are one file, which two outputs may be that are not there yet."""
+    with contextlib.suppress(OSError, ValueError):
+        return os.path.samefile(first, second)
+    return outputs and os.path.realpath(first) == os.path.realpath(second)
+
+
+def _is_shipped(name: str) -> bool:
+    from fgsteer.data import shipped_contrasts
+    from fgsteer.models import DEFAULT
+
+    return name == DEFAULT or name in shipped_contrasts()
 
 
 def writable(path: Path | None) -> Path | None:
-    """The path, if a file can be written there: known before anything is measured. Raises DataError."""
+    """The path, if a file can be written there. Raises FormatError."""
     if path is not None:
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise DataError(f"cannot write {path}", "a file in a folder that can be written to")
+        file_target(path)
     return path
 
 
-def new_folder(path: Path) -> Path:
-    """The path, if it is free or an empty folder, and can be made. Raises FormatError, DataError."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FormatError(f"{path} exists", "a new or an empty folder", "name another, or remove it first")
-    writable(path / "config.json")
+def unused(path: Path) -> Path:
+    """The path, if a new folder can be written there. Raises FormatError."""
+    new_folder(path)
+    return path
+
+
+def fillable(path: Path | None) -> Path | None:
+    """The path, if it is a folder that can be written to, or can be made in one. Raises FormatError."""
+    if path is not None:
+        folder_target(path)
     return path
 
 
 def token_rule(tokens: str) -> Any:
     """The token rule of --tokens: a word, or an index. Raises DataError."""
-    if tokens.lstrip("-").isdecimal():
+    if re.fullmatch(r"-?\d{1,9}", tokens):
         return int(tokens)
     if tokens not in TOKEN_RULES:
-        raise DataError(f"--tokens {tokens}", f"{', '.join(TOKEN_RULES)}, or an index")
+        raise DataError(f"--tokens {tokens:.100}", f"{', '.join(TOKEN_RULES)}, or an index")
     return tokens
 
 
@@ -42,27 +98,51 @@ def hookpoints(names: Iterable[str] | None) -> list[Any] | None:
     """Hookpoints of --hookpoint: names, or blocks' numbers. Raises HookpointError for a name that is none."""
     from fgsteer.hookpoints import Hookpoint
 
-    return None if names is None else [Hookpoint.parse(int(n) if n.isdecimal() else n) for n in names]
+    return None if names is None else [Hookpoint.parse(int(n) if re.fullmatch(r"\d{1,9}", n) else n) for n in names]
+
+
+def finite(value: Any) -> Any:
+    """The number or numbers of an option. Raises BadParameter for nan and inf."""
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if number is not None and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is not a finite number")
+    return value
+
+
+def texts(*given: str | None) -> None:
+    """Raises DataError for a text that is not Unicode: bytes that the terminal's encoding has no characters for."""
+    from fgsteer.data import check_text
+
+    for text in given:
+        if text is not None:
+            check_text(text, "a text of the command line", empty=True)
 
 
 def check_device(device: str | None, dtype: str | None) -> None:
-    """Raises DataError for a device that this machine lacks, or a dtype that is none."""
+    """Raises DataError for a device that this machine lacks or that keeps no numbers, or a dtype that is none."""
     import torch
 
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise DataError(f"--dtype {dtype}", "float32, bfloat16 or float16")
+    from fgsteer.models import as_dtype
+
+    try:
+        if dtype is not None:
+            as_dtype(dtype)
+    except DataError as error:
+        raise DataError(f"--dtype {dtype:.100}", error.expected) from error
     if device in (None, "auto"):
         return
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is unknown, missing or full
-        raise DataError(f"--device {device}: {error}".partition("\n")[0], "a device of this machine") from error
+        kept = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:  # unknown, missing, full, or no text
+        raise DataError(f"--device {device:.100}: {error}".partition("\n")[0], "a device of this machine") from error
+    if kept.type == "meta":
+        raise DataError(f"--device {device}, which keeps no numbers", "a device of this machine")
 
 
-def check_fit(vectors: Mapping[Path, Any], model: str) -> None:
+def check_fit(vectors: Mapping[Path, Any], model: str, revision: str | None = None) -> None:
     """Refuse vectors of another model than --model by what its config tells. Raises PairingError.
 
-    A model whose config cannot be read passes: loading it says why.
+    A model whose config cannot be read, or not without running code of its own, passes: loading it says why.
     """
     if not vectors:
         return
@@ -74,7 +154,7 @@ def check_fit(vectors: Mapping[Path, Any], model: str) -> None:
     folder = pretrained_dir() / "model" if model == DEFAULT else model
     try:
         with hub_or_cache(folder):
-            config = AutoConfig.from_pretrained(folder).get_text_config()
+            config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False).get_text_config()
         layers, width = int(config.num_hidden_layers), int(config.hidden_size)
     except (OSError, ValueError, AttributeError, TypeError, KeyError, ImportError):
         return

@@ -13,7 +13,9 @@ from fgsteer.cli.common import (
     JsonOption,
     ModelOption,
     PrependBosOption,
+    RevisionOption,
     TokensOption,
+    TrustOption,
     app,
     console,
     load_model,
@@ -40,6 +42,8 @@ def diagnose(
     prepend_bos: PrependBosOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say, before steering, how reliable a vector will be: directional agreement and separation of the sides.
@@ -59,12 +63,14 @@ def diagnose(
         stats = {"collected": fg.ContrastStatistics.load(source)}
     else:
         if chosen is not None:
-            check_fit({Path(str(vector)): chosen}, model)
+            check_fit({Path(str(vector)): chosen}, model, revision)
         if chosen is not None and prepend_bos is None:  # texts begin as those that it was built from
             prepend_bos = (chosen.provenance.get("reading") or {}).get("prepend_bos")
         reading = {"tokens": token_rule(tokens), "prepend_bos": prepend_bos}
         at = [chosen.hookpoint] if chosen else places_asked
-        stats = _collect(fg.load_contrast(source), at, (model, device, dtype), reading, as_json)
+        stats = _collect(
+            fg.load_contrast(source), at, (model, device, dtype, revision, trust_remote_code), reading, as_json
+        )
     built_from = next(iter(stats.values()))
     places: list[Any] = [chosen.hookpoint] if chosen else (places_asked or list(built_from.residual))
     rows = []
@@ -77,7 +83,7 @@ def diagnose(
 def _collect(
     contrast: Any,
     at: list[Any] | None,
-    model: tuple[str, str | None, str | None],
+    model: tuple[str, str | None, str | None, str | None, bool],
     reading: dict[str, Any],
     as_json: bool,
 ) -> dict[str, Any]:

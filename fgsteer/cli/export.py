@@ -14,11 +14,13 @@ from fgsteer.cli.common import (
     DtypeOption,
     JsonOption,
     OperationOption,
+    RevisionOption,
     SaeIdOption,
     SaeOption,
     ScopeOption,
+    TrustOption,
     app,
-    claim,
+    hold,
     interventions,
     load_model,
     load_sae,
@@ -26,7 +28,7 @@ from fgsteer.cli.common import (
     model_of,
     show,
 )
-from fgsteer.cli.doors import check_device, new_folder
+from fgsteer.cli.doors import check_device, unused, writable
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
 from fgsteer.wording import count
@@ -42,9 +44,10 @@ TARGETS = {
 
 @app.command()
 def export(
+    context: typer.Context,
     vectors: Annotated[list[Path], typer.Argument(help="Vectors by fgsteer build, to apply together.")],
     to: Annotated[str, typer.Option("--to", help=f"{', '.join(TARGETS)}.")],
-    out: Annotated[Path, typer.Option("--out", "-o", callback=claim, help="File to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, or new folder.")],
     coefficient: CoefficientOption = None,
     operation: OperationOption = "add",
     scope: ScopeOption = "all",
@@ -61,6 +64,8 @@ def export(
     prompt: Annotated[str, typer.Option(help="neuronpedia: the text to continue.")] = "I think",
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write vectors, at a strength, in the format of another engine; refuse what it cannot say."""
@@ -73,19 +78,21 @@ def export(
         if model is None:
             raise DataError("no --model", f"the model that is steered: {to} needs it")
         check_device(device, dtype)
-    if to == "checkpoint":
-        new_folder(out)
-    loaded = load_vectors(vectors, coefficient, operation, model)
+    (unused if to == "checkpoint" else writable)(out)
+    hold(context, out)
+    loaded = load_vectors(vectors, coefficient, operation, model, revision)
     acts_on_first = to != "easysteer" if bos is None else bos
     items = interventions(loaded, operation, scope, bos=acts_on_first)
     model_type = next(filter(None, (_model_type(vector) for vector, _ in loaded)), "")
     files = [out]
     if to == "checkpoint":
-        formats.checkpoint.write(items, out, *load_model(str(model), "cpu", dtype), copy=False)
+        formats.checkpoint.write(
+            items, out, *load_model(str(model), "cpu", dtype, revision, trust_remote_code), copy=False
+        )
     elif to == "gguf":
         formats.gguf.write(items, out, model_type=model_type)
     elif to == "lm-eval":
-        formats.lm_eval.write(items, out, load_model(str(model), device, dtype)[0])
+        formats.lm_eval.write(items, out, load_model(str(model), device, dtype, revision, trust_remote_code)[0])
     elif to == "easysteer":
         files = formats.easysteer.write(items, out, model_type=model_type)
     else:

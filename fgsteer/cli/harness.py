@@ -9,13 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.common import (
+    MOST,
     CoefficientOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
     ModelOption,
     OperationOption,
+    RevisionOption,
     ScopeOption,
+    TrustOption,
     VectorOption,
     app,
     console,
@@ -24,6 +27,7 @@ from fgsteer.cli.common import (
     load_vectors,
     show,
 )
+from fgsteer.cli.doors import finite
 from fgsteer.errors import JudgeError
 
 
@@ -38,11 +42,17 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option("--include-path", exists=True, file_okay=False, help="A folder of task files.")
     ] = None,
-    limit: Annotated[float | None, typer.Option(min=0, help="Documents of each task; a share if below 1.")] = None,
-    fewshot: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Requests in a forward pass.")] = 1,
+    limit: Annotated[
+        float | None, typer.Option(min=0, callback=finite, help="Documents of each task; a share if below 1.")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", min=0, max=MOST, help="Examples before each question.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=MOST, help="Requests in a forward pass.")] = 1,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness under any intervention; without a vector, unsteered."""
@@ -50,8 +60,8 @@ def evaluate(
 
     if find_spec("lm_eval") is None:
         raise JudgeError("lm-eval is not installed", "it, to run its tasks", "pip install 'fgsteer[lm-eval]'")
-    steering = interventions(load_vectors(vector, coefficient, operation, model), operation, scope)
-    language_model, tokenizer = load_model(model, device, dtype)
+    steering = interventions(load_vectors(vector, coefficient, operation, model, revision), operation, scope)
+    language_model, tokenizer = load_model(model, device, dtype, revision, trust_remote_code)
     found = fg.run_tasks(
         language_model,
         tokenizer,

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.common import (
+    MOST,
+    SEEDS,
     BatchTokensOption,
     DeviceOption,
     DtypeOption,
@@ -19,9 +21,11 @@ from fgsteer.cli.common import (
     ModelOption,
     OutOption,
     PrependBosOption,
+    RevisionOption,
     SaeIdOption,
     SaeOption,
     TokensOption,
+    TrustOption,
     WorkOption,
     app,
     load_model,
@@ -30,7 +34,7 @@ from fgsteer.cli.common import (
     show,
     work_folder,
 )
-from fgsteer.cli.doors import check_device, hookpoints, token_rule
+from fgsteer.cli.doors import check_device, fillable, finite, hookpoints, token_rule
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
 from fgsteer.ranks import Ranks
@@ -52,7 +56,8 @@ def collect(
     bos: Annotated[bool, typer.Option("--bos", help="Read the special token before a text too.")] = False,
     prepend_bos: PrependBosOption = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=1, help="Tokens read of each text. Default: the model's window.")
+        int | None,
+        typer.Option("--max-tokens", min=1, max=MOST, help="Tokens read of each text. Default: the model's window."),
     ] = None,
     pooled: Annotated[
         bool, typer.Option("--pooled/--no-pooled", help="Keep every text's mean activations, for fgsteer diagnose.")
@@ -62,6 +67,8 @@ def collect(
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Read both sides of a contrast through the model and the SAE; write statistics.
@@ -78,7 +85,7 @@ def collect(
         )
     check_device(device, dtype)
     autoencoder = None if no_sae else load_sae(sae, sae_id, model)
-    language_model, tokenizer = load_model(model, device, dtype)
+    language_model, tokenizer = load_model(model, device, dtype, revision, trust_remote_code)
     total = pairs.count(True) + pairs.count(False)
     with progress_bar("collecting", total, as_json) as progress:
         stats = fg.collect(
@@ -135,6 +142,8 @@ def density(
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure on which share of a corpus's tokens each feature fires; write it beside the SAE.
@@ -147,7 +156,7 @@ def density(
     total = count_documents(corpus, field)
     check_device(device, dtype)
     autoencoder = load_sae(sae, sae_id, model)
-    language_model, tokenizer = load_model(model, device, dtype)
+    language_model, tokenizer = load_model(model, device, dtype, revision, trust_remote_code)
     with progress_bar("measuring density", total, as_json) as progress:
         measured = fg.measure_density(
             language_model,
@@ -189,7 +198,7 @@ def effects(
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     vectors: Annotated[
-        int | None, typer.Option(min=20, help="Decoder rows to measure, drawn by seed; default: all.")
+        int | None, typer.Option(min=20, max=MOST, help="Decoder rows to measure, drawn by seed; default: all.")
     ] = None,
     rows_of: Annotated[str | None, typer.Option("--rows-of", help="Another SAE whose decoder rows to measure.")] = None,
     rows_of_id: Annotated[str | None, typer.Option("--rows-of-id", help="Its id within a sae-lens release.")] = None,
@@ -198,21 +207,26 @@ def effects(
         Path | None, typer.Option(help="File of texts that set the strength; default: shipped neutral.")
     ] = None,
     field: FieldOption = "text",
-    n_texts: Annotated[int, typer.Option(min=1, help="How many of the texts to use.")] = 8,
-    rollouts: Annotated[int, typer.Option(min=2, help="Continuations of each prompt per vector; even.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each continuation.")] = 32,
-    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Of sampling.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Of sampling; 0.3 in SAE-TS.")] = 0.3,
-    ce_rise: Annotated[float, typer.Option(help="Nats a token that each vector may cost the texts.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Seed of vectors and sampling.")] = 0,
-    rows: Annotated[int, typer.Option(min=1, help="Sequences in a forward pass.")] = 512,
+    n_texts: Annotated[int, typer.Option(min=1, max=MOST, help="How many of the texts to use.")] = 8,
+    rollouts: Annotated[int, typer.Option(min=2, max=MOST, help="Continuations of each prompt per vector; even.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of each continuation.")] = 32,
+    temperature: Annotated[float, typer.Option(callback=finite, help="Of sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=1, max=MOST, help="Of sampling.")] = 50,
+    top_p: Annotated[float, typer.Option(callback=finite, help="Of sampling; 0.3 in SAE-TS.")] = 0.3,
+    ce_rise: Annotated[
+        float, typer.Option(callback=finite, help="Nats a token that each vector may cost the texts.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option(**SEEDS, help="Seed of vectors and sampling.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, max=MOST, help="Sequences in a forward pass.")] = 512,
     work: Annotated[
-        Path | None, typer.Option(help="Folder of measured parts, to go on from; default: OUT.parts.")
+        Path | None,
+        typer.Option(callback=fillable, help="Folder of measured parts, to go on from; default: OUT.parts."),
     ] = None,
     fresh: FreshOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how vectors move features of generated text, fit the linear effect approximator, write it.
@@ -235,7 +249,7 @@ def effects(
     autoencoder = load_sae(sae, sae_id, model)
     source = load_sae(rows_of, rows_of_id, model) if rows_of is not None else autoencoder
     directions = decoder_directions(source, vectors, seed)
-    language_model, tokenizer = load_model(model, device, dtype)
+    language_model, tokenizer = load_model(model, device, dtype, revision, trust_remote_code)
     try:
         with progress_bar("measuring effects", len(directions), as_json) as progress:
             measured = fg.EffectApproximator.measure(
@@ -302,8 +316,8 @@ def examples(
     ],
     out: OutOption,
     field: FieldOption = "text",
-    top: Annotated[int, typer.Option(min=1, help="Excerpts kept of each feature.")] = 8,
-    window: Annotated[int, typer.Option(min=0, help="Tokens kept on either side of a peak.")] = 12,
+    top: Annotated[int, typer.Option(min=1, max=1 << 16, help="Excerpts kept of each feature.")] = 8,
+    window: Annotated[int, typer.Option(min=0, max=1 << 16, help="Tokens kept on either side of a peak.")] = 12,
     model: ModelOption = "default",
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
@@ -312,13 +326,15 @@ def examples(
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find where in a corpus each feature fires most; write the excerpts for fgsteer features --examples."""
     count_documents(corpus, field)
     check_device(device, dtype)
     autoencoder = load_sae(sae, sae_id, model)
-    parts = (*load_model(model, device, dtype), autoencoder)
+    parts = (*load_model(model, device, dtype, revision, trust_remote_code), autoencoder)
     sizes = {"top": top, "window": window, "max_tokens": max_tokens, "batch_tokens": batch_tokens}
     measured = measure_excerpts(corpus, field, parts, as_json, prepend_bos=prepend_bos, **sizes)
     measured.save(out)

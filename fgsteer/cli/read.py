@@ -9,19 +9,23 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.common import (
+    MOST,
     DeviceOption,
     FieldOption,
     JsonOption,
     ModelOption,
+    RevisionOption,
     SaeIdOption,
     SaeOption,
+    TrustOption,
     app,
     claim,
+    console,
     load_model,
     load_sae,
     show,
 )
-from fgsteer.cli.doors import check_device, check_fit
+from fgsteer.cli.doors import check_device, check_fit, texts
 from fgsteer.cli.measure import count_documents, measure_excerpts
 from fgsteer.cli.terminal import json_text, say
 from fgsteer.errors import DataError
@@ -52,11 +56,15 @@ def features(
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Labels: a Neuronpedia export or its folder.")] = None,
     html: Annotated[Path | None, typer.Option(callback=claim, help="Write feature cards as one HTML page.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many features, by absolute weight or by --search's score.")] = 20,
+    top: Annotated[
+        int, typer.Option(min=1, max=MOST, help="How many features, by absolute weight or by --search's score.")
+    ] = 20,
     model: ModelOption = "default",
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     device: DeviceOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show features, of a vector, by id or for a word: density, label, the tokens they raise, excerpts.
@@ -70,10 +78,11 @@ def features(
         raise DataError("none or several of a vector file, --feature and --search", "one of them")
     if corpus is not None and examples is not None:
         raise DataError("--corpus and --examples", "one of them")
+    texts(search)
     vector = None if file is None else fg.SteeringVector.load(file)
     ids = None if feature is None else _feature_ids(feature)
     if vector is not None:
-        check_fit({Path(str(file)): vector}, model)
+        check_fit({Path(str(file)): vector}, model, revision)
     known = None if examples is None else fg.FeatureExamples.load(examples)
     if corpus is not None:
         count_documents(corpus, field)
@@ -86,7 +95,7 @@ def features(
         for one in ids or []:
             autoencoder.direction(one)  # refuses an id that the SAE lacks
         known = fg.load_examples(autoencoder) if known is None else known.check(autoencoder)
-    language_model, tokenizer = load_model(model, device, None)
+    language_model, tokenizer = load_model(model, device, None, revision, trust_remote_code)
     told: dict[str, Any] = {"heading": "Features" if search is None else f"Features for {search!r}"}
     if vector is not None:
         told = _describe_direction(vector, language_model, tokenizer)
@@ -104,7 +113,7 @@ def features(
         about = {"SAE": told["sae"], "Excerpts from": (told["corpus"] or {}).get("name")}
         about |= {f"{name}:": " ".join(told[name]) for name in ("raises", "lowers") if name in told}
         write_page(html, told["heading"], rows, [f"{name} {value}" for name, value in about.items() if value])
-    show(told, as_json, print_features)
+    show(told, as_json, lambda it: print_features(it, console()))
     if search is not None and not rows:
         say(f"no feature found for {search!r}: try another word, --corpus or --labels", err=True)
         raise typer.Exit(1)
@@ -147,7 +156,9 @@ def saes(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Only SAEs of this model, or part of its name.")
     ] = None,
-    layer: Annotated[int | None, typer.Option("--layer", help="Only SAEs of this 0-based layer.")] = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", min=0, max=MOST, help="Only SAEs of this 0-based layer.")
+    ] = None,
     search: Annotated[str, typer.Option("--search", help="Words that release, id or hookpoint must have.")] = "",
     as_json: JsonOption = False,
 ) -> None:

@@ -10,13 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.common import (
+    MOST,
     BatchTokensOption,
     DeviceOption,
     DtypeOption,
     FieldOption,
     JsonOption,
     ModelOption,
+    RevisionOption,
     TokensOption,
+    TrustOption,
     app,
     console,
     hold,
@@ -24,37 +27,48 @@ from fgsteer.cli.common import (
     progress_bar,
     show,
 )
-from fgsteer.cli.doors import check_device, check_fit, token_rule, writable
+from fgsteer.cli.doors import check_device, check_fit, fillable, finite, token_rule
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
+from fgsteer.escaping import escaped
 
 
 @app.command()
 def sweep(
     context: typer.Context,
     contrast: Annotated[str, typer.Argument(help="A shipped contrast set, or a .json or .jsonl file.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for sweep.json and pictures.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", callback=fillable, help="Folder for sweep.json and pictures.")
+    ] = None,
     method: Annotated[str, typer.Option(help="caa, ace or pca: builds a vector at each layer.")] = "caa",
     vector: Annotated[
         list[Path] | None, typer.Option("--vector", "-v", help="A vector of a layer, instead of --method; repeat.")
     ] = None,
-    layer: Annotated[list[int] | None, typer.Option(help="Only these layers; default: all.")] = None,
+    layer: Annotated[list[int] | None, typer.Option(min=0, max=MOST, help="Only these layers; default: all.")] = None,
     ce_rise: Annotated[
-        list[float] | None, typer.Option(help="A cost in nats a token to set strength by; default: 0.05 to 1.")
+        list[float] | None,
+        typer.Option(callback=finite, help="A cost in nats a token to set strength by; default: 0.05 to 1."),
     ] = None,
     coefficient: Annotated[
-        list[float] | None, typer.Option("--coefficient", "-c", help="A strength, both signs, instead of costs.")
+        list[float] | None,
+        typer.Option("--coefficient", "-c", callback=finite, help="A strength, both signs, instead of costs."),
     ] = None,
-    matched: Annotated[float | None, typer.Option(help="The cost at which layers and signs are compared.")] = None,
+    matched: Annotated[
+        float | None, typer.Option(callback=finite, help="The cost at which layers and signs are compared.")
+    ] = None,
     held_out: Annotated[str | None, typer.Option(help="Set to measure on; default: the held-out part.")] = None,
     neutral: Annotated[Path | None, typer.Option(help="File of texts that cost is measured on.")] = None,
     field: FieldOption = "text",
-    controls: Annotated[int, typer.Option(min=0, help="Random directions a layer, to compare signs with.")] = 4,
+    controls: Annotated[
+        int, typer.Option(min=0, max=MOST, help="Random directions a layer, to compare signs with.")
+    ] = 4,
     model: ModelOption = "default",
     tokens: TokensOption = "all",
     batch_tokens: BatchTokensOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Where does steering work best, how does it fade, is negative stronger? Layers × strengths × signs, no generation.
@@ -66,9 +80,9 @@ def sweep(
     from fgsteer.evaluation.sweep import METHODS
     from fgsteer.evaluation.sweep_plots import save_pictures
     from fgsteer.files import write_json
+    from fgsteer.targets import make_folder
 
     if out is not None:
-        writable(out / "sweep.json")
         hold(context, out / "sweep.json")
     vectors = [fg.SteeringVector.load(path) for path in vector or []]
     if vectors and method != "caa":
@@ -79,8 +93,8 @@ def sweep(
     measured_on = None if held_out is None else fg.load_contrast(held_out)
     plain = None if neutral is None else list(read_documents(neutral, field))
     check_device(device, dtype)
-    check_fit(dict(zip(vector or [], vectors, strict=True)), model)
-    language_model, tokenizer = load_model(model, device, dtype)
+    check_fit(dict(zip(vector or [], vectors, strict=True)), model, revision)
+    language_model, tokenizer = load_model(model, device, dtype, revision, trust_remote_code)
     with progress_bar("sweeping", None, as_json) as bar:
         swept = fg.sweep(
             language_model,
@@ -100,7 +114,7 @@ def sweep(
         )
     told = {"command": " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]])), **swept.as_dict()}
     if out is not None:
-        write_json(out / "sweep.json", told)
+        write_json(make_folder(out) / "sweep.json", told)
         save_pictures(swept, out)
     show(told, as_json, lambda _: _print_sweep(swept))
     if out is not None and not as_json:
@@ -123,7 +137,7 @@ def _print_sweep(swept: Any) -> None:
         table.add_row(str(layer), f"{sign:+d}"[0], *(shown.get((layer, sign, step), "-") for step in swept.steps))
     console().print(table)
     columns = "cost in nats a token" if by_cost else "coefficient (cost in nats a token)"
-    say(f"{swept.method} on {swept.measured_on}: effect in {swept.unit}, by {columns}\n")
+    say(f"{swept.method} on {escaped(swept.measured_on, keep='')}: effect in {swept.unit}, by {columns}\n")
     for answer in swept.answers:
         say(answer)
     for note in swept.notes:

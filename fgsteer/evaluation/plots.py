@@ -22,6 +22,7 @@ from fgsteer.evaluation.intervals import Interval
 from fgsteer.evaluation.records import Run, method_name
 from fgsteer.evaluation.tables import BASELINE, Point, average_table, best_sae_method, concept_table, curve
 from fgsteer.files import whole
+from fgsteer.targets import make_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,7 +103,8 @@ def save_all(run: Run, folder: str | Path) -> list[Path]:
 
 
 def save_each(found: Iterable[Picture], folder: str | Path) -> list[Path]:
-    """Pictures, as PNG and SVG named after them; the paths written."""
+    """Pictures, as PNG and SVG named after them, in a folder that may be new; the paths written. Raises FormatError."""
+    make_folder(folder)
     paths = []
     for name, _, figure in found:
         for kind in ("png", "svg"):

@@ -9,6 +9,7 @@ BCS (behavior times coherence) of the half "tune"; what it scores is read on the
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -231,8 +232,10 @@ def load_run(path: str | Path) -> Run:
 def _is_json(line: bytes) -> bool:
     try:
         parse_json(line)
-    except ValueError:
+    except (json.JSONDecodeError, UnicodeDecodeError):
         return False
+    except ValueError:  # JSON, of a kind that is refused
+        pass
     return True
 
 

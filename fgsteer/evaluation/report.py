@@ -84,7 +84,7 @@ def html_report(run: Run, samples: int = 2, features: Features | None = None) ->
     sections += [_card(f"Samples: {c}", _samples(run, c, samples, features), wide=False) for c in run.concepts]
     sections.append(_card("How to repeat it", _provenance(run)))
     heading = f"Steering measured: {_count(run.methods, 'method')} on {_count(run.concepts, 'concept')}"
-    return whole_page(visible(heading), _headline(run, tables[None]), "\n".join(filter(None, sections)), _STYLE)
+    return whole_page(heading, _headline(run, tables[None]), "\n".join(filter(None, sections)), _STYLE)
 
 
 def markdown(run: Run, matched: float | None = None) -> str:

@@ -12,7 +12,8 @@ import torch
 
 from fgsteer.activations import record_batch, text_batches
 from fgsteer.brief import Brief
-from fgsteer.checks import checked
+from fgsteer.checks import MOST, check_range, checked
+from fgsteer.escaping import escaped
 from fgsteer.examples import token_texts
 from fgsteer.models import check_pairing, context_window
 from fgsteer.sae import SAE
@@ -35,7 +36,7 @@ class SeenFeature(Brief):
 
     def __str__(self) -> str:
         label = f" {self.label}" if self.label else ""
-        return f"{self.id}{label}, {self.activation:.3g} on “{self.token}”"
+        return escaped(f"{self.id}{label}, {self.activation:.3g} on “{self.token}”")
 
 
 @checked
@@ -56,6 +57,7 @@ def seen_features(
     HookpointError and PairingError as ``collect`` does.
     """
     at = sae.input_hookpoint
+    check_range("top", top, 1, MOST, whole=True)
     check_pairing(model, at, sae.d_model, sae.model_name, "SAE")
     found: list[SeenFeature] = []
     with TokenReader(

@@ -21,6 +21,7 @@ from fgsteer.files import parse_json, read_json, rename, whole, write_json
 from fgsteer.locks import held
 from fgsteer.parts import wait_for
 from fgsteer.ranks import Ranks
+from fgsteer.targets import make_folder
 
 Progress = Callable[[int, int], None]
 
@@ -104,6 +105,7 @@ def run_concept(bench: Bench, concept: str, folder: Path, command: str = "", pro
     if done.exists():
         return
     _ = bench.coherence  # fitted once for all concepts
+    make_folder(folder)
     of_concept(bench, concept).run(running, command, progress)
     rename(strengths_path(running), strengths_path(done))
     rename(running, done)

@@ -20,7 +20,7 @@ import torch
 
 from fgsteer.brief import Brief
 from fgsteer.calibration import CE_RISE, calibrate_grid
-from fgsteer.checks import checked
+from fgsteer.checks import check_number, checked
 from fgsteer.collecting import collect
 from fgsteer.data import ContrastPair, ContrastSet, as_contrast, load_neutral
 from fgsteer.errors import DataError
@@ -277,6 +277,8 @@ def _grid(
     if ce_rises is not None and coefficients is not None:
         raise DataError("ce_rises and coefficients", "one of them")
     given = coefficients if coefficients is not None else CE_RISES if ce_rises is None else ce_rises
+    for value in (*given, *([] if matched is None else [matched])):
+        check_number("a cost or coefficient", value)
     grid = tuple(float(value) for value in given)
     rising = bool(grid) and list(grid) == sorted(set(grid)) and math.isfinite(grid[-1])
     if not rising or not (grid[0] > 0 or (grid[0] == 0 and coefficients is not None)):
@@ -305,7 +307,7 @@ def _vectors(
         return dict(sorted(by_layer.items()))
     if vectors not in METHODS:
         raise DataError(f"method {vectors!r}", f"{', '.join(METHODS)}, or vectors, one a layer")
-    places = [Hookpoint(layer) for layer in sorted(set(range(len(blocks_of(model))) if layers is None else layers))]
+    places = sorted(set(map(Hookpoint, range(len(blocks_of(model))) if layers is None else layers)))
     if not places:
         raise DataError("no layers", "at least one")
     stats = collect(model, tokenizer, contrast, hookpoints=places, tokens=tokens, keep_pooled=vectors == "pca")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fgsteer.export.places import Interventions, checked
 from fgsteer.files import whole_folder
 from fgsteer.folding import fold
+from fgsteer.targets import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,14 +27,31 @@ def write(
 ) -> PreTrainedModel:
     """Write ``fold(model, interventions)`` and the tokenizer whole into a new folder; returns the folded model.
 
-    Raises as ``fold`` does, FormatError for a folder that is not free.
+    Raises as ``fold`` does, FormatError for a folder that is not free or cannot be written.
     """
+    new_folder(folder)
+    if tokenizer is not None:
+        tokenizer = _as_it_was(tokenizer, model)
+    folded = fold(model, checked(interventions), copy=copy)
     with whole_folder(folder) as beside:
-        folded = fold(model, checked(interventions), copy=copy)
         folded.save_pretrained(beside)
         if tokenizer is not None:
-            from transformers import AutoTokenizer
-
-            name = tokenizer.name_or_path  # read again: as it was before it padded
-            (AutoTokenizer.from_pretrained(name) if name else tokenizer).save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
     return folded
+
+
+def _as_it_was(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer before it padded: read again, at the model's revision if it is the model's own.
+
+    Code of its own runs only where it has run already: the class of this one came from it.
+    """
+    from transformers import AutoTokenizer
+
+    name = tokenizer.name_or_path
+    if not name:
+        return tokenizer
+    own = name == getattr(model.config, "_name_or_path", None)
+    ran = type(tokenizer).__module__.startswith("transformers_modules.")
+    revision = getattr(model.config, "_commit_hash", None) if own else None
+    again: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=ran)
+    return again

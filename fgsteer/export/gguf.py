@@ -24,7 +24,7 @@ from torch import Tensor
 from fgsteer.checks import warn
 from fgsteer.errors import FgsteerError, FormatError, PairingWarning, SteeringError
 from fgsteer.export.places import Interventions, block_output, called, checked, every_token
-from fgsteer.files import tensor_sha256, whole
+from fgsteer.files import parse_json, tensor_sha256, text_sha256, whole
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.interventions import Add
 from fgsteer.vector import SteeringVector
@@ -86,7 +86,7 @@ def write_directions(
     for layer, row in rows.items():
         if not bool(torch.isfinite(row).all()):
             raise SteeringError(f"a direction of block {layer} that overflows float32", "a smaller coefficient")
-    header = json.dumps({"model": model_name, "baked": applied}, ensure_ascii=False)
+    header = json.dumps({"model": model_name, "baked": applied, "sha256": _sha256(rows)}, ensure_ascii=False)
     metadata = (
         _text("general.architecture") + _kind(_STRING) + _text(ARCHITECTURE),
         _text("controlvector.model_hint") + _kind(_STRING) + _text(model_type),
@@ -102,6 +102,11 @@ def write_directions(
     head = MAGIC + struct.pack("<IQQ", VERSION, len(rows), len(metadata)) + b"".join(metadata) + infos
     with whole(path) as beside:
         beside.write_bytes(head + bytes(-len(head) % ALIGNMENT) + b"".join(parts))
+
+
+def _sha256(rows: Mapping[int, Tensor]) -> str:
+    """Hash of directions by block."""
+    return text_sha256([[layer, tensor_sha256(rows[layer])] for layer in sorted(rows)])
 
 
 def _text(text: str) -> bytes:
@@ -264,10 +269,12 @@ def _vectors(path: Path, metadata: dict[str, tuple[int, Any]], rows: dict[int, T
             PairingWarning,
         )
     try:
-        told = json.loads(str(metadata.get("fgsteer.header", (_STRING, "{}"))[1]))
-    except (ValueError, RecursionError) as error:
+        told = parse_json(str(metadata.get("fgsteer.header", (_STRING, "{}"))[1]))
+    except ValueError as error:
         raise FormatError(f"{path} has a damaged fgsteer.header: {error}") from error
     told = told if isinstance(told, dict) else {}
+    if told.get("sha256") not in (None, _sha256(rows)):
+        raise FormatError(f"{path} is damaged: its hash is not that of its directions", "those that were written")
     hint = metadata.get("controlvector.model_hint", (_STRING, ""))[1]
     name = told.get("model")
     model = {

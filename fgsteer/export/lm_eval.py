@@ -8,6 +8,7 @@ lm-eval unpickles such files, so trust where they come from. What they cannot sa
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ def write(interventions: Interventions, path: str | Path, model: nn.Module) -> N
                 "add vectors up first, a + b, or run fgsteer eval, which steers with hooks",
             )
         config[name] = {"head_index": None, **_operation(item)}
+    buffer = io.BytesIO()
+    torch.save(config, buffer)  # into a file it fails in words of its own where the disk is full
     with whole(path) as beside:
-        torch.save(config, beside)
+        beside.write_bytes(buffer.getvalue())
 
 
 def _module_name(item: Intervention, model: nn.Module) -> str:

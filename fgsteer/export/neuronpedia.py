@@ -14,6 +14,7 @@ import torch
 
 from fgsteer.errors import PairingError, SelectionError, SteeringError
 from fgsteer.files import write_json
+from fgsteer.ranges import check_amount
 from fgsteer.sae import SAE
 from fgsteer.vector import SteeringVector
 from fgsteer.wording import a
@@ -90,6 +91,8 @@ def _strengths(vector: SteeringVector, sae: SAE, coefficient: float) -> dict[int
             "from_features(sae, vector.features) is its nearest, or export to GGUF",
         )
     norms = torch.ones(len(rows)) if sae.activation == "topk" else rows.norm(dim=1)
-    found = (coefficient * scale * weights * norms).tolist()
+    strengths = coefficient * scale * weights * norms
+    check_amount(float(strengths.abs().amax()), torch.float32, vector.d_model, "a request")
+    found = strengths.tolist()
     pairs = sorted(zip(vector.features, found, strict=True), key=lambda pair: (-abs(pair[1]), pair[0]))
     return dict(pairs)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fgsteer.errors import PairingError, SteeringError
 from fgsteer.interventions import Intervention
+from fgsteer.ranges import check_amount, reach
 from fgsteer.wording import a
 
 Interventions = Intervention | Sequence[Intervention]
@@ -17,18 +20,20 @@ Interventions = Intervention | Sequence[Intervention]
 def checked(interventions: Interventions) -> list[Intervention]:
     """The interventions as a list, with the values of now.
 
-    Raises SteeringError for none, PairingError for those of two models.
+    Raises SteeringError for none and for an amount at which float32 overflows, PairingError for those of two models.
     """
     items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
     for item in items:
         if not isinstance(item, Intervention):
-            raise SteeringError(f"{a(type(item).__name__)}", "interventions", "call .add(coefficient) on a vector")
+            raise SteeringError(a(type(item).__name__), "interventions", "call .add(coefficient) on a vector")
     if not items:
         raise SteeringError("no intervention", "at least one")
     if len(widths := {item.d_model for item in items}) > 1:
         raise PairingError(f"interventions of d_model {', '.join(map(str, sorted(widths)))}", "one model's")
     if len(names := {item.model_name for item in items if item.model_name}) > 1:
         raise PairingError(f"interventions made for {' and '.join(sorted(names))}", "one model's")
+    for item in items:
+        check_amount(reach(item.update()), torch.float32, item.d_model, called(item))
     return [item.detach() for item in items]
 
 

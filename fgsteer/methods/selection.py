@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fgsteer.checks import checked, warn
+from fgsteer.checks import check_range, checked, is_number, shown, warn
 from fgsteer.density import FeatureDensity
 from fgsteer.errors import SelectionError, SelectionWarning
 from fgsteer.methods.scores import SCORES
@@ -51,6 +51,9 @@ def select_features(
     nothing is left, PairingError for the density of another SAE. Warns SelectionWarning when
     no density is known and the filters are off.
     """
+    for limit, value in (("max_density", max_density), ("bos_share", bos_share)):
+        if value is not None:
+            check_range(limit, value, 0, math.inf)
     name = score if isinstance(score, str) else "given"
     scores, difference = score_features(contrast, score), contrast.difference
     scores = torch.where(scores.sign() == difference.sign(), scores, 0.0)
@@ -160,12 +163,12 @@ def feature_weights(features: FeatureIds, sae: SAE) -> Float[Tensor, " d_sae"]:
     seen = set()
     for key, value in given:
         feature, weight = feature_id(key, sae), _plain(value)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise SelectionError(f"weight {weight!r} of feature {feature}", "a finite number")
+        if not is_number(weight) or not math.isfinite(weight):
+            raise SelectionError(f"weight {shown(weight)} of feature {feature}", "a finite number")
         if feature in seen:
             raise SelectionError(f"feature {feature} twice", "each id once")
         seen.add(feature)
-        weights[feature] = weight
+        weights[feature] = float(weight)
     return weights
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -22,8 +23,8 @@ from fgsteer.errors import HookpointError, SteeringError
 from fgsteer.files import text_sha256
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.models import ids_of_ends
-from fgsteer.serving.request import PLAN, parse, steering
-from fgsteer.serving.served import Served, Source, served_from
+from fgsteer.serving.request import PLAN, parse, said, steering
+from fgsteer.serving.served import Served, Source, check_name, served_from
 
 _CANARY_TOKENS = 2  # one from the prompt's pass, one from a decoding pass
 _CANARY_CHANGE = 0.01  # nats; rounding of a repeated bfloat16 pass stays far below
@@ -59,7 +60,6 @@ class Control:
         self.engine, self.layers = engine, tuple(layers)
         self._entries: dict[str, _Entry] = {}
         self._retired: list[int] = []
-        self._tags = itertools.count(1)
         self._lock = threading.Lock()
 
     @property
@@ -74,11 +74,14 @@ class Control:
     def load(self, name: str, source: Source) -> None:
         """Serve a vector, a feature clamp or a file of either as ``name`` from now on.
 
-        A name that is loaded is replaced; requests under way end as they began. Raises
-        HookpointError for a layer without a table, SteeringError for a full table,
-        PairingError for another width, and as ``read_served`` does.
+        A name that is loaded is replaced; requests under way end as they began. Where the table has no room
+        for both, the old rows make way, once no request uses them. Raises HookpointError for a layer
+        without a table, SteeringError for another name than letters and digits, for a full table, for amounts
+        at which the engine's dtype overflows and for another width, and as ``read_served`` does.
         """
+        check_name(name)
         served = served_from(source)
+        served.check(self.dtype)
         if served.layer not in self.layers:
             raise HookpointError(
                 f"{name} at layer {served.layer}",
@@ -87,14 +90,41 @@ class Control:
             )
         with self._lock:
             self._sweep()
-            tag = next(self._tags)
-            replies = self.engine.call("steering_load", tag, served.layer, save(served.tensors))
-            if errors := [reply for reply in replies if reply]:
-                self.engine.call("steering_clear", tag)
-                raise SteeringError(f"{name} was not loaded: {errors[0]}")
-            if name in self._entries:
-                self._retired.append(self._entries[name].tag)
-            self._entries[name] = _Entry(tag, served)
+            used = {*self._retired, *(entry.tag for entry in self._entries.values())}
+            entry = _Entry(
+                next(tag for tag in itertools.count(1) if tag not in used), served
+            )  # small: float32 holds it
+            old = self._entries.get(name)
+            error = self._fill(entry)
+            if error and old is not None and old.served.layer == served.layer:
+                error = self._fill_in_place(name, old, entry)
+            elif not error and old is not None:
+                self._retired.append(old.tag)
+            if error:
+                raise SteeringError(f"{name} was not loaded: {error}")
+            self._entries[name] = entry
+
+    def _fill(self, entry: _Entry) -> str | None:
+        """Give rows to an entry on every worker, or on none; the error in words, if any."""
+        replies = self.engine.call("steering_load", entry.tag, entry.served.layer, save(entry.served.tensors))
+        errors = [reply for reply in replies if reply]
+        if errors:
+            self.engine.call("steering_clear", entry.tag)
+        return errors[0] if errors else None
+
+    def _fill_in_place(self, name: str, old: _Entry, entry: _Entry) -> str | None:
+        """Give the rows of an entry that has the name to another; the error in words, if any, with all as it was."""
+        del self._entries[name]  # no request begins to use it meanwhile
+        if self._used(old.tag):
+            error: str | None = f"the table is full, and requests under way use the rows of the {name} that is there"
+        else:
+            self.engine.call("steering_clear", old.tag)
+            error = self._fill(entry)
+            if error:
+                self._fill(old)
+        if error:
+            self._entries[name] = old
+        return error
 
     def unload(self, name: str) -> None:
         """Refuse ``name`` from now on; its rows are freed after the last request that uses it. Raises SteeringError."""
@@ -105,29 +135,43 @@ class Control:
             self._sweep()
 
     def _sweep(self) -> None:
-        live = self.engine.live_requests()
         for tag in list(self._retired):
-            if not any(request.endswith(_suffix(tag)) for request in live):
+            if not self._used(tag):
                 self.engine.call("steering_clear", tag)
                 self._retired.remove(tag)
+
+    def _used(self, tag: int) -> bool:
+        return any(request.endswith(_suffix(tag)) for request in self.engine.live_requests())
 
     def _unknown(self, name: str) -> SteeringError:
         return SteeringError(f"nothing is loaded as {name!r}", f"one of {', '.join(self.names) or 'none yet'}")
 
-    def admit(self, request: Any) -> None:
-        """Plan the steering of an ``EngineCoreRequest``, in place. Raises SteeringError for one that cannot be.
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the engine's activations."""
+        found: torch.dtype = self.engine.config.model_config.dtype
+        return found
+
+    def admit(self, request: Any) -> bool:
+        """Plan the steering of an ``EngineCoreRequest``, in place; whether it asks for any.
 
         Its cache salt then names the steering: a prefix cache shares nothing between
-        requests that are steered differently.
+        requests that are steered differently. Raises SteeringError for one that cannot be
+        steered: an unknown name, an amount at which the engine's dtype overflows, a request that generates nothing.
         """
         params = request.sampling_params
-        wanted = parse(params.extra_args) if params is not None else None
+        if params is None:
+            if said(_extra(request)):
+                raise SteeringError("steering of a request that generates nothing", "completions")
+            return False
+        wanted = parse(params.extra_args)
         if wanted is None:
-            return
+            return False
         entry = self._entries.get(wanted.name)
         if entry is None:
             raise self._unknown(wanted.name)
         const, gain = entry.served.amounts(wanted.operation, wanted.scale)
+        entry.served.check_const(const, self.dtype)
         ids = request.prompt_token_ids
         length = len(request.prompt_embeds if ids is None else ids)
         span = wanted.span(length, None if ids is None else ids[0] in self._start_ids)
@@ -135,6 +179,7 @@ class Control:
         request.request_id += _suffix(entry.tag)
         how = [entry.served.sha256, const, gain, wanted.scope, wanted.bos]
         request.cache_salt = text_sha256([request.cache_salt, *how])
+        return True
 
     @cached_property
     def _start_ids(self) -> frozenset[int]:
@@ -149,7 +194,7 @@ class Control:
         Raises SteeringError, which means that something compiled without hooks runs.
         """
         probes = {layer: _probe(layer, self.engine.config.model_config.get_hidden_size()) for layer in self.layers}
-        names = {layer: f"canary {layer}" for layer in probes}
+        names = {layer: f"canary-{layer}" for layer in probes}
         try:
             for layer, probe in probes.items():
                 self.load(names[layer], probe)
@@ -184,22 +229,64 @@ def _probe(layer: int, width: int) -> Served:
     return Served(Hookpoint(layer), read[None], -100.0 * write[None], zero, zero - torch.inf, zero)
 
 
+def _extra(request: Any) -> Mapping[str, Any] | None:
+    """What an ``EngineCoreRequest`` holds for extensions such as this one."""
+    if request.sampling_params is not None:
+        extra: Mapping[str, Any] | None = request.sampling_params.extra_args
+        return extra
+    return getattr(request.pooling_params, "extra_kwargs", None)
+
+
+def refuse_unplanned(request: Any) -> None:
+    """Raises SteeringError for a request to the engine that asks for steering, and that ``admit`` did not plan."""
+    extra = _extra(request) or {}
+    if not said(extra):
+        return
+    plan = extra.get(PLAN)
+    if not plan or getattr(request, "resumable", False) or not request.request_id.endswith(_suffix(plan[0])):
+        raise SteeringError("steering of an input that is streamed", "a whole prompt", "send it at once")
+
+
+@dataclass
+class Asked:
+    """What became of an HTTP request that asks for steering, where the engine is reached in its course."""
+
+    admitted: bool = False
+    refusal: str = ""
+
+
+ASKED: ContextVar[Asked | None] = ContextVar("fgsteer_asked", default=None)
+
+
 def attach(engine: Any, control: Control) -> None:
     """Have every request of an ``LLMEngine`` or ``AsyncLLM`` pass ``control.admit`` before it is sent.
 
     ``assign_request_id`` is the last step of both that sees the request whole; what is
-    raised there is the client's error, not the engine's end.
+    raised there is the client's error, not the engine's end. Inputs that are streamed come round it, to
+    ``output_processor.add_request``, where what ``admit`` has not planned is refused.
     """
     from vllm.exceptions import VLLMValidationError
 
-    processor = engine.input_processor
+    processor, outputs = engine.input_processor, engine.output_processor
     assign: Callable[[Any], None] = processor.assign_request_id
+    add: Callable[..., None] = outputs.add_request
+
+    def refusing(step: Callable[[Any], Any], request: Any) -> Any:
+        try:
+            return step(request)
+        except SteeringError as error:
+            if asked := ASKED.get():
+                asked.refusal = str(error)
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
 
     def admit(request: Any) -> None:
         assign(request)
-        try:
-            control.admit(request)
-        except SteeringError as error:
-            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+        if refusing(control.admit, request) and (asked := ASKED.get()):
+            asked.admitted = True
+
+    def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
+        refusing(refuse_unplanned, request)
+        add(request, *args, **kwargs)
 
     processor.assign_request_id = admit
+    outputs.add_request = add_request

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fgsteer.checks import check_flags
+from fgsteer.checks import check_flags, shown
 from fgsteer.errors import SteeringError
 from fgsteer.interventions import SCOPES, Scope
+from fgsteer.serving.served import check_name
 
 KEYS = ("steer", "steer_op", "steer_scale", "steer_scope", "steer_bos")
+OPERATIONS = ("add", "ablate", "clamp", "affine")
 PLAN = "steer_plan"  # where admission leaves what workers need; never taken from a client
 
 
@@ -65,21 +67,29 @@ def steering(
     return extra
 
 
+def said(extra: object) -> list[str]:
+    """The keys of a mapping that speak of steering; none of anything else."""
+    return (
+        [key for key in extra if isinstance(key, str) and key.startswith("steer")] if isinstance(extra, Mapping) else []
+    )
+
+
 def parse(extra: Mapping[str, Any] | None) -> Wanted | None:
     """A request's steering, None where it asks for none. Raises SteeringError for what cannot be meant."""
-    given = {key: value for key, value in (extra or {}).items() if key.startswith("steer")}
-    if not given:
+    keys = said(extra)
+    if extra is None or not keys:
         return None
-    if unknown := sorted(given.keys() - set(KEYS)):
-        raise SteeringError(f"{', '.join(unknown)} in a request", f"keys among {', '.join(KEYS)}")
-    name, operation, scope = given.get("steer"), given.get("steer_op"), given.get("steer_scope", "all")
-    scale, bos = given.get("steer_scale", 1.0), given.get("steer_bos", 0)
-    if not isinstance(name, str) or not name:
-        raise SteeringError(f"steer = {name!r}", "the name of a loaded vector")
+    if unknown := sorted(set(keys) - set(KEYS)):
+        raise SteeringError(f"{', '.join(unknown)!a:.60} in a request", f"keys among {', '.join(KEYS)}")
+    name, operation, scope = extra.get("steer"), extra.get("steer_op"), extra.get("steer_scope", "all")
+    scale, bos = extra.get("steer_scale", 1.0), extra.get("steer_bos", 0)
+    if name is None:
+        raise SteeringError("steering without a name", "steer = the name of a loaded vector")
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= sys.float_info.max:
-        raise SteeringError(f"steer_scale = {scale!r:.40}", "a finite number")
-    if scope not in SCOPES:
-        raise SteeringError(f"steer_scope = {scope!r}", f"one of {', '.join(SCOPES)}")
-    if bos not in (0, 1):
-        raise SteeringError(f"steer_bos = {bos!r}", "0 or 1")
-    return Wanted(name, operation, float(scale), scope, bool(bos))
+        raise SteeringError(f"steer_scale = {shown(scale)}", "a finite number")
+    for key, value, known in (("steer_op", operation, (None, *OPERATIONS)), ("steer_scope", scope, SCOPES)):
+        if not isinstance(value, str | None) or value not in known:
+            raise SteeringError(f"{key} = {shown(value)}", f"one of {', '.join(filter(None, known))}")
+    if isinstance(bos, str) or bos not in (0, 1):
+        raise SteeringError(f"steer_bos = {shown(bos)}", "0 or 1")
+    return Wanted(check_name(name), operation, float(scale), scope, bool(bos))

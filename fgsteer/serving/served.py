@@ -14,6 +14,7 @@ numbers only, so one loaded file serves them all.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,9 +28,22 @@ from fgsteer.errors import FormatError, HookpointError, PairingError, SteeringEr
 from fgsteer.files import read_tensors, tensor_sha256, text_sha256, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.interventions import ClampFeature, _unit
+from fgsteer.ranges import check_amount
 from fgsteer.vector import SteeringVector
+from fgsteer.wording import a
 
 ROWS = ("read", "write", "bias", "threshold", "target")
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+
+
+def check_name(name: object) -> str:
+    """The name, if it can be one: 1 to 64 of ``A–Z a–z 0–9 _ - .``, the first no dot. Raises SteeringError."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        shown = ascii(name[:64]) if isinstance(name, str) else a(type(name).__name__)
+        raise SteeringError(
+            f"the name {shown}", "1 to 64 letters, digits, underscores, hyphens and dots, the first of them no dot"
+        )
+    return name
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +83,32 @@ class Served:
     def tensors(self) -> dict[str, Tensor]:
         """The rows by name, in float32; no two share storage, so that they can be written."""
         return {name: getattr(self, name).to(torch.float32, copy=True).contiguous() for name in ROWS}
+
+    @cached_property
+    def _reach(self) -> tuple[float, float]:
+        """The most that an entry changes by const = 1, and by what all rows read of a stream of norm 1."""
+        read, write, bias, target = (getattr(self, n).double() for n in ("read", "write", "bias", "target"))
+        amounts = torch.stack([target.abs(), read.norm(dim=1) + bias.abs()])
+        by_const, by_read = (amounts @ write.abs()).amax(1).tolist()
+        return by_const, by_read
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Raises SteeringError for rows, a norm or a reference beyond what activations of a dtype can take."""
+        width, (by_const, by_read) = self.read.shape[1], self._reach
+        entries = torch.cat([getattr(self, name).flatten().double() for name in ROWS if name != "threshold"])
+        strength = 1.0 if self.norm is None else self.norm
+        for what, amount in (
+            ("a row", float(entries.abs().amax())),
+            ("a row", by_read),
+            ("a vector or a clamp at strength 1", strength * by_const),
+            ("a reference", abs(self.offset or 0.0) * by_const),
+        ):
+            check_amount(amount, dtype, width, what)
+
+    def check_const(self, const: float, dtype: torch.dtype) -> None:
+        """Raises SteeringError for an amount of a request beyond what activations of a dtype can take."""
+        within = abs(const) * max(1.0, float(self.target.abs().amax())) <= torch.finfo(torch.float32).max
+        check_amount(abs(const) * self._reach[0] if within else math.inf, dtype, self.read.shape[1], "a request")
 
     def amounts(self, operation: str | None, scale: float) -> tuple[float, float]:
         """(const, gain) of an operation: add's coefficient, clamp's target or affine's alpha is ``scale``.
@@ -151,11 +191,12 @@ def read_served(path: str | Path) -> Served:
         read, write, bias, threshold, target = (tensors[name].float() for name in ROWS)
         if (
             read.ndim != 2
+            or not read.numel()
             or write.shape != read.shape
             or {bias.shape, threshold.shape, target.shape} != {read.shape[:1]}
         ):
             raise ValueError("shapes differ")
-        if not all(bool(tensors[name].isfinite().all()) for name in ROWS):
+        if not all(bool(part.isfinite().all()) for part in (read, write, bias, threshold, target)):
             raise ValueError("it holds nan or inf")
         served = Served(Hookpoint.read(header["hookpoint"]), read, write, bias, threshold, target)
         _ = served.layer
@@ -177,11 +218,11 @@ def served_from(source: Source) -> Served:
 def sources(vectors: Mapping[str, Source] | str | Path) -> dict[str, Served]:
     """What to serve by name: of a mapping, or of a folder's files ``NAME.safetensors``.
 
-    Raises FormatError for a missing folder or another kind of file, and as ``serve`` does.
+    Raises FormatError for a missing folder or another kind of file, and as ``check_name`` and ``serve`` do.
     """
     if isinstance(vectors, Mapping):
-        return {name: served_from(item) for name, item in vectors.items()}
+        return {check_name(name): served_from(item) for name, item in vectors.items()}
     folder = Path(vectors)
     if not folder.is_dir():
         raise FormatError(f"no folder {folder}", "a folder of NAME.safetensors files")
-    return {path.stem: read_served(path) for path in sorted(folder.glob("*.safetensors"))}
+    return {check_name(path.stem): read_served(path) for path in sorted(folder.glob("*.safetensors"))}

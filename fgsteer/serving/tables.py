@@ -2,7 +2,7 @@
 
 Both are tensors that stay where they are, so the same compiled graph, captured or not,
 steers whatever they hold. A token's plan is a tag, const and gain; a row acts on the tokens
-that bear its owner's tag. Nothing bears tag 0 or −1, so unsteered tokens change by exactly 0.
+that bear its owner's tag. Nothing bears tag 0 or −1, so unsteered tokens keep what they are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fgsteer.errors import HookpointError, PairingError, SteeringError
+from fgsteer.ranges import largest
 from fgsteer.wording import a
 
 FREE = -1.0
@@ -42,7 +43,14 @@ class Table(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
-        """``hidden`` (tokens, d_model) plus the change of the stream ``hidden + residual``."""
+        """``hidden`` (tokens, d_model) plus the change of the stream ``hidden + residual``.
+
+        Unsteered tokens stay bit for bit. Whatever the tables hold, no steered entry of the stream grows beyond
+        ``ranges.largest``, or beyond what it was where the model itself goes there: requests share one cache, in
+        which nan spreads to others. Loading and admission refuse amounts beyond it, so this meets what
+        activations alone decide, such as a feature that fires thousandfold. inf becomes the bound, where a
+        strength that large would end; nan (inf − inf) adds nothing.
+        """
         flat = hidden.flatten(0, -2)
         stream = flat.float()
         if residual is not None:
@@ -50,8 +58,13 @@ class Table(nn.Module):
         tag, const, gain = self.tokens[:, : flat.shape[0], None].unbind()
         read = torch.addmm(self.bias, stream, self.read.T)
         acts = torch.where(read > self.threshold, read, 0.0)
-        amount = torch.where(tag == self.owner, const * self.target + gain * acts, 0.0)
-        return hidden + (amount @ self.write).to(hidden.dtype).view_as(hidden)
+        mine = tag == self.owner
+        amount = torch.where(mine, const * self.target + gain * acts, 0.0)
+        bound = stream.abs().clamp(min=largest(hidden.dtype, flat.shape[1]))
+        change = (amount @ self.write).nan_to_num(0.0).clamp(-bound - stream, bound - stream)
+        most = torch.finfo(hidden.dtype).max
+        steered = (flat + change.to(hidden.dtype)).clamp(-most, most)
+        return torch.where(mine.any(1, keepdim=True), steered, flat).view_as(hidden)
 
     def fill(self, tag: float, tensors: Mapping[str, Tensor]) -> None:
         """Give free rows to ``tag``. Raises PairingError for another width, SteeringError where none are left."""

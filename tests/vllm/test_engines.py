@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from contextlib import contextmanager
+import random
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import fgsteer as fg
 from fgsteer.models import DEFAULT, pretrained_dir
 from fgsteer.rollouts import Sampling, rollout
 from fgsteer.serving import VllmWriter, steered_llm, steering
+from fgsteer.serving.served import Served
 from fgsteer.tokens import encode_prompts
+from tests.vllm import hostile
 from tests.vllm.cases import (
     PROMPTS,
     SETTINGS,
@@ -176,6 +179,48 @@ def test_a_benchmark_is_written_as_by_hooks(eager):
     assert eager.steering.names == before
 
 
+def check_unharmed(llm, folder, monkeypatch):
+    """Unsteered requests to the bit as before, after anything that is accepted; without the checks before it too."""
+    from vllm.exceptions import VLLMValidationError
+
+    before = [run(llm, [(prompt, {})]) for prompt in PROMPTS]
+    rng, outcomes = random.Random(0), set()
+    for checks in (True, False):
+        with monkeypatch.context() as patch:
+            if not checks:
+                patch.setattr(Served, "check", lambda *_: None)
+                patch.setattr(Served, "check_const", lambda *_: None)
+            for path in hostile.files(folder):
+                names = tuple(served())
+                with suppress(fg.FgsteerError):
+                    llm.steering.load("sent", path)
+                    names = ("sent",)
+                for _ in range(3):
+                    extra = hostile.extra(rng, names)
+                    if not checks:
+                        extra = {"steer": names[0], "steer_scale": rng.choice(hostile.SCALES)}
+                    try:
+                        run(llm, [(rng.choice(PROMPTS), extra)], 4)
+                        outcomes.add("accepted")
+                    except VLLMValidationError:
+                        outcomes.add("refused")
+                if names == ("sent",):
+                    llm.steering.unload("sent")
+        assert [run(llm, [(prompt, {})]) for prompt in PROMPTS] == before
+    assert outcomes == {"accepted", "refused"}
+
+
+def test_no_request_harms_another(eager, tmp_path, monkeypatch):
+    check_unharmed(eager, tmp_path, monkeypatch)
+    check_mixed_batch(eager)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_request_harms_another_in_16_bits(dtype, tmp_path, monkeypatch):
+    with engine(dtype=dtype) as llm:
+        check_unharmed(llm, tmp_path, monkeypatch)
+
+
 def test_tensor_parallel_compiled_in_chunks(tmp_path):
     """Two ranks, compiled, prompts read 16 tokens at a time."""
     source = four_heads(tmp_path / "model")
@@ -185,6 +230,13 @@ def test_tensor_parallel_compiled_in_chunks(tmp_path):
 
 def test_pipeline_parallel_compiled():
     with engine(pipeline_parallel_size=2) as llm:
+        check_mixed_batch(llm)
+
+
+def test_drafted_tokens_are_steered():
+    """Speculative decoding: the tokens of a draft, taken or not, are steered as they are when generated one by one."""
+    draft = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with engine(speculative_config=draft, enforce_eager=True) as llm:
         check_mixed_batch(llm)
 
 

@@ -1,80 +1,43 @@
-"""``fgsteer serve`` over HTTP on the loopback: compiled, all cases at once, vectors coming and going."""
+"""``fgsteer serve`` over HTTP on the loopback: compiled, all cases at once, vectors coming and going, strangers."""
 
 from __future__ import annotations
 
-import json
+import random
 import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-import fgsteer as fg
-from fgsteer.serving import save_clamp, steering
-from tests.vllm.cases import PROMPTS, TOKENS, Continuation, cases, check, continue_with_hooks, ids, served
+from fgsteer.serving import steering
+from tests.vllm import hostile
+from tests.vllm.cases import PROMPTS, cases, check, continue_with_hooks, served
+from tests.vllm.server import ADMIN, call, complete, completion, save_served, serving
+from tests.vllm.soak import Soak
 
 pytestmark = pytest.mark.vllm
-START_SECONDS = 600
-
-
-def call(url, body=None, method=None, key="secret"):
-    """(status, JSON) of a request."""
-    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    request = urllib.request.Request(url, data, headers, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=300) as response:
-            return response.status, json.loads(response.read() or b"null")
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read() or b"null")
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vectors")
-    for name, item in served().items():
-        path = folder / f"{name}.safetensors"
-        save_clamp(item, path) if isinstance(item, fg.ClampFeature) else item.save(path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "fgsteer"), "serve", "default", "--vectors", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", "secret", "--dtype", "float32"]
-    command += ["--max-num-seqs", "16", "--kv-cache-memory-bytes", str(64 << 20)]
-    log = folder.parent / "server.log"
-    with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
-    try:
-        while True:
-            assert server.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                if call(f"{address}/health")[0] == 200:
-                    break
-            except OSError:
-                time.sleep(1)
+    folder = save_served(tmp_path_factory.mktemp("vectors"))
+    template = folder.parent / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    options = ("--enable-scale-out", "--chat-template", str(template))
+    with serving(folder, folder.parent / "server.log", *options) as (address, _):
         yield address
-    finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
 
 
-def complete(url, prompt, extra, tokens=TOKENS):
-    body = {"model": "default", "prompt": list(ids(prompt)), "max_tokens": tokens, "temperature": 0}
-    body |= {"ignore_eos": True, "logprobs": 0, "return_token_ids": True, "vllm_xargs": extra or None}
-    status, reply = call(f"{url}/v1/completions", body)
-    assert status == 200, reply
-    choice = reply["choices"][0]
-    return Continuation(choice["token_ids"], choice["logprobs"]["token_logprobs"])
+def test_a_soak_in_short(url, tmp_path):
+    """That it runs, and that it would tell of steering that is lost."""
+    (tmp_path / "good").mkdir()
+    (tmp_path / "bad").mkdir()
+    soak, broken = Soak(url, tmp_path / "good"), Soak(url, tmp_path / "bad", unsteered=True)
+    soak.run(20, 8)
+    assert (soak.wrong, soak.broken) == ([], [])
+    assert {kind.partition(":")[0] for kind in soak.counts} >= {"honest", "uploaded", "hostile request", "hostile file"}
+    broken.run(5, 8)
+    assert broken.wrong
 
 
 def test_mixed_requests_at_once(url):
@@ -99,13 +62,116 @@ def test_vectors_come_and_go(url, tmp_path):
     vector = served()["middle"] * -1.0
     vector.save(tmp_path / "v.safetensors")
     content = (tmp_path / "v.safetensors").read_bytes()
-    assert call(f"{url}/v1/steering", key="wrong")[0] == 401
-    assert call(f"{url}/v1/steering/new", content, "PUT", key="wrong")[0] == 401
-    status, told = call(f"{url}/v1/steering/new", content, "PUT")
+    for wrong in ("wrong", "secret"):  # the key of completions is not the admin's
+        assert call(f"{url}/v1/steering", key=wrong)[0] == 401
+        assert call(f"{url}/v1/steering/new", content, "PUT", key=wrong)[0] == 401
+    status, told = call(f"{url}/v1/steering/new", content, "PUT", key=ADMIN)
     assert (status, told["loaded"]["new"]) == (200, "blocks.2.hook_resid_post")
     found = complete(url, PROMPTS[0], steering("new", scale=1.0), 8).tokens
     assert found == continue_with_hooks(PROMPTS[0], vector.add(1.0), 8).tokens
-    assert call(f"{url}/v1/steering/bad", b"nonsense", "PUT")[0] == 400
-    assert call(f"{url}/v1/steering/new", method="DELETE")[0] == 200
-    assert call(f"{url}/v1/steering/new", method="DELETE")[0] == 400
-    assert sorted(call(f"{url}/v1/steering")[1]["loaded"]) == sorted(served())
+    status, told = call(f"{url}/v1/steering/bad", b"nonsense", "PUT", key=ADMIN)
+    assert (status, "/tmp" in told["error"]["message"]) == (400, False)
+    for name in ("%2e%2e", "a%0ab", "a%2fb", "%E2%80%AEevol", "x" * 65):
+        assert call(f"{url}/v1/steering/{name}", content, "PUT", key=ADMIN)[0] == 400
+    assert call(f"{url}/v1/steering/new", method="DELETE", key=ADMIN)[0] == 200
+    assert call(f"{url}/v1/steering/new", method="DELETE", key=ADMIN)[0] == 400
+    assert sorted(call(f"{url}/v1/steering", key=ADMIN)[1]["loaded"]) == sorted(served())
+
+
+def test_a_body_beyond_any_vector_is_refused_before_it_is_sent(url):
+    where = urlsplit(url)
+    with socket.create_connection((where.hostname, where.port)) as wire:
+        head = f"PUT /v1/steering/big HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN}\r\n"
+        wire.sendall(f"{head}Content-Length: {1 << 30}\r\n\r\n".encode())
+        assert wire.recv(1 << 16).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/completions", {"use_beam_search": True, "n": 2, "vllm_xargs": steering("middle")}),
+        ("/v1/completions", {"use_beam_search": 1, "n": 2, "vllm_xargs": steering("middle")}),
+        ("/v1/completions", {"use_beam_search": True, "vllm_xargs": {"steer": "nothing"}}),
+        ("/v1/completions", {"stream": True, "vllm_xargs": {"steer": "nothing"}}),
+        ("/v1/completions", {"steer": "middle"}),
+        ("/v1/completions", {"extra_body": {"vllm_xargs": steering("middle")}}),
+        ("/v1/completions", {"vllm_xargs": {"steer": "middle", "steer_op": ["add"]}}),
+        ("/v1/completions", {"vllm_xargs": {"steer": ["middle"]}}),
+        ("/v1/completions", {"vllm_xargs": {"steer": "middle", "steer_scale": 1e39}}),
+        ("/v1/completions", {"n": 2, "temperature": 1.0, "vllm_xargs": {"steer": "middle", "steer_scale": 1e39}}),
+        ("/v1/chat/completions", {"use_beam_search": True, "n": 2, "vllm_xargs": steering("middle")}),
+        ("/v1/chat/completions", {"vllm_xargs": {"steer": "nothing"}}),
+        ("/v1/chat/completions", {"stream": True, "vllm_xargs": {"steer": "nothing"}}),
+        ("/v1/responses", {"input": "hello", "max_output_tokens": 4, "vllm_xargs": {"steer": "nothing"}}),
+        ("/tokenize", {"vllm_xargs": steering("middle")}),
+        ("/inference/v1/generate", {"sampling_params": {"max_tokens": 2, "extra_args": {"steer": "nothing"}}}),
+    ],
+    ids=str,
+)
+def test_what_asks_for_steering_is_steered_or_refused(url, path, more):
+    body = completion(PROMPTS[0], None, 4)
+    body.pop("logprobs")
+    if "chat" in path:
+        body |= {"messages": [{"role": "user", "content": "hello"}]}
+    if "inference" in path:
+        body = {"token_ids": body["prompt"]}
+    status, reply = call(f"{url}{path}", body | more)
+    assert status == 400, reply
+    assert complete(url, PROMPTS[0], {}, 4).tokens == continue_with_hooks(PROMPTS[0], None, 4).tokens
+
+
+def test_other_ways_in_are_steered(url):
+    case = next(c for c in cases() if c.label == "add")
+    wanted = continue_with_hooks(case.prompt, case.item, 8).tokens
+    body = completion(case.prompt, None)
+    params = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, "extra_args": case.extra}
+    status, reply = call(f"{url}/inference/v1/generate", {"token_ids": body["prompt"], "sampling_params": params})
+    assert (status, reply["choices"][0]["token_ids"]) == (200, wanted)
+    several = completion(case.prompt, case.extra, 8) | {"prompt": [body["prompt"]] * 3}
+    status, reply = call(f"{url}/v1/completions", several)
+    assert [choice["token_ids"] for choice in reply["choices"]] == [wanted] * 3
+    status, reply = call(f"{url}/v1/completions", completion(case.prompt, case.extra, 8, stream=True))
+    assert (status, reply.count("data: ")) == (200, 9)
+
+
+def test_chat_and_responses_are_steered(url):
+    """As a completion of the same tokens is."""
+    case = next(c for c in cases() if c.label == "add")
+    body = completion("", case.extra, 8)
+    body |= {"messages": [{"role": "user", "content": case.prompt}], "max_tokens": 8, "logprobs": True}
+    status, reply = call(f"{url}/v1/chat/completions", {key: body[key] for key in body if key != "prompt"})
+    assert status == 200, reply
+    same = completion(case.prompt, case.extra, 8) | {"prompt": reply["prompt_token_ids"]}
+    status, told = call(f"{url}/v1/completions", same)
+    assert reply["choices"][0]["token_ids"] == told["choices"][0]["token_ids"]
+    assert (
+        told["choices"][0]["token_ids"]
+        != call(f"{url}/v1/completions", same | {"vllm_xargs": None})[1]["choices"][0]["token_ids"]
+    )
+    texts = []
+    for extra in (case.extra, None):
+        asked = {"input": case.prompt, "max_output_tokens": 8, "temperature": 0, "vllm_xargs": extra}
+        status, reply = call(f"{url}/v1/responses", asked | {"model": "default"})
+        assert status == 200, reply
+        texts.append(reply["output"][0]["content"][0]["text"])
+    assert texts[0].strip() == told["choices"][0]["text"].strip() != texts[1].strip()
+
+
+def test_no_accepted_request_changes_an_unsteered_one(url, tmp_path):
+    """Files and requests of any size, then unsteered ones: tokens and log-probabilities as before, to the bit."""
+    before = [complete(url, prompt, {}) for prompt in PROMPTS]
+    rng, counts = random.Random(0), {}
+    for path in hostile.files(tmp_path / "hostile"):
+        status, _ = call(f"{url}/v1/steering/{path.name}", path.read_bytes(), "PUT", key=ADMIN)
+        assert status in (200, 400)
+        names = tuple(served()) + ((path.name,) if status == 200 else ())
+        for _ in range(6):
+            body = completion(rng.choice(PROMPTS), hostile.extra(rng, names), 8)
+            status, _ = call(f"{url}/v1/completions", body)
+            counts[status] = counts.get(status, 0) + 1
+        if path.name in names:
+            assert call(f"{url}/v1/steering/{path.name}", method="DELETE", key=ADMIN)[0] == 200
+    assert set(counts) == {200, 400}
+    for _ in range(3):
+        assert [complete(url, prompt, {}) for prompt in PROMPTS] == before
+    test_mixed_requests_at_once(url)
