@@ -25,7 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fgsteer.errors import BusyError, FgsteerWarning
-from fgsteer.targets import make_folder, unwritable
+from fgsteer.targets import unwritable
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that keep none
 NOTE_BYTES = 4096  # that are read of who holds a lock
@@ -51,9 +51,9 @@ def held(path: str | Path, share: str = "") -> Iterator[None]:
     if _holders.get(note) == me:
         yield
         return
-    new = not note.parent.exists()
-    if new:
-        make_folder(note.parent)
+    if not note.parent.is_dir():
+        change = "make it first, or correct the name"
+        raise unwritable(path, f"there is no folder {note.parent}", "a folder that is there", change)
     lock = FileLock(note, thread_local=False, fallback_to_soft=False)
     if not _acquired(lock, note, path):
         yield
@@ -67,9 +67,6 @@ def held(path: str | Path, share: str = "") -> Iterator[None]:
         with contextlib.suppress(OSError):
             note.unlink()  # by its holder: whoever opened it meanwhile finds it gone, and takes a new one
         lock.release()
-        if new:  # in which nothing was written after all
-            with contextlib.suppress(OSError):
-                note.parent.rmdir()
 
 
 def _acquired(lock: FileLock, note: Path, path: str | Path) -> bool:

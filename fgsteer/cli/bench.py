@@ -25,7 +25,6 @@ from fgsteer.cli.common import (
     TrustOption,
     app,
     console,
-    hold,
     load_model,
     load_sae,
     progress_bar,
@@ -53,7 +52,6 @@ QUICK: dict[str, Any] = {
 
 @app.command()
 def bench(
-    context: typer.Context,
     out: Annotated[
         Path, typer.Option("--out", "-o", callback=fillable, help="Folder for records, report and pictures.")
     ],
@@ -125,7 +123,6 @@ def bench(
         given["matched"] = None
     check_engine(engine, workers)
     contrasts = _contrasts(concept or (QUICK["concepts"] if quick else fg.shipped_contrasts()))
-    hold(context, out / "bench.jsonl")
     # what a worker of another machine needs to make the same benchmark
     make = partial(
         make_bench,

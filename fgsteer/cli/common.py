@@ -38,22 +38,7 @@ SaeOption = Annotated[
 SaeIdOption = Annotated[str | None, typer.Option("--sae-id", help="The id within a sae-lens release.")]
 
 
-def hold(context: typer.Context, path: Path) -> None:
-    """Keep other writers from a path until the command ends; of several processes, the first does. Raises BusyError."""
-    from fgsteer.locks import held
-
-    if not Ranks.here().rank:
-        context.with_resource(held(path))
-
-
-def claim(context: typer.Context, path: Path | None) -> Path | None:
-    """The path of an option, if a file can be written there, held. Raises DataError, BusyError."""
-    if writable(path) is not None:
-        hold(context, Path(str(path)))
-    return path
-
-
-OutOption = Annotated[Path, typer.Option("--out", "-o", callback=claim, help="File to write (safetensors).")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", callback=writable, help="File to write (safetensors).")]
 VectorOption = Annotated[list[Path] | None, typer.Option("--vector", "-v", help="Vectors to apply together.")]
 CoefficientOption = Annotated[
     list[float] | None,

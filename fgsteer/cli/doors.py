@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,22 +15,44 @@ import typer
 from typer.core import TyperCommand
 
 from fgsteer.errors import DataError, PairingError
-from fgsteer.targets import file_target, folder_target, new_folder
+from fgsteer.ranks import Ranks
+from fgsteer.targets import file_target, folder_target, make_folder, new_folder
 
 TOKEN_RULES = ("all", "last", "answer", "letter", "tail")
+FILLED = {"bench": "bench.jsonl", "sweep": "sweep.json"}  # commands that fill a folder, and what they hold in it
 OUTPUTS = ("out", "html", "work")  # the parameters that say where a command writes
 _BY_NAME = ("contrast", "source", "concept", "held_out", "model", "sae", "rows_of", "effects")  # shipped, or files
 
 
 class Command(TyperCommand):
-    """A command that writes to no file that it reads."""
+    """A command that writes to no file that it reads, and to none that another one is writing."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it. Raises DataError for an output that is an input too."""
+        """Run it. Raises DataError for an output that is an input too, BusyError for one that is being written."""
         hints = get_type_hints(inspect.unwrap(self.callback)) if self.callback else {}
         paths = [p for p in self.params if p.name in _BY_NAME or "Path" in str(hints.get(p.name or ""))]
         check_apart({max(p.opts, key=len): (p.name, ctx.params.get(p.name)) for p in paths})
+        for output in filter(None, map(ctx.params.get, ("out", "html"))):
+            if not Ranks.here().rank:  # of several processes, the first one writes
+                ctx.with_resource(_alone(output, FILLED.get(str(self.name), "")))
         return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _alone(output: Path, file: str) -> Iterator[None]:
+    """A block in which no other process writes an output, of a folder the file that tells whose it is."""
+    from fgsteer.locks import held
+
+    new = bool(file) and not output.exists()
+    if new:
+        make_folder(output)
+    try:
+        with held(output / file):
+            yield
+    finally:
+        if new:  # and nothing was written after all
+            with contextlib.suppress(OSError):
+                output.rmdir()
 
 
 def check_apart(paths: Mapping[str, tuple[str, Any]]) -> None:

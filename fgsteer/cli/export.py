@@ -20,7 +20,6 @@ from fgsteer.cli.common import (
     ScopeOption,
     TrustOption,
     app,
-    hold,
     interventions,
     load_model,
     load_sae,
@@ -44,7 +43,6 @@ TARGETS = {
 
 @app.command()
 def export(
-    context: typer.Context,
     vectors: Annotated[list[Path], typer.Argument(help="Vectors by fgsteer build, to apply together.")],
     to: Annotated[str, typer.Option("--to", help=f"{', '.join(TARGETS)}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, or new folder.")],
@@ -79,7 +77,6 @@ def export(
             raise DataError("no --model", f"the model that is steered: {to} needs it")
         check_device(device, dtype)
     (unused if to == "checkpoint" else writable)(out)
-    hold(context, out)
     loaded = load_vectors(vectors, coefficient, operation, model, revision)
     acts_on_first = to != "easysteer" if bos is None else bos
     items = interventions(loaded, operation, scope, bos=acts_on_first)

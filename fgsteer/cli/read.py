@@ -19,13 +19,12 @@ from fgsteer.cli.common import (
     SaeOption,
     TrustOption,
     app,
-    claim,
     console,
     load_model,
     load_sae,
     show,
 )
-from fgsteer.cli.doors import check_device, check_fit, texts
+from fgsteer.cli.doors import check_device, check_fit, texts, writable
 from fgsteer.cli.measure import count_documents, measure_excerpts
 from fgsteer.cli.terminal import json_text, say
 from fgsteer.errors import DataError
@@ -55,7 +54,7 @@ def features(
         Path | None, typer.Option(help="Excerpts by fgsteer examples; default: those beside the SAE.")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Labels: a Neuronpedia export or its folder.")] = None,
-    html: Annotated[Path | None, typer.Option(callback=claim, help="Write feature cards as one HTML page.")] = None,
+    html: Annotated[Path | None, typer.Option(callback=writable, help="Write feature cards as one HTML page.")] = None,
     top: Annotated[
         int, typer.Option(min=1, max=MOST, help="How many features, by absolute weight or by --search's score.")
     ] = 20,

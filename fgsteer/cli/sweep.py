@@ -22,7 +22,6 @@ from fgsteer.cli.common import (
     TrustOption,
     app,
     console,
-    hold,
     load_model,
     progress_bar,
     show,
@@ -35,7 +34,6 @@ from fgsteer.escaping import escaped
 
 @app.command()
 def sweep(
-    context: typer.Context,
     contrast: Annotated[str, typer.Argument(help="A shipped contrast set, or a .json or .jsonl file.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", callback=fillable, help="Folder for sweep.json and pictures.")
@@ -82,8 +80,6 @@ def sweep(
     from fgsteer.files import write_json
     from fgsteer.targets import make_folder
 
-    if out is not None:
-        hold(context, out / "sweep.json")
     vectors = [fg.SteeringVector.load(path) for path in vector or []]
     if vectors and method != "caa":
         raise DataError(f"--vector and --method {method}", "one of them")

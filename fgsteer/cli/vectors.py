@@ -28,7 +28,6 @@ from fgsteer.cli.common import (
     VectorOption,
     app,
     console,
-    hold,
     interventions,
     load_model,
     load_sae,
@@ -252,7 +251,6 @@ def _print_texts(told: dict[str, Any]) -> None:
 
 @app.command()
 def fold(
-    context: typer.Context,
     vector: Annotated[list[Path], typer.Option("--vector", "-v", help="A vector to add; repeat.")],
     out: Annotated[Path, typer.Option("--out", "-o", callback=unused, help="New folder for the checkpoint.")],
     coefficient: Annotated[
@@ -268,7 +266,6 @@ def fold(
     """Write a checkpoint with vectors inside, added to every token: plain transformers loads it, no hooks run."""
     from fgsteer.export import checkpoint
 
-    hold(context, out)
     steering = interventions(load_vectors(vector, coefficient, model=model, revision=revision), "add", "all", bos=True)
     folded = checkpoint.write(steering, out, *load_model(model, "cpu", dtype, revision, trust_remote_code), copy=False)
     told = {"out": str(out), "model": model, "dtype": str(folded.dtype).removeprefix("torch.")}
