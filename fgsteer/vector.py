@@ -24,7 +24,7 @@ from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionEr
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.hub import VECTOR, fetch, push, save_folder
-from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, _vector
+from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, _finite, _vector
 from fgsteer.models import check_pairing
 from fgsteer.wording import a, count
 
@@ -273,10 +273,10 @@ class SteeringVector:
 
 
 def _factor(value: object, what: str) -> float:
-    """A float. Raises ArgumentError, also for one that is trained, of which a vector keeps the value alone."""
+    """A finite float. Raises SteeringError, or ArgumentError, also for what is trained, which no vector keeps."""
     trained = getattr(value, "requires_grad", False)
     if is_number(value) and not trained:
-        return float(value)  # type: ignore[arg-type]
+        return _finite("a factor", value)  # type: ignore[arg-type]
     change = "a strength that is trained is a coefficient: vector.add(c)" if trained else ""
     raise ArgumentError(f"a vector {what} {shown(value)}", "a number", change)
 
