@@ -71,14 +71,14 @@ def test_numbers_beyond_floats_are_typed_errors():
             with pytest.raises(fg.SteeringError, match="finite"):
                 make(amount)
         for amount in (10**400, -(10**5000)):  # beyond floats
-            with pytest.raises(fg.ArgumentError, match="a number"):
+            with pytest.raises(fg.ArgumentError, match="number"):
                 make(amount)
     for make in (v.__mul__, v.__truediv__):
         for amount in (math.inf, math.nan):
             with pytest.raises(fg.SteeringError, match="finite"):
                 make(amount)
         for amount in (10**400, -(10**5000)):  # beyond floats
-            with pytest.raises(fg.ArgumentError, match="a number"):
+            with pytest.raises(fg.ArgumentError, match="number"):
                 make(amount)
     far = fg.SteeringVector(torch.full((8,), 1e30), AT)
     with pytest.raises(fg.SteeringError, match="norm inf"):
