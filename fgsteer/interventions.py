@@ -168,10 +168,7 @@ def _tensor(value: Scalar, like: Tensor) -> Tensor:
 
 def _finite(name: str, value: float) -> float:
     check_number(name, value)
-    try:
-        number = float(value)
-    except OverflowError:  # an integer beyond floats
-        number = math.inf
+    number = float(value)
     if not math.isfinite(number):
         raise SteeringError(f"{name} = {number}", "a finite number")
     return number

@@ -26,7 +26,7 @@ from fgsteer.escaping import escaped
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.hookpoints import Hookpoint
 from fgsteer.hub import VECTOR, fetch, push, save_folder
-from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, _vector
+from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, _finite, _vector
 from fgsteer.models import check_pairing
 from fgsteer.wording import a, count
 
@@ -275,10 +275,10 @@ class SteeringVector:
 
 
 def _factor(value: object, what: str) -> float:
-    """A finite float. Raises ArgumentError, also for one that is trained, of which a vector keeps the value alone."""
+    """A finite float. Raises SteeringError, or ArgumentError, also for what is trained, which no vector keeps."""
     trained = getattr(value, "requires_grad", False)
-    if is_number(value) and not trained and math.isfinite(value):  # type: ignore[arg-type]
-        return float(value)  # type: ignore[arg-type]
+    if is_number(value) and not trained:
+        return _finite("a factor", value)  # type: ignore[arg-type]
     change = "a strength that is trained is a coefficient: vector.add(c)" if trained else ""
     raise ArgumentError(f"a vector {what} {shown(value)}", "a finite number", change)
 

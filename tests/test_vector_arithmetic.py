@@ -109,3 +109,7 @@ def test_a_trained_factor_is_refused_and_not_cut_off_from_its_gradient():
         with pytest.raises(fg.ArgumentError, match="coefficient"):
             wrong()
     assert vector.add(strength).trained
+    for infinite in (math.inf, math.nan):
+        for wrong in (lambda x=infinite: vector * x, lambda x=infinite: vector / x):
+            with pytest.raises(fg.SteeringError, match="finite"):
+                wrong()

@@ -63,10 +63,10 @@ def check_apart(paths: Mapping[str, tuple[str, Any]]) -> None:
     outputs = {option: Path(value) for option, (name, value) in paths.items() if name in OUTPUTS and value is not None}
     for option, (name, value) in paths.items():
         for given in value if isinstance(value, list | tuple) else [value]:
-            if given is None or (name in _BY_NAME and _is_shipped(str(given))):
-                continue
             for other, output in outputs.items():
-                if option != other and _one(given, output, name in OUTPUTS):
+                if option == other or given is None or not _one(given, output, name in OUTPUTS):
+                    continue
+                if name not in _BY_NAME or not _is_shipped(str(given)):
                     raise DataError(
                         f"{option} {given} and {other} {output} are one file",
                         "another one to write: what is read stays as it is",
