@@ -330,6 +330,10 @@ def identities(folder: Path) -> dict[str, Reader]:
         steps = Parts(path.parent, "sums", made, Ranks(), fresh=fresh).each(["0"], lambda *_: {"x": torch.ones(2)}, str)
         return list(steps)
 
+    def start_over(path: Path) -> object:
+        (path.parent / "part-000000.safetensors").write_bytes(parts["part-000000.safetensors"])
+        return go_on(path, fresh=True)
+
     def holder(path: Path) -> str:
         with mock.patch("fgsteer.locks.NOTE_SECONDS", -1):
             who = _holder(path)
@@ -344,7 +348,7 @@ def identities(folder: Path) -> dict[str, Reader]:
 
     return {
         "parts to go on with": Reader(parts, go_on),
-        "parts to start over": Reader(parts, lambda path: go_on(path, fresh=True)),
+        "parts to start over": Reader({"plan.json": parts["plan.json"]}, start_over),
         "identity of a run": Reader({"f.jsonl": run_header}, lambda path: check_run(path, identity)),
         "run to start over": Reader({"f.jsonl": run_header}, lambda path: check_run(path, identity, fresh=True)),
         "design of a run": Reader({"f.jsonl": run_header}, begun_design),
