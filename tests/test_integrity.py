@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save, save_file
 import fgsteer as fg
 from fgsteer import files
 from fgsteer.corpora import read_documents
-from fgsteer.evaluation.run_files import line, read_arms
 from fgsteer.evaluation.chat import completion
 from fgsteer.evaluation.endpoint import AnswerCache
+from fgsteer.evaluation.run_files import line, read_arms
 from fgsteer.export import gguf
 from fgsteer.models import pretrained_dir
 from fgsteer.parts import Parts
