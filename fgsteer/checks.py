@@ -60,7 +60,7 @@ def check_number(name: str, value: object) -> None:
         raise ArgumentError(f"{name} = {shown(value)}", "a number")
 
 
-def check_range(name: str, value: object, least: float, most: float, *, whole: bool = False) -> None:
+def check_range(name: str, value: object, least: int | float, most: int | float, *, whole: bool = False) -> None:
     """Raises ArgumentError unless the value is one number, or a ``whole`` one; DataError for one out of range."""
     fits = is_whole(value) if whole else is_number(value)
     if not fits or not least <= value <= most:  # type: ignore[operator]

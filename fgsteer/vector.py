@@ -129,8 +129,8 @@ class SteeringVector:
     __array_ufunc__ = None  # numpy's numbers and arrays leave arithmetic with a vector to the vector
 
     def __mul__(self, factor: float) -> SteeringVector:
-        if not is_number(factor) or not math.isfinite(factor):
-            raise ArgumentError(f"a vector times {shown(factor)}", "a finite number")
+        if not is_number(factor):
+            raise ArgumentError(f"a vector times {shown(factor)}", "a number")
         factor = float(factor)
         return replace(
             self,
@@ -142,7 +142,7 @@ class SteeringVector:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> SteeringVector:
-        if not is_number(divisor) or not divisor or not math.isfinite(divisor):
+        if not is_number(divisor) or not divisor or math.isinf(divisor):
             raise ArgumentError(f"a vector divided by {shown(divisor)}", "a finite number other than 0")
         return self * (1 / float(divisor))
 
