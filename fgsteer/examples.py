@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fgsteer.brief import Brief
-from fgsteer.checks import check_range, checked_after, is_whole, shown
+from fgsteer.checks import checked_after, is_whole, shown
 from fgsteer.corpora import as_documents
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.escaping import escaped
@@ -182,14 +182,14 @@ def measure_examples(
     keep their first ``max_tokens`` tokens and begin as those that the SAE was trained on (``prepend_bos`` as in
     ``collect``); a special token before them is not read. ``progress`` is
     called with the number of texts done. Memory is O(features · top · window) besides one batch.
-    Raises DataError for a text without a token, activations that are not finite or sizes below 1 (window: 0),
-    PairingError for an SAE of another width, SelectionError for unknown features.
+    Raises DataError for a text without a token or activations that are not finite, PairingError for
+    an SAE of another width, SelectionError for unknown features, or sizes below 1 (window: 0).
     """
     from fgsteer.activations import corpus_batches, corpus_reader
     from fgsteer.pooling import row_groups
 
-    check_range("top", top, 1, MOST_KEPT, whole=True)
-    check_range("window", window, 0, MOST_KEPT, whole=True)
+    if not 1 <= top <= MOST_KEPT or not 0 <= window <= MOST_KEPT:
+        raise SelectionError(f"top = {top}, window = {window}", f"1 and 0 to {MOST_KEPT}")
     chosen = list(range(sae.d_sae)) if features is None else _ids(features, sae)
     strings = as_documents(texts, field)
     every = len(chosen) == sae.d_sae

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fgsteer.activations import record_batch, text_batches
 from fgsteer.calibration import calibrate_many
-from fgsteer.checks import MOST, check_range
+from fgsteer.checks import check_range, is_whole
 from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.files import read_tensors, tensor_sha256, text_sha256, write_tensors
 from fgsteer.identities import made_of, sae_identity
@@ -46,8 +46,8 @@ def decoder_directions(sae: SAE, count: int | None = None, seed: int = 0) -> Flo
 
     Raises DataError for a count below 1, or a seed that torch does not take.
     """
-    if count is not None:
-        check_range("vectors", count, 1, MOST, whole=True)
+    if count is not None and (not is_whole(count) or count < 1):
+        raise DataError(f"{count!r:.60} vectors", "at least one")
     check_range("seed", seed, -(2**63), 2**63 - 1, whole=True)
     rows = sae.W_dec.detach().to("cpu", torch.float32)
     norms = rows.norm(dim=1)

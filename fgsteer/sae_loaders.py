@@ -70,7 +70,8 @@ def load_sae(
     ``hookpoint`` says where an SAE was trained that does not say so itself;
     ``norm_scaling_factor`` is the factor f on the input of an expected_average_only_in SAE
     that was saved without it. In a local folder, ``density.safetensors`` becomes
-    ``sae.density`` and ``labels.json`` ({"id": "label"}) ``sae.labels``.
+    ``sae.density`` and ``labels.json`` ({"id": "label"}) ``sae.labels``. A repository may be pinned to a branch,
+    tag or commit: "me/saes@v2".
 
     What is in the Hugging Face cache is read without a request, so a release whose files
     changed since is not refreshed: delete it from the cache for that. Some releases are
@@ -208,18 +209,22 @@ def _from_live(sae: Any, given: Mapping[str, Any]) -> SAE:
 
 
 def _from_release(release: str, sae_id: str, given: dict[str, Any]) -> SAE:
-    """A release of sae-lens's registry, or a folder of any Hugging Face repository."""
-    row = find_row(release, sae_id) or RegistryRow(release, sae_id, model="", repo_id=release, path=sae_id)
+    """A release of sae-lens's registry, or a folder of any Hugging Face repository, of a revision if one is named."""
+    repo_id, at, revision = release.partition("@")
+    row = find_row(repo_id, sae_id)
+    if at and (row is not None or not revision):
+        raise FormatError(f"{release!r:.100}", "a repository and its revision, such as me/saes@main")
+    row = row or RegistryRow(release, sae_id, model="", repo_id=repo_id, path=sae_id)
     refuse(row.conversion, f"{release}/{sae_id}")
     refuse_place(row.hookpoint)
     if given["norm_scaling_factor"] is None:
         given = {**given, "norm_scaling_factor": row.norm_scaling_factor}
-    sae = _cached_first(lambda: _read_release(row, given), f"{release}/{sae_id}")
+    sae = _cached_first(lambda: _read_release(row, given, revision or None), f"{release}/{sae_id}")
     return replace(sae, source=f"{release}/{sae_id}", neuronpedia=row.neuronpedia or sae.neuronpedia)
 
 
-def _read_release(row: RegistryRow, given: Mapping[str, Any]) -> SAE:
-    """The files of a row, from the cache or the hub, by the reader of their layout."""
+def _read_release(row: RegistryRow, given: Mapping[str, Any], revision: str | None) -> SAE:
+    """The files of a row, from the cache or the hub, by the reader of their layout; sae-lens's knows no revisions."""
     from huggingface_hub import hf_hub_download
 
     if row.conversion == "gemma_3":  # sae-lens's reader asks the hub for shapes, cached or not
@@ -227,25 +232,28 @@ def _read_release(row: RegistryRow, given: Mapping[str, Any]) -> SAE:
         config, state = gemma_scope_2(row, _read_state(Path(path)))
         return canonical(config, state, {}, source="", **given)
     if row.conversion in ("sae_lens", "sparsify"):
-        path = hf_hub_download(row.repo_id, f"{row.path}/cfg.json")
+        path = hf_hub_download(row.repo_id, f"{row.path}/cfg.json", revision=revision)
         told = read_json(path)
         if isinstance(told, Mapping) and is_sparsify(told):  # sae-lens's reader transposes W_dec
-            _download_if_there(row.repo_id, "config.json")  # names the model, where a run kept it
-            hf_hub_download(row.repo_id, f"{row.path}/sae.safetensors")
+            _download_if_there(row.repo_id, "config.json", revision)  # names the model, where a run kept it
+            hf_hub_download(row.repo_id, f"{row.path}/sae.safetensors", revision=revision)
             return _read_sparsify(Path(path).parent, told, given)
+        if revision is not None:
+            hf_hub_download(row.repo_id, f"{row.path}/sae_weights.safetensors", revision=revision)
+            return _from_folder(Path(path).parent, given)
     config, state = _by_sae_lens(row)
     return canonical(config, state, config.get("metadata") or {}, source="", **given)
 
 
-def _download_if_there(repo_id: str, name: str) -> None:
+def _download_if_there(repo_id: str, name: str, revision: str | None) -> None:
     """A file into the cache, if the repository has it; what the cache knows to be missing is not asked for."""
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    if try_to_load_from_cache(repo_id, name) is _CACHED_NO_EXIST:
+    if try_to_load_from_cache(repo_id, name, revision=revision) is _CACHED_NO_EXIST:
         return
     try:
-        hf_hub_download(repo_id, name)
+        hf_hub_download(repo_id, name, revision=revision)
     except LocalEntryNotFoundError:  # not known without a request
         raise
     except EntryNotFoundError:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 
 import fgsteer as fg
 from tests.conftest import make_sae
 from tests.reference import sparse as reference
+from tests.sae_files import config_of, folder_of, sparsify_files, state_of
 
 D, K = 8, 12
 
@@ -191,3 +194,33 @@ def test_refusals(tmp_path):
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     with pytest.raises(fg.FgsteerError):
         fg.load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["sae-lens", "sparsify"])
+def test_a_revision_of_a_repository(layout, tmp_path, monkeypatch):
+    """Every file of the SAE comes from the revision that stands behind the repository's name."""
+    for number, revision in enumerate(("main", "v2")):
+        if layout == "sparsify":
+            sparsify_files(tmp_path / revision / "layers.5", seed=number)
+        else:
+            folder_of(tmp_path / revision / "layers.5", config_of("standard", {}), state_of("standard", number))
+    asked = []
+
+    def download(repo_id, name, revision=None, **_):
+        asked.append((repo_id, revision))
+        path = tmp_path / (revision or "main") / name
+        if not path.exists():
+            raise EntryNotFoundError(name)
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr("fgsteer.sae_loaders.hub_is_reachable", lambda: True)
+    pinned = fg.load_sae("me/saes@v2", "layers.5")
+    assert pinned.source == "me/saes@v2/layers.5"
+    assert set(asked) == {("me/saes", "v2")}
+    assert pinned.sha256 == fg.load_sae(tmp_path / "v2" / "layers.5").sha256
+    assert pinned.sha256 != fg.load_sae(tmp_path / "main" / "layers.5").sha256
+    for release in ("me/saes@", "gemma-scope-2b-pt-res-canonical@v2"):
+        with pytest.raises(fg.FormatError, match="a repository and its revision"):
+            fg.load_sae(release, "layer_12/width_16k/canonical")

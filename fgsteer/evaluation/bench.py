@@ -109,7 +109,7 @@ class BenchPlan(Brief):
         if len({name.casefold() for name in self.concepts}) < len(self.concepts):
             raise DataError(f"concepts {', '.join(self.concepts)}", "each name once, in any case", "rename one")
         if not self.concepts:
-            raise DataError("no concepts", "at least one")
+            raise DataError("no concepts", "a concept at least")
         if not self.ce_rises or list(self.ce_rises) != sorted(set(self.ce_rises)) or not self.ce_rises[0] > 0:
             raise DataError(f"ce_rises {self.ce_rises}", "rising numbers > 0")
         if self.matched is not None and self.matched not in self.ce_rises:

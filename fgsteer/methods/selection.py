@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fgsteer.checks import check_range, checked, is_number, shown, warn
+from fgsteer.checks import check_range, checked, is_number, warn
 from fgsteer.density import FeatureDensity
 from fgsteer.errors import SelectionError, SelectionWarning
 from fgsteer.methods.scores import SCORES
@@ -164,7 +164,7 @@ def feature_weights(features: FeatureIds, sae: SAE) -> Float[Tensor, " d_sae"]:
     for key, value in given:
         feature, weight = feature_id(key, sae), _plain(value)
         if not is_number(weight) or not math.isfinite(weight):
-            raise SelectionError(f"weight {shown(weight)} of feature {feature}", "a finite number")
+            raise SelectionError(f"weight {weight!r:.60} of feature {feature}", "a finite number")
         if feature in seen:
             raise SelectionError(f"feature {feature} twice", "each id once")
         seen.add(feature)
