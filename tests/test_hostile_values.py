@@ -184,7 +184,9 @@ def test_texts_of_every_command(files, run, command, option):
         assert status == 0 or sum(line.lower().startswith("error: ") for line in lines) == 1, (value, lines[-3:])
 
 
-@pytest.mark.parametrize(("command", "option"), [found[:2] for found in options(Path) if found[1] != "--work"])
+@pytest.mark.parametrize(
+    ("command", "option"), [found[:2] for found in options(Path) if found[1] != "--work" and found[0] != "serve"]
+)
 def test_paths_of_every_command(files, run, command, option):
     for value in ("x" * 5000, "/dev/null/x"):
         assert "a model is loaded" not in refused(run, command, *files[command], f"{option}={value}"), value
