@@ -100,7 +100,7 @@ class EndpointJudge:
     def identity(self) -> dict[str, Any]:
         """What its scores depend on, addresses as a hash: they may hold what is secret."""
         client = self._client
-        asked = [client.url, client.model, client.options, self._behaviors, _FRAME, _BEHAVIOR, _COHERENCE]
+        asked = [client.url, client.model, client.options, self._behaviors, _BEHAVIOR, _COHERENCE]
         return {"name": self.name, "asks": text_sha256(asked)}
 
     def score(self, texts: Sequence[str], concept: str) -> Float[Tensor, " texts"]:
