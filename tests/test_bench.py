@@ -321,7 +321,7 @@ def test_a_chat_model_judges_by_what_a_file_says_of_its_behavior(tmp_path):
     sets = [fg.load_contrast(tmp_path / "my.json"), fg.load_contrast("war")]
     kept, judge = _judged(sets, "gpt", "http://localhost:1/v1", tmp_path)
     assert kept == sets  # nothing is held out for a judge that learns nothing
-    assert judge._behavior("my love").startswith("Rate how strongly the text shows this behavior: tenderness.")
+    assert "tenderness" in judge._behavior("my love")
     assert "war" in judge._behavior("war")
     assert judge.identity == _judged(sets, "gpt", "http://localhost:1/v1", tmp_path)[1].identity
     assert judge.identity != _judged(sets, "gpt", "http://localhost:2/v1", tmp_path)[1].identity
