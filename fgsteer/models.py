@@ -8,7 +8,7 @@ Nothing is wrapped: every fgsteer function takes the plain model and tokenizer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +32,7 @@ from fgsteer.files import read_json
 from fgsteer.hookpoints import Hookpoint, blocks_of, decoder_of, resolve
 from fgsteer.network import hub_or_cache, unreachable
 from fgsteer.sae_registry import bare_name
-from fgsteer.wording import a
+from fgsteer.wording import a, count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,8 +125,9 @@ def load_model(
     to the tokenizer too.
     The tokenizer pads on the left, with the end-of-text token where it has no pad token.
     Raises FormatError when the embedded default or, for GGUF, the package or the file is missing, for files
-    that cannot be read and for code that is not trusted, DataError for a dtype that no model computes in,
-    MissingError (an OSError too) for another model that is not there, at once where the hub cannot be reached.
+    that cannot be read or lack weights and for code that is not trusted, DataError for a dtype in which no
+    model computes, MissingError (an OSError too) for another model that is not there, at once where the hub
+    cannot be reached.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,18 +135,21 @@ def load_model(
         source, gguf_file = Path(source).parent, Path(source).name
     if gguf_file is not None:
         _check_gguf(source, gguf_file, kwargs.get("subfolder", ""))
-        kwargs |= {"gguf_file": gguf_file, "output_loading_info": True, **_unpacked()}
+        kwargs |= {"gguf_file": gguf_file, **_unpacked()}
     embedded = str(source) == DEFAULT
     folder = pretrained_dir() / "model" if embedded else source
     usual = torch.float32 if embedded or gguf_file else "auto"
     chosen = usual if dtype is None else dtype if dtype == "auto" else as_dtype(dtype)
+    kwargs["output_loading_info"] = True
     kwargs["trust_remote_code"] = trust_remote_code  # said outright: else transformers asks on standard input
     shared = {name: value for name, value in kwargs.items() if name in _OF_BOTH}
     with hub_or_cache(folder) as reachable, _typed(gguf_file or str(source), gguf_file is not None):
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, **kwargs)
-            if gguf_file is not None:
-                model = _whole_gguf(gguf_file, *model)
+            model = _whole(
+                gguf_file or str(source), AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, **kwargs)
+            )
+            if gguf_file is not None and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+                quantizer.remove_quantization_config(model)  # of weights that are not packed any more: it can be saved
             tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
         except OSError as error:
             why = str(error).partition("\n")[0] if reachable else unreachable()
@@ -180,18 +184,19 @@ def _typed(name: str, gguf: bool) -> Iterator[None]:
         raise FormatError(f"{name} cannot be read: {' '.join(str(error).split()):.400}", expected) from error
 
 
-def _whole_gguf(name: str, model: PreTrainedModel, found: Mapping[str, Collection[str]]) -> PreTrainedModel:
-    """The model, which can be saved like any other.
-
-    Raises FormatError for weights that the file lacks, which transformers draws at random.
-    """
-    if missing := sorted(found["missing_keys"]):
+def _whole(name: str, loaded: Any) -> PreTrainedModel:
+    """The model of what was loaded. Raises FormatError for weights that its files lack, which are drawn at random."""
+    # a class of a model's own code may tell nothing of how it was loaded
+    model, found = loaded if isinstance(loaded, tuple) else (loaded, {})
+    if missing := sorted(found.get("missing_keys", ())):
         raise FormatError(
-            f"{name} lacks {len(missing)} weights of a {type(model).__name__}: {', '.join(missing[:3])}, …"
+            f"{name} lacks {count(len(missing), 'weight')} of a {type(model).__name__}: {', '.join(missing[:3])}"
+            + (", …" if len(missing) > 3 else ""),
+            "a checkpoint of a language model, whole",
+            "without them transformers would draw them at random",
         )
-    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:  # of weights that are not packed any more
-        quantizer.remove_quantization_config(model)
-    return model
+    whole: PreTrainedModel = model
+    return whole
 
 
 def _unpacked() -> dict[str, Any]:

@@ -440,7 +440,7 @@ def test_refusals(llama, tokenizer, sae, texts):
         ({"target_ce_rise": 0.0}, "nats"),
         ({"prompts": []}, "0 prompts"),
         ({"texts": []}, "0 texts"),
-        ({"vectors": -2}, "vectors = -2"),
+        ({"vectors": -2}, "-2 vectors"),
         ({"vectors": 5}, "too few vectors"),
     ):
         given = {"prompts": PROMPTS, "texts": texts, "sampling": HOW, "rows": 6, "rollouts": 2, **options}

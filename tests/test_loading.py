@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import fgsteer as fg
@@ -45,7 +46,8 @@ def test_the_hubs_arguments_reach_model_and_tokenizer(monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loader("model", tiny_model("llama")))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", loader("tokenizer", word_tokenizer()))
     fg.load_model("folder", dtype=torch.float32, attn_implementation="eager", **HUB)
-    assert told["model"] == ("folder", {"dtype": torch.float32, "attn_implementation": "eager", **HUB})
+    given = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    assert told["model"] == ("folder", {**given, **HUB})
     assert told["tokenizer"] == ("folder", HUB)
     fg.load_model("folder", dtype=torch.float32)
     assert told["tokenizer"] == ("folder", {"trust_remote_code": False})
@@ -134,6 +136,17 @@ def test_gguf_files_load_and_steer(tmp_path):
     tokenizer.save_pretrained(tmp_path / "plain")
     with torch.no_grad():
         assert torch.equal(fg.load_model(tmp_path / "plain")[0](ids).logits, original(ids).logits)
+
+
+def test_a_checkpoint_without_all_weights_is_refused(tmp_path):
+    """transformers would draw at random what is not there, and say so in its log alone."""
+    save(tmp_path)
+    fg.load_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(fg.FormatError, match=r"lacks 1 weight of a LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj"):
+        fg.load_model(tmp_path)
 
 
 def test_a_gguf_file_without_the_models_weights_is_refused(tmp_path):

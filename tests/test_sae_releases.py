@@ -76,6 +76,7 @@ def run(code, url, home, *arguments, offline="0", token=""):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_releases_of_the_registry_from_a_hub_then_without_a_request(tmp_path):
     cases = write_releases(tmp_path / "hub")
     expected = tmp_path / "cases.json"
