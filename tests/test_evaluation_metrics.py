@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.cli import app
+from fgsteer.data import SHIPPED
 from fgsteer.evaluation.coherence import distinct_share
 from fgsteer.hookpoints import resolve
 from tests.conftest import make_sae
@@ -387,6 +388,9 @@ def test_command_line_diagnoses(tmp_path):
     assert layers[:2] == ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
     assert [row["hookpoint"] for row in told["rows"] if row["texts"] == "held out"] == layers
     at = layers[1]
+    own = tmp_path / "own.json"
+    own.write_bytes((SHIPPED / "wedding.json").read_bytes())
+    assert json.loads(invoke("diagnose", own, "--json"))["rows"] == told["rows"]
     invoke("collect", "wedding", "--no-sae", "--hookpoint", at, "-o", stats)
     (row,) = json.loads(invoke("diagnose", stats, "--json"))["rows"]
     assert row == {**next(r for r in told["rows"] if r["hookpoint"] == at), "texts": "collected"}
