@@ -386,3 +386,11 @@ def test_what_a_run_is_made_of_is_plain_json(llama, tokenizer):
     assert json.loads(json.dumps(found)) == found
     assert found["model"]["dtype"] == "float32"
     assert found["versions"]["torch"] == ".".join(torch.__version__.split(".")[:2])
+
+
+def test_texts_that_differ_are_told_as_they_are_on_one_line():
+    kept = {"versions": {}, "prompts": ["At dawn", "Now"], "text": "one\nline"}
+    with pytest.raises(fg.PairingError) as caught:
+        check_same("run", kept, {**kept, "prompts": ["At dawn", "Now", "Then"], "text": "one\nword"})
+    assert 'prompts was ["At dawn", "Now"] and is ["At dawn", "Now", "Then"]' in str(caught.value)
+    assert r"text was one\nline and is one\nword" in str(caught.value)
