@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fgsteer.errors import PairingError
+from fgsteer.escaping import escaped
 from fgsteer.files import text_sha256
 from fgsteer.models import identity
 
@@ -213,7 +214,7 @@ def _short(text: str, start: int) -> str:
     if len(text) == 64 and not start:
         return text[:12]
     end = start + TEXT
-    return ("…" if start else "") + json.dumps(text[start:end])[1:-1] + ("…" if len(text) > end else "")
+    return ("…" if start else "") + escaped(text[start:end], keep="") + ("…" if len(text) > end else "")
 
 
 def _version(name: str) -> str:
