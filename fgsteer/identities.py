@@ -40,6 +40,7 @@ SHOWN = 4  # differences that an error tells
 TEXT = 40  # characters of a value in it
 # what a config holds besides how the model computes: where it came from, and what a call may set
 _NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+_SOURCE = ("name", "revision")  # of a model: the same one may lie in another folder
 _PROBE = "The 12 old\u00a0kings' naïve ﬁlms:\n\tWar?! <s>[INST]</s> \u200b東京 🙂"  # that tells tokenizers apart
 
 
@@ -49,7 +50,7 @@ def made_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
     about = {"dtype": ", ".join(sorted(dtypes)), "config": _config_sha256(model), "weights": weights_sha256(model)}
     return {
         "versions": {"fgsteer": _version("fgsteer"), **{name: _minor(_version(name)) for name in LIBRARIES}},
-        "model": {**identity(model), **about},
+        "model": {**{key: value for key, value in identity(model).items() if key not in _SOURCE}, **about},
         "tokenizer": tokenizer_sha256(tokenizer),
     }
 

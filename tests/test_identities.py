@@ -102,6 +102,8 @@ def test_how_a_model_computes_counts_and_its_name_does_not(llama):
     other.config._name_or_path = "elsewhere"
     other.config.use_cache = not other.config.use_cache
     assert identities._config_sha256(other) == identities._config_sha256(llama)
+    tokenizer = word_tokenizer()
+    assert identities.made_of(other, tokenizer) == identities.made_of(llama, tokenizer)
     other.config.rms_norm_eps *= 10
     assert identities._config_sha256(other) != identities._config_sha256(llama)
 
