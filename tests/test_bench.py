@@ -113,7 +113,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_file(parts, unbroken, tmp_path
     seen = []
     make(parts, LengthJudge()).run(path, progress=lambda done, total: seen.append((done, total)))
     assert len(sizes) >= 4
-    assert max(sizes) > 2 * min(sizes)  # killed with little done, and with much
+    assert max(sizes) > 1.5 * min(sizes)  # killed with little done, and with much
     assert path.read_bytes() == expected
     assert seen[-1][0] == seen[-1][1] == len(expected.splitlines()) - 1
     make(parts, LengthJudge(fail_at=6)).run(path)  # nothing is left to judge
