@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fgsteer.errors import PairingError
+from fgsteer.escaping import escaped
 from fgsteer.files import text_sha256
 from fgsteer.models import identity
 
@@ -39,6 +40,7 @@ SHOWN = 4  # differences that an error tells
 TEXT = 40  # characters of a value in it
 # what a config holds besides how the model computes: where it came from, and what a call may set
 _NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+_SOURCE = ("name", "revision")  # of a model: the same one may lie in another folder
 _PROBE = "The 12 old\u00a0kings' naïve ﬁlms:\n\tWar?! <s>[INST]</s> \u200b東京 🙂"  # that tells tokenizers apart
 
 
@@ -48,7 +50,7 @@ def made_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
     about = {"dtype": ", ".join(sorted(dtypes)), "config": _config_sha256(model), "weights": weights_sha256(model)}
     return {
         "versions": {"fgsteer": _version("fgsteer"), **{name: _minor(_version(name)) for name in LIBRARIES}},
-        "model": {**identity(model), **about},
+        "model": {**{key: value for key, value in identity(model).items() if key not in _SOURCE}, **about},
         "tokenizer": tokenizer_sha256(tokenizer),
     }
 
@@ -213,7 +215,7 @@ def _short(text: str, start: int) -> str:
     if len(text) == 64 and not start:
         return text[:12]
     end = start + TEXT
-    return ("…" if start else "") + json.dumps(text[start:end])[1:-1] + ("…" if len(text) > end else "")
+    return ("…" if start else "") + escaped(text[start:end], keep="") + ("…" if len(text) > end else "")
 
 
 def _version(name: str) -> str:

@@ -36,7 +36,8 @@ _holders: dict[Path, tuple[int, int]] = {}  # process and thread, by what they h
 def lock_path(path: str | Path, share: str = "") -> Path:
     """Where the lock on a file is: beside what is written, also where ``path`` is a link to it; on a share, inside."""
     target = Path(os.path.realpath(path))
-    return target / f".{share}.lock" if share else target.with_name(f".{target.name}.lock")
+    inside = share or not target.name  # the root of a file system has no name, and nothing beside it
+    return target / f".{share}.lock" if inside else target.with_name(f".{target.name}.lock")
 
 
 @contextlib.contextmanager
@@ -80,6 +81,12 @@ def _acquired(lock: FileLock, note: Path, path: str | Path) -> bool:
             "wait until it has ended, end it, or write elsewhere",
         ) from None
     except OSError as error:
+        if isinstance(error, PermissionError) and note.exists():  # of another user, who alone may open it
+            raise BusyError(
+                f"{path} is being written, or was when that was killed, by {_holder(note)}",
+                "one writer at a time",
+                f"wait until it has ended, or delete {note} where it has",
+            ) from error
         reason = error.strerror or error
         if error.errno not in NO_LOCKS:
             raise unwritable(path, reason) from error

@@ -113,7 +113,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_file(parts, unbroken, tmp_path
     seen = []
     make(parts, LengthJudge()).run(path, progress=lambda done, total: seen.append((done, total)))
     assert len(sizes) >= 4
-    assert max(sizes) > 2 * min(sizes)  # killed with little done, and with much
+    assert max(sizes) > 1.5 * min(sizes)  # killed with little done, and with much
     assert path.read_bytes() == expected
     assert seen[-1][0] == seen[-1][1] == len(expected.splitlines()) - 1
     make(parts, LengthJudge(fail_at=6)).run(path)  # nothing is left to judge
@@ -291,7 +291,9 @@ def test_the_command_writes_records_report_and_pictures(tmp_path, monkeypatch):
         ("--concept few.json --judge keyword", "'few' with 3 texts on a side, and no held_out part"),
         ("--prompts-from nowhere.txt", "cannot read nowhere.txt"),
         ("--neutral my.json", "field 'text'"),
-        ("--prompts-from two.txt", "1 prompt a half"),
+        ("--prompts-from two.txt", "two.txt with 2 prompts"),
+        ("--prompts-from none.txt", "none.txt has no document"),
+        ("--neutral none.txt", "none.txt has no document"),
         ("--prompts-from twice.txt", "'At dawn' twice"),
     ],
 )
@@ -304,6 +306,7 @@ def test_own_files_that_cannot_be_used_are_refused_before_a_model_is_loaded(opti
     sides = {"positive": ["a", "b", "c"], "negative": ["d", "e", "f"]}
     (tmp_path / "path.json").write_text(json.dumps({"name": "../love", **sides}))
     (tmp_path / "few.json").write_text(json.dumps(sides))
+    (tmp_path / "none.txt").write_text("")
     (tmp_path / "two.txt").write_text("At dawn\nLast winter\n")
     (tmp_path / "twice.txt").write_text("At dawn\nLast winter\nAt dawn\nNow\n")
     monkeypatch.setattr(fg, "load_model", lambda *_, **__: 1 / 0)

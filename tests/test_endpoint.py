@@ -569,6 +569,17 @@ def test_no_texts_no_request():
         ({"answers": 0}, "answers"),
         ({"attempts": 0}, "attempts"),
         ({"timeout": 0.0}, "timeout"),
+        ({"timeout": float("inf")}, "timeout"),
+        ({"timeout": float("nan")}, "timeout"),
+        ({"timeout": "60"}, "timeout"),
+        ({"timeout": 10**400}, "timeout"),
+        ({"backoff": float("nan")}, "backoff"),
+        ({"attempts": 2.5}, "attempts"),
+        ({"answers": "3"}, "answers"),
+        ({"concurrency": 2.5}, "concurrency"),
+        ({"options": {"seed": object()}}, "options"),
+        ({"options": 5}, "options"),
+        ({"api_key": 5}, "API key"),
     ],
 )
 def test_settings_that_cannot_work(options, message):

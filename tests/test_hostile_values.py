@@ -227,7 +227,12 @@ def test_paths_of_every_command(files, run, command, option):
         ("bench -o {0}/b --judge x --judge-url http://a..b", "base_url"),
         ("serve m --layers " + "9" * 5000, "--layers"),
         ("serve m --layers -1", "--layers"),
+        ("export {0}/v --to gguf -o /", "cannot write /"),
+        ("sweep sea --neutral {0}/none.txt", "none.txt has no document"),
+        ("effects -o {0}/e --sae s --prompts {0}/none.txt", "none.txt has no document"),
+        ("effects -o {0}/e --sae s --texts {0}/none.txt", "none.txt has no document"),
     ],
 )
 def test_values_that_cannot_be(arguments, told, run, tmp_path):
+    (tmp_path / "none.txt").write_text("")
     assert told in refused(run, *arguments.format(tmp_path).split(" ")).replace("--judge-url", "base_url")

@@ -102,6 +102,8 @@ def test_how_a_model_computes_counts_and_its_name_does_not(llama):
     other.config._name_or_path = "elsewhere"
     other.config.use_cache = not other.config.use_cache
     assert identities._config_sha256(other) == identities._config_sha256(llama)
+    tokenizer = word_tokenizer()
+    assert identities.made_of(other, tokenizer) == identities.made_of(llama, tokenizer)
     other.config.rms_norm_eps *= 10
     assert identities._config_sha256(other) != identities._config_sha256(llama)
 
@@ -386,3 +388,11 @@ def test_what_a_run_is_made_of_is_plain_json(llama, tokenizer):
     assert json.loads(json.dumps(found)) == found
     assert found["model"]["dtype"] == "float32"
     assert found["versions"]["torch"] == ".".join(torch.__version__.split(".")[:2])
+
+
+def test_texts_that_differ_are_told_as_they_are_on_one_line():
+    kept = {"versions": {}, "prompts": ["At dawn", "Now"], "text": "one\nline"}
+    with pytest.raises(fg.PairingError) as caught:
+        check_same("run", kept, {**kept, "prompts": ["At dawn", "Now", "Then"], "text": "one\nword"})
+    assert 'prompts was ["At dawn", "Now"] and is ["At dawn", "Now", "Then"]' in str(caught.value)
+    assert r"text was one\nline and is one\nword" in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -172,6 +173,25 @@ def test_what_a_holder_says_is_shown_on_one_line(holder):
     lock_path(path).write_text('{"pid": "\\u001b[2J", "host": "a\\nb", "since": 7, "command": "x"}')
     with pytest.raises(fg.BusyError, match=r"process \?\[2J on a\?b since 7: x"), held(path):
         pass
+
+
+def test_the_lock_of_another_user_is_told_apart_from_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("fgsteer.locks.FileLock.acquire", refuse)
+    path = tmp_path / "run"
+    with pytest.raises(fg.FormatError, match="Permission denied"), held(path):
+        pass
+    note = {"pid": 7, "host": "there", "since": "2026", "command": "fgsteer"}
+    lock_path(path).write_text(json.dumps(note))
+    told = f"or was .* by process 7 on there.*delete {lock_path(path)}"
+    with pytest.raises(fg.BusyError, match=told), held(path):
+        pass
+
+
+def test_what_has_no_name_has_its_lock_inside():
+    assert lock_path("/").parent == Path("/")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -25,6 +25,7 @@ from fgsteer.cli.common import (
     TrustOption,
     app,
     console,
+    documents,
     load_model,
     load_sae,
     progress_bar,
@@ -39,6 +40,7 @@ from fgsteer.ranks import Ranks
 from fgsteer.targets import make_folder
 from fgsteer.wording import count
 
+FEWEST_PROMPTS = 4  # of one's own, two a half
 ENGINES = ("hf", "vllm", "ray")
 QUICK: dict[str, Any] = {
     "concepts": ("wedding", "sea"),
@@ -149,16 +151,19 @@ def bench(
         show(_report(runner, out), as_json, _print_table)
 
 
-def _own_texts(prompts: Path | None, neutral: Path | None, field: str, count: int | None) -> dict[str, Any]:
+def _own_texts(prompts: Path | None, neutral: Path | None, field: str, number: int | None) -> dict[str, Any]:
     """The plan of own prompts and neutral texts: all of them, or as many prompts as asked for. Raises DataError."""
-    from fgsteer.corpora import read_documents
-
     given: dict[str, Any] = {}
     if prompts is not None:
-        asked = tuple(read_documents(prompts, field))
-        given |= {"own_prompts": asked, "prompts": count or len(asked) // 2}
+        asked = tuple(documents(prompts, field))
+        if len(asked) < FEWEST_PROMPTS:
+            raise DataError(
+                f"{prompts} with {count(len(asked), 'prompt')}",
+                f"{FEWEST_PROMPTS} at least: on half of them strengths are chosen, on the others measured",
+            )
+        given |= {"own_prompts": asked, "prompts": number or len(asked) // 2}
     if neutral is not None:
-        texts = tuple(read_documents(neutral, field))
+        texts = tuple(documents(neutral, field))
         given |= {"neutral": texts, "texts": len(texts)}
     return given
 

@@ -119,6 +119,16 @@ def _own_device(gpus: int) -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else "cpu"
 
 
+def documents(path: Path, field: str) -> list[str]:
+    """The texts of a file. Raises DataError for none, or one that cannot be read."""
+    from fgsteer.corpora import read_documents
+
+    found = list(read_documents(path, field))
+    if not found:
+        raise DataError(f"{path} has no document", "one at least")
+    return found
+
+
 def work_folder(work: Path | None, out: Path) -> Path | None:
     """Where parts of the work are kept: as asked, else beside the output where several processes share the work."""
     shared = Ranks.here().world > 1

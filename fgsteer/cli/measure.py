@@ -28,6 +28,7 @@ from fgsteer.cli.common import (
     TrustOption,
     WorkOption,
     app,
+    documents,
     load_model,
     load_sae,
     progress_bar,
@@ -235,13 +236,12 @@ def effects(
     processes share the vectors.
     """
     import fgsteer as fg
-    from fgsteer.corpora import read_documents
     from fgsteer.measuring import decoder_directions
     from fgsteer.rollouts import Sampling
 
     neutral, starts = fg.load_neutral()
-    asked = list(read_documents(prompts, field)) if prompts else starts
-    costed = list(read_documents(texts, field)) if texts else neutral
+    asked = documents(prompts, field) if prompts else starts
+    costed = documents(texts, field) if texts else neutral
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     if not 0 < ce_rise < math.inf or rollouts % 2:
         raise DataError(f"--ce-rise {ce_rise:g}, --rollouts {rollouts}", "nats above 0, and an even number")

@@ -22,6 +22,7 @@ from fgsteer.cli.common import (
     TrustOption,
     app,
     console,
+    documents,
     load_model,
     progress_bar,
     show,
@@ -74,7 +75,6 @@ def sweep(
     Effects are changes of the log-probability of texts with the behavior against that of texts without it.
     """
     import fgsteer as fg
-    from fgsteer.corpora import read_documents
     from fgsteer.evaluation.sweep import METHODS
     from fgsteer.evaluation.sweep_plots import save_pictures
     from fgsteer.files import write_json
@@ -87,7 +87,7 @@ def sweep(
         raise DataError(f"--method {method}", f"one of {', '.join(METHODS)}")
     pairs, rule = fg.load_contrast(contrast), token_rule(tokens)
     measured_on = None if held_out is None else fg.load_contrast(held_out)
-    plain = None if neutral is None else list(read_documents(neutral, field))
+    plain = None if neutral is None else documents(neutral, field)
     check_device(device, dtype)
     check_fit(dict(zip(vector or [], vectors, strict=True)), model, revision)
     language_model, tokenizer = load_model(model, device, dtype, revision, trust_remote_code)

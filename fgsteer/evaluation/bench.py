@@ -36,13 +36,13 @@ from fgsteer.files import text_sha256, write_json
 from fgsteer.identities import density_sha256, effects_sha256, made_of, sae_identity
 from fgsteer.interventions import Intervention
 from fgsteer.locks import held
+from fgsteer.models import identity as model_identity
 from fgsteer.rollouts import Sampling, rollout
 from fgsteer.sae import SAE
 from fgsteer.targets import file_target
 from fgsteer.tokens import encode_prompts
 from fgsteer.wording import count
 
-NAMED = ("name", "revision", "type", "d_model", "layers")  # what reports tell of the model
 REFERENCE = 1_000_000  # rollout numbers from here are the unsteered samples that coherence is fitted on
 
 
@@ -336,7 +336,7 @@ class Bench(Brief):
             "plan": {**plan, "judge": {"name": self.judge.name, "auc": validated}},
             "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
             "sha256": {f"sae at layer {layer}": sae.sha256 for layer, sae in self.saes.items()},
-            "model": {key: value for key, value in identity["model"].items() if key in NAMED},
+            "model": model_identity(self.model),
             "identity": identity,
         }
 

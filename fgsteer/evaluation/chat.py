@@ -26,13 +26,16 @@ from threading import Event
 from typing import Any, NoReturn
 from urllib.request import AbstractHTTPHandler, OpenerDirector, ProxyHandler, Request
 
+from fgsteer.checks import is_number, is_whole, shown
 from fgsteer.errors import JudgeError
 from fgsteer.escaping import without
 from fgsteer.files import parse_json
+from fgsteer.wording import a
 
 OPENAI = "https://api.openai.com/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
 LONGEST_BACKOFF = 60.0  # seconds, without a Retry-After
+LONGEST_TIMEOUT = 86_400.0  # seconds of an attempt
 LONGEST_WAIT = 600.0  # seconds of a Retry-After that are waited out
 LARGEST_ANSWER = 2 << 20  # bytes, headers too: a score takes some hundred, long reasoning some 100,000
 LONGEST_QUOTE = 300  # characters of what a server says
@@ -155,14 +158,20 @@ class ChatClient:
             raise JudgeError("a base_url with a login, a query or a fragment", f"an address alone, such as {OPENAI}")
         if not _is_address(base_url):
             raise JudgeError(f"base_url {base_url!r}", f"an http or https address such as {OPENAI}")
-        if attempts < 1 or timeout <= 0 or backoff < 0:
-            raise JudgeError(f"attempts {attempts}, timeout {timeout}, backoff {backoff}", "≥ 1, > 0 and ≥ 0")
+        numbers = is_whole(attempts) and is_number(timeout) and is_number(backoff)
+        if not numbers or attempts < 1 or not 0 < timeout <= LONGEST_TIMEOUT or not backoff >= 0:
+            raise JudgeError(
+                f"attempts {shown(attempts)}, timeout {shown(timeout)}, backoff {shown(backoff)}",
+                f"a whole number ≥ 1, seconds above 0 up to {LONGEST_TIMEOUT:.0f}, and seconds ≥ 0",
+            )
         self.model = model
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.timeout = timeout
         self.attempts = attempts
         self.backoff = backoff
-        self.options = dict(options or {})
+        self.options = _request_fields(options or {})
+        if not isinstance(api_key, str | None):
+            raise JudgeError(f"an API key that is {a(type(api_key).__name__)}", "a text")
         self._key = _Key((os.environ.get(KEY_VARIABLE, "") if api_key is None else api_key).strip())
         if not (self._key.value.isascii() and self._key.value.isprintable()):
             raise JudgeError("the API key holds characters that no header may", "the key alone")
@@ -186,7 +195,7 @@ class ChatClient:
                 raise JudgeError(f"{self.url} answered {error}", "a chat completion", _advice(error.status)) from None
             if problem.wait > LONGEST_WAIT:
                 break
-            pause = min(LONGEST_BACKOFF, self.backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+            pause = min(LONGEST_BACKOFF, self.backoff * 2.0 ** min(attempt - 1, 99)) * random.uniform(0.5, 1)
             if attempt < self.attempts and stop.wait(problem.wait + pause):
                 break
         raise JudgeError(f"{self.url}: {problem} at attempt {attempt} of {self.attempts}", "an answer", "try later")
@@ -247,6 +256,16 @@ class ChatClient:
         """The server's words as an error may tell them: the first 300 characters, nothing of the API key in them."""
         # cut before the key is looked for, which takes time, and after: not in the middle of it
         return without(self._key.value, " ".join(words.split())[: 40 * LONGEST_QUOTE])[:LONGEST_QUOTE]
+
+
+def _request_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Further fields of a request. Raises JudgeError for what JSON cannot hold."""
+    try:
+        fields = dict(options)
+        json.dumps(fields)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise JudgeError(f"options that are no JSON: {error}", 'fields such as {"max_completion_tokens": 32}') from None
+    return fields
 
 
 def _is_address(url: object) -> bool:

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.checks import is_whole, shown
 from fgsteer.data import SHIPPED, shipped_contrasts
 from fgsteer.errors import FormatError, JudgeError
 from fgsteer.escaping import json_text
@@ -93,8 +94,10 @@ class EndpointJudge:
         answers: int = 3,
         **client: Any,
     ) -> None:
-        if concurrency < 1 or answers < 1:
-            raise JudgeError(f"concurrency {concurrency}, answers {answers}", "at least 1 each")
+        if not (is_whole(concurrency) and is_whole(answers) and concurrency >= 1 and answers >= 1):
+            raise JudgeError(
+                f"concurrency {shown(concurrency)}, answers {shown(answers)}", "whole numbers, at least 1 each"
+            )
         self.name = f"endpoint:{model}"
         self._client = ChatClient(model, base_url=base_url, **client)
         self._cache = AnswerCache(cache)
