@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fgsteer.errors import PairingError
+from fgsteer.errors import PairingError, SteeringError
 from fgsteer.escaping import escaped
 from fgsteer.files import text_sha256
 from fgsteer.models import identity
+from fgsteer.threads import is_claimed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,13 @@ _PROBE = "The 12 old\u00a0kings' naïve ﬁlms:\n\tWar?! <s>[INST]</s> \u200b東
 
 
 def made_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What every run depends on, as plain JSON."""
+    """What every run depends on, as plain JSON. Raises SteeringError inside a steer block, which is not told in it."""
+    if is_claimed(model):
+        raise SteeringError(
+            "a run that can be gone on with, of a model inside a steer block",
+            "a model as its weights have it: what was steered when the run was begun is not noted",
+            "leave the block; fg.fold(model, …) gives a model with additions in its weights",
+        )
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
     about = {"dtype": ", ".join(sorted(dtypes)), "config": _config_sha256(model), "weights": weights_sha256(model)}
     return {

@@ -65,7 +65,11 @@ class Parts:
         """Note the plan, or see that it is the one that the folder is of."""
         note = self.folder / "plan.json"
         if self.fresh and note.exists():
-            self._clear(read_json(note))
+            try:
+                self._clear(read_json(note))
+            except FormatError as error:
+                change = "delete the folder if it is this run's, or name another"
+                raise FormatError(error.got, error.expected, change) from error
         if self.fresh or not note.exists():
             write_json(note, self.plan)
         check_same(self.folder, read_json(note), self.plan)

@@ -383,6 +383,31 @@ def test_other_texts_of_a_stream_are_refused_at_their_part(models, tmp_path):
         density(tmp_path, **{**parts, "contrast": contrast(positives=["a church"])})
 
 
+def test_no_run_that_can_be_gone_on_with_is_begun_in_a_steer_block(llama, tokenizer, tmp_path):
+    """Its parts would not tell that they were steered, and go on unsteered."""
+    texts, item = (
+        {"positive": ["the king"], "negative": ["the sea"]},
+        fg.Add(hookpoint=1, direction=torch.ones(llama.config.hidden_size)),
+    )
+    with fg.steer(llama, item):
+        with pytest.raises(fg.SteeringError, match="inside a steer block"):
+            fg.collect(llama, tokenizer, texts, hookpoints=1, work=tmp_path / "work")
+        steered = fg.collect(llama, tokenizer, texts, hookpoints=1)  # read at once, as it is
+    plain = fg.collect(llama, tokenizer, texts, hookpoints=1, work=tmp_path / "work")
+    assert not torch.equal(
+        steered.residual[fg.Hookpoint(1)].positive.mean, plain.residual[fg.Hookpoint(1)].positive.mean
+    )
+
+
+def test_a_plan_that_is_damaged_is_not_started_over(llama, tokenizer, tmp_path):
+    texts = {"positive": ["the king"], "negative": ["the sea"]}
+    (tmp_path / "plan.json").write_text("{")
+    for fresh in (False, True):
+        with pytest.raises(fg.FormatError, match="plan.json.*delete the folder" if fresh else "plan.json"):
+            fg.collect(llama, tokenizer, texts, hookpoints=1, work=tmp_path, fresh=fresh)
+    assert (tmp_path / "plan.json").read_text() == "{"
+
+
 def test_what_a_run_is_made_of_is_plain_json(llama, tokenizer):
     found = made_of(llama, tokenizer)
     assert json.loads(json.dumps(found)) == found
