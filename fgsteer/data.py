@@ -245,6 +245,8 @@ def load_contrast(source: Contrastable) -> ContrastSet:
         return ContrastSet(path.stem, pairs=[_row_pair(row, where) for where, row in read_rows(path)])
     if kind != ".json":
         raise DataError(f"{path} ends in {kind!r}", "a .json, .jsonl, .ndjson, .csv, .tsv or .parquet file")
+    if path.suffix.lower() != kind:
+        raise DataError(f"{path} is compressed", "a .json file as it is", "unpack it; rows in .jsonl may be compressed")
     try:
         value = read_json(path)
     except FormatError as error:

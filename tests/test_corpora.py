@@ -213,6 +213,12 @@ def test_contrast_files_of_other_suffixes_are_refused(tmp_path, name):
         fg.load_contrast(tmp_path / name)
 
 
+def test_a_compressed_json_contrast_is_refused_as_such(tmp_path):
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(json.dumps(PAIRS).encode()))
+    with pytest.raises(fg.DataError, match=r"c\.json\.gz is compressed.*unpack it"):
+        fg.load_contrast(tmp_path / "c.json.gz")
+
+
 def test_contrast_damage_names_the_row(tmp_path):
     path = tmp_path / "c.CSV"
     path.write_text("positive,negative\na,b\nc,\n", encoding="utf-8")
