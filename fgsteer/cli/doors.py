@@ -123,8 +123,10 @@ def hookpoints(names: Iterable[str] | None) -> list[Any] | None:
     return None if names is None else [Hookpoint.parse(int(n) if re.fullmatch(r"\d{1,9}", n) else n) for n in names]
 
 
-def finite(value: Any) -> Any:
+def finite(option: typer.CallbackParam, value: Any) -> Any:
     """The number or numbers of an option. Raises BadParameter for nan and inf."""
+    if value is None and getattr(option, "multiple", False):
+        return []  # of which typer makes None again; its oldest version makes nothing of None
     for number in value if isinstance(value, list | tuple) else [value]:
         if number is not None and not math.isfinite(number):
             raise typer.BadParameter(f"{number} is not a finite number")
