@@ -95,7 +95,7 @@ def _restack(column: Sequence[Intervention | None], number: int) -> Update:
     return stack(column)[number][0]
 
 
-def check_range(model: nn.Module, groups: Sequence[Group]) -> None:
+def check_amounts(model: nn.Module, groups: Sequence[Group]) -> None:
     """Refuse a set amount at which the model's activations would overflow. Raises SteeringError."""
     dtype = model_dtype(model)
     for group in groups:

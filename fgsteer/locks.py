@@ -20,11 +20,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from fgsteer.errors import BusyError, FgsteerWarning
+from fgsteer.escaping import escaped
 from fgsteer.targets import unwritable
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that keep none
@@ -116,14 +116,9 @@ def _holder(note: Path) -> str:
         try:
             with open(note, "rb") as file:
                 about = json.loads(file.read(NOTE_BYTES))
-            who = f"process {_plain(about['pid'])} on {_plain(about['host'])} since {_plain(about['since'])}"
-            return f"{who}: {_plain(about['command'])}"
+            pid, host, since, command = (str(about[key])[:300] for key in ("pid", "host", "since", "command"))
+            return escaped(f"process {pid} on {host} since {since}: {command}", keep="")
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             if time.monotonic() > deadline:
                 return "another process"
             time.sleep(NOTE_SECONDS / 10)
-
-
-def _plain(value: Any) -> str:
-    """A value of a file that is not trusted, on one line of a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(value)[:300])

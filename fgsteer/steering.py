@@ -25,7 +25,7 @@ from fgsteer.activations import by_token, ends_key, primary, with_primary
 from fgsteer.blocks import Block
 from fgsteer.checks import checked, warn
 from fgsteer.errors import SteeringError, UntouchedWarning
-from fgsteer.groups import Group, check_range, grouped
+from fgsteer.groups import Group, check_amounts, grouped
 from fgsteer.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
 from fgsteer.interventions import Intervention
 from fgsteer.models import check_pairing, input_device, start_marker, virtual_tokens, warn_of_dropout
@@ -372,7 +372,7 @@ def _steered(
     if lengths is not None and len(rows) > 1 and len(rows) != len(lengths):
         raise SteeringError(f"{len(rows)} entries and {len(lengths)} prompt_lengths", "one of each per row")
     session = _Session(uncompiled(model), rows, None if lengths is None else lengths.to(input_device(model)))
-    check_range(model, session.groups)
+    check_amounts(model, session.groups)
     try:
         with ExitStack() as hooks:
             session.install(hooks)

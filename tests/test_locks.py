@@ -171,7 +171,7 @@ def test_a_holder_that_does_not_say_who_it_is_is_still_one(holder, note):
 def test_what_a_holder_says_is_shown_on_one_line(holder):
     _, path = holder
     lock_path(path).write_text('{"pid": "\\u001b[2J", "host": "a\\nb", "since": 7, "command": "x"}')
-    with pytest.raises(fg.BusyError, match=r"process \?\[2J on a\?b since 7: x"), held(path):
+    with pytest.raises(fg.BusyError, match=r"process \\x1b\[2J on a\\nb since 7: x"), held(path):
         pass
 
 

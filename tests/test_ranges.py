@@ -66,14 +66,7 @@ def test_hooks_refuse_what_would_become_nan(dtype, tokenizer):
 
 def test_numbers_beyond_floats_are_typed_errors():
     v = vector()
-    for make in (v.add, v.clamp, v.affine):
-        for amount in (math.inf, math.nan):
-            with pytest.raises(fg.SteeringError, match="finite"):
-                make(amount)
-        for amount in (10**400, -(10**5000)):  # beyond floats
-            with pytest.raises(fg.ArgumentError, match="number"):
-                make(amount)
-    for make in (v.__mul__, v.__truediv__):
+    for make in (v.add, v.clamp, v.affine, v.__mul__, v.__truediv__):
         for amount in (math.inf, math.nan):
             with pytest.raises(fg.SteeringError, match="finite"):
                 make(amount)
