@@ -168,7 +168,7 @@ def _summary(vector: SteeringVector, model: str) -> list[str]:
         "",
         f"Steers {markdown_code(model) if model else 'a model'}{f' towards **{concept}**' if concept else ''}: "
         f"a direction of width {vector.d_model} and norm {vector.norm:.4g} at `{vector.hookpoint}`, "
-        f"made by {method}{f' ({markdown(plain)})' if plain else ''}.",
+        f"made by {method}{f' ({markdown_code(plain)})' if plain else ''}.",
     ]
     if sae:
         source = markdown_code(sae.get("source") or "unnamed")
