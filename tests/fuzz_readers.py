@@ -54,10 +54,10 @@ from fgsteer.serving.request import PLAN
 from fgsteer.serving.served import check_name, read_served
 from fgsteer.serving.tables import Batch
 from fgsteer.tokens import TokenReader
-from tests import engine, runs
-from tests.conftest import make_sae
-from tests.sae_files import K, config_of, folder_of, sparsify_files, state_of
-from tests.tiny import word_tokenizer
+from tests.helpers import engine, runs
+from tests.helpers.sae_files import K, config_of, folder_of, sparsify_files, state_of
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import word_tokenizer
 
 MEMORY = 512 << 20  # bytes that a reader may take besides what the process holds
 AT = "blocks.1.hook_resid_post"

@@ -10,7 +10,7 @@ import torch
 import fgsteer as fg
 from fgsteer.rendering import render, render_prompt
 from fgsteer.tokens import TokenReader
-from tests.tiny import word_tokenizer
+from tests.helpers.tiny import word_tokenizer
 
 
 def user(text):

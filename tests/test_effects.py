@@ -25,9 +25,9 @@ from fgsteer.measuring import Agreement, Plan, decoder_directions, fit_parts
 from fgsteer.ridge import LinearMoments, best_ridge, ridge_path
 from fgsteer.rollouts import Sampling, choose, rollout, rollout_features
 from fgsteer.tokens import encode_prompts
-from tests.conftest import make_sae
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model, word_tokenizer
 from tests.reference import effects as reference
-from tests.tiny import tiny_model, word_tokenizer
 
 PROMPTS = ["the man sat", "a queen", "the old king took the ship"]
 HOW = Sampling(max_new_tokens=5, top_k=12, top_p=0.8, seed=3)

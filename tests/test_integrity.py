@@ -20,10 +20,10 @@ from fgsteer.export import gguf
 from fgsteer.models import pretrained_dir
 from fgsteer.parts import Parts
 from fgsteer.serving.served import read_served, save_clamp
-from tests import runs
-from tests.conftest import make_sae
-from tests.sae_files import config_of, folder_of, state_of
-from tests.test_failures import things
+from tests.helpers import runs
+from tests.helpers.sae_files import config_of, folder_of, state_of
+from tests.helpers.saes import make_sae
+from tests.helpers.saved import things
 
 AT = "blocks.1.hook_resid_post"
 LOADS = {

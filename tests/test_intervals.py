@@ -18,7 +18,7 @@ from fgsteer.evaluation.propensity import Propensity
 from fgsteer.evaluation.records import HALVES, Unit
 from fgsteer.evaluation.shared import begun_design
 from fgsteer.evaluation.tables import average_table, over_prompts
-from tests import runs
+from tests.helpers import runs
 from tests.reference import tables as naive
 
 # sums in another order: a few ulps of float64

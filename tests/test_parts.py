@@ -18,8 +18,8 @@ import fgsteer as fg
 from fgsteer.files import read_tensors, text_sha256, write_tensors
 from fgsteer.parts import Parts
 from fgsteer.ranks import Ranks
-from tests.conftest import make_sae
-from tests.test_prefix_sharing import LONG
+from tests.helpers.examples import LONG
+from tests.helpers.saes import make_sae
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = LONG.split()

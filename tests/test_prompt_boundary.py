@@ -12,7 +12,7 @@ from fgsteer.evaluation.propensity import Propensity
 from fgsteer.hookpoints import resolve
 from fgsteer.interventions import SCOPES
 from fgsteer.tokens import encode_prompts
-from tests.tiny import D_MODEL, word_tokenizer
+from tests.helpers.tiny import D_MODEL, word_tokenizer
 
 AT = fg.Hookpoint(1)
 V = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(3))

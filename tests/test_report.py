@@ -14,9 +14,9 @@ from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.evaluation import plots, report
 from fgsteer.evaluation.records import Run, Unit, best_coefficients, best_settings, load_run
 from fgsteer.evaluation.tables import average_table, best_sae_method, compare, concept_table, curve, over_prompts
-from tests import runs
+from tests.helpers import runs
+from tests.helpers.pages import Checker, luminance
 from tests.reference import tables as naive
-from tests.test_reading import Checker, luminance
 
 SMALL = {
     "concepts": ("anger", "love", "wedding"),
