@@ -120,7 +120,7 @@ def test_saes_command_needs_neither_torch_nor_sae_lens():
         "from fgsteer.cli import main\ntry: main()\nexcept SystemExit: pass\n"
         "assert not {'torch', 'sae_lens', 'transformers'} & set(sys.modules)"
     )
-    result = subprocess.run_script([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
     rows = json.loads(result.stdout)
     assert {row["layer"] for row in rows} == {5}
     assert "gpt2-small-res-jb" in {row["release"] for row in rows}
