@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer import cards
-from fgsteer.cli import app
 from fgsteer.examples import token_texts
 from fgsteer.files import read_tensors, write_tensors
 from fgsteer.search import FLOOR, word_pattern
+from tests.helpers.cli import app
 from tests.helpers.pages import Checker, luminance
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import WORDS, word_tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -19,10 +20,11 @@ import typer
 
 import fgsteer as fg
 from fgsteer import files
-from fgsteer.cli import app, doors
+from fgsteer.cli import doors
 from fgsteer.evaluation.endpoint import AnswerCache
 from fgsteer.evaluation.plots import save_each
 from fgsteer.parts import Parts
+from tests.helpers.cli import app
 
 AT = "blocks.1.hook_resid_post"
 
@@ -258,7 +260,7 @@ def test_where_nothing_can_be_locked_files_are_written_and_nothing_is_removed(tm
     def refuse(*_):
         raise OSError("no locks here")
 
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     write_page(tmp_path / "page")
     assert (tmp_path / "page").read_text() == "new"
     assert left.exists()
