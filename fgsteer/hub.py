@@ -15,13 +15,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import DataError, FormatError
-from fgsteer.escaping import markdown, markdown_code, without
-from fgsteer.files import whole, whole_folder
-from fgsteer.models import model_name
-from fgsteer.network import hub_is_reachable, hub_or_cache, unreachable
+from fgsteer.errors.escaping import markdown, markdown_code, without
+from fgsteer.models.embedded import model_name
+from fgsteer.storage.atomic import whole, whole_folder
+from fgsteer.storage.network import hub_is_reachable, hub_or_cache, unreachable
 
 if TYPE_CHECKING:
-    from fgsteer.evaluation.records import Run, Setting
+    from fgsteer.evaluation.bench.records import Run, Setting
     from fgsteer.vector import SteeringVector
 
 VECTOR, CARD, CURVE = "vector.safetensors", "README.md", "curve.png"

@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.brief import Brief
-from fgsteer.checks import check_flags, check_number, is_whole, shown
 from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
-from fgsteer.hookpoints import Hookpoint
-from fgsteer.sae import SAE
+from fgsteer.errors.checks import check_flags, check_number, is_whole, shown
+from fgsteer.errors.reprs import Brief
+from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.saes.sae import SAE
 
 Kind = TypeVar("Kind", bound="Intervention")
 Scope = Literal["all", "prompt", "generated", "last_prompt_on"]

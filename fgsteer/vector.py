@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.brief import FEW, TEXT
-from fgsteer.checks import checked, is_number, is_whole, shown
 from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionError, SteeringError
-from fgsteer.escaping import escaped
-from fgsteer.files import read_tensors, write_tensors
-from fgsteer.hookpoints import Hookpoint
+from fgsteer.errors.checks import checked, is_number, is_whole, shown
+from fgsteer.errors.escaping import escaped
+from fgsteer.errors.reprs import FEW, TEXT
+from fgsteer.errors.wording import a, count
 from fgsteer.hub import VECTOR, fetch, push, save_folder
 from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, _finite, _vector
-from fgsteer.models import check_pairing
-from fgsteer.wording import a, count
+from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.models.pairing import check_pairing
+from fgsteer.storage.files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    from fgsteer.evaluation.records import Run
+    from fgsteer.evaluation.bench.records import Run
 
 
 @dataclass(frozen=True)

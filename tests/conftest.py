@@ -10,8 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from fgsteer.hookpoints import Hookpoint
-from fgsteer.sae import SAE
+from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.saes.sae import SAE
 from tests.tiny import FAMILIES, tiny_model, word_tokenizer
 
 

@@ -19,7 +19,7 @@ import fgsteer as fg
 from fgsteer import cli
 from fgsteer.cli.common import app
 from fgsteer.cli.terminal import in_words, json_text, options_of
-from fgsteer.wording import a, count
+from fgsteer.errors.wording import a, count
 from tests.tiny import tiny_model, word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

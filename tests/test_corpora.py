@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.cli import app
-from fgsteer.corpora import as_documents, read_documents
+from fgsteer.data.corpora import as_documents, read_documents
 from tests.conftest import make_sae
 
 STORIES = ["the king said yes", 'a dog, "the" cat\nran', "she wore ï white"]

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.cli import app
-from fgsteer.files import read_json
-from fgsteer.models import pretrained_dir
+from fgsteer.models.embedded import pretrained_dir
+from fgsteer.storage.json_files import read_json
 
 runner = CliRunner()
 

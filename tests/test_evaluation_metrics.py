@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.cli import app
-from fgsteer.data import SHIPPED
-from fgsteer.evaluation.coherence import distinct_share
-from fgsteer.hookpoints import resolve
+from fgsteer.data.contrasts import SHIPPED
+from fgsteer.evaluation.metrics.coherence import distinct_share
+from fgsteer.models.hookpoints import resolve
 from tests.conftest import make_sae
 from tests.reference import evaluation as reference
 from tests.test_statistics import naive_examples

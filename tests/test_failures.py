@@ -22,11 +22,12 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer import files
-from fgsteer.evaluation.endpoint import AnswerCache
-from fgsteer.evaluation.run_files import append, resume
+from fgsteer.evaluation.bench.run_files import append, resume
+from fgsteer.evaluation.judges.endpoint import AnswerCache
 from fgsteer.export import checkpoint, lm_eval
-from fgsteer.statistics import Contrast, Moments
+from fgsteer.statistics.contrast import Contrast
+from fgsteer.statistics.moments import Moments
+from fgsteer.storage import files
 from tests.conftest import make_sae
 from tests.fuzz_readers import fuzz
 from tests.tiny import tiny_model

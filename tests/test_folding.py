@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import fgsteer as fg
-from fgsteer.files import whole_folder
+from fgsteer.storage.atomic import whole_folder
 from tests.conftest import make_sae
 from tests.test_default import invoke
 from tests.test_steering import batch, direction, run, vector

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import fgsteer as fg
-from fgsteer.hookpoints import resolve
 from fgsteer.interventions import SCOPES
+from fgsteer.models.hookpoints import resolve
 from tests.conftest import make_sae
 from tests.tiny import D_MODEL, tiny_model
 

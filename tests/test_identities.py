@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 import fgsteer as fg
-from fgsteer import identities
-from fgsteer.evaluation import shared
-from fgsteer.evaluation.bench import Bench, BenchPlan
-from fgsteer.evaluation.run_files import strengths_path
-from fgsteer.files import read_json, read_tensors, write_json
-from fgsteer.identities import check_same, made_of, tokenizer_sha256, weights_sha256
-from fgsteer.rollouts import Sampling
+from fgsteer.effects.rollouts import Sampling
+from fgsteer.evaluation.bench import shared
+from fgsteer.evaluation.bench.bench import Bench, BenchPlan
+from fgsteer.evaluation.bench.run_files import strengths_path
+from fgsteer.models import fingerprints as identities
+from fgsteer.models.fingerprints import made_of, tokenizer_sha256, weights_sha256
+from fgsteer.storage.files import read_tensors
+from fgsteer.storage.json_files import read_json, write_json
+from fgsteer.storage.plans import check_same
 from tests.conftest import make_sae
 from tests.tiny import LAYERS, tiny_model, word_tokenizer
 
@@ -363,7 +365,7 @@ def test_strengths_of_something_else_are_refused_before_the_next_are_set(models,
     parts = {**PARTS, "model": models["llama"]}
     bench(tmp_path, **parts)
     (tmp_path / "run.jsonl").unlink()
-    monkeypatch.setattr("fgsteer.evaluation.bench.calibrate_grid", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("fgsteer.evaluation.bench.bench.calibrate_grid", lambda *_, **__: 1 / 0)
     bench(tmp_path, **parts)
     kept = strengths_path(tmp_path / "run.jsonl").read_bytes()
     for there in (True, False):

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 import fgsteer as fg
-from fgsteer import files
-from fgsteer.corpora import read_documents
-from fgsteer.evaluation.chat import completion
-from fgsteer.evaluation.endpoint import AnswerCache
-from fgsteer.evaluation.run_files import line, read_arms
+from fgsteer.data.corpora import read_documents
+from fgsteer.evaluation.bench.run_files import line, read_arms
+from fgsteer.evaluation.judges.endpoint import AnswerCache
+from fgsteer.evaluation.judges.requests import completion
 from fgsteer.export import gguf
-from fgsteer.models import pretrained_dir
-from fgsteer.parts import Parts
+from fgsteer.models.embedded import pretrained_dir
 from fgsteer.serving.served import read_served, save_clamp
+from fgsteer.storage import files
+from fgsteer.storage.parts import Parts
 from tests import runs
 from tests.conftest import make_sae
 from tests.sae_files import config_of, folder_of, state_of

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.cli import app
-from fgsteer.evaluation import shared
-from fgsteer.locks import held, lock_path
+from fgsteer.evaluation.bench import shared
+from fgsteer.storage.locks import held, lock_path
 from tests.conftest import make_sae
 from tests.test_identities import PARTS, bench, collect, density, effects, shared_bench
 
@@ -179,7 +179,7 @@ def test_the_lock_of_another_user_is_told_apart_from_a_folder_that_cannot_be_wri
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("fgsteer.locks.FileLock.acquire", refuse)
+    monkeypatch.setattr("fgsteer.storage.locks.FileLock.acquire", refuse)
     path = tmp_path / "run"
     with pytest.raises(fg.FormatError, match="Permission denied"), held(path):
         pass

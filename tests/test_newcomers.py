@@ -14,11 +14,11 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer import network
-from fgsteer.chat import apply_template
 from fgsteer.cli.common import app
-from fgsteer.rendering import render_prompt
-from fgsteer.search import forms_pattern
+from fgsteer.data.chat import apply_template
+from fgsteer.data.rendering import render_prompt
+from fgsteer.features.search import forms_pattern
+from fgsteer.storage import network
 from tests.conftest import make_sae
 from tests.tiny import tiny_model, word_tokenizer
 
@@ -368,7 +368,7 @@ def no_loading(monkeypatch):
         raise AssertionError("a model is loaded")
 
     fg.load_model("default")  # fills the module's names
-    monkeypatch.setattr("fgsteer.models.load_model", refuse)
+    monkeypatch.setattr("fgsteer.models.loading.load_model", refuse)
     monkeypatch.setattr(fg, "load_model", refuse)
 
 

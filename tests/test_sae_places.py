@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.models import width_at
+from fgsteer.models.pairing import width_at
 from tests.conftest import make_sae
 
 

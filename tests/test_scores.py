@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import fgsteer as fg
-from fgsteer.hookpoints import decoder_of, resolve
+from fgsteer.models.hookpoints import decoder_of, resolve
 from tests.conftest import make_sae
 from tests.reference import scores as reference
 from tests.tiny import word_tokenizer

@@ -15,7 +15,7 @@ import torch
 
 import fgsteer as fg
 from fgsteer.cli import main
-from fgsteer.rollouts import Sampling
+from fgsteer.effects.rollouts import Sampling
 from fgsteer.serving import VllmWriter, save_clamp, steered_llm, steering
 from fgsteer.serving.control import Control, refuse_unplanned
 from fgsteer.serving.offline import engine_settings

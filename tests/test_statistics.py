@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgsteer as fg
-from fgsteer.hookpoints import resolve
+from fgsteer.models.hookpoints import resolve
 from tests.conftest import make_sae
 from tests.reference import sparse as reference
 from tests.tiny import D_MODEL
@@ -108,7 +108,7 @@ def test_moments_merge_is_the_whole(seed, n, m):
 
 
 def test_answer_tokens_letters_and_chat(llama, tokenizer):
-    from fgsteer.tokens import TokenReader
+    from fgsteer.activations.tokens import TokenReader
 
     def selected(prompt, completion, rule):
         (rows,) = TokenReader(tokenizer, rule=rule).rows([(prompt, completion, True)])

@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig
 
 import fgsteer as fg
-from fgsteer.hookpoints import resolve
 from fgsteer.interventions import SCOPES
+from fgsteer.models.hookpoints import resolve
 from tests.conftest import make_sae
 from tests.reference import apply as reference
 from tests.tiny import D_MODEL, LAYERS

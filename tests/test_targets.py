@@ -18,11 +18,11 @@ import torch
 import typer
 
 import fgsteer as fg
-from fgsteer import files
 from fgsteer.cli import app, doors
-from fgsteer.evaluation.endpoint import AnswerCache
-from fgsteer.evaluation.plots import save_each
-from fgsteer.parts import Parts
+from fgsteer.evaluation.bench.plots import save_each
+from fgsteer.evaluation.judges.endpoint import AnswerCache
+from fgsteer.storage import files
+from fgsteer.storage.parts import Parts
 
 AT = "blocks.1.hook_resid_post"
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.hookpoints import resolve
 from fgsteer.interventions import SCOPES
-from fgsteer.models import virtual_tokens
+from fgsteer.models.hookpoints import resolve
+from fgsteer.models.properties import virtual_tokens
 from tests.reference import apply as reference
 from tests.tiny import D_MODEL, HEADS, LAYERS, tiny_model
 
