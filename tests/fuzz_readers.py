@@ -56,10 +56,10 @@ from fgsteer.storage.json_files import text_sha256, write_json
 from fgsteer.storage.locks import _holder
 from fgsteer.storage.parts import Parts
 from fgsteer.storage.ranks import Ranks
-from tests import engine, runs
-from tests.conftest import make_sae
-from tests.sae_files import K, config_of, folder_of, sparsify_files, state_of
-from tests.tiny import word_tokenizer
+from tests.helpers import engine, runs
+from tests.helpers.sae_files import K, config_of, folder_of, sparsify_files, state_of
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import word_tokenizer
 
 MEMORY = 512 << 20  # bytes that a reader may take besides what the process holds
 AT = "blocks.1.hook_resid_post"

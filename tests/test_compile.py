@@ -12,8 +12,8 @@ from transformers import CompileConfig
 
 import fgsteer as fg
 from fgsteer.interventions import SCOPES
-from tests.conftest import make_sae
-from tests.tiny import D_MODEL, LAYERS
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL, LAYERS
 
 PROMPTS = ["the man", "a dog sat on the bread", "she took the ring"]
 NEW = 5

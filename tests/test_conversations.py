@@ -10,7 +10,7 @@ import torch
 import fgsteer as fg
 from fgsteer.activations.tokens import TokenReader
 from fgsteer.data.rendering import render, render_prompt
-from tests.tiny import word_tokenizer
+from tests.helpers.tiny import word_tokenizer
 
 
 def user(text):

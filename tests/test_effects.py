@@ -25,9 +25,9 @@ from fgsteer.effects.rollouts import Sampling, choose, rollout, rollout_features
 from fgsteer.likelihood.calibration import calibrate_many
 from fgsteer.models.hookpoints import blocks_of
 from fgsteer.storage.files import read_tensors, write_tensors
-from tests.conftest import make_sae
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model, word_tokenizer
 from tests.reference import effects as reference
-from tests.tiny import tiny_model, word_tokenizer
 
 PROMPTS = ["the man sat", "a queen", "the old king took the ship"]
 HOW = Sampling(max_new_tokens=5, top_k=12, top_p=0.8, seed=3)

@@ -30,8 +30,9 @@ from fgsteer.features.cards import html_page
 from fgsteer.features.description import FeatureRow
 from fgsteer.saes.examples import Excerpt
 from fgsteer.storage.files import write_tensors
-from tests.conftest import make_sae
-from tests.test_consoles import run
+from tests.helpers.cli import run_on_console
+from tests.helpers.pages import MARKS
+from tests.helpers.saes import make_sae
 
 # an escape sequence, a bell, a carriage return, C1's CSI, directions, an end of line, half a character, tags
 ACTING = "\x1b[2J \x1b]0;title\x07 a\rb \x9b31m \u202eabc\u2066 \u2028 \udc80 \U000e0041 \x7f \x00"
@@ -69,36 +70,6 @@ def test_json_stays_json(value):
         assert json.loads(text) == value
         assert not acts(text)
         assert "indent" in options or "\n" not in text
-
-
-MARKS = ["# a", "a\n# b", "<script>alert(1)</script>", "[a](http://b.c)", "![a](b)", "**a**", "`a`", "```\n# b", "a|b"]
-MARKS += [
-    "http://evil.example",
-    "<http://evil.example>",
-    "&lt;",
-    "- a",
-    "1. a",
-    "> a",
-    "a\n---",
-    "===",
-    "\\",
-    "a\\",
-    " ",
-]
-MARKS += [
-    "[a]: http://b.c",
-    "~~a~~",
-    "| a |",
-    "$x$",
-    "_a_",
-    "``",
-    "` `",
-    "\u2028# b",
-    "a\r# b",
-    "    a",
-    "@b",
-    "a\x00b",
-]
 
 
 @FEW
@@ -216,7 +187,7 @@ def test_nothing_that_a_file_holds_reaches_the_terminal_raw(tmp_path, monkeypatc
         ("collect", tmp_path / "contrast.json", "-o", tmp_path / "out"),
         ("features", tmp_path / hostile.replace("\x00", "")),
     ):
-        status, out, err = run(monkeypatch, "utf-8", *arguments)
+        status, out, err = run_on_console(monkeypatch, "utf-8", *arguments)
         assert status in (0, 2), (arguments, err)
         assert not acts(out + err), arguments
         assert "\nerror: all is well" not in out + err

@@ -16,10 +16,10 @@ from fgsteer.cli import app
 from fgsteer.data.contrasts import SHIPPED
 from fgsteer.evaluation.metrics.coherence import distinct_share
 from fgsteer.models.hookpoints import resolve
-from tests.conftest import make_sae
+from tests.helpers.examples import naive_examples
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model, word_tokenizer
 from tests.reference import evaluation as reference
-from tests.test_statistics import naive_examples
-from tests.tiny import tiny_model, word_tokenizer
 
 AT = fg.Hookpoint(1)
 TEXTS = ["the bride wore a ring", "a cat ran", "the king of the old sea ship was sad and the man is good", "tea"]

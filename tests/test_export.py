@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 import fgsteer as fg
 from fgsteer.cli import app
 from fgsteer.interventions import SCOPES
-from tests.conftest import make_sae
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL
 from tests.reference import engines
-from tests.tiny import D_MODEL
 
 PROMPT = "she took the ring of the old king"
 

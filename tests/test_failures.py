@@ -25,12 +25,11 @@ import fgsteer as fg
 from fgsteer.evaluation.bench.run_files import append, resume
 from fgsteer.evaluation.judges.endpoint import AnswerCache
 from fgsteer.export import checkpoint, lm_eval
-from fgsteer.statistics.contrast import Contrast
-from fgsteer.statistics.moments import Moments
 from fgsteer.storage import files
-from tests.conftest import make_sae
 from tests.fuzz_readers import fuzz
-from tests.tiny import tiny_model
+from tests.helpers.saes import make_sae
+from tests.helpers.saved import things
+from tests.helpers.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 AT = fg.Hookpoint(1)
@@ -67,23 +66,8 @@ def ended(pid):
 # ---------------------------------------------------------------- files
 
 
-def things(n, width=WIDTH):
-    """One thing of every kind that is saved, full of the number n."""
-    full = torch.full((width,), float(n))
-    moments = Moments(2, full.double(), full.double(), full.double())
-    tokens = torch.full((width // 10, 1, 3), n, dtype=torch.int32)
-    slots = torch.zeros(width // 10, 1, dtype=torch.int32)
-    return {
-        "vector": fg.SteeringVector(full, AT),
-        "statistics": fg.ContrastStatistics({AT: Contrast(moments, moments)}),
-        "density": fg.FeatureDensity(full.double(), full.double(), full.double(), n, "x"),
-        "examples": fg.FeatureExamples(torch.arange(width // 10), tokens, tokens.float(), slots, "x"),
-        "effects": fg.EffectApproximator(full[None], full, AT, "x"),
-    }
-
-
 def write_all(folder, n):
-    for kind, thing in things(n).items():
+    for kind, thing in things(n, WIDTH).items():
         thing.save(folder / kind)
     files.write_json(folder / "json", [n] * WIDTH)
     with files.whole(folder / "page") as beside:
@@ -205,7 +189,7 @@ def full_disk(how, monkeypatch, limit=8000):
 def test_full_disk_keeps_the_old_file(how, tmp_path, monkeypatch):
     write_all(tmp_path, 1)
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    writes = {kind: thing.save for kind, thing in things(2).items()}
+    writes = {kind: thing.save for kind, thing in things(2, WIDTH).items()}
     writes["json"] = lambda path: files.write_json(path, [2] * WIDTH)
     for kind, write in writes.items():
         with full_disk(how, monkeypatch) as reason, pytest.raises(fg.FormatError) as told:

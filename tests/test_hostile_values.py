@@ -15,8 +15,8 @@ from typer.models import OptionInfo
 import fgsteer as fg
 from fgsteer import cli
 from fgsteer.cli.common import app
-from tests.conftest import make_sae
-from tests.tiny import D_MODEL
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL
 
 HUGE = str(10**400)
 INTEGERS = [

@@ -16,11 +16,11 @@ import fgsteer as fg
 from fgsteer.errors.escaping import markdown
 from fgsteer.evaluation.bench.records import Run
 from fgsteer.hub import card
-from tests.conftest import make_sae
-from tests.hub import COMMIT, TOKEN, Hub
-from tests.test_endpoint import chain
-from tests.test_escaping import MARKS
-from tests.test_sae_releases import run as in_process
+from tests.helpers.errors import chain
+from tests.helpers.hub import COMMIT, TOKEN, Hub
+from tests.helpers.hub import run_script as in_process
+from tests.helpers.pages import MARKS
+from tests.helpers.saes import make_sae
 
 PUSH = """
 import sys

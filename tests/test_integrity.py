@@ -20,10 +20,10 @@ from fgsteer.models.embedded import pretrained_dir
 from fgsteer.serving.served import read_served, save_clamp
 from fgsteer.storage import files
 from fgsteer.storage.parts import Parts
-from tests import runs
-from tests.conftest import make_sae
-from tests.sae_files import config_of, folder_of, state_of
-from tests.test_failures import things
+from tests.helpers import runs
+from tests.helpers.sae_files import config_of, folder_of, state_of
+from tests.helpers.saes import make_sae
+from tests.helpers.saved import things
 
 AT = "blocks.1.hook_resid_post"
 LOADS = {

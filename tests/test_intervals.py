@@ -18,7 +18,7 @@ from fgsteer.evaluation.bench.shared import begun_design
 from fgsteer.evaluation.bench.tables import average_table, over_prompts
 from fgsteer.evaluation.metrics.intervals import Interval, mean_interval, paired_differences, t_quantile
 from fgsteer.evaluation.metrics.propensity import Propensity
-from tests import runs
+from tests.helpers import runs
 from tests.reference import tables as naive
 
 # sums in another order: a few ulps of float64

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,25 +13,10 @@ import torch
 
 import fgsteer as fg
 from fgsteer.evaluation.judges.judges import RIDGE, auc, judging_texts, logistic
+from tests.helpers.judges import BagOfWords
 from tests.reference import judges as naive
 
 WEDDING = fg.load_contrast("wedding")
-
-
-class BagOfWords:
-    """Stands for a sentence-transformers model: counts of hashed words. It notes what it was given."""
-
-    def __init__(self, width=48):
-        self.width, self.given = width, []
-
-    def encode(self, texts, **_):
-        self.given += texts
-        rows = torch.zeros(len(texts), self.width)
-        for row, text in zip(rows, texts, strict=True):
-            row[0] = 0.1  # no text is the zero vector
-            for word in text.lower().split():
-                row[zlib.crc32(word.strip('.,!?"').encode()) % self.width] += 1
-        return rows
 
 
 def problem(n=40, d=5, scale=1.0, seed=0):

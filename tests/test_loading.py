@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import fgsteer as fg
 from fgsteer.models import loading as models
-from tests.tiny import VOCAB, tiny_model, word_tokenizer
+from tests.helpers.tiny import VOCAB, tiny_model, word_tokenizer
 
 TEXTS = ["the king said", "a dog"]
 HUB = {

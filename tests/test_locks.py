@@ -20,8 +20,8 @@ import fgsteer as fg
 from fgsteer.cli import app
 from fgsteer.evaluation.bench import shared
 from fgsteer.storage.locks import held, lock_path
-from tests.conftest import make_sae
-from tests.test_identities import PARTS, bench, collect, density, effects, shared_bench
+from tests.helpers.resumable import PARTS, bench, collect, density, effects, shared_bench
+from tests.helpers.saes import make_sae
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
@@ -261,7 +261,7 @@ def test_processes_that_share_a_run_do_not_keep_each_other_out(run, llama, tmp_p
 
 
 def test_a_concept_that_another_worker_runs_is_refused(llama, tmp_path):
-    from tests.test_identities import bench_of
+    from tests.helpers.resumable import bench_of
 
     folder = tmp_path / "run.parts"
     folder.mkdir()

@@ -19,8 +19,8 @@ from fgsteer.data.chat import apply_template
 from fgsteer.data.rendering import render_prompt
 from fgsteer.features.search import forms_pattern
 from fgsteer.storage import network
-from tests.conftest import make_sae
-from tests.tiny import tiny_model, word_tokenizer
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model, word_tokenizer
 
 DATA = fg.ContrastSet("x", positives=["the bride wore a ring", "the groom"], negatives=["a dog sat", "a cat"])
 TEMPLATE = (

@@ -19,8 +19,8 @@ from fgsteer.storage.files import read_tensors, write_tensors
 from fgsteer.storage.json_files import text_sha256
 from fgsteer.storage.parts import Parts
 from fgsteer.storage.ranks import Ranks
-from tests.conftest import make_sae
-from tests.test_prefix_sharing import LONG
+from tests.helpers.examples import LONG
+from tests.helpers.saes import make_sae
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = LONG.split()

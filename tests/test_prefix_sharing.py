@@ -21,13 +21,12 @@ from fgsteer.activations.batches import Batch, batches
 from fgsteer.activations.prefixes import _reads, arrange_for, group, shared_batches
 from fgsteer.activations.tokens import TokenRow
 from fgsteer.models.hookpoints import blocks_of, resolve
-from tests.conftest import make_sae
+from tests.helpers.examples import LONG
+from tests.helpers.saes import make_sae
+from tests.helpers.steering import vector
+from tests.helpers.tiny import ALL_FAMILIES, D_MODEL, HYBRIDS, NO_SUBLAYERS, ODD_FAMILIES, SITES, tiny_model
 from tests.reference import sparse as reference
-from tests.test_families import NO_SUBLAYERS, SITES
-from tests.test_steering import vector
-from tests.tiny import _ALL, D_MODEL, HYBRIDS, ODD_FAMILIES, tiny_model
 
-LONG = "the old king and the new queen was in the church on the sea with the happy man ."
 PROMPTS = ["the man said yes and the dog sat on bread ?", LONG, f"a cat ran to {LONG}", "is it war ?"]
 PAIRS = [fg.ContrastPair("( A )", "( B )", prompt) for prompt in PROMPTS]
 PAIRS += [fg.ContrastPair("( B", "A", PROMPTS[0]), fg.ContrastPair("C", "( C ) .", PROMPTS[1])]  # groups of four
@@ -116,7 +115,7 @@ def check(model, tokenizer, family, rules, sae=None):
                     assert np.allclose(got.m2.numpy(), m2, rtol=1e-3, atol=1e-4 * size**2), (rule, at, side)
 
 
-@pytest.mark.parametrize("family", sorted(_ALL))
+@pytest.mark.parametrize("family", sorted(ALL_FAMILIES))
 def test_every_family_equals_one_text_at_a_time(family, tokenizer):
     """Sliding windows shorter than the prefix, ALiBi, learned positions and experts among them."""
     if family in ("nemotron_h", "zamba2") and Version(transformers.__version__) < Version("5.20"):
@@ -261,8 +260,8 @@ def test_models_where_it_might_not_hold_are_not_shared():
 MEMORY = """
 import resource, sys
 import fgsteer as fg
-from tests.conftest import make_sae
-from tests.tiny import WORDS, tiny_model, word_tokenizer
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import WORDS, tiny_model, word_tokenizer
 
 model, tokenizer, sae = tiny_model("llama"), word_tokenizer(), make_sae(d_sae=4096)
 def peak(texts):

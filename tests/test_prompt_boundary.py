@@ -12,7 +12,7 @@ from fgsteer.activations.tokens import encode_prompts
 from fgsteer.evaluation.metrics.propensity import Propensity
 from fgsteer.interventions import SCOPES
 from fgsteer.models.hookpoints import resolve
-from tests.tiny import D_MODEL, word_tokenizer
+from tests.helpers.tiny import D_MODEL, word_tokenizer
 
 AT = fg.Hookpoint(1)
 V = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(3))

@@ -16,9 +16,9 @@ from fgsteer.serving.request import PLAN, steering
 from fgsteer.serving.served import read_served, serve
 from fgsteer.serving.tables import Batch, Table
 from fgsteer.steering.ranges import largest
-from tests.conftest import make_sae
-from tests.engine import WIDTH, FakeEngine, clamp, normal, request, vector
-from tests.tiny import tiny_model
+from tests.helpers.engine import WIDTH, FakeEngine, clamp, normal, request, vector
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model
 
 AT = "blocks.1.hook_resid_post"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

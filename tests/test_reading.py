@@ -6,7 +6,6 @@ import gzip
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -19,9 +18,10 @@ from fgsteer.features import cards
 from fgsteer.features.search import FLOOR, word_pattern
 from fgsteer.saes.examples import token_texts
 from fgsteer.storage.files import read_tensors, write_tensors
-from tests.conftest import make_sae
+from tests.helpers.pages import Checker, luminance
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import WORDS, word_tokenizer
 from tests.reference.excerpts import top_excerpts
-from tests.tiny import WORDS, word_tokenizer
 
 # Lengths mixed, so that batches reorder and pad; no two begin alike, for the same beginning has the same activations.
 TEXTS = [
@@ -327,26 +327,6 @@ def row_of(**more):
     return fg.FeatureRow(**{**fields, **more})
 
 
-class Checker(HTMLParser):
-    """Tags opened, closed in order, and their attributes."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.text = [], [], [], ""
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_page_is_whole_escaped_and_stands_alone(tmp_path):
     hostile = row_of(
         label='<script>alert(1)</script>"', why=("<img src=x>",), link="https://x.org/a?b&\"'>", weight=None
@@ -364,12 +344,6 @@ def test_page_is_whole_escaped_and_stands_alone(tmp_path):
     assert ("title", "5.00") in checker.attributes  # the split character carries its largest activation
     assert checker.text.count("日↵· x") == 2  # line breaks and direction marks do nothing here
     assert cards.html_page("none", []).count("<article") == 0
-
-
-def luminance(colour):
-    channels = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize(("plain", "scale"), [(cards.LIGHT, cards.LIGHT_SCALE), (cards.DARK, cards.DARK_SCALE)])

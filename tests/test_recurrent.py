@@ -11,7 +11,7 @@ from fgsteer.interventions import SCOPES
 from fgsteer.models.hookpoints import blocks_of, resolve
 from fgsteer.models.properties import d_model
 from fgsteer.steering.hooks import CACHES
-from tests.recurrent import CONFIGS, recurrent_model
+from tests.helpers.recurrent import CONFIGS, recurrent_model
 from tests.reference import apply as reference
 
 ROWS = torch.tensor([[0, 5, 6, 7, 8, 9], [15, 16, 17, 18, 19, 20]])  # the second begins with a word

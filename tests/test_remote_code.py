@@ -16,8 +16,8 @@ import fgsteer as fg
 from fgsteer import cli
 from fgsteer.cli.common import app
 from fgsteer.cli.doors import check_fit
-from tests.conftest import make_sae
-from tests.tiny import D_MODEL, tiny_model, word_tokenizer
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL, tiny_model, word_tokenizer
 
 MARK = "from pathlib import Path\nPath({mark!r}).write_text('it ran', encoding='utf-8')\n"
 MODEL = """

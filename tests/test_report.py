@@ -21,9 +21,9 @@ from fgsteer.evaluation.bench.tables import (
     over_prompts,
 )
 from fgsteer.features import cards
-from tests import runs
+from tests.helpers import runs
+from tests.helpers.pages import Checker, luminance
 from tests.reference import tables as naive
-from tests.test_reading import Checker, luminance
 
 SMALL = {
     "concepts": ("anger", "love", "wedding"),

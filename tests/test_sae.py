@@ -11,9 +11,9 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError
 
 import fgsteer as fg
-from tests.conftest import make_sae
+from tests.helpers.sae_files import config_of, folder_of, sparsify_files, state_of
+from tests.helpers.saes import make_sae
 from tests.reference import sparse as reference
-from tests.sae_files import config_of, folder_of, sparsify_files, state_of
 
 D, K = 8, 12
 

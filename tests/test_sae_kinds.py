@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fgsteer as fg
-from tests.sae_files import D, K, config_of, folder_of, inputs, naive, sparsify_files, state_of
+from tests.helpers.sae_files import D, K, config_of, folder_of, inputs, naive, sparsify_files, state_of
 
 AVERAGE = {"normalize_activations": "expected_average_only_in"}
 HOOK_Z = {"metadata": {"hook_name": "blocks.1.attn.hook_z"}}

@@ -13,9 +13,9 @@ from hypothesis.extra.numpy import arrays
 
 import fgsteer as fg
 from fgsteer.models.hookpoints import decoder_of, resolve
-from tests.conftest import make_sae
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import word_tokenizer
 from tests.reference import scores as reference
-from tests.tiny import word_tokenizer
 
 K = 24
 NAMES = ("mean_difference", "frequency", "welch_t", "f_statistic", "pearson", "mutual_information")

@@ -24,7 +24,7 @@ from fgsteer.serving.served import read_served, serve, sources
 from fgsteer.serving.server import settle
 from fgsteer.serving.tables import Batch, Table, blocks_of, steer_block
 from fgsteer.serving.writer import request_of
-from tests.engine import WIDTH, FakeEngine, clamp, normal, request, vector
+from tests.helpers.engine import WIDTH, FakeEngine, clamp, normal, request, vector
 from tests.reference import apply as reference
 
 PROMPT, LENGTH = 3, 6

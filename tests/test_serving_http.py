@@ -14,7 +14,7 @@ from fgsteer.serving.control import ASKED, Control
 from fgsteer.serving.http import Access, Door, Ready, upload_bytes
 from fgsteer.serving.request import steering
 from fgsteer.serving.server import admit_keys
-from tests.engine import WIDTH, FakeEngine, vector
+from tests.helpers.engine import WIDTH, FakeEngine, vector
 
 OPEN = Access(allow_uploads=True)
 

@@ -200,9 +200,9 @@ from jaxtyping import install_import_hook
 install_import_hook("fgsteer", "beartype.beartype")
 import torch, warnings
 import fgsteer as fg
-from tests.tiny import tiny_model, word_tokenizer
-from tests.conftest import make_sae
-from tests.test_judges import BagOfWords
+from tests.helpers.tiny import tiny_model, word_tokenizer
+from tests.helpers.saes import make_sae
+from tests.helpers.judges import BagOfWords
 warnings.simplefilter("ignore")
 model, tokenizer = tiny_model("llama"), word_tokenizer()
 data = fg.ContrastSet("x", positives=["the bride wore a ring", "the groom"], negatives=["a dog sat"])
@@ -250,8 +250,8 @@ def test_shapes_are_as_annotated():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpu_twin_of_collect_and_steer(dtype, tokenizer):
-    from tests.conftest import make_sae
-    from tests.tiny import tiny_model
+    from tests.helpers.saes import make_sae
+    from tests.helpers.tiny import tiny_model
 
     data = fg.ContrastSet("x", positives=["the bride wore a ring"], negatives=["a dog sat", "a cat"])
     sae = make_sae("jumprelu")
@@ -274,8 +274,8 @@ def test_gpu_twin_of_collect_and_steer(dtype, tokenizer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpu_twin_of_effects_and_reading(dtype, tokenizer):
     """Strengths and excerpts agree with the CPU; effects are measured, fitted and kept on the host."""
-    from tests.conftest import make_sae
-    from tests.tiny import tiny_model
+    from tests.helpers.saes import make_sae
+    from tests.helpers.tiny import tiny_model
 
     sae = make_sae("topk", d_sae=24)
     prompts = ["the man sat", "a queen", "the old king took the ship"]

@@ -19,10 +19,10 @@ from fgsteer.evaluation.sweep import plots as sweep_plots
 from fgsteer.evaluation.sweep.answers import Curve, best_layer, fade, in_words, sign_differences
 from fgsteer.evaluation.sweep.sweep import random_like
 from fgsteer.models.hookpoints import blocks_of
+from tests.helpers.examples import naive_examples
+from tests.helpers.tiny import D_MODEL, LAYERS, tiny_model
 from tests.reference import methods, tables
 from tests.reference import sweep as reference
-from tests.test_statistics import naive_examples
-from tests.tiny import D_MODEL, LAYERS, tiny_model
 
 NEUTRAL = ["the dog sat on the house", "a man took the tea", "it is a new day and the cat ran"]
 SIDES = fg.ContrastSet(

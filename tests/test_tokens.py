@@ -11,8 +11,8 @@ import torch
 
 import fgsteer as fg
 from fgsteer.activations.tokens import TokenReader, encode_prompts
-from tests.conftest import make_sae
-from tests.tiny import D_MODEL, word_tokenizer
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL, word_tokenizer
 
 AT = "blocks.1.hook_resid_post"
 USER = [{"role": "user", "content": "the man said"}]

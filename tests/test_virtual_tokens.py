@@ -12,8 +12,8 @@ import fgsteer as fg
 from fgsteer.interventions import SCOPES
 from fgsteer.models.hookpoints import resolve
 from fgsteer.models.properties import virtual_tokens
+from tests.helpers.tiny import D_MODEL, HEADS, LAYERS, tiny_model
 from tests.reference import apply as reference
-from tests.tiny import D_MODEL, HEADS, LAYERS, tiny_model
 
 peft = pytest.importorskip("peft", reason="peft trains prompts")
 pytestmark = pytest.mark.filterwarnings("ignore:Position ids are not supported")

@@ -9,7 +9,7 @@ from safetensors.torch import load
 
 import fgsteer as fg
 from fgsteer.serving.tables import Table
-from tests.conftest import make_sae
+from tests.helpers.saes import make_sae
 
 WIDTH = 32
 

@@ -311,13 +311,22 @@ OTHER_FAMILIES = {
     "stablelm": lambda: _config("stablelm", num_key_value_heads=2),
     "starcoder2": lambda: _config("starcoder2", num_key_value_heads=2),
 }
-_ALL = {**FAMILIES, **MORE_FAMILIES, **HYBRIDS, **ODD_FAMILIES, **OTHER_FAMILIES}
+SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+# families that have no attn_out and mlp_out, and a word of the reason that is given
+NO_SUBLAYERS = {
+    "opt, post-norm": "norm follows",
+    "granite": "residual_multiplier",
+    "bloom": "residual added",
+    "gemma4": "layer_scalar",
+    **dict.fromkeys([*HYBRIDS, *ODD_FAMILIES], "not known"),
+}
+ALL_FAMILIES = {**FAMILIES, **MORE_FAMILIES, **HYBRIDS, **ODD_FAMILIES, **OTHER_FAMILIES}
 
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32):
     """A random model of a family whose logits are spread enough for greedy decoding to vary."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(_ALL[family](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(ALL_FAMILIES[family](), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:

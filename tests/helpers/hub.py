@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -94,3 +97,21 @@ class Hub:
     def __exit__(self, *_):
         self.server.shutdown()
         self.server.server_close()
+
+
+def run_script(code, url, home, *arguments, offline="0", token=""):
+    """Output of a script that knows no hub but the one at ``url``."""
+    env = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": offline}
+    env |= {
+        "HF_TOKEN": token,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True, env=env,
+        cwd=Path(__file__).parents[2], timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
