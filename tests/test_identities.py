@@ -67,8 +67,8 @@ def test_every_weight_counts(llama):
 def test_a_shared_tensor_is_read_once(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     apart = weights_sha256(model)
-    read, original = [], identities._sha256
-    monkeypatch.setattr(identities, "_sha256", lambda tensor: read.append(tensor) or original(tensor))
+    read, original = [], identities.stored_sha256
+    monkeypatch.setattr(identities, "stored_sha256", lambda tensor: read.append(tensor) or original(tensor))
     model[1].weight = model[0].weight
     tied = weights_sha256(model)
     assert len(read) == 1

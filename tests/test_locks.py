@@ -26,7 +26,7 @@ from tests.helpers.saes import make_sae
 ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
 import sys, time
-from fgsteer.locks import held
+from fgsteer.storage.locks import held
 with held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -29,6 +29,7 @@ from fgsteer.errors.reprs import Brief
 from fgsteer.errors.wording import count
 from fgsteer.models.embedded import DEFAULT, embedded_sae_dir
 from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.saes.pairing import check_measured_on
 from fgsteer.storage.files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -182,14 +183,10 @@ class EffectApproximator(Brief):
         return direction
 
     def check(self, sae: SAE) -> EffectApproximator:
-        """Itself, when measured on this SAE. Raises PairingError."""
-        shape, place = (sae.d_model, sae.d_sae), sae.hookpoint
-        if self.sae_sha256 != sae.sha256 or tuple(self.M.shape) != shape or self.hookpoint != place:
-            raise PairingError(
-                f"effects {tuple(self.M.shape)} at {self.hookpoint}, measured on SAE {self.sae_sha256[:12]}",
-                f"effects {shape} at {place} of this SAE {sae.sha256[:12]} ({sae.source})",
-                "measure effects on this SAE",
-            )
+        """Itself, when it was measured on this SAE. Raises PairingError otherwise."""
+        fits = tuple(self.M.shape) == (sae.d_model, sae.d_sae) and self.hookpoint == sae.hookpoint
+        what = f"effects {tuple(self.M.shape)} at {self.hookpoint}"
+        check_measured_on(sae, self.sae_sha256, fits, what, "fgsteer effects")
         return self
 
     def save(self, path: str | Path) -> None:

@@ -9,9 +9,9 @@ from fgsteer.storage.json_files import text_sha256
 if TYPE_CHECKING:
     from fgsteer.effects.approximator import EffectApproximator
 
-from fgsteer.models.fingerprints import _sha256
+from fgsteer.models.fingerprints import stored_sha256
 
 
 def effects_sha256(effects: EffectApproximator) -> str:
     """Hash of an effect approximator."""
-    return text_sha256([_sha256(effects.M), _sha256(effects.b), str(effects.hookpoint)])
+    return text_sha256([stored_sha256(effects.M), stored_sha256(effects.b), str(effects.hookpoint)])

@@ -84,7 +84,7 @@ def weights_sha256(model: nn.Module) -> str:
 
     layout = {name: placed(value) for name, value in state.items()}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        hashes = dict(zip(tensors, pool.map(_sha256, tensors.values()), strict=True))
+        hashes = dict(zip(tensors, pool.map(stored_sha256, tensors.values()), strict=True))
 
     def told(value: Any) -> Any:
         return [told(entry) for entry in value] if isinstance(value, list) else hashes.get(value, value)
@@ -101,11 +101,11 @@ def _offloaded(model: nn.Module) -> dict[str, str]:
         away = [name for name, tensor in module._parameters.items() if tensor is not None and tensor.is_meta]
         away += [name for name, tensor in module._buffers.items() if tensor is not None and tensor.is_meta]
         with align_module_device(module) if away else contextlib.nullcontext():
-            found |= {f"{prefix}.{name}".lstrip("."): _sha256(getattr(module, name)) for name in away}
+            found |= {f"{prefix}.{name}".lstrip("."): stored_sha256(getattr(module, name)) for name in away}
     return found
 
 
-def _sha256(tensor: Tensor) -> str:
+def stored_sha256(tensor: Tensor) -> str:
     """Hash of a tensor's bytes, shape and dtype."""
     values = tensor.detach().dequantize() if tensor.is_quantized else tensor.detach()
     digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.errors.reprs import Brief
+from fgsteer.saes.pairing import Identified, check_measured_on
 from fgsteer.storage.files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    from fgsteer.saes.sae import SAE
+    pass
 
 
 COUNTS = ("fired", "documents", "first")
@@ -56,14 +57,9 @@ class FeatureDensity(Brief):
         """
         return (self.documents > 0) & (self.first >= share * self.documents)
 
-    def check(self, sae: SAE) -> FeatureDensity:
-        """Itself, when measured on this SAE. Raises PairingError."""
-        if self.sae_sha256 != sae.sha256 or len(self.fired) != sae.d_sae:
-            raise PairingError(
-                f"density measured on SAE {self.sae_sha256[:12]}",
-                f"one of this SAE {sae.sha256[:12]} ({sae.source})",
-                "measure it again with fgsteer density",
-            )
+    def check(self, sae: Identified) -> FeatureDensity:
+        """Itself, when it was measured on this SAE. Raises PairingError otherwise."""
+        check_measured_on(sae, self.sae_sha256, len(self.fired) == sae.d_sae, "density", "fgsteer density")
         return self
 
     def __add__(self, other: FeatureDensity) -> FeatureDensity:

@@ -19,15 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgsteer.errors import FormatError, PairingError
+from fgsteer.errors import FormatError
 from fgsteer.errors.escaping import escaped
 from fgsteer.errors.reprs import Brief
+from fgsteer.saes.pairing import Identified, check_measured_on
 from fgsteer.storage.files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from fgsteer.saes.sae import SAE
 
 
 _TENSORS = ("features", "tokens", "activations", "documents")
@@ -100,14 +99,10 @@ class FeatureExamples(Brief):
         found = torch.zeros(d_sae).index_copy_(0, self.features, peaks)
         return found.where(found > 0, peaks.max())
 
-    def check(self, sae: SAE) -> FeatureExamples:
-        """Itself, when measured on this SAE. Raises PairingError."""
-        if self.sae_sha256 != sae.sha256 or max(self.rows, default=0) >= sae.d_sae:
-            raise PairingError(
-                f"excerpts measured on SAE {self.sae_sha256[:12]}",
-                f"ones of this SAE {sae.sha256[:12]} ({sae.source})",
-                "measure them again with fgsteer examples",
-            )
+    def check(self, sae: Identified) -> FeatureExamples:
+        """Themselves, when they were measured on this SAE. Raises PairingError otherwise."""
+        fits = max(self.rows, default=0) < sae.d_sae
+        check_measured_on(sae, self.sae_sha256, fits, "excerpts", "fgsteer examples")
         return self
 
     def save(self, path: str | Path) -> None:

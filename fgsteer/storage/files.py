@@ -28,7 +28,7 @@ if sys.platform != "win32":
     pass
 
 from fgsteer.storage.atomic import whole
-from fgsteer.storage.json_files import _number, parse_json
+from fgsteer.storage.json_files import parse_json, plain_number
 
 _HASH = "sha256"  # the key in a header of safetensors; files by early versions have none
 
@@ -39,7 +39,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str,
     Raises FormatError where it cannot be written, DataError for a header that could not be read again.
     """
     owned = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    text = json.dumps({"kind": kind, **header}, ensure_ascii=False, default=_number)
+    text = json.dumps({"kind": kind, **header}, ensure_ascii=False, default=plain_number)
     try:
         about = parse_json(text.encode("utf-8", "replace"))
     except ValueError as error:

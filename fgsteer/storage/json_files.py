@@ -26,12 +26,12 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 def write_json(path: str | Path, value: object) -> None:
     """Write JSON whole."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, default=_number) + "\n"
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=plain_number) + "\n"
     with whole(path) as beside:
         beside.write_bytes(text.encode("utf-8", "replace"))
 
 
-def _number(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
     """A number of numpy or torch as one of Python, for JSON. Raises DataError for anything else."""
     try:
         return value.item()

@@ -76,7 +76,7 @@ class Picture(NamedTuple):
 
 
 @contextmanager
-def _drawing() -> Iterator[None]:
+def drawing_style() -> Iterator[None]:
     """Matplotlib's defaults and this module's style, whatever the user has set; theirs come back."""
     import matplotlib
 
@@ -99,7 +99,7 @@ def rendered(figure: Figure, kind: str) -> bytes:
     """A figure as the bytes of a "png" or "svg" file, the same every time."""
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     buffer = io.BytesIO()
-    with _drawing():
+    with drawing_style():
         figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
     return buffer.getvalue()
 
@@ -152,14 +152,14 @@ def pictures(run: Run) -> list[Picture]:
     return found
 
 
-@_drawing()
+@drawing_style()
 def frontier(run: Run) -> Figure:
     """Behavior against coherence along each method's coefficients, a panel a method, averages over concepts.
 
     Raises DataError where concepts have grids of unequal lengths.
     """
     start = curve(run, "unsteered") if "unsteered" in run.methods else []
-    figure, panels = _panels(run.swept)
+    figure, panels = shared_panels(run.swept)
     base = sorted([*start, *curve(run, BASELINE)]) if BASELINE in run.swept else []
     for method, axis in panels:
         _equal_bcs(axis)
@@ -196,13 +196,13 @@ def _equal_bcs(axis: Axes) -> None:
         axis.plot(xs, [level / x for x in xs], color=LINE, lw=0.7, zorder=0)
 
 
-@_drawing()
+@drawing_style()
 def coefficient_curves(run: Run) -> Figure:
     """Behavior, coherence and BCS by coefficient (steps of the grid), a panel a method, averages over concepts.
 
     Raises DataError where concepts have grids of unequal lengths.
     """
-    figure, panels = _panels(run.swept)
+    figure, panels = shared_panels(run.swept)
     for method, axis in panels:
         points = curve(run, method)
         steps = range(len(points))
@@ -225,7 +225,9 @@ def coefficient_curves(run: Run) -> Figure:
     return figure
 
 
-def _panels(methods: Sequence[str], name: Callable[[str], str] = method_name) -> tuple[Figure, list[tuple[str, Axes]]]:
+def shared_panels(
+    methods: Sequence[str], name: Callable[[str], str] = method_name
+) -> tuple[Figure, list[tuple[str, Axes]]]:
     """A figure with a small panel for each method, titled by its name."""
     from matplotlib.figure import Figure
 
@@ -241,7 +243,7 @@ def _panels(methods: Sequence[str], name: Callable[[str], str] = method_name) ->
     return figure, list(zip(methods, axes, strict=False))
 
 
-@_drawing()
+@drawing_style()
 def layer_map(run: Run, method: str = BASELINE, measure: str = "bcs") -> Figure:
     """BCS (or behavior, coherence) of a method by layer and coefficient, averages over concepts, in numbers on grey.
 
@@ -260,7 +262,7 @@ def layer_map(run: Run, method: str = BASELINE, measure: str = "bcs") -> Figure:
     for row, column in ((r, c) for r in range(len(values)) for c in range(len(values[r]))):
         value = values[row][column]
         color = "#000000" if value < 0.6 else "#fdfdfd"
-        axis.text(column + 0.5, row + 0.5, _plain(value), ha="center", va="center_baseline", color=color)
+        axis.text(column + 0.5, row + 0.5, plain_number(value), ha="center", va="center_baseline", color=color)
     cells = [(r, c) for r in range(len(tuned)) for c in range(len(tuned[r]))]
     row, column = max(cells, key=lambda at: getattr(tuned[at[0]][at[1]], measure))
     axis.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=ORANGE, linewidth=1.6))
@@ -270,7 +272,7 @@ def layer_map(run: Run, method: str = BASELINE, measure: str = "bcs") -> Figure:
     return figure
 
 
-@_drawing()
+@drawing_style()
 def method_bars(run: Run, matched: float | None = None) -> Figure:
     """Average BCS of each method with its interval (arguments and errors as in ``average_table``)."""
     rows = sorted(average_table(run, matched), key=lambda row: row.bcs.mean)
@@ -286,7 +288,7 @@ def method_bars(run: Run, matched: float | None = None) -> Figure:
     return figure
 
 
-@_drawing()
+@drawing_style()
 def concept_bars(run: Run, method: str, matched: float | None = None) -> Figure:
     """A method's BCS less the baseline's, a bar a concept and one for all, filled where the interval excludes 0.
 
@@ -322,7 +324,7 @@ def _rows(rows: Sequence[tuple[str, Interval]]) -> tuple[Figure, Axes]:
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(-0.6, len(rows) - 0.4)
     beside = axis.secondary_yaxis("right")
-    beside.set_yticks(range(len(rows)), [_plain(value.mean, 3) for _, value in rows])
+    beside.set_yticks(range(len(rows)), [plain_number(value.mean, 3) for _, value in rows])
     beside.tick_params(length=0)
     beside.spines["right"].set_visible(False)
     return figure, axis
@@ -333,7 +335,7 @@ def _short(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _plain(value: float, digits: int = 2) -> str:
+def plain_number(value: float, digits: int = 2) -> str:
     """A number without the 0 before its point, with a true minus."""
     text = f"{value:.{digits}f}".replace("-", "−")
     return text.replace("0.", ".", 1) if abs(value) < 1 else text

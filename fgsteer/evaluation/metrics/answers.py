@@ -1,6 +1,6 @@
 """Figures of a model's answers and texts: cross-entropy by text, A/B probability, steerability.
 
-Cross-entropy and KL of whole sets of texts, which calibration needs too, are in ``fgsteer.scoring``.
+Cross-entropy and KL of whole sets of texts, which calibration needs too, are in ``fgsteer.likelihood``.
 
     text_cross_entropies(model, tokenizer, texts)                         nats a token, (texts,)
     answer_probabilities(model, tokenizer, questions, [None, vec.add(4.0)]).share

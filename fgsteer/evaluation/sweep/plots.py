@@ -18,10 +18,10 @@ from fgsteer.evaluation.bench.plots import (
     QUIET,
     WIDTH,
     Picture,
-    _drawing,
-    _panels,
-    _plain,
+    drawing_style,
+    plain_number,
     save_each,
+    shared_panels,
 )
 from fgsteer.evaluation.sweep.answers import SIGNS
 from fgsteer.evaluation.sweep.sweep import Sweep, SweepCell
@@ -49,7 +49,7 @@ def save_pictures(sweep: Sweep, folder: str | Path) -> list[Path]:
     return save_each(pictures(sweep), folder)
 
 
-@_drawing()
+@drawing_style()
 def push_map(sweep: Sweep) -> Figure:
     """Push by layer and step of the grid, in numbers on grey, a panel a sign; empty where a step is not reached.
 
@@ -90,7 +90,7 @@ def _frame_best(axis: Axes, sweep: Sweep, sign: int, layers: Sequence[int], step
             axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=ORANGE, linewidth=1.6))
 
 
-@_drawing()
+@drawing_style()
 def fading_curves(sweep: Sweep) -> Figure:
     """Push against measured cost, a panel a layer, from no steering at (0, 0); bands are 95 % intervals.
 
@@ -98,7 +98,7 @@ def fading_curves(sweep: Sweep) -> Figure:
     """
     _check(sweep)
     layers = sorted({cell.layer for cell in sweep.cells})
-    figure, panels = _panels([f"layer {layer}" for layer in layers], str)
+    figure, panels = shared_panels([f"layer {layer}" for layer in layers], str)
     for layer, (_, axis) in zip(layers, panels, strict=True):
         axis.axhline(0, color=LINE, lw=0.7, zorder=0)
         axis.axvline(sweep.matched, color=QUIET, lw=0.7, ls=":", zorder=0)
@@ -129,4 +129,4 @@ def _by_cost(sweep: Sweep) -> bool:
 
 def _brief(value: float) -> str:
     """A number in two digits or so: .05, 1.2, 12."""
-    return _plain(value, 2 if abs(value) < 0.995 else 1 if abs(value) < 9.95 else 0)
+    return plain_number(value, 2 if abs(value) < 0.995 else 1 if abs(value) < 9.95 else 0)
