@@ -18,7 +18,7 @@ from fgsteer.evaluation.judges.requests import completion
 from fgsteer.export import gguf
 from fgsteer.models.embedded import pretrained_dir
 from fgsteer.serving.served import read_served, save_clamp
-from fgsteer.storage import files
+from fgsteer.storage import files, json_files
 from fgsteer.storage.parts import Parts
 from tests.helpers import runs
 from tests.helpers.sae_files import config_of, folder_of, state_of
@@ -163,8 +163,8 @@ def test_a_header_that_could_not_be_read_is_not_written(tmp_path):
     half = "caf\udce9"  # as a name in another encoding comes from the command line
     files.write_tensors(tmp_path / "f", {}, kind="x", header={"name": half})
     assert files.read_tensors(tmp_path / "f", kind="x")[1]["name"] == "caf?"
-    files.write_json(tmp_path / "j", {"name": half})
-    assert files.read_json(tmp_path / "j") == {"name": "caf?"}
+    json_files.write_json(tmp_path / "j", {"name": half})
+    assert json_files.read_json(tmp_path / "j") == {"name": "caf?"}
 
 
 # ---------------------------------------------------------------- keys that stand twice
@@ -185,7 +185,7 @@ def cfg(path):
 @pytest.mark.parametrize(
     ("name", "text", "key", "read"),
     [
-        ("f.json", '{"a": [{"b": 1, "c": {"d": 1, "d": 1}}]}', "d", files.read_json),
+        ("f.json", '{"a": [{"b": 1, "c": {"d": 1, "d": 1}}]}', "d", json_files.read_json),
         ("f.json", TWICE, "positive", fg.load_contrast),
         ("f.json", f"[{ROW}]", "positive", fg.load_contrast),
         ("f.jsonl", ROW, "positive", fg.load_contrast),
