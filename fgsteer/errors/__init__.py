@@ -16,7 +16,7 @@
     ├── SelectionWarning   a selection that is weaker than it looks
     └── UntouchedWarning   a steered run in which no token was steered, or a module that was is replaced
 
-An error says what came, what was expected, and what to change.
+An error says what was expected, what came, the likely cause, and what to change.
 """
 
 from __future__ import annotations
@@ -25,12 +25,23 @@ from fgsteer.errors.escaping import escaped
 
 
 class FgsteerError(Exception):
-    """Base of every fgsteer error: what was got, what was expected, what to change."""
+    """Base of every fgsteer error: what came, what was expected, what to change.
+
+    Args:
+        got: What came: a phrase that completes "Expected …, got …", or a sentence of its own, with its full stop.
+        expected: A phrase that completes "Expected …"; may be empty where ``got`` is a sentence.
+        change: What to change, and the likely cause: an imperative or a sentence, without its full stop.
+    """
 
     def __init__(self, got: str, expected: str = "", change: str = "") -> None:
         self.got, self.expected, self.change = got, expected, change
-        parts = [got, f"expected {expected}" if expected else "", change]
-        super().__init__("; ".join(part for part in parts if part))
+        if expected and not got.endswith("."):
+            message = f"Expected {expected}, got {got}."
+        else:
+            message = f"{got.removesuffix('.')}." + (f" Expected {expected}." if expected else "")
+        if change:
+            message += f" {change[0].upper()}{change[1:]}" + ("" if change.endswith((".", "?", ")")) else ".")
+        super().__init__(message)
 
     def __str__(self) -> str:
         return escaped(super().__str__())  # names and texts in it may come from anywhere
