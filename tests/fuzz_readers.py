@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -527,7 +528,8 @@ def in_json(data: bytes, rng: random.Random) -> bytes:
 
 def changed_value(value: object, rng: random.Random) -> object:
     """A JSON value with one of the values in it replaced, removed, renamed or scaled."""
-    places: list[tuple[dict | list, object]] = []
+    node: Any
+    places: list[tuple[Any, Any]] = []
     waiting = [value]
     while waiting:
         node = waiting.pop()

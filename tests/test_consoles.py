@@ -12,13 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 
 import fgsteer as fg
-from fgsteer.cli.common import app
 from fgsteer.cli.terminal import in_words, json_text, options_of
 from fgsteer.errors.wording import a, count
-from tests.helpers.cli import run_on_console
+from tests.helpers.cli import click_group, run_on_console
 from tests.helpers.tiny import tiny_model, word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +116,7 @@ def test_messages_have_articles_and_plurals(llama):
 
 
 def test_the_command_line_speaks_of_options():
-    commands = typer.main.get_command(app).commands
+    commands = click_group().commands
     collect, generate, build = (options_of(commands[name]) for name in ("collect", "generate", "build"))
     for message, options, expected in (
         ("pass sae=, or hookpoints=", collect, "pass --sae, or --hookpoint"),

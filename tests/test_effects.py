@@ -23,6 +23,7 @@ from fgsteer.effects.measuring import Agreement, Plan, decoder_directions, fit_p
 from fgsteer.effects.ridge import LinearMoments, best_ridge, ridge_path
 from fgsteer.effects.rollouts import Sampling, choose, rollout, rollout_features
 from fgsteer.likelihood.calibration import calibrate_many
+from fgsteer.likelihood.scoring import cross_entropies
 from fgsteer.models.hookpoints import blocks_of
 from fgsteer.storage.files import read_tensors, write_tensors
 from tests.helpers.saes import make_sae
@@ -139,7 +140,7 @@ def test_a_grid_of_costs_is_met_with_fewer_passes(llama, tokenizer, texts, monke
     ]
     makes.append(fg.SteeringVector(torch.zeros(32), fg.Hookpoint(1)).add)  # no cost, whatever the coefficient
     asked = []
-    measured = calibration.cross_entropies
+    measured = cross_entropies
 
     def counted(model, tokenizer, texts, given, **kwargs):
         asked.append(len(given))
@@ -298,7 +299,7 @@ def test_killed_at_any_write_it_ends_the_same(llama, tokenizer, texts, tmp_path,
     sae = make_sae(d_sae=24)
     unbroken = measure(llama, tokenizer, sae, texts, None)
     unbroken.save(tmp_path / "whole.safetensors")
-    lottery, kills, original = random.Random(1), 0, measuring.write_tensors
+    lottery, kills, original = random.Random(1), 0, write_tensors
 
     def write(path, *args, **kwargs):
         if lottery.random() < 0.5:

@@ -9,6 +9,7 @@ import json
 import sys
 import unicodedata
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from urllib.parse import quote
 
@@ -86,7 +87,7 @@ def test_markdown_reads_back_as_the_text_alone(text):
 
 
 KEYS = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=12, max_size=60)
-WAYS = {
+WAYS: dict[str, Callable[[str], str]] = {
     "plain": lambda key: key,
     "JSON": json.dumps,
     "JSON in JSON": lambda key: json.dumps(json.dumps({"authorization": f"Bearer {key}"})),

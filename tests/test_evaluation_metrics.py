@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
 from fgsteer.data.contrasts import SHIPPED
 from fgsteer.evaluation.metrics.coherence import distinct_share
 from fgsteer.models.hookpoints import resolve
+from tests.helpers.cli import app
 from tests.helpers.examples import naive_examples
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import tiny_model, word_tokenizer
@@ -29,7 +30,7 @@ QUESTIONS = [
     fg.ContrastPair("tea and bread", "no", prompt="I think"),
 ]
 # float32 forward passes at other batch shapes, sums of up to a dozen tokens
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -426,4 +427,5 @@ def test_gpu_twin_of_evaluation(dtype, tokenizer, vector):
         results[-1] = torch.cat([results[-1], answers.share.flatten(), coherence.cross_entropy])
     # bfloat16 keeps 8 bits, and these logits spread over some tens of nats
     tolerance = 1e-3 if dtype == torch.float32 else 0.3
-    assert torch.allclose(*(r.double() for r in results), rtol=tolerance, atol=tolerance)
+    cpu, cuda = (result.double() for result in results)
+    assert torch.allclose(cpu, cuda, rtol=tolerance, atol=tolerance)

@@ -17,6 +17,7 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def start(work):
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        status = 1
+        status: Any = 1
         try:
             torch.set_num_threads(1)
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from typer.models import OptionInfo
 
 import fgsteer as fg
 from fgsteer import cli
-from fgsteer.cli.common import app
+from tests.helpers.cli import click_group
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import D_MODEL
 
@@ -37,7 +37,7 @@ INTEGERS = [
 ]
 FLOATS = ["nan", "inf", "-inf", HUGE, "9" * 5000, "1e999", "", "\udcff", "1,5"]
 RELEASES = {"r": {"model": "m", "repo_id": "me/r", "saes": [{"id": "layer_1", "path": "layer_1"}]}}
-COMMAND = typer.main.get_command(app)
+COMMAND = click_group()
 COMMANDS = COMMAND.commands
 
 
@@ -93,7 +93,7 @@ def run(monkeypatch, capsys):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["fgsteer", *arguments])
-        status = 0
+        status: Any = 0
         with warnings.catch_warnings():
             try:
                 cli.main()

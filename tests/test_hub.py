@@ -6,6 +6,7 @@ import ast
 import json
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,7 @@ def read(text):
     code = ast.parse(fences["python"])
     (load,) = [n for n in ast.walk(code) if isinstance(n, ast.Call) and "load_model" in ast.unparse(n.func)]
     (named,) = load.args
+    assert isinstance(named, ast.Constant)
     load.args = []
     return yaml.safe_load(head), headings, named.value, ast.unparse(code), json.loads(fences["json"])
 
@@ -152,7 +154,7 @@ def test_the_cards_code_runs(vector, tmp_path):
     """The snippet as printed, with the repository named where it leaves a gap."""
     fg.from_features(fg.load_sae("default"), [2588]).save_pretrained(tmp_path / "bare")
     code = (tmp_path / "bare" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     here = repr(str(tmp_path / "bare"))
     exec(code.replace("'…'", here), scope)
     assert scope["vector"].norm == pytest.approx(1.0, rel=1e-5)

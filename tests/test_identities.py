@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +67,7 @@ def test_every_weight_counts(llama):
 
 
 def test_a_shared_tensor_is_read_once(monkeypatch):
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model: Any = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     apart = weights_sha256(model)
     read, original = [], identities.stored_sha256
     monkeypatch.setattr(identities, "stored_sha256", lambda tensor: read.append(tensor) or original(tensor))
@@ -218,7 +220,7 @@ def test_a_run_of_something_else_is_refused_by_name(begun, monkeypatch):
         prompts = ("the man", "a dog", "the queen", "she took")
         held_out = fg.ContrastSet("held", positives=["a ring"], negatives=["tea"])
         fit = fg.EffectApproximator(torch.ones(32, 24), torch.ones(24), sae.hookpoint, sae.sha256)
-        judge = LengthJudge()
+        judge: Any = LengthJudge()
         judge.identity = {"asks": 1}
         cases += [
             ({"contrast": replace(parts["contrast"], held_out=held_out)}, r"contrasts\.own\.held_out was"),
@@ -250,7 +252,7 @@ def test_a_run_of_something_else_is_refused_by_name(begun, monkeypatch):
 
 def test_a_patch_of_a_library_parts_no_run(begun, monkeypatch):
     run, folder, parts = begun
-    original = identities.version
+    original = importlib.metadata.version
     monkeypatch.setattr(identities, "version", lambda n: original(n) + (".post7" if n != "fgsteer" else ""))
     run(folder, **parts)
 

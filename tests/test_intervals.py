@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +23,9 @@ from tests.helpers import runs
 from tests.reference import tables as naive
 
 # sums in another order: a few ulps of float64
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
+EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 # the reference's t quantile steps by a hundred-thousandth
-ENDS = {"rtol": 1e-4, "atol": 1e-12}
+ENDS: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-12}
 
 
 def values(x):
@@ -126,7 +127,7 @@ def test_intervals_of_skewed_scores_cover_nearly_as_often():
 
 
 def test_intervals_refuse_what_has_none():
-    nothing = [[], [{}], [{Unit(0, 0): 1.0}], [{Unit(0, 0): 1.0, Unit(1, 0): math.nan}]]
+    nothing: list[list[dict[Unit, float]]] = [[], [{}], [{Unit(0, 0): 1.0}], [{Unit(0, 0): 1.0, Unit(1, 0): math.nan}]]
     one_prompt = [{Unit(0, seed): float(seed) for seed in range(8)}]
     for strata in [*nothing, one_prompt]:
         with pytest.raises(DataError):

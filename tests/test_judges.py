@@ -52,9 +52,9 @@ def test_logistic_converges_where_newton_alone_overshoots(scale):
 
 def test_logistic_refuses_what_has_no_optimum():
     x, y, weight = problem()
-    for bad in ((x, torch.ones_like(y)), (x, torch.zeros_like(y)), (x / 0, y)):
+    for inputs, labels in ((x, torch.ones_like(y)), (x, torch.zeros_like(y)), (x / 0, y)):
         with pytest.raises(fg.DataError, match="optimum"):
-            logistic(*bad, weight, 1.0)
+            logistic(inputs, labels, weight, 1.0)
 
 
 def test_auc_counts_pairs():

@@ -17,9 +17,9 @@ import pytest
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
 from fgsteer.evaluation.bench import shared
 from fgsteer.storage.locks import held, lock_path
+from tests.helpers.cli import app
 from tests.helpers.resumable import PARTS, bench, collect, density, effects, shared_bench
 from tests.helpers.saes import make_sae
 

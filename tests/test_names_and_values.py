@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer import methods, serving
-from fgsteer.cli import app
 from fgsteer.saes.registry import models_like, models_named, registry
 from fgsteer.serving.request import steering as request_steering
+from tests.helpers.cli import app
 from tests.helpers.saes import make_sae
 
 AT = fg.Hookpoint(1)

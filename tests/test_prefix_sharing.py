@@ -7,6 +7,7 @@ import functools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,7 +242,7 @@ def test_groups_share_half_of_each_row():
 def test_steered_reading_is_not_shared(scope, llama, tokenizer):
     """A scope tells the prompt by the first pass: in two passes it would end with the prefix."""
     item = vector(1, layer=0).add(4.0, scope=scope)
-    compiled = torch.compile(llama, backend="eager")
+    compiled: Any = torch.compile(llama, backend="eager")
     with fg.steer(llama, item):
         assert arrange_for(llama) is batches
         assert arrange_for(compiled) is batches  # whose generate the block does not set

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ PAIRS = [
 ]
 QUESTIONS = [fg.ContrastPair("yes", "no", prompt="the man said"), fg.ContrastPair("tea", "war", prompt="I think")]
 # float32 logits of other batch shapes and of a cache, sums of up to five tokens, in nats
-CLOSE = {"rel": 1e-4, "abs": 1e-4}
+CLOSE: dict[str, Any] = {"rel": 1e-4, "abs": 1e-4}
 
 
 def add(scope="all", coefficient=2.0, **options):
@@ -183,7 +184,9 @@ def test_propensity_knows_the_boundary(llama, tokenizer):
     contrast = fg.ContrastSet("x", pairs=QUESTIONS)
     values, _ = Propensity(contrast).values(llama, tokenizer, [add("last_prompt_on")])
     expected = [
-        total(llama, tokenizer, *text, "last_prompt_on") for side in (True, False) for text in contrast.side(side)
+        total(llama, tokenizer, prompt, text, "last_prompt_on")
+        for side in (True, False)
+        for prompt, text in contrast.side(side)
     ]
     assert values[0].tolist() == pytest.approx(expected, **CLOSE)
 

@@ -13,11 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
 from fgsteer.features import cards
 from fgsteer.features.search import FLOOR, word_pattern
 from fgsteer.saes.examples import token_texts
 from fgsteer.storage.files import read_tensors, write_tensors
+from tests.helpers.cli import app
 from tests.helpers.pages import Checker, luminance
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import WORDS, word_tokenizer

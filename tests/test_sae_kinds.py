@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ def test_small_inputs_are_reconstructed_in_sae_lens_units(norm, scale, tmp_path)
     x = inputs() * scale
     expected = theirs(x).detach()
     # float32 sums in another order, relative to the largest entry
-    tolerance = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
+    tolerance: dict[str, Any] = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
     assert torch.allclose(ours.reconstruct(x), expected, **tolerance)
     # what a feature's activation adds to the reconstruction: input_scale, which ClampFeature multiplies by
     acts = ours.encode(x)

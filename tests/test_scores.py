@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ def naive_output_score(model, tokenizer, sae, feature, prompt, coefficient, k):
         h[:, -1] += coefficient * acts.max() * scale * sae.W_dec[feature]
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
-    decoder = decoder_of(model)
+    decoder: Any = decoder_of(model)
     norm = getattr(decoder, "norm", None) or getattr(decoder, "ln_f", None) or decoder.final_layer_norm
     row = sae.W_dec[feature][None]
     with torch.no_grad():

@@ -348,13 +348,14 @@ def test_a_name_in_a_full_table_is_replaced_once_nothing_uses_it():
 
 def test_tags_stay_whole_numbers_of_float32():
     """Whatever the number of uploads: 2²⁴ + 1 would be the tag before it, and steer by another's rows."""
-    control = Control(FakeEngine([1]), [1])
+    engine = FakeEngine([1])
+    control = Control(engine, [1])
     control.load("kept", vector(0))
     for number in range(50):
         control.load("a", vector(number))
-    assert control.engine.tables[1].owner.max() <= 3
+    assert engine.tables[1].owner.max() <= 3
     control.unload("a")
-    assert (control.engine.tables[1].owner == -1).sum() == 3
+    assert (engine.tables[1].owner == -1).sum() == 3
 
 
 def test_what_admission_has_not_planned_never_reaches_the_engine():
@@ -383,10 +384,11 @@ def test_what_admission_has_not_planned_never_reaches_the_engine():
 def test_canary():
     engine = FakeEngine([0, 1])
     Control(engine, [0, 1]).canary()
-    control = Control(FakeEngine([0, 1], steers=False), [0, 1])
+    blind = FakeEngine([0, 1], steers=False)
+    control = Control(blind, [0, 1])
     with pytest.raises(fg.SteeringError, match=r"layer 0.*compile cache"):
         control.canary()
-    for one in (engine, control.engine):
+    for one in (engine, blind):
         assert all((table.owner == -1).all() for table in one.tables.values())
 
 

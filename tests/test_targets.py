@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -18,30 +19,31 @@ import torch
 import typer
 
 import fgsteer as fg
-from fgsteer.cli import app, doors
+from fgsteer.cli import doors
 from fgsteer.evaluation.bench.plots import save_each
 from fgsteer.evaluation.judges.endpoint import AnswerCache
-from fgsteer.storage import atomic, files, json_files
+from fgsteer.storage import atomic, files
 from fgsteer.storage.parts import Parts
+from tests.helpers.cli import app
 
 AT = "blocks.1.hook_resid_post"
 
 
 def write_folder(path):
-    with atomic.whole_folder(path) as beside:
+    with files.whole_folder(path) as beside:
         (beside / "a").write_text("new")
 
 
 def write_page(path):
-    with atomic.whole(path) as beside:
+    with files.whole(path) as beside:
         beside.write_text("new")
 
 
 WRITERS = {
     "page": write_page,
     "vector": lambda path: fg.SteeringVector(torch.ones(4), AT).save(path),
-    "json": lambda path: json_files.write_json(path, [1]),
-    "append": lambda path: atomic.append_bytes(path, b"new"),
+    "json": lambda path: files.write_json(path, [1]),
+    "append": lambda path: files.append_bytes(path, b"new"),
     "answers": lambda path: AnswerCache(path).add("key", 7),
 }
 FOLDERS = {
@@ -258,7 +260,7 @@ def test_where_nothing_can_be_locked_files_are_written_and_nothing_is_removed(tm
     def refuse(*_):
         raise OSError("no locks here")
 
-    monkeypatch.setattr(atomic.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     write_page(tmp_path / "page")
     assert (tmp_path / "page").read_text() == "new"
     assert left.exists()

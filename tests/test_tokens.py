@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 import fgsteer as fg
 from fgsteer.activations.tokens import TokenReader, encode_prompts
@@ -18,7 +20,7 @@ AT = "blocks.1.hook_resid_post"
 USER = [{"role": "user", "content": "the man said"}]
 YES = [{"role": "assistant", "content": "tea and bread"}]
 # float32 forward passes at other batch shapes
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def with_eos():
@@ -43,7 +45,7 @@ def with_tail():
     return tokenizer
 
 
-class SlowTokenizer(type(word_tokenizer())):
+class SlowTokenizer(PreTrainedTokenizerFast):
     """The same tokenizer, which does not tell where in the text its tokens stand."""
 
     is_fast = False

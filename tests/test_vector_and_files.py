@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -110,9 +111,14 @@ def test_hostile_statistics_density_and_effects_are_typed_errors(tmp_path):
         header = {"kind": "statistics", "reading": {}, "data": [], "counts": {key: count}}
         cases.append((fg.ContrastStatistics, tensors, header))
     cases.append((fg.ContrastStatistics, {"x": one}, {"kind": "statistics", "reading": None, "data": [], "counts": {}}))
-    density = {"kind": "density", "tokens": 5, "sae_sha256": "x", "max_density": None, "corpus": {}}
+    density: dict[str, Any] = {"kind": "density", "tokens": 5, "sae_sha256": "x", "max_density": None, "corpus": {}}
     names = ("fired", "documents", "first")
-    for extra, widths in (({"tokens": float("inf")}, (3, 3, 3)), ({"max_density": "x"}, (3, 3, 3)), ({}, (3, 2, 3))):
+    changes: list[tuple[dict[str, Any], tuple[int, ...]]] = [
+        ({"tokens": float("inf")}, (3, 3, 3)),
+        ({"max_density": "x"}, (3, 3, 3)),
+        ({}, (3, 2, 3)),
+    ]
+    for extra, widths in changes:
         tensors = {n: torch.ones(w) for n, w in zip(names, widths, strict=True)}
         cases.append((fg.FeatureDensity, tensors, {**density, **extra}))
     effects = {"kind": "effects", "hookpoint": AT, "sae_sha256": "x", "about": {}}

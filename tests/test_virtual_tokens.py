@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ MASK = IDS.ne(1).long()
 KINDS = ["prompt", "p", "prefix", "cpt", "lora"]
 CASES = [*(("llama", kind) for kind in KINDS), ("gpt2", "prompt"), ("gpt2", "prefix"), ("gemma2", "p")]
 # float32: steps with a cache and whole passes add in another order; logits of size ~10
-CLOSE = {"rtol": 1e-4, "atol": 5e-4}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 5e-4}
 
 
 @functools.cache

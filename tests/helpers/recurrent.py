@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -40,7 +41,7 @@ _DELTA = {
     "linear_conv_kernel_dim": 3,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "mamba": _STATE,
     "mamba2": {**_STATE, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     "falcon_mamba": _STATE,
@@ -84,10 +85,10 @@ CONFIGS = {
 
 
 @functools.cache
-def recurrent_model(family: str) -> torch.nn.Module:
+def recurrent_model(family: str) -> Any:
     """A random model of a family in float32, whose generated tokens vary."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**_SHAPE, **CONFIGS[family]})
+    config = AutoConfig.for_model(family, **(_SHAPE | CONFIGS[family]))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config.eos_token_id = None  # every row runs to its length
     return model.eval()

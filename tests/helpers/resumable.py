@@ -45,8 +45,8 @@ SHORT = {"sampling": Sampling(max_new_tokens=2), "target_ce_rise": 0.05}
 
 
 def bench_of(model, tokenizer, sae, contrast, judge=None, effects=None, **plan):
-    plan = BenchPlan(concepts=("own",), **{**PLAN, **plan})
-    return Bench(model, tokenizer, {1: sae}, {1: effects} if effects else {}, judge or LengthJudge(), plan,
+    made = BenchPlan(concepts=("own",), **{**PLAN, **plan})
+    return Bench(model, tokenizer, {1: sae}, {1: effects} if effects else {}, judge or LengthJudge(), made,
                  contrasts=[contrast])  # fmt: skip
 
 
