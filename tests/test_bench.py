@@ -18,11 +18,11 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.data import check_name
-from fgsteer.evaluation import shared
-from fgsteer.evaluation.arms import BENCH_METHODS, ConceptArms
-from fgsteer.evaluation.bench import Bench, BenchPlan
-from fgsteer.evaluation.run_files import append, resume, strengths_path
+from fgsteer.data.contrasts import check_name
+from fgsteer.evaluation.bench import shared
+from fgsteer.evaluation.bench.bench import Bench, BenchPlan
+from fgsteer.evaluation.bench.conditions import BENCH_METHODS, ConceptArms
+from fgsteer.evaluation.bench.run_files import append, resume, strengths_path
 from tests.helpers.cli import app
 
 PLAN = BenchPlan(

@@ -15,7 +15,7 @@ import torch
 
 import fgsteer as fg
 from fgsteer.cli.terminal import in_words, json_text, options_of
-from fgsteer.wording import a, count
+from fgsteer.errors.wording import a, count
 from tests.helpers.cli import click_group, run_on_console
 from tests.helpers.tiny import tiny_model, word_tokenizer
 

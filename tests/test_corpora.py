@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.corpora import as_documents, read_documents
+from fgsteer.data.corpora import as_documents, read_documents
 from tests.helpers.cli import app
 from tests.helpers.saes import make_sae
 

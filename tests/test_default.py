@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer import demo
-from fgsteer.files import read_json
-from fgsteer.models import pretrained_dir
+from fgsteer.cli import demo
+from fgsteer.models.embedded import pretrained_dir
+from fgsteer.storage.json_files import read_json
 from tests.helpers.cli import invoke
 
 runner = CliRunner()

@@ -23,14 +23,14 @@ from rich.table import Table
 from rich.text import Text
 
 import fgsteer as fg
-from fgsteer.cards import html_page
 from fgsteer.cli.common import console, progress_bar
 from fgsteer.cli.terminal import json_text as terminal_json
 from fgsteer.cli.terminal import say
-from fgsteer.escaping import escaped, json_text, markdown, markdown_code, without
-from fgsteer.examples import Excerpt
-from fgsteer.files import write_tensors
-from fgsteer.reading import FeatureRow
+from fgsteer.errors.escaping import escaped, json_text, markdown, markdown_code, without
+from fgsteer.features.cards import html_page
+from fgsteer.features.description import FeatureRow
+from fgsteer.saes.examples import Excerpt
+from fgsteer.storage.files import write_tensors
 from tests.helpers.cli import run_on_console
 from tests.helpers.pages import MARKS
 from tests.helpers.saes import make_sae

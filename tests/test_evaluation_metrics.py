@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.data import SHIPPED
-from fgsteer.evaluation.coherence import distinct_share
-from fgsteer.hookpoints import resolve
+from fgsteer.data.contrasts import SHIPPED
+from fgsteer.evaluation.metrics.coherence import distinct_share
+from fgsteer.models.hookpoints import resolve
 from tests.helpers.cli import app
 from tests.helpers.examples import naive_examples
 from tests.helpers.saes import make_sae

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.activations import by_token, primary
-from fgsteer.hookpoints import _SUBLAYERS, blocks_of, resolve
-from fgsteer.models import d_model, identity, logit_lens
+from fgsteer.activations.outputs import by_token, primary
+from fgsteer.models.hookpoints import _SUBLAYERS, blocks_of, resolve
+from fgsteer.models.pairing import identity
+from fgsteer.models.properties import d_model
+from fgsteer.models.unembedding import logit_lens
 from tests.helpers.examples import DOWN, SET, UP, naive_examples
 from tests.helpers.saes import make_sae
 from tests.helpers.steering import batch, rows_of, run, vector

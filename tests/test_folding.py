@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import fgsteer as fg
-from fgsteer.files import whole_folder
+from fgsteer.storage.atomic import whole_folder
 from tests.helpers.cli import invoke
 from tests.helpers.saes import make_sae
 from tests.helpers.steering import batch, direction, run, vector

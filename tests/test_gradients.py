@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import fgsteer as fg
-from fgsteer.hookpoints import resolve
 from fgsteer.interventions import SCOPES
+from fgsteer.models.hookpoints import resolve
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import D_MODEL, tiny_model
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.measuring import decoder_directions
-from fgsteer.rollouts import Sampling
+from fgsteer.effects.measuring import decoder_directions
+from fgsteer.effects.rollouts import Sampling
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import D_MODEL, tiny_model, word_tokenizer
 

@@ -14,8 +14,8 @@ import yaml
 from markdown_it import MarkdownIt
 
 import fgsteer as fg
-from fgsteer.escaping import markdown
-from fgsteer.evaluation.records import Run
+from fgsteer.errors.escaping import markdown
+from fgsteer.evaluation.bench.records import Run
 from fgsteer.hub import card
 from tests.helpers.errors import chain
 from tests.helpers.hub import COMMIT, TOKEN, Hub
@@ -178,7 +178,7 @@ def test_what_the_hub_says_is_told_without_the_token(named, vector, monkeypatch)
         raise OSError(f"401 for Authorization: Bearer {token}\nmore")
 
     monkeypatch.setattr("fgsteer.hub.hub_is_reachable", lambda: True)
-    monkeypatch.setattr("fgsteer.network.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("fgsteer.storage.network.hub_is_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)

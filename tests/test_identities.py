@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 import fgsteer as fg
-from fgsteer import identities
-from fgsteer.evaluation.run_files import strengths_path
-from fgsteer.files import read_json, read_tensors, write_json
-from fgsteer.identities import check_same, made_of, tokenizer_sha256, weights_sha256
+from fgsteer.evaluation.bench.run_files import strengths_path
+from fgsteer.models import fingerprints as identities
+from fgsteer.models.fingerprints import made_of, tokenizer_sha256, weights_sha256
+from fgsteer.storage.files import read_tensors
+from fgsteer.storage.json_files import read_json, write_json
+from fgsteer.storage.plans import check_same
 from tests.helpers.resumable import (
     PARTS,
     RUNS,
@@ -67,8 +69,8 @@ def test_every_weight_counts(llama):
 def test_a_shared_tensor_is_read_once(monkeypatch):
     model: Any = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     apart = weights_sha256(model)
-    read, original = [], identities._sha256
-    monkeypatch.setattr(identities, "_sha256", lambda tensor: read.append(tensor) or original(tensor))
+    read, original = [], identities.stored_sha256
+    monkeypatch.setattr(identities, "stored_sha256", lambda tensor: read.append(tensor) or original(tensor))
     model[1].weight = model[0].weight
     tied = weights_sha256(model)
     assert len(read) == 1
@@ -309,7 +311,7 @@ def test_strengths_of_something_else_are_refused_before_the_next_are_set(models,
     parts = {**PARTS, "model": models["llama"]}
     bench(tmp_path, **parts)
     (tmp_path / "run.jsonl").unlink()
-    monkeypatch.setattr("fgsteer.evaluation.bench.calibrate_grid", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("fgsteer.evaluation.bench.bench.calibrate_grid", lambda *_, **__: 1 / 0)
     bench(tmp_path, **parts)
     kept = strengths_path(tmp_path / "run.jsonl").read_bytes()
     for there in (True, False):

@@ -11,14 +11,14 @@ import pytest
 
 import fgsteer as fg
 from fgsteer.cli.bench import QUICK
-from fgsteer.data import load_bench_prompts
+from fgsteer.data.contrasts import load_bench_prompts
 from fgsteer.errors import DataError, PairingError
-from fgsteer.evaluation.bench import BenchPlan
-from fgsteer.evaluation.intervals import Interval, mean_interval, paired_differences, t_quantile
-from fgsteer.evaluation.propensity import Propensity
-from fgsteer.evaluation.records import HALVES, Unit
-from fgsteer.evaluation.shared import begun_design
-from fgsteer.evaluation.tables import average_table, over_prompts
+from fgsteer.evaluation.bench.bench import BenchPlan
+from fgsteer.evaluation.bench.records import HALVES, Unit
+from fgsteer.evaluation.bench.shared import begun_design
+from fgsteer.evaluation.bench.tables import average_table, over_prompts
+from fgsteer.evaluation.metrics.intervals import Interval, mean_interval, paired_differences, t_quantile
+from fgsteer.evaluation.metrics.propensity import Propensity
 from tests.helpers import runs
 from tests.reference import tables as naive
 

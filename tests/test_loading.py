@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import fgsteer as fg
-from fgsteer import models
+from fgsteer.models import loading as models
 from tests.helpers.tiny import VOCAB, tiny_model, word_tokenizer
 
 TEXTS = ["the king said", "a dog"]

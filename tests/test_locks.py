@@ -17,8 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.evaluation import shared
-from fgsteer.locks import held, lock_path
+from fgsteer.evaluation.bench import shared
+from fgsteer.storage.locks import held, lock_path
 from tests.helpers.cli import app
 from tests.helpers.resumable import PARTS, bench, collect, density, effects, shared_bench
 from tests.helpers.saes import make_sae
@@ -26,7 +26,7 @@ from tests.helpers.saes import make_sae
 ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
 import sys, time
-from fgsteer.locks import held
+from fgsteer.storage.locks import held
 with held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -47,7 +47,7 @@ def holder(tmp_path):
 def test_the_second_process_is_told_at_once_who_holds_a_file(holder, monkeypatch):
     process, path = holder
     before = lock_path(path).read_bytes()
-    monkeypatch.setattr("fgsteer.locks.time.sleep", lambda _: pytest.fail("waited for the lock, or for who holds it"))
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited for the lock, or for who holds it"))
     for _ in range(2):  # being refused leaves the holder's note as it is
         told = rf"run is being written by process {process.pid} on \S+ since 2.*-c"
         with pytest.raises(fg.BusyError, match=told), held(path):
@@ -176,7 +176,7 @@ def test_the_lock_of_another_user_is_told_apart_from_a_folder_that_cannot_be_wri
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("fgsteer.locks.FileLock.acquire", refuse)
+    monkeypatch.setattr("fgsteer.storage.locks.FileLock.acquire", refuse)
     path = tmp_path / "run"
     with pytest.raises(fg.FormatError, match="Permission denied"), held(path):
         pass

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer import methods, serving
-from fgsteer.sae_registry import models_like, models_named, registry
+from fgsteer.saes.registry import models_like, models_named, registry
 from fgsteer.serving.request import steering as request_steering
 from tests.helpers.cli import app
 from tests.helpers.saes import make_sae

@@ -15,10 +15,10 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer import network
-from fgsteer.chat import apply_template
-from fgsteer.rendering import render_prompt
-from fgsteer.search import forms_pattern
+from fgsteer.data.chat import apply_template
+from fgsteer.data.rendering import render_prompt
+from fgsteer.features.search import forms_pattern
+from fgsteer.storage import network
 from tests.helpers.cli import app
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import tiny_model, word_tokenizer
@@ -370,7 +370,7 @@ def no_loading(monkeypatch):
         raise AssertionError("a model is loaded")
 
     fg.load_model("default")  # fills the module's names
-    monkeypatch.setattr("fgsteer.models.load_model", refuse)
+    monkeypatch.setattr("fgsteer.models.loading.load_model", refuse)
     monkeypatch.setattr(fg, "load_model", refuse)
 
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 import fgsteer as fg
 from fgsteer.interventions import SCOPES
-from fgsteer.models import start_ids
+from fgsteer.models.properties import start_ids
 from tests.helpers.tiny import D_MODEL, tiny_model
 
 PROMPTS = ["the man", "a dog sat on the bread", "she took the ring of the king"]

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 import fgsteer as fg
-from fgsteer.activations import Batch, batches
-from fgsteer.hookpoints import blocks_of, resolve
-from fgsteer.prefixes import _reads, arrange_for, group, shared_batches
-from fgsteer.tokens import TokenRow
+from fgsteer.activations.batches import Batch, batches
+from fgsteer.activations.prefixes import _reads, arrange_for, group, shared_batches
+from fgsteer.activations.tokens import TokenRow
+from fgsteer.models.hookpoints import blocks_of, resolve
 from tests.helpers.examples import LONG
 from tests.helpers.saes import make_sae
 from tests.helpers.steering import vector
@@ -138,7 +138,7 @@ def test_every_rule_equals_one_text_at_a_time(family, attention, tokenizer):
 @pytest.mark.parametrize("activation", ["topk", "jumprelu", "gated"])
 def test_features_of_shared_tokens_count_for_every_text(activation, tokenizer, monkeypatch):
     check(model_of("llama"), tokenizer, "llama", [("all", True)], make_sae(activation))
-    monkeypatch.setattr("fgsteer.pooling.ENCODE_ELEMENTS", 24 * 7)  # seven tokens are encoded at a time
+    monkeypatch.setattr("fgsteer.activations.pooling.ENCODE_ELEMENTS", 24 * 7)  # seven tokens are encoded at a time
     check(model_of("llama"), tokenizer, "llama", [("all", False)], make_sae(activation))
 
 
@@ -172,7 +172,7 @@ def test_answers_to_a_prompt_cost_half(llama, tokenizer):
 
 
 def test_pairs_meet_although_windows_are_short(llama, tokenizer, monkeypatch):
-    monkeypatch.setattr("fgsteer.tokens.WINDOW", 4)
+    monkeypatch.setattr("fgsteer.activations.tokens.WINDOW", 4)
     data = [fg.ContrastPair("A", "B", f"{word} {LONG}") for word in LONG.split()[:10]]
     shared, _ = tokens_run(llama, tokenizer, data)
     apart, _ = tokens_run(llama, tokenizer, data, share_prefixes=False)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.evaluation.propensity import Propensity
-from fgsteer.hookpoints import resolve
+from fgsteer.activations.tokens import encode_prompts
+from fgsteer.evaluation.metrics.propensity import Propensity
 from fgsteer.interventions import SCOPES
-from fgsteer.tokens import encode_prompts
+from fgsteer.models.hookpoints import resolve
 from tests.helpers.tiny import D_MODEL, word_tokenizer
 
 AT = fg.Hookpoint(1)
@@ -247,7 +247,7 @@ def test_the_default_model_by_hand():
 @pytest.mark.parametrize("scope", SCOPES)
 def test_harness_answers_know_the_boundary(llama, tokenizer, scope):
     """What lm-evaluation-harness's answers are scored by, one and several to a pass; the harness is not needed."""
-    from fgsteer.evaluation.harness import _score
+    from fgsteer.evaluation.tasks import _score
 
     pairs = PAIRS[:3]
     lengths = [len(tokenizer(prompt)["input_ids"]) for prompt, _ in pairs]

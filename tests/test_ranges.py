@@ -11,11 +11,11 @@ import torch
 
 import fgsteer as fg
 from fgsteer import export
-from fgsteer.ranges import largest
 from fgsteer.serving.control import Control
 from fgsteer.serving.request import PLAN, steering
 from fgsteer.serving.served import read_served, serve
 from fgsteer.serving.tables import Batch, Table
+from fgsteer.steering.ranges import largest
 from tests.helpers.engine import WIDTH, FakeEngine, clamp, normal, request, vector
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import tiny_model

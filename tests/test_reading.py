@@ -13,10 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer import cards
-from fgsteer.examples import token_texts
-from fgsteer.files import read_tensors, write_tensors
-from fgsteer.search import FLOOR, word_pattern
+from fgsteer.features import cards
+from fgsteer.features.search import FLOOR, word_pattern
+from fgsteer.saes.examples import token_texts
+from fgsteer.storage.files import read_tensors, write_tensors
 from tests.helpers.cli import app
 from tests.helpers.pages import Checker, luminance
 from tests.helpers.saes import make_sae
@@ -50,7 +50,9 @@ def naive_activations(model, tokenizer, sae, text, max_tokens):
 def test_excerpts_equal_a_loop(llama, tokenizer, activation, features, small_batches, monkeypatch):
     sae = make_sae(activation)
     if small_batches:
-        monkeypatch.setattr("fgsteer.pooling.ENCODE_ELEMENTS", 24 * 20)  # a row or two are encoded at a time
+        monkeypatch.setattr(
+            "fgsteer.activations.pooling.ENCODE_ELEMENTS", 24 * 20
+        )  # a row or two are encoded at a time
     found = fg.measure_examples(
         llama,
         tokenizer,
@@ -411,7 +413,7 @@ def test_command_line_reads_features(tmp_path):
 
 
 def test_a_search_without_a_hit_ends_with_1(monkeypatch):
-    monkeypatch.setattr("fgsteer.search.find_features", lambda *_, **__: [])
+    monkeypatch.setattr("fgsteer.features.search.find_features", lambda *_, **__: [])
     monkeypatch.delitem(fg.__dict__, "find_features", raising=False)
     result = invoke("features", "--search", "nothing", "--json")
     assert result.exit_code == 1

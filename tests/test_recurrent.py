@@ -9,10 +9,10 @@ import torch
 from transformers import DynamicCache
 
 import fgsteer as fg
-from fgsteer.hookpoints import blocks_of, resolve
 from fgsteer.interventions import SCOPES
-from fgsteer.models import d_model
-from fgsteer.steering import CACHES
+from fgsteer.models.hookpoints import blocks_of, resolve
+from fgsteer.models.properties import d_model
+from fgsteer.steering.hooks import CACHES
 from tests.helpers.recurrent import CONFIGS, recurrent_model
 from tests.reference import apply as reference
 

@@ -11,11 +11,18 @@ import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
-from fgsteer import cards
 from fgsteer.errors import DataError, FormatError, PairingError
-from fgsteer.evaluation import plots, report
-from fgsteer.evaluation.records import Run, Unit, best_coefficients, best_settings, load_run
-from fgsteer.evaluation.tables import average_table, best_sae_method, compare, concept_table, curve, over_prompts
+from fgsteer.evaluation.bench import plots, report
+from fgsteer.evaluation.bench.records import Run, Unit, best_coefficients, best_settings, load_run
+from fgsteer.evaluation.bench.tables import (
+    average_table,
+    best_sae_method,
+    compare,
+    concept_table,
+    curve,
+    over_prompts,
+)
+from fgsteer.features import cards
 from tests.helpers import runs
 from tests.helpers.pages import Checker, luminance
 from tests.reference import tables as naive

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.brief import Brief, brief
-from fgsteer.evaluation.bench import Bench, BenchPlan
+from fgsteer.errors.reprs import Brief, brief
+from fgsteer.evaluation.bench.bench import Bench, BenchPlan
 from tests.helpers import runs
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import tiny_model, word_tokenizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.models import width_at
+from fgsteer.models.pairing import width_at
 from tests.helpers.saes import make_sae
 
 

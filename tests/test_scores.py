@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import fgsteer as fg
-from fgsteer.hookpoints import decoder_of, resolve
+from fgsteer.models.hookpoints import decoder_of, resolve
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import word_tokenizer
 from tests.reference import scores as reference

@@ -15,7 +15,7 @@ import torch
 
 import fgsteer as fg
 from fgsteer.cli import main
-from fgsteer.rollouts import Sampling
+from fgsteer.effects.rollouts import Sampling
 from fgsteer.serving import VllmWriter, save_clamp, steered_llm, steering
 from fgsteer.serving.control import Control, refuse_unplanned
 from fgsteer.serving.offline import engine_settings
@@ -438,7 +438,7 @@ def test_command_line_of_the_server(tmp_path, monkeypatch, capsys):
 
 def test_the_soaks_figures_are_in_the_readme():
     root = Path(__file__).parents[1]
-    told = fg.files.read_json(root / "benchmarks" / "results" / "soak.json")
+    told = fg.json_files.read_json(root / "benchmarks" / "results" / "soak.json")
     honest, memory = told["honest"], told["memory"]
     assert (told["minutes"], told["clients"], honest["unequal"], told["broken"]) == (10, 8, 0, [])
     assert told["alive"]

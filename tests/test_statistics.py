@@ -78,7 +78,7 @@ def test_moments_merge_is_the_whole(seed, n, m):
 
 
 def test_answer_tokens_letters_and_chat(llama, tokenizer):
-    from fgsteer.tokens import TokenReader
+    from fgsteer.activations.tokens import TokenReader
 
     def selected(prompt, completion, rule):
         (rows,) = TokenReader(tokenizer, rule=rule).rows([(prompt, completion, True)])

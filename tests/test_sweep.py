@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.errors import DataError, HookpointError, SelectionError
-from fgsteer.evaluation import sweep_plots
-from fgsteer.evaluation.intervals import Interval
-from fgsteer.evaluation.sweep import random_like
-from fgsteer.evaluation.sweep_answers import Curve, best_layer, fade, in_words, sign_differences
-from fgsteer.hookpoints import blocks_of
+from fgsteer.evaluation.metrics.intervals import Interval
+from fgsteer.evaluation.sweep import plots as sweep_plots
+from fgsteer.evaluation.sweep.answers import Curve, best_layer, fade, in_words, sign_differences
+from fgsteer.evaluation.sweep.sweep import random_like
+from fgsteer.models.hookpoints import blocks_of
 from tests.helpers.cli import app
 from tests.helpers.examples import naive_examples
 from tests.helpers.tiny import D_MODEL, LAYERS, tiny_model

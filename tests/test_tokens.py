@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import fgsteer as fg
-from fgsteer.tokens import TokenReader, encode_prompts
+from fgsteer.activations.tokens import TokenReader, encode_prompts
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import D_MODEL, word_tokenizer
 
@@ -243,7 +243,7 @@ def test_rows_are_those_of_sae_lens(models, prepend):
 
 
 def test_what_saes_were_trained_with_is_read_from_their_configs(tmp_path):
-    from fgsteer.sae_formats import canonical
+    from fgsteer.saes.formats import canonical
 
     tensors = {"W_enc": torch.ones(4, 6), "W_dec": torch.ones(6, 4), "b_enc": torch.zeros(6), "b_dec": torch.zeros(4)}
     config = {"architecture": "standard", "d_in": 4, "d_sae": 6, "normalize_activations": "none"}

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.corpora import read_documents
-from fgsteer.files import write_tensors
-from fgsteer.hookpoints import resolve
+from fgsteer.data.corpora import read_documents
+from fgsteer.models.hookpoints import resolve
+from fgsteer.storage.files import write_tensors
 
 AT = "blocks.1.hook_resid_post"
 
@@ -131,7 +131,7 @@ def test_hostile_statistics_density_and_effects_are_typed_errors(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    from fgsteer.files import whole
+    from fgsteer.storage.atomic import whole
 
     path = tmp_path / "f"
     path.write_text("old")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.hookpoints import resolve
 from fgsteer.interventions import SCOPES
-from fgsteer.models import virtual_tokens
+from fgsteer.models.hookpoints import resolve
+from fgsteer.models.properties import virtual_tokens
 from tests.helpers.tiny import D_MODEL, HEADS, LAYERS, tiny_model
 from tests.reference import apply as reference
 

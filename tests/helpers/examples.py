@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import fgsteer as fg
-from fgsteer.hookpoints import resolve
+from fgsteer.models.hookpoints import resolve
 from tests.helpers.tiny import D_MODEL
 
 UP = ["the bride wore a ring", "the groom took the bride in the church", "wedding ring", "she said yes"]

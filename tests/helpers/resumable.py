@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 import fgsteer as fg
-from fgsteer.evaluation import shared
-from fgsteer.evaluation.bench import Bench, BenchPlan
-from fgsteer.rollouts import Sampling
+from fgsteer.effects.rollouts import Sampling
+from fgsteer.evaluation.bench import shared
+from fgsteer.evaluation.bench.bench import Bench, BenchPlan
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import word_tokenizer
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from fgsteer.sae_registry import RegistryRow, registry
+from fgsteer.saes.registry import RegistryRow, registry
 from tests.reference import sparse as reference
 
 D, K = 8, 12

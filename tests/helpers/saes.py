@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fgsteer.hookpoints import Hookpoint
-from fgsteer.sae import SAE
+from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.saes.sae import SAE
 
 
 def make_sae(activation="relu", d_model=32, d_sae=24, layer=1, seed=0, **extra) -> SAE:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 import fgsteer as fg
-from fgsteer.statistics import Contrast, Moments
+from fgsteer.statistics.contrast import Contrast
+from fgsteer.statistics.moments import Moments
 
 
 def things(n, width):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import fgsteer as fg
-from fgsteer.hookpoints import resolve
+from fgsteer.models.hookpoints import resolve
 from tests.helpers.tiny import D_MODEL
 from tests.reference import apply as reference
 
