@@ -1,5 +1,6 @@
 # make demo   creates .venv, installs, shows the main job on the embedded default
 # make test   creates .venv, installs, runs ruff, mypy and the tests
+# make coverage  runs the tests and tells which lines of fgsteer they reach; fails below the floor in pyproject.toml
 # make slow   the tests that take longer, make gpu those that need a CUDA device
 # make test-lowest  creates .venv-lowest with the lowest versions of every dependency, tests models and loading in it:
 #                   to be run by whoever changes a minimum in pyproject.toml or what is used of a dependency
@@ -11,7 +12,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow gpu test-vllm soak test-llama-cpp test-lowest lint lock clean
+.PHONY: demo test coverage slow gpu test-vllm soak test-llama-cpp test-lowest lint lock clean
 
 demo: .venv/installed
 	$(BIN)/fgsteer demo
@@ -23,6 +24,9 @@ lint: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+coverage: .venv/tested
+	$(BIN)/python -m pytest --cov --cov-report=term
 
 slow: .venv/tested
 	$(BIN)/python -m pytest -m slow
