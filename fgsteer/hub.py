@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from fgsteer.errors import DataError, FormatError
 from fgsteer.errors.escaping import markdown, markdown_code, without
 from fgsteer.models.embedded import model_name
-from fgsteer.storage.atomic import whole, whole_folder
-from fgsteer.storage.network import hub_is_reachable, hub_or_cache, unreachable
+from fgsteer.storage.atomic import atomic_folder, atomic_write
+from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_or_cache
 from fgsteer.vector import FILE_NAME, MeasuredRun, SteeringVector
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ def save_folder(
     files = {CARD: card(vector, points, run).encode()}
     if run is not None:
         files[CURVE] = _picture(points, run)
-    with whole_folder(folder) as inside:
+    with atomic_folder(folder) as inside:
         vector.save(inside / FILE_NAME)
         for name, data in files.items():
-            with whole(inside / name) as beside:
+            with atomic_write(inside / name) as beside:
                 beside.write_bytes(data)
 
 
@@ -102,7 +102,7 @@ def fetch(source: str | Path, filename: str, revision: str | None, token: str | 
         try:
             return Path(hf_hub_download(str(source), filename, revision=revision, token=token))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            why = _told(error, token) if reachable else unreachable()
+            why = _told(error, token) if reachable else describe_unreachable()
     raise FormatError(
         f"no {filename} in {source}: {why}",
         "a folder, or a repository written by push_to_hub",

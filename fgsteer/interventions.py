@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
 from fgsteer.errors.checks import check_flags, check_number, is_whole, shown
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
 
@@ -104,7 +104,7 @@ def apply(h: Float[Tensor, "batch tokens d_model"], update: Update, where: Tenso
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Intervention(Brief, ABC):
+class Intervention(OneLineRepr, ABC):
     """How an activation at ``hookpoint`` is changed, and on which tokens.
 
     ``scope``: all tokens, prompt, generated, or last_prompt_on (the last prompt token and

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionError, SteeringError
 from fgsteer.errors.checks import checked, is_number, is_whole, shown
 from fgsteer.errors.escaping import escaped
-from fgsteer.errors.reprs import FEW, TEXT
+from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, TEXT
 from fgsteer.errors.wording import a, count
 from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, finite_number, finite_vector
 from fgsteer.models.hookpoints import Hookpoint
@@ -129,8 +129,8 @@ class SteeringVector:
 
     def __repr__(self) -> str:
         method = escaped(str(self.provenance.get("method", "bare")), keep="")[:TEXT]
-        top = ", ".join(f"{feature.id}: {feature.weight:.3g}" for feature in self.top_features(FEW))
-        more = ", …" if len(self.features) > FEW else ""
+        top = ", ".join(f"{feature.id}: {feature.weight:.3g}" for feature in self.top_features(MAX_SHOWN_ENTRIES))
+        more = ", …" if len(self.features) > MAX_SHOWN_ENTRIES else ""
         features = f"{count(len(self.features), 'feature')}{f' {{{top}{more}}}' if top else ''}"
         return f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, {features})"
 

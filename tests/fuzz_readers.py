@@ -55,8 +55,8 @@ from fgsteer.statistics.collecting import _Reader, _sums_of
 from fgsteer.storage.files import write_tensors
 from fgsteer.storage.json_files import text_sha256, write_json
 from fgsteer.storage.locks import _holder
-from fgsteer.storage.parts import Parts
 from fgsteer.storage.ranks import Ranks
+from fgsteer.storage.shards import Shards
 from tests.helpers import engine, runs
 from tests.helpers.sae_files import K, config_of, folder_of, sparsify_files, state_of
 from tests.helpers.saes import make_sae
@@ -136,14 +136,14 @@ def piece(path):
 
 def part(path, kind):
     with tempfile.TemporaryDirectory() as folder:
-        parts = Parts(folder, kind, PARTS, Ranks())
+        parts = Shards(folder, kind, PARTS, Ranks())
         parts.path(0).write_bytes(path.read_bytes())
         return parts.read(0, "0")
 
 
 def collected(path):
     with tempfile.TemporaryDirectory() as folder:
-        return list(_sums_of(Parts(folder, "", PARTS, Ranks()), [part(path, "collected texts")]))
+        return list(_sums_of(Shards(folder, "", PARTS, Ranks()), [part(path, "collected texts")]))
 
 
 def clamp(path):
@@ -330,7 +330,9 @@ def identities(folder: Path) -> dict[str, Reader]:
     sides = {"positive": list("abcdef"), "negative": list("ghijkl")}
 
     def go_on(path: Path, fresh: bool = False) -> object:
-        steps = Parts(path.parent, "sums", made, Ranks(), fresh=fresh).each(["0"], lambda *_: {"x": torch.ones(2)}, str)
+        steps = Shards(path.parent, "sums", made, Ranks(), fresh=fresh).each(
+            ["0"], lambda *_: {"x": torch.ones(2)}, str
+        )
         return list(steps)
 
     def start_over(path: Path) -> object:

@@ -23,7 +23,7 @@ from fgsteer.data.conversations import after_prompt, separate, split
 from fgsteer.data.corpora import file_kind, read_rows
 from fgsteer.errors import DataError, FormatError
 from fgsteer.errors.checks import shown
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.storage.json_files import read_json, text_sha256
 
@@ -53,7 +53,7 @@ def check_text(value: object, where: str, *, empty: bool = False) -> Text:
 
 
 @dataclass(frozen=True, repr=False)
-class ContrastPair(Brief):
+class ContrastPair(OneLineRepr):
     """Two completions of one prompt, with and without the behavior.
 
     Each of ``positive``, ``negative`` and ``prompt`` is a string or a list of chat
@@ -74,7 +74,7 @@ class ContrastPair(Brief):
 
 
 @dataclass(frozen=True, repr=False)
-class ContrastSet(Brief):
+class ContrastSet(OneLineRepr):
     """Texts with and without a behavior: ``pairs``, or ``positives`` and ``negatives``, or both.
 
     The two sides need not be of equal size. ``held_out`` is a set of the same behavior

@@ -35,7 +35,7 @@ from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.saes.sae import SAE
 from fgsteer.storage.files import read_tensors, tensor_sha256, write_tensors
 from fgsteer.storage.json_files import text_sha256
-from fgsteer.storage.parts import Parts
+from fgsteer.storage.shards import Shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -145,7 +145,7 @@ class Plan:
         for place in {sae.hookpoint, sae.input_hookpoint}:
             check_pairing(model, place, sae.d_model, sae.model_name, "SAE")
         plan = {**self.describe(model, sae), **made_of(model, tokenizer), "sae": sae_identity(sae)}
-        parts = Parts(folder, "effects part", plan, fresh=fresh)
+        parts = Shards(folder, "effects part", plan, fresh=fresh)
         starts = range(0, len(self.directions), self.size)
 
         @cache
@@ -183,7 +183,7 @@ class _Meter:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         sae: SAE,
-        parts: Parts,
+        parts: Shards,
     ) -> None:
         self.plan, self.model, self.tokenizer = plan, model, tokenizer
         self.place = sae.hookpoint

@@ -14,7 +14,7 @@ from fgsteer.activations.batches import record_batch, text_batches
 from fgsteer.activations.tokens import TokenReader
 from fgsteer.errors.checks import MOST, check_range, checked
 from fgsteer.errors.escaping import escaped
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import context_window
 from fgsteer.saes.examples import token_texts
@@ -27,7 +27,7 @@ MAX_DENSITY = 0.01  # features that fire on more tokens say little of one text (
 
 
 @dataclass(frozen=True, repr=False)
-class SeenFeature(Brief):
+class SeenFeature(OneLineRepr):
     """A feature, its label ("" where none is known), its largest activation on a text, and the token of it."""
 
     id: int

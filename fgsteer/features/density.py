@@ -21,7 +21,7 @@ from fgsteer.errors.checks import checked_after
 from fgsteer.models.fingerprints import made_of
 from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.storage.json_files import text_sha256
-from fgsteer.storage.parts import Parts
+from fgsteer.storage.shards import Shards
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +70,7 @@ def measure_density(
     else:
         plan = {**made_of(model, tokenizer), "sae": sae_identity(sae)}
         options = {"batch_tokens": batch_tokens, "max_tokens": max_tokens, "prepend_bos": reader.prepend_bos}
-        parts = Parts(work, "counted texts", {**plan, **options}, fresh=fresh)
+        parts = Shards(work, "counted texts", {**plan, **options}, fresh=fresh)
         told = None if progress is None else lambda parts_done: progress(parts_done * WINDOW)
         found = parts.each(windows(strings), count, text_sha256, told)
     total = {**dict.fromkeys(COUNTS, torch.zeros(sae.d_sae, dtype=torch.float64)), "tokens": torch.tensor(0)}

@@ -19,7 +19,7 @@ from fgsteer.activations.tokens import TokenReader
 from fgsteer.data.chat import whole_text
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import MOST, check_range, checked_after
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.unembedding import logit_lens
 from fgsteer.saes.sae import SAE
 
@@ -37,7 +37,7 @@ FLOOR = 0.03  # a lower score is no hit: such features fire as much on any word
 
 
 @dataclass(frozen=True, repr=False)
-class FoundFeature(Brief):
+class FoundFeature(OneLineRepr):
     """A feature found for a word: id, score, and the reasons in words."""
 
     id: int

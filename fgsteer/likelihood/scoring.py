@@ -26,7 +26,7 @@ from fgsteer.data.contrasts import check_text
 from fgsteer.data.conversations import split
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.errors.checks import checked, shown
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.interventions import Intervention
 from fgsteer.models.properties import context_window, input_device
 from fgsteer.steering.hooks import Steering, listed, steer
@@ -42,7 +42,7 @@ Scored = str | tuple[Text, Text]  # a text whose every token but the first is sc
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LogProbabilities(Brief):
+class LogProbabilities(OneLineRepr):
     """``sums (interventions, texts)``, nats, of the ``counts (texts,)`` scored tokens of each text; float64."""
 
     sums: Float[Tensor, "interventions texts"]

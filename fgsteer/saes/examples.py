@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fgsteer.errors import FormatError
 from fgsteer.errors.escaping import escaped
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.saes.pairing import Identified, check_measured_on
 from fgsteer.storage.files import read_tensors, write_tensors
 
@@ -33,7 +33,7 @@ _TENSORS = ("features", "tokens", "activations", "documents")
 
 
 @dataclass(frozen=True, repr=False)
-class Excerpt(Brief):
+class Excerpt(OneLineRepr):
     """Tokens of one document around a feature's peak: their texts, the activation on each, the peak's index."""
 
     tokens: tuple[str, ...]
@@ -55,7 +55,7 @@ class Excerpt(Brief):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FeatureExamples(Brief):
+class FeatureExamples(OneLineRepr):
     """The top excerpts of n features, strongest first, at most one a document.
 
     ``features (n,)``: their ids. ``tokens (n, top, 2·window + 1)``: token ids with the peak in the

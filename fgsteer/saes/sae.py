@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fgsteer.errors import PairingError, SelectionError
 from fgsteer.errors.checks import is_whole, shown
-from fgsteer.errors.reprs import Brief, brief
+from fgsteer.errors.reprs import OneLineRepr, short_repr
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.storage.files import tensor_sha256
 from fgsteer.storage.json_files import text_sha256
@@ -50,7 +50,7 @@ def _jumprelu(pre: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_s
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SAE(Brief):
+class SAE(OneLineRepr):
     """A sparse autoencoder: ``W_enc (d_model, d_sae)``, ``W_dec (d_sae, d_model)`` and what goes with them.
 
     ``activation`` is relu; jumprelu, active where the pre-activation exceeds
@@ -122,7 +122,7 @@ class SAE(Brief):
         kind += "" if self.input_norm == "none" else f", {self.input_norm}"
         place = f"{self.reads} to {self.hookpoint}" if self.reads is not None else str(self.hookpoint)
         sizes = f"d_model {self.d_model}, d_sae {self.d_sae}"
-        told = f", from {brief(self.source)}" if self.source else ""
+        told = f", from {short_repr(self.source)}" if self.source else ""
         return f"SAE({kind}, at {place}, {sizes}{told})"
 
     @property

@@ -41,7 +41,7 @@ from fgsteer.saes.sae import SAE
 from fgsteer.statistics.contrast import Contrast, ContrastStatistics, Pooled, Space
 from fgsteer.statistics.moments import Moments
 from fgsteer.storage.json_files import text_sha256
-from fgsteer.storage.parts import Parts
+from fgsteer.storage.shards import Shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -257,7 +257,7 @@ def collect(
                 "keep_pooled": keep_pooled,
                 "share_prefixes": arrange is not batches,
             }
-            parts = Parts(work, "collected texts", plan, fresh=fresh)
+            parts = Shards(work, "collected texts", plan, fresh=fresh)
             sums = _join(_in_parts_of(parts, texts, reader, sum(counts)))
     tables: dict[Space, dict[Hookpoint, Contrast]] = {"residual": {}, "feature": {}}
     for space, at, side in sums.moments:
@@ -281,7 +281,7 @@ def _join(found: Iterable[_Sums]) -> _Sums:
     return total
 
 
-def _in_parts_of(parts: Parts, texts: Iterable[list[Triple]], reader: _Reader, total: int) -> Iterator[_Sums]:
+def _in_parts_of(parts: Shards, texts: Iterable[list[Triple]], reader: _Reader, total: int) -> Iterator[_Sums]:
     """Sums of every window, kept in a folder. Raises FormatError for a damaged part."""
     report, reader.progress = reader.progress, None
 
@@ -295,7 +295,7 @@ def _in_parts_of(parts: Parts, texts: Iterable[list[Triple]], reader: _Reader, t
     return _sums_of(parts, parts.each(texts, make, text_sha256, told))
 
 
-def _sums_of(parts: Parts, found: Iterable[Mapping[str, Tensor]]) -> Iterator[_Sums]:
+def _sums_of(parts: Shards, found: Iterable[Mapping[str, Tensor]]) -> Iterator[_Sums]:
     """Sums that were written. Raises FormatError for a damaged part."""
     for number, tensors in enumerate(found):
         try:

@@ -16,7 +16,7 @@ SHOWN = 4  # differences that an error tells
 TEXT = 40  # characters of a value in it
 
 
-def check_same(where: str | Path, kept: Any, now: Mapping[str, Any]) -> None:
+def check_same_plan(where: str | Path, kept: Any, now: Mapping[str, Any]) -> None:
     """Raises PairingError, saying what differs, unless what a run noted when it began is what it would note now."""
     told = json.loads(json.dumps(now))
     if kept == told:

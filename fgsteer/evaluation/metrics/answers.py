@@ -23,7 +23,7 @@ from fgsteer.data.chat import Text
 from fgsteer.data.contrasts import ContrastPair, ContrastSet, as_contrast
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.errors.checks import checked, shown
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.interventions import Intervention
 from fgsteer.likelihood.scoring import Entry, log_probabilities
@@ -78,7 +78,7 @@ def with_prompts(texts: Sequence[str], prompts: Sequence[Text] | None) -> list[t
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AnswerProbabilities(Brief):
+class AnswerProbabilities(OneLineRepr):
     """Log-probabilities (interventions, questions), nats, of the two answers, each summed over its tokens; float64."""
 
     positive: Float[Tensor, "interventions questions"]
@@ -150,7 +150,7 @@ def _check_parting(tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[T
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Steerability(Brief):
+class Steerability(OneLineRepr):
     """``slopes (samples,)``: by how much a unit of the coefficient moves each sample's difference, in nats."""
 
     slopes: Float[Tensor, " samples"]

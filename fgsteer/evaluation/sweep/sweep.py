@@ -22,7 +22,7 @@ from fgsteer.activations.tokens import TokenRule
 from fgsteer.data.contrasts import ContrastPair, ContrastSet, as_contrast, load_neutral
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_number, checked
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.evaluation.metrics.propensity import Propensity, Shares
 from fgsteer.evaluation.sweep.answers import (
@@ -58,7 +58,7 @@ Step = tuple[int, int, float, float | None]  # layer, sign, coefficient that bea
 
 
 @dataclass(frozen=True, repr=False)
-class SweepCell(Brief):
+class SweepCell(OneLineRepr):
     """One layer, sign and strength: ``vector.add(coefficient)``, which bears the sign.
 
     ``effect`` is the change of propensity, ``cost`` the measured rise of neutral text's cross-entropy in nats a
@@ -84,7 +84,7 @@ class SweepCell(Brief):
 
 
 @dataclass(frozen=True, repr=False)
-class Sweep(Brief):
+class Sweep(OneLineRepr):
     """What ``sweep`` measured, and its answers.
 
     ``unit`` is that of effects; ``texts`` are numbers of positives, negatives, and pairs among them, ``measured_on``
