@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import DataError, FormatError
-from fgsteer.errors.escaping import markdown, markdown_code, without
+from fgsteer.errors.escaping import escape_markdown, markdown_code, redact
 from fgsteer.models.embedded import model_name
 from fgsteer.storage.atomic import atomic_folder, atomic_write
 from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_or_cache
@@ -85,7 +85,7 @@ def _told(error: Exception, token: str | None) -> str:
     """
     from huggingface_hub import get_token
 
-    return without(token or get_token() or "", str(error).strip()).partition("\n")[0]
+    return redact(token or get_token() or "", str(error).strip()).partition("\n")[0]
 
 
 def fetch(source: str | Path, filename: str, revision: str | None, token: str | None) -> Path:
@@ -163,7 +163,10 @@ def card(vector: SteeringVector, points: Sequence[Setting] = (), run: MeasuredRu
 
 def _summary(vector: SteeringVector, model: str) -> list[str]:
     """What the vector does, and which SAE's features it is made of."""
-    concept, method = markdown(_concept(vector)), markdown(vector.provenance.get("method") or "a bare vector")
+    concept, method = (
+        escape_markdown(_concept(vector)),
+        escape_markdown(vector.provenance.get("method") or "a bare vector"),
+    )
     sae, given = _made(vector, "sae"), _made(vector, "hyperparameters")
     plain = ", ".join(f"{key} = {value}" for key, value in given.items() if isinstance(value, int | float | str))
     lines = [
@@ -175,7 +178,7 @@ def _summary(vector: SteeringVector, model: str) -> list[str]:
     ]
     if sae:
         source = markdown_code(sae.get("source") or "unnamed")
-        lines += ["", f"Features are those of the SAE {source} ({markdown(sae.get('d_sae', '?'))} features)."]
+        lines += ["", f"Features are those of the SAE {source} ({escape_markdown(sae.get('d_sae', '?'))} features)."]
     return lines
 
 
@@ -215,7 +218,7 @@ def _use(model: str, best: Setting | None) -> list[str]:
 def _table(points: Sequence[Setting], run: MeasuredRun, best: Setting) -> list[str]:
     """What the run's half that chose nothing says of every coefficient."""
     judge = (run.header.get("plan") or {}).get("judge")
-    name = markdown(judge.get("name") or "unnamed") if isinstance(judge, Mapping) else "unnamed"
+    name = escape_markdown(judge.get("name") or "unnamed") if isinstance(judge, Mapping) else "unnamed"
     lines = [
         "",
         "## Measured",

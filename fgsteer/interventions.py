@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
-from fgsteer.errors.checks import check_flags, check_number, is_whole, shown
+from fgsteer.errors.checks import check_flags, check_number, describe_value, is_whole_number
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
@@ -326,7 +326,7 @@ class ClampFeature(Intervention):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.targets, Mapping):
-            raise ArgumentError(f"targets is {shown(self.targets)}", "{feature id: activation}")
+            raise ArgumentError(f"targets is {describe_value(self.targets)}", "{feature id: activation}")
         if not self.targets:
             raise SelectionError("no feature to clamp", "at least one {id: activation}")
         clean = {_feature(j): _scalar(f"target of feature {j}", t) for j, t in self.targets.items()}
@@ -373,8 +373,8 @@ class ClampFeature(Intervention):
 
 def _feature(value: object) -> int:
     """The value as a feature id. Raises ArgumentError."""
-    if not is_whole(value):
-        raise ArgumentError(f"feature id {shown(value)}", "a whole number")
+    if not is_whole_number(value):
+        raise ArgumentError(f"feature id {describe_value(value)}", "a whole number")
     return int(value)
 
 

@@ -43,7 +43,7 @@ from fgsteer.evaluation.bench.run_files import check_run, line, read_arms, resum
 from fgsteer.evaluation.bench.shared import begun_design
 from fgsteer.evaluation.judges.endpoint import AnswerCache, read_score
 from fgsteer.evaluation.judges.requests import BrokenAnswerError, completion
-from fgsteer.models.fingerprints import made_of
+from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.serving import save_clamp, steering
 from fgsteer.serving.control import Control
@@ -316,7 +316,7 @@ def records(folder: Path) -> dict[str, Reader]:
 
 def identities(folder: Path) -> dict[str, Reader]:
     """What a run notes of what it is made of, and who holds it; names that files are called by."""
-    made = {**made_of(tiny(), TOKENIZER), "sae": sae_identity(SAE), "prompts": ["one", "two"], "mu": 0.5}
+    made = {**run_fingerprint(tiny(), TOKENIZER), "sae": sae_identity(SAE), "prompts": ["one", "two"], "mu": 0.5}
     plan = {"run": "sums", **made}
     header = {"plan": text_sha256(plan), "part": 0, "of": "0"}
     write_tensors(folder / "identity part", {"x": torch.ones(2)}, kind="sums", header=header)

@@ -15,7 +15,7 @@ from torch import nn
 import fgsteer as fg
 from fgsteer.evaluation.bench.run_files import strengths_path
 from fgsteer.models import fingerprints as identities
-from fgsteer.models.fingerprints import made_of, tokenizer_sha256, weights_sha256
+from fgsteer.models.fingerprints import run_fingerprint, tokenizer_sha256, weights_sha256
 from fgsteer.storage.files import read_tensors
 from fgsteer.storage.json_files import read_json, write_json
 from fgsteer.storage.plans import check_same_plan
@@ -109,7 +109,7 @@ def test_how_a_model_computes_counts_and_its_name_does_not(llama):
     other.config.use_cache = not other.config.use_cache
     assert identities._config_sha256(other) == identities._config_sha256(llama)
     tokenizer = word_tokenizer()
-    assert identities.made_of(other, tokenizer) == identities.made_of(llama, tokenizer)
+    assert identities.run_fingerprint(other, tokenizer) == identities.run_fingerprint(llama, tokenizer)
     other.config.rms_norm_eps *= 10
     assert identities._config_sha256(other) != identities._config_sha256(llama)
 
@@ -357,7 +357,7 @@ def test_a_plan_that_is_damaged_is_not_started_over(llama, tokenizer, tmp_path):
 
 
 def test_what_a_run_is_made_of_is_plain_json(llama, tokenizer):
-    found = made_of(llama, tokenizer)
+    found = run_fingerprint(llama, tokenizer)
     assert json.loads(json.dumps(found)) == found
     assert found["model"]["dtype"] == "float32"
     assert found["versions"]["torch"] == ".".join(torch.__version__.split(".")[:2])

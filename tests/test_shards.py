@@ -42,7 +42,7 @@ CONTRAST = fg.ContrastSet(
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     for module in ("activations.tokens", "statistics.collecting", "features.density"):
-        monkeypatch.setattr(f"fgsteer.{module}.WINDOW", 8)  # 43 texts: six parts
+        monkeypatch.setattr(f"fgsteer.{module}.TEXTS_PER_CHUNK", 8)  # 43 texts: six parts
 
 
 def as_rank(monkeypatch, rank, world):
@@ -68,8 +68,8 @@ def test_parts_give_the_same_bytes(llama, tokenizer, tmp_path):
 
 def test_windows_add_up_to_one_pass(llama, tokenizer, monkeypatch):
     small = collect(llama, tokenizer)
-    monkeypatch.setattr("fgsteer.activations.tokens.WINDOW", 64)
-    monkeypatch.setattr("fgsteer.statistics.collecting.WINDOW", 64)
+    monkeypatch.setattr("fgsteer.activations.tokens.TEXTS_PER_CHUNK", 64)
+    monkeypatch.setattr("fgsteer.statistics.collecting.TEXTS_PER_CHUNK", 64)
     large = collect(llama, tokenizer)
     for space in ("residual", "feature"):
         for side in ("positive", "negative"):
@@ -104,7 +104,7 @@ def test_a_rank_makes_its_own_parts_and_reads_the_others(llama, tokenizer, tmp_p
     monkeypatch.undo()
     small = pytest.MonkeyPatch()
     for module in ("activations.tokens", "statistics.collecting"):
-        small.setattr(f"fgsteer.{module}.WINDOW", 8)
+        small.setattr(f"fgsteer.{module}.TEXTS_PER_CHUNK", 8)
     assert saved(collect(llama, tokenizer, work=tmp_path / "parts"), tmp_path / "a") == whole
     small.undo()
 

@@ -13,7 +13,7 @@ import typer
 from fgsteer.cli.doors import check_device, check_fit, fillable, finite, writable
 from fgsteer.cli.terminal import json_text, say
 from fgsteer.errors import DataError
-from fgsteer.errors.escaping import escaped
+from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.wording import count
 from fgsteer.storage.ranks import Ranks
 
@@ -216,7 +216,7 @@ def console(**options: Any) -> Any:
     class Screen(Console):
         def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
             for text, style, control in super().render(renderable, options):
-                yield Segment(text if control else escaped(text), style, control)
+                yield Segment(text if control else escape_text(text), style, control)
 
     return Screen(highlight=False, markup=False, emoji=False, **options)
 

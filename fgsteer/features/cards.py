@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fgsteer.errors.escaping import escaped
+from fgsteer.errors.escaping import escape_text
 from fgsteer.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _card(row: FeatureRow) -> str:
 
 
 def _text(text: str) -> str:
-    return escape(escaped(text, keep=""))
+    return escape(escape_text(text, keep=""))
 
 
 def _excerpt(excerpt: Excerpt, largest: float) -> str:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgsteer.errors import FormatError
-from fgsteer.errors.escaping import escaped
+from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.saes.pairing import Identified, check_measured_on
 from fgsteer.storage.files import read_tensors, write_tensors
@@ -43,7 +43,7 @@ class Excerpt(OneLineRepr):
 
     def __str__(self) -> str:
         marked = [f"[{text}]" if n == self.peak else text for n, text in enumerate(self.tokens)]
-        return f"{self.activations[self.peak]:.2f}  {escaped(''.join(marked))}"
+        return f"{self.activations[self.peak]:.2f}  {escape_text(''.join(marked))}"
 
     def peaks_on(self, pattern: re.Pattern[str]) -> bool:
         """Whether a match of the pattern overlaps the peak's token, white space aside."""

@@ -24,7 +24,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fgsteer.errors import BusyError, FgsteerWarning
-from fgsteer.errors.escaping import escaped
+from fgsteer.errors.escaping import escape_text
 from fgsteer.storage.targets import write_error
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that keep none
@@ -117,7 +117,7 @@ def _holder(note: Path) -> str:
             with open(note, "rb") as file:
                 about = json.loads(file.read(NOTE_BYTES))
             pid, host, since, command = (str(about[key])[:300] for key in ("pid", "host", "since", "command"))
-            return escaped(f"process {pid} on {host} since {since}: {command}", keep="")
+            return escape_text(f"process {pid} on {host} since {since}: {command}", keep="")
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             if time.monotonic() > deadline:
                 return "another process"

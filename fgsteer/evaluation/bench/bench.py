@@ -34,7 +34,7 @@ from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.effects.fingerprints import effects_sha256
 from fgsteer.effects.rollouts import Sampling, rollout
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import MOST, check_range
+from fgsteer.errors.checks import MAX_COUNT, check_range
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.bench.conditions import BENCH_METHODS, PROMPT, UNSTEERED, ConceptArms, check_methods
@@ -51,8 +51,8 @@ from fgsteer.evaluation.judges.judges import Judge, validation_auc
 from fgsteer.evaluation.metrics.coherence import Coherence
 from fgsteer.interventions import Intervention
 from fgsteer.likelihood.calibration import calibrate_grid
-from fgsteer.models.fingerprints import made_of
-from fgsteer.models.pairing import identity as model_identity
+from fgsteer.models.fingerprints import run_fingerprint
+from fgsteer.models.pairing import model_identity
 from fgsteer.saes.fingerprints import density_sha256, sae_identity
 from fgsteer.saes.sae import SAE
 from fgsteer.storage.json_files import text_sha256, write_json
@@ -108,7 +108,7 @@ class BenchPlan(OneLineRepr):
     def __post_init__(self) -> None:
         check_methods(self.methods)
         for name in ("prompts", "seeds", "texts", "batch_rows"):
-            check_range(name, getattr(self, name), 1, MOST, whole=True)
+            check_range(name, getattr(self, name), 1, MAX_COUNT, whole=True)
         for rise in self.ce_rises:
             check_range("a ce_rise", rise, 0, sys.float_info.max)
         _check_texts("neutral", self.neutral)
@@ -319,7 +319,7 @@ class Bench(OneLineRepr):
         layers = {str(layer): {**_identity(sae)} for layer, sae in self.saes.items()}
         effects = {str(layer): effects_sha256(found) for layer, found in self.effects.items()}
         judge = getattr(self.judge, "identity", self.judge.name)
-        return {**made_of(self.model, self.tokenizer), "saes": layers, "effects": effects, "judge": judge}
+        return {**run_fingerprint(self.model, self.tokenizer), "saes": layers, "effects": effects, "judge": judge}
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from fgsteer.activations.tokens import TokenReader
 from fgsteer.data.chat import Text
 from fgsteer.data.contrasts import ContrastPair, ContrastSet, as_contrast
 from fgsteer.errors import DataError, SteeringError
-from fgsteer.errors.checks import checked, shown
+from fgsteer.errors.checks import checked, describe_value
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.interventions import Intervention
@@ -72,7 +72,8 @@ def with_prompts(texts: Sequence[str], prompts: Sequence[Text] | None) -> list[t
         raise DataError(f"texts {texts!r:.40}", "a list of texts")
     if isinstance(prompts, str) or (prompts is not None and len(prompts) != len(texts)):
         raise DataError(
-            f"{count(len(prompts), 'prompt')} for {count(len(texts), 'text')}", "a list with one for each text"
+            f"{count(len(prompts), 'prompt')} for {count(len(texts), 'text')}",
+            "a list with one for each text",
         )
     return list(zip(prompts or [""] * len(texts), texts, strict=True))
 
@@ -207,6 +208,6 @@ def measure_steerability(
     entries = [make(float(c)) for c in coefficients]
     for c, entry in zip(coefficients, entries, strict=True):
         if not isinstance(entry, Intervention):
-            raise SteeringError(f"make({c}) is {shown(entry)}", "an intervention", "pass vec.add itself")
+            raise SteeringError(f"make({c}) is {describe_value(entry)}", "an intervention", "pass vec.add itself")
     found = answer_probabilities(model, tokenizer, questions, entries, joint=joint, batch_tokens=batch_tokens)
     return steerability(coefficients, found.difference)

@@ -42,7 +42,7 @@ from fgsteer.likelihood.scoring import cross_entropies
 from fgsteer.methods import build
 from fgsteer.methods.provenance import library_version
 from fgsteer.models.hookpoints import Hookpoint, blocks_of
-from fgsteer.models.pairing import identity
+from fgsteer.models.pairing import model_identity
 from fgsteer.statistics.collecting import collect
 from fgsteer.vector import SteeringVector
 
@@ -203,7 +203,7 @@ def sweep(
     return Sweep(
         contrast=given.name,
         method=", ".join(dict.fromkeys(str(v.provenance.get("method", "bare")) for v in by_layer.values())),
-        model=identity(model),
+        model=model_identity(model),
         hookpoints={layer: str(vector.hookpoint) for layer, vector in by_layer.items()},
         norms={layer: vector.norm for layer, vector in by_layer.items()},
         measured_on=propensity.contrast.name,
