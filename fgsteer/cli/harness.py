@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fgsteer.cli.common import (
-    MOST,
+from fgsteer.cli.app import app
+from fgsteer.cli.loading import ModelOptions, interventions, load_model, load_vectors
+from fgsteer.cli.options import (
     CoefficientOption,
     DeviceOption,
     DtypeOption,
@@ -20,15 +21,11 @@ from fgsteer.cli.common import (
     ScopeOption,
     TrustOption,
     VectorOption,
-    app,
-    console,
-    interventions,
-    load_model,
-    load_vectors,
-    show,
 )
-from fgsteer.cli.doors import finite
+from fgsteer.cli.printing import console, show
+from fgsteer.cli.values import finite
 from fgsteer.errors import JudgeError
+from fgsteer.errors.limits import MOST
 
 
 @app.command(name="eval")
@@ -61,7 +58,7 @@ def evaluate(
     if find_spec("lm_eval") is None:
         raise JudgeError("lm-eval is not installed", "it, to run its tasks", "pip install 'fgsteer[lm-eval]'")
     steering = interventions(load_vectors(vector, coefficient, operation, model, revision), operation, scope)
-    language_model, tokenizer = load_model(model, device, dtype, revision, trust_remote_code)
+    language_model, tokenizer = load_model(ModelOptions(model, device, dtype, revision, trust_remote_code))
     found = fg.run_tasks(
         language_model,
         tokenizer,

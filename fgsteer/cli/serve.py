@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from fgsteer.cli.common import MOST, app
+from fgsteer.cli.app import app
 from fgsteer.errors import DataError
+from fgsteer.errors.limits import MOST
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

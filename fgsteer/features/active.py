@@ -12,8 +12,9 @@ import torch
 
 from fgsteer.activations.batches import record_batch, text_batches
 from fgsteer.activations.tokens import TokenReader
-from fgsteer.errors.checks import MOST, check_range, checked
+from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.escaping import escaped
+from fgsteer.errors.limits import MOST
 from fgsteer.errors.reprs import Brief
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import context_window

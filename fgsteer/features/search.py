@@ -18,7 +18,8 @@ from fgsteer.activations.batches import record_batch, text_batches
 from fgsteer.activations.tokens import TokenReader
 from fgsteer.data.chat import whole_text
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import MOST, check_range, checked_after
+from fgsteer.errors.checks import check_range, checked_after
+from fgsteer.errors.limits import MOST
 from fgsteer.errors.reprs import Brief
 from fgsteer.models.unembedding import logit_lens
 from fgsteer.saes.sae import SAE
