@@ -227,7 +227,7 @@ def test_a_judge_that_answers_twice_gave_no_answer():
 
 
 def test_a_setting_that_holds_a_key_twice_is_refused():
-    from fgsteer.cli.vectors import parse_settings
+    from fgsteer.cli.values import parse_settings
 
     assert parse_settings(['a={"x": 1}', "b=word", "c=inf"]) == {"a": {"x": 1}, "b": "word", "c": float("inf")}
     for value in ('{"x": 1, "x": 2}', "[" * 100_000, "7" * 5000):

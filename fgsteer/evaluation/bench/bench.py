@@ -34,7 +34,8 @@ from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.effects.fingerprints import effects_sha256
 from fgsteer.effects.rollouts import Sampling, rollout
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import MAX_COUNT, check_range
+from fgsteer.errors.checks import check_range
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.bench.conditions import BENCH_METHODS, PROMPT, UNSTEERED, ConceptArms, check_methods
