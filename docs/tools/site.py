@@ -1,0 +1,267 @@
+"""Pages of the documentation site that are made from the code and from other files of the repository.
+
+mkdocs runs this as a hook (mkdocs.yml). What is generated is never committed, so that it cannot be out of date:
+the API reference from the docstrings of ``fgsteer.__all__``, the command-line reference from the Typer application,
+the tables that a page asks for by ``<!-- generated: NAME -->``, and copies of CHANGELOG.md and its like.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.cli import get_docs_for_click
+
+import fgsteer
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+# Files of the repository that are pages of the site: source, page.
+COPIES = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "pretrained/README.md": "default.md",
+}
+# Files of the repository that pages link to or show: folder, names, folder of the site.
+RESULTS = ("benchmarks/results", ("report.html", "methods.svg", "coefficients.svg", "concepts.svg"), "assets/results")
+
+# The public names by what a reader is doing. A name that is in no group stands on the page "others".
+GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "data": (
+        "Data",
+        "load_contrast shipped_contrasts load_neutral read_documents ContrastPair ContrastSet".split(),
+    ),
+    "models": ("Models and hookpoints", "load_model Hookpoint record logit_lens residual_direction".split()),
+    "saes": (
+        "SAEs",
+        "load_sae SAE registry RegistryRow load_labels load_examples FeatureDensity measure_density FeatureExamples "
+        "measure_examples Excerpt".split(),
+    ),
+    "statistics": ("Statistics", "collect ContrastStatistics Contrast Moments Pooled diagnose Diagnosis".split()),
+    "methods": (
+        "Methods",
+        "caa ace pca sta fgaa sae_ts from_features build METHODS SCORES select_features SteeringVector FeatureWeight "
+        "EffectApproximator load_effects".split(),
+    ),
+    "steering": (
+        "Interventions and steering",
+        "steer generate stream fold Intervention Add Ablate Clamp Affine ClampFeature".split(),
+    ),
+    "likelihood": (
+        "Likelihood and strength",
+        "calibrate calibrate_many calibrate_grid cross_entropy cross_entropies kl_divergences log_probabilities "
+        "LogProbabilities answer_probabilities AnswerProbabilities measure_steerability steerability Steerability "
+        "perplexities text_cross_entropies".split(),
+    ),
+    "features": (
+        "Features",
+        "find_features FoundFeature describe_features FeatureRow output_scores seen_features SeenFeature".split(),
+    ),
+    "evaluation": (
+        "Evaluation",
+        "Bench BenchPlan Run EvalRecord load_run write_report sweep Sweep SweepCell Judge KeywordJudge EmbeddingJudge "
+        "EndpointJudge CostEstimate validation_auc Coherence CoherenceScores run_tasks".split(),
+    ),
+    "errors": ("Errors and warnings", ()),  # every exception
+    "others": ("Others", ()),
+}
+
+
+# ---------------------------------------------------------------- the API reference
+
+
+def grouped() -> dict[str, list[str]]:
+    """Every public name in its group, in the group's order."""
+    home = {name: group for group, (_, names) in GROUPS.items() for name in names}
+    pages: dict[str, list[str]] = {group: [name for name in names] for group, (_, names) in GROUPS.items()}
+    for name in fgsteer.__all__:
+        value = getattr(fgsteer, name)
+        if isinstance(value, type) and issubclass(value, BaseException):
+            pages["errors"].append(name)
+        elif name not in home:
+            pages["others"].append(name)
+    public = set(fgsteer.__all__)
+    kept = {group: [name for name in names if name in public] for group, names in pages.items()}
+    return {group: names for group, names in kept.items() if names}
+
+
+def address(name: str) -> str:
+    """The module and name at which the source of a public name is found, wherever its module lies today."""
+    value = getattr(fgsteer, name)
+    module = getattr(value, "__module__", None)
+    if isinstance(module, str) and module.startswith("fgsteer") and getattr(value, "__qualname__", "") == name:
+        return f"{module}.{name}"
+    for module, holder in sorted(sys.modules.items()):  # a constant does not know its module
+        if module.startswith("fgsteer.") and vars(holder).get(name) is value:
+            return f"{module}.{name}"
+    raise LookupError(f"fgsteer.{name} was found in no module")
+
+
+def summary(name: str) -> str:
+    """The first sentence of a docstring; nothing for a constant, whose docstring is its type's."""
+    value = getattr(fgsteer, name)
+    text = value.__doc__ if callable(value) else ""
+    return (text or "").strip().split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+
+
+def api_pages() -> dict[str, str]:
+    """One page a group, and one that lists every name."""
+    pages, index = {}, ["# API reference", "", "Every public name of `import fgsteer as fg`, by what it is for.", ""]
+    for group, names in grouped().items():
+        title = GROUPS[group][0]
+        index += [f"## {title}", "", "| | |", "|---|---|"]
+        index += [f"| [`fg.{name}`][fgsteer.{name}] | {summary(name)} |" for name in names] + [""]
+        blocks = [f'[](){{ #fgsteer.{name} }}\n\n::: {address(name)}\n' for name in names]
+        pages[f"reference/api/{group}.md"] = f"# {title}\n\n" + "\n".join(blocks)
+    return {"reference/api/index.md": "\n".join(index) + "\n", **pages}
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def cli_page() -> str:
+    """Every command with its arguments and options, from the Typer application."""
+    command = typer.main.get_command(importlib.import_module("fgsteer.cli").app)
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="fgsteer", title="Command line")
+    return re.sub(r"<(?=[a-z])", "&lt;", text)  # outside code, a metavariable is not HTML
+
+
+# ---------------------------------------------------------------- tables that a page asks for
+
+
+def registry_table() -> str:
+    """How many SAEs sae-lens's registry lists, by model."""
+    rows = fgsteer.registry()
+    releases: dict[str, set[str]] = {}
+    for row in rows:
+        releases.setdefault(row.model, set()).add(row.release)
+    saes = Counter(row.model for row in rows)
+    lines = ["| model | releases | SAEs |", "|---|---:|---:|"]
+    lines += [f"| `{model}` | {len(releases[model])} | {saes[model]} |" for model in sorted(saes)]
+    return "\n".join(lines)
+
+
+def contrasts_table() -> str:
+    """The shipped contrast sets."""
+    lines = ["| name | behavior | positives, negatives | held out |", "|---|---|---|---|"]
+    for name in fgsteer.shipped_contrasts():
+        contrast = fgsteer.load_contrast(name)
+        held = contrast.held_out
+        sizes = [f"{len(one.positives)}, {len(one.negatives)}" if one else "none" for one in (contrast, held)]
+        lines.append(f"| `{name}` | {contrast.description} | {sizes[0]} | {sizes[1]} |")
+    return "\n".join(lines)
+
+
+def errors_table() -> str:
+    """Every exception and warning, with its bases and what it means."""
+    lines = ["| | is also | raised when |", "|---|---|---|"]
+    for name in grouped()["errors"]:
+        bases = ", ".join(f"`{base.__name__}`" for base in getattr(fgsteer, name).__bases__)
+        lines.append(f"| [`fg.{name}`][fgsteer.{name}] | {bases} | {summary(name)} |")
+    return "\n".join(lines)
+
+
+def scores_table() -> str:
+    """The named selection scores."""
+    return "\n".join(
+        ["| name | |", "|---|---|", *(f"| `{name}` | {doc_line(score)} |" for name, score in fgsteer.SCORES.items())]
+    )
+
+
+def methods_table() -> str:
+    """Every method of ``build`` and what it is."""
+    lines = ["| name | |", "|---|---|"]
+    return "\n".join([*lines, *(f"| [`{name}`][fgsteer.{name}] | {summary(name)} |" for name in fgsteer.METHODS)])
+
+
+def doc_line(value: Any) -> str:
+    """The first line of a docstring."""
+    return (value.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "registry": registry_table,
+    "contrasts": contrasts_table,
+    "errors": errors_table,
+    "scores": scores_table,
+    "methods": methods_table,
+}
+MARK = re.compile(r"<!-- generated: ([a-z]+) -->")
+
+
+# ---------------------------------------------------------------- mkdocs
+
+
+def on_config(config: Any) -> Any:
+    """Put the notebooks and the API's pages into the navigation; leave out what is not there."""
+    notebooks = sorted(path.name for path in (ROOT / "docs" / "tutorials").glob("*.ipynb"))
+    lists = {
+        "tutorials/": [f"tutorials/{name}" for name in notebooks],
+        "reference/api/": [page if "index" in page else {title_of(page): page} for page in api_pages()],
+    }
+    config.nav = [entry for entry in (expanded(entry, lists) for entry in config.nav) if entry is not None]
+    if (ROOT / "CONTRIBUTING.md").exists():
+        config.nav[-1]["Project"].append({"Contributing": "contributing.md"})
+    return config
+
+
+def title_of(page: str) -> str:
+    """The title of a page of the API."""
+    return GROUPS[Path(page).stem][0]
+
+
+def expanded(entry: Any, lists: dict[str, list[Any]]) -> Any:
+    """A navigation entry with its lists filled in; None where a list is empty."""
+    if not isinstance(entry, dict):
+        return entry
+    ((title, value),) = entry.items()
+    if isinstance(value, list):
+        return {title: [inner for inner in (expanded(one, lists) for one in value) if inner is not None]}
+    if value in lists:
+        return {title: lists[value]} if lists[value] else None
+    return entry
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages and files that are not in docs/."""
+    from mkdocs.structure.files import File  # here, so that tests read the tables without mkdocs
+
+    pages = {**api_pages(), "reference/cli.md": cli_page()}
+    for source, page in COPIES.items():
+        if (ROOT / source).exists():
+            pages[page] = rebased((ROOT / source).read_text(encoding="utf-8"), source)
+    for page, text in pages.items():
+        files.append(File.generated(config, page, content=text))
+    folder, names, target = RESULTS
+    for name in names:
+        files.append(File.generated(config, f"{target}/{name}", abs_src_path=str(ROOT / folder / name)))
+    return files
+
+
+def rebased(text: str, source: str) -> str:
+    """Links of a file of the repository, as they are from the site's front page."""
+    homes = {name: page for name, page in COPIES.items() if (ROOT / name).exists()}
+
+    def link(match: re.Match[str]) -> str:
+        target, anchor = match[1], match[2] or ""
+        whole = target if source.count("/") == 0 else f"{source.rpartition('/')[0]}/{target}"
+        if target in homes or whole in homes:
+            return f"]({homes.get(target) or homes[whole]}{anchor})"
+        if target == "README.md":
+            return f"](index.md{anchor})"
+        return f"]({target.removeprefix('docs/')}{anchor})"
+
+    return re.sub(r"\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)", link, text)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill in the tables."""
+    return MARK.sub(lambda mark: TABLES[mark[1]](), markdown)
