@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from typer.cli import get_docs_for_click
 
 import fgsteer
 
@@ -108,8 +107,7 @@ def address(name: str) -> str:
 def summary(name: str) -> str:
     """The first sentence of a docstring; nothing for a constant, whose docstring is its type's."""
     value = getattr(fgsteer, name)
-    text = value.__doc__ if callable(value) else ""
-    return (text or "").strip().split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+    return first(value.__doc__ if callable(value) else "")
 
 
 def api_pages() -> dict[str, str]:
@@ -129,9 +127,29 @@ def api_pages() -> dict[str, str]:
 
 def cli_page() -> str:
     """Every command with its arguments and options, from the Typer application."""
-    command = typer.main.get_command(importlib.import_module("fgsteer.cli").app)
-    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="fgsteer", title="Command line")
-    return re.sub(r"<(?=[a-z])", "&lt;", text)  # outside code, a metavariable is not HTML
+    group = typer.main.get_command(importlib.import_module("fgsteer.cli").app)
+    commands: dict[str, Any] = dict(sorted(getattr(group, "commands", {}).items()))
+    lines = ["# Command line", "", str(group.help), "", "| command | |", "|---|---|"]
+    lines += [f"| [`fgsteer {name}`](#fgsteer-{name}) | {first(command.help)} |" for name, command in commands.items()]
+    for name, command in commands.items():
+        context = typer.Context(command, info_name=f"fgsteer {name}")
+        usage = " ".join(["fgsteer", name, *command.collect_usage_pieces(context)])
+        lines += ["", f"## fgsteer {name}", "", command.help, "", "```text", usage, "```", ""]
+        lines += ["| argument or option | |", "|---|---|"]
+        for parameter in command.get_params(context):
+            if (record := parameter.get_help_record(context)) is not None:
+                lines.append(f"| `{record[0]}` | {cell(record[1])} |")
+    return "\n".join(lines) + "\n"
+
+
+def first(text: str | None) -> str:
+    """The first paragraph of a text, as a cell of a table."""
+    return cell((text or "").strip().split("\n\n")[0])
+
+
+def cell(text: str) -> str:
+    """A text on one line, with nothing in it that a table or HTML would take for its own."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 # ---------------------------------------------------------------- tables that a page asks for
@@ -171,20 +189,14 @@ def errors_table() -> str:
 
 def scores_table() -> str:
     """The named selection scores."""
-    return "\n".join(
-        ["| name | |", "|---|---|", *(f"| `{name}` | {doc_line(score)} |" for name, score in fgsteer.SCORES.items())]
-    )
+    rows = [f"| `{name}` | {first(score.__doc__)} |" for name, score in fgsteer.SCORES.items()]
+    return "\n".join(["| name | |", "|---|---|", *rows])
 
 
 def methods_table() -> str:
     """Every method of ``build`` and what it is."""
-    lines = ["| name | |", "|---|---|"]
-    return "\n".join([*lines, *(f"| [`{name}`][fgsteer.{name}] | {summary(name)} |" for name in fgsteer.METHODS)])
-
-
-def doc_line(value: Any) -> str:
-    """The first line of a docstring."""
-    return (value.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+    rows = [f"| [`{name}`][fgsteer.{name}] | {summary(name)} |" for name in fgsteer.METHODS]
+    return "\n".join(["| name | |", "|---|---|", *rows])
 
 
 TABLES: dict[str, Callable[[], str]] = {
