@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import fgsteer as fg
-from fgsteer.evaluation.arms import NEEDS_EFFECTS
-from fgsteer.evaluation.bench import Bench, BenchPlan
-from fgsteer.evaluation.plots import save_all
-from fgsteer.evaluation.records import Run, best_settings, method_name
-from fgsteer.evaluation.report import markdown
-from fgsteer.evaluation.tables import average_table, best_sae_method, compare
-from fgsteer.files import whole, write_json
+from fgsteer.evaluation.bench.bench import Bench, BenchPlan
+from fgsteer.evaluation.bench.conditions import NEEDS_EFFECTS
+from fgsteer.evaluation.bench.plots import save_all
+from fgsteer.evaluation.bench.records import Run, best_settings, method_name
+from fgsteer.evaluation.bench.report import markdown
+from fgsteer.evaluation.bench.tables import average_table, best_sae_method, compare
+from fgsteer.storage.atomic import whole
+from fgsteer.storage.json_files import write_json
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"

@@ -32,7 +32,7 @@ from timing.bench import Bench
 from timing.clock import Clock, Row, facts
 from timing.subjects import MODELS
 
-from fgsteer.files import read_json, write_json
+from fgsteer.storage.json_files import read_json, write_json
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "speed.json"

@@ -15,22 +15,25 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import DataError, FormatError
-from fgsteer.escaping import markdown, markdown_code, without
-from fgsteer.files import whole, whole_folder
-from fgsteer.models import model_name
-from fgsteer.network import hub_is_reachable, hub_or_cache, unreachable
+from fgsteer.errors.escaping import markdown, markdown_code, without
+from fgsteer.models.embedded import model_name
+from fgsteer.storage.atomic import whole, whole_folder
+from fgsteer.storage.network import hub_is_reachable, hub_or_cache, unreachable
+from fgsteer.vector import FILE_NAME, MeasuredRun, SteeringVector
 
 if TYPE_CHECKING:
-    from fgsteer.evaluation.records import Run, Setting
-    from fgsteer.vector import SteeringVector
+    from fgsteer.evaluation.bench.records import Setting
 
-VECTOR, CARD, CURVE = "vector.safetensors", "README.md", "curve.png"
+CARD = "README.md"
+CURVE = "curve.png"
 FEATURES = 20
 MEASURES = ("behavior", "coherence", "bcs")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)  # all else stands in no address and in no code
 
 
-def save_folder(vector: SteeringVector, folder: str | Path, run: Run | None = None, method: str | None = None) -> None:
+def save_folder(
+    vector: SteeringVector, folder: str | Path, run: MeasuredRun | None = None, method: str | None = None
+) -> None:
     """A new folder with the vector, its card and, given a ``run`` of bench that has it, its BCS curve.
 
     ``method`` is what the run calls it, by default what the vector's provenance says. Raises
@@ -41,13 +44,13 @@ def save_folder(vector: SteeringVector, folder: str | Path, run: Run | None = No
     if run is not None:
         files[CURVE] = _picture(points, run)
     with whole_folder(folder) as inside:
-        vector.save(inside / VECTOR)
+        vector.save(inside / FILE_NAME)
         for name, data in files.items():
             with whole(inside / name) as beside:
                 beside.write_bytes(data)
 
 
-def push(vector: SteeringVector, repo_id: str, run: Run | None, method: str | None, **options: Any) -> str:
+def push(vector: SteeringVector, repo_id: str, run: MeasuredRun | None, method: str | None, **options: Any) -> str:
     """Upload what ``save_folder`` makes, as one commit; the address of the commit. Raises FormatError."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -107,7 +110,7 @@ def fetch(source: str | Path, filename: str, revision: str | None, token: str | 
     )
 
 
-def _measured(vector: SteeringVector, run: Run, method: str | None) -> list[Setting]:
+def _measured(vector: SteeringVector, run: MeasuredRun, method: str | None) -> list[Setting]:
     """The run's settings of this vector, by coefficient. Raises DataError for none."""
     concept, name = _concept(vector), method or str(vector.provenance.get("method"))
     here = (concept, name, vector.hookpoint.layer)
@@ -136,7 +139,7 @@ def _made(vector: SteeringVector, key: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def card(vector: SteeringVector, points: Sequence[Setting] = (), run: Run | None = None) -> str:
+def card(vector: SteeringVector, points: Sequence[Setting] = (), run: MeasuredRun | None = None) -> str:
     """The model card: what the vector does and is made of, how it was measured, how to load it.
 
     Names in it come from files: each is escaped for where it stands.
@@ -209,7 +212,7 @@ def _use(model: str, best: Setting | None) -> list[str]:
     ]
 
 
-def _table(points: Sequence[Setting], run: Run, best: Setting) -> list[str]:
+def _table(points: Sequence[Setting], run: MeasuredRun, best: Setting) -> list[str]:
     """What the run's half that chose nothing says of every coefficient."""
     judge = (run.header.get("plan") or {}).get("judge")
     name = markdown(judge.get("name") or "unnamed") if isinstance(judge, Mapping) else "unnamed"
@@ -232,7 +235,7 @@ def _table(points: Sequence[Setting], run: Run, best: Setting) -> list[str]:
     return lines
 
 
-def _picture(points: Sequence[Setting], run: Run) -> bytes:
+def _picture(points: Sequence[Setting], run: MeasuredRun) -> bytes:
     """Behavior, coherence and BCS by coefficient, as PNG, the same bytes every time."""
     from matplotlib.figure import Figure
 

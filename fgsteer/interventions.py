@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.brief import Brief
-from fgsteer.checks import check_flags, check_number, is_whole, shown
 from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
-from fgsteer.hookpoints import Hookpoint
-from fgsteer.sae import SAE
+from fgsteer.errors.checks import check_flags, check_number, is_whole, shown
+from fgsteer.errors.reprs import Brief
+from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.saes.sae import SAE
 
 Kind = TypeVar("Kind", bound="Intervention")
 Scope = Literal["all", "prompt", "generated", "last_prompt_on"]
@@ -154,10 +154,10 @@ class Intervention(Brief, ABC):
 def _scalar(name: str, value: Scalar) -> Scalar:
     """A float; a tensor that requires grad as it is. Raises SteeringError for one that is not a finite number."""
     if not isinstance(value, Tensor) or not value.requires_grad:
-        return _finite(name, value)  # type: ignore[arg-type]
+        return finite_number(name, value)  # type: ignore[arg-type]
     if value.ndim:
         raise SteeringError(f"{name} of shape {tuple(value.shape)} that requires grad", "one number, a 0-d tensor")
-    _finite(name, float(value.detach()))
+    finite_number(name, float(value.detach()))
     return value
 
 
@@ -166,7 +166,8 @@ def _tensor(value: Scalar, like: Tensor) -> Tensor:
     return (value.to(like) if isinstance(value, Tensor) else torch.tensor(value).to(like)).reshape(1, 1)
 
 
-def _finite(name: str, value: float) -> float:
+def finite_number(name: str, value: float) -> float:
+    """The value as a float. Raises ArgumentError for what is no number, SteeringError for one that is not finite."""
     check_number(name, value)
     number = float(value)
     if not math.isfinite(number):
@@ -174,7 +175,11 @@ def _finite(name: str, value: float) -> float:
     return number
 
 
-def _vector(name: str, value: Tensor) -> Tensor:
+def finite_vector(name: str, value: Tensor) -> Tensor:
+    """A float32 copy of the value; one that requires grad stays the caller's own, to be trained.
+
+    Raises PairingError unless it is one floating-point vector, SteeringError where it is not finite.
+    """
     if not isinstance(value, Tensor) or value.ndim != 1 or not value.is_floating_point():
         got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise PairingError(f"{name} is {got}", "one floating-point vector (d_model,)")
@@ -185,7 +190,7 @@ def _vector(name: str, value: Tensor) -> Tensor:
     return value.detach().float().clone()  # the caller's tensor may change later
 
 
-def _unit(direction: Tensor) -> tuple[Tensor, Tensor]:
+def unit_and_norm(direction: Tensor) -> tuple[Tensor, Tensor]:
     """(unit vector, norm) in float32. Raises SteeringError for a direction whose norm is 0, or beyond float32."""
     direction = direction.float()
     norm = direction.norm()
@@ -208,7 +213,7 @@ class Add(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "direction", _vector("direction", self.direction))
+        object.__setattr__(self, "direction", finite_vector("direction", self.direction))
         object.__setattr__(self, "coefficient", _scalar("coefficient", self.coefficient))
 
     @property
@@ -236,9 +241,9 @@ class Clamp(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "direction", _vector("direction", self.direction))
+        object.__setattr__(self, "direction", finite_vector("direction", self.direction))
         object.__setattr__(self, "target", _scalar("target", self.target))
-        _unit(self.direction)
+        unit_and_norm(self.direction)
 
     @property
     def d_model(self) -> int:
@@ -247,7 +252,7 @@ class Clamp(Intervention):
 
     def update(self) -> Update:
         """w = r̂, read = r̂·h, λ = 1, μ = 0, α = t."""
-        return _projection(_unit(self.direction)[0], self.target)
+        return _projection(unit_and_norm(self.direction)[0], self.target)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -261,8 +266,8 @@ class Ablate(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "direction", _vector("direction", self.direction))
-        _unit(self.direction)
+        object.__setattr__(self, "direction", finite_vector("direction", self.direction))
+        unit_and_norm(self.direction)
 
     @property
     def d_model(self) -> int:
@@ -271,7 +276,7 @@ class Ablate(Intervention):
 
     def update(self) -> Update:
         """w = r̂, read = r̂·h, λ = 1, μ = 0, α = 0."""
-        return _projection(_unit(self.direction)[0], 0.0)
+        return _projection(unit_and_norm(self.direction)[0], 0.0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -289,12 +294,12 @@ class Affine(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "direction", _vector("direction", self.direction))
-        object.__setattr__(self, "reference", _vector("reference", self.reference))
+        object.__setattr__(self, "direction", finite_vector("direction", self.direction))
+        object.__setattr__(self, "reference", finite_vector("reference", self.reference))
         object.__setattr__(self, "alpha", _scalar("alpha", self.alpha))
         if self.reference.shape != self.direction.shape:
             raise PairingError(f"a reference of width {len(self.reference)}", f"{len(self.direction)}, the direction's")
-        _unit(self.direction)
+        unit_and_norm(self.direction)
 
     @property
     def d_model(self) -> int:
@@ -303,7 +308,7 @@ class Affine(Intervention):
 
     def update(self) -> Update:
         """w = r̂, read = r̂·h, λ = 1, μ = r̂·r⁻, α·‖r‖."""
-        unit, norm = _unit(self.direction)
+        unit, norm = unit_and_norm(self.direction)
         return _projection(unit, unit @ self.reference.float().to(unit) + _tensor(self.alpha, unit)[0, 0] * norm)
 
 

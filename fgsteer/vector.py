@@ -11,27 +11,40 @@ the interventions that apply it. Vectors at one hookpoint add, subtract and scal
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.brief import FEW, TEXT
-from fgsteer.checks import checked, is_number, is_whole, shown
 from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionError, SteeringError
-from fgsteer.escaping import escaped
-from fgsteer.files import read_tensors, write_tensors
-from fgsteer.hookpoints import Hookpoint
-from fgsteer.hub import VECTOR, fetch, push, save_folder
-from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, _finite, _vector
-from fgsteer.models import check_pairing
-from fgsteer.wording import a, count
+from fgsteer.errors.checks import checked, is_number, is_whole, shown
+from fgsteer.errors.escaping import escaped
+from fgsteer.errors.reprs import FEW, TEXT
+from fgsteer.errors.wording import a, count
+from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, finite_number, finite_vector
+from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.models.pairing import check_pairing
+from fgsteer.storage.files import read_tensors, write_tensors
 
-if TYPE_CHECKING:
-    from fgsteer.evaluation.records import Run
+FILE_NAME = "vector.safetensors"  # of the vector in a folder or a repository
+
+
+class MeasuredRun(Protocol):
+    """A run of ``bench`` read back, as ``load_run`` gives it: what a card tells of how a vector did."""
+
+    @property
+    def header(self) -> Mapping[str, Any]:
+        """What the run was made of."""
+
+    @property
+    def settings(self) -> Sequence[Any]:
+        """Every setting once."""
+
+    def mean(self, setting: Any, half: str = ..., measure: str = ...) -> float:
+        """Mean of a measure over the texts of a setting."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +76,11 @@ class SteeringVector:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
-        object.__setattr__(self, "direction", _vector("direction", self.direction))
+        object.__setattr__(self, "direction", finite_vector("direction", self.direction))
         if not all(map(is_whole, self.features)):
             raise SelectionError(f"features {', '.join(map(repr, self.features)):.80}", "whole numbers as feature ids")
         if self.reference is not None:
-            object.__setattr__(self, "reference", _vector("reference", self.reference))
+            object.__setattr__(self, "reference", finite_vector("reference", self.reference))
             if self.reference.shape != self.direction.shape:
                 raise PairingError(
                     f"a reference of width {len(self.reference)}", f"{len(self.direction)}, the direction's"
@@ -222,21 +235,27 @@ class SteeringVector:
         }
         write_tensors(path, tensors, kind="vector", header=header)
 
-    def save_pretrained(self, folder: str | Path, *, run: Run | None = None, method: str | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, *, run: MeasuredRun | None = None, method: str | None = None) -> None:
         """Write a new folder: the vector, a card, and its BCS curve in a ``run`` of bench.
 
         ``method`` is what the run calls it, by default what made it; that the run's vectors were made with the
         same settings is for the caller to know. Raises DataError for a run without it, FormatError for a folder
         that is not free.
         """
+        from fgsteer.hub import save_folder
+
         save_folder(self, folder, run, method)
 
-    def push_to_hub(self, repo_id: str, *, run: Run | None = None, method: str | None = None, **options: Any) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, run: MeasuredRun | None = None, method: str | None = None, **options: Any
+    ) -> str:
         """Upload what ``save_pretrained`` writes to a Hugging Face repository, as one commit; its address.
 
         ``options``: ``private`` and ``token``, and what ``HfApi.upload_folder`` takes, such as
         ``revision`` and ``commit_message``. Raises as ``save_pretrained`` does, FormatError where the hub refuses.
         """
+        from fgsteer.hub import push
+
         return push(self, repo_id, run, method, **options)
 
     @classmethod
@@ -245,7 +264,7 @@ class SteeringVector:
         source: str | Path,
         model: nn.Module | None = None,
         *,
-        filename: str = VECTOR,
+        filename: str = FILE_NAME,
         revision: str | None = None,
         token: str | None = None,
     ) -> SteeringVector:
@@ -253,6 +272,8 @@ class SteeringVector:
 
         Raises FormatError, PairingError.
         """
+        from fgsteer.hub import fetch
+
         return cls.load(fetch(source, filename, revision, token), model)
 
     @classmethod
@@ -278,7 +299,7 @@ def _factor(value: object, what: str) -> float:
     """A finite float. Raises SteeringError, or ArgumentError, also for what is trained, which no vector keeps."""
     trained = getattr(value, "requires_grad", False)
     if is_number(value) and not trained:
-        return _finite("a factor", value)  # type: ignore[arg-type]
+        return finite_number("a factor", value)  # type: ignore[arg-type]
     change = "a strength that is trained is a coefficient: vector.add(c)" if trained else ""
     raise ArgumentError(f"a vector {what} {shown(value)}", "a finite number", change)
 

@@ -19,7 +19,8 @@ from corpus import split_corpus, train_tokenizer
 from recipe import Recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fgsteer.files import whole, write_json
+from fgsteer.storage.atomic import whole
+from fgsteer.storage.json_files import write_json
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

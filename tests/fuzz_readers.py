@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,32 +33,34 @@ import numpy as np
 import torch
 
 import fgsteer as fg
-from fgsteer.collecting import _Reader, _sums_of
-from fgsteer.corpora import read_documents
-from fgsteer.data import check_name as check_file_name
-from fgsteer.evaluation.chat import BrokenAnswerError, completion
-from fgsteer.evaluation.endpoint import AnswerCache, read_score
-from fgsteer.evaluation.records import best_settings
-from fgsteer.evaluation.run_files import check_run, line, read_arms, resume
-from fgsteer.evaluation.shared import begun_design
-from fgsteer.files import text_sha256, write_json, write_tensors
-from fgsteer.identities import made_of, sae_identity
-from fgsteer.info import describe_file
-from fgsteer.locks import _holder
-from fgsteer.measuring import _check_shapes
-from fgsteer.parts import Parts
-from fgsteer.ranks import Ranks
+from fgsteer.activations.tokens import TokenReader
+from fgsteer.cli.info import describe_file
+from fgsteer.data.contrasts import check_name as check_file_name
+from fgsteer.data.corpora import read_documents
+from fgsteer.effects.measuring import _check_shapes
+from fgsteer.evaluation.bench.records import best_settings
+from fgsteer.evaluation.bench.run_files import check_run, line, read_arms, resume
+from fgsteer.evaluation.bench.shared import begun_design
+from fgsteer.evaluation.judges.endpoint import AnswerCache, read_score
+from fgsteer.evaluation.judges.requests import BrokenAnswerError, completion
+from fgsteer.models.fingerprints import made_of
+from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.serving import save_clamp, steering
 from fgsteer.serving.control import Control
 from fgsteer.serving.http import asking, load
 from fgsteer.serving.request import PLAN
 from fgsteer.serving.served import check_name, read_served
 from fgsteer.serving.tables import Batch
-from fgsteer.tokens import TokenReader
-from tests import engine, runs
-from tests.conftest import make_sae
-from tests.sae_files import K, config_of, folder_of, sparsify_files, state_of
-from tests.tiny import word_tokenizer
+from fgsteer.statistics.collecting import _Reader, _sums_of
+from fgsteer.storage.files import write_tensors
+from fgsteer.storage.json_files import text_sha256, write_json
+from fgsteer.storage.locks import _holder
+from fgsteer.storage.parts import Parts
+from fgsteer.storage.ranks import Ranks
+from tests.helpers import engine, runs
+from tests.helpers.sae_files import K, config_of, folder_of, sparsify_files, state_of
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import word_tokenizer
 
 MEMORY = 512 << 20  # bytes that a reader may take besides what the process holds
 AT = "blocks.1.hook_resid_post"
@@ -335,7 +338,7 @@ def identities(folder: Path) -> dict[str, Reader]:
         return go_on(path, fresh=True)
 
     def holder(path: Path) -> str:
-        with mock.patch("fgsteer.locks.NOTE_SECONDS", -1):
+        with mock.patch("fgsteer.storage.locks.NOTE_SECONDS", -1):
             who = _holder(path)
         assert who.isprintable()
         return who
@@ -525,7 +528,8 @@ def in_json(data: bytes, rng: random.Random) -> bytes:
 
 def changed_value(value: object, rng: random.Random) -> object:
     """A JSON value with one of the values in it replaced, removed, renamed or scaled."""
-    places: list[tuple[dict | list, object]] = []
+    node: Any
+    places: list[tuple[Any, Any]] = []
     waiting = [value]
     while waiting:
         node = waiting.pop()

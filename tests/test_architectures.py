@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, LlamaConfig
 
 import fgsteer as fg
-from fgsteer.activations import primary, with_primary
-from fgsteer.hookpoints import blocks_of, decoder_of
-from tests.tiny import D_MODEL, FAMILIES, HYBRIDS, LAYERS, MORE_FAMILIES, ODD_FAMILIES, VOCAB, tiny_model
+from fgsteer.activations.outputs import primary, with_primary
+from fgsteer.models.hookpoints import blocks_of, decoder_of
+from tests.helpers.tiny import D_MODEL, FAMILIES, HYBRIDS, LAYERS, MORE_FAMILIES, ODD_FAMILIES, VOCAB, tiny_model
 
 ROWS = [[0, 5, 9, 40, 7, 12, 33, 21], [0, 33, 4], [0, 6, 50, 17, 22]]
 NEW = 5

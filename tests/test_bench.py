@@ -18,12 +18,12 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
-from fgsteer.data import check_name
-from fgsteer.evaluation import shared
-from fgsteer.evaluation.arms import BENCH_METHODS, ConceptArms
-from fgsteer.evaluation.bench import Bench, BenchPlan
-from fgsteer.evaluation.run_files import append, resume, strengths_path
+from fgsteer.data.contrasts import check_name
+from fgsteer.evaluation.bench import shared
+from fgsteer.evaluation.bench.bench import Bench, BenchPlan
+from fgsteer.evaluation.bench.conditions import BENCH_METHODS, ConceptArms
+from fgsteer.evaluation.bench.run_files import append, resume, strengths_path
+from tests.helpers.cli import app
 
 PLAN = BenchPlan(
     concepts=("love", "war"),
@@ -62,7 +62,8 @@ def parts():
 
 def make(parts, judge, **changes):
     layers = tuple(parts[2])
-    return Bench(*parts, judge, replace(PLAN, **{"layers": layers, **changes}))
+    model, tokenizer, saes, effects = parts
+    return Bench(model, tokenizer, saes, effects, judge, replace(PLAN, **{"layers": layers, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ def test_engines_that_cannot_be_are_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(fg.DataError, match=r"fgsteer\[ray\]"):
-        shared.with_ray(lambda: None, ("love",), tmp_path, workers=2)
+        shared.with_ray(lambda: pytest.fail("made"), ("love",), tmp_path, workers=2)
 
 
 def test_a_file_of_another_plan_is_left_alone(parts, unbroken):
@@ -383,9 +384,10 @@ def test_a_concept_that_is_nowhere_is_refused_with_what_to_do(parts, tmp_path):
     with pytest.raises(fg.DataError, match=r"no contrast set 'my\.json'.*contrasts="):
         bench.run(tmp_path / "run.jsonl")
     assert not (tmp_path / "run.jsonl").exists()
+    model, tokenizer, saes, effects = parts
     twice = [fg.load_contrast(tmp_path / "my.json")] * 2
     with pytest.raises(fg.DataError, match="each name once"):
-        Bench(*parts, LengthJudge(), PLAN, contrasts=twice)
+        Bench(model, tokenizer, saes, effects, LengthJudge(), PLAN, contrasts=twice)
 
 
 def test_examples_in_a_prompt_are_text_where_a_set_has_messages(llama, tokenizer):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.rendering import render, render_prompt
-from fgsteer.tokens import TokenReader
-from tests.tiny import word_tokenizer
+from fgsteer.activations.tokens import TokenReader
+from fgsteer.data.rendering import render, render_prompt
+from tests.helpers.tiny import word_tokenizer
 
 
 def user(text):

@@ -16,9 +16,9 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
-from fgsteer.corpora import as_documents, read_documents
-from tests.conftest import make_sae
+from fgsteer.data.corpora import as_documents, read_documents
+from tests.helpers.cli import app
+from tests.helpers.saes import make_sae
 
 STORIES = ["the king said yes", 'a dog, "the" cat\nran', "she wore ï white"]
 ROWS = [{"id": n, "text": text, "story": text.upper()} for n, text in enumerate(STORIES)]

@@ -14,9 +14,9 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
-from fgsteer.files import read_json
-from fgsteer.models import pretrained_dir
+from fgsteer.models.embedded import pretrained_dir
+from fgsteer.storage.json_files import read_json
+from tests.helpers.cli import invoke
 
 runner = CliRunner()
 
@@ -71,13 +71,6 @@ def test_every_embedded_sae_loads_with_what_belongs_to_it():
     assert fg.load_sae("default").sha256 == fg.load_sae("default", index["sae"]).sha256
     with pytest.raises(fg.FormatError, match=index["sae"]):
         fg.load_sae("default", "layer_99")
-
-
-def invoke(*arguments):
-    result = runner.invoke(app, list(arguments))
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def test_the_stages_compose_through_files(tmp_path):

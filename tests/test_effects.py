@@ -17,17 +17,18 @@ import torch
 from transformers import GenerationConfig
 
 import fgsteer as fg
-from fgsteer import measuring
-from fgsteer.calibration import calibrate_many
-from fgsteer.files import read_tensors, write_tensors
-from fgsteer.hookpoints import blocks_of
-from fgsteer.measuring import Agreement, Plan, decoder_directions, fit_parts
-from fgsteer.ridge import LinearMoments, best_ridge, ridge_path
-from fgsteer.rollouts import Sampling, choose, rollout, rollout_features
-from fgsteer.tokens import encode_prompts
-from tests.conftest import make_sae
+from fgsteer.activations.tokens import encode_prompts
+from fgsteer.effects import measuring
+from fgsteer.effects.measuring import Agreement, Plan, decoder_directions, fit_parts
+from fgsteer.effects.ridge import LinearMoments, best_ridge, ridge_path
+from fgsteer.effects.rollouts import Sampling, choose, rollout, rollout_features
+from fgsteer.likelihood.calibration import calibrate_many
+from fgsteer.likelihood.scoring import cross_entropies
+from fgsteer.models.hookpoints import blocks_of
+from fgsteer.storage.files import read_tensors, write_tensors
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model, word_tokenizer
 from tests.reference import effects as reference
-from tests.tiny import tiny_model, word_tokenizer
 
 PROMPTS = ["the man sat", "a queen", "the old king took the ship"]
 HOW = Sampling(max_new_tokens=5, top_k=12, top_p=0.8, seed=3)
@@ -130,7 +131,7 @@ def test_strengths_cost_the_target(llama, tokenizer, sae, texts):
 
 def test_a_grid_of_costs_is_met_with_fewer_passes(llama, tokenizer, texts, monkeypatch):
     """Each target within its tolerance, for every vector; the passes are fewer than for one target at a time."""
-    from fgsteer import calibration
+    from fgsteer.likelihood import calibration
 
     targets = (0.4, 0.1, 0.2)  # in no order
     makes = [
@@ -139,7 +140,7 @@ def test_a_grid_of_costs_is_met_with_fewer_passes(llama, tokenizer, texts, monke
     ]
     makes.append(fg.SteeringVector(torch.zeros(32), fg.Hookpoint(1)).add)  # no cost, whatever the coefficient
     asked = []
-    measured = calibration.cross_entropies
+    measured = cross_entropies
 
     def counted(model, tokenizer, texts, given, **kwargs):
         asked.append(len(given))
@@ -282,12 +283,12 @@ def test_processes_that_share_the_vectors_measure_the_same(llama, tokenizer, tex
         waited.append(maker)
         if not path.exists():
             monkeypatch.setenv("RANK", "1")
-            monkeypatch.setattr("fgsteer.parts.wait_for", lambda *_: 1 / 0)
+            monkeypatch.setattr("fgsteer.storage.parts.wait_for", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 measure(llama, tokenizer, sae, texts, tmp_path / "parts")
-            monkeypatch.setattr("fgsteer.parts.wait_for", other)
+            monkeypatch.setattr("fgsteer.storage.parts.wait_for", other)
 
-    monkeypatch.setattr("fgsteer.parts.wait_for", other)
+    monkeypatch.setattr("fgsteer.storage.parts.wait_for", other)
     monkeypatch.setenv("RANK", "0")
     measure(llama, tokenizer, sae, texts, tmp_path / "parts").save(tmp_path / "shared")
     assert waited[:3] == [0, 1, 0]
@@ -298,7 +299,7 @@ def test_killed_at_any_write_it_ends_the_same(llama, tokenizer, texts, tmp_path,
     sae = make_sae(d_sae=24)
     unbroken = measure(llama, tokenizer, sae, texts, None)
     unbroken.save(tmp_path / "whole.safetensors")
-    lottery, kills, original = random.Random(1), 0, measuring.write_tensors
+    lottery, kills, original = random.Random(1), 0, write_tensors
 
     def write(path, *args, **kwargs):
         if lottery.random() < 0.5:
@@ -308,7 +309,7 @@ def test_killed_at_any_write_it_ends_the_same(llama, tokenizer, texts, tmp_path,
             raise KeyboardInterrupt
 
     monkeypatch.setattr(measuring, "write_tensors", write)
-    monkeypatch.setattr("fgsteer.parts.write_tensors", write)
+    monkeypatch.setattr("fgsteer.storage.parts.write_tensors", write)
     for _ in range(100):
         try:
             broken = measure(llama, tokenizer, sae, texts, tmp_path / "parts")

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import unicodedata
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -23,9 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgsteer as fg
-from fgsteer.evaluation.chat import BrokenAnswerError, ChatClient, _seconds
-from fgsteer.evaluation.endpoint import _prompt, read_score
-from tests.chat import Chat, Reply
+from fgsteer.evaluation.judges.endpoint import _prompt, read_score
+from fgsteer.evaluation.judges.requests import BrokenAnswerError, ChatClient, _seconds
+from tests.helpers.chat import Chat, Reply
+from tests.helpers.errors import chain
 
 KEY = "sk-a-secret-key-0123456789"
 TEXTS = [f"text number {i}" for i in range(6)]
@@ -162,16 +162,6 @@ def test_retry_after_as_a_date():
     past += ["Wed, 21 Oct 2015 07:28:00 +" + "9" * 30, "1 Jan 1 00:00:00 +2359"]
     for nothing in (None, "", "-3", "soon", "nan", *past):
         assert _seconds(nothing) == 0
-
-
-def chain(error):
-    """All that an error carries along: of itself, its causes and contexts, what str, repr and a traceback show."""
-    seen = []
-    while error is not None:
-        seen += [str(error), repr(error), *map(repr, error.args)]
-        seen += traceback.format_exception(error)
-        error = error.__cause__ or error.__context__
-    return "\n".join(seen)
 
 
 ECHOES = {

@@ -9,6 +9,7 @@ import json
 import sys
 import unicodedata
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from urllib.parse import quote
 
@@ -22,16 +23,17 @@ from rich.table import Table
 from rich.text import Text
 
 import fgsteer as fg
-from fgsteer.cards import html_page
 from fgsteer.cli.common import console, progress_bar
 from fgsteer.cli.terminal import json_text as terminal_json
 from fgsteer.cli.terminal import say
-from fgsteer.escaping import escaped, json_text, markdown, markdown_code, without
-from fgsteer.examples import Excerpt
-from fgsteer.files import write_tensors
-from fgsteer.reading import FeatureRow
-from tests.conftest import make_sae
-from tests.test_consoles import run
+from fgsteer.errors.escaping import escaped, json_text, markdown, markdown_code, without
+from fgsteer.features.cards import html_page
+from fgsteer.features.description import FeatureRow
+from fgsteer.saes.examples import Excerpt
+from fgsteer.storage.files import write_tensors
+from tests.helpers.cli import run_on_console
+from tests.helpers.pages import MARKS
+from tests.helpers.saes import make_sae
 
 # an escape sequence, a bell, a carriage return, C1's CSI, directions, an end of line, half a character, tags
 ACTING = "\x1b[2J \x1b]0;title\x07 a\rb \x9b31m \u202eabc\u2066 \u2028 \udc80 \U000e0041 \x7f \x00"
@@ -71,36 +73,6 @@ def test_json_stays_json(value):
         assert "indent" in options or "\n" not in text
 
 
-MARKS = ["# a", "a\n# b", "<script>alert(1)</script>", "[a](http://b.c)", "![a](b)", "**a**", "`a`", "```\n# b", "a|b"]
-MARKS += [
-    "http://evil.example",
-    "<http://evil.example>",
-    "&lt;",
-    "- a",
-    "1. a",
-    "> a",
-    "a\n---",
-    "===",
-    "\\",
-    "a\\",
-    " ",
-]
-MARKS += [
-    "[a]: http://b.c",
-    "~~a~~",
-    "| a |",
-    "$x$",
-    "_a_",
-    "``",
-    "` `",
-    "\u2028# b",
-    "a\r# b",
-    "    a",
-    "@b",
-    "a\x00b",
-]
-
-
 @FEW
 @given(st.text() | st.sampled_from(MARKS) | st.text("#*_`[]<>()!|\\~&: a\n-"))
 def test_markdown_reads_back_as_the_text_alone(text):
@@ -115,7 +87,7 @@ def test_markdown_reads_back_as_the_text_alone(text):
 
 
 KEYS = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=12, max_size=60)
-WAYS = {
+WAYS: dict[str, Callable[[str], str]] = {
     "plain": lambda key: key,
     "JSON": json.dumps,
     "JSON in JSON": lambda key: json.dumps(json.dumps({"authorization": f"Bearer {key}"})),
@@ -216,7 +188,7 @@ def test_nothing_that_a_file_holds_reaches_the_terminal_raw(tmp_path, monkeypatc
         ("collect", tmp_path / "contrast.json", "-o", tmp_path / "out"),
         ("features", tmp_path / hostile.replace("\x00", "")),
     ):
-        status, out, err = run(monkeypatch, "utf-8", *arguments)
+        status, out, err = run_on_console(monkeypatch, "utf-8", *arguments)
         assert status in (0, 2), (arguments, err)
         assert not acts(out + err), arguments
         assert "\nerror: all is well" not in out + err

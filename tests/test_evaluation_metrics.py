@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
-from fgsteer.data import SHIPPED
-from fgsteer.evaluation.coherence import distinct_share
-from fgsteer.hookpoints import resolve
-from tests.conftest import make_sae
+from fgsteer.data.contrasts import SHIPPED
+from fgsteer.evaluation.metrics.coherence import distinct_share
+from fgsteer.models.hookpoints import resolve
+from tests.helpers.cli import app
+from tests.helpers.examples import naive_examples
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model, word_tokenizer
 from tests.reference import evaluation as reference
-from tests.test_statistics import naive_examples
-from tests.tiny import tiny_model, word_tokenizer
 
 AT = fg.Hookpoint(1)
 TEXTS = ["the bride wore a ring", "a cat ran", "the king of the old sea ship was sad and the man is good", "tea"]
@@ -29,7 +30,7 @@ QUESTIONS = [
     fg.ContrastPair("tea and bread", "no", prompt="I think"),
 ]
 # float32 forward passes at other batch shapes, sums of up to a dozen tokens
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -426,4 +427,5 @@ def test_gpu_twin_of_evaluation(dtype, tokenizer, vector):
         results[-1] = torch.cat([results[-1], answers.share.flatten(), coherence.cross_entropy])
     # bfloat16 keeps 8 bits, and these logits spread over some tens of nats
     tolerance = 1e-3 if dtype == torch.float32 else 0.3
-    assert torch.allclose(*(r.double() for r in results), rtol=tolerance, atol=tolerance)
+    cpu, cuda = (result.double() for result in results)
+    assert torch.allclose(cpu, cuda, rtol=tolerance, atol=tolerance)

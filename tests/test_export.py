@@ -17,11 +17,11 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
 from fgsteer.interventions import SCOPES
-from tests.conftest import make_sae
+from tests.helpers.cli import app
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL
 from tests.reference import engines
-from tests.tiny import D_MODEL
 
 PROMPT = "she took the ring of the old king"
 
@@ -406,7 +406,7 @@ def library(monkeypatch):
 
     SteeringVector.__module__ = module.__name__
     SteeringVector.__qualname__ = "SteeringVector"
-    module.SteeringVector = SteeringVector
+    vars(module)["SteeringVector"] = SteeringVector
     monkeypatch.setitem(sys.modules, "steering_vectors", types.ModuleType("steering_vectors"))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return SteeringVector

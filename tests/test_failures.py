@@ -17,19 +17,20 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer import files
-from fgsteer.evaluation.endpoint import AnswerCache
-from fgsteer.evaluation.run_files import append, resume
+from fgsteer.evaluation.bench.run_files import append, resume
+from fgsteer.evaluation.judges.endpoint import AnswerCache
 from fgsteer.export import checkpoint, lm_eval
-from fgsteer.statistics import Contrast, Moments
-from tests.conftest import make_sae
+from fgsteer.storage import atomic, json_files
 from tests.fuzz_readers import fuzz
-from tests.tiny import tiny_model
+from tests.helpers.saes import make_sae
+from tests.helpers.saved import things
+from tests.helpers.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 AT = fg.Hookpoint(1)
@@ -42,7 +43,7 @@ def start(work):
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        status = 1
+        status: Any = 1
         try:
             torch.set_num_threads(1)
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -66,26 +67,11 @@ def ended(pid):
 # ---------------------------------------------------------------- files
 
 
-def things(n, width=WIDTH):
-    """One thing of every kind that is saved, full of the number n."""
-    full = torch.full((width,), float(n))
-    moments = Moments(2, full.double(), full.double(), full.double())
-    tokens = torch.full((width // 10, 1, 3), n, dtype=torch.int32)
-    slots = torch.zeros(width // 10, 1, dtype=torch.int32)
-    return {
-        "vector": fg.SteeringVector(full, AT),
-        "statistics": fg.ContrastStatistics({AT: Contrast(moments, moments)}),
-        "density": fg.FeatureDensity(full.double(), full.double(), full.double(), n, "x"),
-        "examples": fg.FeatureExamples(torch.arange(width // 10), tokens, tokens.float(), slots, "x"),
-        "effects": fg.EffectApproximator(full[None], full, AT, "x"),
-    }
-
-
 def write_all(folder, n):
-    for kind, thing in things(n).items():
+    for kind, thing in things(n, WIDTH).items():
         thing.save(folder / kind)
-    files.write_json(folder / "json", [n] * WIDTH)
-    with files.whole(folder / "page") as beside:
+    json_files.write_json(folder / "json", [n] * WIDTH)
+    with atomic.whole(folder / "page") as beside:
         beside.write_text(f"{n} " * WIDTH)
 
 
@@ -97,7 +83,7 @@ def numbers(folder):
         "density": lambda p: fg.FeatureDensity.load(p).first,
         "examples": lambda p: fg.FeatureExamples.load(p).activations,
         "effects": lambda p: fg.EffectApproximator.load(p).M,
-        "json": lambda p: torch.tensor(files.read_json(p)),
+        "json": lambda p: torch.tensor(json_files.read_json(p)),
         "page": lambda p: torch.tensor([int(word) for word in p.read_text().split()]),
     }
     return {kind: set(r(folder / kind).flatten().tolist()) for kind, r in read.items() if (folder / kind).exists()}
@@ -162,22 +148,22 @@ def test_kill_leaves_records_to_go_on_from(tmp_path):
         with open(path, "ab") as file:
             file.write(b'{"batch": 0, "te')  # whatever is half, is cut off
         before, done = done, resume(path, header, [batch] * 10_000)
-        rows = [files.parse_json(line) for line in path.read_bytes().splitlines()]
+        rows = [json_files.parse_json(line) for line in path.read_bytes().splitlines()]
         assert rows[0] == header
         assert [row["batch"] for row in rows[1:]] == [n for n in range(done) for _ in range(batch)]
         assert done >= before
 
 
-def test_every_writer_goes_through_files():
+def test_every_writer_goes_through_atomic_writes():
     """No other module opens a file to write, or writes to anything but the path that ``whole`` lends."""
     writes = re.compile(
         r"""open\([^)]*["'][rwax]?b?[wax+]b?\+?["']|(?<!beside)\.write_(?:text|bytes)\(|save_file\(|"""
         r"""torch\.save\((?!vector|[^)]*buffer)|json\.dump\(|savefig\((?!buffer)|os\.(?:replace|rename)\(|mkstemp\("""
     )
     for path in (ROOT / "fgsteer").rglob("*.py"):
-        if path.name != "files.py":
+        if path.name != "atomic.py":
             assert not (found := writes.findall(path.read_text(encoding="utf-8"))), (path, found)
-    assert len(writes.findall((ROOT / "fgsteer" / "files.py").read_text(encoding="utf-8"))) >= 4
+    assert len(writes.findall((ROOT / "fgsteer" / "storage" / "atomic.py").read_text(encoding="utf-8"))) >= 4
 
 
 @contextlib.contextmanager
@@ -204,8 +190,8 @@ def full_disk(how, monkeypatch, limit=8000):
 def test_full_disk_keeps_the_old_file(how, tmp_path, monkeypatch):
     write_all(tmp_path, 1)
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    writes = {kind: thing.save for kind, thing in things(2).items()}
-    writes["json"] = lambda path: files.write_json(path, [2] * WIDTH)
+    writes = {kind: thing.save for kind, thing in things(2, WIDTH).items()}
+    writes["json"] = lambda path: json_files.write_json(path, [2] * WIDTH)
     for kind, write in writes.items():
         with full_disk(how, monkeypatch) as reason, pytest.raises(fg.FormatError) as told:
             write(tmp_path / kind)
@@ -215,7 +201,7 @@ def test_full_disk_keeps_the_old_file(how, tmp_path, monkeypatch):
 
 
 def save_tokenizer(path, tokenizer):
-    with files.whole_folder(path) as beside:
+    with atomic.whole_folder(path) as beside:
         tokenizer.save_pretrained(beside)
 
 

@@ -16,27 +16,29 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.activations import by_token, primary
-from fgsteer.hookpoints import _SUBLAYERS, blocks_of, resolve
-from fgsteer.models import d_model, identity, logit_lens
-from tests.conftest import make_sae
-from tests.reference import sparse as reference
-from tests.test_statistics import DOWN, SET, UP, naive_examples
-from tests.test_steering import batch, rows_of, run, vector
-from tests.tiny import (
+from fgsteer.activations.outputs import by_token, primary
+from fgsteer.models.hookpoints import _SUBLAYERS, blocks_of, resolve
+from fgsteer.models.pairing import identity
+from fgsteer.models.properties import d_model
+from fgsteer.models.unembedding import logit_lens
+from tests.helpers.examples import DOWN, SET, UP, naive_examples
+from tests.helpers.saes import make_sae
+from tests.helpers.steering import batch, rows_of, run, vector
+from tests.helpers.tiny import (
     D_MODEL,
     FAMILIES,
     HYBRIDS,
     LAYERS,
     MORE_FAMILIES,
-    ODD_FAMILIES,
+    NO_SUBLAYERS,
     OTHER_FAMILIES,
+    SITES,
     tiny_model,
     word_tokenizer,
 )
+from tests.reference import sparse as reference
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "models.md"
-SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 # title and what is special about the blocks, of the families in the table
 ABOUT = {
     "llama": ("Llama", ""),
@@ -75,13 +77,6 @@ ABOUT = {
     "bamba": ("Bamba", "Mamba 2, attention"),
     "zamba2": ("Zamba 2", "Mamba 2, shared attention"),
     "recurrent_gemma": ("RecurrentGemma", "recurrences, which read left padding; attention"),
-}
-NO_SUBLAYERS = {
-    "opt, post-norm": "norm follows",
-    "granite": "residual_multiplier",
-    "bloom": "residual added",
-    "gemma4": "layer_scalar",
-    **dict.fromkeys([*HYBRIDS, *ODD_FAMILIES], "not known"),
 }
 STEERED = [*sorted(MORE_FAMILIES), *HYBRIDS]
 SUBLAYERED = [family for family in (*FAMILIES, *STEERED) if family not in NO_SUBLAYERS]

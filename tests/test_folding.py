@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import fgsteer as fg
-from fgsteer.files import whole_folder
-from tests.conftest import make_sae
-from tests.test_default import invoke
-from tests.test_steering import batch, direction, run, vector
-from tests.tiny import D_MODEL, FAMILIES, MORE_FAMILIES, OTHER_FAMILIES, tiny_model, word_tokenizer
+from fgsteer.storage.atomic import whole_folder
+from tests.helpers.cli import invoke
+from tests.helpers.saes import make_sae
+from tests.helpers.steering import batch, direction, run, vector
+from tests.helpers.tiny import D_MODEL, FAMILIES, MORE_FAMILIES, OTHER_FAMILIES, tiny_model, word_tokenizer
 
 NO_BIAS = "no setting of its config gives it one"
 NORM = "a norm without a bias follows"

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import fgsteer as fg
-from fgsteer.hookpoints import resolve
 from fgsteer.interventions import SCOPES
-from tests.conftest import make_sae
-from tests.tiny import D_MODEL, tiny_model
+from fgsteer.models.hookpoints import resolve
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL, tiny_model
 
 AT = fg.Hookpoint(1)
 IDS = torch.tensor([[1, 1, 0, 9, 12], [0, 7, 5, 30, 8]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ from typer.models import OptionInfo
 
 import fgsteer as fg
 from fgsteer import cli
-from fgsteer.cli.common import app
-from tests.conftest import make_sae
-from tests.tiny import D_MODEL
+from tests.helpers.cli import click_group
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL
 
 HUGE = str(10**400)
 INTEGERS = [
@@ -37,7 +37,7 @@ INTEGERS = [
 ]
 FLOATS = ["nan", "inf", "-inf", HUGE, "9" * 5000, "1e999", "", "\udcff", "1,5"]
 RELEASES = {"r": {"model": "m", "repo_id": "me/r", "saes": [{"id": "layer_1", "path": "layer_1"}]}}
-COMMAND = typer.main.get_command(app)
+COMMAND = click_group()
 COMMANDS = COMMAND.commands
 
 
@@ -87,13 +87,13 @@ def run(monkeypatch, capsys):
     monkeypatch.setattr(fg, "load_sae", lambda *_, **__: make_sae())
     monkeypatch.setattr("fgsteer.cli.common.check_fit", lambda *_: None)
     monkeypatch.setattr("fgsteer.cli.harness.find_spec", lambda _: True)
-    monkeypatch.setattr("fgsteer.demo.run", refuse)
-    monkeypatch.setattr("fgsteer.sae_registry._releases", lambda: RELEASES)
+    monkeypatch.setattr("fgsteer.cli.demo.run", refuse)
+    monkeypatch.setattr("fgsteer.saes.registry._releases", lambda: RELEASES)
     monkeypatch.setattr("fgsteer.serving.server.need_vllm", refuse)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["fgsteer", *arguments])
-        status = 0
+        status: Any = 0
         with warnings.catch_warnings():
             try:
                 cli.main()

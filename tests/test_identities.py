@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fgsteer as fg
-from fgsteer import identities
-from fgsteer.evaluation import shared
-from fgsteer.evaluation.bench import Bench, BenchPlan
-from fgsteer.evaluation.run_files import strengths_path
-from fgsteer.files import read_json, read_tensors, write_json
-from fgsteer.identities import check_same, made_of, tokenizer_sha256, weights_sha256
-from fgsteer.rollouts import Sampling
-from tests.conftest import make_sae
-from tests.tiny import LAYERS, tiny_model, word_tokenizer
-
-TEXTS = ["the man sat on a ship", "a dog ran to the sea", "the king said no", "she took the bread and tea"]
-SIDES = {
-    "positives": ["the bride wore a ring", "the groom", "a wedding"],
-    "negatives": ["a dog sat", "a cat", "the ship"],
-}
-
+from fgsteer.evaluation.bench.run_files import strengths_path
+from fgsteer.models import fingerprints as identities
+from fgsteer.models.fingerprints import made_of, tokenizer_sha256, weights_sha256
+from fgsteer.storage.files import read_tensors
+from fgsteer.storage.json_files import read_json, write_json
+from fgsteer.storage.plans import check_same
+from tests.helpers.resumable import (
+    PARTS,
+    RUNS,
+    SIDES,
+    TEXTS,
+    LengthJudge,
+    bench,
+    collect,
+    contrast,
+    density,
+    effects,
+    shared_bench,
+)
+from tests.helpers.tiny import LAYERS, tiny_model, word_tokenizer
 
 # ---------------------------------------------------------------- hashes
 
@@ -61,10 +67,10 @@ def test_every_weight_counts(llama):
 
 
 def test_a_shared_tensor_is_read_once(monkeypatch):
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model: Any = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     apart = weights_sha256(model)
-    read, original = [], identities._sha256
-    monkeypatch.setattr(identities, "_sha256", lambda tensor: read.append(tensor) or original(tensor))
+    read, original = [], identities.stored_sha256
+    monkeypatch.setattr(identities, "stored_sha256", lambda tensor: read.append(tensor) or original(tensor))
     model[1].weight = model[0].weight
     tied = weights_sha256(model)
     assert len(read) == 1
@@ -176,64 +182,6 @@ def test_differences_are_told_short_and_exact():
 # ---------------------------------------------------------------- runs
 
 
-class LengthJudge:
-    name = "length"
-
-    def score(self, texts, concept):
-        return torch.tensor([min(1.0, len(text) / 100) for text in texts], dtype=torch.float64)
-
-
-def contrast(**changes):
-    sides = {name: tuple(texts) for name, texts in {**SIDES, **changes}.items()}
-    return fg.ContrastSet("own", **sides, held_out=fg.ContrastSet("held", positives=["a ring"], negatives=["a cat"]))
-
-
-PARTS = {"model": None, "tokenizer": word_tokenizer(), "sae": make_sae(d_sae=24), "contrast": contrast()}
-PLAN = {
-    "methods": ("unsteered", "caa"),
-    "layers": (1,),
-    "ce_rises": (0.05,),
-    "matched": None,
-    "prompts": 2,
-    "max_new_tokens": 3,
-    "own_prompts": ("the man", "a dog", "the old king", "she took"),
-    "neutral": tuple(TEXTS),
-}
-
-
-SHORT = {"sampling": Sampling(max_new_tokens=2), "target_ce_rise": 0.05}
-
-
-def bench_of(model, tokenizer, sae, contrast, judge=None, effects=None, **plan):
-    plan = BenchPlan(concepts=("own",), **{**PLAN, **plan})
-    return Bench(model, tokenizer, {1: sae}, {1: effects} if effects else {}, judge or LengthJudge(), plan,
-                 contrasts=[contrast])  # fmt: skip
-
-
-def collect(where, model, tokenizer, sae, contrast, fresh=False, **options):
-    fg.collect(model, tokenizer, contrast, sae=sae, work=where, fresh=fresh, **options)
-
-
-def density(where, model, tokenizer, sae, contrast, fresh=False, **options):
-    fg.measure_density(model, tokenizer, sae, contrast.positives, work=where, fresh=fresh, **options)
-
-
-def effects(where, model, tokenizer, sae, contrast, fresh=False, **options):
-    plan = {"prompts": TEXTS[:2], "texts": contrast.positives, "vectors": None, "rollouts": 2, "rows": 24, **SHORT}
-    fg.EffectApproximator.measure(model, tokenizer, sae, work=where, fresh=fresh, **{**plan, **options})
-
-
-def bench(where, model, tokenizer, sae, contrast, fresh=False, **options):
-    bench_of(model, tokenizer, sae, contrast, **options).run(where / "run.jsonl", fresh=fresh)
-
-
-def shared_bench(where, model, tokenizer, sae, contrast, fresh=False, **options):
-    shared.run_shared(bench_of(model, tokenizer, sae, contrast, **options), where / "run.jsonl", fresh=fresh)
-
-
-RUNS = {"collect": collect, "density": density, "effects": effects, "bench": bench, "shared": shared_bench}
-
-
 @pytest.fixture(scope="module", params=sorted(RUNS))
 def begun(request, tmp_path_factory, models):
     """A finished run of each kind: its function, its folder, what it was made of."""
@@ -272,7 +220,7 @@ def test_a_run_of_something_else_is_refused_by_name(begun, monkeypatch):
         prompts = ("the man", "a dog", "the queen", "she took")
         held_out = fg.ContrastSet("held", positives=["a ring"], negatives=["tea"])
         fit = fg.EffectApproximator(torch.ones(32, 24), torch.ones(24), sae.hookpoint, sae.sha256)
-        judge = LengthJudge()
+        judge: Any = LengthJudge()
         judge.identity = {"asks": 1}
         cases += [
             ({"contrast": replace(parts["contrast"], held_out=held_out)}, r"contrasts\.own\.held_out was"),
@@ -304,7 +252,7 @@ def test_a_run_of_something_else_is_refused_by_name(begun, monkeypatch):
 
 def test_a_patch_of_a_library_parts_no_run(begun, monkeypatch):
     run, folder, parts = begun
-    original = identities.version
+    original = importlib.metadata.version
     monkeypatch.setattr(identities, "version", lambda n: original(n) + (".post7" if n != "fgsteer" else ""))
     run(folder, **parts)
 
@@ -363,7 +311,7 @@ def test_strengths_of_something_else_are_refused_before_the_next_are_set(models,
     parts = {**PARTS, "model": models["llama"]}
     bench(tmp_path, **parts)
     (tmp_path / "run.jsonl").unlink()
-    monkeypatch.setattr("fgsteer.evaluation.bench.calibrate_grid", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("fgsteer.evaluation.bench.bench.calibrate_grid", lambda *_, **__: 1 / 0)
     bench(tmp_path, **parts)
     kept = strengths_path(tmp_path / "run.jsonl").read_bytes()
     for there in (True, False):

@@ -11,19 +11,19 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 import fgsteer as fg
-from fgsteer import files
-from fgsteer.corpora import read_documents
-from fgsteer.evaluation.chat import completion
-from fgsteer.evaluation.endpoint import AnswerCache
-from fgsteer.evaluation.run_files import line, read_arms
+from fgsteer.data.corpora import read_documents
+from fgsteer.evaluation.bench.run_files import line, read_arms
+from fgsteer.evaluation.judges.endpoint import AnswerCache
+from fgsteer.evaluation.judges.requests import completion
 from fgsteer.export import gguf
-from fgsteer.models import pretrained_dir
-from fgsteer.parts import Parts
+from fgsteer.models.embedded import pretrained_dir
 from fgsteer.serving.served import read_served, save_clamp
-from tests import runs
-from tests.conftest import make_sae
-from tests.sae_files import config_of, folder_of, state_of
-from tests.test_failures import things
+from fgsteer.storage import files, json_files
+from fgsteer.storage.parts import Parts
+from tests.helpers import runs
+from tests.helpers.sae_files import config_of, folder_of, state_of
+from tests.helpers.saes import make_sae
+from tests.helpers.saved import things
 
 AT = "blocks.1.hook_resid_post"
 LOADS = {
@@ -163,8 +163,8 @@ def test_a_header_that_could_not_be_read_is_not_written(tmp_path):
     half = "caf\udce9"  # as a name in another encoding comes from the command line
     files.write_tensors(tmp_path / "f", {}, kind="x", header={"name": half})
     assert files.read_tensors(tmp_path / "f", kind="x")[1]["name"] == "caf?"
-    files.write_json(tmp_path / "j", {"name": half})
-    assert files.read_json(tmp_path / "j") == {"name": "caf?"}
+    json_files.write_json(tmp_path / "j", {"name": half})
+    assert json_files.read_json(tmp_path / "j") == {"name": "caf?"}
 
 
 # ---------------------------------------------------------------- keys that stand twice
@@ -185,7 +185,7 @@ def cfg(path):
 @pytest.mark.parametrize(
     ("name", "text", "key", "read"),
     [
-        ("f.json", '{"a": [{"b": 1, "c": {"d": 1, "d": 1}}]}', "d", files.read_json),
+        ("f.json", '{"a": [{"b": 1, "c": {"d": 1, "d": 1}}]}', "d", json_files.read_json),
         ("f.json", TWICE, "positive", fg.load_contrast),
         ("f.json", f"[{ROW}]", "positive", fg.load_contrast),
         ("f.jsonl", ROW, "positive", fg.load_contrast),

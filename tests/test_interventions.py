@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fgsteer as fg
 from fgsteer.interventions import apply, stack
-from tests.conftest import make_sae
+from tests.helpers.saes import make_sae
 from tests.reference import apply as reference
 
 AT = fg.Hookpoint(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,26 +12,11 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.evaluation.judges import RIDGE, auc, judging_texts, logistic
+from fgsteer.evaluation.judges.judges import RIDGE, auc, judging_texts, logistic
+from tests.helpers.judges import BagOfWords
 from tests.reference import judges as naive
 
 WEDDING = fg.load_contrast("wedding")
-
-
-class BagOfWords:
-    """Stands for a sentence-transformers model: counts of hashed words. It notes what it was given."""
-
-    def __init__(self, width=48):
-        self.width, self.given = width, []
-
-    def encode(self, texts, **_):
-        self.given += texts
-        rows = torch.zeros(len(texts), self.width)
-        for row, text in zip(rows, texts, strict=True):
-            row[0] = 0.1  # no text is the zero vector
-            for word in text.lower().split():
-                row[zlib.crc32(word.strip('.,!?"').encode()) % self.width] += 1
-        return rows
 
 
 def problem(n=40, d=5, scale=1.0, seed=0):
@@ -68,9 +52,9 @@ def test_logistic_converges_where_newton_alone_overshoots(scale):
 
 def test_logistic_refuses_what_has_no_optimum():
     x, y, weight = problem()
-    for bad in ((x, torch.ones_like(y)), (x, torch.zeros_like(y)), (x / 0, y)):
+    for inputs, labels in ((x, torch.ones_like(y)), (x, torch.zeros_like(y)), (x / 0, y)):
         with pytest.raises(fg.DataError, match="optimum"):
-            logistic(*bad, weight, 1.0)
+            logistic(inputs, labels, weight, 1.0)
 
 
 def test_auc_counts_pairs():
@@ -193,7 +177,7 @@ def fake_library(monkeypatch, package):
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=load))
     spec = SimpleNamespace(origin=str(package / "__init__.py")) if package else None
-    monkeypatch.setattr("fgsteer.evaluation.judges.find_spec", lambda name: spec)
+    monkeypatch.setattr("fgsteer.evaluation.judges.judges.find_spec", lambda name: spec)
     return loaded
 
 

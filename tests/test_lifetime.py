@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import fgsteer as fg
-from tests.tiny import D_MODEL, tiny_model
+from tests.helpers.tiny import D_MODEL, tiny_model
 
 AT = fg.Hookpoint(1)
 IDS = torch.tensor([[0, 5, 6, 7, 8, 9]])

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import fgsteer as fg
-from fgsteer import models
-from tests.tiny import VOCAB, tiny_model, word_tokenizer
+from fgsteer.models import loading as models
+from tests.helpers.tiny import VOCAB, tiny_model, word_tokenizer
 
 TEXTS = ["the king said", "a dog"]
 HUB = {

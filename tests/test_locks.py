@@ -17,16 +17,16 @@ import pytest
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
-from fgsteer.evaluation import shared
-from fgsteer.locks import held, lock_path
-from tests.conftest import make_sae
-from tests.test_identities import PARTS, bench, collect, density, effects, shared_bench
+from fgsteer.evaluation.bench import shared
+from fgsteer.storage.locks import held, lock_path
+from tests.helpers.cli import app
+from tests.helpers.resumable import PARTS, bench, collect, density, effects, shared_bench
+from tests.helpers.saes import make_sae
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
 import sys, time
-from fgsteer.locks import held
+from fgsteer.storage.locks import held
 with held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -179,7 +179,7 @@ def test_the_lock_of_another_user_is_told_apart_from_a_folder_that_cannot_be_wri
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("fgsteer.locks.FileLock.acquire", refuse)
+    monkeypatch.setattr("fgsteer.storage.locks.FileLock.acquire", refuse)
     path = tmp_path / "run"
     with pytest.raises(fg.FormatError, match="Permission denied"), held(path):
         pass
@@ -261,7 +261,7 @@ def test_processes_that_share_a_run_do_not_keep_each_other_out(run, llama, tmp_p
 
 
 def test_a_concept_that_another_worker_runs_is_refused(llama, tmp_path):
-    from tests.test_identities import bench_of
+    from tests.helpers.resumable import bench_of
 
     folder = tmp_path / "run.parts"
     folder.mkdir()

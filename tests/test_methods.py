@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fgsteer as fg
-from tests.conftest import make_sae
+from tests.helpers.saes import make_sae
 from tests.reference import methods as reference
 
 D, K = 32, 24

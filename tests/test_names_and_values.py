@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer import methods, serving
-from fgsteer.cli import app
-from fgsteer.sae_registry import models_like, models_named, registry
+from fgsteer.saes.registry import models_like, models_named, registry
 from fgsteer.serving.request import steering as request_steering
-from tests.conftest import make_sae
+from tests.helpers.cli import app
+from tests.helpers.saes import make_sae
 
 AT = fg.Hookpoint(1)
 EVERY_NAME = """

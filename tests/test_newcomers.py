@@ -7,6 +7,7 @@ import json
 import socket
 import time
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +15,13 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer import network
-from fgsteer.chat import apply_template
-from fgsteer.cli.common import app
-from fgsteer.rendering import render_prompt
-from fgsteer.search import forms_pattern
-from tests.conftest import make_sae
-from tests.tiny import tiny_model, word_tokenizer
+from fgsteer.data.chat import apply_template
+from fgsteer.data.rendering import render_prompt
+from fgsteer.features.search import forms_pattern
+from fgsteer.storage import network
+from tests.helpers.cli import app
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model, word_tokenizer
 
 DATA = fg.ContrastSet("x", positives=["the bride wore a ring", "the groom"], negatives=["a dog sat", "a cat"])
 TEMPLATE = (
@@ -245,9 +246,10 @@ def test_a_prompt_without_a_token_is_named(llama, tokenizer):
         with pytest.raises(fg.DataError, match=f"{told} is empty, and this tokenizer puts no BOS before a text"):
             fg.generate(llama, bare, prompts, max_new_tokens=2)
     assert fg.generate(llama, tokenizer, "", max_new_tokens=2)  # after BOS
-    for prompts in (None, 3):
+    nonsense: Any
+    for nonsense in (None, 3):
         with pytest.raises(fg.DataError, match="prompts is"):
-            fg.generate(llama, tokenizer, prompts)
+            fg.generate(llama, tokenizer, nonsense)
     with pytest.raises(fg.DataError, match=r"put the message into a list"):
         fg.generate(llama, tokenizer, [{"role": "user", "content": "a"}])
 
@@ -368,7 +370,7 @@ def no_loading(monkeypatch):
         raise AssertionError("a model is loaded")
 
     fg.load_model("default")  # fills the module's names
-    monkeypatch.setattr("fgsteer.models.load_model", refuse)
+    monkeypatch.setattr("fgsteer.models.loading.load_model", refuse)
     monkeypatch.setattr(fg, "load_model", refuse)
 
 
@@ -491,7 +493,7 @@ def test_without_a_network_the_error_comes_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(network, "getproxies", dict)
-    monkeypatch.setattr(network.os, "environ", {k: v for k, v in network.os.environ.items() if k != "HF_HUB_OFFLINE"})
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     began = time.perf_counter()
     with pytest.raises(fg.MissingError, match=r"no model 'someone/something'.*cannot be reached"):
         fg.load_model("someone/something")

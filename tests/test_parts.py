@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.files import read_tensors, text_sha256, write_tensors
-from fgsteer.parts import Parts
-from fgsteer.ranks import Ranks
-from tests.conftest import make_sae
-from tests.test_prefix_sharing import LONG
+from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.json_files import text_sha256
+from fgsteer.storage.parts import Parts
+from fgsteer.storage.ranks import Ranks
+from tests.helpers.examples import LONG
+from tests.helpers.saes import make_sae
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = LONG.split()
@@ -67,8 +68,8 @@ def test_parts_give_the_same_bytes(llama, tokenizer, tmp_path):
 
 def test_windows_add_up_to_one_pass(llama, tokenizer, monkeypatch):
     small = collect(llama, tokenizer)
-    monkeypatch.setattr("fgsteer.tokens.WINDOW", 64)
-    monkeypatch.setattr("fgsteer.collecting.WINDOW", 64)
+    monkeypatch.setattr("fgsteer.activations.tokens.WINDOW", 64)
+    monkeypatch.setattr("fgsteer.statistics.collecting.WINDOW", 64)
     large = collect(llama, tokenizer)
     for space in ("residual", "feature"):
         for side in ("positive", "negative"):
@@ -95,7 +96,7 @@ def test_a_rank_makes_its_own_parts_and_reads_the_others(llama, tokenizer, tmp_p
         made.append((path.stem, maker))
         raise Waits
 
-    monkeypatch.setattr("fgsteer.parts.wait_for", wait)
+    monkeypatch.setattr("fgsteer.storage.parts.wait_for", wait)
     with pytest.raises(Waits):
         collect(llama, tokenizer, work=tmp_path / "parts")
     assert made == [("part-000000", 0)]
@@ -153,8 +154,8 @@ def test_every_part_is_one_ranks():
 
 
 def test_waiting_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("fgsteer.parts.LATE", 0.05)
-    monkeypatch.setattr("fgsteer.parts.POLL", 0.01)
+    monkeypatch.setattr("fgsteer.storage.parts.LATE", 0.05)
+    monkeypatch.setattr("fgsteer.storage.parts.POLL", 0.01)
     parts = Parts(tmp_path, "x", {}, Ranks(0, 2))
     seen = []
 

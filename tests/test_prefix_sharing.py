@@ -7,6 +7,7 @@ import functools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,17 +18,16 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 import fgsteer as fg
-from fgsteer.activations import Batch, batches
-from fgsteer.hookpoints import blocks_of, resolve
-from fgsteer.prefixes import _reads, arrange_for, group, shared_batches
-from fgsteer.tokens import TokenRow
-from tests.conftest import make_sae
+from fgsteer.activations.batches import Batch, batches
+from fgsteer.activations.prefixes import _reads, arrange_for, group, shared_batches
+from fgsteer.activations.tokens import TokenRow
+from fgsteer.models.hookpoints import blocks_of, resolve
+from tests.helpers.examples import LONG
+from tests.helpers.saes import make_sae
+from tests.helpers.steering import vector
+from tests.helpers.tiny import ALL_FAMILIES, D_MODEL, HYBRIDS, NO_SUBLAYERS, ODD_FAMILIES, SITES, tiny_model
 from tests.reference import sparse as reference
-from tests.test_families import NO_SUBLAYERS, SITES
-from tests.test_steering import vector
-from tests.tiny import _ALL, D_MODEL, HYBRIDS, ODD_FAMILIES, tiny_model
 
-LONG = "the old king and the new queen was in the church on the sea with the happy man ."
 PROMPTS = ["the man said yes and the dog sat on bread ?", LONG, f"a cat ran to {LONG}", "is it war ?"]
 PAIRS = [fg.ContrastPair("( A )", "( B )", prompt) for prompt in PROMPTS]
 PAIRS += [fg.ContrastPair("( B", "A", PROMPTS[0]), fg.ContrastPair("C", "( C ) .", PROMPTS[1])]  # groups of four
@@ -116,7 +116,7 @@ def check(model, tokenizer, family, rules, sae=None):
                     assert np.allclose(got.m2.numpy(), m2, rtol=1e-3, atol=1e-4 * size**2), (rule, at, side)
 
 
-@pytest.mark.parametrize("family", sorted(_ALL))
+@pytest.mark.parametrize("family", sorted(ALL_FAMILIES))
 def test_every_family_equals_one_text_at_a_time(family, tokenizer):
     """Sliding windows shorter than the prefix, ALiBi, learned positions and experts among them."""
     if family in ("nemotron_h", "zamba2") and Version(transformers.__version__) < Version("5.20"):
@@ -138,7 +138,7 @@ def test_every_rule_equals_one_text_at_a_time(family, attention, tokenizer):
 @pytest.mark.parametrize("activation", ["topk", "jumprelu", "gated"])
 def test_features_of_shared_tokens_count_for_every_text(activation, tokenizer, monkeypatch):
     check(model_of("llama"), tokenizer, "llama", [("all", True)], make_sae(activation))
-    monkeypatch.setattr("fgsteer.pooling.ENCODE_ELEMENTS", 24 * 7)  # seven tokens are encoded at a time
+    monkeypatch.setattr("fgsteer.activations.pooling.ENCODE_ELEMENTS", 24 * 7)  # seven tokens are encoded at a time
     check(model_of("llama"), tokenizer, "llama", [("all", False)], make_sae(activation))
 
 
@@ -172,7 +172,7 @@ def test_answers_to_a_prompt_cost_half(llama, tokenizer):
 
 
 def test_pairs_meet_although_windows_are_short(llama, tokenizer, monkeypatch):
-    monkeypatch.setattr("fgsteer.tokens.WINDOW", 4)
+    monkeypatch.setattr("fgsteer.activations.tokens.WINDOW", 4)
     data = [fg.ContrastPair("A", "B", f"{word} {LONG}") for word in LONG.split()[:10]]
     shared, _ = tokens_run(llama, tokenizer, data)
     apart, _ = tokens_run(llama, tokenizer, data, share_prefixes=False)
@@ -242,7 +242,7 @@ def test_groups_share_half_of_each_row():
 def test_steered_reading_is_not_shared(scope, llama, tokenizer):
     """A scope tells the prompt by the first pass: in two passes it would end with the prefix."""
     item = vector(1, layer=0).add(4.0, scope=scope)
-    compiled = torch.compile(llama, backend="eager")
+    compiled: Any = torch.compile(llama, backend="eager")
     with fg.steer(llama, item):
         assert arrange_for(llama) is batches
         assert arrange_for(compiled) is batches  # whose generate the block does not set
@@ -261,8 +261,8 @@ def test_models_where_it_might_not_hold_are_not_shared():
 MEMORY = """
 import resource, sys
 import fgsteer as fg
-from tests.conftest import make_sae
-from tests.tiny import WORDS, tiny_model, word_tokenizer
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import WORDS, tiny_model, word_tokenizer
 
 model, tokenizer, sae = tiny_model("llama"), word_tokenizer(), make_sae(d_sae=4096)
 def peak(texts):

@@ -11,14 +11,14 @@ import torch
 
 import fgsteer as fg
 from fgsteer import export
-from fgsteer.ranges import largest
 from fgsteer.serving.control import Control
 from fgsteer.serving.request import PLAN, steering
 from fgsteer.serving.served import read_served, serve
 from fgsteer.serving.tables import Batch, Table
-from tests.conftest import make_sae
-from tests.engine import WIDTH, FakeEngine, clamp, normal, request, vector
-from tests.tiny import tiny_model
+from fgsteer.steering.ranges import largest
+from tests.helpers.engine import WIDTH, FakeEngine, clamp, normal, request, vector
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model
 
 AT = "blocks.1.hook_resid_post"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -247,13 +247,14 @@ def test_the_table_compiles_to_one_graph_whatever_it_holds():
 
 def test_a_plan_is_the_one_of_its_request():
     """What admission writes is what the table does: an accepted request at the bound stays within it."""
-    control = Control(FakeEngine([1]), [1])
+    engine = FakeEngine([1])
+    control = Control(engine, [1])
     v = vector()
     control.load("v", v)
     most = largest(torch.float32, WIDTH)
     made = request(steering("v", scale=0.99 * most / float(v.direction.abs().max()), bos=True))
     control.admit(made)
-    table = control.engine.tables[1]
+    table = engine.tables[1]
     batch = Batch(7, torch.device("cpu"))
     table.tokens = batch.tokens
     hidden = normal(5, 4, WIDTH)

@@ -6,7 +6,6 @@ import gzip
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -14,14 +13,15 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer import cards
-from fgsteer.cli import app
-from fgsteer.examples import token_texts
-from fgsteer.files import read_tensors, write_tensors
-from fgsteer.search import FLOOR, word_pattern
-from tests.conftest import make_sae
+from fgsteer.features import cards
+from fgsteer.features.search import FLOOR, word_pattern
+from fgsteer.saes.examples import token_texts
+from fgsteer.storage.files import read_tensors, write_tensors
+from tests.helpers.cli import app
+from tests.helpers.pages import Checker, luminance
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import WORDS, word_tokenizer
 from tests.reference.excerpts import top_excerpts
-from tests.tiny import WORDS, word_tokenizer
 
 # Lengths mixed, so that batches reorder and pad; no two begin alike, for the same beginning has the same activations.
 TEXTS = [
@@ -50,7 +50,9 @@ def naive_activations(model, tokenizer, sae, text, max_tokens):
 def test_excerpts_equal_a_loop(llama, tokenizer, activation, features, small_batches, monkeypatch):
     sae = make_sae(activation)
     if small_batches:
-        monkeypatch.setattr("fgsteer.pooling.ENCODE_ELEMENTS", 24 * 20)  # a row or two are encoded at a time
+        monkeypatch.setattr(
+            "fgsteer.activations.pooling.ENCODE_ELEMENTS", 24 * 20
+        )  # a row or two are encoded at a time
     found = fg.measure_examples(
         llama,
         tokenizer,
@@ -325,26 +327,6 @@ def row_of(**more):
     return fg.FeatureRow(**{**fields, **more})
 
 
-class Checker(HTMLParser):
-    """Tags opened, closed in order, and their attributes."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.text = [], [], [], ""
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_page_is_whole_escaped_and_stands_alone(tmp_path):
     hostile = row_of(
         label='<script>alert(1)</script>"', why=("<img src=x>",), link="https://x.org/a?b&\"'>", weight=None
@@ -362,12 +344,6 @@ def test_page_is_whole_escaped_and_stands_alone(tmp_path):
     assert ("title", "5.00") in checker.attributes  # the split character carries its largest activation
     assert checker.text.count("日↵· x") == 2  # line breaks and direction marks do nothing here
     assert cards.html_page("none", []).count("<article") == 0
-
-
-def luminance(colour):
-    channels = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize(("plain", "scale"), [(cards.LIGHT, cards.LIGHT_SCALE), (cards.DARK, cards.DARK_SCALE)])
@@ -437,7 +413,7 @@ def test_command_line_reads_features(tmp_path):
 
 
 def test_a_search_without_a_hit_ends_with_1(monkeypatch):
-    monkeypatch.setattr("fgsteer.search.find_features", lambda *_, **__: [])
+    monkeypatch.setattr("fgsteer.features.search.find_features", lambda *_, **__: [])
     monkeypatch.delitem(fg.__dict__, "find_features", raising=False)
     result = invoke("features", "--search", "nothing", "--json")
     assert result.exit_code == 1

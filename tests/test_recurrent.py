@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 import fgsteer as fg
-from fgsteer.hookpoints import blocks_of, resolve
 from fgsteer.interventions import SCOPES
-from fgsteer.models import d_model
-from fgsteer.steering import CACHES
-from tests.recurrent import CONFIGS, recurrent_model
+from fgsteer.models.hookpoints import blocks_of, resolve
+from fgsteer.models.properties import d_model
+from fgsteer.steering.hooks import CACHES
+from tests.helpers.recurrent import CONFIGS, recurrent_model
 from tests.reference import apply as reference
 
 ROWS = torch.tensor([[0, 5, 6, 7, 8, 9], [15, 16, 17, 18, 19, 20]])  # the second begins with a word
@@ -20,7 +22,7 @@ SINGLE = {"rwkv"}  # transformers decodes one row at a time
 # The families that compute left-padded rows as they do rows alone, unsteered (to float32's rounding)
 PADDED = ["mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba2", "falcon_h1", "lfm2", "qwen3_next"]
 # float32: a scan over all tokens and one step a token add in another order; 1e-6 unsteered, logits up to 4
-CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 
 
 def add(model, scope="all", bos=False, layer=1, seed=1):

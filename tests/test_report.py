@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
 
-from fgsteer import cards
 from fgsteer.errors import DataError, FormatError, PairingError
-from fgsteer.evaluation import plots, report
-from fgsteer.evaluation.records import Run, Unit, best_coefficients, best_settings, load_run
-from fgsteer.evaluation.tables import average_table, best_sae_method, compare, concept_table, curve, over_prompts
-from tests import runs
+from fgsteer.evaluation.bench import plots, report
+from fgsteer.evaluation.bench.records import Run, Unit, best_coefficients, best_settings, load_run
+from fgsteer.evaluation.bench.tables import (
+    average_table,
+    best_sae_method,
+    compare,
+    concept_table,
+    curve,
+    over_prompts,
+)
+from fgsteer.features import cards
+from tests.helpers import runs
+from tests.helpers.pages import Checker, luminance
 from tests.reference import tables as naive
-from tests.test_reading import Checker, luminance
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "concepts": ("anger", "love", "wedding"),
     "methods": {m: runs.METHODS[m] for m in ("random", "prompt", "caa", "fgaa", "fgaa_effects")},
     "coefficients": (4.0, 8.0, 32.0),
@@ -158,8 +167,8 @@ def test_incomplete_runs_are_refused_by_name(run, made):
 
 
 # sums in another order: a few ulps of float64; the reference's t quantile steps by a hundred-thousandth
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
-ENDS = {"rtol": 1e-4, "atol": 1e-12}
+EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
+ENDS: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-12}
 
 
 @pytest.mark.parametrize("matched", [None, 0.5])
@@ -223,9 +232,9 @@ def test_pictures_are_small_legible_and_leave_no_trace(run):
     for picture in found:
         assert picture.figure.get_figwidth() == plots.WIDTH
         assert picture.caption
-        texts = [t for t in picture.figure.findobj(Text) if t.get_text()]
+        texts = [t for t in picture.figure.findobj(Text) if isinstance(t, Text) and t.get_text()]
         assert texts
-        assert min(t.get_fontsize() for t in texts) >= 8
+        assert min(float(t.get_fontsize()) for t in texts) >= 8
     assert dict(matplotlib.rcParams) == before
     assert not Gcf.figs  # pyplot's
     for color in (plots.BLUE, plots.ORANGE, plots.GREEN):
@@ -237,16 +246,18 @@ def test_pictures_are_small_legible_and_leave_no_trace(run):
 def test_pictures_show_the_tables(run):
     rows = {row.method: row for row in average_table(run)}
     figure = plots.method_bars(run)
-    drawn = {round(float(line.get_xdata()[0]), 12) for line in figure.axes[0].lines}
+    drawn = {round(float(np.asarray(line.get_xdata())[0]), 12) for line in figure.axes[0].lines}
     assert {round(row.bcs.mean, 12) for row in rows.values()} <= drawn
     figure = plots.concept_bars(run, "fgaa")
-    widths = sorted(bar.get_width() for bar in figure.axes[0].patches)
+    widths = sorted(bar.get_width() for bar in figure.axes[0].patches if isinstance(bar, Rectangle))
     gains = [row.difference for row in concept_table(run) if row.setting.method == "fgaa"] + [rows["fgaa"].difference]
     np.testing.assert_allclose(widths, sorted(g.mean for g in gains), **EXACT)
     figure = plots.layer_map(run, "caa")
     values = figure.axes[0].collections[0].get_array()
     np.testing.assert_allclose(values, [[p.bcs for p in curve(run, "caa", layer)] for layer in (1, 2)], **EXACT)
-    frame = figure.axes[0].patches[0].get_xy()
+    (box,) = figure.axes[0].patches
+    assert isinstance(box, Rectangle)
+    frame = box.get_xy()
     tuned = [[p.bcs for p in curve(run, "caa", layer, half="tune")] for layer in (1, 2)]
     assert tuned[int(frame[1])][int(frame[0])] == max(map(max, tuned))
     with pytest.raises(DataError, match="caa to caa"):

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.brief import Brief, brief
-from fgsteer.evaluation.bench import Bench, BenchPlan
-from tests import runs
-from tests.conftest import make_sae
-from tests.tiny import tiny_model, word_tokenizer
+from fgsteer.errors.reprs import Brief, brief
+from fgsteer.evaluation.bench.bench import Bench, BenchPlan
+from tests.helpers import runs
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model, word_tokenizer
 
 LIMIT = 300
 AT = fg.Hookpoint(1)

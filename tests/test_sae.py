@@ -11,9 +11,9 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError
 
 import fgsteer as fg
-from tests.conftest import make_sae
+from tests.helpers.sae_files import config_of, folder_of, sparsify_files, state_of
+from tests.helpers.saes import make_sae
 from tests.reference import sparse as reference
-from tests.sae_files import config_of, folder_of, sparsify_files, state_of
 
 D, K = 8, 12
 
@@ -130,7 +130,7 @@ def test_density_and_labels_load_with_a_folder(tmp_path):
 
 
 def test_jumprelu_in_pieces_is_the_formula_and_its_gradient(monkeypatch):
-    monkeypatch.setattr("fgsteer.sae.PIECE_ELEMENTS", 24 * 3)  # three rows at once
+    monkeypatch.setattr("fgsteer.saes.sae.PIECE_ELEMENTS", 24 * 3)  # three rows at once
     sae, x = make_sae("jumprelu"), torch.randn(5, 7, 32, requires_grad=True)
     acts = sae.encode(x)
     acts.sum().backward()
@@ -215,7 +215,7 @@ def test_a_revision_of_a_repository(layout, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
-    monkeypatch.setattr("fgsteer.sae_loaders.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("fgsteer.saes.loading.hub_is_reachable", lambda: True)
     pinned = fg.load_sae("me/saes@v2", "layers.5")
     assert pinned.source == "me/saes@v2/layers.5"
     assert set(asked) == {("me/saes", "v2")}

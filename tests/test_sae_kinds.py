@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import fgsteer as fg
-from tests.sae_files import D, K, config_of, folder_of, inputs, naive, sparsify_files, state_of
+from tests.helpers.sae_files import D, K, config_of, folder_of, inputs, naive, sparsify_files, state_of
 
 AVERAGE = {"normalize_activations": "expected_average_only_in"}
 HOOK_Z = {"metadata": {"hook_name": "blocks.1.attn.hook_z"}}
@@ -168,7 +169,7 @@ def test_small_inputs_are_reconstructed_in_sae_lens_units(norm, scale, tmp_path)
     x = inputs() * scale
     expected = theirs(x).detach()
     # float32 sums in another order, relative to the largest entry
-    tolerance = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
+    tolerance: dict[str, Any] = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
     assert torch.allclose(ours.reconstruct(x), expected, **tolerance)
     # what a feature's activation adds to the reconstruction: input_scale, which ClampFeature multiplies by
     acts = ours.encode(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import fgsteer as fg
-from fgsteer.hookpoints import decoder_of, resolve
-from tests.conftest import make_sae
+from fgsteer.models.hookpoints import decoder_of, resolve
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import word_tokenizer
 from tests.reference import scores as reference
-from tests.tiny import word_tokenizer
 
 K = 24
 NAMES = ("mean_difference", "frequency", "welch_t", "f_statistic", "pearson", "mutual_information")
@@ -205,7 +206,7 @@ def naive_output_score(model, tokenizer, sae, feature, prompt, coefficient, k):
         h[:, -1] += coefficient * acts.max() * scale * sae.W_dec[feature]
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
-    decoder = decoder_of(model)
+    decoder: Any = decoder_of(model)
     norm = getattr(decoder, "norm", None) or getattr(decoder, "ln_f", None) or decoder.final_layer_norm
     row = sae.W_dec[feature][None]
     with torch.no_grad():

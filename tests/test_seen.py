@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.density import FeatureDensity
-from fgsteer.evaluation.seen import MAX_DENSITY
+from fgsteer.features.active import MAX_DENSITY
+from fgsteer.saes.density import FeatureDensity
 
 PROMPT, TEXT = "the old king", " took the ship and the queen sat"
 

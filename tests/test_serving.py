@@ -15,7 +15,7 @@ import torch
 
 import fgsteer as fg
 from fgsteer.cli import main
-from fgsteer.rollouts import Sampling
+from fgsteer.effects.rollouts import Sampling
 from fgsteer.serving import VllmWriter, save_clamp, steered_llm, steering
 from fgsteer.serving.control import Control, refuse_unplanned
 from fgsteer.serving.offline import engine_settings
@@ -24,7 +24,7 @@ from fgsteer.serving.served import read_served, serve, sources
 from fgsteer.serving.server import settle
 from fgsteer.serving.tables import Batch, Table, blocks_of, steer_block
 from fgsteer.serving.writer import request_of
-from tests.engine import WIDTH, FakeEngine, clamp, normal, request, vector
+from tests.helpers.engine import WIDTH, FakeEngine, clamp, normal, request, vector
 from tests.reference import apply as reference
 
 PROMPT, LENGTH = 3, 6
@@ -348,13 +348,14 @@ def test_a_name_in_a_full_table_is_replaced_once_nothing_uses_it():
 
 def test_tags_stay_whole_numbers_of_float32():
     """Whatever the number of uploads: 2²⁴ + 1 would be the tag before it, and steer by another's rows."""
-    control = Control(FakeEngine([1]), [1])
+    engine = FakeEngine([1])
+    control = Control(engine, [1])
     control.load("kept", vector(0))
     for number in range(50):
         control.load("a", vector(number))
-    assert control.engine.tables[1].owner.max() <= 3
+    assert engine.tables[1].owner.max() <= 3
     control.unload("a")
-    assert (control.engine.tables[1].owner == -1).sum() == 3
+    assert (engine.tables[1].owner == -1).sum() == 3
 
 
 def test_what_admission_has_not_planned_never_reaches_the_engine():
@@ -383,10 +384,11 @@ def test_what_admission_has_not_planned_never_reaches_the_engine():
 def test_canary():
     engine = FakeEngine([0, 1])
     Control(engine, [0, 1]).canary()
-    control = Control(FakeEngine([0, 1], steers=False), [0, 1])
+    blind = FakeEngine([0, 1], steers=False)
+    control = Control(blind, [0, 1])
     with pytest.raises(fg.SteeringError, match=r"layer 0.*compile cache"):
         control.canary()
-    for one in (engine, control.engine):
+    for one in (engine, blind):
         assert all((table.owner == -1).all() for table in one.tables.values())
 
 
@@ -436,7 +438,7 @@ def test_command_line_of_the_server(tmp_path, monkeypatch, capsys):
 
 def test_the_soaks_figures_are_in_the_docs():
     root = Path(__file__).parents[1]
-    told = fg.files.read_json(root / "benchmarks" / "results" / "soak.json")
+    told = fg.json_files.read_json(root / "benchmarks" / "results" / "soak.json")
     honest, memory = told["honest"], told["memory"]
     assert (told["minutes"], told["clients"], honest["unequal"], told["broken"]) == (10, 8, 0, [])
     assert told["alive"]

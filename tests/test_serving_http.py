@@ -14,7 +14,7 @@ from fgsteer.serving.control import ASKED, Control
 from fgsteer.serving.http import Access, Door, Ready, upload_bytes
 from fgsteer.serving.request import steering
 from fgsteer.serving.server import admit_keys
-from tests.engine import WIDTH, FakeEngine, vector
+from tests.helpers.engine import WIDTH, FakeEngine, vector
 
 OPEN = Access(allow_uploads=True)
 
@@ -188,7 +188,7 @@ def test_the_admins_key_opens_what_the_servers_key_guards(monkeypatch):
     assert args.api_key is None
 
 
-def test_the_loop_goes_on_while_a_vector_is_loaded(tmp_path):
+def test_the_loop_goes_on_while_a_vector_is_loaded(tmp_path, monkeypatch):
     client, good = Client(), content(tmp_path)
     asked, call = threading.Event(), client.engine.call
 
@@ -196,7 +196,7 @@ def test_the_loop_goes_on_while_a_vector_is_loaded(tmp_path):
         assert asked.wait(10)
         return call(method, *args)
 
-    client.engine.call = slow
+    monkeypatch.setattr(client.engine, "call", slow)
 
     async def both():
         upload = asyncio.create_task(client.ask("PUT", "/v1/steering/love", good))

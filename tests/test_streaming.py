@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import fgsteer as fg
-from tests.tiny import D_MODEL, tiny_model
+from tests.helpers.tiny import D_MODEL, tiny_model
 
 AT = fg.Hookpoint(1)
 PROMPT = "the man sat"

@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
 from fgsteer.errors import DataError, HookpointError, SelectionError
-from fgsteer.evaluation import sweep_plots
-from fgsteer.evaluation.intervals import Interval
-from fgsteer.evaluation.sweep import random_like
-from fgsteer.evaluation.sweep_answers import Curve, best_layer, fade, in_words, sign_differences
-from fgsteer.hookpoints import blocks_of
+from fgsteer.evaluation.metrics.intervals import Interval
+from fgsteer.evaluation.sweep import plots as sweep_plots
+from fgsteer.evaluation.sweep.answers import Curve, best_layer, fade, in_words, sign_differences
+from fgsteer.evaluation.sweep.sweep import random_like
+from fgsteer.models.hookpoints import blocks_of
+from tests.helpers.cli import app
+from tests.helpers.examples import naive_examples
+from tests.helpers.tiny import D_MODEL, LAYERS, tiny_model
 from tests.reference import methods, tables
 from tests.reference import sweep as reference
-from tests.test_statistics import naive_examples
-from tests.tiny import D_MODEL, LAYERS, tiny_model
 
 NEUTRAL = ["the dog sat on the house", "a man took the tea", "it is a new day and the cat ran"]
 SIDES = fg.ContrastSet(
@@ -42,7 +44,7 @@ LETTERS = [
 ]
 UNEQUAL = [*LETTERS, fg.ContrastPair("yes and no", "bad", prompt="he said")]
 # float32 forward passes at other batch shapes, log-probabilities of some tens of nats, differences of them
-CLOSE = {"rel": 1e-3, "abs": 2e-4}
+CLOSE: dict[str, Any] = {"rel": 1e-3, "abs": 2e-4}
 
 
 def whole(tokenizer, texts):
@@ -209,6 +211,7 @@ def test_random_directions_show_what_any_change_does(llama, tokenizer, own):
 def planted():
     """A model whose blocks pass the stream on as it is."""
     model = tiny_model("llama", seed=3)
+    block: Any
     for block in blocks_of(model):
         torch.nn.init.zeros_(block.self_attn.o_proj.weight)
         torch.nn.init.zeros_(block.mlp.down_proj.weight)
@@ -365,12 +368,13 @@ def test_pictures_show_the_cells(llama, tokenizer, own, tmp_path):
     assert shown == [sweep_plots._brief(cell.push) for sign in (1, -1) for cell in found.cells if cell.sign == sign]
     for axis, best in zip(figure.axes, found.best, strict=True):
         (frame,) = axis.patches
+        assert isinstance(frame, Rectangle)
         assert frame.get_xy() == (1, best.layer)
     curves = sweep_plots.fading_curves(found).axes
     assert [axis.get_title() for axis in curves] == ["layer 0", "layer 1", "layer 2"]
     row = [cell for cell in found.cells if (cell.layer, cell.sign) == (1, -1)]
     line = next(line for line in curves[1].lines if line.get_linestyle() == "--")
-    assert line.get_xydata().tolist() == [[0, 0], *([cell.cost, cell.push] for cell in row)]
+    assert np.asarray(line.get_xydata()).tolist() == [[0, 0], *([cell.cost, cell.push] for cell in row)]
     names = [path.name for path in sweep_plots.save_pictures(found, tmp_path)]
     assert names == ["sweep-map.png", "sweep-map.svg", "sweep-fading.png", "sweep-fading.svg"]
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
@@ -425,4 +429,5 @@ def test_gpu_twin_of_the_sweep(dtype, tokenizer):
         results.append(torch.tensor([value for cell in found.cells for value in (cell.cost, *cell.effect)]))
     # bfloat16 keeps 8 bits, and these logits spread over some tens of nats
     tolerance = 1e-3 if dtype == torch.float32 else 0.3
-    assert torch.allclose(*results, rtol=tolerance, atol=tolerance)
+    cpu, cuda = results
+    assert torch.allclose(cpu, cuda, rtol=tolerance, atol=tolerance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -18,11 +19,12 @@ import torch
 import typer
 
 import fgsteer as fg
-from fgsteer import files
-from fgsteer.cli import app, doors
-from fgsteer.evaluation.endpoint import AnswerCache
-from fgsteer.evaluation.plots import save_each
-from fgsteer.parts import Parts
+from fgsteer.cli import doors
+from fgsteer.evaluation.bench.plots import save_each
+from fgsteer.evaluation.judges.endpoint import AnswerCache
+from fgsteer.storage import atomic, files
+from fgsteer.storage.parts import Parts
+from tests.helpers.cli import app
 
 AT = "blocks.1.hook_resid_post"
 
@@ -125,7 +127,7 @@ def test_a_link_is_followed(name, tmp_path):
 def test_an_empty_folder_behind_a_link_is_taken(tmp_path):
     (tmp_path / "target").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to("target")
-    with files.whole_folder(tmp_path / "link") as beside:
+    with atomic.whole_folder(tmp_path / "link") as beside:
         assert stat.S_IMODE(beside.stat().st_mode) == 0o700
         (beside / "a").write_text("new")
     assert (tmp_path / "link").is_symlink()
@@ -152,7 +154,7 @@ def test_a_private_file_is_never_open_to_others_while_it_is_replaced(tmp_path):
     path = tmp_path / "target"
     path.write_text("secret")
     path.chmod(0o600)
-    with files.whole(path) as beside:
+    with atomic.whole(path) as beside:
         assert stat.S_IMODE(beside.stat().st_mode) == 0o600
         beside.write_text("new")
 
@@ -165,7 +167,7 @@ def test_new_files_have_what_the_umask_leaves(umask, tmp_path, monkeypatch):
         for name, write in WRITERS.items():
             write(tmp_path / name)
             assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
-        with files.whole_folder(tmp_path / "folder") as beside:
+        with atomic.whole_folder(tmp_path / "folder") as beside:
             (beside / "inner").mkdir()
             (beside / "inner" / "a").touch(mode=0o600)
         modes = [stat.S_IMODE((tmp_path / "folder" / name).stat().st_mode) for name in ("", "inner", "inner/a")]
@@ -196,7 +198,7 @@ def writing(path, how="whole"):
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        with getattr(files, how)(path) as beside:
+        with getattr(atomic, how)(path) as beside:
             (beside / "a" if beside.is_dir() else beside).write_text("half")
             os.write(write, b".")
             time.sleep(600)
@@ -236,7 +238,7 @@ def test_writers_of_one_file_do_not_take_each_others(tmp_path):
     def work(n):
         try:
             for number in range(60):
-                with files.whole(tmp_path / "page") as beside:
+                with atomic.whole(tmp_path / "page") as beside:
                     beside.write_text(f"{n} {number}")
         except BaseException as error:
             errors.append(error)
@@ -252,13 +254,13 @@ def test_writers_of_one_file_do_not_take_each_others(tmp_path):
 
 
 def test_where_nothing_can_be_locked_files_are_written_and_nothing_is_removed(tmp_path, monkeypatch):
-    left = tmp_path / f".page.{files._HERE}.12345678.part"
+    left = tmp_path / f".page.{atomic._HERE}.12345678.part"
     left.write_text("half")
 
     def refuse(*_):
         raise OSError("no locks here")
 
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     write_page(tmp_path / "page")
     assert (tmp_path / "page").read_text() == "new"
     assert left.exists()

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 import fgsteer as fg
-from fgsteer.tokens import TokenReader, encode_prompts
-from tests.conftest import make_sae
-from tests.tiny import D_MODEL, word_tokenizer
+from fgsteer.activations.tokens import TokenReader, encode_prompts
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL, word_tokenizer
 
 AT = "blocks.1.hook_resid_post"
 USER = [{"role": "user", "content": "the man said"}]
 YES = [{"role": "assistant", "content": "tea and bread"}]
 # float32 forward passes at other batch shapes
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def with_eos():
@@ -43,7 +45,7 @@ def with_tail():
     return tokenizer
 
 
-class SlowTokenizer(type(word_tokenizer())):
+class SlowTokenizer(PreTrainedTokenizerFast):
     """The same tokenizer, which does not tell where in the text its tokens stand."""
 
     is_fast = False
@@ -241,7 +243,7 @@ def test_rows_are_those_of_sae_lens(models, prepend):
 
 
 def test_what_saes_were_trained_with_is_read_from_their_configs(tmp_path):
-    from fgsteer.sae_formats import canonical
+    from fgsteer.saes.formats import canonical
 
     tensors = {"W_enc": torch.ones(4, 6), "W_dec": torch.ones(6, 4), "b_enc": torch.zeros(6), "b_dec": torch.zeros(4)}
     config = {"architecture": "standard", "d_in": 4, "d_sae": 6, "normalize_activations": "none"}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.corpora import read_documents
-from fgsteer.files import write_tensors
-from fgsteer.hookpoints import resolve
+from fgsteer.data.corpora import read_documents
+from fgsteer.models.hookpoints import resolve
+from fgsteer.storage.files import write_tensors
 
 AT = "blocks.1.hook_resid_post"
 
@@ -110,9 +111,14 @@ def test_hostile_statistics_density_and_effects_are_typed_errors(tmp_path):
         header = {"kind": "statistics", "reading": {}, "data": [], "counts": {key: count}}
         cases.append((fg.ContrastStatistics, tensors, header))
     cases.append((fg.ContrastStatistics, {"x": one}, {"kind": "statistics", "reading": None, "data": [], "counts": {}}))
-    density = {"kind": "density", "tokens": 5, "sae_sha256": "x", "max_density": None, "corpus": {}}
+    density: dict[str, Any] = {"kind": "density", "tokens": 5, "sae_sha256": "x", "max_density": None, "corpus": {}}
     names = ("fired", "documents", "first")
-    for extra, widths in (({"tokens": float("inf")}, (3, 3, 3)), ({"max_density": "x"}, (3, 3, 3)), ({}, (3, 2, 3))):
+    changes: list[tuple[dict[str, Any], tuple[int, ...]]] = [
+        ({"tokens": float("inf")}, (3, 3, 3)),
+        ({"max_density": "x"}, (3, 3, 3)),
+        ({}, (3, 2, 3)),
+    ]
+    for extra, widths in changes:
         tensors = {n: torch.ones(w) for n, w in zip(names, widths, strict=True)}
         cases.append((fg.FeatureDensity, tensors, {**density, **extra}))
     effects = {"kind": "effects", "hookpoint": AT, "sae_sha256": "x", "about": {}}
@@ -125,7 +131,7 @@ def test_hostile_statistics_density_and_effects_are_typed_errors(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    from fgsteer.files import whole
+    from fgsteer.storage.atomic import whole
 
     path = tmp_path / "f"
     path.write_text("old")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fgsteer as fg
-from tests.conftest import make_sae
+from tests.helpers.saes import make_sae
 
 AT = "model.layers.1"
 NO_NUMBERS = ["2", None, True, np.True_, 1j, [1], np.ones(2), torch.ones(2), torch.tensor(True), {"a": 1}]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import fgsteer as fg
-from fgsteer.activations import text_batches
-from fgsteer.hookpoints import blocks_of, decoder_of
-from fgsteer.tokens import TokenReader
+from fgsteer.activations.batches import text_batches
+from fgsteer.activations.tokens import TokenReader
+from fgsteer.models.hookpoints import blocks_of, decoder_of
 from timing import peers
 from timing.bench import Bench, distance
 from timing.clock import Case, Contender, Row

@@ -36,9 +36,9 @@ from fgsteer.cli.doors import check_device, fillable, finite
 from fgsteer.cli.terminal import say
 from fgsteer.cli.vectors import parse_settings
 from fgsteer.errors import DataError
-from fgsteer.ranks import Ranks
-from fgsteer.targets import make_folder
-from fgsteer.wording import count
+from fgsteer.errors.wording import count
+from fgsteer.storage.ranks import Ranks
+from fgsteer.storage.targets import make_folder
 
 FEWEST_PROMPTS = 4  # of one's own, two a half
 ENGINES = ("hf", "vllm", "ray")
@@ -171,7 +171,7 @@ def _own_texts(prompts: Path | None, neutral: Path | None, field: str, number: i
 def _contrasts(concepts: Iterable[str]) -> list[Any]:
     """The contrast sets of --concept, each of a name of its own that files can have. Raises DataError."""
     import fgsteer as fg
-    from fgsteer.data import check_name
+    from fgsteer.data.contrasts import check_name
 
     found = [fg.load_contrast(concept) for concept in concepts]
     for number, contrast in enumerate(found):
@@ -187,7 +187,7 @@ def _contrasts(concepts: Iterable[str]) -> list[Any]:
 
 def _run(bench: Any, path: Path, progress: Any, spread: Any, fresh: bool) -> bool:
     """Write the records, by ``spread`` where it is given; whether this process is the one that reports."""
-    from fgsteer.evaluation import shared
+    from fgsteer.evaluation.bench import shared
 
     command = " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]]))
     if spread is not None:
@@ -203,7 +203,7 @@ def _run(bench: Any, path: Path, progress: Any, spread: Any, fresh: bool) -> boo
 
 def _by_ray(make: Any, workers: int, concepts: Any, folder: Path, command: str, progress: Any) -> None:
     """Every concept's records, by Ray's workers."""
-    from fgsteer.evaluation.shared import with_ray
+    from fgsteer.evaluation.bench.shared import with_ray
 
     with_ray(make, concepts, folder, workers=workers, command=command, progress=progress)
 
@@ -211,9 +211,9 @@ def _by_ray(make: Any, workers: int, concepts: Any, folder: Path, command: str, 
 def _report(bench: Any, out: Path) -> dict[str, Any]:
     """Write table, page and pictures of the records; what is told of them."""
     import fgsteer as fg
-    from fgsteer.evaluation.plots import save_all
-    from fgsteer.evaluation.report import markdown
-    from fgsteer.files import whole
+    from fgsteer.evaluation.bench.plots import save_all
+    from fgsteer.evaluation.bench.report import markdown
+    from fgsteer.storage.atomic import whole
 
     run = fg.load_run(out / "bench.jsonl")
     table = markdown(run)
@@ -248,8 +248,8 @@ def make_bench(
 ) -> Any:
     """The benchmark of the options. Raises DataError for a plan that cannot be run."""
     import fgsteer as fg
-    from fgsteer.evaluation.arms import BENCH_METHODS, NEEDS_EFFECTS
-    from fgsteer.evaluation.shared import begun_design
+    from fgsteer.evaluation.bench.conditions import BENCH_METHODS, NEEDS_EFFECTS
+    from fgsteer.evaluation.bench.shared import begun_design
 
     name, ids = sae_name(sae[0], model[0]), sae[1]
     check_device(*model[1:3])

@@ -13,9 +13,9 @@ import typer
 from fgsteer.cli.doors import check_device, check_fit, fillable, finite, writable
 from fgsteer.cli.terminal import json_text, say
 from fgsteer.errors import DataError
-from fgsteer.escaping import escaped
-from fgsteer.ranks import Ranks
-from fgsteer.wording import count
+from fgsteer.errors.escaping import escaped
+from fgsteer.errors.wording import count
+from fgsteer.storage.ranks import Ranks
 
 app = typer.Typer(
     help="Steer language models with the features of sparse autoencoders.",
@@ -96,7 +96,7 @@ def load_model(
     from transformers.utils import logging
 
     import fgsteer as fg
-    from fgsteer.models import DEFAULT
+    from fgsteer.models.embedded import DEFAULT
 
     logging.disable_progress_bar()  # of reading weights; downloads keep theirs
     check_device(device, dtype)
@@ -121,7 +121,7 @@ def _own_device(gpus: int) -> str:
 
 def documents(path: Path, field: str) -> list[str]:
     """The texts of a file. Raises DataError for none, or one that cannot be read."""
-    from fgsteer.corpora import read_documents
+    from fgsteer.data.corpora import read_documents
 
     found = list(read_documents(path, field))
     if not found:
@@ -174,7 +174,7 @@ def interventions(vectors: list[tuple[Any, float]], operation: str, scope: str, 
 
 def sae_name(name: str | None, model: str) -> str:
     """The SAE of --sae, by default the embedded model's own. Raises DataError where none is named for another model."""
-    from fgsteer.models import DEFAULT, model_name
+    from fgsteer.models.embedded import DEFAULT, model_name
 
     if name is None and model not in ("", DEFAULT, model_name()):
         raise DataError(

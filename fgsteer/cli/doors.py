@@ -15,8 +15,8 @@ import typer
 from typer.core import TyperCommand
 
 from fgsteer.errors import DataError, PairingError
-from fgsteer.ranks import Ranks
-from fgsteer.targets import file_target, folder_target, make_folder, new_folder
+from fgsteer.storage.ranks import Ranks
+from fgsteer.storage.targets import file_target, folder_target, make_folder, new_folder
 
 TOKEN_RULES = ("all", "last", "answer", "letter", "tail")
 FILLED = {"bench": "bench.jsonl", "sweep": "sweep.json"}  # commands that fill a folder, and what they hold in it
@@ -41,7 +41,7 @@ class Command(TyperCommand):
 @contextlib.contextmanager
 def _alone(output: Path, file: str) -> Iterator[None]:
     """A block in which no other process writes an output, of a folder the file that tells whose it is."""
-    from fgsteer.locks import held
+    from fgsteer.storage.locks import held
 
     new = bool(file) and not output.exists()
     if new:
@@ -81,8 +81,8 @@ def _one(first: str | Path, second: Path, outputs: bool) -> bool:
 
 
 def _is_shipped(name: str) -> bool:
-    from fgsteer.data import shipped_contrasts
-    from fgsteer.models import DEFAULT
+    from fgsteer.data.contrasts import shipped_contrasts
+    from fgsteer.models.embedded import DEFAULT
 
     return name == DEFAULT or name in shipped_contrasts()
 
@@ -118,7 +118,7 @@ def token_rule(tokens: str) -> Any:
 
 def hookpoints(names: Iterable[str] | None) -> list[Any] | None:
     """Hookpoints of --hookpoint: names, or blocks' numbers. Raises HookpointError for a name that is none."""
-    from fgsteer.hookpoints import Hookpoint
+    from fgsteer.models.hookpoints import Hookpoint
 
     return None if names is None else [Hookpoint.parse(int(n) if re.fullmatch(r"\d{1,9}", n) else n) for n in names]
 
@@ -135,7 +135,7 @@ def finite(option: typer.CallbackParam, value: Any) -> Any:
 
 def texts(*given: str | None) -> None:
     """Raises DataError for a text that is not Unicode: bytes that the terminal's encoding has no characters for."""
-    from fgsteer.data import check_text
+    from fgsteer.data.contrasts import check_text
 
     for text in given:
         if text is not None:
@@ -146,7 +146,7 @@ def check_device(device: str | None, dtype: str | None) -> None:
     """Raises DataError for a device that this machine lacks or that keeps no numbers, or a dtype that is none."""
     import torch
 
-    from fgsteer.models import as_dtype
+    from fgsteer.models.loading import as_dtype
 
     try:
         if dtype is not None:
@@ -172,8 +172,8 @@ def check_fit(vectors: Mapping[Path, Any], model: str, revision: str | None = No
         return
     from transformers import AutoConfig
 
-    from fgsteer.models import DEFAULT, pretrained_dir
-    from fgsteer.network import hub_or_cache
+    from fgsteer.models.embedded import DEFAULT, pretrained_dir
+    from fgsteer.storage.network import hub_or_cache
 
     folder = pretrained_dir() / "model" if model == DEFAULT else model
     try:

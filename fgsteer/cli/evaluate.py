@@ -25,7 +25,7 @@ from fgsteer.cli.common import (
 from fgsteer.cli.doors import check_fit, hookpoints, token_rule
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
-from fgsteer.wording import count
+from fgsteer.errors.wording import count
 
 
 @app.command()
@@ -53,7 +53,7 @@ def diagnose(
     texts, they are shown too.
     """
     import fgsteer as fg
-    from fgsteer.files import is_tensors
+    from fgsteer.storage.files import is_tensors
 
     chosen = None if vector is None else fg.SteeringVector.load(vector)
     if chosen is not None and hookpoint:
@@ -89,7 +89,7 @@ def _collect(
 ) -> dict[str, Any]:
     """Statistics of a contrast set, and of its held-out texts if it has any, at the hookpoints or after every layer."""
     import fgsteer as fg
-    from fgsteer.hookpoints import blocks_of
+    from fgsteer.models.hookpoints import blocks_of
 
     language_model, tokenizer = load_model(*model)
     wanted: list[Any] = list(at or map(fg.Hookpoint, range(len(blocks_of(language_model)))))

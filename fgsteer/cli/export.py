@@ -30,7 +30,7 @@ from fgsteer.cli.common import (
 from fgsteer.cli.doors import check_device, unused, writable
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
-from fgsteer.wording import count
+from fgsteer.errors.wording import count
 
 TARGETS = {
     "checkpoint": "an ordinary checkpoint of --model with the vectors inside",

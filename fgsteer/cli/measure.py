@@ -38,8 +38,8 @@ from fgsteer.cli.common import (
 from fgsteer.cli.doors import check_device, fillable, finite, hookpoints, token_rule
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
-from fgsteer.ranks import Ranks
-from fgsteer.wording import count
+from fgsteer.errors.wording import count
+from fgsteer.storage.ranks import Ranks
 
 
 @app.command()
@@ -118,7 +118,7 @@ def _print_collected(told: dict[str, Any]) -> None:
 
 def count_documents(corpus: Path, field: str) -> int:
     """How many documents a corpus has, every line read. Raises DataError for none or one that cannot be read."""
-    from fgsteer.corpora import read_documents
+    from fgsteer.data.corpora import read_documents
 
     total = sum(1 for _ in read_documents(corpus, field))
     if not total:
@@ -152,7 +152,7 @@ def density(
     A file density.safetensors in an SAE's folder is loaded with it. Under torchrun the processes share the texts.
     """
     import fgsteer as fg
-    from fgsteer.corpora import read_documents
+    from fgsteer.data.corpora import read_documents
 
     total = count_documents(corpus, field)
     check_device(device, dtype)
@@ -236,8 +236,8 @@ def effects(
     processes share the vectors.
     """
     import fgsteer as fg
-    from fgsteer.measuring import decoder_directions
-    from fgsteer.rollouts import Sampling
+    from fgsteer.effects.measuring import decoder_directions
+    from fgsteer.effects.rollouts import Sampling
 
     neutral, starts = fg.load_neutral()
     asked = documents(prompts, field) if prompts else starts
@@ -298,7 +298,7 @@ def _print_effects(told: dict[str, Any]) -> None:
 def measure_excerpts(corpus: Path, field: str, parts: tuple[Any, Any, Any], as_json: bool, **options: Any) -> Any:
     """Excerpts of a corpus file, with a progress bar. Raises DataError for one without documents."""
     import fgsteer as fg
-    from fgsteer.corpora import read_documents
+    from fgsteer.data.corpora import read_documents
 
     total = count_documents(corpus, field)
     model, tokenizer, sae = parts

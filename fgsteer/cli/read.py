@@ -71,7 +71,7 @@ def features(
     A search that finds nothing ends with exit status 1.
     """
     import fgsteer as fg
-    from fgsteer.cards import print_features, write_page
+    from fgsteer.features.cards import print_features, write_page
 
     if sum(given is not None for given in (file, feature, search)) != 1:
         raise DataError("none or several of a vector file, --feature and --search", "one of them")
@@ -120,8 +120,8 @@ def features(
 
 def _describe_direction(vector: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     """What a vector is and the tokens that its direction raises and lowers. Raises PairingError."""
-    from fgsteer.models import residual_direction
-    from fgsteer.reading import top_tokens
+    from fgsteer.features.description import top_tokens
+    from fgsteer.models.unembedding import residual_direction
 
     vector.check(model)
     written = residual_direction(model, vector.hookpoint, vector.direction)
@@ -162,7 +162,7 @@ def saes(
     as_json: JsonOption = False,
 ) -> None:
     """List the pretrained SAEs of sae-lens's registry, for --sae RELEASE --sae-id ID."""
-    from fgsteer.sae_registry import models_like, models_named, registry
+    from fgsteer.saes.registry import models_like, models_named, registry
 
     if model is not None and not models_named(model):
         near = ", ".join(models_like(model))
@@ -199,7 +199,7 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a file holds and where it came from, or what is installed."""
-    from fgsteer.info import describe_file, describe_installation
+    from fgsteer.cli.info import describe_file, describe_installation
 
     told = describe_file(file) if file is not None else describe_installation()
     show(told, as_json, _print_info)

@@ -30,7 +30,7 @@ from fgsteer.cli.common import (
 from fgsteer.cli.doors import check_device, check_fit, fillable, finite, token_rule
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
-from fgsteer.escaping import escaped
+from fgsteer.errors.escaping import escaped
 
 
 @app.command()
@@ -75,10 +75,10 @@ def sweep(
     Effects are changes of the log-probability of texts with the behavior against that of texts without it.
     """
     import fgsteer as fg
-    from fgsteer.evaluation.sweep import METHODS
-    from fgsteer.evaluation.sweep_plots import save_pictures
-    from fgsteer.files import write_json
-    from fgsteer.targets import make_folder
+    from fgsteer.evaluation.sweep.plots import save_pictures
+    from fgsteer.evaluation.sweep.sweep import METHODS
+    from fgsteer.storage.json_files import write_json
+    from fgsteer.storage.targets import make_folder
 
     vectors = [fg.SteeringVector.load(path) for path in vector or []]
     if vectors and method != "caa":

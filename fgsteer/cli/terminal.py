@@ -7,8 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from fgsteer import escaping
-from fgsteer.escaping import escaped
+from fgsteer.errors import escaping
+from fgsteer.errors.escaping import escaped
 
 # what messages say to Python's users, and what it is called here, where a rule does not tell
 _PHRASES = (

@@ -38,7 +38,7 @@ from fgsteer.cli.common import (
 from fgsteer.cli.doors import finite, unused
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
-from fgsteer.wording import count
+from fgsteer.errors.wording import count
 
 
 @app.command()
@@ -47,7 +47,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Steer the embedded default towards two concepts by four methods, side by side."""
-    from fgsteer.demo import CONCEPTS, run
+    from fgsteer.cli.demo import CONCEPTS, run
 
     result = run(console(), concepts or CONCEPTS, as_json=as_json)
     show(result, as_json, lambda _: None)
@@ -55,7 +55,7 @@ def demo(
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
     """key=value options as Python values: JSON where it parses, "inf" as a number. Raises DataError."""
-    from fgsteer.files import parse_json
+    from fgsteer.storage.json_files import parse_json
 
     settings = {}
     for pair in pairs:
@@ -203,7 +203,7 @@ def generate(
     import torch
 
     import fgsteer as fg
-    from fgsteer.generation import check_options, listed_prompts
+    from fgsteer.steering.generation import check_options, listed_prompts
 
     steering = interventions(load_vectors(vector, coefficient, operation, model, revision), operation, scope)
     asked = _conversations(prompts, system, prefill) if chat or system is not None else prompts

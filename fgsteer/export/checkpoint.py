@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fgsteer.export.folding import fold
 from fgsteer.export.places import Interventions, checked
-from fgsteer.files import whole_folder
-from fgsteer.folding import fold
-from fgsteer.targets import new_folder
+from fgsteer.storage.atomic import whole_folder
+from fgsteer.storage.targets import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ from typing import Any
 from fgsteer.errors import FormatError, SteeringError
 from fgsteer.export import gguf
 from fgsteer.export.places import Interventions, block_output, called, checked
-from fgsteer.files import write_json
 from fgsteer.interventions import Ablate, Add, Intervention
+from fgsteer.storage.json_files import write_json
 
 _APPLY: dict[str, dict[str, Any]] = {
     "all": {"prompt": "all", "generation": "all"},

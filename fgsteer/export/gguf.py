@@ -21,12 +21,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fgsteer.checks import warn
 from fgsteer.errors import FgsteerError, FormatError, PairingWarning, SteeringError
+from fgsteer.errors.checks import warn
 from fgsteer.export.places import Interventions, block_output, called, checked, every_token
-from fgsteer.files import parse_json, tensor_sha256, text_sha256, whole
-from fgsteer.hookpoints import Hookpoint
 from fgsteer.interventions import Add
+from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.storage.atomic import whole
+from fgsteer.storage.files import tensor_sha256
+from fgsteer.storage.json_files import parse_json, text_sha256
 from fgsteer.vector import SteeringVector
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from fgsteer.errors import FormatError, SteeringError
 from fgsteer.export.places import Interventions, called, checked, every_token
-from fgsteer.files import whole
-from fgsteer.hookpoints import Hookpoint, resolve
 from fgsteer.interventions import Ablate, Add, Affine, Clamp, Intervention
-from fgsteer.models import check_pairing
+from fgsteer.models.hookpoints import Hookpoint, resolve
+from fgsteer.models.pairing import check_pairing
+from fgsteer.storage.atomic import whole
 
 ENGINE = "lm-eval's steered model"
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from fgsteer.errors import PairingError, SelectionError, SteeringError
-from fgsteer.files import write_json
-from fgsteer.ranges import check_amount
-from fgsteer.sae import SAE
+from fgsteer.errors.wording import a
+from fgsteer.saes.sae import SAE
+from fgsteer.steering.ranges import check_amount
+from fgsteer.storage.json_files import write_json
 from fgsteer.vector import SteeringVector
-from fgsteer.wording import a
 
 TOLERANCE = 1e-4  # of the direction's norm: float32 sums of a few hundred rows stay below
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from fgsteer.errors import PairingError, SteeringError
+from fgsteer.errors.wording import a
 from fgsteer.interventions import Intervention
-from fgsteer.ranges import check_amount, reach
-from fgsteer.wording import a
+from fgsteer.steering.ranges import check_amount, reach
 
 Interventions = Intervention | Sequence[Intervention]
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fgsteer.errors import FgsteerError, FormatError
-from fgsteer.hookpoints import Hookpoint
+from fgsteer.errors.wording import a
+from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.vector import SteeringVector
-from fgsteer.wording import a
 
 SAVED = "steering_vectors.steering_vector.SteeringVector"
 _DAMAGE = (OSError, EOFError, RuntimeError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from fgsteer.checks import checked
 from fgsteer.errors import PairingError, SelectionError
-from fgsteer.hookpoints import Hookpoint
+from fgsteer.errors.checks import checked
 from fgsteer.methods.provenance import provenance
-from fgsteer.statistics import ContrastStatistics
+from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.statistics.contrast import ContrastStatistics
 from fgsteer.vector import SteeringVector
 
 

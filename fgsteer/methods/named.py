@@ -16,18 +16,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.checks import checked, warn
-from fgsteer.density import FeatureDensity
-from fgsteer.effects import EffectApproximator
+from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import PairingError, SelectionError, SelectionWarning
+from fgsteer.errors.checks import checked, warn
+from fgsteer.errors.wording import count
 from fgsteer.methods.projection import decode_weights, project
 from fgsteer.methods.provenance import provenance
 from fgsteer.methods.scores import SCORES
 from fgsteer.methods.selection import FeatureIds, feature_weights, select_features, signed_min_max, top_mask
-from fgsteer.sae import SAE
-from fgsteer.statistics import Contrast, ContrastStatistics
+from fgsteer.saes.density import FeatureDensity
+from fgsteer.saes.sae import SAE
+from fgsteer.statistics.contrast import Contrast, ContrastStatistics
 from fgsteer.vector import SteeringVector
-from fgsteer.wording import count
 
 STA_PAIRS = 80  # below about this many examples a side, frequencies are too coarse to select by
 

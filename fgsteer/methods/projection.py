@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.checks import check_flags
-from fgsteer.effects import EffectApproximator
+from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import SelectionError
-from fgsteer.sae import SAE
+from fgsteer.errors.checks import check_flags
+from fgsteer.saes.sae import SAE
 
 
 def decode_weights(weights: Float[Tensor, " d_sae"], sae: SAE) -> Float[Tensor, " d_model"]:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fgsteer.sae import SAE
-from fgsteer.statistics import ContrastStatistics
+from fgsteer.saes.sae import SAE
+from fgsteer.statistics.contrast import ContrastStatistics
 
 
 def library_version() -> str:

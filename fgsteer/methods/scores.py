@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.errors import SelectionError
-from fgsteer.statistics import Contrast
+from fgsteer.statistics.contrast import Contrast
 
 
 def mean_difference(contrast: Contrast) -> Float[Tensor, " n"]:

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fgsteer.checks import check_range, checked, is_number, warn
-from fgsteer.density import FeatureDensity
 from fgsteer.errors import SelectionError, SelectionWarning
+from fgsteer.errors.checks import check_range, checked, is_number, warn
 from fgsteer.methods.scores import SCORES
-from fgsteer.sae import SAE
-from fgsteer.statistics import Contrast
+from fgsteer.saes.density import FeatureDensity
+from fgsteer.saes.sae import SAE
+from fgsteer.statistics.contrast import Contrast
 
 FeatureIds = Mapping[int, float] | Iterable[int] | int
 

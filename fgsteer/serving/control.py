@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import save
 
 from fgsteer.errors import HookpointError, SteeringError
-from fgsteer.files import text_sha256
-from fgsteer.hookpoints import Hookpoint
-from fgsteer.models import ids_of_ends
+from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.models.properties import ids_of_ends
 from fgsteer.serving.request import PLAN, parse, said, steering
 from fgsteer.serving.served import Served, Source, check_name, served_from
+from fgsteer.storage.json_files import text_sha256
 
 _CANARY_TOKENS = 2  # one from the prompt's pass, one from a decoding pass
 _CANARY_CHANGE = 0.01  # nats; rounding of a repeated bfloat16 pass stays far below

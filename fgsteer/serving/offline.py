@@ -14,7 +14,7 @@ from typing import Any
 
 from fgsteer.errors import SteeringError
 from fgsteer.methods.provenance import library_version
-from fgsteer.models import DEFAULT, pretrained_dir
+from fgsteer.models.embedded import DEFAULT, pretrained_dir
 from fgsteer.serving.control import Control, attach
 from fgsteer.serving.served import Served, Source, sources
 

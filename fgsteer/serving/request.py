@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fgsteer.checks import check_flags, shown
 from fgsteer.errors import SteeringError
+from fgsteer.errors.checks import check_flags, shown
 from fgsteer.interventions import SCOPES, Scope
 from fgsteer.serving.served import check_name
 

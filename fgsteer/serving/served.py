@@ -25,12 +25,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.errors import FormatError, HookpointError, PairingError, SteeringError
-from fgsteer.files import read_tensors, tensor_sha256, text_sha256, write_tensors
-from fgsteer.hookpoints import Hookpoint
-from fgsteer.interventions import ClampFeature, _unit
-from fgsteer.ranges import check_amount
+from fgsteer.errors.wording import a
+from fgsteer.interventions import ClampFeature, unit_and_norm
+from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.steering.ranges import check_amount
+from fgsteer.storage.files import read_tensors, tensor_sha256, write_tensors
+from fgsteer.storage.json_files import text_sha256
 from fgsteer.vector import SteeringVector
-from fgsteer.wording import a
 
 ROWS = ("read", "write", "bias", "threshold", "target")
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
@@ -139,7 +140,7 @@ def serve(item: SteeringVector | ClampFeature) -> Served:
     PairingError for an SAE whose features no row can read (topk, normalised input).
     """
     if isinstance(item, SteeringVector):
-        unit, norm = _unit(item.direction.detach())
+        unit, norm = unit_and_norm(item.direction.detach())
         one = torch.ones(1)
         offset = None if item.reference is None else float(unit @ item.reference.detach())
         row = unit[None]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fgsteer.errors import HookpointError, PairingError, SteeringError
-from fgsteer.ranges import largest
-from fgsteer.wording import a
+from fgsteer.errors.wording import a
+from fgsteer.steering.ranges import largest
 
 FREE = -1.0
 Plan = tuple[float, float, float, float, float]  # tag, const, gain, first position, end

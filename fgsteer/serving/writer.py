@@ -17,7 +17,7 @@ from fgsteer.vector import SteeringVector
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fgsteer.rollouts import Sampling
+    from fgsteer.effects.rollouts import Sampling
 
 NO_END = -100.0  # added to the logits of ends of text, which ``rollout`` never draws either
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import fgsteer as fg
-from fgsteer.files import write_tensors
 from fgsteer.serving.served import serve
+from fgsteer.storage.files import write_tensors
 from tests.vllm.cases import served
 
 SCALES = (1e39, -1e39, 8.6e36, 1e30, 1.7e308, 1e9, 1e7, 1e6, -1e6, 3e5, 1e5, -1e5, 1e4, 1e3, 0.0, 1e-300)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.models import DEFAULT, pretrained_dir
-from fgsteer.rollouts import Sampling, rollout
+from fgsteer.activations.tokens import encode_prompts
+from fgsteer.effects.rollouts import Sampling, rollout
+from fgsteer.models.embedded import DEFAULT, pretrained_dir
 from fgsteer.serving import VllmWriter, steered_llm, steering
 from fgsteer.serving.served import Served
-from fgsteer.tokens import encode_prompts
 from tests.vllm import hostile
 from tests.vllm.cases import (
     PROMPTS,

@@ -1,0 +1,1 @@
+"""Effect approximators: which features of generated text a steering vector moves (SAE-TS)."""

@@ -1,0 +1,1 @@
+"""The benchmark: what is generated under which condition, scored, recorded, and reported."""

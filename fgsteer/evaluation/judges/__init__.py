@@ -1,0 +1,1 @@
+"""Judges of behavior: keywords, sentence embeddings, and chat models behind an endpoint."""

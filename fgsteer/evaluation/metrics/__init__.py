@@ -1,0 +1,1 @@
+"""Measures of a steered model: answers, coherence, steerability, and intervals over prompts."""

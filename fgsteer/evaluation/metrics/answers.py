@@ -1,0 +1,212 @@
+"""Figures of a model's answers and texts: cross-entropy by text, A/B probability, steerability.
+
+Cross-entropy and KL of whole sets of texts, which calibration needs too, are in ``fgsteer.likelihood``.
+
+    text_cross_entropies(model, tokenizer, texts)                         nats a token, (texts,)
+    answer_probabilities(model, tokenizer, questions, [None, vec.add(4.0)]).share
+    measure_steerability(model, tokenizer, vec.add, questions, [-4, -2, 0, 2, 4]).anti_steerable
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fgsteer.activations.tokens import TokenReader
+from fgsteer.data.chat import Text
+from fgsteer.data.contrasts import ContrastPair, ContrastSet, as_contrast
+from fgsteer.errors import DataError, SteeringError
+from fgsteer.errors.checks import checked, shown
+from fgsteer.errors.reprs import Brief
+from fgsteer.errors.wording import count
+from fgsteer.interventions import Intervention
+from fgsteer.likelihood.scoring import Entry, log_probabilities
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@checked
+def text_cross_entropies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    prompts: Sequence[Text] | None = None,
+    joint: str | None = None,
+    batch_tokens: int | None = None,
+) -> Float[Tensor, " texts"]:
+    """Cross-entropy of each text under the unsteered model, in nats per predicted token, (texts,) float64.
+
+    With ``prompts``, one per text, a text is the continuation of its prompt, joined by ``joint`` (see
+    ``log_probabilities``; "" for what a model generated): the prompt is context and is not scored. nan for a
+    text without a token to score, such as an empty continuation: generated texts may be
+    that, the others still have a figure, and nan is not mistaken for one. Raises DataError
+    for another number of prompts than texts.
+    """
+    pairs = with_prompts(texts, prompts)
+    found = log_probabilities(model, tokenizer, pairs, joint=joint, skip_empty=True, batch_tokens=batch_tokens)
+    return found.cross_entropy[0]
+
+
+@checked
+def perplexities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: object
+) -> Float[Tensor, " texts"]:
+    """``exp(text_cross_entropies)``: perplexity of each text under the unsteered model, (texts,).
+
+    Options as there. The perplexity of a whole set, every token counting alike, is ``exp(cross_entropy)``.
+    """
+    return text_cross_entropies(model, tokenizer, texts, **options).exp()  # type: ignore[arg-type]
+
+
+def with_prompts(texts: Sequence[str], prompts: Sequence[Text] | None) -> list[tuple[Text, Text]]:
+    """(prompt, text) pairs. Raises DataError for a single string, or another number of prompts."""
+    if isinstance(texts, str):
+        raise DataError(f"texts {texts!r:.40}", "a list of texts")
+    if isinstance(prompts, str) or (prompts is not None and len(prompts) != len(texts)):
+        raise DataError(
+            f"{count(len(prompts), 'prompt')} for {count(len(texts), 'text')}", "a list with one for each text"
+        )
+    return list(zip(prompts or [""] * len(texts), texts, strict=True))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AnswerProbabilities(Brief):
+    """Log-probabilities (interventions, questions), nats, of the two answers, each summed over its tokens; float64."""
+
+    positive: Float[Tensor, "interventions questions"]
+    negative: Float[Tensor, "interventions questions"]
+
+    @property
+    def probability(self) -> Float[Tensor, "interventions questions"]:
+        """Probability of the positive answer among everything that the model could say."""
+        return self.positive.exp()
+
+    @property
+    def share(self) -> Float[Tensor, "interventions questions"]:
+        """``p⁺ / (p⁺ + p⁻)``: probability of the positive answer among the two."""
+        return self.difference.sigmoid()
+
+    @property
+    def difference(self) -> Float[Tensor, "interventions questions"]:
+        """``log p⁺ − log p⁻``; for answers of one token the difference of their logits."""
+        return self.positive - self.negative
+
+
+@checked
+def answer_probabilities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: ContrastSet | str | Path | Sequence[ContrastPair],
+    steering: Sequence[Entry] = (None,),
+    *,
+    joint: str | None = None,
+    batch_tokens: int | None = None,
+) -> AnswerProbabilities:
+    """How probable each question's positive and negative answer is under each intervention.
+
+    A question is a pair with a prompt: ``ContrastPair(" A", " B", prompt="…\\nAnswer:")``. An answer's
+    log-probability is the sum over its tokens, ``Σ_t log p(token_t | prompt, tokens before)``, by softmax over
+    the full vocabulary; longer answers are less probable and nothing corrects for it. Entries
+    of ``steering`` and ``joint`` are those of ``log_probabilities``. A/B evaluation of CAA
+    (arXiv 2312.06681).
+
+    Raises DataError without pairs, or for answers that do not part at their first token: "(A" and "(B" may
+    begin with the same "(", which says nothing of the choice.
+    """
+    pairs = as_contrast(questions).pairs
+    if not pairs:
+        raise DataError("questions without pairs", "pairs of a prompt and two answers")
+    answers = [(pair.prompt, text) for pair in pairs for text in (pair.positive, pair.negative)]
+    _check_parting(tokenizer, answers, joint)
+    sums = log_probabilities(model, tokenizer, answers, steering, joint=joint, batch_tokens=batch_tokens).sums
+    return AnswerProbabilities(sums[:, 0::2], sums[:, 1::2])
+
+
+def _check_parting(tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[Text, Text]], joint: str | None) -> None:
+    """Raises DataError for neighbours whose tokens are not the same up to, and other at, the first token scored."""
+    triples = ((prompt, answer, True) for prompt, answer in answers)
+    reader = TokenReader(tokenizer, rule="answer", joint=joint, scored=True)
+    rows = {row.index: row for window in reader.rows(triples) for row in window}
+    for index in range(0, len(answers), 2):
+        a, b = rows[index], rows[index + 1]
+        same = [x == y for x, y in zip(a.ids, b.ids, strict=False)]
+        parting = same.index(False) if False in same else len(same)
+        if not a.selected[0] == b.selected[0] == parting:
+            shown = [answer for _, answer in answers[index : index + 2]]
+            raise DataError(
+                f"question {index // 2}: answers {shown!r:.80} whose tokens part at {parting}, scored from "
+                f"{a.selected[0]} and {b.selected[0]}",
+                "answers that differ in their first token, after the same prompt",
+                'move what the answers share to the end of the prompt, with joint="" if no space belongs between',
+            )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Steerability(Brief):
+    """``slopes (samples,)``: by how much a unit of the coefficient moves each sample's difference, in nats."""
+
+    slopes: Float[Tensor, " samples"]
+
+    @property
+    def mean(self) -> float:
+        """Mean slope."""
+        return float(self.slopes.mean())
+
+    @property
+    def anti_steerable(self) -> float:
+        """Share of the samples that are steered the wrong way: whose slope is negative."""
+        return float((self.slopes < 0).double().mean())
+
+
+def steerability(
+    coefficients: Sequence[float] | Float[Tensor, " coefficients"],
+    differences: Float[Tensor, "coefficients samples"],
+) -> Steerability:
+    """Least-squares slope, by sample, of ``d = log p(y⁺) − log p(y⁻)`` on the coefficient c.
+
+    ``slope_i = Σ_k (c_k − c̄)(d_ki − d̄_i) / Σ_k (c_k − c̄)²`` (Tan et al. 2024, arXiv 2407.12404). ``differences``
+    (coefficients, samples) in nats. Raises DataError for shapes that do not agree, no sample,
+    coefficients that are all the same, or values that are not finite.
+    """
+    c = torch.as_tensor(coefficients, dtype=torch.float64).cpu()
+    d = differences.detach().cpu().double()
+    if c.ndim != 1 or d.ndim != 2 or len(c) != len(d) or not d.numel():
+        raise DataError(f"coefficients {tuple(c.shape)} and differences {tuple(d.shape)}", "(k,) and (k, samples)")
+    if not c.isfinite().all() or not c.min() < c.max():
+        raise DataError(f"coefficients {c.tolist()}", "finite numbers, at least two of them different")
+    if not d.isfinite().all():
+        raise DataError("differences that are not finite", "finite log-probabilities", "steer with less")
+    centred = c - c.mean()
+    return Steerability(centred @ (d - d.mean(0)) / centred.square().sum())
+
+
+@checked
+def measure_steerability(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    make: Callable[[float], Intervention],
+    questions: ContrastSet | str | Path | Sequence[ContrastPair],
+    coefficients: Sequence[float],
+    *,
+    joint: str | None = None,
+    batch_tokens: int | None = None,
+) -> Steerability:
+    """``steerability`` towards the questions' positive answers, by ``make(c)`` for each coefficient c (``vec.add``).
+
+    Questions and ``joint`` as for ``answer_probabilities``, whose errors it raises, and those of
+    ``steerability``.
+    """
+    entries = [make(float(c)) for c in coefficients]
+    for c, entry in zip(coefficients, entries, strict=True):
+        if not isinstance(entry, Intervention):
+            raise SteeringError(f"make({c}) is {shown(entry)}", "an intervention", "pass vec.add itself")
+    found = answer_probabilities(model, tokenizer, questions, entries, joint=joint, batch_tokens=batch_tokens)
+    return steerability(coefficients, found.difference)

@@ -1,0 +1,1 @@
+"""The sweep over layers and methods on a short budget."""

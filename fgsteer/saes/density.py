@@ -1,0 +1,108 @@
+"""Feature density: on which share of ordinary tokens a feature fires, and whether only on BOS.
+
+Streamed once per SAE over a generic corpus, token by token, and kept with the SAE.
+
+    density = measure_density(model, tokenizer, sae, texts)
+    density.save("density.safetensors")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fgsteer.errors import FormatError, PairingError
+from fgsteer.errors.reprs import Brief
+from fgsteer.saes.pairing import Identified, check_measured_on
+from fgsteer.storage.files import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    pass
+
+
+COUNTS = ("fired", "documents", "first")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureDensity(Brief):
+    """Token-level firing counts of every feature over a corpus; two of them add up.
+
+    ``fired (d_sae,)``: tokens besides the special one before a text on which the feature is > 0, of ``tokens``.
+    ``documents (d_sae,)``: documents in which it fires at all, position 0 included;
+    ``first (d_sae,)``: those in which its largest activation is at position 0.
+    ``max_density``: the θ of FGAA's filter recommended for this SAE, where one was tuned.
+    """
+
+    fired: Float[Tensor, " d_sae"]
+    documents: Float[Tensor, " d_sae"]
+    first: Float[Tensor, " d_sae"]
+    tokens: int
+    sae_sha256: str
+    max_density: float | None = None
+    corpus: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def density(self) -> Float[Tensor, " d_sae"]:
+        """Share of tokens (the special one before a text aside) on which each feature fires, (d_sae,)."""
+        return self.fired / max(1, self.tokens)
+
+    def bos_features(self, share: float = 0.99) -> Bool[Tensor, " d_sae"]:
+        """Mask (d_sae,) of features that peak on position 0 in at least this share of their documents.
+
+        FGAA step 3 (arXiv 2501.09929).
+        """
+        return (self.documents > 0) & (self.first >= share * self.documents)
+
+    def check(self, sae: Identified) -> FeatureDensity:
+        """Itself, when it was measured on this SAE. Raises PairingError otherwise."""
+        check_measured_on(sae, self.sae_sha256, len(self.fired) == sae.d_sae, "density", "fgsteer density")
+        return self
+
+    def __add__(self, other: FeatureDensity) -> FeatureDensity:
+        if self.sae_sha256 != other.sae_sha256:
+            raise PairingError("densities of two SAEs", "of one SAE")
+        return FeatureDensity(
+            self.fired + other.fired,
+            self.documents + other.documents,
+            self.first + other.first,
+            self.tokens + other.tokens,
+            self.sae_sha256,
+            self.max_density if self.max_density == other.max_density else None,
+            {"parts": [self.corpus, other.corpus]},
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors, whole."""
+        header = {
+            "tokens": self.tokens,
+            "sae_sha256": self.sae_sha256,
+            "max_density": self.max_density,
+            "corpus": self.corpus,
+        }
+        tensors = {name: getattr(self, name) for name in COUNTS}
+        write_tensors(path, tensors, kind="density", header=header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureDensity:
+        """Read a file that ``save`` wrote. Raises FormatError."""
+        tensors, header = read_tensors(path, kind="density")
+        try:
+            if len({tuple(tensors[name].shape) for name in COUNTS}) != 1:
+                raise ValueError("counts of unequal widths")
+            if tensors["fired"].ndim != 1 or not 0 <= int(header["tokens"]) < 2**53:
+                raise ValueError(f"counts of {header['tokens']} tokens, of shape {tuple(tensors['fired'].shape)}")
+            return cls(
+                tensors["fired"].double(),
+                tensors["documents"].double(),
+                tensors["first"].double(),
+                tokens=int(header["tokens"]),
+                sae_sha256=str(header["sae_sha256"]),
+                max_density=None if header["max_density"] is None else float(header["max_density"]),
+                corpus=dict(header["corpus"]),
+            )
+        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise FormatError(f"{path} is damaged: {error}", "a file written by FeatureDensity.save") from error

@@ -1,0 +1,147 @@
+"""Excerpts: where in a corpus each feature fires most, a few tokens around each peak.
+
+Streamed once over a corpus with memory for the excerpts kept, never for the corpus.
+
+    examples = measure_examples(model, tokenizer, sae, texts)
+    for excerpt in examples.of(42, tokenizer): print(excerpt)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fgsteer.errors import FormatError
+from fgsteer.errors.escaping import escaped
+from fgsteer.errors.reprs import Brief
+from fgsteer.saes.pairing import Identified, check_measured_on
+from fgsteer.storage.files import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+_TENSORS = ("features", "tokens", "activations", "documents")
+
+
+@dataclass(frozen=True, repr=False)
+class Excerpt(Brief):
+    """Tokens of one document around a feature's peak: their texts, the activation on each, the peak's index."""
+
+    tokens: tuple[str, ...]
+    activations: tuple[float, ...]
+    peak: int
+    document: int
+
+    def __str__(self) -> str:
+        marked = [f"[{text}]" if n == self.peak else text for n, text in enumerate(self.tokens)]
+        return f"{self.activations[self.peak]:.2f}  {escaped(''.join(marked))}"
+
+    def peaks_on(self, pattern: re.Pattern[str]) -> bool:
+        """Whether a match of the pattern overlaps the peak's token, white space aside."""
+        before = "".join(self.tokens[: self.peak])
+        text = self.tokens[self.peak]
+        start = len(before) + len(text) - len(text.lstrip())
+        end = max(start + 1, len(before) + len(text.rstrip()))
+        return any(m.start() < end and m.end() > start for m in pattern.finditer("".join(self.tokens)))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureExamples(Brief):
+    """The top excerpts of n features, strongest first, at most one a document.
+
+    ``features (n,)``: their ids. ``tokens (n, top, 2·window + 1)``: token ids with the peak in the
+    middle, −1 outside the text. ``activations``: the feature's on each of them, 0 on a special token before
+    the text, which is never read. ``documents (n, top)``: numbers of the texts, −1 where no excerpt is.
+    """
+
+    features: Int[Tensor, " n"]
+    tokens: Int[Tensor, "n top width"]
+    activations: Float[Tensor, "n top width"]
+    documents: Int[Tensor, "n top"]
+    sae_sha256: str
+    corpus: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> dict[int, int]:
+        """Where each feature stands: {feature id: row}."""
+        return {feature: row for row, feature in enumerate(self.features.tolist())}
+
+    def of(self, feature: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Excerpt, ...]:
+        """A feature's excerpts, strongest first; none for one that never fired or was not measured."""
+        row = self.rows.get(feature)
+        if row is None:
+            return ()
+        found = (self.documents[row] >= 0).nonzero()[:, 0].tolist()
+        return tuple(self.excerpt(row, slot, tokenizer) for slot in found)
+
+    def excerpt(self, row: int, slot: int, tokenizer: PreTrainedTokenizerBase) -> Excerpt:
+        """The excerpt in one slot of a row."""
+        inside = self.tokens[row, slot] >= 0
+        return Excerpt(
+            token_texts(tokenizer, self.tokens[row, slot][inside].tolist()),
+            tuple(self.activations[row, slot][inside].tolist()),
+            int(inside[: inside.shape[0] // 2].sum()),
+            int(self.documents[row, slot]),
+        )
+
+    def largest(self, d_sae: int) -> Float[Tensor, " d_sae"]:
+        """Each feature's largest activation in the corpus; for those without an excerpt, the largest of all."""
+        peaks = self.activations[:, 0, self.tokens.shape[2] // 2]
+        found = torch.zeros(d_sae).index_copy_(0, self.features, peaks)
+        return found.where(found > 0, peaks.max())
+
+    def check(self, sae: Identified) -> FeatureExamples:
+        """Themselves, when they were measured on this SAE. Raises PairingError otherwise."""
+        fits = max(self.rows, default=0) < sae.d_sae
+        check_measured_on(sae, self.sae_sha256, fits, "excerpts", "fgsteer examples")
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors, whole."""
+        header = {"sae_sha256": self.sae_sha256, "corpus": self.corpus}
+        write_tensors(path, {name: getattr(self, name) for name in _TENSORS}, kind="examples", header=header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureExamples:
+        """Read a file that ``save`` wrote. Raises FormatError."""
+        tensors, header = read_tensors(path, kind="examples")
+        try:
+            features, tokens, activations, documents = (tensors[name] for name in _TENSORS)
+            n, top, width = tokens.shape
+            if (features.shape, activations.shape, documents.shape) != ((n,), tokens.shape, (n, top)) or width % 2 == 0:
+                raise ValueError("excerpts of unequal shapes")
+            if features.is_floating_point() or tokens.is_floating_point() or documents.is_floating_point():
+                raise ValueError("ids that are not integers")
+            if bool((features < 0).any()) or len(set(features.tolist())) < n:
+                raise ValueError("feature ids that are negative or given twice")
+            if not bool(activations.isfinite().all()) or bool((tokens[documents >= 0][:, width // 2] < 0).any()):
+                raise ValueError("excerpts without a peak")
+            sha256, corpus = str(header["sae_sha256"]), dict(header["corpus"])
+            return cls(features.long(), tokens.int(), activations.float(), documents.int(), sha256, corpus)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FormatError(f"{path} is damaged: {error}", "a file written by FeatureExamples.save") from error
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
+    """What each token adds to the decoded text of them all; together they are that text.
+
+    A character whose bytes are split over tokens stands with the last of them, "" with the others.
+    """
+    texts: list[str] = []
+    shown = ""
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+        if end < len(ids):
+            text = text.rstrip("\ufffd")  # an unfinished character
+        texts.append(text[len(shown) :])
+        shown = max(shown, text, key=len)
+    return tuple(texts)
