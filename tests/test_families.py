@@ -89,7 +89,7 @@ def refusal(model, site):
     try:
         resolve(model, fg.Hookpoint(0, site))
     except fg.HookpointError as error:
-        return re.split(r"; |: ", str(error))[1]
+        return re.split(r"; |: |\. ", str(error))[1]
     return ""
 
 

@@ -7,9 +7,9 @@ the tables that a page asks for by ``<!-- generated: NAME -->``, and copies of C
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,8 @@ import typer
 import fgsteer
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+STUB = ast.parse(Path(fgsteer.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+MODULE_OF = {name.name: node.module for node in STUB.body if isinstance(node, ast.ImportFrom) for name in node.names}
 
 # Files of the repository that are pages of the site: source, page.
 COPIES = {
@@ -32,45 +33,23 @@ COPIES = {
 # Files of the repository that pages link to or show: folder, names, folder of the site.
 RESULTS = ("benchmarks/results", ("report.html", "methods.svg", "coefficients.svg", "concepts.svg"), "assets/results")
 
-# The public names by what a reader is doing. A name that is in no group stands on the page "others".
-GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "data": (
-        "Data",
-        "load_contrast shipped_contrasts load_neutral read_documents ContrastPair ContrastSet".split(),
-    ),
-    "models": ("Models and hookpoints", "load_model Hookpoint record logit_lens residual_direction".split()),
-    "saes": (
-        "SAEs",
-        "load_sae SAE registry RegistryRow load_labels load_examples FeatureDensity measure_density FeatureExamples "
-        "measure_examples Excerpt".split(),
-    ),
-    "statistics": ("Statistics", "collect ContrastStatistics Contrast Moments Pooled diagnose Diagnosis".split()),
-    "methods": (
-        "Methods",
-        "caa ace pca sta fgaa sae_ts from_features build METHODS SCORES select_features SteeringVector FeatureWeight "
-        "EffectApproximator load_effects".split(),
-    ),
-    "steering": (
-        "Interventions and steering",
-        "steer generate stream fold Intervention Add Ablate Clamp Affine ClampFeature".split(),
-    ),
-    "likelihood": (
-        "Likelihood and strength",
-        "calibrate calibrate_many calibrate_grid cross_entropy cross_entropies kl_divergences log_probabilities "
-        "LogProbabilities answer_probabilities AnswerProbabilities measure_steerability steerability Steerability "
-        "perplexities text_cross_entropies".split(),
-    ),
-    "features": (
-        "Features",
-        "find_features FoundFeature describe_features FeatureRow output_scores seen_features SeenFeature".split(),
-    ),
-    "evaluation": (
-        "Evaluation",
-        "Bench BenchPlan Run EvalRecord load_run write_report sweep Sweep SweepCell Judge KeywordJudge EmbeddingJudge "
-        "EndpointJudge CostEstimate validation_auc Coherence CoherenceScores run_tasks".split(),
-    ),
-    "errors": ("Errors and warnings", ()),  # every exception
-    "others": ("Others", ()),
+# The pages of the API reference: the folders of the package in the order in which data flows, with their titles.
+TITLES = {
+    "data": "Data",
+    "models": "Models and hookpoints",
+    "saes": "SAEs",
+    "activations": "Activations",
+    "statistics": "Statistics",
+    "vector": "Steering vectors",
+    "interventions": "Interventions",
+    "steering": "Steering and generation",
+    "likelihood": "Likelihood and strength",
+    "effects": "Effects",
+    "methods": "Methods",
+    "features": "Features",
+    "evaluation": "Evaluation",
+    "export": "Exports",
+    "errors": "Errors and warnings",
 }
 
 
@@ -78,30 +57,16 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def grouped() -> dict[str, list[str]]:
-    """Every public name in its group, in the group's order."""
-    home = {name: group for group, (_, names) in GROUPS.items() for name in names}
-    pages: dict[str, list[str]] = {group: [name for name in names] for group, (_, names) in GROUPS.items()}
+    """Every public name by the folder that it lives in; a folder without a title comes last, under its own name."""
+    pages: dict[str, list[str]] = {folder: [] for folder in TITLES}
     for name in fgsteer.__all__:
-        value = getattr(fgsteer, name)
-        if isinstance(value, type) and issubclass(value, BaseException):
-            pages["errors"].append(name)
-        elif name not in home:
-            pages["others"].append(name)
-    public = set(fgsteer.__all__)
-    kept = {group: [name for name in names if name in public] for group, names in pages.items()}
-    return {group: names for group, names in kept.items() if names}
+        pages.setdefault(address(name).split(".")[1], []).append(name)
+    return {folder: names for folder, names in pages.items() if names}
 
 
 def address(name: str) -> str:
-    """The module and name at which the source of a public name is found, wherever its module lies today."""
-    value = getattr(fgsteer, name)
-    module = getattr(value, "__module__", None)
-    if isinstance(module, str) and module.startswith("fgsteer") and getattr(value, "__qualname__", "") == name:
-        return f"{module}.{name}"
-    for module, holder in sorted(sys.modules.items()):  # a constant does not know its module
-        if module.startswith("fgsteer.") and vars(holder).get(name) is value:
-            return f"{module}.{name}"
-    raise LookupError(f"fgsteer.{name} was found in no module")
+    """The module and name at which a public name is defined, wherever its module lies today."""
+    return f"{MODULE_OF[name]}.{name}"
 
 
 def summary(name: str) -> str:
@@ -114,7 +79,7 @@ def api_pages() -> dict[str, str]:
     """One page a group, and one that lists every name."""
     pages, index = {}, ["# API reference", "", "Every public name of `import fgsteer as fg`, by what it is for.", ""]
     for group, names in grouped().items():
-        title = GROUPS[group][0]
+        title = title_of(group)
         index += [f"## {title}", "", "| | |", "|---|---|"]
         index += [f"| [`fg.{name}`][fgsteer.{name}] | {summary(name)} |" for name in names] + [""]
         blocks = [f'[](){{ #fgsteer.{name} }}\n\n::: {address(name)}\n' for name in names]
@@ -217,7 +182,7 @@ def on_config(config: Any) -> Any:
     notebooks = sorted(path.name for path in (ROOT / "docs" / "tutorials").glob("*.ipynb"))
     lists = {
         "tutorials/": [f"tutorials/{name}" for name in notebooks],
-        "reference/api/": [page if "index" in page else {title_of(page): page} for page in api_pages()],
+        "reference/api/": [page if "index" in page else {title_of(Path(page).stem): page} for page in api_pages()],
     }
     config.nav = [entry for entry in (expanded(entry, lists) for entry in config.nav) if entry is not None]
     if (ROOT / "CONTRIBUTING.md").exists():
@@ -225,9 +190,9 @@ def on_config(config: Any) -> Any:
     return config
 
 
-def title_of(page: str) -> str:
+def title_of(group: str) -> str:
     """The title of a page of the API."""
-    return GROUPS[Path(page).stem][0]
+    return TITLES.get(group, group.capitalize())
 
 
 def expanded(entry: Any, lists: dict[str, list[Any]]) -> Any:
