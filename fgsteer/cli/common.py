@@ -15,6 +15,7 @@ from fgsteer.cli.terminal import json_text, say
 from fgsteer.errors import DataError
 from fgsteer.errors.escaping import escaped
 from fgsteer.errors.wording import count
+from fgsteer.interventions.table import OPERATIONS, describe_operations, intervention_spec
 from fgsteer.storage.ranks import Ranks
 
 app = typer.Typer(
@@ -44,7 +45,7 @@ CoefficientOption = Annotated[
     list[float] | None,
     typer.Option("--coefficient", "-c", callback=finite, help="One per vector: add's c, affine's α, clamp's t."),
 ]
-OperationOption = Annotated[str, typer.Option("--op", help="add, affine, ablate or clamp.")]
+OperationOption = Annotated[str, typer.Option("--op", help=f"How the vectors act. {describe_operations()}")]
 ScopeOption = Annotated[str, typer.Option("--scope", help="all, prompt, generated or last_prompt_on.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value, for scripts.")]
 TokensOption = Annotated[
@@ -156,7 +157,7 @@ def load_vectors(
     loaded = [fg.SteeringVector.load(path) for path in paths]
     if model is not None:
         check_fit(dict(zip(paths, loaded, strict=True)), model, revision)
-    if loaded and not coefficients and operation != "ablate":
+    if loaded and not coefficients and operation in OPERATIONS and intervention_spec(operation).amount:
         norms = ", ".join(f"{vector.norm:.3g}" for vector in loaded)
         say(f"note: no --coefficient given: 1 is used, of a vector of norm {norms}", err=True)
     return list(zip(loaded, strengths, strict=True))
@@ -164,12 +165,10 @@ def load_vectors(
 
 def interventions(vectors: list[tuple[Any, float]], operation: str, scope: str, *, bos: bool = False) -> list[Any]:
     """The vectors as interventions of one operation. Raises DataError, SteeringError."""
-    if operation not in ("add", "affine", "ablate", "clamp"):
-        raise DataError(f"--op {operation}", "add, affine, ablate or clamp")
-    return [
-        getattr(vector, operation)(*(() if operation == "ablate" else (coefficient,)), scope=scope, bos=bos)
-        for vector, coefficient in vectors
-    ]
+    if operation not in OPERATIONS:
+        raise DataError(f"--op {operation}", f"one of {', '.join(OPERATIONS)}")
+    spec = intervention_spec(operation)
+    return [spec.make(vector, coefficient, scope=scope, bos=bos) for vector, coefficient in vectors]
 
 
 def sae_name(name: str | None, model: str) -> str:
