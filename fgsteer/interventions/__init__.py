@@ -6,6 +6,7 @@ with ``read`` a projection or a feature activation. Add has λ = 0; Ablate, Clam
 and replace what they read.
 
     table.py     one row for each kind of intervention: its name, its argument, its sentence of help
+    scopes.py    the tokens that an intervention is for
     kinds.py     the kinds themselves
     kernel.py    the one update that all of them become, and how it is applied to activations
     stacking.py  one intervention for each row of a batch, as few updates
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from fgsteer.interventions.values import finite_vector as finite_vector
     from fgsteer.interventions.values import unit_and_norm as unit_and_norm
 
-from fgsteer.interventions.table import SCOPES as SCOPES
-from fgsteer.interventions.table import Scope as Scope
+from fgsteer.interventions.scopes import SCOPES as SCOPES
+from fgsteer.interventions.scopes import Scope as Scope
 
 _MODULES = ("kinds", "kernel", "stacking", "values")
 

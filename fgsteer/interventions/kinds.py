@@ -20,7 +20,7 @@ from fgsteer.errors import ArgumentError, PairingError, SelectionError, Steering
 from fgsteer.errors.checks import check_flags, is_whole, shown
 from fgsteer.errors.reprs import Brief
 from fgsteer.interventions.kernel import Update
-from fgsteer.interventions.table import SCOPES, Scope
+from fgsteer.interventions.scopes import SCOPES, Scope
 from fgsteer.interventions.values import (
     Scalar,
     as_tensor,

@@ -9,15 +9,12 @@ quick, it imports no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import SteeringError
 
 if TYPE_CHECKING:
     from fgsteer.interventions.kinds import Intervention
-
-Scope = Literal["all", "prompt", "generated", "last_prompt_on"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 from fgsteer.errors import SteeringError
 from fgsteer.errors.checks import check_flags, shown
-from fgsteer.interventions.table import OPERATIONS, SCOPES, Scope
+from fgsteer.interventions.scopes import SCOPES, Scope
+from fgsteer.interventions.table import OPERATIONS
 from fgsteer.serving.served import check_name
 
 KEYS = ("steer", "steer_op", "steer_scale", "steer_scope", "steer_bos")
