@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionError, SteeringError
-from fgsteer.errors.checks import checked, is_number, is_whole, shown
-from fgsteer.errors.escaping import escaped
-from fgsteer.errors.reprs import FEW, TEXT
+from fgsteer.errors.checks import checked, describe_value, is_number, is_whole_number
+from fgsteer.errors.escaping import escape_text
+from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, TEXT
 from fgsteer.errors.wording import a, count
 from fgsteer.interventions.kinds import Ablate, Add, Affine, Clamp
 from fgsteer.interventions.scopes import Scope
@@ -99,7 +99,7 @@ class SteeringVector:
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         features = {} if features is None else features
-        if not all(map(is_whole, features)):
+        if not all(map(is_whole_number, features)):
             raise SelectionError(
                 f"{', '.join(map(repr, features)):.80}",
                 "whole numbers as feature ids",
@@ -197,9 +197,9 @@ class SteeringVector:
         }
 
     def __repr__(self) -> str:
-        method = escaped(str(self.provenance.get("method", "bare")), keep="")[:TEXT]
-        top = ", ".join(f"{feature.id}: {feature.weight:.3g}" for feature in self.top_features(FEW))
-        more = ", …" if len(self.features) > FEW else ""
+        method = escape_text(str(self.provenance.get("method", "bare")), keep="")[:TEXT]
+        top = ", ".join(f"{feature.id}: {feature.weight:.3g}" for feature in self.top_features(MAX_SHOWN_ENTRIES))
+        more = ", …" if len(self.features) > MAX_SHOWN_ENTRIES else ""
         features = f"{count(len(self.features), 'feature')}{f' {{{top}{more}}}' if top else ''}"
         return f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, {features})"
 
@@ -229,7 +229,7 @@ class SteeringVector:
     def __truediv__(self, divisor: float) -> SteeringVector:
         divisor = _factor(divisor, "divided by")
         if not divisor:
-            raise ArgumentError(f"a vector divided by {shown(divisor)}", "a divisor other than 0")
+            raise ArgumentError(f"a vector divided by {describe_value(divisor)}", "a divisor other than 0")
         return self * (1 / divisor)
 
     def __neg__(self) -> SteeringVector:
@@ -242,7 +242,7 @@ class SteeringVector:
         if is_number(other) and not other:  # what sum() starts from
             return self
         raise ArgumentError(
-            f"a vector added to {shown(other)}", "two vectors to add", "for strength write vector.add(2.0)"
+            f"a vector added to {describe_value(other)}", "two vectors to add", "for strength, write vector.add(2.0)"
         )
 
     def __sub__(self, other: SteeringVector) -> SteeringVector:
@@ -251,7 +251,9 @@ class SteeringVector:
     def _plus(self, other: SteeringVector, sign: float) -> SteeringVector:
         if not isinstance(other, SteeringVector):
             raise ArgumentError(
-                f"a vector and {shown(other)}", "two vectors to add or subtract", "for strength write vector.add(2.0)"
+                f"a vector and {describe_value(other)}",
+                "two vectors to add or subtract",
+                "for strength, write vector.add(2.0)",
             )
         if (self.hookpoint, self.d_model) != (other.hookpoint, other.d_model):
             raise PairingError(
@@ -436,14 +438,14 @@ def _factor(value: object, what: str) -> float:
     if is_number(value) and not trained:
         return finite_number("a factor", value)  # type: ignore[arg-type]
     raise ArgumentError(
-        f"a vector {what} {shown(value)}",
+        f"a vector {what} {describe_value(value)}",
         "a finite number",
         "a strength that is trained is a coefficient: write vector.add(c)" if trained else "",
     )
 
 
 def _parse_provenance(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's provenance, in which what is computed with is of its type. Raises TypeError, ValueError, OverflowError."""
+    """Provenance from a file, with its numbers as floats. Raises TypeError, ValueError, OverflowError."""
     provenance, model = dict(value), value.get("model")
     if isinstance(model, Mapping) and not isinstance(model.get("name"), str | None):
         raise ValueError(f"model {model!r:.80}")

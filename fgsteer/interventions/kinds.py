@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
-from fgsteer.errors.checks import check_flags, is_whole, shown
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.checks import check_flags, describe_value, is_whole_number
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.interventions.kernel import Update
 from fgsteer.interventions.scopes import SCOPES, Scope
 from fgsteer.interventions.values import (
@@ -44,7 +44,7 @@ class InterventionFields(TypedDict, total=False):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Intervention(Brief, ABC):
+class Intervention(OneLineRepr, ABC):
     """How an activation is changed, where, and on which tokens.
 
     Padding and virtual tokens (prompt tuning) are never changed. A tensor among the values that requires grad stays
@@ -75,7 +75,7 @@ class Intervention(Brief, ABC):
         check_flags(bos=self.bos)
         if self.scope not in SCOPES:
             raise SteeringError(
-                f"scope = {shown(self.scope)}",
+                f"scope = {describe_value(self.scope)}",
                 f"one of {', '.join(SCOPES)}",
                 "the scope says which tokens are steered; 'all' is the default",
             )
@@ -347,13 +347,13 @@ def _checked_targets(targets: object) -> dict[int, Scalar]:
     """Targets by feature id. Raises ArgumentError for another mapping, SelectionError for an empty one."""
     if not isinstance(targets, Mapping):
         raise ArgumentError(
-            f"targets that are {shown(targets)}", "targets as a dictionary {feature id: activation}", "pass {42: 8.0}"
+            f"targets that are {describe_value(targets)}",
+            "targets as a dictionary {feature id: activation}",
+            "pass {42: 8.0}",
         )
     if not targets:
         raise SelectionError("no targets", "at least one {feature id: activation}", "name a feature to clamp")
     for feature in targets:
-        if not is_whole(feature):
-            raise ArgumentError(
-                f"feature id {shown(feature)}", "a whole number", "name features by their ids: {42: 8.0}"
-            )
+        if not is_whole_number(feature):
+            raise ArgumentError(f"feature id {describe_value(feature)}", "a whole number", "pass targets={42: 8.0}")
     return {int(feature): finite_scalar(f"target of feature {feature}", t) for feature, t in targets.items()}
