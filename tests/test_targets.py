@@ -20,8 +20,8 @@ import typer
 
 import fgsteer as fg
 from fgsteer.cli import doors
-from fgsteer.evaluation.bench.plots import save_each
 from fgsteer.evaluation.judges.endpoint import AnswerCache
+from fgsteer.evaluation.runs.plots import save_each
 from fgsteer.storage import atomic, files
 from fgsteer.storage.parts import Parts
 from tests.helpers.cli import app

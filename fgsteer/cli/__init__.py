@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from fgsteer.cli import bench, evaluate, export, harness, measure, read, serve, sweep, vectors  # noqa: F401  each registers its commands
+from fgsteer.cli import bench, diagnose, eval, export, measure, read, serve, sweep, vectors  # noqa: F401  each registers its commands
 from fgsteer.cli.common import app
 from fgsteer.cli.doors import Command
 from fgsteer.cli.terminal import in_words, options_of, prepare_streams, say
