@@ -182,15 +182,15 @@ def _contrasts(concepts: Iterable[str]) -> list[Any]:
 
 def _run(bench: Any, path: Path, progress: Any, spread: Any, fresh: bool) -> bool:
     """Write the records, by ``spread`` where it is given; whether this process is the one that reports."""
-    from fgsteer.evaluation.bench import shared
+    from fgsteer.evaluation.bench import distributors
 
     command = " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]]))
     if spread is not None:
-        shared.check_parts(bench, path, bench.plan.concepts, fresh=fresh)
-        spread(bench.plan.concepts, shared.parts_folder(path), command, progress)
-        shared.join(bench, path, command)
+        distributors.check_parts(bench, path, bench.plan.concepts, fresh=fresh)
+        spread(bench.plan.concepts, distributors.parts_folder(path), command, progress)
+        distributors.join(bench, path, command)
     elif Ranks.from_env().world > 1:
-        return shared.run_shared(bench, path, command, progress=progress, fresh=fresh)
+        return distributors.run_shared(bench, path, command, progress=progress, fresh=fresh)
     else:
         bench.run(path, command, progress=progress, fresh=fresh)
     return True
@@ -198,7 +198,7 @@ def _run(bench: Any, path: Path, progress: Any, spread: Any, fresh: bool) -> boo
 
 def _by_ray(make: Any, workers: int, concepts: Any, folder: Path, command: str, progress: Any) -> None:
     """Every concept's records, by Ray's workers."""
-    from fgsteer.evaluation.bench.shared import with_ray
+    from fgsteer.evaluation.bench.distributors import with_ray
 
     with_ray(make, concepts, folder, workers=workers, command=command, progress=progress)
 
@@ -206,8 +206,8 @@ def _by_ray(make: Any, workers: int, concepts: Any, folder: Path, command: str, 
 def _report(bench: Any, out: Path) -> dict[str, Any]:
     """Write table, page and pictures of the records; what is told of them."""
     import fgsteer as fg
-    from fgsteer.evaluation.bench.plots import save_all
-    from fgsteer.evaluation.bench.report import markdown
+    from fgsteer.evaluation.runs.plots import save_all
+    from fgsteer.evaluation.runs.report import markdown
     from fgsteer.storage.atomic import atomic_write
 
     run = fg.load_run(out / "bench.jsonl")
@@ -244,7 +244,7 @@ def make_bench(
     """The benchmark of the options. Raises DataError for a plan that cannot be run."""
     import fgsteer as fg
     from fgsteer.evaluation.bench.conditions import BENCH_METHODS, NEEDS_EFFECTS
-    from fgsteer.evaluation.bench.shared import begun_design
+    from fgsteer.evaluation.bench.distributors import begun_design
 
     name, ids = sae_name(sae[0], model.name), sae[1]
     check_device(model.device, model.dtype)
