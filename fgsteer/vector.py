@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionError, SteeringError
+from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
 from fgsteer.errors.checks import checked, describe_value, is_number, is_whole_number
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, TEXT
@@ -28,7 +28,7 @@ from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.values import Scalar, check_equal_width, finite_number, finite_vector
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import check_pairing
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
 FILE_NAME = "vector.safetensors"  # the name of a vector's file in a folder or a repository
 
@@ -417,16 +417,14 @@ class SteeringVector:
             PairingError: The vector does not fit the model.
         """
         tensors, header = read_tensors(path, kind="vector")
-        try:
+        with refuse_damaged(path, "a file written by SteeringVector.save"):
             vector = cls(
                 tensors["direction"],
-                Hookpoint.read(header["hookpoint"]),
+                Hookpoint.from_name(header["hookpoint"]),
                 tensors.get("reference"),
                 {int(j): float(w) for j, w in header["features"].items()},
                 _parse_provenance(header["provenance"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise FormatError(f"{path} is damaged: {error}", "a file written by SteeringVector.save") from error
         if model is not None:
             vector.check(model)
         return vector
