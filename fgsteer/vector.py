@@ -19,10 +19,11 @@ from typing import Any, Protocol
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fgsteer.display.tables import Cell, Share, Table, facts_html
 from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionError, SteeringError
 from fgsteer.errors.checks import checked, is_number, is_whole, shown
 from fgsteer.errors.escaping import escaped
-from fgsteer.errors.reprs import FEW, TEXT
+from fgsteer.errors.reprs import FEW, TEXT, Brief
 from fgsteer.errors.wording import a, count
 from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, finite_number, finite_vector
 from fgsteer.models.hookpoints import Hookpoint
@@ -30,6 +31,8 @@ from fgsteer.models.pairing import check_pairing
 from fgsteer.storage.files import read_tensors, write_tensors
 
 FILE_NAME = "vector.safetensors"  # of the vector in a folder or a repository
+OF_FEATURES = ("feature_density", "feature_labels")  # what a provenance may hold by feature id
+TOP_FEATURES = 10  # features that a notebook shows of a vector
 
 
 class MeasuredRun(Protocol):
@@ -47,13 +50,23 @@ class MeasuredRun(Protocol):
         """Mean of a measure over the texts of a setting."""
 
 
-@dataclass(frozen=True)
-class FeatureWeight:
-    """One feature of a vector: its id, its weight (activation units), and what is known of it."""
+@dataclass(frozen=True, repr=False)
+class FeatureWeight(Brief):
+    """One feature of a vector: its id, its weight (activation units), and what is known of it.
+
+    ``density`` is the share of ordinary tokens on which it fires, ``label`` what it is said to mean, "" where no
+    label is known.
+    """
 
     id: int
     weight: float
     density: float | None = None
+    label: str = ""
+
+    def cells(self) -> dict[str, Cell]:
+        """What a table shows of it."""
+        density = None if self.density is None else Share(self.density)
+        return {"feature": self.id, "label": self.label, "weight": float(self.weight), "fires on": density}
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +147,20 @@ class SteeringVector:
         features = f"{count(len(self.features), 'feature')}{f' {{{top}{more}}}' if top else ''}"
         return f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, {features})"
 
+    def _repr_html_(self) -> str:
+        facts: dict[str, Cell] = {
+            "method": str(self.provenance.get("method", "")),
+            "model": self._place["model_name"],
+            "hookpoint": str(self.hookpoint),
+            "d_model": self.d_model,
+            "norm": self.norm,
+            "features": len(self.features),
+        }
+        top = self.top_features(TOP_FEATURES)
+        more = len(self.features) - len(top)
+        below = f"<p>and {more:,} features of smaller weight</p>" if more else ""
+        return facts_html("SteeringVector", facts) + (f"{top._repr_html_()}{below}" if top else "")
+
     def unit(self) -> SteeringVector:
         """The vector scaled to norm 1. Raises SelectionError for a direction whose norm is 0, or beyond float32."""
         if not 0 < self.norm < math.inf:
@@ -189,6 +216,10 @@ class SteeringVector:
             features[feature] = features.get(feature, 0.0) + sign * weight
         kept = {key: self.provenance.get(key) for key in ("model", "sae")}
         shared = {key: value for key, value in kept.items() if value and value == other.provenance.get(key)}
+        if features:  # of one SAE, so that what is known of a feature holds for both
+            for key in OF_FEATURES:
+                known = {**(other.provenance.get(key) or {}), **(self.provenance.get(key) or {})}
+                shared |= {key: known} if known else {}
         return SteeringVector(
             self.direction + sign * other.direction,
             self.hookpoint,
@@ -209,11 +240,14 @@ class SteeringVector:
         return sae.get("sha256") if isinstance(sae, Mapping) else None
 
     @checked
-    def top_features(self, n: int = 20) -> list[FeatureWeight]:
-        """The n features of largest absolute weight, largest first, with density where known."""
-        density = self.provenance.get("feature_density") or {}
+    def top_features(self, n: int = 20) -> Table[FeatureWeight]:
+        """The n features of largest absolute weight, largest first, as a list that shows as a table.
+
+        Density and label are what the SAE had of them when the vector was made.
+        """
+        densities, labels = (self.provenance.get(key) or {} for key in OF_FEATURES)
         order = sorted(self.features.items(), key=lambda item: (-abs(item[1]), item[0]))
-        return [FeatureWeight(j, w, density.get(str(j))) for j, w in order[:n]]
+        return Table(FeatureWeight(j, w, densities.get(str(j)), labels.get(str(j), "")) for j, w in order[:n])
 
     @checked
     def check(self, model: nn.Module) -> None:
@@ -313,4 +347,6 @@ def _read_provenance(value: Mapping[str, Any]) -> dict[str, Any]:
         found["scale"] = float(found["scale"])
     if "feature_density" in found:
         found["feature_density"] = {str(j): float(share) for j, share in found["feature_density"].items()}
+    if "feature_labels" in found:
+        found["feature_labels"] = {str(j): str(label) for j, label in found["feature_labels"].items()}
     return found

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fgsteer.errors import FormatError
 from fgsteer.errors.escaping import escaped
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import Brief, brief
+from fgsteer.errors.wording import count
 from fgsteer.saes.pairing import Identified, check_measured_on
 from fgsteer.storage.files import read_tensors, write_tensors
 
@@ -69,6 +70,11 @@ class FeatureExamples(Brief):
     documents: Int[Tensor, "n top"]
     sae_sha256: str
     corpus: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        kept = int((self.documents >= 0).sum())
+        about = f" of {brief(str(self.corpus['name']))}" if self.corpus.get("name") else ""
+        return f"FeatureExamples({count(kept, 'excerpt')} for {count(len(self.features), 'feature')}{about})"
 
     @cached_property
     def rows(self) -> dict[int, int]:
