@@ -27,7 +27,7 @@ from fgsteer.evaluation.bench.plots import save_all
 from fgsteer.evaluation.bench.records import Run, best_settings, method_name
 from fgsteer.evaluation.bench.report import markdown
 from fgsteer.evaluation.bench.tables import best_sae_method, compare
-from fgsteer.storage.atomic import whole
+from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.json_files import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -161,7 +161,7 @@ def section(title: str, run: Run) -> str:
 def publish(model: Any, tokenizer: Any, sae: Any) -> None:
     """Write tables, page and pictures of the records."""
     run = fg.load_run(BENCH)
-    with whole(RESULTS / "table.md") as beside:
+    with atomic_write(RESULTS / "table.md") as beside:
         beside.write_text("\n".join(section(title, found) for title, found in both().items()), "utf-8")
     fg.write_report(run, RESULTS / "report.html", features=partial(fg.seen_features, model, tokenizer, sae))
     save_all(run, RESULTS)

@@ -1,4 +1,4 @@
-"""Small tables of results, as HTML in a notebook and as aligned text in a terminal; every text is escaped.
+"""Small tables of results, as HTML in a notebook and as aligned text in a terminal; every text is escape_text.
 
 table_html(["feature", "label"], [[12, "wedding"]])
 print(Table(rows))                                   rows that have ``cells()``
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Protocol, TypeVar, runtime_checkable
 
-from fgsteer.errors.escaping import escaped
+from fgsteer.errors.escaping import escape_text
 
 MOST_ROWS = 50  # rows that a table shows; how many there are besides is said below it
 _STYLE = "padding:.15em .7em;vertical-align:top;white-space:normal;border-bottom:1px solid rgba(128,128,128,.35)"
@@ -100,7 +100,7 @@ def title_html(title: str) -> str:
 
 def html_text(text: str) -> str:
     """A text from anywhere as HTML that shows it, and does nothing."""
-    return escape(escaped(text, keep="\n")).replace("\n", "<br>")
+    return escape(escape_text(text, keep="\n")).replace("\n", "<br>")
 
 
 def _is_numeric(column: Iterable[Cell]) -> bool:
@@ -114,4 +114,4 @@ def _shown(cell: Cell) -> str:
         return f"{float(cell):.2%}"
     if isinstance(cell, float):
         return f"{cell:.4g}"
-    return escaped(cell, keep="\n") if isinstance(cell, str) else f"{cell}"
+    return escape_text(cell, keep="\n") if isinstance(cell, str) else f"{cell}"

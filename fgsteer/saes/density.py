@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fgsteer.errors import FormatError, PairingError
-from fgsteer.errors.reprs import Brief, brief
+from fgsteer.errors.reprs import OneLineRepr, short_repr
 from fgsteer.errors.wording import count
 from fgsteer.saes.pairing import Identified, check_measured_on
 from fgsteer.storage.files import read_tensors, write_tensors
@@ -29,7 +29,7 @@ COUNTS = ("fired", "documents", "first")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FeatureDensity(Brief):
+class FeatureDensity(OneLineRepr):
     """Token-level firing counts of every feature over a corpus; two of them add up.
 
     ``fired (d_sae,)``: tokens besides the special one before a text on which the feature is > 0, of ``tokens``.
@@ -54,7 +54,7 @@ class FeatureDensity(Brief):
         """What was measured, in a line: tokens, features that fire at a time, and features that never fire."""
         dead, corpus = int((self.fired == 0).sum()), str(self.corpus.get("name") or "")
         text = f"{count(len(self.fired), 'feature')} on {count(self.tokens, 'token')}"
-        text += f" of {brief(corpus)}" if corpus else ""
+        text += f" of {short_repr(corpus)}" if corpus else ""
         return f"{text}, {float(self.density.sum()):.3g} firing at a time, {dead:,} never"
 
     @property

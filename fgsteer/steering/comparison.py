@@ -13,9 +13,10 @@ import torch
 
 from fgsteer.data.chat import Text
 from fgsteer.display.tables import table_html
-from fgsteer.errors.checks import MOST, check_range, checked
-from fgsteer.errors.escaping import escaped
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.checks import check_range, checked
+from fgsteer.errors.escaping import escape_text
+from fgsteer.errors.limits import MAX_COUNT
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.steering.generation import generate, listed_prompts
 from fgsteer.steering.hooks import Steering
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison(Brief):
+class Comparison(OneLineRepr):
     """Continuations of the same prompts, unsteered and steered; it shows as a table in a notebook.
 
     Where several continuations of a prompt were asked for, the prompt stands before each of them.
@@ -35,10 +36,11 @@ class Comparison(Brief):
     steered: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n\n".join(
-            f"{escaped(prompt)}\n  unsteered: {escaped(before.strip())}\n    steered: {escaped(after.strip())}"
+        blocks = (
+            f"{prompt}\n  unsteered: {before.strip()}\n    steered: {after.strip()}"
             for prompt, before, after in zip(self.prompts, self.unsteered, self.steered, strict=True)
         )
+        return escape_text("\n\n".join(blocks))
 
     def _repr_html_(self) -> str:
         rows = list(zip(self.prompts, self.unsteered, self.steered, strict=True))
@@ -76,7 +78,7 @@ def compare(
     Raises:
         ArgumentError, DataError, SteeringError: As ``generate`` does.
     """
-    check_range("seed", seed, -MOST, MOST, whole=True)
+    check_range("seed", seed, -MAX_COUNT, MAX_COUNT, whole=True)
     texts: list[tuple[str, ...]] = []
     for entries in (None, steering):
         with torch.random.fork_rng(_devices(model)):
