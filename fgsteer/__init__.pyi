@@ -106,6 +106,8 @@ from fgsteer.statistics.contrast import Contrast as Contrast
 from fgsteer.statistics.contrast import ContrastStatistics as ContrastStatistics
 from fgsteer.statistics.contrast import Pooled as Pooled
 from fgsteer.statistics.moments import Moments as Moments
+from fgsteer.steering.comparison import Comparison as Comparison
+from fgsteer.steering.comparison import compare as compare
 from fgsteer.steering.generation import generate as generate
 from fgsteer.steering.hooks import steer as steer
 from fgsteer.steering.streaming import stream as stream

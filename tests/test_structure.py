@@ -20,6 +20,7 @@ PACKAGE = Path(fg.__file__).parent
 FLOORS = (
     "errors",
     "storage",
+    "display",
     "data",
     "models",
     "saes",

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from fgsteer.errors import DataError, FormatError
 from fgsteer.errors.reprs import OneLineRepr
+from fgsteer.errors.wording import count
 from fgsteer.evaluation.metrics.intervals import COMPLETE, paired_differences
 from fgsteer.storage.json_files import parse_json
 
@@ -125,6 +126,10 @@ class Run(OneLineRepr):
 
     header: Mapping[str, Any]
     records: Sequence[EvalRecord]
+
+    def __repr__(self) -> str:
+        methods, concepts = count(len(self.methods), "method"), count(len(self.concepts), "concept")
+        return f"Run({count(len(self.records), 'text')}: {methods}, {concepts})"
 
     @cached_property
     def cells(self) -> dict[tuple[Setting, str], dict[Unit, EvalRecord]]:
