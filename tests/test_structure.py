@@ -19,6 +19,7 @@ PACKAGE = Path(fg.__file__).parent
 FLOORS = (
     "errors",
     "storage",
+    "display",
     "data",
     "models",
     "saes",

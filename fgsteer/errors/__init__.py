@@ -10,6 +10,7 @@
     │   └── MissingError   a model that is not there, or whose hub cannot be reached
     ├── BusyError          a file or run that another process is writing
     ├── SteeringError      an intervention that cannot be applied as asked
+    ├── PluginError        another package's addition to fgsteer that cannot be loaded
     └── JudgeError         a judge that cannot be asked, or gave no score
     FgsteerWarning
     ├── PairingWarning     things that may not belong together (names)
@@ -21,7 +22,7 @@ An error says what was expected, what came, the likely cause, and what to change
 
 from __future__ import annotations
 
-from fgsteer.errors.escaping import escaped
+from fgsteer.errors.escaping import escape_text
 
 
 class FgsteerError(Exception):
@@ -44,7 +45,7 @@ class FgsteerError(Exception):
         super().__init__(message)
 
     def __str__(self) -> str:
-        return escaped(super().__str__())  # names and texts in it may come from anywhere
+        return escape_text(super().__str__())  # names and texts in it may come from anywhere
 
 
 class ArgumentError(FgsteerError, TypeError):
@@ -83,6 +84,10 @@ class SteeringError(FgsteerError, RuntimeError):
     """An intervention cannot be applied as asked."""
 
 
+class PluginError(FgsteerError, ImportError):
+    """A plugin cannot be imported, or adds a name that is taken."""
+
+
 class JudgeError(FgsteerError, RuntimeError):
     """A judge is not installed, cannot be reached, or gave no readable score."""
 
@@ -91,7 +96,7 @@ class FgsteerWarning(UserWarning):
     """Base of every fgsteer warning."""
 
     def __str__(self) -> str:
-        return escaped(super().__str__())
+        return escape_text(super().__str__())
 
 
 class PairingWarning(FgsteerWarning):

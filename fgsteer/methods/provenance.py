@@ -34,7 +34,10 @@ def provenance(
     if sae is not None:
         record["sae"] = {"source": sae.source, "sha256": sae.sha256, "d_sae": sae.d_sae}
         record.setdefault("model", {"name": sae.model_name, "d_model": sae.d_model})
+        ids = list(features)
         if sae.density is not None:
             shares = sae.density.density
-            record["feature_density"] = {str(j): float(shares[j]) for j in features}
+            record["feature_density"] = {str(j): float(shares[j]) for j in ids}
+        if labels := {str(j): sae.labels[j] for j in ids if j in sae.labels}:
+            record["feature_labels"] = labels
     return record
