@@ -238,7 +238,7 @@ def saved_files(folder: Path) -> dict[str, Reader]:
         "sae": {"sha256": SAE.sha256},
         "feature_density": {"1": 0.1},
     }
-    made = {
+    made: dict[str, Any] = {
         "vector": fg.SteeringVector(torch.randn(6, generator=g), AT, torch.ones(6), {1: 2.0, 3: -1.0}, provenance),
         "statistics": fg.collect(model, TOKENIZER, data, sae=SAE, keep_pooled=True),
         "density": fg.measure_density(model, TOKENIZER, SAE, ["the man sat", "a cat ran"]),

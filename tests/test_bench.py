@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 import importlib.util
 import json
 import random
@@ -454,7 +455,7 @@ def test_pca_equals_the_top_eigenvector(llama, tokenizer, paired):
     positives = ["the bride wore a ring", "a king was good", "the sea is old and sad", "tea and bread"]
     negatives = ["a cat ran", "the man said no", "a ship", "is the dog happy ?"]
     data = [fg.ContrastPair(p, n) for p, n in zip(positives, negatives, strict=True)]
-    contrast = data if paired else {"positive": positives, "negative": negatives[:3]}
+    contrast: Any = data
     if not paired:
         contrast = fg.ContrastSet("unpaired", positives=tuple(positives), negatives=tuple(negatives[:3]))
     stats = fg.collect(llama, tokenizer, contrast, hookpoints=fg.Hookpoint(1), keep_pooled=True)

@@ -82,6 +82,7 @@ def naive_sides(model, tokenizer, hookpoints, rules, sae=None):
     """{(rule, hookpoint or "feature", positive): one mean a text}, every text run alone."""
     found = {}
     for positive in (True, False):
+        prompt: Any
         for prompt, completion in SET.side(positive):
             words = f"{prompt} {completion}".split()
             acts = alone(model, tokenizer, " ".join(words), hookpoints)
