@@ -216,7 +216,7 @@ class SteeringVector:
     def _repr_html_(self) -> str:
         facts: dict[str, Cell] = {
             "method": str(self.provenance.get("method", "")),
-            "model": self._place["model_name"],
+            "model": self._origin["model_name"],
             "hookpoint": str(self.hookpoint),
             "d_model": self.d_model,
             "norm": self.norm,
