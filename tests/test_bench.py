@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 import importlib.util
 import json
 import random
@@ -12,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
 import dataclasses
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 import torch

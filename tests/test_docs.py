@@ -21,7 +21,6 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-import typer
 from packaging.requirements import Requirement
 from sybil import Document
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser

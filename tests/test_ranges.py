@@ -16,6 +16,7 @@ from fgsteer.serving.request import PLAN, steering
 from fgsteer.serving.served import read_served, serve
 from fgsteer.serving.tables import Batch, Table
 from fgsteer.steering.ranges import largest
+from fgsteer.storage.files import write_tensors
 from tests.helpers.engine import WIDTH, FakeEngine, clamp, normal, request, vector
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import tiny_model
@@ -135,11 +136,11 @@ def test_files_of_huge_entries_are_refused_when_they_are_loaded(size, dtype, tmp
     fg.SteeringVector(torch.full((WIDTH,), size), AT).save(tmp_path / "v.safetensors")
     fg.SteeringVector(normal(0, WIDTH), AT, torch.full((WIDTH,), size)).save(tmp_path / "r.safetensors")
     for name in ("read", "write", "bias", "target"):
-        fg.files.write_tensors(
+        write_tensors(
             tmp_path / f"{name}.safetensors", tensors(**{name: huge(size)}), kind="clamp", header={"hookpoint": AT}
         )
     both = tensors(read=huge(1e6 * size**0), write=huge(1e6))  # neither is, and what one does to the other is
-    fg.files.write_tensors(tmp_path / "both.safetensors", both, kind="clamp", header={"hookpoint": AT})
+    write_tensors(tmp_path / "both.safetensors", both, kind="clamp", header={"hookpoint": AT})
     for path in tmp_path.iterdir():
         with pytest.raises(fg.SteeringError, match=r"changes entries|norm inf"):
             control.load("x", path)
@@ -267,10 +268,10 @@ def test_served_rows_are_numbers(tmp_path):
         for bad in (1e300, math.inf):
             rows = tensors()
             rows[name] = torch.full(rows[name].shape, bad, dtype=torch.float64)
-            fg.files.write_tensors(tmp_path / "c", rows, kind="clamp", header={"hookpoint": AT})
+            write_tensors(tmp_path / "c", rows, kind="clamp", header={"hookpoint": AT})
             with pytest.raises(fg.FormatError, match="nan or inf"):
                 read_served(tmp_path / "c")
     none = {name: tensor[:0] for name, tensor in tensors().items()}
-    fg.files.write_tensors(tmp_path / "c", none, kind="clamp", header={"hookpoint": AT})
+    write_tensors(tmp_path / "c", none, kind="clamp", header={"hookpoint": AT})
     with pytest.raises(fg.FormatError, match="damaged"):
         read_served(tmp_path / "c")

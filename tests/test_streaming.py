@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
 import gc
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
