@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand
 
+from fgsteer.cli.choices import CommandWithChoices
 from fgsteer.errors import DataError, PairingError
 from fgsteer.storage.ranks import Ranks
 from fgsteer.storage.targets import file_target, folder_target, make_folder, new_folder
@@ -24,7 +24,7 @@ OUTPUTS = ("out", "html", "work")  # the parameters that say where a command wri
 _BY_NAME = ("contrast", "source", "concept", "held_out", "model", "sae", "rows_of", "effects")  # shipped, or files
 
 
-class Command(TyperCommand):
+class Command(CommandWithChoices):
     """A command that writes to no file that it reads, and to none that another one is writing."""
 
     def invoke(self, ctx: Any) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.bench.records import Run, method_name
+from fgsteer.evaluation.bench.records import Run
 from fgsteer.evaluation.bench.tables import (
     BASELINE,
     Point,
@@ -28,6 +28,7 @@ from fgsteer.evaluation.bench.tables import (
 )
 from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.features.cards import LIGHT, visible
+from fgsteer.methods import method_name
 from fgsteer.storage.atomic import whole
 from fgsteer.storage.targets import make_folder
 

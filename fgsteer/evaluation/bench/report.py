@@ -24,7 +24,6 @@ from fgsteer.evaluation.bench.records import (
     Unit,
     best_settings,
     mean,
-    method_name,
 )
 from fgsteer.evaluation.bench.tables import (
     BASELINE,
@@ -37,6 +36,7 @@ from fgsteer.evaluation.bench.tables import (
 )
 from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.features.cards import LIGHT, visible, whole_page
+from fgsteer.methods import method_name
 from fgsteer.storage.atomic import whole
 
 _STYLE = """

@@ -19,10 +19,10 @@ from fgsteer.evaluation.bench.records import (
     Unit,
     best_settings,
     mean,
-    spec,
     told,
 )
 from fgsteer.evaluation.metrics.intervals import COMPLETE, Interval, mean_interval, paired_differences
+from fgsteer.methods import spec
 
 BASELINE = "caa"
 MEASURES = ("behavior", "coherence", "bcs")
