@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import fgsteer as fg
-from fgsteer.evaluation.bench.bench import Bench, BenchPlan
+from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.conditions import NEEDS_EFFECTS
+from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.runs.plots import save_all
-from fgsteer.evaluation.runs.records import Run, best_settings, method_name
+from fgsteer.evaluation.runs.records import Run, method_name
 from fgsteer.evaluation.runs.report import markdown
+from fgsteer.evaluation.runs.settings import best_settings
 from fgsteer.evaluation.runs.tables import best_sae_method, compare
 from fgsteer.storage.atomic import whole
 from fgsteer.storage.json_files import write_json

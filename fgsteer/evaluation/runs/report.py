@@ -23,10 +23,10 @@ from fgsteer.evaluation.runs.records import (
     EvalRecord,
     Run,
     Unit,
-    best_settings,
     mean,
     method_name,
 )
+from fgsteer.evaluation.runs.settings import best_settings
 from fgsteer.evaluation.runs.tables import (
     BASELINE,
     AverageRow,
