@@ -19,7 +19,7 @@ from fgsteer.export import gguf
 from fgsteer.models.embedded import pretrained_dir
 from fgsteer.serving.served import read_served, save_clamp
 from fgsteer.storage import files, json_files
-from fgsteer.storage.parts import Parts
+from fgsteer.storage.shards import Shards
 from tests.helpers import runs
 from tests.helpers.sae_files import config_of, folder_of, state_of
 from tests.helpers.saes import make_sae
@@ -131,7 +131,7 @@ def test_shipped_files_load():
 
 def test_a_flip_in_a_part_is_refused(tmp_path):
     """Resuming takes no part that is not what was written."""
-    parts = Parts(tmp_path, "x", {"p": 1})
+    parts = Shards(tmp_path, "x", {"p": 1})
 
     def values():
         return [
@@ -227,7 +227,7 @@ def test_a_judge_that_answers_twice_gave_no_answer():
 
 
 def test_a_setting_that_holds_a_key_twice_is_refused():
-    from fgsteer.cli.vectors import parse_settings
+    from fgsteer.cli.values import parse_settings
 
     assert parse_settings(['a={"x": 1}', "b=word", "c=inf"]) == {"a": {"x": 1}, "b": "word", "c": float("inf")}
     for value in ('{"x": 1, "x": 2}', "[" * 100_000, "7" * 5000):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, dynamic_module_utils
 
 import fgsteer as fg
 from fgsteer import cli
-from fgsteer.cli.doors import check_fit
+from fgsteer.cli.loading import check_fit
 from tests.helpers.cli import click_group
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import D_MODEL, tiny_model, word_tokenizer

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fgsteer.errors import FormatError
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.pairing import bare_name
 
 _HOOK = re.compile(r"blocks\.\d+\.(?:attn\.)?hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|z)(?![a-z])")
@@ -52,7 +52,7 @@ _SITES: tuple[tuple[str, str, str], ...] = (
 
 
 @dataclass(frozen=True, repr=False)
-class RegistryRow(Brief):
+class RegistryRow(OneLineRepr):
     """One pretrained SAE: what ``load_sae(release, sae_id)`` takes, and what its names tell.
 
     ``hookpoint`` is where it writes, "" when the names do not say; ``width`` is as named
@@ -141,15 +141,20 @@ def find_row(release: str, sae_id: str) -> RegistryRow | None:
     return rows[sae_id]
 
 
+def need_sae_lens(what: str) -> Path:
+    """The folder of the installed package sae-lens, which alone reads ``what``. Raises FormatError without it."""
+    spec = find_spec("sae_lens")
+    if spec is None or not spec.origin:
+        raise FormatError(f"{what} is read by sae-lens, which is not installed.", "", "Run pip install sae-lens")
+    return Path(spec.origin).parent
+
+
 @cache
 def _releases() -> dict[str, dict[str, Any]]:
     """The registry file of the installed sae-lens. Raises FormatError without one."""
     import yaml
 
-    spec = find_spec("sae_lens")
-    path = Path(spec.origin).parent / "pretrained_saes.yaml" if spec is not None and spec.origin else None
-    if path is None or not path.is_file():
-        raise FormatError("sae-lens is not installed", "its registry of pretrained SAEs", "pip install sae-lens")
+    path = need_sae_lens("The registry of pretrained SAEs") / "pretrained_saes.yaml"
     with path.open(encoding="utf-8") as file:
         # the C loader takes 0.7 s for the file, the Python one ten times that
         loaded: dict[str, dict[str, Any]] = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))

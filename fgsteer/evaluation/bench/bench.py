@@ -28,7 +28,7 @@ from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.effects.fingerprints import effects_sha256
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import warn
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.evaluation.bench.conditions import PROMPT, UNSTEERED, ConceptArms
 from fgsteer.evaluation.bench.generators import Generator, TransformersGenerator
 from fgsteer.evaluation.bench.plan import BenchPlan
@@ -47,12 +47,12 @@ from fgsteer.evaluation.metrics.answers import text_cross_entropies
 from fgsteer.evaluation.metrics.coherence import Coherence
 from fgsteer.evaluation.runs.records import HALVES, EvalRecord
 from fgsteer.likelihood.calibration import calibrate_grid
-from fgsteer.models.fingerprints import made_of
-from fgsteer.models.pairing import identity as model_identity
+from fgsteer.models.fingerprints import run_fingerprint
+from fgsteer.models.pairing import model_identity
 from fgsteer.saes.fingerprints import density_sha256, sae_identity
 from fgsteer.saes.sae import SAE
 from fgsteer.storage.json_files import text_sha256
-from fgsteer.storage.locks import held
+from fgsteer.storage.locks import exclusive_lock
 from fgsteer.storage.targets import file_target
 
 UNSTEERED_SAMPLES = 1_000_000  # samples from this number on are those that coherence is fitted on
@@ -68,7 +68,7 @@ class Batch:
 
 
 @dataclass(eq=False, repr=False)
-class Bench(Brief):
+class Bench(OneLineRepr):
     """A benchmark of a model with SAEs and effects.
 
     Args:
@@ -240,7 +240,7 @@ class Bench(Brief):
         judges = {"judge": _judge_identity(self.judge)}
         if self.coherence is not None:
             judges["coherence"] = _judge_identity(self.coherence)
-        return {**made_of(self.model, self.tokenizer), "saes": layers, "effects": effects, **judges}
+        return {**run_fingerprint(self.model, self.tokenizer), "saes": layers, "effects": effects, **judges}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -308,7 +308,7 @@ class Bench(Brief):
         """
         path = Path(path)
         file_target(path)
-        with held(path):
+        with exclusive_lock(path):
             check_run(path, self.identity, fresh=fresh)
             header = self.header(command)
             conditions = self._kept_conditions(strengths_path(path))
@@ -347,7 +347,7 @@ def _set_former_writer(bench: Bench, generator: Generator | None) -> None:
     bench.generator = generator
 
 
-Bench.writer = property(_former_writer, _set_former_writer)  # type: ignore[assignment]
+Bench.writer = property(_former_writer, _set_former_writer)  # type: ignore[attr-defined]
 
 
 def _sae_identity(sae: SAE) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.run_files import as_line, check_run, strengths_path
-from fgsteer.storage.atomic import rename, whole
+from fgsteer.storage.atomic import atomic_write, rename
 from fgsteer.storage.json_files import read_json, write_json
 from fgsteer.storage.targets import make_folder
 
@@ -95,7 +95,7 @@ def join_concepts(bench: Bench, path: str | Path, command: str = "") -> None:
         records.append(_record_lines(file))
         conditions |= read_json(strengths_path(file))["arms"]
     write_json(strengths_path(path), {"identity": bench.identity, "arms": conditions})
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(as_line(header) + b"".join(records))
 
 

@@ -20,9 +20,9 @@ from fgsteer.evaluation.bench.concept_runs import (
     join_concepts,
     run_concept,
 )
-from fgsteer.storage.locks import held
-from fgsteer.storage.parts import wait_for
+from fgsteer.storage.locks import exclusive_lock
 from fgsteer.storage.ranks import Ranks
+from fgsteer.storage.shards import wait_for_file
 
 
 @runtime_checkable
@@ -86,16 +86,16 @@ class Torchrun:
         fresh: bool = False,
     ) -> bool:
         """Run this process's concepts; see ``Distributor``. Raises as ``Bench.run`` does."""
-        ranks, folder = Ranks.here(), concepts_folder(path)
-        own = [concept for number, concept in enumerate(bench.plan.concepts) if ranks.makes(number)]
+        ranks, folder = Ranks.from_env(), concepts_folder(path)
+        own = [concept for number, concept in enumerate(bench.plan.concepts) if ranks.owns(number)]
         first = ranks.rank == 0
-        with held(path) if first else nullcontext():
+        with exclusive_lock(path) if first else nullcontext():
             check_concepts(bench, path, own, fresh=fresh, first=first)
             for concept in own:
                 run_concept(bench, concept, folder, command, progress)
             if first:
                 for number, concept in enumerate(bench.plan.concepts):
-                    wait_for(folder / f"{concept}.jsonl", number % ranks.world)
+                    wait_for_file(folder / f"{concept}.jsonl", number % ranks.world)
                 join_concepts(bench, path, command)
         return first
 

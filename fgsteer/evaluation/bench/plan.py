@@ -14,15 +14,16 @@ from typing import Any
 from fgsteer.data.contrasts import check_name, load_bench_prompts
 from fgsteer.effects.rollouts import Sampling
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import MOST, check_range
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.checks import check_range
+from fgsteer.errors.limits import MAX_COUNT
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.bench.conditions import BENCH_METHODS, PROMPT, UNSTEERED, check_methods
 from fgsteer.evaluation.runs.records import HALVES
 
 
 @dataclass(frozen=True, repr=False)
-class BenchPlan(Brief):
+class BenchPlan(OneLineRepr):
     """What a benchmark runs.
 
     Prompts and seeds are in two halves. On "tune" each method's coefficient and layer are chosen, on "report" what
@@ -76,7 +77,7 @@ class BenchPlan(Brief):
     def __post_init__(self) -> None:
         check_methods(self.methods)
         for name in ("prompts", "seeds", "texts", "batch_rows"):
-            check_range(name, getattr(self, name), 1, MOST, whole=True)
+            check_range(name, getattr(self, name), 1, MAX_COUNT, whole=True)
         _check_texts("neutral", self.neutral)
         _check_texts("own_prompts", self.own_prompts)
         self._check_prompts()

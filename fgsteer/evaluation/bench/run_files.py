@@ -21,8 +21,9 @@ from typing import Any
 from fgsteer.errors import FormatError
 from fgsteer.evaluation.runs.records import HALVES
 from fgsteer.storage.atomic import append_bytes
+from fgsteer.storage.files import refuse_damaged
 from fgsteer.storage.json_files import parse_json, read_json, write_json
-from fgsteer.storage.plans import check_same
+from fgsteer.storage.plans import check_same_plan
 
 BEGINNING = b'{"fgsteer": "bench"'  # by which a header that was cut off is known
 
@@ -56,16 +57,12 @@ def load_conditions(path: Path, identity: Mapping[str, Any]) -> dict[str, list[C
     if not path.is_file():
         return {}
     content = read_json(path)
-    try:
+    with refuse_damaged(path, "the strengths that fgsteer bench keeps", "delete the file: it is made again"):
         kept_identity = content.get("identity", {})
         conditions = {
             concept: [_parse_condition(entry) for entry in entries] for concept, entries in content["arms"].items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise FormatError(
-            f"{path} is damaged: {error}.", "strengths that fgsteer bench wrote", "delete the file: it is made again"
-        ) from error
-    check_same(path, kept_identity, identity)
+    check_same_plan(path, kept_identity, identity)
     return conditions
 
 
@@ -126,7 +123,7 @@ def check_run(path: str | Path, identity: Mapping[str, Any], *, fresh: bool = Fa
         for file in (path, strengths_path(path)):
             file.unlink(missing_ok=True)
     elif header is not None:
-        check_same(path, identity_of(header), identity)
+        check_same_plan(path, identity_of(header), identity)
 
 
 def _load_header(path: Path) -> dict[str, Any] | None:
@@ -186,7 +183,7 @@ def resume(path: Path, header: Mapping[str, Any], counts: Sequence[int]) -> int:
         path.unlink(missing_ok=True)
         append(path, [header])
         return 0
-    check_same(path, identity_of(kept_header), identity_of(header))
+    check_same_plan(path, identity_of(kept_header), identity_of(header))
     with open(path, "rb") as file:
         file.readline()
         done, end = 0, file.tell()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fgsteer.data.contrasts import SHIPPED, shipped_contrasts
 from fgsteer.errors import JudgeError
-from fgsteer.errors.checks import is_whole, shown
+from fgsteer.errors.checks import describe_value, is_whole_number
 from fgsteer.errors.escaping import json_text
 from fgsteer.evaluation.judges.answer_cache import HIGHEST_SCORE, LOWEST_SCORE, AnswerCache, parse_score
 from fgsteer.evaluation.judges.chat_client import OPENAI, BrokenAnswerError, ChatClient
@@ -111,9 +111,10 @@ class EndpointJudge:
         backoff: float = 1.0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        if not (is_whole(concurrency) and is_whole(answers) and concurrency >= 1 and answers >= 1):
+        if not (is_whole_number(concurrency) and is_whole_number(answers) and concurrency >= 1 and answers >= 1):
             raise JudgeError(
-                f"concurrency = {shown(concurrency)} and answers = {shown(answers)}", "two whole numbers of at least 1"
+                f"concurrency = {describe_value(concurrency)} and answers = {describe_value(answers)}",
+                "two whole numbers of at least 1",
             )
         self.name = f"endpoint:{model}"
         self._client = ChatClient(

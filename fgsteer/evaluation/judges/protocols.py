@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.data.chat import whole_text
+from fgsteer.data.chat import check_unicode
 from fgsteer.errors import DataError
 from fgsteer.errors.wording import a
 
@@ -53,5 +53,5 @@ def check_texts(texts: Sequence[str]) -> list[str]:
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"{a(type(text).__name__)} as texts[{number}]", "a text")
-        whole_text(text, f"texts[{number}]")
+        check_unicode(text, f"texts[{number}]")
     return list(texts)

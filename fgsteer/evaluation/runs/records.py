@@ -16,8 +16,8 @@ from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from fgsteer.errors import DataError, FormatError
-from fgsteer.errors.checks import shown
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.checks import describe_value
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import a
 from fgsteer.evaluation.metrics.intervals import COMPLETE
 from fgsteer.storage.json_files import parse_json
@@ -72,7 +72,7 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class EvalRecord(Brief):
+class EvalRecord(OneLineRepr):
     """One generated text and its scores: a line of a run.
 
     These fields, with their types and with what may be None, are the schema of the file: ``as_row`` writes them,
@@ -114,8 +114,7 @@ class EvalRecord(Brief):
     def __post_init__(self) -> None:
         for name, (kind, may_be_null) in _schema().items():
             value = getattr(self, name)
-            fits = isinstance(value, kind) and not isinstance(value, bool) and (kind is str or math.isfinite(value))
-            if not (fits or (value is None and may_be_null)):
+            if not (_fits(value, kind) or (value is None and may_be_null)):
                 raise DataError(f"{name} {_written(value)}", _EXPECTED[kind] + (" or None" if may_be_null else ""))
         if self.half not in HALVES:
             raise DataError(f"half {_written(self.half)}", " or ".join(map(repr, HALVES)))
@@ -146,6 +145,12 @@ class EvalRecord(Brief):
 _EXPECTED = {str: "a text", int: "a whole number", float: "a finite number"}
 
 
+def _fits(value: object, kind: type) -> bool:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 @cache
 def _schema() -> dict[str, tuple[type, bool]]:
     """{field: (its JSON type, whether it may be null)}, of the annotations of ``EvalRecord``."""
@@ -160,7 +165,11 @@ def _schema() -> dict[str, tuple[type, bool]]:
 
 def _written(value: object) -> str:
     """A value as it stands in the file, shortened."""
-    return repr(value)[:80] if isinstance(value, str | int | float | None) and len(str(value)) < 200 else shown(value)
+    return (
+        repr(value)[:80]
+        if isinstance(value, str | int | float | None) and len(str(value)) < 200
+        else describe_value(value)
+    )
 
 
 def parse_record(row: Any) -> EvalRecord:
@@ -179,12 +188,12 @@ def parse_record(row: Any) -> EvalRecord:
         try:
             values[name] = float(value) if kind is float and type(value) is int else value
         except OverflowError:
-            raise DataError(f"{name} {shown(value)}", _EXPECTED[kind]) from None
+            raise DataError(f"{name} {describe_value(value)}", _EXPECTED[kind]) from None
     return EvalRecord(**values)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Run(Brief):
+class Run(OneLineRepr):
     """A run's header (plan, versions, hashes, command) and its records."""
 
     header: Mapping[str, Any]
