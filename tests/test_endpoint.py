@@ -22,8 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgsteer as fg
+from fgsteer.evaluation.judges.answer_cache import parse_score
 from fgsteer.evaluation.judges.chat_client import BrokenAnswerError, ChatClient, _seconds
-from fgsteer.evaluation.judges.endpoint import _prompt, read_score
+from fgsteer.evaluation.judges.endpoint import _prompt
 from tests.helpers.chat import Chat, Reply
 from tests.helpers.errors import chain
 
@@ -385,13 +386,13 @@ BROKEN = [
 
 
 def test_scores_are_read_from_what_models_write():
-    assert {answer: read_score(answer) for answer in ANSWERS} == ANSWERS
+    assert {answer: parse_score(answer) for answer in ANSWERS} == ANSWERS
 
 
 @pytest.mark.parametrize("answer", BROKEN, ids=range(len(BROKEN)))
 def test_no_score_is_made_up(answer):
     with pytest.raises(BrokenAnswerError):
-        read_score(answer)
+        parse_score(answer)
 
 
 NO_COMPLETION = [Reply(None), *(Reply(body=body) for body in ("<html>", "[]", "", '{"choices": []}'))]

@@ -24,7 +24,7 @@ import torch
 
 import fgsteer as fg
 from fgsteer.evaluation.bench.run_files import append, resume
-from fgsteer.evaluation.judges.endpoint import AnswerCache
+from fgsteer.evaluation.judges.answer_cache import AnswerCache
 from fgsteer.export import checkpoint, lm_eval
 from fgsteer.storage import atomic, json_files
 from tests.fuzz_readers import fuzz

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save, save_file
 import fgsteer as fg
 from fgsteer.data.corpora import read_documents
 from fgsteer.evaluation.bench.run_files import line, read_arms
+from fgsteer.evaluation.judges.answer_cache import AnswerCache
 from fgsteer.evaluation.judges.chat_client import completion
-from fgsteer.evaluation.judges.endpoint import AnswerCache
 from fgsteer.export import gguf
 from fgsteer.models.embedded import pretrained_dir
 from fgsteer.serving.served import read_served, save_clamp

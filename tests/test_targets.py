@@ -20,7 +20,7 @@ import typer
 
 import fgsteer as fg
 from fgsteer.cli import outputs
-from fgsteer.evaluation.judges.endpoint import AnswerCache
+from fgsteer.evaluation.judges.answer_cache import AnswerCache
 from fgsteer.evaluation.runs.plots import save_each
 from fgsteer.storage import atomic, json_files
 from fgsteer.storage.shards import Shards

@@ -118,7 +118,7 @@ class ContrastStatistics(OneLineRepr):
             {at: self.pooled[at] + other.pooled[at] for at in self.pooled if at in other.pooled},
         )
 
-    def at(self, space: Space, hookpoint: Hookpoint | str | None = None) -> tuple[Hookpoint, Contrast]:
+    def at(self, space: Space, hookpoint: Hookpoint | str | int | None = None) -> tuple[Hookpoint, Contrast]:
         """The contrast of a space at a hookpoint, by default the only one (or the SAE's).
 
         Raises PairingError naming what was collected.
