@@ -28,7 +28,7 @@ from fgsteer.evaluation.bench.plots import save_all
 from fgsteer.evaluation.bench.records import Run, best_settings, method_name
 from fgsteer.evaluation.bench.report import markdown
 from fgsteer.evaluation.bench.tables import average_table, best_sae_method, compare
-from fgsteer.storage.atomic import whole
+from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.json_files import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -164,12 +164,13 @@ def sentence() -> str:
 
     gain = compare(run, "fgaa_effects", "caa")
     difference = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]".replace("-", "−")
+    concepts = len(run.header["plan"]["concepts"])
     return textwrap.fill(
-        f"On the embedded model, over {len(run.header['plan']['concepts'])} concepts and on prompts and seeds that chose "
-        "nothing, behavior × coherence (0 to 1, with 95 % intervals) is "
-        f"{shown(scores['fgaa_effects'])} for FGAA through effects and {shown(scores['caa'])} for CAA, each at its own "
-        f"best layer: the difference of {difference} shows no winner. Plain FGAA has {shown(scores['fgaa'])}, and a prompt "
-        f"that simply asks for the concept, without any steering, has {shown(scores['prompt'])}.",
+        f"On the embedded model, over {concepts} concepts and on prompts and seeds that chose nothing, behavior × "
+        f"coherence (0 to 1, with 95 % intervals) is {shown(scores['fgaa_effects'])} for FGAA through effects and "
+        f"{shown(scores['caa'])} for CAA, each at its own best layer: the difference of {difference} shows no winner. "
+        f"Plain FGAA has {shown(scores['fgaa'])}, and a prompt that simply asks for the concept, without any steering, "
+        f"has {shown(scores['prompt'])}.",
         120,
     )
 
@@ -194,7 +195,7 @@ def section(title: str, run: Run) -> str:
 def publish(model: Any, tokenizer: Any, sae: Any) -> None:
     """Write tables, page and pictures of the records."""
     run = fg.load_run(BENCH)
-    with whole(RESULTS / "table.md") as beside:
+    with atomic_write(RESULTS / "table.md") as beside:
         beside.write_text("\n".join(section(title, found) for title, found in both().items()), "utf-8")
     fg.write_report(run, RESULTS / "report.html", features=partial(fg.seen_features, model, tokenizer, sae))
     save_all(run, RESULTS)

@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import DataError, FormatError
-from fgsteer.errors.escaping import markdown, markdown_code, without
+from fgsteer.errors.escaping import escape_markdown, markdown_code, redact
 from fgsteer.models.embedded import model_name
-from fgsteer.storage.atomic import whole, whole_folder
-from fgsteer.storage.network import hub_is_reachable, hub_or_cache, unreachable
+from fgsteer.storage.atomic import atomic_folder, atomic_write
+from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_or_cache
 from fgsteer.vector import FILE_NAME, MeasuredRun, SteeringVector
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ def save_folder(
     files = {CARD: card(vector, points, run).encode()}
     if run is not None:
         files[CURVE] = _picture(points, run)
-    with whole_folder(folder) as inside:
+    with atomic_folder(folder) as inside:
         vector.save(inside / FILE_NAME)
         for name, data in files.items():
-            with whole(inside / name) as beside:
+            with atomic_write(inside / name) as beside:
                 beside.write_bytes(data)
 
 
@@ -85,7 +85,7 @@ def _told(error: Exception, token: str | None) -> str:
     """
     from huggingface_hub import get_token
 
-    return without(token or get_token() or "", str(error).strip()).partition("\n")[0]
+    return redact(token or get_token() or "", str(error).strip()).partition("\n")[0]
 
 
 def fetch(source: str | Path, filename: str, revision: str | None, token: str | None) -> Path:
@@ -102,7 +102,7 @@ def fetch(source: str | Path, filename: str, revision: str | None, token: str | 
         try:
             return Path(hf_hub_download(str(source), filename, revision=revision, token=token))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            why = _told(error, token) if reachable else unreachable()
+            why = _told(error, token) if reachable else describe_unreachable()
     raise FormatError(
         f"no {filename} in {source}: {why}",
         "a folder, or a repository written by push_to_hub",
@@ -163,7 +163,10 @@ def card(vector: SteeringVector, points: Sequence[Setting] = (), run: MeasuredRu
 
 def _summary(vector: SteeringVector, model: str) -> list[str]:
     """What the vector does, and which SAE's features it is made of."""
-    concept, method = markdown(_concept(vector)), markdown(vector.provenance.get("method") or "a bare vector")
+    concept, method = (
+        escape_markdown(_concept(vector)),
+        escape_markdown(vector.provenance.get("method") or "a bare vector"),
+    )
     sae, given = _made(vector, "sae"), _made(vector, "hyperparameters")
     plain = ", ".join(f"{key} = {value}" for key, value in given.items() if isinstance(value, int | float | str))
     lines = [
@@ -175,7 +178,7 @@ def _summary(vector: SteeringVector, model: str) -> list[str]:
     ]
     if sae:
         source = markdown_code(sae.get("source") or "unnamed")
-        lines += ["", f"Features are those of the SAE {source} ({markdown(sae.get('d_sae', '?'))} features)."]
+        lines += ["", f"Features are those of the SAE {source} ({escape_markdown(sae.get('d_sae', '?'))} features)."]
     return lines
 
 
@@ -215,7 +218,7 @@ def _use(model: str, best: Setting | None) -> list[str]:
 def _table(points: Sequence[Setting], run: MeasuredRun, best: Setting) -> list[str]:
     """What the run's half that chose nothing says of every coefficient."""
     judge = (run.header.get("plan") or {}).get("judge")
-    name = markdown(judge.get("name") or "unnamed") if isinstance(judge, Mapping) else "unnamed"
+    name = escape_markdown(judge.get("name") or "unnamed") if isinstance(judge, Mapping) else "unnamed"
     lines = [
         "",
         "## Measured",

@@ -22,8 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
-from fgsteer.errors.checks import check_flags, check_number, is_whole, shown
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.checks import check_flags, check_number, describe_value, is_whole_number
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
 
@@ -104,7 +104,7 @@ def apply(h: Float[Tensor, "batch tokens d_model"], update: Update, where: Tenso
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Intervention(Brief, ABC):
+class Intervention(OneLineRepr, ABC):
     """How an activation at ``hookpoint`` is changed, and on which tokens.
 
     ``scope``: all tokens, prompt, generated, or last_prompt_on (the last prompt token and
@@ -326,7 +326,7 @@ class ClampFeature(Intervention):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.targets, Mapping):
-            raise ArgumentError(f"targets is {shown(self.targets)}", "{feature id: activation}")
+            raise ArgumentError(f"targets is {describe_value(self.targets)}", "{feature id: activation}")
         if not self.targets:
             raise SelectionError("no feature to clamp", "at least one {id: activation}")
         clean = {_feature(j): _scalar(f"target of feature {j}", t) for j, t in self.targets.items()}
@@ -373,8 +373,8 @@ class ClampFeature(Intervention):
 
 def _feature(value: object) -> int:
     """The value as a feature id. Raises ArgumentError."""
-    if not is_whole(value):
-        raise ArgumentError(f"feature id {shown(value)}", "a whole number")
+    if not is_whole_number(value):
+        raise ArgumentError(f"feature id {describe_value(value)}", "a whole number")
     return int(value)
 
 

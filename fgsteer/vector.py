@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionError, SteeringError
-from fgsteer.errors.checks import checked, is_number, is_whole, shown
-from fgsteer.errors.escaping import escaped
-from fgsteer.errors.reprs import FEW, TEXT
+from fgsteer.errors.checks import checked, describe_value, is_number, is_whole_number
+from fgsteer.errors.escaping import escape_text
+from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, TEXT
 from fgsteer.errors.wording import a, count
 from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, finite_number, finite_vector
 from fgsteer.models.hookpoints import Hookpoint
@@ -77,7 +77,7 @@ class SteeringVector:
     def __post_init__(self) -> None:
         object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
         object.__setattr__(self, "direction", finite_vector("direction", self.direction))
-        if not all(map(is_whole, self.features)):
+        if not all(map(is_whole_number, self.features)):
             raise SelectionError(f"features {', '.join(map(repr, self.features)):.80}", "whole numbers as feature ids")
         if self.reference is not None:
             object.__setattr__(self, "reference", finite_vector("reference", self.reference))
@@ -128,9 +128,9 @@ class SteeringVector:
         }
 
     def __repr__(self) -> str:
-        method = escaped(str(self.provenance.get("method", "bare")), keep="")[:TEXT]
-        top = ", ".join(f"{feature.id}: {feature.weight:.3g}" for feature in self.top_features(FEW))
-        more = ", …" if len(self.features) > FEW else ""
+        method = escape_text(str(self.provenance.get("method", "bare")), keep="")[:TEXT]
+        top = ", ".join(f"{feature.id}: {feature.weight:.3g}" for feature in self.top_features(MAX_SHOWN_ENTRIES))
+        more = ", …" if len(self.features) > MAX_SHOWN_ENTRIES else ""
         features = f"{count(len(self.features), 'feature')}{f' {{{top}{more}}}' if top else ''}"
         return f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, {features})"
 
@@ -156,7 +156,7 @@ class SteeringVector:
     def __truediv__(self, divisor: float) -> SteeringVector:
         divisor = _factor(divisor, "divided by")
         if not divisor:
-            raise ArgumentError(f"a vector divided by {shown(divisor)}", "a number other than 0")
+            raise ArgumentError(f"a vector divided by {describe_value(divisor)}", "a number other than 0")
         return self * (1 / divisor)
 
     def __neg__(self) -> SteeringVector:
@@ -168,7 +168,7 @@ class SteeringVector:
     def __radd__(self, other: object) -> SteeringVector:
         if is_number(other) and not other:  # what sum() starts from
             return self
-        raise ArgumentError(f"a vector added to {shown(other)}", "two vectors")
+        raise ArgumentError(f"a vector added to {describe_value(other)}", "two vectors")
 
     def __sub__(self, other: SteeringVector) -> SteeringVector:
         return self._plus(other, -1.0)
@@ -176,7 +176,9 @@ class SteeringVector:
     def _plus(self, other: SteeringVector, sign: float) -> SteeringVector:
         if not isinstance(other, SteeringVector):
             raise ArgumentError(
-                f"a vector and {shown(other)}", "two vectors to add or subtract", "for strength write vector.add(2.0)"
+                f"a vector and {describe_value(other)}",
+                "two vectors to add or subtract",
+                "for strength write vector.add(2.0)",
             )
         if (self.hookpoint, self.d_model) != (other.hookpoint, other.d_model):
             raise PairingError(
@@ -301,7 +303,7 @@ def _factor(value: object, what: str) -> float:
     if is_number(value) and not trained:
         return finite_number("a factor", value)  # type: ignore[arg-type]
     change = "a strength that is trained is a coefficient: vector.add(c)" if trained else ""
-    raise ArgumentError(f"a vector {what} {shown(value)}", "a finite number", change)
+    raise ArgumentError(f"a vector {what} {describe_value(value)}", "a finite number", change)
 
 
 def _read_provenance(value: Mapping[str, Any]) -> dict[str, Any]:

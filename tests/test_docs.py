@@ -70,7 +70,9 @@ def check_options(arguments):
     command = the_commands()[name]
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     if not command.context_settings.get("ignore_unknown_options"):
-        assert [word for word in words if re.match(r"--?[a-z]", word) and word.partition("=")[0] not in known] == [], name
+        assert [word for word in words if re.match(r"--?[a-z]", word) and word.partition("=")[0] not in known] == [], (
+            name
+        )
     assert known
 
 
@@ -208,7 +210,7 @@ def test_the_figures_in_readme_and_docs_are_those_of_the_results(monkeypatch):
     quality, speed = importlib.import_module("quality"), importlib.import_module("speed")
     assert quality.published(quality.README, "result", quality.sentence() + "\n") == quality.README.read_text("utf-8")
     assert quality.published(quality.PAGE, "quality", quality.summary()) == quality.PAGE.read_text("utf-8")
-    table = speed.markdown(json.loads(speed.RESULTS.read_text('utf-8')))
+    table = speed.markdown(json.loads(speed.RESULTS.read_text("utf-8")))
     assert speed.MARK.search(speed.PAGE.read_text("utf-8"))[0] == f"<!-- speed -->\n{table}<!-- /speed -->"
 
 
@@ -255,4 +257,6 @@ def test_the_table_of_exports_has_every_format():
 def test_every_scope_is_explained():
     page = (DOCS / "concepts" / "tokens.md").read_text(encoding="utf-8")
     scopes = get_args(get_type_hints(fg.Add)["scope"])
-    assert set(re.findall(r'^\| `"(\w+)"` \|', page.partition("## Scopes")[2].partition("\n## ")[0], re.M)) == set(scopes)
+    assert set(re.findall(r'^\| `"(\w+)"` \|', page.partition("## Scopes")[2].partition("\n## ")[0], re.M)) == set(
+        scopes
+    )

@@ -71,7 +71,7 @@ def write_all(folder, n):
     for kind, thing in things(n, WIDTH).items():
         thing.save(folder / kind)
     json_files.write_json(folder / "json", [n] * WIDTH)
-    with atomic.whole(folder / "page") as beside:
+    with atomic.atomic_write(folder / "page") as beside:
         beside.write_text(f"{n} " * WIDTH)
 
 
@@ -201,7 +201,7 @@ def test_full_disk_keeps_the_old_file(how, tmp_path, monkeypatch):
 
 
 def save_tokenizer(path, tokenizer):
-    with atomic.whole_folder(path) as beside:
+    with atomic.atomic_folder(path) as beside:
         tokenizer.save_pretrained(beside)
 
 

@@ -82,7 +82,7 @@ def api_pages() -> dict[str, str]:
         title = title_of(group)
         index += [f"## {title}", "", "| | |", "|---|---|"]
         index += [f"| [`fg.{name}`][fgsteer.{name}] | {summary(name)} |" for name in names] + [""]
-        blocks = [f'[](){{ #fgsteer.{name} }}\n\n::: {address(name)}\n' for name in names]
+        blocks = [f"[](){{ #fgsteer.{name} }}\n\n::: {address(name)}\n" for name in names]
         pages[f"reference/api/{group}.md"] = f"# {title}\n\n" + "\n".join(blocks)
     return {"reference/api/index.md": "\n".join(index) + "\n", **pages}
 

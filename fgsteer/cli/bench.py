@@ -194,7 +194,7 @@ def _run(bench: Any, path: Path, progress: Any, spread: Any, fresh: bool) -> boo
         shared.check_parts(bench, path, bench.plan.concepts, fresh=fresh)
         spread(bench.plan.concepts, shared.parts_folder(path), command, progress)
         shared.join(bench, path, command)
-    elif Ranks.here().world > 1:
+    elif Ranks.from_env().world > 1:
         return shared.run_shared(bench, path, command, progress=progress, fresh=fresh)
     else:
         bench.run(path, command, progress=progress, fresh=fresh)
@@ -213,11 +213,11 @@ def _report(bench: Any, out: Path) -> dict[str, Any]:
     import fgsteer as fg
     from fgsteer.evaluation.bench.plots import save_all
     from fgsteer.evaluation.bench.report import markdown
-    from fgsteer.storage.atomic import whole
+    from fgsteer.storage.atomic import atomic_write
 
     run = fg.load_run(out / "bench.jsonl")
     table = markdown(run)
-    with whole(out / "table.md") as beside:
+    with atomic_write(out / "table.md") as beside:
         beside.write_text(table, encoding="utf-8")
     layers = sorted(bench.saes)
     read = partial(fg.seen_features, bench.model, bench.tokenizer, bench.saes[layers[len(layers) // 2]])
@@ -230,7 +230,7 @@ def check_engine(engine: str, workers: int) -> None:
     """Raises DataError for an engine that is unknown, or beside torchrun."""
     if engine not in ENGINES:
         raise DataError(f"--engine {engine}", ", ".join(ENGINES))
-    if engine != "hf" and Ranks.here().world > 1:
+    if engine != "hf" and Ranks.from_env().world > 1:
         raise DataError(f"--engine {engine} under torchrun", "one of the two", "start the command alone")
 
 
@@ -306,7 +306,7 @@ def _judged(contrasts: list[Any], name: str | None, url: str | None, out: Path) 
     if name in ("embedding", "keyword"):
         parted = [contrast.hold_out() for contrast in contrasts]
         for before, after in zip(contrasts, parted, strict=True):
-            if before is not after and not Ranks.here().rank:
+            if before is not after and not Ranks.from_env().rank:
                 told = (
                     f"{before.name} has no held_out part: every third text builds no vector, the judge learns from it"
                 )

@@ -13,7 +13,7 @@ import typer
 from fgsteer.cli.doors import check_device, check_fit, fillable, finite, writable
 from fgsteer.cli.terminal import json_text, say
 from fgsteer.errors import DataError
-from fgsteer.errors.escaping import escaped
+from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.wording import count
 from fgsteer.storage.ranks import Ranks
 
@@ -131,7 +131,7 @@ def documents(path: Path, field: str) -> list[str]:
 
 def work_folder(work: Path | None, out: Path) -> Path | None:
     """Where parts of the work are kept: as asked, else beside the output where several processes share the work."""
-    shared = Ranks.here().world > 1
+    shared = Ranks.from_env().world > 1
     return work or (out.with_name(out.name + ".parts") if shared else None)
 
 
@@ -200,7 +200,7 @@ def load_sae(name: str | None, sae_id: str | None, model: str) -> Any:
 
 def show(value: Any, as_json: bool, text: Callable[[Any], None]) -> None:
     """Print a result as JSON or for a reader; of several processes, the first does."""
-    if Ranks.here().rank:
+    if Ranks.from_env().rank:
         return
     if as_json:
         say(json_text(value))
@@ -216,7 +216,7 @@ def console(**options: Any) -> Any:
     class Screen(Console):
         def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
             for text, style, control in super().render(renderable, options):
-                yield Segment(text if control else escaped(text), style, control)
+                yield Segment(text if control else escape_text(text), style, control)
 
     return Screen(highlight=False, markup=False, emoji=False, **options)
 
@@ -226,7 +226,7 @@ def progress_bar(what: str, total: int | None, as_json: bool) -> Iterator[Callab
     """A progress bar on standard error; the block gets a function to report how many are done (and of how many)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    quiet = as_json or Ranks.here().rank > 0
+    quiet = as_json or Ranks.from_env().rank > 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task(what, total=total)

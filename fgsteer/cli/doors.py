@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from fgsteer.errors import DataError, PairingError
 from fgsteer.storage.ranks import Ranks
-from fgsteer.storage.targets import file_target, folder_target, make_folder, new_folder
+from fgsteer.storage.targets import file_target, folder_target, make_folder, new_folder_target
 
 TOKEN_RULES = ("all", "last", "answer", "letter", "tail")
 FILLED = {"bench": "bench.jsonl", "sweep": "sweep.json"}  # commands that fill a folder, and what they hold in it
@@ -33,7 +33,7 @@ class Command(TyperCommand):
         paths = [p for p in self.params if p.name in _BY_NAME or "Path" in str(hints.get(p.name or ""))]
         check_apart({max(p.opts, key=len): (p.name, ctx.params.get(p.name)) for p in paths})
         for output in filter(None, map(ctx.params.get, ("out", "html"))):
-            if not Ranks.here().rank:  # of several processes, the first one writes
+            if not Ranks.from_env().rank:  # of several processes, the first one writes
                 ctx.with_resource(_alone(output, FILLED.get(str(self.name), "")))
         return super().invoke(ctx)
 
@@ -41,13 +41,13 @@ class Command(TyperCommand):
 @contextlib.contextmanager
 def _alone(output: Path, file: str) -> Iterator[None]:
     """A block in which no other process writes an output, of a folder the file that tells whose it is."""
-    from fgsteer.storage.locks import held
+    from fgsteer.storage.locks import exclusive_lock
 
     new = bool(file) and not output.exists()
     if new:
         make_folder(output)
     try:
-        with held(output / file):
+        with exclusive_lock(output / file):
             yield
     finally:
         if new:  # and nothing was written after all
@@ -96,7 +96,7 @@ def writable(path: Path | None) -> Path | None:
 
 def unused(path: Path) -> Path:
     """The path, if a new folder can be written there. Raises FormatError."""
-    new_folder(path)
+    new_folder_target(path)
     return path
 
 

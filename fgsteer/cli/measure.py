@@ -105,7 +105,7 @@ def collect(
             fresh=fresh,
             progress=progress,
         )
-    if not Ranks.here().rank:
+    if not Ranks.from_env().rank:
         stats.save(out)
     told = {"out": str(out), "hookpoints": [str(at) for at in stats.residual], "data": [dict(d) for d in stats.data]}
     show(told, as_json, _print_collected)
@@ -172,7 +172,7 @@ def density(
             fresh=fresh,
             progress=progress,
         )
-    if not Ranks.here().rank:
+    if not Ranks.from_env().rank:
         measured.save(out)
     shares = measured.density
     told = {
@@ -270,7 +270,7 @@ def effects(
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
-    if not Ranks.here().rank:
+    if not Ranks.from_env().rank:
         measured.save(out)
     show({"out": str(out), **measured.about}, as_json, _print_effects)
 

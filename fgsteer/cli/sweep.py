@@ -30,7 +30,7 @@ from fgsteer.cli.common import (
 from fgsteer.cli.doors import check_device, check_fit, fillable, finite, token_rule
 from fgsteer.cli.terminal import say
 from fgsteer.errors import DataError
-from fgsteer.errors.escaping import escaped
+from fgsteer.errors.escaping import escape_text
 
 
 @app.command()
@@ -133,7 +133,7 @@ def _print_sweep(swept: Any) -> None:
         table.add_row(str(layer), f"{sign:+d}"[0], *(shown.get((layer, sign, step), "-") for step in swept.steps))
     console().print(table)
     columns = "cost in nats a token" if by_cost else "coefficient (cost in nats a token)"
-    say(f"{swept.method} on {escaped(swept.measured_on, keep='')}: effect in {swept.unit}, by {columns}\n")
+    say(f"{swept.method} on {escape_text(swept.measured_on, keep='')}: effect in {swept.unit}, by {columns}\n")
     for answer in swept.answers:
         say(answer)
     for note in swept.notes:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgsteer.errors import escaping
-from fgsteer.errors.escaping import escaped
+from fgsteer.errors.escaping import escape_text
 
 # what messages say to Python's users, and what it is called here, where a rule does not tell
 _PHRASES = (
@@ -34,7 +34,7 @@ def prepare_streams() -> None:
 
 def say(text: str = "", *, err: bool = False) -> None:
     """Print a line, of an error to standard error; control characters in it come out as escapes."""
-    print(escaped(text), file=sys.stderr if err else sys.stdout, flush=True)
+    print(escape_text(text), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def json_text(value: object, indent: int | None = None) -> str:

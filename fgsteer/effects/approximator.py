@@ -25,7 +25,7 @@ from fgsteer.data.contrasts import load_neutral
 from fgsteer.effects.ridge import LinearMoments, best_ridge
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.errors.checks import check_flags, check_number, checked
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.models.embedded import DEFAULT, embedded_sae_dir
 from fgsteer.models.hookpoints import Hookpoint
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EffectApproximator(Brief):
+class EffectApproximator(OneLineRepr):
     """``ŷ = x M + b``: ``M (d_model, d_sae)``, ``b (d_sae,)``, bound to one SAE by its hash.
 
     Raises PairingError when the shapes do not fit together.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from fgsteer.export.folding import fold
 from fgsteer.export.places import Interventions, checked
-from fgsteer.storage.atomic import whole_folder
-from fgsteer.storage.targets import new_folder
+from fgsteer.storage.atomic import atomic_folder
+from fgsteer.storage.targets import new_folder_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,11 +29,11 @@ def write(
 
     Raises as ``fold`` does, FormatError for a folder that is not free or cannot be written.
     """
-    new_folder(folder)
+    new_folder_target(folder)
     if tokenizer is not None:
         tokenizer = _as_it_was(tokenizer, model)
     folded = fold(model, checked(interventions), copy=copy)
-    with whole_folder(folder) as beside:
+    with atomic_folder(folder) as beside:
         folded.save_pretrained(beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)

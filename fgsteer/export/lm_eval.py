@@ -20,7 +20,7 @@ from fgsteer.export.places import Interventions, called, checked, every_token
 from fgsteer.interventions import Ablate, Add, Affine, Clamp, Intervention
 from fgsteer.models.hookpoints import Hookpoint, resolve
 from fgsteer.models.pairing import check_pairing
-from fgsteer.storage.atomic import whole
+from fgsteer.storage.atomic import atomic_write
 
 ENGINE = "lm-eval's steered model"
 
@@ -49,7 +49,7 @@ def write(interventions: Interventions, path: str | Path, model: nn.Module) -> N
         config[name] = {"head_index": None, **_operation(item)}
     buffer = io.BytesIO()
     torch.save(config, buffer)  # into a file it fails in words of its own where the disk is full
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(buffer.getvalue())
 
 

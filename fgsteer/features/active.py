@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fgsteer.activations.batches import record_batch, text_batches
+from fgsteer.activations.batches import batch_texts, record_batch
 from fgsteer.activations.tokens import TokenReader
-from fgsteer.errors.checks import MOST, check_range, checked
-from fgsteer.errors.escaping import escaped
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.checks import MAX_COUNT, check_range, checked
+from fgsteer.errors.escaping import escape_text
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import context_window
 from fgsteer.saes.examples import token_texts
@@ -27,7 +27,7 @@ MAX_DENSITY = 0.01  # features that fire on more tokens say little of one text (
 
 
 @dataclass(frozen=True, repr=False)
-class SeenFeature(Brief):
+class SeenFeature(OneLineRepr):
     """A feature, its label ("" where none is known), its largest activation on a text, and the token of it."""
 
     id: int
@@ -37,7 +37,7 @@ class SeenFeature(Brief):
 
     def __str__(self) -> str:
         label = f" {self.label}" if self.label else ""
-        return escaped(f"{self.id}{label}, {self.activation:.3g} on “{self.token}”")
+        return escape_text(f"{self.id}{label}, {self.activation:.3g} on “{self.token}”")
 
 
 @checked
@@ -58,13 +58,13 @@ def seen_features(
     HookpointError and PairingError as ``collect`` does.
     """
     at = sae.input_hookpoint
-    check_range("top", top, 1, MOST, whole=True)
+    check_range("top", top, 1, MAX_COUNT, whole=True)
     check_pairing(model, at, sae.d_model, sae.model_name, "SAE")
     found: list[SeenFeature] = []
     with TokenReader(
         tokenizer, rule="answer", prepend_bos=sae.prepend_bos, window=context_window(model), joint="", skip_empty=True
     ) as reader:
-        read = list(text_batches(model, reader, [(prompt, text, True)], batch_tokens=1))
+        read = list(batch_texts(model, reader, [(prompt, text, True)], batch_tokens=1))
     for batch in read:
         values = record_batch(model, batch, [at])[at][batch.selected]
         fired = sae.to(values.device, torch.float32).encode(values.float())

@@ -15,7 +15,7 @@ from torch import nn
 
 from fgsteer.errors import PairingError
 from fgsteer.errors.checks import check_range, checked_after
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.methods.selection import feature_id
 from fgsteer.models.unembedding import logit_lens, residual_direction
 from fgsteer.saes.examples import Excerpt, FeatureExamples
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class FeatureRow(Brief):
+class FeatureRow(OneLineRepr):
     """One feature: id, weight (None outside a vector), density, the tokens it pushes towards and away from.
 
     Tokens are the logit lens of its decoder row times the weight's sign. ``label``, ``link`` (its

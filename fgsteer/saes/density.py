@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fgsteer.errors import FormatError, PairingError
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.saes.pairing import Identified, check_measured_on
 from fgsteer.storage.files import read_tensors, write_tensors
 
@@ -28,7 +28,7 @@ COUNTS = ("fired", "documents", "first")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FeatureDensity(Brief):
+class FeatureDensity(OneLineRepr):
     """Token-level firing counts of every feature over a corpus; two of them add up.
 
     ``fired (d_sae,)``: tokens besides the special one before a text on which the feature is > 0, of ``tokens``.

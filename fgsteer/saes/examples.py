@@ -20,8 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgsteer.errors import FormatError
-from fgsteer.errors.escaping import escaped
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.escaping import escape_text
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.saes.pairing import Identified, check_measured_on
 from fgsteer.storage.files import read_tensors, write_tensors
 
@@ -33,7 +33,7 @@ _TENSORS = ("features", "tokens", "activations", "documents")
 
 
 @dataclass(frozen=True, repr=False)
-class Excerpt(Brief):
+class Excerpt(OneLineRepr):
     """Tokens of one document around a feature's peak: their texts, the activation on each, the peak's index."""
 
     tokens: tuple[str, ...]
@@ -43,7 +43,7 @@ class Excerpt(Brief):
 
     def __str__(self) -> str:
         marked = [f"[{text}]" if n == self.peak else text for n, text in enumerate(self.tokens)]
-        return f"{self.activations[self.peak]:.2f}  {escaped(''.join(marked))}"
+        return f"{self.activations[self.peak]:.2f}  {escape_text(''.join(marked))}"
 
     def peaks_on(self, pattern: re.Pattern[str]) -> bool:
         """Whether a match of the pattern overlaps the peak's token, white space aside."""
@@ -55,7 +55,7 @@ class Excerpt(Brief):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FeatureExamples(Brief):
+class FeatureExamples(OneLineRepr):
     """The top excerpts of n features, strongest first, at most one a document.
 
     ``features (n,)``: their ids. ``tokens (n, top, 2·window + 1)``: token ids with the peak in the

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fgsteer.errors import FormatError
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.pairing import bare_name
 
 _HOOK = re.compile(r"blocks\.\d+\.(?:attn\.)?hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|z)(?![a-z])")
@@ -52,7 +52,7 @@ _SITES: tuple[tuple[str, str, str], ...] = (
 
 
 @dataclass(frozen=True, repr=False)
-class RegistryRow(Brief):
+class RegistryRow(OneLineRepr):
     """One pretrained SAE: what ``load_sae(release, sae_id)`` takes, and what its names tell.
 
     ``hookpoint`` is where it writes, "" when the names do not say; ``width`` is as named

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.errors import FormatError, PairingError
-from fgsteer.errors.reprs import FEW, Brief
+from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, OneLineRepr
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.statistics.moments import Moments
 from fgsteer.storage.files import read_tensors, write_tensors
@@ -21,7 +21,7 @@ Space = Literal["residual", "feature"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Contrast(Brief):
+class Contrast(OneLineRepr):
     """Moments of the two sides, in one space at one hookpoint. Raises PairingError for sides of two widths."""
 
     positive: Moments
@@ -41,7 +41,7 @@ class Contrast(Brief):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Pooled(Brief):
+class Pooled(OneLineRepr):
     """Mean activation of every example, float32: ``positive (n⁺, d_model)`` and ``negative (n⁻, d_model)``.
 
     The first ``pairs`` of both sides are pairs, in the same order; so they stay when two are added.
@@ -60,7 +60,7 @@ class Pooled(Brief):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ContrastStatistics(Brief):
+class ContrastStatistics(OneLineRepr):
     """What ``collect`` read: residual contrasts by hookpoint, and the feature contrast of one SAE.
 
     ``reading`` says how it was read (model, SAE, token rule) and must agree when two are
@@ -77,7 +77,11 @@ class ContrastStatistics(Brief):
     def __repr__(self) -> str:
         sides = next(iter(self.residual.values()), None)
         texts = "no texts" if sides is None else f"{sides.positive.count} + {sides.negative.count} texts"
-        places = ", ".join(map(str, self.residual)) if len(self.residual) <= FEW else f"{len(self.residual)} hookpoints"
+        places = (
+            ", ".join(map(str, self.residual))
+            if len(self.residual) <= MAX_SHOWN_ENTRIES
+            else f"{len(self.residual)} hookpoints"
+        )
         features = f", features at {', '.join(map(str, self.feature))}" if self.feature else ""
         return f"ContrastStatistics({texts} at {places or 'no hookpoint'}{features})"
 

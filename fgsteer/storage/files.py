@@ -27,8 +27,8 @@ from fgsteer.errors import DataError, FormatError
 if sys.platform != "win32":
     pass
 
-from fgsteer.storage.atomic import whole
-from fgsteer.storage.json_files import parse_json, plain_number
+from fgsteer.storage.atomic import atomic_write
+from fgsteer.storage.json_files import parse_json, to_plain_number
 
 _HASH = "sha256"  # the key in a header of safetensors; files by early versions have none
 
@@ -39,7 +39,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str,
     Raises FormatError where it cannot be written, DataError for a header that could not be read again.
     """
     owned = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    text = json.dumps({"kind": kind, **header}, ensure_ascii=False, default=plain_number)
+    text = json.dumps({"kind": kind, **header}, ensure_ascii=False, default=to_plain_number)
     try:
         about = parse_json(text.encode("utf-8", "replace"))
     except ValueError as error:
@@ -47,7 +47,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str,
     about[_HASH] = _hash(about, owned)
     # one key: safetensors writes several in an order that changes from run to run
     metadata = {"fgsteer": json.dumps(about, ensure_ascii=False)}
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(save(owned, metadata))  # save_file leaves a file of its own when killed
 
 

@@ -34,8 +34,8 @@ from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.effects.fingerprints import effects_sha256
 from fgsteer.effects.rollouts import Sampling, rollout
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import MOST, check_range
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.checks import MAX_COUNT, check_range
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.bench.conditions import BENCH_METHODS, PROMPT, UNSTEERED, ConceptArms, check_methods
 from fgsteer.evaluation.bench.records import HALVES
@@ -51,12 +51,12 @@ from fgsteer.evaluation.judges.judges import Judge, validation_auc
 from fgsteer.evaluation.metrics.coherence import Coherence
 from fgsteer.interventions import Intervention
 from fgsteer.likelihood.calibration import calibrate_grid
-from fgsteer.models.fingerprints import made_of
-from fgsteer.models.pairing import identity as model_identity
+from fgsteer.models.fingerprints import run_fingerprint
+from fgsteer.models.pairing import model_identity
 from fgsteer.saes.fingerprints import density_sha256, sae_identity
 from fgsteer.saes.sae import SAE
 from fgsteer.storage.json_files import text_sha256, write_json
-from fgsteer.storage.locks import held
+from fgsteer.storage.locks import exclusive_lock
 from fgsteer.storage.targets import file_target
 
 REFERENCE = 1_000_000  # rollout numbers from here are the unsteered samples that coherence is fitted on
@@ -74,7 +74,7 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True, repr=False)
-class BenchPlan(Brief):
+class BenchPlan(OneLineRepr):
     """What is run. ``prompts`` and ``seeds`` are of each half; ``ce_rises`` in nats a token of neutral text.
 
     Intervals are over prompts, and the texts of one resemble each other: for one cost, more prompts with one seed
@@ -108,7 +108,7 @@ class BenchPlan(Brief):
     def __post_init__(self) -> None:
         check_methods(self.methods)
         for name in ("prompts", "seeds", "texts", "batch_rows"):
-            check_range(name, getattr(self, name), 1, MOST, whole=True)
+            check_range(name, getattr(self, name), 1, MAX_COUNT, whole=True)
         for rise in self.ce_rises:
             check_range("a ce_rise", rise, 0, sys.float_info.max)
         _check_texts("neutral", self.neutral)
@@ -174,7 +174,7 @@ class Part:
 
 
 @dataclass(eq=False, repr=False)
-class Bench(Brief):
+class Bench(OneLineRepr):
     """A benchmark of a model with SAEs and effects by layer, judged by ``judge``.
 
     ``writer`` generates in another engine, such as ``serving.VllmWriter``; the model then reads and sets strengths.
@@ -319,7 +319,7 @@ class Bench(Brief):
         layers = {str(layer): {**_identity(sae)} for layer, sae in self.saes.items()}
         effects = {str(layer): effects_sha256(found) for layer, found in self.effects.items()}
         judge = getattr(self.judge, "identity", self.judge.name)
-        return {**made_of(self.model, self.tokenizer), "saes": layers, "effects": effects, "judge": judge}
+        return {**run_fingerprint(self.model, self.tokenizer), "saes": layers, "effects": effects, "judge": judge}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -373,7 +373,7 @@ class Bench(Brief):
         """
         path = Path(path)
         file_target(path)
-        with held(path):
+        with exclusive_lock(path):
             check_run(path, self.identity, fresh=fresh)
             header = self.header(command)
             arms = self._arms(strengths_path(path))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fgsteer.errors import DataError, FormatError
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.evaluation.metrics.intervals import COMPLETE, paired_differences
 from fgsteer.storage.json_files import parse_json
 
@@ -82,7 +82,7 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class EvalRecord(Brief):
+class EvalRecord(OneLineRepr):
     """One generated text and its scores: a line of a run.
 
     ``behavior`` and ``coherence`` in [0, 1]; ``ce``: nats a token of the text under the unsteered
@@ -120,7 +120,7 @@ class EvalRecord(Brief):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Run(Brief):
+class Run(OneLineRepr):
     """A run's header (plan, versions, hashes, command) and its records."""
 
     header: Mapping[str, Any]

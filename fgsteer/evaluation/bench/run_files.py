@@ -21,7 +21,7 @@ from typing import Any
 from fgsteer.errors import FormatError
 from fgsteer.storage.atomic import append_bytes
 from fgsteer.storage.json_files import parse_json, read_json
-from fgsteer.storage.plans import check_same
+from fgsteer.storage.plans import check_same_plan
 
 BEGINNING = b'{"fgsteer": "bench"'  # by which a header that was cut off is known
 
@@ -56,7 +56,7 @@ def read_arms(path: Path, identity: Mapping[str, Any]) -> dict[str, list[Arm]]:
                 raise ValueError(f"no arm: {arm}")
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise FormatError(f"{path} is damaged: {error}", "strengths of fgsteer bench", "delete it") from error
-    check_same(path, noted, identity)
+    check_same_plan(path, noted, identity)
     return arms
 
 
@@ -78,7 +78,7 @@ def check_run(path: Path, identity: Mapping[str, Any], *, fresh: bool = False) -
         for file in (path, strengths_path(path)):
             file.unlink(missing_ok=True)
     elif header is not None:
-        check_same(path, identity_of(header), identity)
+        check_same_plan(path, identity_of(header), identity)
 
 
 def _header(path: Path) -> dict[str, Any] | None:
@@ -122,7 +122,7 @@ def resume(path: Path, header: Mapping[str, Any], counts: Sequence[int]) -> int:
         path.unlink(missing_ok=True)
         append(path, [header])
         return 0
-    check_same(path, identity_of(found), identity_of(header))
+    check_same_plan(path, identity_of(found), identity_of(header))
     with open(path, "rb") as file:
         file.readline()
         done, end = 0, file.tell()

@@ -22,7 +22,7 @@ from fgsteer.activations.tokens import TokenRule
 from fgsteer.data.contrasts import ContrastPair, ContrastSet, as_contrast, load_neutral
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_number, checked
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.evaluation.metrics.propensity import Propensity, Shares
 from fgsteer.evaluation.sweep.answers import (
@@ -42,7 +42,7 @@ from fgsteer.likelihood.scoring import cross_entropies
 from fgsteer.methods import build
 from fgsteer.methods.provenance import library_version
 from fgsteer.models.hookpoints import Hookpoint, blocks_of
-from fgsteer.models.pairing import identity
+from fgsteer.models.pairing import model_identity
 from fgsteer.statistics.collecting import collect
 from fgsteer.vector import SteeringVector
 
@@ -58,7 +58,7 @@ Step = tuple[int, int, float, float | None]  # layer, sign, coefficient that bea
 
 
 @dataclass(frozen=True, repr=False)
-class SweepCell(Brief):
+class SweepCell(OneLineRepr):
     """One layer, sign and strength: ``vector.add(coefficient)``, which bears the sign.
 
     ``effect`` is the change of propensity, ``cost`` the measured rise of neutral text's cross-entropy in nats a
@@ -84,7 +84,7 @@ class SweepCell(Brief):
 
 
 @dataclass(frozen=True, repr=False)
-class Sweep(Brief):
+class Sweep(OneLineRepr):
     """What ``sweep`` measured, and its answers.
 
     ``unit`` is that of effects; ``texts`` are numbers of positives, negatives, and pairs among them, ``measured_on``
@@ -203,7 +203,7 @@ def sweep(
     return Sweep(
         contrast=given.name,
         method=", ".join(dict.fromkeys(str(v.provenance.get("method", "bare")) for v in by_layer.values())),
-        model=identity(model),
+        model=model_identity(model),
         hookpoints={layer: str(vector.hookpoint) for layer, vector in by_layer.items()},
         norms={layer: vector.norm for layer, vector in by_layer.items()},
         measured_on=propensity.contrast.name,
