@@ -95,7 +95,7 @@ def cli_page() -> str:
     group = typer.main.get_command(importlib.import_module("fgsteer.cli").app)
     commands: dict[str, Any] = dict(sorted(getattr(group, "commands", {}).items()))
     lines = ["# Command line", "", str(group.help), "", "| command | |", "|---|---|"]
-    lines += [f"| [`fgsteer {name}`](#fgsteer-{name}) | {first(command.help)} |" for name, command in commands.items()]
+    lines += [f"| [`{name}`](#fgsteer-{name}) | {first(command.help)} |" for name, command in commands.items()]
     for name, command in commands.items():
         context = typer.Context(command, info_name=f"fgsteer {name}")
         usage = " ".join(["fgsteer", name, *command.collect_usage_pieces(context)])
@@ -180,7 +180,7 @@ MARK = re.compile(r"<!-- generated: ([a-z]+) -->")
 def on_config(config: Any) -> Any:
     """Put the notebooks and the API's pages into the navigation; leave out what is not there."""
     notebooks = sorted(path.name for path in (ROOT / "docs" / "tutorials").glob("*.ipynb"))
-    lists = {
+    lists: dict[str, list[Any]] = {
         "tutorials/": [f"tutorials/{name}" for name in notebooks],
         "reference/api/": [page if "index" in page else {title_of(Path(page).stem): page} for page in api_pages()],
     }
