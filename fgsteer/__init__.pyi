@@ -28,10 +28,6 @@ from fgsteer.errors import SteeringError as SteeringError
 from fgsteer.errors import UntouchedWarning as UntouchedWarning
 from fgsteer.evaluation.bench.bench import Bench as Bench
 from fgsteer.evaluation.bench.bench import BenchPlan as BenchPlan
-from fgsteer.evaluation.bench.records import EvalRecord as EvalRecord
-from fgsteer.evaluation.bench.records import Run as Run
-from fgsteer.evaluation.bench.records import load_run as load_run
-from fgsteer.evaluation.bench.report import write_report as write_report
 from fgsteer.evaluation.judges.endpoint import CostEstimate as CostEstimate
 from fgsteer.evaluation.judges.endpoint import EndpointJudge as EndpointJudge
 from fgsteer.evaluation.judges.judges import EmbeddingJudge as EmbeddingJudge
@@ -49,6 +45,10 @@ from fgsteer.evaluation.metrics.coherence import Coherence as Coherence
 from fgsteer.evaluation.metrics.coherence import CoherenceScores as CoherenceScores
 from fgsteer.evaluation.metrics.diagnosis import Diagnosis as Diagnosis
 from fgsteer.evaluation.metrics.diagnosis import diagnose as diagnose
+from fgsteer.evaluation.runs.records import EvalRecord as EvalRecord
+from fgsteer.evaluation.runs.records import Run as Run
+from fgsteer.evaluation.runs.records import load_run as load_run
+from fgsteer.evaluation.runs.report import write_report as write_report
 from fgsteer.evaluation.sweep.sweep import Sweep as Sweep
 from fgsteer.evaluation.sweep.sweep import SweepCell as SweepCell
 from fgsteer.evaluation.sweep.sweep import sweep as sweep

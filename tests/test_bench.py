@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.data.contrasts import check_name
-from fgsteer.evaluation.bench import shared
+from fgsteer.evaluation.bench import distributors
 from fgsteer.evaluation.bench.bench import Bench, BenchPlan
 from fgsteer.evaluation.bench.conditions import BENCH_METHODS, ConceptArms
 from fgsteer.evaluation.bench.run_files import append, resume, strengths_path
@@ -129,20 +129,20 @@ def as_rank(monkeypatch, rank, world):
 def test_processes_that_share_a_run_write_the_same_file(parts, unbroken, tmp_path, monkeypatch):
     path = tmp_path / "run.jsonl"
     as_rank(monkeypatch, 1, 2)
-    assert not shared.run_shared(make(parts, LengthJudge()), path)
-    assert [p.name for p in sorted(shared.parts_folder(path).iterdir())] == ["war.jsonl", "war.strengths.json"]
+    assert not distributors.run_shared(make(parts, LengthJudge()), path)
+    assert [p.name for p in sorted(distributors.parts_folder(path).iterdir())] == ["war.jsonl", "war.strengths.json"]
     as_rank(monkeypatch, 0, 2)
     with pytest.raises(KeyboardInterrupt):
-        shared.run_shared(make(parts, LengthJudge(fail_at=6)), path)
+        distributors.run_shared(make(parts, LengthJudge(fail_at=6)), path)
     assert not path.exists()
-    assert shared.run_shared(make(parts, LengthJudge()), path)
+    assert distributors.run_shared(make(parts, LengthJudge()), path)
     assert path.read_bytes() == unbroken.read_bytes()
     before = strengths_path(unbroken).read_bytes()
     assert json.loads(strengths_path(path).read_bytes()) == json.loads(before)
     make(parts, LengthJudge()).run(path)  # complete: nothing is added
     assert path.read_bytes() == unbroken.read_bytes()
     with pytest.raises(fg.PairingError, match=r"run\.jsonl holds a run of something else: .*seeds was 1 and is 2"):
-        shared.run_shared(make(parts, LengthJudge(), concepts=("love",), seeds=2), path)
+        distributors.run_shared(make(parts, LengthJudge(), concepts=("love",), seeds=2), path)
 
 
 class Echo:
@@ -186,7 +186,7 @@ def test_engines_that_cannot_be_are_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(fg.DataError, match=r"fgsteer\[ray\]"):
-        shared.with_ray(lambda: pytest.fail("made"), ("love",), tmp_path, workers=2)
+        distributors.with_ray(lambda: pytest.fail("made"), ("love",), tmp_path, workers=2)
 
 
 def test_a_file_of_another_plan_is_left_alone(parts, unbroken):

@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgsteer as fg
+from fgsteer.evaluation.judges.chat_client import BrokenAnswerError, ChatClient, _seconds
 from fgsteer.evaluation.judges.endpoint import _prompt, read_score
-from fgsteer.evaluation.judges.requests import BrokenAnswerError, ChatClient, _seconds
 from tests.helpers.chat import Chat, Reply
 from tests.helpers.errors import chain
 

@@ -563,7 +563,7 @@ def test_interrupt_leaves_the_model_clean_and_files_whole(job, llama, tokenizer,
 
 
 def test_interrupt_ends_a_command_with_status_130(tmp_path, monkeypatch):
-    from fgsteer.cli import main, measure
+    from fgsteer.cli import collect, main
 
     monkeypatch.setattr(sys, "argv", ["fgsteer", "collect", "love", "-o", str(tmp_path / "stats")])
 
@@ -576,7 +576,7 @@ def test_interrupt_ends_a_command_with_status_130(tmp_path, monkeypatch):
         error = os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT)
         os.dup2(error, 2)
         sys.stderr = os.fdopen(2, "w", buffering=1)
-        monkeypatch.setattr(measure, "load_model", load)
+        monkeypatch.setattr(collect, "load_model", load)
         main()
 
     pid = start(work)

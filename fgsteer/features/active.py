@@ -12,8 +12,9 @@ import torch
 
 from fgsteer.activations.batches import batch_texts, record_batch
 from fgsteer.activations.tokens import TokenReader
-from fgsteer.errors.checks import MAX_COUNT, check_range, checked
+from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.escaping import escape_text
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import context_window

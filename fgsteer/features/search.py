@@ -18,7 +18,8 @@ from fgsteer.activations.batches import batch_texts, record_batch
 from fgsteer.activations.tokens import TokenReader
 from fgsteer.data.chat import check_unicode
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import MAX_COUNT, check_range, checked_after
+from fgsteer.errors.checks import check_range, checked_after
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.unembedding import logit_lens
 from fgsteer.saes.sae import SAE

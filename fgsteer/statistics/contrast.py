@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.errors import FormatError, PairingError
+from fgsteer.errors import PairingError
 from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, OneLineRepr
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.statistics.moments import Moments
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
 Space = Literal["residual", "feature"]
 
@@ -151,7 +151,7 @@ class ContrastStatistics(OneLineRepr):
         """Read a file that ``save`` wrote. Raises FormatError."""
         tensors, header = read_tensors(path, kind="statistics")
         tables: dict[str, dict[Hookpoint, dict[str, Moments]]] = {"residual": {}, "feature": {}}
-        try:
+        with refuse_damaged(path, "a file written by ContrastStatistics.save"):
             for key, count in header["counts"].items():
                 space, name, side = key.split("/")
                 parts = {part: tensors[f"{key}/{part}"].double() for part in ("mean", "m2", "fired")}
@@ -173,8 +173,6 @@ class ContrastStatistics(OneLineRepr):
                 tuple(dict(entry) for entry in header["data"]),
                 pooled,
             )
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise FormatError(f"{path} is damaged: {error}", "a file written by ContrastStatistics.save") from error
 
 
 def _read_reading(reading: Any) -> dict[str, Any]:

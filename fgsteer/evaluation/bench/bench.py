@@ -34,11 +34,11 @@ from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.effects.fingerprints import effects_sha256
 from fgsteer.effects.rollouts import Sampling, rollout
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import MAX_COUNT, check_range
+from fgsteer.errors.checks import check_range
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.bench.conditions import BENCH_METHODS, PROMPT, UNSTEERED, ConceptArms, check_methods
-from fgsteer.evaluation.bench.records import HALVES
 from fgsteer.evaluation.bench.run_files import (
     Arm,
     append,
@@ -49,6 +49,7 @@ from fgsteer.evaluation.bench.run_files import (
 )
 from fgsteer.evaluation.judges.judges import Judge, validation_auc
 from fgsteer.evaluation.metrics.coherence import Coherence
+from fgsteer.evaluation.runs.records import HALVES
 from fgsteer.interventions import Intervention
 from fgsteer.likelihood.calibration import calibrate_grid
 from fgsteer.models.fingerprints import run_fingerprint

@@ -17,8 +17,8 @@ import torch
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import DataError, SelectionWarning
-from fgsteer.evaluation.bench.records import SPECS
 from fgsteer.evaluation.judges.judges import plain_text
+from fgsteer.evaluation.runs.records import SPECS
 from fgsteer.interventions import Intervention
 from fgsteer.methods import build, pca, select_features
 from fgsteer.models.hookpoints import Hookpoint

@@ -31,8 +31,8 @@ from fgsteer.data.contrasts import SHIPPED, shipped_contrasts
 from fgsteer.errors import FormatError, JudgeError
 from fgsteer.errors.checks import describe_value, is_whole_number
 from fgsteer.errors.escaping import json_text
+from fgsteer.evaluation.judges.chat_client import OPENAI, BrokenAnswerError, ChatClient
 from fgsteer.evaluation.judges.judges import check_texts
-from fgsteer.evaluation.judges.requests import OPENAI, BrokenAnswerError, ChatClient
 from fgsteer.storage.atomic import append_bytes
 from fgsteer.storage.json_files import parse_json, read_json, text_sha256
 from fgsteer.storage.targets import file_target

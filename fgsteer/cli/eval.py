@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fgsteer.cli.common import (
-    MOST,
+from fgsteer.cli.app import app
+from fgsteer.cli.loading import ModelOptions, interventions, load_model, load_vectors
+from fgsteer.cli.options import (
     CoefficientOption,
     DeviceOption,
     DtypeOption,
@@ -20,15 +21,11 @@ from fgsteer.cli.common import (
     ScopeOption,
     TrustOption,
     VectorOption,
-    app,
-    console,
-    interventions,
-    load_model,
-    load_vectors,
-    show,
 )
-from fgsteer.cli.doors import finite
+from fgsteer.cli.printing import console, show
+from fgsteer.cli.values import finite
 from fgsteer.errors import JudgeError
+from fgsteer.errors.limits import MAX_COUNT
 
 
 @app.command(name="eval")
@@ -46,9 +43,11 @@ def evaluate(
         float | None, typer.Option(min=0, callback=finite, help="Documents of each task; a share if below 1.")
     ] = None,
     fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", min=0, max=MOST, help="Examples before each question.")
+        int | None, typer.Option("--num-fewshot", min=0, max=MAX_COUNT, help="Examples before each question.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=MOST, help="Requests in a forward pass.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=MAX_COUNT, help="Requests in a forward pass.")
+    ] = 1,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
@@ -61,7 +60,7 @@ def evaluate(
     if find_spec("lm_eval") is None:
         raise JudgeError("lm-eval is not installed", "it, to run its tasks", "pip install 'fgsteer[lm-eval]'")
     steering = interventions(load_vectors(vector, coefficient, operation, model, revision), operation, scope)
-    language_model, tokenizer = load_model(model, device, dtype, revision, trust_remote_code)
+    language_model, tokenizer = load_model(ModelOptions(model, device, dtype, revision, trust_remote_code))
     found = fg.run_tasks(
         language_model,
         tokenizer,

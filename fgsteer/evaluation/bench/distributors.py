@@ -15,8 +15,8 @@ from typing import Any
 
 from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.evaluation.bench.bench import Bench
-from fgsteer.evaluation.bench.records import HALVES
 from fgsteer.evaluation.bench.run_files import check_run, line, strengths_path
+from fgsteer.evaluation.runs.records import HALVES
 from fgsteer.storage.atomic import atomic_write, rename
 from fgsteer.storage.json_files import parse_json, read_json, write_json
 from fgsteer.storage.locks import exclusive_lock

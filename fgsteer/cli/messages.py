@@ -1,14 +1,10 @@
-"""What reaches the terminal: text that any console can show, JSON that stays JSON, messages in its own words."""
+"""Messages for users of Python, with the options of the command line in place of arguments."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any
-
-from fgsteer.errors import escaping
-from fgsteer.errors.escaping import escape_text
 
 # what messages say to Python's users, and what it is called here, where a rule does not tell
 _PHRASES = (
@@ -25,29 +21,7 @@ _ALIASES = {"hookpoints": "hookpoint", "target_ce_rise": "ce_rise", "keep_pooled
 _ARGUMENT = re.compile(r"(?<![-\w.?&/])([a-z_]+)=(\"[^\"]*\"|'[^']*'|[^\s,;)]*)")
 
 
-def prepare_streams() -> None:
-    """Let standard output and error write what their encoding lacks as escapes, such as \\u2603, instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
-        if callable(reconfigure := getattr(stream, "reconfigure", None)):
-            reconfigure(errors="backslashreplace")
-
-
-def say(text: str = "", *, err: bool = False) -> None:
-    """Print a line, of an error to standard error; control characters in it come out as escapes."""
-    print(escape_text(text), file=sys.stderr if err else sys.stdout, flush=True)
-
-
-def json_text(value: object, indent: int | None = None) -> str:
-    """JSON as readable as the console can show it: what it cannot encode or should not act on is escaped as in JSON."""
-    text = escaping.json_text(value, indent=indent)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        text = escaping.json_text(value, indent=indent, ensure_ascii=True)
-    return text
-
-
-def in_words(message: str, options: Mapping[str, tuple[str, str]]) -> str:
+def with_options(message: str, options: Mapping[str, tuple[str, str]]) -> str:
     """A message with the command's options in place of Python's arguments: "pass sae=" becomes "pass --sae".
 
     ``options`` is {parameter: (its option, the option that turns it off)}.

@@ -13,7 +13,8 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.bench.records import (
+from fgsteer.evaluation.metrics.intervals import COMPLETE, Interval, mean_interval, paired_differences
+from fgsteer.evaluation.runs.records import (
     Run,
     Setting,
     Unit,
@@ -22,7 +23,6 @@ from fgsteer.evaluation.bench.records import (
     spec,
     told,
 )
-from fgsteer.evaluation.metrics.intervals import COMPLETE, Interval, mean_interval, paired_differences
 
 BASELINE = "caa"
 MEASURES = ("behavior", "coherence", "bcs")

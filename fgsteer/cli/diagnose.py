@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fgsteer.cli.common import (
+from fgsteer.cli.app import app
+from fgsteer.cli.loading import ModelOptions, check_fit, load_model
+from fgsteer.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -16,14 +18,9 @@ from fgsteer.cli.common import (
     RevisionOption,
     TokensOption,
     TrustOption,
-    app,
-    console,
-    load_model,
-    progress_bar,
-    show,
 )
-from fgsteer.cli.doors import check_fit, hookpoints, token_rule
-from fgsteer.cli.terminal import say
+from fgsteer.cli.printing import console, progress_bar, say, show
+from fgsteer.cli.values import hookpoints, token_rule
 from fgsteer.errors import DataError
 from fgsteer.errors.wording import count
 
@@ -69,7 +66,11 @@ def diagnose(
         reading = {"tokens": token_rule(tokens), "prepend_bos": prepend_bos}
         at = [chosen.hookpoint] if chosen else places_asked
         stats = _collect(
-            fg.load_contrast(source), at, (model, device, dtype, revision, trust_remote_code), reading, as_json
+            fg.load_contrast(source),
+            at,
+            ModelOptions(model, device, dtype, revision, trust_remote_code),
+            reading,
+            as_json,
         )
     built_from = next(iter(stats.values()))
     places: list[Any] = [chosen.hookpoint] if chosen else (places_asked or list(built_from.residual))
@@ -83,7 +84,7 @@ def diagnose(
 def _collect(
     contrast: Any,
     at: list[Any] | None,
-    model: tuple[str, str | None, str | None, str | None, bool],
+    model: ModelOptions,
     reading: dict[str, Any],
     as_json: bool,
 ) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def _collect(
     import fgsteer as fg
     from fgsteer.models.hookpoints import blocks_of
 
-    language_model, tokenizer = load_model(*model)
+    language_model, tokenizer = load_model(model)
     wanted: list[Any] = list(at or map(fg.Hookpoint, range(len(blocks_of(language_model)))))
     found = {}
     for name, part in (("training", contrast), ("held out", contrast.held_out)):

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.bench.plots import Picture, pictures, rendered
-from fgsteer.evaluation.bench.records import (
+from fgsteer.evaluation.metrics.intervals import Interval
+from fgsteer.evaluation.runs.plots import Picture, pictures, rendered
+from fgsteer.evaluation.runs.records import (
     EvalRecord,
     Run,
     Unit,
@@ -26,7 +27,7 @@ from fgsteer.evaluation.bench.records import (
     mean,
     method_name,
 )
-from fgsteer.evaluation.bench.tables import (
+from fgsteer.evaluation.runs.tables import (
     BASELINE,
     AverageRow,
     ConceptRow,
@@ -35,7 +36,6 @@ from fgsteer.evaluation.bench.tables import (
     compare,
     concept_table,
 )
-from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.features.cards import LIGHT, visible, whole_page
 from fgsteer.storage.atomic import atomic_write
 

@@ -1,4 +1,4 @@
-"""Commands that show what is in a vector, an SAE, a file, the registry."""
+"""``fgsteer features``: show the features of a vector, of ids, or of a word."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fgsteer.cli.common import (
-    MOST,
+from fgsteer.cli.app import app
+from fgsteer.cli.examples import measure_excerpts
+from fgsteer.cli.loading import ModelOptions, check_device, check_fit, count_documents, load_model, load_sae
+from fgsteer.cli.options import (
     DeviceOption,
     FieldOption,
     JsonOption,
@@ -18,27 +20,11 @@ from fgsteer.cli.common import (
     SaeIdOption,
     SaeOption,
     TrustOption,
-    app,
-    console,
-    load_model,
-    load_sae,
-    show,
 )
-from fgsteer.cli.doors import check_device, check_fit, texts, writable
-from fgsteer.cli.measure import count_documents, measure_excerpts
-from fgsteer.cli.terminal import json_text, say
+from fgsteer.cli.printing import console, say, show
+from fgsteer.cli.values import check_unicode, writable
 from fgsteer.errors import DataError
-
-
-def _feature_ids(text: str) -> list[int]:
-    """Ids of "12,40". Raises DataError."""
-    try:
-        ids = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise DataError(f"--feature {text}", "ids, such as 12,40") from error
-    if len(set(ids)) < len(ids):
-        raise DataError(f"--feature {text}", "each id once")
-    return ids
+from fgsteer.errors.limits import MAX_COUNT
 
 
 @app.command()
@@ -56,7 +42,7 @@ def features(
     labels: Annotated[Path | None, typer.Option(help="Labels: a Neuronpedia export or its folder.")] = None,
     html: Annotated[Path | None, typer.Option(callback=writable, help="Write feature cards as one HTML page.")] = None,
     top: Annotated[
-        int, typer.Option(min=1, max=MOST, help="How many features, by absolute weight or by --search's score.")
+        int, typer.Option(min=1, max=MAX_COUNT, help="How many features, by absolute weight or by --search's score.")
     ] = 20,
     model: ModelOption = "default",
     sae: SaeOption = None,
@@ -77,7 +63,7 @@ def features(
         raise DataError("none or several of a vector file, --feature and --search", "one of them")
     if corpus is not None and examples is not None:
         raise DataError("--corpus and --examples", "one of them")
-    texts(search)
+    check_unicode(search)
     vector = None if file is None else fg.SteeringVector.load(file)
     ids = None if feature is None else _feature_ids(feature)
     if vector is not None:
@@ -94,7 +80,7 @@ def features(
         for one in ids or []:
             autoencoder.direction(one)  # refuses an id that the SAE lacks
         known = fg.load_examples(autoencoder) if known is None else known.check(autoencoder)
-    language_model, tokenizer = load_model(model, device, None, revision, trust_remote_code)
+    language_model, tokenizer = load_model(ModelOptions(model, device, None, revision, trust_remote_code))
     told: dict[str, Any] = {"heading": "Features" if search is None else f"Features for {search!r}"}
     if vector is not None:
         told = _describe_direction(vector, language_model, tokenizer)
@@ -116,6 +102,17 @@ def features(
     if search is not None and not rows:
         say(f"no feature found for {search!r}: try another word, --corpus or --labels", err=True)
         raise typer.Exit(1)
+
+
+def _feature_ids(text: str) -> list[int]:
+    """Ids of "12,40". Raises DataError."""
+    try:
+        ids = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise DataError(f"--feature {text}", "ids, such as 12,40") from error
+    if len(set(ids)) < len(ids):
+        raise DataError(f"--feature {text}", "each id once")
+    return ids
 
 
 def _describe_direction(vector: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -148,63 +145,3 @@ def _feature_rows(chosen: Any, search: str | None, parts: tuple[Any, Any, Any], 
         chosen = list(why)
     rows: list[Any] = fg.describe_features(model, tokenizer, sae, chosen, top=top, examples=known, why=why)
     return rows
-
-
-@app.command()
-def saes(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Only SAEs of this model, or part of its name.")
-    ] = None,
-    layer: Annotated[
-        int | None, typer.Option("--layer", min=0, max=MOST, help="Only SAEs of this 0-based layer.")
-    ] = None,
-    search: Annotated[str, typer.Option("--search", help="Words that release, id or hookpoint must have.")] = "",
-    as_json: JsonOption = False,
-) -> None:
-    """List the pretrained SAEs of sae-lens's registry, for --sae RELEASE --sae-id ID."""
-    from fgsteer.saes.registry import models_like, models_named, registry
-
-    if model is not None and not models_named(model):
-        near = ", ".join(models_like(model))
-        raise DataError(
-            f"no SAE of a model {model!r} in the registry of the installed sae-lens",
-            f"a model's name or a part of it, such as {near}" if near else "a model's name or a part of it",
-            "fgsteer saes --search TEXT looks in the releases' names",
-        )
-    show([row.as_dict() for row in registry(model, layer, search)], as_json, _print_saes)
-
-
-def _print_saes(rows: list[dict[str, Any]]) -> None:
-    """A block per release, a line per SAE, never folded: ids are there to be copied."""
-    from itertools import groupby
-
-    if not rows:
-        say("none in the registry of the installed sae-lens; --search takes words of its releases")
-    for (release, model), members in groupby(rows, key=lambda row: (row["release"], row["model"])):
-        lines = [
-            (r["sae_id"], r["hookpoint"], r["width"], "" if r["l0"] is None else f"L0 {r['l0']:g}", r["neuronpedia"])
-            for r in members
-        ]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        say(f"{release}  ({model})")
-        for line in lines:
-            say("  " + "  ".join(map(str.ljust, line, widths)).rstrip())
-
-
-@app.command()
-def info(
-    file: Annotated[
-        Path | None, typer.Argument(help="Any file that fgsteer wrote; nothing: this installation.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Say what a file holds and where it came from, or what is installed."""
-    from fgsteer.cli.info import describe_file, describe_installation
-
-    told = describe_file(file) if file is not None else describe_installation()
-    show(told, as_json, _print_info)
-
-
-def _print_info(told: dict[str, Any]) -> None:
-    shapes = {name: " x ".join(map(str, shape)) for name, shape in told.get("tensors", {}).items()}
-    say(json_text({**told, "tensors": shapes} if shapes else told, indent=2))
