@@ -42,6 +42,7 @@ from fgsteer.evaluation.bench.distributors import begun_design
 from fgsteer.evaluation.bench.run_files import check_run, line, read_arms, resume
 from fgsteer.evaluation.judges.chat_client import BrokenAnswerError, completion
 from fgsteer.evaluation.judges.endpoint import AnswerCache, read_score
+from fgsteer.evaluation.runs.records import best_settings
 from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.serving import save_clamp, steering

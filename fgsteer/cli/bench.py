@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.app import app
+from fgsteer.cli.choices import completion
 from fgsteer.cli.loading import ModelOptions, check_device, documents, load_model, load_sae, sae_name
 from fgsteer.cli.options import (
     SEEDS,
@@ -53,7 +54,13 @@ def bench(
     concept: Annotated[
         list[str] | None, typer.Option(help="A contrast set, shipped or a file; default: all shipped ones.")
     ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="A method; default: all that the SAEs allow.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A method to measure, of {bench methods}; default: all that the SAEs allow.",
+            autocompletion=completion("bench methods"),
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two concepts, six methods, few samples.")] = False,
     model: ModelOption = "default",
     sae: SaeOption = None,
@@ -243,8 +250,9 @@ def make_bench(
 ) -> Any:
     """The benchmark of the options. Raises DataError for a plan that cannot be run."""
     import fgsteer as fg
-    from fgsteer.evaluation.bench.conditions import BENCH_METHODS, NEEDS_EFFECTS
+    from fgsteer.evaluation.bench.conditions import bench_methods
     from fgsteer.evaluation.bench.distributors import begun_design
+    from fgsteer.methods import spec
 
     name, ids = sae_name(sae[0], model.name), sae[1]
     check_device(model.device, model.dtype)
@@ -254,8 +262,9 @@ def make_bench(
     fits = [fg.load_effects(source) for source in effects or (["default"] if name == "default" and not ids else [])]
     by_layer = {one.hookpoint.layer: one for one in saes}
     fitted = {fit.hookpoint.layer: fit for fit in fits}
-    layers = {m: tuple(n for n in sorted(by_layer) if m not in NEEDS_EFFECTS or n in fitted) for m in BENCH_METHODS}
-    chosen: dict[str, Any] = {"methods": BENCH_METHODS, "layers": layers}
+    methods = bench_methods()
+    layers = {m: tuple(n for n in sorted(by_layer) if spec(m).needs != "effects" or n in fitted) for m in methods}
+    chosen: dict[str, Any] = {"methods": methods, "layers": layers}
     chosen |= QUICK if quick else {}
     chosen["methods"] = tuple(m for m in chosen["methods"] if layers[m])
     chosen |= ({} if fresh else begun_design(out / "bench.jsonl")) | given

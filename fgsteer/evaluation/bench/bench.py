@@ -38,7 +38,7 @@ from fgsteer.errors.checks import check_range
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
-from fgsteer.evaluation.bench.conditions import BENCH_METHODS, PROMPT, UNSTEERED, ConceptArms, check_methods
+from fgsteer.evaluation.bench.conditions import ConceptArms, bench_methods, check_methods, steers
 from fgsteer.evaluation.bench.run_files import (
     Arm,
     append,
@@ -88,7 +88,7 @@ class BenchPlan(OneLineRepr):
     """
 
     concepts: tuple[str, ...]
-    methods: tuple[str, ...] = BENCH_METHODS
+    methods: tuple[str, ...] = field(default_factory=bench_methods)
     layers: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
     ce_rises: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
     matched: float | None = 0.5
@@ -131,7 +131,7 @@ class BenchPlan(OneLineRepr):
             raise DataError(f"ce_rises {self.ce_rises}", "rising numbers > 0")
         if self.matched is not None and self.matched not in self.ce_rises:
             raise DataError(f"matched {self.matched}", f"one of the ce_rises {self.ce_rises}")
-        nowhere = set(self.methods) - {UNSTEERED, PROMPT} - {method for method, _ in self.places}
+        nowhere = set(filter(steers, self.methods)) - {method for method, _ in self.places}
         if nowhere:
             raise DataError(
                 f"no layer for {', '.join(sorted(nowhere))}",
@@ -147,7 +147,7 @@ class BenchPlan(OneLineRepr):
     @property
     def places(self) -> list[tuple[str, int]]:
         """(method, layer) for all that steers."""
-        steered = [method for method in self.methods if method not in (UNSTEERED, PROMPT)]
+        steered = [method for method in self.methods if steers(method)]
         layers = self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(steered, self.layers)
         return [(method, layer) for method in steered for layer in layers.get(method, ())]
 
@@ -231,7 +231,7 @@ class Bench(OneLineRepr):
     def arms(self, concept: str) -> list[Arm]:
         """Every arm of a concept, its strengths set."""
         plan, vectors = self.plan, self.concept(concept)
-        arms = [Arm(concept, method) for method in (UNSTEERED, PROMPT) if method in plan.methods]
+        arms = [Arm(concept, method) for method in bench_methods() if method in plan.methods and not steers(method)]
         makes = [vectors.make(method, layer) for method, layer in plan.places]
         found = calibrate_grid(self.model, self.tokenizer, makes, self.neutral, target_ce_rises=plan.ce_rises)
         for number, rise in enumerate(plan.ce_rises):
@@ -268,13 +268,11 @@ class Bench(OneLineRepr):
     def texts(self, part: Part) -> list[str]:
         """What the part's arms write, by arm, then prompt."""
         prompts, vectors = self.prompts(part.half), self.concept(part.arms[0].concept)
-        by_prefix = {True: [a for a in part.arms if a.method == PROMPT]}
-        by_prefix[False] = [a for a in part.arms if a.method != PROMPT]
+        by_prompts: dict[tuple[str, ...], list[Arm]] = {}
+        for arm in part.arms:
+            by_prompts.setdefault(tuple(vectors.prompts(arm.method, prompts)), []).append(arm)
         written: dict[Arm, list[str]] = {}
-        for prefixed, arms in by_prefix.items():
-            if not arms:
-                continue
-            given = [vectors.prefix + prompt for prompt in prompts] if prefixed else prompts
+        for given, arms in by_prompts.items():
             steering = [
                 None if arm.layer is None else vectors.make(arm.method, arm.layer)(arm.coefficient) for arm in arms
             ]

@@ -25,7 +25,6 @@ from fgsteer.evaluation.runs.records import (
     Unit,
     best_settings,
     mean,
-    method_name,
 )
 from fgsteer.evaluation.runs.tables import (
     BASELINE,
@@ -37,6 +36,7 @@ from fgsteer.evaluation.runs.tables import (
     concept_table,
 )
 from fgsteer.features.cards import LIGHT, visible, whole_page
+from fgsteer.methods import method_name
 from fgsteer.storage.atomic import atomic_write
 
 _STYLE = """

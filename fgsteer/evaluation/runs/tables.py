@@ -20,9 +20,9 @@ from fgsteer.evaluation.runs.records import (
     Unit,
     best_settings,
     mean,
-    spec,
     told,
 )
+from fgsteer.methods import spec
 
 BASELINE = "caa"
 MEASURES = ("behavior", "coherence", "bcs")
