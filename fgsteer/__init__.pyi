@@ -21,6 +21,7 @@ from fgsteer.errors import JudgeError as JudgeError
 from fgsteer.errors import MissingError as MissingError
 from fgsteer.errors import PairingError as PairingError
 from fgsteer.errors import PairingWarning as PairingWarning
+from fgsteer.errors import PluginError as PluginError
 from fgsteer.errors import SelectionError as SelectionError
 from fgsteer.errors import SelectionWarning as SelectionWarning
 from fgsteer.errors import SteeringError as SteeringError

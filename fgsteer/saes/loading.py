@@ -39,7 +39,7 @@ from fgsteer.saes.formats import (
     sparsify,
 )
 from fgsteer.saes.labels import load_labels
-from fgsteer.saes.registry import RegistryRow, find_row
+from fgsteer.saes.registry import RegistryRow, find_row, need_sae_lens
 from fgsteer.saes.sae import SAE
 from fgsteer.storage.files import check_names
 from fgsteer.storage.json_files import read_json
@@ -150,6 +150,7 @@ def _from_folder(folder: Path, given: Mapping[str, Any]) -> SAE:
             state = _read_state(folder / "sae_weights.safetensors")
             sae = canonical(config, state, metadata, source=str(folder), **given)
         else:
+            need_sae_lens(f"The SAE in {folder}, as sae-lens wrote them before its version 6,")
             import sae_lens
 
             refuse_unread(config)
@@ -271,6 +272,7 @@ def _download_if_there(repo_id: str, name: str, revision: str | None) -> None:
 
 def _by_sae_lens(row: RegistryRow) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, state) by sae-lens's own reader of the layout; its pickles as weights only. Raises FormatError."""
+    need_sae_lens(f"The layout {row.conversion!r} of {row.release}")
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):

@@ -141,15 +141,20 @@ def find_row(release: str, sae_id: str) -> RegistryRow | None:
     return rows[sae_id]
 
 
+def need_sae_lens(what: str) -> Path:
+    """The folder of the installed package sae-lens, which alone reads ``what``. Raises FormatError without it."""
+    spec = find_spec("sae_lens")
+    if spec is None or not spec.origin:
+        raise FormatError(f"{what} is read by sae-lens, which is not installed.", "", "Run pip install sae-lens")
+    return Path(spec.origin).parent
+
+
 @cache
 def _releases() -> dict[str, dict[str, Any]]:
     """The registry file of the installed sae-lens. Raises FormatError without one."""
     import yaml
 
-    spec = find_spec("sae_lens")
-    path = Path(spec.origin).parent / "pretrained_saes.yaml" if spec is not None and spec.origin else None
-    if path is None or not path.is_file():
-        raise FormatError("sae-lens is not installed", "its registry of pretrained SAEs", "pip install sae-lens")
+    path = need_sae_lens("The registry of pretrained SAEs") / "pretrained_saes.yaml"
     with path.open(encoding="utf-8") as file:
         # the C loader takes 0.7 s for the file, the Python one ten times that
         loaded: dict[str, dict[str, Any]] = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
