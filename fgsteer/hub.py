@@ -15,18 +15,20 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import DataError, FormatError
-from fgsteer.errors.escaping import markdown, markdown_code, without
+from fgsteer.errors.escaping import escape_markdown, markdown_code, redact
 from fgsteer.models.embedded import model_name
-from fgsteer.storage.atomic import whole, whole_folder
-from fgsteer.storage.network import hub_is_reachable, hub_or_cache, unreachable
-from fgsteer.vector import FILE_NAME, MeasuredRun, SteeringVector
+from fgsteer.storage.atomic import atomic_folder, atomic_write
+from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_or_cache
+from fgsteer.vector import FILE_NAME, OF_FEATURES, MeasuredRun, SteeringVector
 
 if TYPE_CHECKING:
-    from fgsteer.evaluation.bench.records import Setting
+    from fgsteer.evaluation.runs.records import Setting
 
 CARD = "README.md"
 CURVE = "curve.png"
 FEATURES = 20
+_LABELLED = ("| id | label | weight | density |", "|---|---|---|---|")  # heads of the table of features
+_UNLABELLED = ("| id | weight | density |", "|---|---|---|")
 MEASURES = ("behavior", "coherence", "bcs")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)  # all else stands in no address and in no code
 
@@ -43,21 +45,29 @@ def save_folder(
     files = {CARD: card(vector, points, run).encode()}
     if run is not None:
         files[CURVE] = _picture(points, run)
-    with whole_folder(folder) as inside:
+    with atomic_folder(folder) as inside:
         vector.save(inside / FILE_NAME)
         for name, data in files.items():
-            with whole(inside / name) as beside:
+            with atomic_write(inside / name) as beside:
                 beside.write_bytes(data)
 
 
-def push(vector: SteeringVector, repo_id: str, run: MeasuredRun | None, method: str | None, **options: Any) -> str:
+def push(
+    vector: SteeringVector,
+    repo_id: str,
+    run: MeasuredRun | None,
+    method: str | None,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    **upload: Any,
+) -> str:
     """Upload what ``save_folder`` makes, as one commit; the address of the commit. Raises FormatError."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not hub_is_reachable():
         raise FormatError(f"{repo_id} was not written: {constants.ENDPOINT} cannot be reached", "a network")
-    token, private = options.pop("token", None), options.pop("private", None)
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
         save_folder(vector, Path(folder) / "vector", run, method)
@@ -66,7 +76,7 @@ def push(vector: SteeringVector, repo_id: str, run: MeasuredRun | None, method: 
             told = api.upload_folder(
                 repo_id=repo.repo_id,
                 folder_path=Path(folder) / "vector",
-                **{"commit_message": "Steering vector by fgsteer", **options},
+                **{"commit_message": "Steering vector by fgsteer", **upload},
             )
             return str(told.commit_url)
         except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -85,7 +95,7 @@ def _told(error: Exception, token: str | None) -> str:
     """
     from huggingface_hub import get_token
 
-    return without(token or get_token() or "", str(error).strip()).partition("\n")[0]
+    return redact(token or get_token() or "", str(error).strip()).partition("\n")[0]
 
 
 def fetch(source: str | Path, filename: str, revision: str | None, token: str | None) -> Path:
@@ -102,7 +112,7 @@ def fetch(source: str | Path, filename: str, revision: str | None, token: str | 
         try:
             return Path(hf_hub_download(str(source), filename, revision=revision, token=token))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            why = _told(error, token) if reachable else unreachable()
+            why = _told(error, token) if reachable else describe_unreachable()
     raise FormatError(
         f"no {filename} in {source}: {why}",
         "a folder, or a repository written by push_to_hub",
@@ -156,14 +166,17 @@ def card(vector: SteeringVector, points: Sequence[Setting] = (), run: MeasuredRu
     if run is not None and best is not None:
         lines += _table(points, run, best)
     lines += _use("default" if embedded else hub_model or "…", best)
-    told = {key: value for key, value in vector.provenance.items() if key != "feature_density"}
+    told = {key: value for key, value in vector.provenance.items() if key not in OF_FEATURES}
     made = json.dumps(told, indent=1, default=str)  # no line of it begins with what would end the block
     return "\n".join([*lines, "Made with fgsteer. How it was made, in full:", "", "```json", made, "```", ""])
 
 
 def _summary(vector: SteeringVector, model: str) -> list[str]:
     """What the vector does, and which SAE's features it is made of."""
-    concept, method = markdown(_concept(vector)), markdown(vector.provenance.get("method") or "a bare vector")
+    concept, method = (
+        escape_markdown(_concept(vector)),
+        escape_markdown(vector.provenance.get("method") or "a bare vector"),
+    )
     sae, given = _made(vector, "sae"), _made(vector, "hyperparameters")
     plain = ", ".join(f"{key} = {value}" for key, value in given.items() if isinstance(value, int | float | str))
     lines = [
@@ -175,17 +188,20 @@ def _summary(vector: SteeringVector, model: str) -> list[str]:
     ]
     if sae:
         source = markdown_code(sae.get("source") or "unnamed")
-        lines += ["", f"Features are those of the SAE {source} ({markdown(sae.get('d_sae', '?'))} features)."]
+        lines += ["", f"Features are those of the SAE {source} ({escape_markdown(sae.get('d_sae', '?'))} features)."]
     return lines
 
 
 def _features(vector: SteeringVector) -> list[str]:
     if not vector.features:
         return []
-    lines = ["", "## Features", "", "| id | weight | density |", "|---|---|---|"]
-    for feature in vector.top_features(FEATURES):
+    top = vector.top_features(FEATURES)
+    labelled = any(feature.label for feature in top)
+    lines = ["", "## Features", "", *(_LABELLED if labelled else _UNLABELLED)]
+    for feature in top:
         density = "" if feature.density is None else f"{feature.density:.3%}"
-        lines.append(f"| {feature.id} | {feature.weight:.4g} | {density} |")
+        label = f" {escape_markdown(feature.label)} |" if labelled else ""
+        lines.append(f"| {feature.id} |{label} {feature.weight:.4g} | {density} |")
     if len(vector.features) > FEATURES:
         lines.append(f"\nand {len(vector.features) - FEATURES} more of smaller weight.")
     return lines
@@ -215,7 +231,7 @@ def _use(model: str, best: Setting | None) -> list[str]:
 def _table(points: Sequence[Setting], run: MeasuredRun, best: Setting) -> list[str]:
     """What the run's half that chose nothing says of every coefficient."""
     judge = (run.header.get("plan") or {}).get("judge")
-    name = markdown(judge.get("name") or "unnamed") if isinstance(judge, Mapping) else "unnamed"
+    name = escape_markdown(judge.get("name") or "unnamed") if isinstance(judge, Mapping) else "unnamed"
     lines = [
         "",
         "## Measured",

@@ -38,12 +38,12 @@ from fgsteer.cli.info import describe_file
 from fgsteer.data.contrasts import check_name as check_file_name
 from fgsteer.data.corpora import read_documents
 from fgsteer.effects.measuring import _check_shapes
-from fgsteer.evaluation.bench.records import best_settings
+from fgsteer.evaluation.bench.distributors import begun_design
 from fgsteer.evaluation.bench.run_files import check_run, line, read_arms, resume
-from fgsteer.evaluation.bench.shared import begun_design
+from fgsteer.evaluation.judges.chat_client import BrokenAnswerError, completion
 from fgsteer.evaluation.judges.endpoint import AnswerCache, read_score
-from fgsteer.evaluation.judges.requests import BrokenAnswerError, completion
-from fgsteer.models.fingerprints import made_of
+from fgsteer.evaluation.runs.records import best_settings
+from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.serving import save_clamp, steering
 from fgsteer.serving.control import Control
@@ -55,8 +55,8 @@ from fgsteer.statistics.collecting import _Reader, _sums_of
 from fgsteer.storage.files import write_tensors
 from fgsteer.storage.json_files import text_sha256, write_json
 from fgsteer.storage.locks import _holder
-from fgsteer.storage.parts import Parts
 from fgsteer.storage.ranks import Ranks
+from fgsteer.storage.shards import Shards
 from tests.helpers import engine, runs
 from tests.helpers.sae_files import K, config_of, folder_of, sparsify_files, state_of
 from tests.helpers.saes import make_sae
@@ -136,14 +136,14 @@ def piece(path):
 
 def part(path, kind):
     with tempfile.TemporaryDirectory() as folder:
-        parts = Parts(folder, kind, PARTS, Ranks())
+        parts = Shards(folder, kind, PARTS, Ranks())
         parts.path(0).write_bytes(path.read_bytes())
         return parts.read(0, "0")
 
 
 def collected(path):
     with tempfile.TemporaryDirectory() as folder:
-        return list(_sums_of(Parts(folder, "", PARTS, Ranks()), [part(path, "collected texts")]))
+        return list(_sums_of(Shards(folder, "", PARTS, Ranks()), [part(path, "collected texts")]))
 
 
 def clamp(path):
@@ -316,7 +316,7 @@ def records(folder: Path) -> dict[str, Reader]:
 
 def identities(folder: Path) -> dict[str, Reader]:
     """What a run notes of what it is made of, and who holds it; names that files are called by."""
-    made = {**made_of(tiny(), TOKENIZER), "sae": sae_identity(SAE), "prompts": ["one", "two"], "mu": 0.5}
+    made = {**run_fingerprint(tiny(), TOKENIZER), "sae": sae_identity(SAE), "prompts": ["one", "two"], "mu": 0.5}
     plan = {"run": "sums", **made}
     header = {"plan": text_sha256(plan), "part": 0, "of": "0"}
     write_tensors(folder / "identity part", {"x": torch.ones(2)}, kind="sums", header=header)
@@ -330,7 +330,9 @@ def identities(folder: Path) -> dict[str, Reader]:
     sides = {"positive": list("abcdef"), "negative": list("ghijkl")}
 
     def go_on(path: Path, fresh: bool = False) -> object:
-        steps = Parts(path.parent, "sums", made, Ranks(), fresh=fresh).each(["0"], lambda *_: {"x": torch.ones(2)}, str)
+        steps = Shards(path.parent, "sums", made, Ranks(), fresh=fresh).each(
+            ["0"], lambda *_: {"x": torch.ones(2)}, str
+        )
         return list(steps)
 
     def start_over(path: Path) -> object:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, LlamaConfig
 
 import fgsteer as fg
-from fgsteer.activations.outputs import primary, with_primary
+from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states
 from fgsteer.models.hookpoints import blocks_of, decoder_of
 from tests.helpers.tiny import D_MODEL, FAMILIES, HYBRIDS, LAYERS, MORE_FAMILIES, ODD_FAMILIES, VOCAB, tiny_model
 
@@ -122,12 +122,12 @@ def test_a_block_that_returns_a_list_still_does():
 
 def test_outputs_keep_their_form_and_others_are_refused():
     old, new = torch.zeros(1), torch.ones(1)
-    assert with_primary(old, new) is new
-    assert with_primary((old, "weights"), new) == (new, "weights")
-    assert with_primary([old, "weights"], new) == [new, "weights"]
+    assert replace_hidden_states(old, new) is new
+    assert replace_hidden_states((old, "weights"), new) == (new, "weights")
+    assert replace_hidden_states([old, "weights"], new) == [new, "weights"]
     for output in ({"hidden": old}, [], None):
         with pytest.raises(fg.HookpointError, match="a tensor, or one first in a tuple"):
-            primary(output)
+            hidden_states_of(output)
 
 
 def tiny_config(model_type, **extra):

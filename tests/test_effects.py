@@ -283,12 +283,12 @@ def test_processes_that_share_the_vectors_measure_the_same(llama, tokenizer, tex
         waited.append(maker)
         if not path.exists():
             monkeypatch.setenv("RANK", "1")
-            monkeypatch.setattr("fgsteer.storage.parts.wait_for", lambda *_: 1 / 0)
+            monkeypatch.setattr("fgsteer.storage.shards.wait_for_file", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 measure(llama, tokenizer, sae, texts, tmp_path / "parts")
-            monkeypatch.setattr("fgsteer.storage.parts.wait_for", other)
+            monkeypatch.setattr("fgsteer.storage.shards.wait_for_file", other)
 
-    monkeypatch.setattr("fgsteer.storage.parts.wait_for", other)
+    monkeypatch.setattr("fgsteer.storage.shards.wait_for_file", other)
     monkeypatch.setenv("RANK", "0")
     measure(llama, tokenizer, sae, texts, tmp_path / "parts").save(tmp_path / "shared")
     assert waited[:3] == [0, 1, 0]
@@ -309,7 +309,7 @@ def test_killed_at_any_write_it_ends_the_same(llama, tokenizer, texts, tmp_path,
             raise KeyboardInterrupt
 
     monkeypatch.setattr(measuring, "write_tensors", write)
-    monkeypatch.setattr("fgsteer.storage.parts.write_tensors", write)
+    monkeypatch.setattr("fgsteer.storage.shards.write_tensors", write)
     for _ in range(100):
         try:
             broken = measure(llama, tokenizer, sae, texts, tmp_path / "parts")

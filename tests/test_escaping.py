@@ -25,7 +25,7 @@ from rich.text import Text
 import fgsteer as fg
 from fgsteer.cli.printing import console, progress_bar, say
 from fgsteer.cli.printing import json_text as terminal_json
-from fgsteer.errors.escaping import escaped, json_text, markdown, markdown_code, without
+from fgsteer.errors.escaping import escape_markdown, escape_text, json_text, markdown_code, redact
 from fgsteer.features.cards import html_page
 from fgsteer.features.description import FeatureRow
 from fgsteer.saes.examples import Excerpt
@@ -49,17 +49,17 @@ def acts(text):
 @FEW
 @given(st.text())
 def test_escaped_text_acts_on_nothing_and_tells_all(text):
-    shown = escaped(text)
+    shown = escape_text(text)
     assert not acts(shown)
-    assert escaped(shown) == shown
+    assert escape_text(shown) == shown
     if not acts(text):
         assert shown == text
-    assert "\n" not in escaped(text, keep="")
+    assert "\n" not in escape_text(text, keep="")
 
 
 def test_what_is_escaped_and_what_is_not():
-    assert escaped("\x1b[2Ja\rb\x9b\u202e\x07") == r"\x1b[2Ja\rb\x9b\u202e\x07"
-    assert escaped(ENGLISH) == ENGLISH
+    assert escape_text("\x1b[2Ja\rb\x9b\u202e\x07") == r"\x1b[2Ja\rb\x9b\u202e\x07"
+    assert escape_text(ENGLISH) == ENGLISH
 
 
 @settings(FEW, max_examples=25)
@@ -76,12 +76,15 @@ def test_json_stays_json(value):
 @given(st.text() | st.sampled_from(MARKS) | st.text("#*_`[]<>()!|\\~&: a\n-"))
 def test_markdown_reads_back_as_the_text_alone(text):
     parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
-    for made, expected in ((markdown(text), " ".join(escaped(text).split())), (markdown_code(text), escaped(text, ""))):
+    for made, expected in (
+        (escape_markdown(text), " ".join(escape_text(text).split())),
+        (markdown_code(text), escape_text(text, "")),
+    ):
         heading, inline, _ = parser.parse(f"# x{made}x")
         assert heading.tag == "h1"
         assert {token.type for token in inline.children} <= {"text", "text_special", "code_inline"}
         assert "".join(token.content for token in inline.children) == f"x{expected or ' ' * bool(made)}x"
-    cells = [t for t in parser.parse(f"| x |\n|---|\n| {markdown(text)} |\n") if t.type == "td_open"]
+    cells = [t for t in parser.parse(f"| x |\n|---|\n| {escape_markdown(text)} |\n") if t.type == "td_open"]
     assert len(cells) == 1
 
 
@@ -104,7 +107,7 @@ WAYS: dict[str, Callable[[str], str]] = {
 @given(KEYS, st.text(max_size=20), st.text(max_size=20))
 def test_a_secret_is_found_however_it_is_told(way, key, before, after):
     told = WAYS[way](key)
-    left = without(key, f"{before} {told} {after}")
+    left = redact(key, f"{before} {told} {after}")
     assert told not in left
     assert key not in left
 
@@ -112,9 +115,9 @@ def test_a_secret_is_found_however_it_is_told(way, key, before, after):
 def test_texts_without_the_secret_stay():
     key = "sk-proj-0123456789abcdef"
     for text in ("model not found: sk-proj-****cdef", "{'error': 'aGVsbG8gd29ybGQ='}", ""):
-        assert without(key, text) == text
-    assert without(key, f"bad {key}!") == "bad (key)!"
-    assert without("", "a") == without("x", "a") == "a"  # servers without keys are given none, or an x
+        assert redact(key, text) == text
+    assert redact(key, f"bad {key}!") == "bad (key)!"
+    assert redact("", "a") == redact("x", "a") == "a"  # servers without keys are given none, or an x
 
 
 def test_pages_hold_no_control_characters_and_no_markup_of_others():

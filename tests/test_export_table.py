@@ -21,7 +21,7 @@ TOY = '''
 """An export from outside, in one file: norms of directions, as text."""
 from fgsteer.errors import SteeringError
 from fgsteer.export import ExportOption, ExportSpec, register
-from fgsteer.storage.atomic import {atomic}
+from fgsteer.storage.atomic import atomic_write
 
 
 def write_norms(interventions, path, inputs):
@@ -30,8 +30,8 @@ def write_norms(interventions, path, inputs):
         if type(item).__name__ != "Add":
             raise SteeringError(type(item).__name__, "an Add")
         norm = float(item.coefficient * item.direction.norm())
-        lines.append(f"{{item.hookpoint}} {{norm:.{{inputs.options['digits']}}f}}")
-    with {atomic}(path) as beside:
+        lines.append(f"{item.hookpoint} {norm:.{inputs.options['digits']}f}")
+    with atomic_write(path) as beside:
         beside.write_text("\\n".join(lines))
     return [path]
 
@@ -80,10 +80,7 @@ def python_with(folder, *arguments):
 
 def test_an_export_from_outside_in_one_file(tmp_path):
     """Help lists it, the command runs it with an option of its own, and what it cannot express is refused."""
-    from fgsteer.storage import atomic
-
-    name = "atomic_write" if hasattr(atomic, "atomic_write") else "whole"
-    install_plugin(tmp_path, "toy_export", TOY.format(atomic=name))
+    install_plugin(tmp_path, "toy_export", TOY)
     made, out = str(tmp_path / "v.safetensors"), tmp_path / "norms.txt"
     fg.SteeringVector(torch.tensor([3.0, 4.0]), fg.Hookpoint(1)).save(made)
     commands = [

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import fgsteer as fg
-from fgsteer.storage.atomic import whole_folder
+from fgsteer.storage.atomic import atomic_folder
 from tests.helpers.cli import invoke
 from tests.helpers.saes import make_sae
 from tests.helpers.steering import batch, direction, run, vector
@@ -345,12 +345,12 @@ def test_a_bare_decoder_and_a_steered_model_are_refused():
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     target = tmp_path / "deep" / "out"
-    with pytest.raises(fg.FormatError, match=f"there is no folder {target.parent};"), whole_folder(target):
+    with pytest.raises(fg.FormatError, match=f"there is no folder {target.parent};"), atomic_folder(target):
         pass
     target.parent.mkdir()
 
     def fill(text):
-        with whole_folder(target) as folder:
+        with atomic_folder(target) as folder:
             (folder / "a").write_text(text)
             (folder / "a").chmod(0o600)
             if text == "broken":
@@ -365,9 +365,9 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert (target / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     for path in (target, target / "a"):
-        with pytest.raises(fg.FormatError, match="exists; expected a new or an empty folder"), whole_folder(path):
+        with pytest.raises(fg.FormatError, match="exists; expected a new or an empty folder"), atomic_folder(path):
             pass
-    with pytest.raises(fg.FormatError, match="cannot write"), whole_folder(target / "a" / "b"):
+    with pytest.raises(fg.FormatError, match="cannot write"), atomic_folder(target / "a" / "b"):
         pass
     assert (target / "a").read_text() == "one"
 

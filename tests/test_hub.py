@@ -14,8 +14,8 @@ import yaml
 from markdown_it import MarkdownIt
 
 import fgsteer as fg
-from fgsteer.errors.escaping import markdown
-from fgsteer.evaluation.bench.records import Run
+from fgsteer.errors.escaping import escape_markdown
+from fgsteer.evaluation.runs.records import Run
 from fgsteer.hub import card
 from tests.helpers.errors import chain
 from tests.helpers.hub import COMMIT, TOKEN, Hub
@@ -140,7 +140,7 @@ def test_no_name_writes_the_card(vector, measured):
         judged = Run({**run.header, "plan": {"judge": {"name": name}}}, run.records)
         found = read(card(hostile, points, judged))
         assert found[0] == {key: value for key, value in head.items() if key != "base_model"}
-        assert found[1] == [markdown(name) or "Steering vector", *headings[1:]]
+        assert found[1] == [escape_markdown(name) or "Steering vector", *headings[1:]]
         assert found[2:] == ("…", code, provenance)
 
 

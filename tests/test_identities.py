@@ -15,10 +15,10 @@ from torch import nn
 import fgsteer as fg
 from fgsteer.evaluation.bench.run_files import strengths_path
 from fgsteer.models import fingerprints as identities
-from fgsteer.models.fingerprints import made_of, tokenizer_sha256, weights_sha256
+from fgsteer.models.fingerprints import run_fingerprint, tokenizer_sha256, weights_sha256
 from fgsteer.storage.files import read_tensors
 from fgsteer.storage.json_files import read_json, write_json
-from fgsteer.storage.plans import check_same
+from fgsteer.storage.plans import check_same_plan
 from tests.helpers.resumable import (
     PARTS,
     RUNS,
@@ -109,7 +109,7 @@ def test_how_a_model_computes_counts_and_its_name_does_not(llama):
     other.config.use_cache = not other.config.use_cache
     assert identities._config_sha256(other) == identities._config_sha256(llama)
     tokenizer = word_tokenizer()
-    assert identities.made_of(other, tokenizer) == identities.made_of(llama, tokenizer)
+    assert identities.run_fingerprint(other, tokenizer) == identities.run_fingerprint(llama, tokenizer)
     other.config.rms_norm_eps *= 10
     assert identities._config_sha256(other) != identities._config_sha256(llama)
 
@@ -161,21 +161,21 @@ def test_a_slow_tokenizers_files_count(tmp_path):
 def test_differences_are_told_short_and_exact():
     kept = {"versions": {"torch": "2.12"}, "weights": "a" * 64, "prompts": ["x", "y" * 100 + "1"], "plan": {"n": [1]}}
     now = {"versions": {"torch": "2.13"}, "weights": "b" * 64, "prompts": ["x", "y" * 100 + "2"], "plan": {"n": [1, 2]}}
-    check_same("run", kept, kept)
+    check_same_plan("run", kept, kept)
     with pytest.raises(fg.PairingError) as told:
-        check_same("run", kept, now)
+        check_same_plan("run", kept, now)
     for words in ("versions.torch was 2.12 and is 2.13", f"weights was {'a' * 12} and is {'b' * 12}",
                   "prompts[1] was …yyyyyyyyyyyyyyyyyyyy1 and is …yyyyyyyyyyyyyyyyyyyy2", "plan.n was [1] and is [1, 2]",
                   "fresh=True"):  # fmt: skip
         assert words in str(told.value)
     for old in ({"plan": {}}, [], None, "x"):
         with pytest.raises(fg.PairingError, match="of an earlier version"):
-            check_same("run", old, now)
+            check_same_plan("run", old, now)
     many = {f"n{n}": n for n in range(9)}
     with pytest.raises(fg.PairingError, match=r"n3 was 3 and is null, and 5 more"):
-        check_same("run", {**kept, **many}, kept)
+        check_same_plan("run", {**kept, **many}, kept)
     with pytest.raises(fg.PairingError) as told:
-        check_same("run", {**kept, "a\x1b[2J": "\x1b]0;x\x07"}, kept)
+        check_same_plan("run", {**kept, "a\x1b[2J": "\x1b]0;x\x07"}, kept)
     assert str(told.value).isprintable()
 
 
@@ -357,7 +357,7 @@ def test_a_plan_that_is_damaged_is_not_started_over(llama, tokenizer, tmp_path):
 
 
 def test_what_a_run_is_made_of_is_plain_json(llama, tokenizer):
-    found = made_of(llama, tokenizer)
+    found = run_fingerprint(llama, tokenizer)
     assert json.loads(json.dumps(found)) == found
     assert found["model"]["dtype"] == "float32"
     assert found["versions"]["torch"] == ".".join(torch.__version__.split(".")[:2])
@@ -366,6 +366,6 @@ def test_what_a_run_is_made_of_is_plain_json(llama, tokenizer):
 def test_texts_that_differ_are_told_as_they_are_on_one_line():
     kept = {"versions": {}, "prompts": ["At dawn", "Now"], "text": "one\nline"}
     with pytest.raises(fg.PairingError) as caught:
-        check_same("run", kept, {**kept, "prompts": ["At dawn", "Now", "Then"], "text": "one\nword"})
+        check_same_plan("run", kept, {**kept, "prompts": ["At dawn", "Now", "Then"], "text": "one\nword"})
     assert 'prompts was ["At dawn", "Now"] and is ["At dawn", "Now", "Then"]' in str(caught.value)
     assert r"text was one\nline and is one\nword" in str(caught.value)

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save, save_file
 import fgsteer as fg
 from fgsteer.data.corpora import read_documents
 from fgsteer.evaluation.bench.run_files import line, read_arms
+from fgsteer.evaluation.judges.chat_client import completion
 from fgsteer.evaluation.judges.endpoint import AnswerCache
-from fgsteer.evaluation.judges.requests import completion
 from fgsteer.export import gguf
 from fgsteer.models.embedded import pretrained_dir
 from fgsteer.serving.served import read_served, save_clamp
 from fgsteer.storage import files, json_files
-from fgsteer.storage.parts import Parts
+from fgsteer.storage.shards import Shards
 from tests.helpers import runs
 from tests.helpers.sae_files import config_of, folder_of, state_of
 from tests.helpers.saes import make_sae
@@ -131,7 +131,7 @@ def test_shipped_files_load():
 
 def test_a_flip_in_a_part_is_refused(tmp_path):
     """Resuming takes no part that is not what was written."""
-    parts = Parts(tmp_path, "x", {"p": 1})
+    parts = Shards(tmp_path, "x", {"p": 1})
 
     def values():
         return [

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 import fgsteer as fg
-from fgsteer.activations.batches import Batch, batches
-from fgsteer.activations.prefixes import _reads, arrange_for, group, shared_batches
+from fgsteer.activations.batches import Batch, batch_rows
+from fgsteer.activations.prefixes import _reads, batch_rows_by_prefix, choose_batching, group
 from fgsteer.activations.tokens import TokenRow
 from fgsteer.models.hookpoints import blocks_of, resolve
 from tests.helpers.examples import LONG
@@ -123,7 +123,7 @@ def test_every_family_equals_one_text_at_a_time(family, tokenizer):
         pytest.skip("before 5.20 their scan in chunks itself differs by 1e-4 with the padding after a text")
     model = model_of(family)
     unknown = family in HYBRIDS or family in ODD_FAMILIES
-    assert arrange_for(model) is (batches if unknown else shared_batches)
+    assert choose_batching(model) is (batch_rows if unknown else batch_rows_by_prefix)
     check(model, tokenizer, family, [("all", False), ("last", False)])
 
 
@@ -172,7 +172,7 @@ def test_answers_to_a_prompt_cost_half(llama, tokenizer):
 
 
 def test_pairs_meet_although_windows_are_short(llama, tokenizer, monkeypatch):
-    monkeypatch.setattr("fgsteer.activations.tokens.WINDOW", 4)
+    monkeypatch.setattr("fgsteer.activations.tokens.TEXTS_PER_CHUNK", 4)
     data = [fg.ContrastPair("A", "B", f"{word} {LONG}") for word in LONG.split()[:10]]
     shared, _ = tokens_run(llama, tokenizer, data)
     apart, _ = tokens_run(llama, tokenizer, data, share_prefixes=False)
@@ -199,7 +199,7 @@ def test_batches_hold_every_row_once_and_keep_the_bound(drawn, batch_tokens, ran
         ids = [*range(kind * 20, kind * 20 + 3 * kind), *tail]
         rows.append(TokenRow(ids, sorted(random.sample(range(len(ids)), random.randint(1, len(ids)))), index))
     seen = []
-    for batch in shared_batches(rows, batch_tokens=batch_tokens, pad_id=99, device="cpu"):
+    for batch in batch_rows_by_prefix(rows, batch_tokens=batch_tokens, pad_id=99, device="cpu"):
         seen += [row.index for row in batch.rows]
         if isinstance(batch, Batch):
             assert batch.ids.numel() <= batch_tokens or len(batch.rows) == 1
@@ -244,18 +244,18 @@ def test_steered_reading_is_not_shared(scope, llama, tokenizer):
     item = vector(1, layer=0).add(4.0, scope=scope)
     compiled: Any = torch.compile(llama, backend="eager")
     with fg.steer(llama, item):
-        assert arrange_for(llama) is batches
-        assert arrange_for(compiled) is batches  # whose generate the block does not set
-    assert arrange_for(llama) is arrange_for(compiled) is shared_batches
+        assert choose_batching(llama) is batch_rows
+        assert choose_batching(compiled) is batch_rows  # whose generate the block does not set
+    assert choose_batching(llama) is choose_batching(compiled) is batch_rows_by_prefix
 
 
 def test_models_where_it_might_not_hold_are_not_shared():
     other, rotary = copy.deepcopy(model_of("llama")), copy.deepcopy(model_of("llama"))
     for block in blocks_of(other):
         block.__class__ = type("OtherDecoderLayer", (type(block),), {})
-    assert arrange_for(other) is batches
+    assert choose_batching(other) is batch_rows
     rotary.model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    assert arrange_for(rotary) is batches
+    assert choose_batching(rotary) is batch_rows
 
 
 MEMORY = """

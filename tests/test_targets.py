@@ -20,36 +20,36 @@ import typer
 
 import fgsteer as fg
 from fgsteer.cli import outputs
-from fgsteer.evaluation.bench.plots import save_each
 from fgsteer.evaluation.judges.endpoint import AnswerCache
-from fgsteer.storage import atomic, files
-from fgsteer.storage.parts import Parts
+from fgsteer.evaluation.runs.plots import save_each
+from fgsteer.storage import atomic, json_files
+from fgsteer.storage.shards import Shards
 from tests.helpers.cli import app
 
 AT = "blocks.1.hook_resid_post"
 
 
 def write_folder(path):
-    with files.whole_folder(path) as beside:
+    with atomic.atomic_folder(path) as beside:
         (beside / "a").write_text("new")
 
 
 def write_page(path):
-    with files.whole(path) as beside:
+    with atomic.atomic_write(path) as beside:
         beside.write_text("new")
 
 
 WRITERS = {
     "page": write_page,
     "vector": lambda path: fg.SteeringVector(torch.ones(4), AT).save(path),
-    "json": lambda path: files.write_json(path, [1]),
-    "append": lambda path: files.append_bytes(path, b"new"),
+    "json": lambda path: json_files.write_json(path, [1]),
+    "append": lambda path: atomic.append_bytes(path, b"new"),
     "answers": lambda path: AnswerCache(path).add("key", 7),
 }
 FOLDERS = {
     "folder": write_folder,
     "vector's folder": lambda path: fg.SteeringVector(torch.ones(4), AT).save_pretrained(path),
-    "parts": lambda path: Parts(path, "x", {}),
+    "parts": lambda path: Shards(path, "x", {}),
     "pictures": lambda path: save_each([], path),
 }
 
@@ -127,7 +127,7 @@ def test_a_link_is_followed(name, tmp_path):
 def test_an_empty_folder_behind_a_link_is_taken(tmp_path):
     (tmp_path / "target").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to("target")
-    with atomic.whole_folder(tmp_path / "link") as beside:
+    with atomic.atomic_folder(tmp_path / "link") as beside:
         assert stat.S_IMODE(beside.stat().st_mode) == 0o700
         (beside / "a").write_text("new")
     assert (tmp_path / "link").is_symlink()
@@ -154,7 +154,7 @@ def test_a_private_file_is_never_open_to_others_while_it_is_replaced(tmp_path):
     path = tmp_path / "target"
     path.write_text("secret")
     path.chmod(0o600)
-    with atomic.whole(path) as beside:
+    with atomic.atomic_write(path) as beside:
         assert stat.S_IMODE(beside.stat().st_mode) == 0o600
         beside.write_text("new")
 
@@ -167,7 +167,7 @@ def test_new_files_have_what_the_umask_leaves(umask, tmp_path, monkeypatch):
         for name, write in WRITERS.items():
             write(tmp_path / name)
             assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
-        with atomic.whole_folder(tmp_path / "folder") as beside:
+        with atomic.atomic_folder(tmp_path / "folder") as beside:
             (beside / "inner").mkdir()
             (beside / "inner" / "a").touch(mode=0o600)
         modes = [stat.S_IMODE((tmp_path / "folder" / name).stat().st_mode) for name in ("", "inner", "inner/a")]
@@ -193,7 +193,7 @@ def test_what_is_read_only_is_refused(tmp_path):
 
 
 @contextlib.contextmanager
-def writing(path, how="whole"):
+def writing(path, how="atomic_write"):
     """Another process that has begun to write, and is killed before it ends."""
     read, write = os.pipe()
     pid = os.fork()
@@ -215,7 +215,7 @@ def writing(path, how="whole"):
 def test_only_what_a_dead_writer_left_goes(tmp_path, monkeypatch):
     """However old it looks: a clock that is two hours off, or a write that takes a day, is no reason."""
     page, folder = tmp_path / "page", tmp_path / "folder"
-    with writing(page), writing(folder, "whole_folder"):
+    with writing(page), writing(folder, "atomic_folder"):
         beside = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
         assert len(beside) == 3
         for path in beside:
@@ -238,7 +238,7 @@ def test_writers_of_one_file_do_not_take_each_others(tmp_path):
     def work(n):
         try:
             for number in range(60):
-                with atomic.whole(tmp_path / "page") as beside:
+                with atomic.atomic_write(tmp_path / "page") as beside:
                     beside.write_text(f"{n} {number}")
         except BaseException as error:
             errors.append(error)

@@ -131,13 +131,13 @@ def test_hostile_statistics_density_and_effects_are_typed_errors(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    from fgsteer.storage.atomic import whole
+    from fgsteer.storage.atomic import atomic_write
 
     path = tmp_path / "f"
     path.write_text("old")
 
     def fail():
-        with whole(path) as beside:
+        with atomic_write(path) as beside:
             beside.write_text("half")
             raise RuntimeError
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fgsteer.saes.sae import SAE
 
-from fgsteer.activations.prompt_ends import prompt_ends
+from fgsteer.activations.prompt_ends import note_prompt_ends
 from fgsteer.activations.recording import record
 
 # padded tokens in a batch by default; on a CPU few enough for its caches: 1.3 to 1.6 times as fast
@@ -48,7 +48,7 @@ class Batch:
     @property
     def starts(self) -> Bool[Tensor, "batch tokens"]:
         """The special tokens that stand before the texts, of which ``bos`` decides."""
-        return mark([range(row.start) for row in self.rows], self.ids.shape[1]).to(self.ids.device)
+        return mask_of([range(row.start) for row in self.rows], self.ids.shape[1]).to(self.ids.device)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -65,16 +65,16 @@ def record_batch(
     model: nn.Module, batch: Batch, hookpoints: Iterable[Hookpoint]
 ) -> dict[Hookpoint, Float[Tensor, "batch tokens d_model"]]:
     """``record`` of a batch of texts, for ``steer`` blocks around it too: its prompts end where they do."""
-    with prompt_ends(model, [row.prompt_length for row in batch.rows]):
+    with note_prompt_ends(model, [row.prompt_length for row in batch.rows]):
         return record(model, batch.ids, batch.attention, hookpoints)
 
 
-def usual_batch_tokens(device: torch.device) -> int:
+def default_batch_tokens(device: torch.device) -> int:
     """Padded tokens in a batch where nothing is said of it."""
     return CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS
 
 
-def mark(places: Sequence[Sequence[int]], width: int) -> Bool[Tensor, "rows width"]:
+def mask_of(places: Sequence[Sequence[int]], width: int) -> Bool[Tensor, "rows width"]:
     """A mask that is true at the given places of each row."""
     mask = torch.zeros(len(places), width, dtype=torch.bool)
     owner = torch.tensor([number for number, row in enumerate(places) for _ in row], dtype=torch.long)
@@ -82,7 +82,9 @@ def mark(places: Sequence[Sequence[int]], width: int) -> Bool[Tensor, "rows widt
     return mask
 
 
-def batches(rows: Sequence[TokenRow], *, batch_tokens: int, pad_id: int, device: torch.device | str) -> Iterator[Batch]:
+def batch_rows(
+    rows: Sequence[TokenRow], *, batch_tokens: int, pad_id: int, device: torch.device | str
+) -> Iterator[Batch]:
     """Right-padded batches of at most ``batch_tokens`` padded tokens (one row at least), longest first."""
     start = len(rows)
     while start:
@@ -90,22 +92,22 @@ def batches(rows: Sequence[TokenRow], *, batch_tokens: int, pad_id: int, device:
         size = max(1, batch_tokens // max(1, longest))
         chosen = rows[max(0, start - size) : start]
         start -= len(chosen)
-        selected = mark([row.selected for row in chosen], longest)
+        selected = mask_of([row.selected for row in chosen], longest)
         yield Batch(*pad([row.ids for row in chosen], pad_id), selected, chosen).to(device)
 
 
-def text_batches(
+def batch_texts(
     model: nn.Module,
     reader: TokenReader,
     texts: Iterable[Triple],
     *,
     batch_tokens: int | None = None,
     first: int = 0,
-    arrange: Callable[..., Iterator[Any]] = batches,
+    arrange: Callable[..., Iterator[Any]] = batch_rows,
 ) -> Iterator[Any]:
     """Batches of (prompt, completion, positive), numbered from ``first``, on the model's input device.
 
-    ``batch_tokens`` None takes what suits the device. ``arrange`` makes batches of a window's rows: ``batches``
+    ``batch_tokens`` None takes what suits the device. ``arrange`` makes batches of a window's rows: ``batch_rows``
     by default, or ``prefixes.shared_batches``.
     """
     pad_id = reader.tokenizer.pad_token_id
@@ -113,12 +115,12 @@ def text_batches(
     device = input_device(model)
     if batch_tokens is not None and batch_tokens < 1:
         raise DataError(f"batch_tokens = {batch_tokens}", "at least 1, or None for what suits the device")
-    batch_tokens = batch_tokens or usual_batch_tokens(device)
+    batch_tokens = batch_tokens or default_batch_tokens(device)
     for rows in reader.rows(texts, first):
         yield from arrange(rows, batch_tokens=batch_tokens, pad_id=pad_id, device=device)
 
 
-def corpus_batches(
+def batch_corpus(
     model: nn.Module,
     reader: TokenReader,
     texts: Iterable[str],
@@ -130,7 +132,7 @@ def corpus_batches(
     """Batches of plain texts with what the SAE reads there and the SAE beside it, in float32."""
     at, local = sae.input_hookpoint, sae
     triples = (("", text, True) for text in texts)
-    for batch in text_batches(model, reader, triples, batch_tokens=batch_tokens, first=first):
+    for batch in batch_texts(model, reader, triples, batch_tokens=batch_tokens, first=first):
         values = record_batch(model, batch, [at])[at]
         if local.W_enc.device != values.device or local.W_enc.dtype != torch.float32:
             local = sae.to(values.device, torch.float32)

@@ -24,7 +24,7 @@ Either = Batch | SharedBatch
 _WORDS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
 
-def in_parts(batches: Iterable[Either], read: Callable[[Either], T]) -> Iterator[tuple[Either, T]]:
+def map_with_oom_backoff(batches: Iterable[Either], read: Callable[[Either], T]) -> Iterator[tuple[Either, T]]:
     """Each batch with what ``read`` gives for it; from the first that memory does not suffice for, in halves.
 
     Warns FgsteerWarning once. Raises DataError naming a text that does not fit alone.

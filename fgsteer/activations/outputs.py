@@ -10,7 +10,7 @@ from torch import Tensor
 from fgsteer.errors import HookpointError
 
 
-def primary(output: Any) -> Tensor:
+def hidden_states_of(output: Any) -> Tensor:
     """The hidden states of a module output: a tensor, or the first entry of a tuple or list. Raises HookpointError."""
     hidden = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden, Tensor):
@@ -18,14 +18,14 @@ def primary(output: Any) -> Tensor:
     return hidden
 
 
-def with_primary(output: Any, hidden: Tensor) -> Any:
+def replace_hidden_states(output: Any, hidden: Tensor) -> Any:
     """The same module output with other hidden states."""
     if isinstance(output, list):
         return [hidden, *output[1:]]
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def by_token(hidden: Tensor, batch: int, length: int) -> Float[Tensor, "batch tokens width"]:
+def reshape_by_token(hidden: Tensor, batch: int, length: int) -> Float[Tensor, "batch tokens width"]:
     """Hidden states as (batch, tokens, width), also of modules that flatten batch and tokens (OPT's fc2).
 
     Raises HookpointError when there is not one vector a token, or tokens come before rows.

@@ -20,7 +20,7 @@ ENCODE_ELEMENTS = 1 << 24  # feature activations held at once: bounds memory, no
 
 
 @dataclass(frozen=True, eq=False)
-class Reads:
+class PoolingIndex:
     """Which of the activations kept (n, width) each text reads: text ``owner[i]`` reads row ``source[i]``, for all i.
 
     Without ``source`` it reads row i. Every text reads one at least; several may read the same.
@@ -31,7 +31,7 @@ class Reads:
     source: Int[Tensor, " reads"] | None = None
 
     @classmethod
-    def of(cls, selected: Bool[Tensor, "batch tokens"]) -> Reads:
+    def from_mask(cls, selected: Bool[Tensor, "batch tokens"]) -> PoolingIndex:
         """Reads of ``activations[selected]``, where each text reads its own row of the mask."""
         return cls(len(selected), selected.nonzero()[:, 0])
 
@@ -40,14 +40,14 @@ class Reads:
         return total / torch.bincount(self.owner, minlength=self.texts).to(total)[:, None]
 
 
-def pool(values: Float[Tensor, "n width"], reads: Reads) -> Float[Tensor, "texts width"]:
+def pool(values: Float[Tensor, "n width"], reads: PoolingIndex) -> Float[Tensor, "texts width"]:
     """Mean over what each text reads of activations (n, width), in float32."""
     rows = values.float() if reads.source is None else values.float()[reads.source.to(values.device)]
     total = torch.zeros(reads.texts, values.shape[1], device=values.device)
     return reads.mean(total.index_add_(0, reads.owner.to(values.device), rows))
 
 
-def pool_features(sae: SAE, values: Float[Tensor, "n d_model"], reads: Reads) -> Float[Tensor, "texts d_sae"]:
+def pool_features(sae: SAE, values: Float[Tensor, "n d_model"], reads: PoolingIndex) -> Float[Tensor, "texts d_sae"]:
     """Mean over what each text reads of ``sae.encode``, each of the activations (n, d_model) encoded once."""
     owner = reads.owner.to(values.device)
     source = None if reads.source is None else reads.source.to(values.device)

@@ -17,15 +17,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from fgsteer.activations.batches import Batch, batches, mark, record_batch
-from fgsteer.activations.pooling import Reads
+from fgsteer.activations.batches import Batch, batch_rows, mask_of, record_batch
+from fgsteer.activations.pooling import PoolingIndex
 from fgsteer.activations.recording import record
 from fgsteer.activations.tokens import TokenRow, pad
+from fgsteer.models.claims import is_claimed
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, is_known
 from fgsteer.models.properties import virtual_tokens
-from fgsteer.models.threads import is_claimed
 
-PAYS = 0.25  # share of a window's tokens that must be saved: two passes cost more than one of as many tokens
+MIN_SAVED_SHARE = 0.25  # share of a window's tokens that must be saved: two passes cost more than one of as many tokens
 _BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that differ with the length of the longest row
 
 
@@ -97,17 +97,17 @@ def group(rows: Iterable[TokenRow]) -> list[Group]:
     return groups
 
 
-def shared_batches(
+def batch_rows_by_prefix(
     rows: Sequence[TokenRow], *, batch_tokens: int, pad_id: int, device: torch.device | str
 ) -> Iterator[Batch | SharedBatch]:
-    """Batches as ``batches`` makes them, but rows that share a prefix together, where a quarter of the tokens is saved.
+    """Batches as of ``batch_rows``, but rows that share a prefix together, where a quarter of the tokens is saved.
 
     The tokens that are run are at most ``batch_tokens``, and those that would be if nothing were shared, which
     the cache has room for, at most twice as many.
     """
     groups = [part for whole in group(rows) for part in _parts(whole, batch_tokens)]
     alone = [g.rows[0] for g in groups if not g.saved]
-    if sum(g.saved for g in groups) < PAYS * sum(len(row.ids) for row in rows):
+    if sum(g.saved for g in groups) < MIN_SAVED_SHARE * sum(len(row.ids) for row in rows):
         groups, alone = [], list(rows)
     chosen: list[Group] = []
     for one in sorted((g for g in groups if g.saved), key=lambda g: g.longest, reverse=True):
@@ -118,7 +118,7 @@ def shared_batches(
     if chosen:
         yield _shared_batch(chosen, pad_id, device)
     alone.sort(key=lambda row: (len(row.ids), row.index))
-    yield from batches(alone, batch_tokens=batch_tokens, pad_id=pad_id, device=device)
+    yield from batch_rows(alone, batch_tokens=batch_tokens, pad_id=pad_id, device=device)
 
 
 def _fit(groups: Sequence[Group], batch_tokens: int) -> bool:
@@ -144,8 +144,8 @@ def _shared_batch(groups: Sequence[Group], pad_id: int, device: torch.device | s
     tails = pad([row.ids[shared:] for _, shared, row in numbered], pad_id)
     # places are counted from where the prefix ends: one below 0 is in it, and indexes it from its end
     places = [[t - shared for t in row.selected] for _, shared, row in numbered]
-    seen = mark([[t for t in place if t < 0] for place in places], heads[0].shape[1])
-    read_after = mark([[t for t in place if t >= 0] for place in places], tails[0].shape[1])
+    seen = mask_of([[t for t in place if t < 0] for place in places], heads[0].shape[1])
+    read_after = mask_of([[t for t in place if t >= 0] for place in places], tails[0].shape[1])
     by_any = torch.zeros_like(heads[0]).index_add_(0, prefix_of, seen.long()) > 0
     return SharedBatch(
         Batch(*heads, by_any, [g.rows[0] for g in groups]).to(device),
@@ -157,14 +157,14 @@ def _shared_batch(groups: Sequence[Group], pad_id: int, device: torch.device | s
 
 def read(
     model: nn.Module, batch: Batch | SharedBatch, hookpoints: Iterable[Hookpoint]
-) -> tuple[dict[Hookpoint, Float[Tensor, "n width"]], Reads]:
+) -> tuple[dict[Hookpoint, Float[Tensor, "n width"]], PoolingIndex]:
     """Activations (n, width) of the tokens that a batch reads, each once, and which text reads which.
 
     Raises and warns as ``record`` does.
     """
     if isinstance(batch, Batch):
         acts = record_batch(model, batch, hookpoints)
-        return {at: h[batch.selected.to(h.device)] for at, h in acts.items()}, Reads.of(batch.selected)
+        return {at: h[batch.selected.to(h.device)] for at, h in acts.items()}, PoolingIndex.from_mask(batch.selected)
     from transformers import DynamicCache
 
     first, rest = batch.prefixes, batch.rest
@@ -179,7 +179,7 @@ def read(
     return {at: torch.cat([part[at] for part in parts]) for at in after}, _reads(batch)
 
 
-def _reads(batch: SharedBatch) -> Reads:
+def _reads(batch: SharedBatch) -> PoolingIndex:
     """Who reads what of the prefixes' selected tokens, then of the rest's."""
     selected = batch.prefixes.selected
     number = selected.flatten().cumsum(0).view(selected.shape) - 1
@@ -187,11 +187,11 @@ def _reads(batch: SharedBatch) -> Reads:
     own = batch.rest.selected.nonzero()[:, 0]
     following = torch.arange(len(own), device=own.device) + selected.sum()
     source = torch.cat([number[batch.prefix_of[owner], place], following])
-    return Reads(len(batch.rows), torch.cat([owner, own]), source)
+    return PoolingIndex(len(batch.rows), torch.cat([owner, own]), source)
 
 
-def arrange_for(model: nn.Module) -> Callable[..., Iterator[Batch | SharedBatch]]:
-    """``shared_batches`` where a cached prefix changes nothing but speed, else ``batches``.
+def choose_batching(model: nn.Module) -> Callable[..., Iterator[Batch | SharedBatch]]:
+    """``batch_rows_by_prefix`` where a cached prefix changes nothing but speed, else ``batch_rows``.
 
     That is in blocks that ``resolve`` knows, without rotary embeddings that depend on the batch, and
     outside ``steer``, whose scopes tell a prompt by its first pass.
@@ -199,4 +199,4 @@ def arrange_for(model: nn.Module) -> Callable[..., Iterator[Batch | SharedBatch]
     rotary = str(getattr(decoder_of(model).config, "rope_parameters", ""))
     by_length = any(kind in rotary for kind in _BY_LENGTH)
     plain = is_known(model) and not by_length and not virtual_tokens(model)
-    return shared_batches if plain and not is_claimed(model) else batches
+    return batch_rows_by_prefix if plain and not is_claimed(model) else batch_rows

@@ -16,18 +16,18 @@ from fgsteer.models.properties import input_device
 _ends: dict[tuple[int, int], Tensor] = {}  # by decoder and thread: where prompts end in the passes that run now
 
 
-def ends_key(model: nn.Module) -> tuple[int, int]:
+def pass_key(model: nn.Module) -> tuple[int, int]:
     """What tells passes of this model in this thread from all others."""
     return id(decoder_of(model)), threading.get_ident()
 
 
 @contextmanager
-def prompt_ends(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
+def note_prompt_ends(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
     """Forward passes over prompts and completions at once, for every ``steer`` block on the model around or inside.
 
     ``lengths``, one a row of the batch: the columns, padding included, before its first completion token.
     """
-    key = ends_key(model)
+    key = pass_key(model)
     before, _ends[key] = _ends.get(key), torch.tensor(lengths, device=input_device(model))
     try:
         yield
@@ -38,6 +38,6 @@ def prompt_ends(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
             _ends[key] = before
 
 
-def running_ends(key: tuple[int, int]) -> Int[Tensor, " batch"] | None:
-    """What ``prompt_ends`` says of the pass that runs now, None outside of it."""
+def noted_prompt_ends(key: tuple[int, int]) -> Int[Tensor, " batch"] | None:
+    """What ``note_prompt_ends`` says of the pass that runs now, None outside of it."""
     return _ends.get(key)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 
-from fgsteer.activations.outputs import by_token, primary
+from fgsteer.activations.outputs import hidden_states_of, reshape_by_token
 
 
 class _Reached(Exception):  # noqa: N818
@@ -66,7 +66,7 @@ def record(
         batch, length = ids.shape
         if value.numel() == batch * (virtual + length) * value.shape[-1]:  # not those of a prefix, which are in a cache
             length += virtual
-        found[hookpoint] = by_token(value, batch, length)[:, -ids.shape[1] :]
+        found[hookpoint] = reshape_by_token(value, batch, length)[:, -ids.shape[1] :]
         if len(found) == len(wanted):
             raise _Reached
         found[hookpoint] = found[hookpoint].clone()  # the pass goes on, and Falcon adds to its MLP's output in place
@@ -85,7 +85,7 @@ def record(
             else:
 
                 def after(_: nn.Module, __: tuple[Any, ...], output: Any, at: Hookpoint = hookpoint) -> None:
-                    keep(at, primary(output))
+                    keep(at, hidden_states_of(output))
 
                 handle = module.register_forward_hook(after)
             stack.callback(handle.remove)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 TokenRule = Literal["all", "last", "answer", "letter", "tail"] | int
 Triple = tuple[Text, Text, bool]  # prompt, completion, and whether it is a positive
 T = TypeVar("T")
-WINDOW = 1024  # texts tokenised and sorted by length together: bounds memory, not results
+TEXTS_PER_CHUNK = 1024  # texts tokenised and sorted by length together: bounds memory, not results
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Spans:
     tail: int
 
 
-def windows(items: Iterable[T]) -> Iterator[list[T]]:
-    """Lists of WINDOW items, the last of what is left."""
+def split_into_chunks(items: Iterable[T]) -> Iterator[list[T]]:
+    """Lists of TEXTS_PER_CHUNK items, the last of what is left."""
     rest = iter(items)
-    while window := list(islice(rest, WINDOW)):
+    while window := list(islice(rest, TEXTS_PER_CHUNK)):
         yield window
 
 
@@ -274,7 +274,7 @@ class TokenReader:
 
         Raises DataError naming the text.
         """
-        for window in windows(enumerate(texts, first)):
+        for window in split_into_chunks(enumerate(texts, first)):
             rendered = [self._rendered(index, prompt, completion) for index, (prompt, completion, _) in window]
             rows = []
             for (index, (_, _, positive)), text, spans in zip(

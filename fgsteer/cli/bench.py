@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.app import app
+from fgsteer.cli.choices import completion
 from fgsteer.cli.loading import ModelOptions, check_device, documents, load_model, load_sae, sae_name
 from fgsteer.cli.options import (
     SEEDS,
@@ -28,7 +29,7 @@ from fgsteer.cli.options import (
 from fgsteer.cli.printing import console, progress_bar, say, show
 from fgsteer.cli.values import fillable, finite, parse_settings
 from fgsteer.errors import DataError
-from fgsteer.errors.limits import MOST
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import count
 from fgsteer.storage.ranks import Ranks
 from fgsteer.storage.targets import make_folder
@@ -53,7 +54,13 @@ def bench(
     concept: Annotated[
         list[str] | None, typer.Option(help="A contrast set, shipped or a file; default: all shipped ones.")
     ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="A method; default: all that the SAEs allow.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A method to measure, of {bench methods}; default: all that the SAEs allow.",
+            autocompletion=completion("bench methods"),
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two concepts, six methods, few samples.")] = False,
     model: ModelOption = "default",
     sae: SaeOption = None,
@@ -71,21 +78,21 @@ def bench(
         float | None, typer.Option(callback=finite, help="The cost of these at which methods are compared.")
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Prompts a half: intervals are over these.")
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Prompts a half: intervals are over these.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, max=MOST, help="Seeds a half, of every prompt.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT, help="Seeds a half, of every prompt.")] = None,
     own_prompts: Annotated[
         Path | None, typer.Option("--prompts-from", help="File of prompts of your own; a half of them chooses.")
     ] = None,
     neutral: Annotated[Path | None, typer.Option(help="File of texts that cost is measured on.")] = None,
     field: FieldOption = "text",
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens a text.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT, help="Tokens a text.")] = None,
     seed: Annotated[int | None, typer.Option(**SEEDS, help="Of all samples.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A method's parameter, such as fgaa.n_positive=8.")
     ] = None,
     engine: Annotated[str, typer.Option(help=f"{', '.join(ENGINES)}: what generates, or spreads the work.")] = "hf",
-    workers: Annotated[int, typer.Option(min=1, max=MOST, help="Processes of --engine ray.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Processes of --engine ray.")] = 2,
     engine_settings: Annotated[
         list[str] | None, typer.Option("--engine-set", help="An argument of vllm.LLM, such as max_model_len=512.")
     ] = None,
@@ -182,15 +189,15 @@ def _contrasts(concepts: Iterable[str]) -> list[Any]:
 
 def _run(bench: Any, path: Path, progress: Any, spread: Any, fresh: bool) -> bool:
     """Write the records, by ``spread`` where it is given; whether this process is the one that reports."""
-    from fgsteer.evaluation.bench import shared
+    from fgsteer.evaluation.bench import distributors
 
     command = " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]]))
     if spread is not None:
-        shared.check_parts(bench, path, bench.plan.concepts, fresh=fresh)
-        spread(bench.plan.concepts, shared.parts_folder(path), command, progress)
-        shared.join(bench, path, command)
-    elif Ranks.here().world > 1:
-        return shared.run_shared(bench, path, command, progress=progress, fresh=fresh)
+        distributors.check_parts(bench, path, bench.plan.concepts, fresh=fresh)
+        spread(bench.plan.concepts, distributors.parts_folder(path), command, progress)
+        distributors.join(bench, path, command)
+    elif Ranks.from_env().world > 1:
+        return distributors.run_shared(bench, path, command, progress=progress, fresh=fresh)
     else:
         bench.run(path, command, progress=progress, fresh=fresh)
     return True
@@ -198,7 +205,7 @@ def _run(bench: Any, path: Path, progress: Any, spread: Any, fresh: bool) -> boo
 
 def _by_ray(make: Any, workers: int, concepts: Any, folder: Path, command: str, progress: Any) -> None:
     """Every concept's records, by Ray's workers."""
-    from fgsteer.evaluation.bench.shared import with_ray
+    from fgsteer.evaluation.bench.distributors import with_ray
 
     with_ray(make, concepts, folder, workers=workers, command=command, progress=progress)
 
@@ -206,13 +213,13 @@ def _by_ray(make: Any, workers: int, concepts: Any, folder: Path, command: str, 
 def _report(bench: Any, out: Path) -> dict[str, Any]:
     """Write table, page and pictures of the records; what is told of them."""
     import fgsteer as fg
-    from fgsteer.evaluation.bench.plots import save_all
-    from fgsteer.evaluation.bench.report import markdown
-    from fgsteer.storage.atomic import whole
+    from fgsteer.evaluation.runs.plots import save_all
+    from fgsteer.evaluation.runs.report import markdown
+    from fgsteer.storage.atomic import atomic_write
 
     run = fg.load_run(out / "bench.jsonl")
     table = markdown(run)
-    with whole(out / "table.md") as beside:
+    with atomic_write(out / "table.md") as beside:
         beside.write_text(table, encoding="utf-8")
     layers = sorted(bench.saes)
     read = partial(fg.seen_features, bench.model, bench.tokenizer, bench.saes[layers[len(layers) // 2]])
@@ -225,7 +232,7 @@ def check_engine(engine: str, workers: int) -> None:
     """Raises DataError for an engine that is unknown, or beside torchrun."""
     if engine not in ENGINES:
         raise DataError(f"--engine {engine}", ", ".join(ENGINES))
-    if engine != "hf" and Ranks.here().world > 1:
+    if engine != "hf" and Ranks.from_env().world > 1:
         raise DataError(f"--engine {engine} under torchrun", "one of the two", "start the command alone")
 
 
@@ -243,8 +250,9 @@ def make_bench(
 ) -> Any:
     """The benchmark of the options. Raises DataError for a plan that cannot be run."""
     import fgsteer as fg
-    from fgsteer.evaluation.bench.conditions import BENCH_METHODS, NEEDS_EFFECTS
-    from fgsteer.evaluation.bench.shared import begun_design
+    from fgsteer.evaluation.bench.conditions import bench_methods
+    from fgsteer.evaluation.bench.distributors import begun_design
+    from fgsteer.methods import spec
 
     name, ids = sae_name(sae[0], model.name), sae[1]
     check_device(model.device, model.dtype)
@@ -254,8 +262,9 @@ def make_bench(
     fits = [fg.load_effects(source) for source in effects or (["default"] if name == "default" and not ids else [])]
     by_layer = {one.hookpoint.layer: one for one in saes}
     fitted = {fit.hookpoint.layer: fit for fit in fits}
-    layers = {m: tuple(n for n in sorted(by_layer) if m not in NEEDS_EFFECTS or n in fitted) for m in BENCH_METHODS}
-    chosen: dict[str, Any] = {"methods": BENCH_METHODS, "layers": layers}
+    methods = bench_methods()
+    layers = {m: tuple(n for n in sorted(by_layer) if spec(m).needs != "effects" or n in fitted) for m in methods}
+    chosen: dict[str, Any] = {"methods": methods, "layers": layers}
     chosen |= QUICK if quick else {}
     chosen["methods"] = tuple(m for m in chosen["methods"] if layers[m])
     chosen |= ({} if fresh else begun_design(out / "bench.jsonl")) | given
@@ -300,7 +309,7 @@ def _judged(contrasts: list[Any], name: str | None, url: str | None, out: Path) 
     if name in ("embedding", "keyword"):
         parted = [contrast.hold_out() for contrast in contrasts]
         for before, after in zip(contrasts, parted, strict=True):
-            if before is not after and not Ranks.here().rank:
+            if before is not after and not Ranks.from_env().rank:
                 told = (
                     f"{before.name} has no held_out part: every third text builds no vector, the judge learns from it"
                 )

@@ -27,7 +27,7 @@ from fgsteer.cli.options import (
 from fgsteer.cli.printing import progress_bar, say, show
 from fgsteer.cli.values import hookpoints, token_rule
 from fgsteer.errors import DataError
-from fgsteer.errors.limits import MOST
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import count
 from fgsteer.storage.ranks import Ranks
 
@@ -48,7 +48,9 @@ def collect(
     prepend_bos: PrependBosOption = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option("--max-tokens", min=1, max=MOST, help="Tokens read of each text. Default: the model's window."),
+        typer.Option(
+            "--max-tokens", min=1, max=MAX_COUNT, help="Tokens read of each text. Default: the model's window."
+        ),
     ] = None,
     pooled: Annotated[
         bool, typer.Option("--pooled/--no-pooled", help="Keep every text's mean activations, for fgsteer diagnose.")
@@ -95,7 +97,7 @@ def collect(
             fresh=fresh,
             progress=progress,
         )
-    if not Ranks.here().rank:
+    if not Ranks.from_env().rank:
         stats.save(out)
     told = {"out": str(out), "hookpoints": [str(at) for at in stats.residual], "data": [dict(d) for d in stats.data]}
     show(told, as_json, _print_collected)

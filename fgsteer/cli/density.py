@@ -77,7 +77,7 @@ def density(
             fresh=fresh,
             progress=progress,
         )
-    if not Ranks.here().rank:
+    if not Ranks.from_env().rank:
         measured.save(out)
     shares = measured.density
     told = {

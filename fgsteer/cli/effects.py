@@ -27,7 +27,7 @@ from fgsteer.cli.options import (
 from fgsteer.cli.printing import progress_bar, say, show
 from fgsteer.cli.values import fillable, finite
 from fgsteer.errors import DataError
-from fgsteer.errors.limits import MOST
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import count
 from fgsteer.storage.ranks import Ranks
 
@@ -39,7 +39,7 @@ def effects(
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     vectors: Annotated[
-        int | None, typer.Option(min=20, max=MOST, help="Decoder rows to measure, drawn by seed; default: all.")
+        int | None, typer.Option(min=20, max=MAX_COUNT, help="Decoder rows to measure, drawn by seed; default: all.")
     ] = None,
     rows_of: Annotated[str | None, typer.Option("--rows-of", help="Another SAE whose decoder rows to measure.")] = None,
     rows_of_id: Annotated[str | None, typer.Option("--rows-of-id", help="Its id within a sae-lens release.")] = None,
@@ -48,17 +48,19 @@ def effects(
         Path | None, typer.Option(help="File of texts that set the strength; default: shipped neutral.")
     ] = None,
     field: FieldOption = "text",
-    n_texts: Annotated[int, typer.Option(min=1, max=MOST, help="How many of the texts to use.")] = 8,
-    rollouts: Annotated[int, typer.Option(min=2, max=MOST, help="Continuations of each prompt per vector; even.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of each continuation.")] = 32,
+    n_texts: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="How many of the texts to use.")] = 8,
+    rollouts: Annotated[
+        int, typer.Option(min=2, max=MAX_COUNT, help="Continuations of each prompt per vector; even.")
+    ] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Tokens of each continuation.")] = 32,
     temperature: Annotated[float, typer.Option(callback=finite, help="Of sampling.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=1, max=MOST, help="Of sampling.")] = 50,
+    top_k: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Of sampling.")] = 50,
     top_p: Annotated[float, typer.Option(callback=finite, help="Of sampling; 0.3 in SAE-TS.")] = 0.3,
     ce_rise: Annotated[
         float, typer.Option(callback=finite, help="Nats a token that each vector may cost the texts.")
     ] = 0.5,
     seed: Annotated[int, typer.Option(**SEEDS, help="Seed of vectors and sampling.")] = 0,
-    rows: Annotated[int, typer.Option(min=1, max=MOST, help="Sequences in a forward pass.")] = 512,
+    rows: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Sequences in a forward pass.")] = 512,
     work: Annotated[
         Path | None,
         typer.Option(callback=fillable, help="Folder of measured parts, to go on from; default: OUT.parts."),
@@ -110,7 +112,7 @@ def effects(
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
-    if not Ranks.here().rank:
+    if not Ranks.from_env().rank:
         measured.save(out)
     show({"out": str(out), **measured.about}, as_json, _print_effects)
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fgsteer.cli.app import HELP_LISTS, app
+from fgsteer.cli.app import app
+from fgsteer.cli.choices import completion
 from fgsteer.cli.loading import ModelOptions, check_device, interventions, load_model, load_sae, load_vectors, model_of
 from fgsteer.cli.options import (
     CoefficientOption,
@@ -24,27 +25,13 @@ from fgsteer.cli.options import (
 from fgsteer.cli.printing import say, show
 from fgsteer.cli.values import parse_settings, unused, writable
 from fgsteer.errors import DataError
-from fgsteer.export import ExportInputs, spec, specs
-
-
-def export_names() -> list[str]:
-    """The names of all exports, for help and for shell completion."""
-    return [row.name for row in specs()]
-
-
-HELP_LISTS["exports"] = lambda: ", ".join(export_names())
-HELP_LISTS["what exports write"] = lambda: "\b\n" + "\n".join(f"{row.name:<12} {row.writes}" for row in specs())
-HELP_LISTS["export options"] = lambda: "; ".join(
-    f"{row.name}: {', '.join(f'{option.name} ({option.summary})' for option in row.options)}"
-    for row in specs()
-    if row.options
-)
+from fgsteer.export import ExportInputs, spec
 
 
 @app.command()
 def export(
     vectors: Annotated[list[Path], typer.Argument(help="Vectors by fgsteer build, to apply together.")],
-    to: Annotated[str, typer.Option("--to", autocompletion=export_names, help="One of {exports}.")],
+    to: Annotated[str, typer.Option("--to", autocompletion=completion("exports"), help="One of {exports}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file, or the new folder, to write.")],
     coefficient: CoefficientOption = None,
     operation: OperationOption = "add",

@@ -24,7 +24,7 @@ from fgsteer.cli.options import (
 from fgsteer.cli.printing import console, say, show
 from fgsteer.cli.values import check_unicode, writable
 from fgsteer.errors import DataError
-from fgsteer.errors.limits import MOST
+from fgsteer.errors.limits import MAX_COUNT
 
 
 @app.command()
@@ -42,7 +42,7 @@ def features(
     labels: Annotated[Path | None, typer.Option(help="Labels: a Neuronpedia export or its folder.")] = None,
     html: Annotated[Path | None, typer.Option(callback=writable, help="Write feature cards as one HTML page.")] = None,
     top: Annotated[
-        int, typer.Option(min=1, max=MOST, help="How many features, by absolute weight or by --search's score.")
+        int, typer.Option(min=1, max=MAX_COUNT, help="How many features, by absolute weight or by --search's score.")
     ] = 20,
     model: ModelOption = "default",
     sae: SaeOption = None,

@@ -24,7 +24,7 @@ from fgsteer.cli.options import (
 from fgsteer.cli.printing import console, show
 from fgsteer.cli.values import finite
 from fgsteer.errors import DataError
-from fgsteer.errors.limits import MOST
+from fgsteer.errors.limits import MAX_COUNT
 
 
 @app.command()
@@ -35,7 +35,7 @@ def generate(
     operation: OperationOption = "add",
     scope: ScopeOption = "all",
     model: ModelOption = "default",
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to generate.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Tokens to generate.")] = 48,
     temperature: Annotated[float, typer.Option(min=0, callback=finite, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(**SEEDS, help="Seed for sampling.")] = 0,
     chat: Annotated[

@@ -61,14 +61,14 @@ def _is_shipped(name: str) -> bool:
 @contextlib.contextmanager
 def lock_output(output: Path, command: str) -> Iterator[None]:
     """A block in which no other process writes the output of a command, a file or a folder. Raises BusyError."""
-    from fgsteer.storage.locks import held
+    from fgsteer.storage.locks import exclusive_lock
 
     main_file = MAIN_FILES.get(command, "")
     is_new_folder = bool(main_file) and not output.exists()
     if is_new_folder:
         make_folder(output)
     try:
-        with held(output / main_file):
+        with exclusive_lock(output / main_file):
             yield
     finally:
         if is_new_folder:

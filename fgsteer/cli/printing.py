@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fgsteer.errors import escaping
-from fgsteer.errors.escaping import escaped
+from fgsteer.errors.escaping import escape_text
 from fgsteer.storage.ranks import Ranks
 
 
@@ -21,7 +21,7 @@ def prepare_streams() -> None:
 
 def say(text: str = "", *, err: bool = False) -> None:
     """Print a line, of an error to standard error; control characters in it come out as escapes."""
-    print(escaped(text), file=sys.stderr if err else sys.stdout, flush=True)
+    print(escape_text(text), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def json_text(value: object, indent: int | None = None) -> str:
@@ -36,7 +36,7 @@ def json_text(value: object, indent: int | None = None) -> str:
 
 def show(value: Any, as_json: bool, text: Callable[[Any], None]) -> None:
     """Print a result as JSON or for a reader; of several processes, the first does."""
-    if Ranks.here().rank:
+    if Ranks.from_env().rank:
         return
     if as_json:
         say(json_text(value))
@@ -52,7 +52,7 @@ def console(**options: Any) -> Any:
     class Screen(Console):
         def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
             for text, style, control in super().render(renderable, options):
-                yield Segment(text if control else escaped(text), style, control)
+                yield Segment(text if control else escape_text(text), style, control)
 
     return Screen(highlight=False, markup=False, emoji=False, **options)
 
@@ -62,7 +62,7 @@ def progress_bar(what: str, total: int | None, as_json: bool) -> Iterator[Callab
     """A progress bar on standard error; the block gets a function to report how many are done (and of how many)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    quiet = as_json or Ranks.here().rank > 0
+    quiet = as_json or Ranks.from_env().rank > 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task(what, total=total)

@@ -10,7 +10,7 @@ from fgsteer.cli.app import app
 from fgsteer.cli.options import JsonOption
 from fgsteer.cli.printing import say, show
 from fgsteer.errors import DataError
-from fgsteer.errors.limits import MOST
+from fgsteer.errors.limits import MAX_COUNT
 
 
 @app.command()
@@ -19,7 +19,7 @@ def saes(
         str | None, typer.Option("--model", "-m", help="Only SAEs of this model, or part of its name.")
     ] = None,
     layer: Annotated[
-        int | None, typer.Option("--layer", min=0, max=MOST, help="Only SAEs of this 0-based layer.")
+        int | None, typer.Option("--layer", min=0, max=MAX_COUNT, help="Only SAEs of this 0-based layer.")
     ] = None,
     search: Annotated[str, typer.Option("--search", help="Words that release, id or hookpoint must have.")] = "",
     as_json: JsonOption = False,

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from fgsteer.errors import DataError
-from fgsteer.storage.targets import file_target, folder_target, new_folder
+from fgsteer.storage.targets import file_target, folder_target, new_folder_target
 
 TOKEN_RULES = ("all", "last", "answer", "letter", "tail")
 
@@ -26,7 +26,7 @@ def writable(path: Path | None) -> Path | None:
 
 def unused(path: Path) -> Path:
     """The path, if a new folder can be written there. Raises FormatError."""
-    new_folder(path)
+    new_folder_target(path)
     return path
 
 

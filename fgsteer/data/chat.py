@@ -17,7 +17,7 @@ Message = Mapping[str, str]
 Text = str | Sequence[Message]
 
 
-def whole_text(text: str, where: str) -> str:
+def check_unicode(text: str, where: str) -> str:
     """The text. Raises DataError for one that holds half a character, as bytes of another encoding become."""
     try:
         text.encode()
@@ -41,7 +41,7 @@ def plain_message(message: object, where: str) -> Message:
         message = {**message, "content": "".join(_text_part(part, where) for part in content)}
     elif not isinstance(content, str):
         raise DataError(f"{where}: {message!r:.200}", expected)
-    whole_text(message["role"] + message["content"], where)
+    check_unicode(message["role"] + message["content"], where)
     return message
 
 

@@ -18,12 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fgsteer.data.chat import Text, plain_message, whole_text
-from fgsteer.data.conversations import after_prompt, separate, split
+from fgsteer.data.chat import Text, check_unicode, plain_message
+from fgsteer.data.conversations import after_prompt, separate, split_prompt
 from fgsteer.data.corpora import file_kind, read_rows
 from fgsteer.errors import DataError, FormatError
-from fgsteer.errors.checks import shown
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.checks import describe_value
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.storage.json_files import read_json, text_sha256
 
@@ -45,7 +45,7 @@ def check_text(value: object, where: str, *, empty: bool = False) -> Text:
     if isinstance(value, str):
         if not value.strip() and not empty:
             raise DataError(f"{where} is empty", "a text or chat messages")
-        return whole_text(value, where)
+        return check_unicode(value, where)
     if isinstance(value, Sequence) and (value or empty):
         return [plain_message(message, f"{where}, message {number}") for number, message in enumerate(value)]
     hint = "put the message into a list: [message]" if isinstance(value, Mapping) and "role" in value else ""
@@ -53,7 +53,7 @@ def check_text(value: object, where: str, *, empty: bool = False) -> Text:
 
 
 @dataclass(frozen=True, repr=False)
-class ContrastPair(Brief):
+class ContrastPair(OneLineRepr):
     """Two completions of one prompt, with and without the behavior.
 
     Each of ``positive``, ``negative`` and ``prompt`` is a string or a list of chat
@@ -74,7 +74,7 @@ class ContrastPair(Brief):
 
 
 @dataclass(frozen=True, repr=False)
-class ContrastSet(Brief):
+class ContrastSet(OneLineRepr):
     """Texts with and without a behavior: ``pairs``, or ``positives`` and ``negatives``, or both.
 
     The two sides need not be of equal size. ``held_out`` is a set of the same behavior
@@ -114,7 +114,7 @@ class ContrastSet(Brief):
         for pair in self.pairs:
             yield after_prompt(pair.prompt, pair.positive if positive else pair.negative)
         for text in self.positives if positive else self.negatives:
-            yield split(text)
+            yield split_prompt(text)
 
     def count(self, positive: bool) -> int:
         """Number of texts of one side."""
@@ -283,7 +283,7 @@ def as_contrast(contrast: Contrastable) -> ContrastSet:
         return _two_sided(contrast, "contrast", "the contrast")
     if not isinstance(contrast, Iterable):
         raise DataError(
-            f"contrast is {shown(contrast)}",
+            f"contrast is {describe_value(contrast)}",
             'a ContrastSet, a name, a path, {"positive": [...], "negative": [...]}, or a list of pairs',
         )
     return ContrastSet(
@@ -300,5 +300,6 @@ def _as_pair(entry: object, where: str) -> ContrastPair:
     if isinstance(entry, Mapping):
         return _row_pair(entry, where)
     raise DataError(
-        f"{where} is {shown(entry)}", 'a ContrastPair, {"positive": text, "negative": text}, or (positive, negative)'
+        f"{where} is {describe_value(entry)}",
+        'a ContrastPair, {"positive": text, "negative": text}, or (positive, negative)',
     )

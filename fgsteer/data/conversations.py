@@ -12,7 +12,7 @@ from fgsteer.data.chat import Message, Text
 from fgsteer.errors import DataError
 
 
-def split(text: Text) -> tuple[Text, Text]:
+def split_prompt(text: Text) -> tuple[Text, Text]:
     """(prompt, completion): of a conversation what comes before its last assistant's message, and that message on.
 
     A string, and a conversation without such a message or with nothing before it, has the prompt "".
@@ -29,7 +29,7 @@ def after_prompt(prompt: Text, text: Text) -> tuple[Text, Text]:
     """(prompt, completion) of a completion that may bring turns of its own before its assistant's message."""
     if isinstance(text, str) or text[0]["role"] == "assistant":
         return prompt, text
-    head, tail = split(text)
+    head, tail = split_prompt(text)
     if not head:
         return prompt, text
     return [*_messages(prompt), *head], tail
@@ -94,7 +94,7 @@ def _beside_a_string(prompt: Text, positive: Text, negative: Text) -> tuple[Text
         if isinstance(side, str):
             sides.append([{"role": "assistant", "content": side}])
             continue
-        head, tail = ("", side) if side[0]["role"] == "assistant" else split(side)
+        head, tail = ("", side) if side[0]["role"] == "assistant" else split_prompt(side)
         if head and not _agree(_without_system(_messages(head)), _without_system(_messages(prompt))):
             raise DataError(
                 f"one completion with a prompt of its own, {_messages(head)[-1]['content']!r:.60}, beside a string",

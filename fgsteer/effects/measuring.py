@@ -20,22 +20,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.activations.batches import record_batch, text_batches
+from fgsteer.activations.batches import batch_texts, record_batch
 from fgsteer.activations.tokens import TokenReader, encode_prompts
 from fgsteer.effects.ridge import LinearMoments, best_ridge
 from fgsteer.effects.rollouts import Sampling, rollout_features
-from fgsteer.errors import DataError, FormatError, PairingError
-from fgsteer.errors.checks import check_range, is_whole
+from fgsteer.errors import DataError, PairingError
+from fgsteer.errors.checks import check_range, is_whole_number
 from fgsteer.interventions import Add
 from fgsteer.likelihood.calibration import calibrate_many
-from fgsteer.models.fingerprints import made_of
-from fgsteer.models.pairing import check_pairing, identity
+from fgsteer.models.fingerprints import run_fingerprint
+from fgsteer.models.pairing import check_pairing, model_identity
 from fgsteer.models.properties import context_window
 from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.saes.sae import SAE
-from fgsteer.storage.files import read_tensors, tensor_sha256, write_tensors
+from fgsteer.storage.files import damage_error, read_tensors, tensor_sha256, write_tensors
 from fgsteer.storage.json_files import text_sha256
-from fgsteer.storage.parts import Parts
+from fgsteer.storage.shards import Shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ def decoder_directions(sae: SAE, count: int | None = None, seed: int = 0) -> Flo
 
     Raises DataError for a count below 1, or a seed that torch does not take.
     """
-    if count is not None and (not is_whole(count) or count < 1):
+    if count is not None and (not is_whole_number(count) or count < 1):
         raise DataError(f"{count!r:.60} vectors", "at least one")
     check_range("seed", seed, -(2**63), 2**63 - 1, whole=True)
     rows = sae.W_dec.detach().to("cpu", torch.float32)
@@ -116,7 +116,7 @@ class Plan:
     def describe(self, model: PreTrainedModel, sae: SAE) -> dict[str, Any]:
         """The plan as plain JSON: two runs with equal descriptions measure the same thing."""
         return {
-            "model": {**identity(model), "dtype": str(model.dtype)},
+            "model": {**model_identity(model), "dtype": str(model.dtype)},
             "sae_sha256": sae.sha256,
             "vectors": [len(self.directions), tensor_sha256(self.directions)],
             "prompts": [len(self.prompts), text_sha256(list(self.prompts))],
@@ -144,8 +144,8 @@ class Plan:
         """
         for place in {sae.hookpoint, sae.input_hookpoint}:
             check_pairing(model, place, sae.d_model, sae.model_name, "SAE")
-        plan = {**self.describe(model, sae), **made_of(model, tokenizer), "sae": sae_identity(sae)}
-        parts = Parts(folder, "effects part", plan, fresh=fresh)
+        plan = {**self.describe(model, sae), **run_fingerprint(model, tokenizer), "sae": sae_identity(sae)}
+        parts = Shards(folder, "effects part", plan, fresh=fresh)
         starts = range(0, len(self.directions), self.size)
 
         @cache
@@ -171,7 +171,7 @@ class Plan:
 def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != shapes:
-        raise FormatError(f"{path} is damaged: it holds {found}", f"{shapes}", "delete it")
+        raise damage_error(path, f"it holds {found}", f"{shapes}", "delete it")
 
 
 class _Meter:
@@ -183,7 +183,7 @@ class _Meter:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         sae: SAE,
-        parts: Parts,
+        parts: Shards,
     ) -> None:
         self.plan, self.model, self.tokenizer = plan, model, tokenizer
         self.place = sae.hookpoint
@@ -240,7 +240,7 @@ def typical_norm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sae
     norms = []
     triples = (("", text, True) for text in texts)
     reader = TokenReader(tokenizer, prepend_bos=sae.prepend_bos, window=context_window(model))
-    for batch in text_batches(model, reader, triples, batch_tokens=4096):
+    for batch in batch_texts(model, reader, triples, batch_tokens=4096):
         values = record_batch(model, batch, [sae.hookpoint])[sae.hookpoint]
         norms.append(values[batch.selected.to(values.device)].float().norm(dim=-1).cpu())
     return float(torch.cat(norms).median())

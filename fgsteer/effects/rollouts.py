@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgsteer.activations.pooling import Reads, pool_features
+from fgsteer.activations.pooling import PoolingIndex, pool_features
 from fgsteer.activations.recording import record
 from fgsteer.errors.checks import check_range
-from fgsteer.errors.limits import MOST
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions import Intervention
 from fgsteer.models.properties import check_window, input_device
 from fgsteer.saes.sae import SAE
@@ -46,9 +46,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_range("max_new_tokens", self.max_new_tokens, 1, MOST, whole=True)
+        check_range("max_new_tokens", self.max_new_tokens, 1, MAX_COUNT, whole=True)
         check_range("temperature", self.temperature, LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)
-        check_range("top_k", self.top_k, 1, MOST, whole=True)
+        check_range("top_k", self.top_k, 1, MAX_COUNT, whole=True)
         check_range("top_p", self.top_p, 1e-20, 1)
         check_range("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
 
@@ -151,5 +151,5 @@ def rollout_features(
     new = order >= length - how.max_new_tokens
     values = record(model, ids.gather(1, order), mask.gather(1, order), [sae.input_hookpoint])[sae.input_hookpoint]
     local = sae if sae.W_enc.device == values.device else sae.to(values.device)
-    pooled = pool_features(local, values[new.to(values.device)], Reads.of(new))
+    pooled = pool_features(local, values[new.to(values.device)], PoolingIndex.from_mask(new))
     return pooled.view(len(steering), -1, sae.d_sae).mean(1)

@@ -22,7 +22,7 @@ An error says what was expected, what came, the likely cause, and what to change
 
 from __future__ import annotations
 
-from fgsteer.errors.escaping import escaped
+from fgsteer.errors.escaping import escape_text
 
 
 class FgsteerError(Exception):
@@ -45,7 +45,7 @@ class FgsteerError(Exception):
         super().__init__(message)
 
     def __str__(self) -> str:
-        return escaped(super().__str__())  # names and texts in it may come from anywhere
+        return escape_text(super().__str__())  # names and texts in it may come from anywhere
 
 
 class ArgumentError(FgsteerError, TypeError):
@@ -96,7 +96,7 @@ class FgsteerWarning(UserWarning):
     """Base of every fgsteer warning."""
 
     def __str__(self) -> str:
-        return escaped(super().__str__())
+        return escape_text(super().__str__())
 
 
 class PairingWarning(FgsteerWarning):

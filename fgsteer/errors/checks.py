@@ -32,7 +32,7 @@ PACKAGE = str(Path(__file__).resolve().parents[1])
 _ON_THE_WAY = (PACKAGE, contextlib.__file__, no_grad.__file__)  # files of frames that no caller of this package wrote
 
 
-def is_whole(value: object) -> TypeGuard[int]:
+def is_whole_number(value: object) -> TypeGuard[int]:
     """Whether a value is an integer of Python, numpy or torch; True and False are not."""
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
         return False
@@ -58,25 +58,25 @@ def is_number(value: object) -> bool:
 def check_number(name: str, value: object) -> None:
     """Raises ArgumentError unless the value is one real number."""
     if not is_number(value):
-        raise ArgumentError(f"{name} = {shown(value)}", "a number")
+        raise ArgumentError(f"{name} = {describe_value(value)}", "a number")
 
 
 def check_range(name: str, value: object, least: int | float, most: int | float, *, whole: bool = False) -> None:
     """Raises ArgumentError unless the value is one number, or a ``whole`` one; DataError for one out of range."""
-    fits = is_whole(value) if whole else is_number(value)
+    fits = is_whole_number(value) if whole else is_number(value)
     if not fits or not least <= value <= most:  # type: ignore[operator]
         expected = f"a {'whole ' if whole else ''}number from {least} to {most}"
-        raise (DataError if fits else ArgumentError)(f"{name} = {shown(value)}", expected)
+        raise (DataError if fits else ArgumentError)(f"{name} = {describe_value(value)}", expected)
 
 
 def check_flags(**flags: object) -> None:
     """Raises ArgumentError, naming it, for a flag that is neither True nor False: the text "no" would count as true."""
     for name, value in flags.items():
         if not _KINDS["bool"].fits(value):
-            raise ArgumentError(f"{name} = {shown(value)}", "True or False")
+            raise ArgumentError(f"{name} = {describe_value(value)}", "True or False")
 
 
-def shown(value: object) -> str:
+def describe_value(value: object) -> str:
     """A value as messages show it: short ones with their type, of others the type."""
     name = type(value).__name__
     if value is None or isinstance(value, bool):
@@ -97,7 +97,7 @@ def as_tokenizer(value: Any) -> Any:
     for candidate in (value, getattr(value, "tokenizer", None)):
         if is_tokenizer(candidate):
             return candidate
-    raise ArgumentError(f"tokenizer is {shown(value)}", _KINDS["PreTrainedTokenizerBase"].expected, _TOKENIZER)
+    raise ArgumentError(f"tokenizer is {describe_value(value)}", _KINDS["PreTrainedTokenizerBase"].expected, _TOKENIZER)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ _TOKENIZER = "pass the tokenizer that fg.load_model returns beside the model, or
 _KINDS: dict[str, _Kind] = {
     "None": _Kind(lambda value: value is None, "None"),
     "bool": _Kind(lambda value: isinstance(value, bool), "True or False"),
-    "int": _Kind(lambda value: is_whole(value) and abs(int(value)) < 2**63, "a whole number"),
+    "int": _Kind(lambda value: is_whole_number(value) and abs(int(value)) < 2**63, "a whole number"),
     "float": _Kind(is_number, "a number"),
     "str": _Kind(lambda value: isinstance(value, str), "a text"),
     "Path": _Kind(lambda value: isinstance(value, Path), "a path"),
@@ -174,7 +174,9 @@ def _misfit(parameter: inspect.Parameter, value: object) -> ArgumentError | None
     if any(kind.fits(value) for kind in kinds):
         return None
     obtain = "; ".join(kind.obtain for kind in kinds if kind.obtain)
-    return ArgumentError(f"{parameter.name} is {shown(value)}", " or ".join(kind.expected for kind in kinds), obtain)
+    return ArgumentError(
+        f"{parameter.name} is {describe_value(value)}", " or ".join(kind.expected for kind in kinds), obtain
+    )
 
 
 def _order(name: str, parameters: Sequence[inspect.Parameter]) -> str:

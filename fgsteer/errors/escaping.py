@@ -24,7 +24,7 @@ _PART = 12  # characters of a secret that tell too much
 _SHORTEST = 4  # of what is a secret at all: servers without keys are given an "x"
 
 
-def escaped(text: str, keep: str = "\n\t") -> str:
+def escape_text(text: str, keep: str = "\n\t") -> str:
     """The text with control, direction and invisible characters as escapes, such as \\x1b, but those to keep."""
 
     def escape(found: re.Match[str]) -> str:
@@ -47,21 +47,21 @@ def _acts(character: str) -> bool:
     return unicodedata.category(character) in _ACTING and character not in _JOINERS
 
 
-def markdown(text: object) -> str:
+def escape_markdown(text: object) -> str:
     """Text as one line of Markdown that means nothing but itself, in a paragraph, a heading or a table."""
-    return _PUNCTUATION.sub(r"\\\1", " ".join(escaped(str(text)).split()))
+    return _PUNCTUATION.sub(r"\\\1", " ".join(escape_text(str(text)).split()))
 
 
 def markdown_code(text: object) -> str:
     """Text as a code span of Markdown, on one line."""
-    line = escaped(str(text), keep="") or " "
+    line = escape_text(str(text), keep="") or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     ends = line[0] + line[-1]
     pad = " " if "`" in ends or (ends == "  " and line.strip(" ")) else ""  # one is taken off where both ends have one
     return f"{fence}{pad}{line}{pad}{fence}"
 
 
-def without(secret: str, text: str) -> str:
+def redact(secret: str, text: str) -> str:
     """The text without a secret: cut out, or the text withheld where it holds a part of it or hides it in an escape.
 
     Escapes are those of JSON, URLs and HTML, and base64. What is shorter than 4 characters is no secret.

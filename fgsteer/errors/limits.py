@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-MOST = 2**31 - 1
+MAX_COUNT = 2**31 - 1
 """The largest number of tokens, texts, rows or anything else that is counted."""

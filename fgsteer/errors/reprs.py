@@ -1,7 +1,7 @@
 """One-line reprs of what holds tensors, texts or many entries.
 
 @dataclass(frozen=True, repr=False)
-class Moments(Brief): ...              Moments(count=20, mean=float64 (576,), …)
+class Moments(OneLineRepr): ...              Moments(count=20, mean=float64 (576,), …)
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 LENGTH = 240  # characters of a repr, about; what comes after is left out
 TEXT = 40  # characters of a text in it
-FEW = 3  # entries of a collection that are shown
+MAX_SHOWN_ENTRIES = 3  # entries of a collection that are shown
 
 
-class Brief:
+class OneLineRepr:
     """A dataclass whose repr is one short line: its fields but those at their default, tensors by dtype and shape."""
 
     __slots__ = ()
@@ -25,14 +25,14 @@ class Brief:
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if field.repr and not _is_default(field, value):
-                shown.append(f"{field.name}={brief(value)}")
+                shown.append(f"{field.name}={short_repr(value)}")
             if sum(map(len, shown)) > LENGTH - 2 * TEXT:
                 shown.append("…")
                 break
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-def brief(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value in some tens of characters, on one line."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
@@ -52,8 +52,8 @@ def brief(value: Any) -> str:
 def _entries(value: Mapping[Any, Any] | Sequence[Any] | Set[Any]) -> str:
     """A collection: its entries where they are few and plain, else their number."""
     mapped, text = isinstance(value, Mapping), ""
-    if len(value) <= FEW and all(isinstance(entry, str | int | float | None) for entry in _flat(value)):
-        told = [f"{k!r}: {brief(v)}" for k, v in value.items()] if mapped else [brief(v) for v in value]  # type: ignore[union-attr]
+    if len(value) <= MAX_SHOWN_ENTRIES and all(isinstance(entry, str | int | float | None) for entry in _flat(value)):
+        told = [f"{k!r}: {short_repr(v)}" for k, v in value.items()] if mapped else [short_repr(v) for v in value]  # type: ignore[union-attr]
         text = ", ".join(told)
     left, right = ("{", "}") if mapped else ("(", ")")
     number = f"{len(value)} {'entry' if len(value) == 1 else 'entries'}"

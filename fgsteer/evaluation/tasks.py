@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.activations.prompt_ends import prompt_ends
+from fgsteer.activations.prompt_ends import note_prompt_ends
 from fgsteer.activations.tokens import pad
 from fgsteer.errors import DataError, JudgeError
 from fgsteer.errors.checks import checked
@@ -125,7 +125,7 @@ def _score(
     """Log-probabilities of the last ``counts`` next tokens of each row of ids, of which the last one is not fed."""
     ids, mask = pad(inputs, 0)
     device = input_device(model)
-    with prompt_ends(model, [len(row) + 1 - count for row, count in zip(inputs, counts, strict=True)]):
+    with note_prompt_ends(model, [len(row) + 1 - count for row, count in zip(inputs, counts, strict=True)]):
         logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     logits = logits[:, -ids.shape[1] :]  # without those of virtual tokens
     return [

@@ -13,8 +13,8 @@ from fgsteer.export.folding import fold
 from fgsteer.export.requirements import Interventions, listed
 from fgsteer.export.table import ExportInputs
 from fgsteer.interventions import Intervention
-from fgsteer.storage.atomic import whole_folder
-from fgsteer.storage.targets import new_folder
+from fgsteer.storage.atomic import atomic_folder
+from fgsteer.storage.targets import new_folder_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,11 +44,11 @@ def write(
         FormatError: The folder is not free or cannot be written.
         SteeringError, HookpointError, PairingError: As ``fold`` raises them.
     """
-    new_folder(folder)
+    new_folder_target(folder)
     if tokenizer is not None:
         tokenizer = _as_saved(tokenizer, model)
     folded = fold(model, listed(interventions), copy=copy)
-    with whole_folder(folder) as beside:
+    with atomic_folder(folder) as beside:
         folded.save_pretrained(beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
@@ -57,7 +57,7 @@ def write(
 
 def export(interventions: Sequence[Intervention], path: Path, inputs: ExportInputs) -> list[Path]:
     """The exporter of the table of exports: ``write`` into the model that is loaded."""
-    new_folder(path)
+    new_folder_target(path)
     model, tokenizer = inputs.load_model()
     write(interventions, path, model, tokenizer, copy=False)
     return [path]

@@ -27,7 +27,7 @@ from fgsteer.export.requirements import Interventions, block_output, every_token
 from fgsteer.export.table import ExportInputs
 from fgsteer.interventions import Add, Intervention
 from fgsteer.models.hookpoints import Hookpoint
-from fgsteer.storage.atomic import whole
+from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.files import tensor_sha256
 from fgsteer.storage.json_files import parse_json, text_sha256
 from fgsteer.vector import SteeringVector
@@ -125,7 +125,7 @@ def write_directions(
         parts.append(data + bytes(-len(data) % ALIGNMENT))
         offset += len(parts[-1])
     head = MAGIC + struct.pack("<IQQ", VERSION, len(rows), len(metadata)) + b"".join(metadata) + infos
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(head + bytes(-len(head) % ALIGNMENT) + b"".join(parts))
 
 

@@ -22,7 +22,7 @@ from fgsteer.export.table import ExportInputs
 from fgsteer.interventions import Ablate, Add, Affine, Clamp, Intervention
 from fgsteer.models.hookpoints import Hookpoint, resolve
 from fgsteer.models.pairing import check_pairing
-from fgsteer.storage.atomic import whole
+from fgsteer.storage.atomic import atomic_write
 
 ENGINE = "lm-eval's steered model"
 
@@ -65,7 +65,7 @@ def write(interventions: Interventions, path: str | Path, model: nn.Module) -> N
         config[name] = {"head_index": None, **_operation(item)}
     buffer = io.BytesIO()
     torch.save(config, buffer)  # in memory first: torch words a full disk in its own way
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(buffer.getvalue())
 
 

@@ -13,8 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fgsteer.errors.escaping import escaped
-from fgsteer.storage.atomic import whole
+from fgsteer.errors.escaping import escape_text
+from fgsteer.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,7 +108,7 @@ def whole_page(heading: str, above: str, main: str, more_style: str = "") -> str
 
 def write_page(path: str | Path, heading: str, rows: Sequence[FeatureRow], notes: Iterable[str] = ()) -> None:
     """Write ``html_page`` whole."""
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(html_page(heading, rows, notes).encode("utf-8", "replace"))
 
 
@@ -132,7 +132,7 @@ def _card(row: FeatureRow) -> str:
 
 
 def _text(text: str) -> str:
-    return escape(escaped(text, keep=""))
+    return escape(escape_text(text, keep=""))
 
 
 def _excerpt(excerpt: Excerpt, largest: float) -> str:

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fgsteer.activations.batches import Batch, corpus_batches, corpus_reader
+from fgsteer.activations.batches import Batch, batch_corpus, corpus_reader
 from fgsteer.activations.pooling import row_groups
-from fgsteer.activations.tokens import WINDOW, windows
+from fgsteer.activations.tokens import TEXTS_PER_CHUNK, split_into_chunks
 from fgsteer.data.corpora import as_documents
 from fgsteer.errors.checks import checked_after
-from fgsteer.models.fingerprints import made_of
+from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.storage.json_files import text_sha256
-from fgsteer.storage.parts import Parts
+from fgsteer.storage.shards import Shards
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,23 +61,23 @@ def measure_density(
     reader = corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos)
 
     def count(number: int, window: Sequence[str]) -> dict[str, Tensor]:
-        first = number * WINDOW
-        read = corpus_batches(model, reader, window, sae, batch_tokens=batch_tokens, first=first)
+        first = number * TEXTS_PER_CHUNK
+        read = batch_corpus(model, reader, window, sae, batch_tokens=batch_tokens, first=first)
         return _count(read, sae.d_sae, None if progress is None or work else lambda done: progress(first + done))
 
     if work is None:
-        found: Iterable[Mapping[str, Tensor]] = (count(*numbered) for numbered in enumerate(windows(strings)))
+        found: Iterable[Mapping[str, Tensor]] = (count(*numbered) for numbered in enumerate(split_into_chunks(strings)))
     else:
-        plan = {**made_of(model, tokenizer), "sae": sae_identity(sae)}
+        plan = {**run_fingerprint(model, tokenizer), "sae": sae_identity(sae)}
         options = {"batch_tokens": batch_tokens, "max_tokens": max_tokens, "prepend_bos": reader.prepend_bos}
-        parts = Parts(work, "counted texts", {**plan, **options}, fresh=fresh)
-        told = None if progress is None else lambda parts_done: progress(parts_done * WINDOW)
-        found = parts.each(windows(strings), count, text_sha256, told)
+        parts = Shards(work, "counted texts", {**plan, **options}, fresh=fresh)
+        told = None if progress is None else lambda parts_done: progress(parts_done * TEXTS_PER_CHUNK)
+        found = parts.each(split_into_chunks(strings), count, text_sha256, told)
     total = {**dict.fromkeys(COUNTS, torch.zeros(sae.d_sae, dtype=torch.float64)), "tokens": torch.tensor(0)}
     with reader:
         for number, counts in enumerate(found):
             if {name: part.shape for name, part in counts.items()} != {name: x.shape for name, x in total.items()}:
-                raise parts.damaged(number, f"it holds {', '.join(counts)}")
+                raise parts.damage_error(number, f"it holds {', '.join(counts)}")
             total = {name: so_far + counts[name] for name, so_far in total.items()}
     fired, documents, first = (total[name] for name in COUNTS)
     return FeatureDensity(fired, documents, first, int(total["tokens"]), sae.sha256, corpus=corpus or {})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fgsteer.data.corpora import as_documents
 from fgsteer.errors import DataError, SelectionError
-from fgsteer.errors.checks import checked_after, is_whole, shown
+from fgsteer.errors.checks import checked_after, describe_value, is_whole_number
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,7 +62,7 @@ def measure_examples(
     Raises DataError for a text without a token or activations that are not finite, PairingError for
     an SAE of another width, SelectionError for unknown features, or sizes below 1 (window: 0).
     """
-    from fgsteer.activations.batches import corpus_batches, corpus_reader
+    from fgsteer.activations.batches import batch_corpus, corpus_reader
     from fgsteer.activations.pooling import row_groups
 
     if not 1 <= top <= MOST_KEPT or not 0 <= window <= MOST_KEPT:
@@ -74,7 +74,7 @@ def measure_examples(
     done = 0
     best: _Best | None = None
     with corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos) as reader:
-        for batch, values, local in corpus_batches(model, reader, strings, sae, batch_tokens=batch_tokens):
+        for batch, values, local in batch_corpus(model, reader, strings, sae, batch_tokens=batch_tokens):
             best = best or _Best(len(chosen), top, window, values.device)
             text = (batch.selected & ~batch.starts).to(values.device)
             ids = batch.ids.to(values.device)
@@ -93,8 +93,8 @@ def measure_examples(
 
 def _ids(features: Sequence[int], sae: SAE) -> list[int]:
     """The feature ids, rising. Raises SelectionError for none, and for what is no id of the SAE's."""
-    if not features or any(not is_whole(j) or not 0 <= j < sae.d_sae for j in features):
-        listed = ", ".join(shown(j) for j in [*features][:5])
+    if not features or any(not is_whole_number(j) or not 0 <= j < sae.d_sae for j in features):
+        listed = ", ".join(describe_value(j) for j in [*features][:5])
         raise SelectionError(f"features {listed or 'none'}", f"ids 0 to {sae.d_sae - 1}")
     return sorted({int(j) for j in features})
 

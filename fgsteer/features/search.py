@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fgsteer.activations.batches import record_batch, text_batches
+from fgsteer.activations.batches import batch_texts, record_batch
 from fgsteer.activations.tokens import TokenReader
-from fgsteer.data.chat import whole_text
+from fgsteer.data.chat import check_unicode
+from fgsteer.display.tables import Cell, Table
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_range, checked_after
-from fgsteer.errors.limits import MOST
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.limits import MAX_COUNT
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.unembedding import logit_lens
 from fgsteer.saes.sae import SAE
 
@@ -38,12 +39,16 @@ FLOOR = 0.03  # a lower score is no hit: such features fire as much on any word
 
 
 @dataclass(frozen=True, repr=False)
-class FoundFeature(Brief):
+class FoundFeature(OneLineRepr):
     """A feature found for a word: id, score, and the reasons in words."""
 
     id: int
     score: float
     why: tuple[str, ...]
+
+    def cells(self) -> dict[str, Cell]:
+        """What a table shows of it."""
+        return {"feature": self.id, "score": float(self.score), "found because": "; ".join(self.why)}
 
 
 @checked_after(("word", "sae", "model", "tokenizer"))
@@ -55,7 +60,7 @@ def find_features(
     *,
     examples: FeatureExamples | None = None,
     top: int = 20,
-) -> list[FoundFeature]:
+) -> Table[FoundFeature]:
     """The features that have most to do with a word or phrase, best first; case does not matter.
 
     ``score = label + excerpts + fires + raises``. ``label``: 1 when the feature's label has the word,
@@ -72,10 +77,10 @@ def find_features(
     In scripts without case any occurrence of the word counts, else whole words.
     Raises DataError for an empty word, PairingError for excerpts of another SAE.
     """
-    check_range("top", top, 1, MOST, whole=True)
+    check_range("top", top, 1, MAX_COUNT, whole=True)
     if not word.strip():
         raise DataError("an empty word", "a word or phrase to search for")
-    word = " ".join(whole_text(word, "the word").split())
+    word = " ".join(check_unicode(word, "the word").split())
     patterns = (word_pattern(word), forms_pattern(word))
     evidence = [
         _labelled(patterns, sae.labels),
@@ -93,7 +98,7 @@ def find_features(
         )
         for feature in {feature for part in evidence for feature in part}
     ]
-    return sorted((f for f in found if f.score >= FLOOR), key=lambda f: (-f.score, f.id))[:top]
+    return Table(sorted((f for f in found if f.score >= FLOOR), key=lambda f: (-f.score, f.id))[:top])
 
 
 def _caseless(word: str) -> bool:
@@ -200,7 +205,7 @@ def _firing(
     triples = [(beginning, form, True) for form in forms for beginning in BEGINNINGS]
     acts = torch.zeros(len(triples), sae.d_sae)
     reader = TokenReader(tokenizer, rule="last", prepend_bos=sae.prepend_bos)
-    for batch in text_batches(model, reader, triples, batch_tokens=1024):
+    for batch in batch_texts(model, reader, triples, batch_tokens=1024):
         values = record_batch(model, batch, [sae.input_hookpoint])[sae.input_hookpoint]
         read = sae.encode(values[batch.selected.to(values.device)].to(sae.W_enc.device))
         acts[[row.index for row in batch.rows]] = read.float().cpu()

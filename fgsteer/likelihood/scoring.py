@@ -18,15 +18,15 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgsteer.activations.batches import Batch, text_batches, usual_batch_tokens
-from fgsteer.activations.prompt_ends import prompt_ends
+from fgsteer.activations.batches import Batch, batch_texts, default_batch_tokens
+from fgsteer.activations.prompt_ends import note_prompt_ends
 from fgsteer.activations.tokens import TokenReader
 from fgsteer.data.chat import Text
 from fgsteer.data.contrasts import check_text
-from fgsteer.data.conversations import split
+from fgsteer.data.conversations import split_prompt
 from fgsteer.errors import DataError, SteeringError
-from fgsteer.errors.checks import checked, shown
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.checks import checked, describe_value
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.interventions import Intervention
 from fgsteer.models.properties import context_window, input_device
 from fgsteer.steering.hooks import Steering, listed, steer
@@ -42,7 +42,7 @@ Scored = str | tuple[Text, Text]  # a text whose every token but the first is sc
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LogProbabilities(Brief):
+class LogProbabilities(OneLineRepr):
     """``sums (interventions, texts)``, nats, of the ``counts (texts,)`` scored tokens of each text; float64."""
 
     sums: Float[Tensor, "interventions texts"]
@@ -61,7 +61,7 @@ def _run(
     rows, times = len(batch.ids), len(part)
     steering = part[0] if times == 1 else [entry for entry in part for _ in range(rows)]
     ids, attention = batch.ids.repeat(times, 1), batch.attention.repeat(times, 1)
-    with prompt_ends(model, [*ends] * times), steer(model, steering, per_row=times > 1):
+    with note_prompt_ends(model, [*ends] * times), steer(model, steering, per_row=times > 1):
         logits: Tensor = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
     return logits[:, -ids.shape[1] :]  # without those of virtual tokens
 
@@ -110,7 +110,7 @@ def _passes(
     """
     pairs = [_pair(text, number) for number, text in enumerate(texts)]
     triples = ((prompt, completion, True) for prompt, completion in pairs)
-    wanted = batch_tokens or usual_batch_tokens(input_device(model))
+    wanted = batch_tokens or default_batch_tokens(input_device(model))
     fits = max(1, min(wanted, LOGIT_ELEMENTS // model.config.get_text_config().vocab_size))
     with TokenReader(
         tokenizer,
@@ -121,7 +121,7 @@ def _passes(
         skip_empty=skip_empty,
         scored=scored,
     ) as reader:
-        for batch in text_batches(model, reader, triples, batch_tokens=fits):
+        for batch in batch_texts(model, reader, triples, batch_tokens=fits):
             at_once = max(1, fits // batch.ids.numel())
             yield batch, [slice(start, start + at_once) for start in range(0, interventions, at_once)]
 
@@ -184,9 +184,9 @@ def _pairs(texts: Sequence[Scored]) -> list[tuple[Text, Text]]:
 def _pair(text: Any, number: int) -> tuple[Text, Text]:
     """(prompt, completion) of a pair, or of a conversation, which ends in the completion. Raises DataError."""
     if isinstance(text, list | tuple) and text and all(isinstance(part, Mapping) for part in text):
-        return split(check_text(text, f"text {number}"))
+        return split_prompt(check_text(text, f"text {number}"))
     if not isinstance(text, list | tuple) or len(text) != 2:
-        raise DataError(f"text {number} is {shown(text)}", "a pair (prompt, completion), or a conversation")
+        raise DataError(f"text {number} is {describe_value(text)}", "a pair (prompt, completion), or a conversation")
     return text[0], text[1]
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from fgsteer.errors import SteeringError
-from fgsteer.models.pairing import identity
-from fgsteer.models.threads import is_claimed
+from fgsteer.models.claims import is_claimed
+from fgsteer.models.pairing import model_identity
 from fgsteer.storage.json_files import text_sha256
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _SOURCE = ("name", "revision")  # of a model: the same one may lie in another fo
 _PROBE = "The 12 old\u00a0kings' naïve ﬁlms:\n\tWar?! <s>[INST]</s> \u200b東京 🙂"  # that tells tokenizers apart
 
 
-def made_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def run_fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What every run depends on, as plain JSON. Raises SteeringError inside a steer block, which is not told in it."""
     if is_claimed(model):
         raise SteeringError(
@@ -56,7 +56,7 @@ def made_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
     about = {"dtype": ", ".join(sorted(dtypes)), "config": _config_sha256(model), "weights": weights_sha256(model)}
     return {
         "versions": {"fgsteer": _version("fgsteer"), **{name: _minor(_version(name)) for name in LIBRARIES}},
-        "model": {**{key: value for key, value in identity(model).items() if key not in _SOURCE}, **about},
+        "model": {**{key: value for key, value in model_identity(model).items() if key not in _SOURCE}, **about},
         "tokenizer": tokenizer_sha256(tokenizer),
     }
 

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 from torch import nn
 
 from fgsteer.errors import HookpointError
-from fgsteer.errors.checks import is_whole
+from fgsteer.errors.checks import is_whole_number
 from fgsteer.errors.wording import a
 
 ModuleOrNone = TypeVar("ModuleOrNone", nn.Module, nn.Module | None)
@@ -94,7 +94,7 @@ class Hookpoint:
     module: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not is_whole(self.layer) or self.layer < 0:
+        if not is_whole_number(self.layer) or self.layer < 0:
             raise HookpointError(f"layer {self.layer!r} ({type(self.layer).__name__})", "a 0-based block index: 12")
         object.__setattr__(self, "layer", int(self.layer))  # numpy's integers too
         if self.site not in SITES:
@@ -111,7 +111,7 @@ class Hookpoint:
         """
         if isinstance(name, Hookpoint):
             return name
-        if is_whole(name):
+        if is_whole_number(name):
             return cls(int(name))
         if not isinstance(name, str):
             raise HookpointError(
@@ -134,7 +134,7 @@ class Hookpoint:
         )
 
     @classmethod
-    def read(cls, name: object) -> Hookpoint:
+    def from_name(cls, name: object) -> Hookpoint:
         """Hookpoint from the name that a file holds. Raises HookpointError for anything but a text that parses."""
         if not isinstance(name, str):
             raise HookpointError(f"hookpoint {name!r}", "a name like blocks.12.hook_resid_post")

@@ -23,7 +23,7 @@ from fgsteer.errors import (
 )
 from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import count
-from fgsteer.storage.network import hub_or_cache, unreachable
+from fgsteer.storage.network import describe_unreachable, hub_or_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,7 +104,7 @@ def load_model(
                 quantizer.remove_quantization_config(model)  # of weights that are not packed any more: it can be saved
             tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
         except OSError as error:
-            why = str(error).partition("\n")[0] if reachable else unreachable()
+            why = str(error).partition("\n")[0] if reachable else describe_unreachable()
             if Path(source).is_absolute() or str(source).startswith("."):
                 why = "there is no such folder" if not Path(source).is_dir() else why
             raise MissingError(f"no model {str(source)!r}", '"default", a folder, or a Hugging Face id', why) from error

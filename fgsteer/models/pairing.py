@@ -18,7 +18,7 @@ from fgsteer.models.hookpoints import Hookpoint, blocks_of, resolve
 from fgsteer.models.properties import d_model
 
 
-def identity(model: nn.Module) -> dict[str, Any]:
+def model_identity(model: nn.Module) -> dict[str, Any]:
     """What a vector remembers of its model: name, revision, type, d_model, layers."""
     config = getattr(model, "config", None)
     return {

@@ -57,10 +57,10 @@ def start_ids(model: nn.Module) -> frozenset[int]:
     """Ids of the tokens that may stand before a text: BOS and EOS of the model's and its generation config."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
-    return ids_of_ends(config, text, getattr(model, "generation_config", None))
+    return bos_eos_ids(config, text, getattr(model, "generation_config", None))
 
 
-def ids_of_ends(*configs: Any) -> frozenset[int]:
+def bos_eos_ids(*configs: Any) -> frozenset[int]:
     """Ids of BOS and EOS that any of these configs, objects or dicts, names."""
     found: list[Any] = []
     for config in configs:
@@ -71,7 +71,7 @@ def ids_of_ends(*configs: Any) -> frozenset[int]:
     return frozenset(i for i in found if isinstance(i, int))
 
 
-def start_marker(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def start_token_finder(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function that tells which of ids (batch, tokens), or of embeddings (batch, tokens, width), are start tokens.
 
     An embedding is a start token's where it equals that token's row of the model's input embedding.

@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgsteer.errors import FormatError
-from fgsteer.errors.escaping import escaped
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.escaping import escape_text
+from fgsteer.errors.reprs import OneLineRepr, short_repr
+from fgsteer.errors.wording import count
 from fgsteer.saes.pairing import Identified, check_measured_on
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ _TENSORS = ("features", "tokens", "activations", "documents")
 
 
 @dataclass(frozen=True, repr=False)
-class Excerpt(Brief):
+class Excerpt(OneLineRepr):
     """Tokens of one document around a feature's peak: their texts, the activation on each, the peak's index."""
 
     tokens: tuple[str, ...]
@@ -43,7 +43,7 @@ class Excerpt(Brief):
 
     def __str__(self) -> str:
         marked = [f"[{text}]" if n == self.peak else text for n, text in enumerate(self.tokens)]
-        return f"{self.activations[self.peak]:.2f}  {escaped(''.join(marked))}"
+        return f"{self.activations[self.peak]:.2f}  {escape_text(''.join(marked))}"
 
     def peaks_on(self, pattern: re.Pattern[str]) -> bool:
         """Whether a match of the pattern overlaps the peak's token, white space aside."""
@@ -55,7 +55,7 @@ class Excerpt(Brief):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FeatureExamples(Brief):
+class FeatureExamples(OneLineRepr):
     """The top excerpts of n features, strongest first, at most one a document.
 
     ``features (n,)``: their ids. ``tokens (n, top, 2·window + 1)``: token ids with the peak in the
@@ -69,6 +69,11 @@ class FeatureExamples(Brief):
     documents: Int[Tensor, "n top"]
     sae_sha256: str
     corpus: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        kept = int((self.documents >= 0).sum())
+        about = f" of {short_repr(str(self.corpus['name']))}" if self.corpus.get("name") else ""
+        return f"FeatureExamples({count(kept, 'excerpt')} for {count(len(self.features), 'feature')}{about})"
 
     @cached_property
     def rows(self) -> dict[int, int]:
@@ -114,7 +119,7 @@ class FeatureExamples(Brief):
     def load(cls, path: str | Path) -> FeatureExamples:
         """Read a file that ``save`` wrote. Raises FormatError."""
         tensors, header = read_tensors(path, kind="examples")
-        try:
+        with refuse_damaged(path, "a file written by FeatureExamples.save"):
             features, tokens, activations, documents = (tensors[name] for name in _TENSORS)
             n, top, width = tokens.shape
             if (features.shape, activations.shape, documents.shape) != ((n,), tokens.shape, (n, top)) or width % 2 == 0:
@@ -127,8 +132,6 @@ class FeatureExamples(Brief):
                 raise ValueError("excerpts without a peak")
             sha256, corpus = str(header["sae_sha256"]), dict(header["corpus"])
             return cls(features.long(), tokens.int(), activations.float(), documents.int(), sha256, corpus)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise FormatError(f"{path} is damaged: {error}", "a file written by FeatureExamples.save") from error
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ from fgsteer.saes.registry import RegistryRow, find_row, need_sae_lens
 from fgsteer.saes.sae import SAE
 from fgsteer.storage.files import check_names
 from fgsteer.storage.json_files import read_json
-from fgsteer.storage.network import hub_is_reachable, unreachable
+from fgsteer.storage.network import describe_unreachable, hub_is_reachable
 
 DENSITY_FILE = "density.safetensors"
 LABELS_FILE = "labels.json"
@@ -307,5 +307,5 @@ def _cached_first(read: Callable[[], T], what: str) -> T:
         finally:
             constants.HF_HUB_OFFLINE = offline
         if not hub_is_reachable():
-            raise MissingError(f"no SAE {what!r}", "a folder, or an SAE of the hub", unreachable())
+            raise MissingError(f"no SAE {what!r}", "a folder, or an SAE of the hub", describe_unreachable())
         return read()

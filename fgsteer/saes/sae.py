@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.display.tables import Cell, facts_html
 from fgsteer.errors import PairingError, SelectionError
-from fgsteer.errors.checks import is_whole, shown
-from fgsteer.errors.reprs import Brief, brief
+from fgsteer.errors.checks import describe_value, is_whole_number
+from fgsteer.errors.reprs import OneLineRepr, short_repr
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.storage.files import tensor_sha256
 from fgsteer.storage.json_files import text_sha256
@@ -50,7 +51,7 @@ def _jumprelu(pre: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_s
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SAE(Brief):
+class SAE(OneLineRepr):
     """A sparse autoencoder: ``W_enc (d_model, d_sae)``, ``W_dec (d_sae, d_model)`` and what goes with them.
 
     ``activation`` is relu; jumprelu, active where the pre-activation exceeds
@@ -114,7 +115,7 @@ class SAE(Brief):
                 raise PairingError(
                     f"{name} has {got}", f"{shape} beside W_enc {tuple(self.W_enc.shape)} ({self.activation})"
                 )
-        if self.activation == "topk" and not (is_whole(self.k) and self.k and 0 < self.k <= self.d_sae):
+        if self.activation == "topk" and not (is_whole_number(self.k) and self.k and 0 < self.k <= self.d_sae):
             raise PairingError(f"k = {self.k}", f"1 to d_sae = {self.d_sae} for a topk SAE")
 
     def __repr__(self) -> str:
@@ -122,8 +123,24 @@ class SAE(Brief):
         kind += "" if self.input_norm == "none" else f", {self.input_norm}"
         place = f"{self.reads} to {self.hookpoint}" if self.reads is not None else str(self.hookpoint)
         sizes = f"d_model {self.d_model}, d_sae {self.d_sae}"
-        told = f", from {brief(self.source)}" if self.source else ""
+        told = f", from {short_repr(self.source)}" if self.source else ""
         return f"SAE({kind}, at {place}, {sizes}{told})"
+
+    def _repr_html_(self) -> str:
+        facts: dict[str, Cell] = {
+            "activation": f"topk, k = {self.k}" if self.activation == "topk" else self.activation,
+            "input normalisation": "" if self.input_norm == "none" else self.input_norm,
+            "model": self.model_name,
+            "reads": "" if self.reads is None else str(self.reads),
+            "hookpoint": str(self.hookpoint),
+            "d_model": self.d_model,
+            "d_sae": self.d_sae,
+            "source": self.source,
+            "Neuronpedia": self.neuronpedia,
+            "density": "" if self.density is None else self.density.summary,
+            "labels": f"{len(self.labels):,} features" if self.labels else "",
+        }
+        return facts_html("SAE", facts)
 
     @property
     def d_model(self) -> int:
@@ -255,7 +272,9 @@ class SAE(Brief):
         try:
             columns = torch.as_tensor(features, dtype=torch.long, device=self.W_enc.device)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise SelectionError(f"feature ids {shown(features)}", f"whole numbers, 0 to {self.d_sae - 1}") from error
+            raise SelectionError(
+                f"feature ids {describe_value(features)}", f"whole numbers, 0 to {self.d_sae - 1}"
+            ) from error
         if columns.numel() and not (int(columns.min()) >= 0 and int(columns.max()) < self.d_sae):
             raise SelectionError(f"feature ids {columns.tolist()}", f"0 to {self.d_sae - 1}")
         return columns

@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from fgsteer.errors import HookpointError, SteeringError
 from fgsteer.models.hookpoints import Hookpoint
-from fgsteer.models.properties import ids_of_ends
+from fgsteer.models.properties import bos_eos_ids
 from fgsteer.serving.request import PLAN, parse, said, steering
 from fgsteer.serving.served import Served, Source, check_name, served_from
 from fgsteer.storage.json_files import text_sha256
@@ -186,7 +186,7 @@ class Control:
         """What may stand before a text, as ``steer`` asks of a model."""
         config = self.engine.config.model_config
         generation = config.try_get_generation_config()
-        return ids_of_ends(config.hf_config, config.hf_text_config, generation)
+        return bos_eos_ids(config.hf_config, config.hf_text_config, generation)
 
     def canary(self) -> None:
         """Prove that steering changes outputs at every layer with a table, when prompts are read and in decoding.

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fgsteer.errors import SteeringError
-from fgsteer.errors.checks import check_flags, shown
-from fgsteer.interventions import SCOPES, Scope
+from fgsteer.errors.checks import check_flags, describe_value
+from fgsteer.interventions.scopes import SCOPES, Scope
+from fgsteer.interventions.table import OPERATIONS
 from fgsteer.serving.served import check_name
 
 KEYS = ("steer", "steer_op", "steer_scale", "steer_scope", "steer_bos")
-OPERATIONS = ("add", "ablate", "clamp", "affine")
 PLAN = "steer_plan"  # where admission leaves what workers need; never taken from a client
 
 
@@ -86,10 +86,10 @@ def parse(extra: Mapping[str, Any] | None) -> Wanted | None:
     if name is None:
         raise SteeringError("steering without a name", "steer = the name of a loaded vector")
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= sys.float_info.max:
-        raise SteeringError(f"steer_scale = {shown(scale)}", "a finite number")
+        raise SteeringError(f"steer_scale = {describe_value(scale)}", "a finite number")
     for key, value, known in (("steer_op", operation, (None, *OPERATIONS)), ("steer_scope", scope, SCOPES)):
         if not isinstance(value, str | None) or value not in known:
-            raise SteeringError(f"{key} = {shown(value)}", f"one of {', '.join(filter(None, known))}")
+            raise SteeringError(f"{key} = {describe_value(value)}", f"one of {', '.join(filter(None, known))}")
     if isinstance(bos, str) or bos not in (0, 1):
-        raise SteeringError(f"steer_bos = {shown(bos)}", "0 or 1")
+        raise SteeringError(f"steer_bos = {describe_value(bos)}", "0 or 1")
     return Wanted(check_name(name), operation, float(scale), scope, bool(bos))

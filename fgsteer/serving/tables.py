@@ -115,7 +115,8 @@ def blocks_of(model: nn.Module, count: int) -> nn.ModuleList:
     }
     if len(found) != 1:
         raise HookpointError(
-            f"{a(type(model).__name__)} with {', '.join(found) or 'no list'} of {count} blocks", "one such list"
+            f"{a(type(model).__name__)} with {', '.join(found) or 'no list'} of {count} blocks",
+            "one such list",
         )
     return next(iter(found.values()))
 

@@ -17,31 +17,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fgsteer.activations.batches import Batch, batches, text_batches
-from fgsteer.activations.memory import in_parts
+from fgsteer.activations.batches import Batch, batch_rows, batch_texts
+from fgsteer.activations.memory import map_with_oom_backoff
 from fgsteer.activations.pooling import pool, pool_features
-from fgsteer.activations.prefixes import SharedBatch, arrange_for, read
+from fgsteer.activations.prefixes import SharedBatch, choose_batching, read
 from fgsteer.activations.tokens import (
-    WINDOW,
+    TEXTS_PER_CHUNK,
     TokenReader,
     TokenRow,
     TokenRule,
     Triple,
-    windows,
+    split_into_chunks,
 )
 from fgsteer.data.contrasts import Contrastable, ContrastSet, as_contrast
-from fgsteer.errors import DataError, FgsteerError
-from fgsteer.errors.checks import checked, is_whole
-from fgsteer.models.fingerprints import made_of
+from fgsteer.errors import DataError
+from fgsteer.errors.checks import checked, is_whole_number
+from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.models.hookpoints import Hookpoint, resolve
-from fgsteer.models.pairing import check_pairing, identity
+from fgsteer.models.pairing import check_pairing, model_identity
 from fgsteer.models.properties import context_window
 from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.saes.sae import SAE
 from fgsteer.statistics.contrast import Contrast, ContrastStatistics, Pooled, Space
 from fgsteer.statistics.moments import Moments
 from fgsteer.storage.json_files import text_sha256
-from fgsteer.storage.parts import Parts
+from fgsteer.storage.shards import Shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,10 +103,10 @@ class _Reader:
 
     def window(self, number: int, texts: Sequence[Triple]) -> _Sums:
         """Sums of one window; ``number`` is its place among all."""
-        sums, first = _Sums(), number * WINDOW
+        sums, first = _Sums(), number * TEXTS_PER_CHUNK
         done = 0
-        arranged = text_batches(self.model, self.rows, texts, first=first, **self.batching)
-        for batch, found in in_parts(arranged, self.read):
+        arranged = batch_texts(self.model, self.rows, texts, first=first, **self.batching)
+        for batch, found in map_with_oom_backoff(arranged, self.read):
             positive = torch.tensor([row.positive for row in batch.rows])
             for space, at, rows in found:
                 for side in (True, False):
@@ -224,16 +224,16 @@ def collect(
         check_pairing(model, sae.input_hookpoint, sae.d_model, sae.model_name, "SAE")
     prepend = sae.prepend_bos if prepend_bos is None and sae is not None else prepend_bos
     reading = {
-        "model": identity(model),
+        "model": model_identity(model),
         "sae": {"source": sae.source, "sha256": sae.sha256} if sae is not None else None,
         "tokens": tokens,
         "bos": bos,
         "prepend_bos": prepend,
         "max_tokens": max_tokens,
     }
-    arrange = arrange_for(model) if share_prefixes else batches
+    arrange = choose_batching(model) if share_prefixes else batch_rows
     counts = [contrast.count(side) for side in (True, False)]
-    texts = windows(_texts(contrast))
+    texts = split_into_chunks(_texts(contrast))
     with TokenReader(
         tokenizer,
         rule=tokens,
@@ -249,15 +249,15 @@ def collect(
         else:
             plan = {
                 **reading,
-                **made_of(model, tokenizer),
+                **run_fingerprint(model, tokenizer),
                 "sae": sae_identity(sae),
                 "contrast": contrast.sha256,
                 "hookpoints": [str(at) for at in wanted],
                 "batch_tokens": batch_tokens,
                 "keep_pooled": keep_pooled,
-                "share_prefixes": arrange is not batches,
+                "share_prefixes": arrange is not batch_rows,
             }
-            parts = Parts(work, "collected texts", plan, fresh=fresh)
+            parts = Shards(work, "collected texts", plan, fresh=fresh)
             sums = _join(_in_parts_of(parts, texts, reader, sum(counts)))
     tables: dict[Space, dict[Hookpoint, Contrast]] = {"residual": {}, "feature": {}}
     for space, at, side in sums.moments:
@@ -281,13 +281,13 @@ def _join(found: Iterable[_Sums]) -> _Sums:
     return total
 
 
-def _in_parts_of(parts: Parts, texts: Iterable[list[Triple]], reader: _Reader, total: int) -> Iterator[_Sums]:
+def _in_parts_of(parts: Shards, texts: Iterable[list[Triple]], reader: _Reader, total: int) -> Iterator[_Sums]:
     """Sums of every window, kept in a folder. Raises FormatError for a damaged part."""
     report, reader.progress = reader.progress, None
 
     def told(count: int) -> None:
         if report is not None:
-            report(min(count * WINDOW, total))
+            report(min(count * TEXTS_PER_CHUNK, total))
 
     def make(number: int, window: list[Triple]) -> dict[str, Tensor]:
         return reader.window(number, window).tensors()
@@ -295,13 +295,12 @@ def _in_parts_of(parts: Parts, texts: Iterable[list[Triple]], reader: _Reader, t
     return _sums_of(parts, parts.each(texts, make, text_sha256, told))
 
 
-def _sums_of(parts: Parts, found: Iterable[Mapping[str, Tensor]]) -> Iterator[_Sums]:
+def _sums_of(parts: Shards, found: Iterable[Mapping[str, Tensor]]) -> Iterator[_Sums]:
     """Sums that were written. Raises FormatError for a damaged part."""
     for number, tensors in enumerate(found):
-        try:
-            yield _Sums.of(tensors)
-        except (KeyError, ValueError, FgsteerError) as error:
-            raise parts.damaged(number, error) from error
+        with parts.refuse_damaged(number):
+            sums = _Sums.of(tensors)
+        yield sums
 
 
 def _hookpoints(
@@ -310,7 +309,7 @@ def _hookpoints(
     """Hookpoints asked for, the SAE's among them. Raises DataError when there is none."""
     if hookpoints is None:
         given: list[Hookpoint] = []
-    elif isinstance(hookpoints, str) or is_whole(hookpoints) or not isinstance(hookpoints, Iterable):
+    elif isinstance(hookpoints, str) or is_whole_number(hookpoints) or not isinstance(hookpoints, Iterable):
         given = [Hookpoint.parse(hookpoints)]
     else:
         given = [Hookpoint.parse(h) for h in hookpoints]

@@ -11,17 +11,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.errors import FormatError, PairingError
-from fgsteer.errors.reprs import FEW, Brief
+from fgsteer.display.tables import Cell, table_html, title_html
+from fgsteer.errors import PairingError
+from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, OneLineRepr
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.statistics.moments import Moments
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
 Space = Literal["residual", "feature"]
+TOP_DIFFERENCES = 5  # features that a notebook shows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Contrast(Brief):
+class Contrast(OneLineRepr):
     """Moments of the two sides, in one space at one hookpoint. Raises PairingError for sides of two widths."""
 
     positive: Moments
@@ -41,7 +43,7 @@ class Contrast(Brief):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Pooled(Brief):
+class Pooled(OneLineRepr):
     """Mean activation of every example, float32: ``positive (n⁺, d_model)`` and ``negative (n⁻, d_model)``.
 
     The first ``pairs`` of both sides are pairs, in the same order; so they stay when two are added.
@@ -60,7 +62,7 @@ class Pooled(Brief):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ContrastStatistics(Brief):
+class ContrastStatistics(OneLineRepr):
     """What ``collect`` read: residual contrasts by hookpoint, and the feature contrast of one SAE.
 
     ``reading`` says how it was read (model, SAE, token rule) and must agree when two are
@@ -77,9 +79,27 @@ class ContrastStatistics(Brief):
     def __repr__(self) -> str:
         sides = next(iter(self.residual.values()), None)
         texts = "no texts" if sides is None else f"{sides.positive.count} + {sides.negative.count} texts"
-        places = ", ".join(map(str, self.residual)) if len(self.residual) <= FEW else f"{len(self.residual)} hookpoints"
+        places = (
+            ", ".join(map(str, self.residual))
+            if len(self.residual) <= MAX_SHOWN_ENTRIES
+            else f"{len(self.residual)} hookpoints"
+        )
         features = f", features at {', '.join(map(str, self.feature))}" if self.feature else ""
         return f"ContrastStatistics({texts} at {places or 'no hookpoint'}{features})"
+
+    def _repr_html_(self) -> str:
+        rows: list[list[Cell]] = []
+        for space, table in (("residual", self.residual), ("feature", self.feature)):
+            for at, contrast in table.items():
+                difference = contrast.difference
+                largest = difference.abs().topk(min(TOP_DIFFERENCES, len(difference))).indices.tolist()
+                top = ", ".join(f"{j}: {float(difference[j]):+.3g}" for j in largest) if space == "feature" else ""
+                counts = contrast.positive.count, contrast.negative.count
+                rows.append([str(at), space, *counts, len(difference), float(difference.norm()), top])
+        headings = ["hookpoint", "space", "positive texts", "negative texts", "width", "‖mean⁺ − mean⁻‖"]
+        names = ", ".join(dict.fromkeys(str(entry.get("name") or "") for entry in self.data))
+        title = f"ContrastStatistics of {names}" if names else "ContrastStatistics"
+        return title_html(title) + table_html([*headings, "largest differences by feature"], rows)
 
     def __add__(self, other: ContrastStatistics) -> ContrastStatistics:
         ours, theirs = _identity(self.reading), _identity(other.reading)
@@ -98,7 +118,7 @@ class ContrastStatistics(Brief):
             {at: self.pooled[at] + other.pooled[at] for at in self.pooled if at in other.pooled},
         )
 
-    def at(self, space: Space, hookpoint: Hookpoint | str | None = None) -> tuple[Hookpoint, Contrast]:
+    def at(self, space: Space, hookpoint: Hookpoint | str | int | None = None) -> tuple[Hookpoint, Contrast]:
         """The contrast of a space at a hookpoint, by default the only one (or the SAE's).
 
         Raises PairingError naming what was collected.
@@ -147,7 +167,7 @@ class ContrastStatistics(Brief):
         """Read a file that ``save`` wrote. Raises FormatError."""
         tensors, header = read_tensors(path, kind="statistics")
         tables: dict[str, dict[Hookpoint, dict[str, Moments]]] = {"residual": {}, "feature": {}}
-        try:
+        with refuse_damaged(path, "a file written by ContrastStatistics.save"):
             for key, count in header["counts"].items():
                 space, name, side = key.split("/")
                 parts = {part: tensors[f"{key}/{part}"].double() for part in ("mean", "m2", "fired")}
@@ -169,8 +189,6 @@ class ContrastStatistics(Brief):
                 tuple(dict(entry) for entry in header["data"]),
                 pooled,
             )
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise FormatError(f"{path} is damaged: {error}", "a file written by ContrastStatistics.save") from error
 
 
 def _read_reading(reading: Any) -> dict[str, Any]:

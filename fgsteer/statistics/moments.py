@@ -19,11 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.errors import PairingError
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Moments(Brief):
+class Moments(OneLineRepr):
     """Count, mean (n,), sum of squared deviations M2 (n,) and firing count (n,) of examples, in float64.
 
     Adding two merges them exactly (Chan, Golub & LeVeque 1979).

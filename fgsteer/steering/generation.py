@@ -15,8 +15,8 @@ from fgsteer.activations.tokens import encode_prompts
 from fgsteer.data.chat import Text
 from fgsteer.data.contrasts import check_text
 from fgsteer.errors import DataError, SteeringError
-from fgsteer.errors.checks import check_range, checked, shown
-from fgsteer.errors.limits import MOST
+from fgsteer.errors.checks import check_range, checked, describe_value
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import count
 from fgsteer.interventions import Intervention
 from fgsteer.models.properties import check_window, context_window, input_device
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-20, 1e20  # that logits can be divided by in float32
 # numbers among the options of generate: the least and the most that they may be, and whether they are whole
 _NUMBERS: dict[str, tuple[float, float, bool]] = {
-    "max_new_tokens": (1, MOST, True),
-    "min_new_tokens": (0, MOST, True),
-    "num_return_sequences": (1, MOST, True),
-    "num_beams": (1, MOST, True),
-    "top_k": (0, MOST, True),
+    "max_new_tokens": (1, MAX_COUNT, True),
+    "min_new_tokens": (0, MAX_COUNT, True),
+    "num_return_sequences": (1, MAX_COUNT, True),
+    "num_beams": (1, MAX_COUNT, True),
+    "top_k": (0, MAX_COUNT, True),
     "temperature": (0, HIGHEST_TEMPERATURE, False),
     "top_p": (0, 1, False),
 }
@@ -117,7 +117,7 @@ def listed_prompts(prompts: str | Sequence[Text]) -> list[Text]:
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence):
-        raise DataError(f"prompts is {shown(prompts)}", "a text, or a list of texts or of conversations")
+        raise DataError(f"prompts is {describe_value(prompts)}", "a text, or a list of texts or of conversations")
     given = [check_text(prompt, f"prompt {number}", empty=True) for number, prompt in enumerate(prompts)]
     if len({isinstance(prompt, str) for prompt in given}) > 1:
         raise DataError("strings and chat messages among the prompts", "all of one kind")

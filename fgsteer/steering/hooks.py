@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fgsteer.activations.outputs import by_token, primary, with_primary
-from fgsteer.activations.prompt_ends import ends_key
+from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states, reshape_by_token
+from fgsteer.activations.prompt_ends import pass_key
 from fgsteer.errors import SteeringError, UntouchedWarning
 from fgsteer.errors.checks import checked, warn
 from fgsteer.errors.wording import a
 from fgsteer.interventions import Intervention
+from fgsteer.models.claims import Claim
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
 from fgsteer.models.pairing import check_pairing
-from fgsteer.models.properties import input_device, start_marker, virtual_tokens, warn_of_dropout
-from fgsteer.models.threads import Claim
+from fgsteer.models.properties import input_device, start_token_finder, virtual_tokens, warn_of_dropout
 from fgsteer.steering.blocks import Block
 from fgsteer.steering.groups import Group, check_amounts, grouped
 from fgsteer.steering.positions import Positions, column_counts
@@ -114,7 +114,7 @@ class _Session:
     ) -> None:
         self.model, self.rows, self.groups = model, len(rows), grouped(rows)
         places = list({id(g.place): g.place for g in self.groups}.values())
-        self.positions = Positions(places, start_marker(model), self.rows, prompt_lengths, ends_key(model))
+        self.positions = Positions(places, start_token_finder(model), self.rows, prompt_lengths, pass_key(model))
         virtual_tokens(model)  # raises for what cannot be placed, before any pass
         self.learned = hasattr(model, "active_peft_config")  # PEFT's, which may put virtual tokens before texts
         self.claim = Claim(model)
@@ -205,14 +205,14 @@ class _Session:
         self.recomputation.check()  # a pass may have begun before the hooks were set
         batch, length = self.positions.batch, self.positions.length
         repeats = 1 if self.rows == 1 else batch // self.rows
-        changed = h if h.shape[:-1] == (batch, length) else by_token(h, batch, length)
+        changed = h if h.shape[:-1] == (batch, length) else reshape_by_token(h, batch, length)
         for group in groups:
             changed = group.act(changed, repeats)
         return changed if changed.shape == h.shape else changed.reshape(h.shape)
 
     def _output_hook(self, groups: Sequence[Group]) -> Callable[..., Any]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            return with_primary(output, self.act(groups, primary(output)))
+            return replace_hidden_states(output, self.act(groups, hidden_states_of(output)))
 
         return hook
 

@@ -19,7 +19,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from fgsteer.activations.prompt_ends import running_ends
+from fgsteer.activations.prompt_ends import noted_prompt_ends
 from fgsteer.errors import SteeringError
 from fgsteer.interventions import Scope
 
@@ -73,7 +73,7 @@ class Positions:
         key: tuple[int, int] = (0, 0),
     ) -> None:
         self.places, self.starts, self.rows, self.named, self.key = places, starts, rows, named, key
-        self.around = running_ends(key)  # those in which the block was opened
+        self.around = noted_prompt_ends(key)  # those in which the block was opened
         self.lengths: Tensor | None = None  # those of the running pass
         self.generating = False
         self.read = False  # whether the running generate's prompt is in its cache
@@ -112,7 +112,7 @@ class Positions:
         ``virtual`` columns of a plain pass or its cache come before all text. Raises SteeringError
         where named prompt lengths do not fit the pass.
         """
-        self.lengths = None if self.generating else running_ends(self.key) if self.named is None else self.named
+        self.lengths = None if self.generating else noted_prompt_ends(self.key) if self.named is None else self.named
         self._check_batch()
         start = columns_in(cache)
         if isinstance(start, Tensor):  # a static cache's: to look at it waits for the device, and breaks a graph
@@ -143,7 +143,7 @@ class Positions:
 
     def _check_batch(self) -> None:
         """Raises SteeringError for entries or lengths by row around a function that puts texts into rows itself."""
-        ends = running_ends(self.key)
+        ends = noted_prompt_ends(self.key)
         if ends is not None and ends is not self.around and (self.rows > 1 or self.named is not None):
             what = "one entry a row" if self.rows > 1 else "prompt_lengths"
             raise SteeringError(

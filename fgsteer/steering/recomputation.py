@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fgsteer.errors import SteeringError
-from fgsteer.models.threads import Claim, backward_pass
+from fgsteer.models.claims import Claim, backward_pass
 from fgsteer.steering.positions import Positions
 from fgsteer.steering.shadows import shadow
 

@@ -21,7 +21,7 @@ from fgsteer.data.chat import Text
 from fgsteer.data.contrasts import check_text
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.errors.checks import checked
-from fgsteer.models.threads import is_claimed
+from fgsteer.models.claims import is_claimed
 from fgsteer.steering.generation import by_prompt, check_options, prompt_inputs
 from fgsteer.steering.hooks import Steering, checked_rows, steer
 

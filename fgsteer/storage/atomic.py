@@ -24,7 +24,7 @@ from typing import IO
 from safetensors import SafetensorError
 
 from fgsteer.errors import FgsteerError
-from fgsteer.storage.targets import file_target, new_folder, unwritable
+from fgsteer.storage.targets import file_target, new_folder_target, write_error
 
 if sys.platform != "win32":
     import fcntl
@@ -34,7 +34,7 @@ _HERE = f"{zlib.crc32(platform.node().encode()):08x}"  # this machine, in names 
 
 
 @contextlib.contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; renamed over it on success, removed on failure.
 
     A link is followed, and what is replaced hands on its mode, and its owner where the system lets. What a killed
@@ -54,17 +54,17 @@ def whole(path: str | Path) -> Iterator[Path]:
                 file.close()
             os.replace(beside, target)
     except OSError as error:
-        raise unwritable(path, error.strerror or error) from error
+        raise write_error(path, error.strerror or error) from error
     _remove_left(target)
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
-    """A folder beside ``path`` to fill; renamed to it on success, removed on failure, as ``whole`` does with files.
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A folder beside ``path`` to fill; renamed to it on success, removed on failure, as by ``atomic_write``.
 
     Raises FormatError where none can be made, as on a full disk, and unless ``path`` is free or an empty folder.
     """
-    target = new_folder(path)
+    target = new_folder_target(path)
     try:
         before = os.stat(target) if target.exists() else None
         with _beside(target, 0o666) as file:
@@ -85,7 +85,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         raise
     except Exception as error:  # what libraries raise on a full disk: OSError, safetensors' own, tokenizers' bare one
         if isinstance(error, OSError | SafetensorError) or type(error) is Exception:
-            raise unwritable(path, getattr(error, "strerror", None) or error) from error
+            raise write_error(path, getattr(error, "strerror", None) or error) from error
         raise
     _remove_left(target)
 
@@ -155,7 +155,7 @@ def rename(source: Path, target: Path) -> None:
     try:
         os.replace(source, target)
     except OSError as error:
-        raise unwritable(target, error.strerror or error) from error
+        raise write_error(target, error.strerror or error) from error
 
 
 def append_bytes(path: str | Path, data: bytes) -> None:
@@ -171,4 +171,4 @@ def append_bytes(path: str | Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.truncate(target, end)
-        raise unwritable(path, error.strerror or error) from error
+        raise write_error(path, error.strerror or error) from error

@@ -9,11 +9,11 @@ kill, a full disk or a power cut leaves the old file or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fgsteer.errors import DataError, FormatError
-
-if sys.platform != "win32":
-    pass
-
-from fgsteer.storage.atomic import whole
-from fgsteer.storage.json_files import parse_json, plain_number
+from fgsteer.storage.atomic import atomic_write
+from fgsteer.storage.json_files import parse_json, to_plain_number
 
 _HASH = "sha256"  # the key in a header of safetensors; files by early versions have none
 
@@ -39,7 +35,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str,
     Raises FormatError where it cannot be written, DataError for a header that could not be read again.
     """
     owned = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    text = json.dumps({"kind": kind, **header}, ensure_ascii=False, default=plain_number)
+    text = json.dumps({"kind": kind, **header}, ensure_ascii=False, default=to_plain_number)
     try:
         about = parse_json(text.encode("utf-8", "replace"))
     except ValueError as error:
@@ -47,7 +43,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str,
     about[_HASH] = _hash(about, owned)
     # one key: safetensors writes several in an order that changes from run to run
     metadata = {"fgsteer": json.dumps(about, ensure_ascii=False)}
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(save(owned, metadata))  # save_file leaves a file of its own when killed
 
 
@@ -92,12 +88,32 @@ def read_tensors(path: str | Path, *, kind: str | None) -> tuple[dict[str, Tenso
     if not found or kind not in (found, None):
         raise FormatError(f"{path} holds {found or 'no fgsteer header'}", f"an fgsteer {kind or 'kind of'} file")
     if not intact:
-        raise FormatError(
-            f"{path} is damaged: its hash is not that of what it holds",
-            "what was written there",
-            "get it again from where it came, or delete it and make it again",
-        )
+        raise damage_error(path, "its hash is not that of what it holds", "what was written there")
     return tensors, {key: value for key, value in header.items() if key != _HASH}
+
+
+GET_AGAIN = "get it again from where it came, or delete it and make it again"  # what to do about a damaged file
+
+
+def damage_error(path: str | Path, reason: object, expected: str, change: str = GET_AGAIN) -> FormatError:
+    """The error to raise of a file whose content is not what it should be."""
+    return FormatError(f"{path} is damaged: {str(reason).removesuffix('.')}.", expected, change)
+
+
+@contextlib.contextmanager
+def refuse_damaged(path: str | Path, expected: str, change: str = GET_AGAIN) -> Iterator[None]:
+    """Raise FormatError, which says that the file is damaged, for errors of a block that interprets its content.
+
+    Args:
+        path: The file, for the message.
+        expected: What the file should be, such as "a file written by SteeringVector.save".
+        change: What to do about it.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise damage_error(path, reason, expected, change) from error
 
 
 def check_names(path: str | Path) -> None:

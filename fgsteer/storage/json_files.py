@@ -16,7 +16,7 @@ from fgsteer.errors import DataError, FormatError
 if sys.platform != "win32":
     pass
 
-from fgsteer.storage.atomic import whole
+from fgsteer.storage.atomic import atomic_write
 
 DEEPEST = 64  # levels of JSON
 
@@ -26,12 +26,12 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 def write_json(path: str | Path, value: object) -> None:
     """Write JSON whole."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, default=plain_number) + "\n"
-    with whole(path) as beside:
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=to_plain_number) + "\n"
+    with atomic_write(path) as beside:
         beside.write_bytes(text.encode("utf-8", "replace"))
 
 
-def plain_number(value: Any) -> Any:
+def to_plain_number(value: Any) -> Any:
     """A number of numpy or torch as one of Python, for JSON. Raises DataError for anything else."""
     try:
         return value.item()

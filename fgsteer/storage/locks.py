@@ -24,8 +24,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fgsteer.errors import BusyError, FgsteerWarning
-from fgsteer.errors.escaping import escaped
-from fgsteer.storage.targets import unwritable
+from fgsteer.errors.escaping import escape_text
+from fgsteer.storage.targets import write_error
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that keep none
 NOTE_BYTES = 4096  # that are read of who holds a lock
@@ -41,7 +41,7 @@ def lock_path(path: str | Path, share: str = "") -> Path:
 
 
 @contextlib.contextmanager
-def held(path: str | Path, share: str = "") -> Iterator[None]:
+def exclusive_lock(path: str | Path, share: str = "") -> Iterator[None]:
     """A block in which no other process, and no other thread, holds ``path``; within a block of its own it is held.
 
     ``share`` names what of a folder is held, where several processes have one each. Raises BusyError at once, saying
@@ -54,7 +54,7 @@ def held(path: str | Path, share: str = "") -> Iterator[None]:
         return
     if not note.parent.is_dir():
         change = "make it first, or correct the name"
-        raise unwritable(path, f"there is no folder {note.parent}", "a folder that is there", change)
+        raise write_error(path, f"there is no folder {note.parent}", "a folder that is there", change)
     lock = FileLock(note, thread_local=False, fallback_to_soft=False)
     if not _acquired(lock, note, path):
         yield
@@ -89,7 +89,7 @@ def _acquired(lock: FileLock, note: Path, path: str | Path) -> bool:
             ) from error
         reason = error.strerror or error
         if error.errno not in NO_LOCKS:
-            raise unwritable(path, reason) from error
+            raise write_error(path, reason) from error
         from fgsteer.errors.checks import warn  # it loads torch, which a command's options do without
 
         warn(f"no lock on {path}: {reason}; see that nothing else writes there", FgsteerWarning)
@@ -117,7 +117,7 @@ def _holder(note: Path) -> str:
             with open(note, "rb") as file:
                 about = json.loads(file.read(NOTE_BYTES))
             pid, host, since, command = (str(about[key])[:300] for key in ("pid", "host", "since", "command"))
-            return escaped(f"process {pid} on {host} since {since}: {command}", keep="")
+            return escape_text(f"process {pid} on {host} since {since}: {command}", keep="")
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             if time.monotonic() > deadline:
                 return "another process"

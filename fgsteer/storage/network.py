@@ -33,7 +33,7 @@ def hub_is_reachable() -> bool:
     return True
 
 
-def unreachable() -> str:
+def describe_unreachable() -> str:
     """Why nothing came from the hub, and what to do, for a message."""
     from huggingface_hub import constants
 

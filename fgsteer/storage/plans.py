@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fgsteer.errors import PairingError
-from fgsteer.errors.escaping import escaped
+from fgsteer.errors.escaping import escape_text
 
 SHOWN = 4  # differences that an error tells
 
@@ -16,7 +16,7 @@ SHOWN = 4  # differences that an error tells
 TEXT = 40  # characters of a value in it
 
 
-def check_same(where: str | Path, kept: Any, now: Mapping[str, Any]) -> None:
+def check_same_plan(where: str | Path, kept: Any, now: Mapping[str, Any]) -> None:
     """Raises PairingError, saying what differs, unless what a run noted when it began is what it would note now."""
     told = json.loads(json.dumps(now))
     if kept == told:
@@ -54,4 +54,4 @@ def _short(text: str, start: int) -> str:
     if len(text) == 64 and not start:
         return text[:12]
     end = start + TEXT
-    return ("…" if start else "") + escaped(text[start:end], keep="") + ("…" if len(text) > end else "")
+    return ("…" if start else "") + escape_text(text[start:end], keep="") + ("…" if len(text) > end else "")

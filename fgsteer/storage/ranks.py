@@ -23,7 +23,7 @@ class Ranks:
             raise DataError(f"RANK {self.rank} of WORLD_SIZE {self.world}", "0 to WORLD_SIZE - 1")
 
     @classmethod
-    def here(cls) -> Ranks:
+    def from_env(cls) -> Ranks:
         """What RANK and WORLD_SIZE say; the only process where they are not set. Raises DataError."""
         given = {name: os.environ.get(name, other) for name, other in (("RANK", "0"), ("WORLD_SIZE", "1"))}
         try:
@@ -31,6 +31,6 @@ class Ranks:
         except ValueError as error:
             raise DataError(f"the environment variables {given}", "two whole numbers, as torchrun sets") from error
 
-    def makes(self, number: int) -> bool:
+    def owns(self, number: int) -> bool:
         """Whether part ``number`` is for this process to make."""
         return number % self.world == self.rank

@@ -35,9 +35,9 @@ def file_target(path: str | Path) -> Path:
         _check_folder(path, target.parent)
         if found is not None and not stat.S_ISREG(found.st_mode):
             kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
-            raise unwritable(path, f"it is {kind}", "a file, or a name that is free", "name another")
+            raise write_error(path, f"it is {kind}", "a file, or a name that is free", "name another")
         if found is not None and not os.access(target, os.W_OK):
-            raise unwritable(path, "it is read-only", "a file that may be replaced", "name another, or chmod it")
+            raise write_error(path, "it is read-only", "a file that may be replaced", "name another, or chmod it")
         return target
 
 
@@ -56,7 +56,7 @@ def make_folder(path: str | Path) -> Path:
     return Path(path)
 
 
-def new_folder(path: str | Path) -> Path:
+def new_folder_target(path: str | Path) -> Path:
     """The folder that is written whole for ``path``: free, or empty. Raises FormatError where it is not."""
     with _refusals(path):
         target, found = _find(path)
@@ -66,7 +66,7 @@ def new_folder(path: str | Path) -> Path:
         return target
 
 
-def unwritable(
+def write_error(
     path: str | Path,
     why: object,
     expected: str = "a folder that can be written to, with space left",
@@ -84,9 +84,9 @@ def _refusals(path: str | Path) -> Iterator[None]:
     except FormatError:
         raise
     except OSError as error:
-        raise unwritable(path, error.strerror or error) from error
+        raise write_error(path, error.strerror or error) from error
     except ValueError as error:  # a null character, half a character
-        raise unwritable(path, error, "a name that the file system can hold", "name another") from error
+        raise write_error(path, error, "a name that the file system can hold", "name another") from error
 
 
 def _find(path: str | Path) -> tuple[Path, os.stat_result | None]:
@@ -103,8 +103,8 @@ def _check_folder(path: str | Path, folder: Path) -> None:
     missing = next((parent for parent in (*reversed(folder.parents), folder) if not parent.exists()), None)
     if missing is not None:
         change = "make it first, or correct the name"
-        raise unwritable(path, f"there is no folder {missing}", "a folder that is there", change)
+        raise write_error(path, f"there is no folder {missing}", "a folder that is there", change)
     if not folder.is_dir():
-        raise unwritable(path, f"{folder} is no folder", "a folder", "name another")
+        raise write_error(path, f"{folder} is no folder", "a folder", "name another")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise unwritable(path, f"{folder} is read-only", "a folder that can be written to", "write elsewhere")
+        raise write_error(path, f"{folder} is read-only", "a folder that can be written to", "write elsewhere")

@@ -35,11 +35,10 @@ from fgsteer.effects.fingerprints import effects_sha256
 from fgsteer.effects.rollouts import Sampling, rollout
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_range
-from fgsteer.errors.limits import MOST
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.limits import MAX_COUNT
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
-from fgsteer.evaluation.bench.conditions import BENCH_METHODS, PROMPT, UNSTEERED, ConceptArms, check_methods
-from fgsteer.evaluation.bench.records import HALVES
+from fgsteer.evaluation.bench.conditions import ConceptArms, bench_methods, check_methods, steers
 from fgsteer.evaluation.bench.run_files import (
     Arm,
     append,
@@ -50,14 +49,15 @@ from fgsteer.evaluation.bench.run_files import (
 )
 from fgsteer.evaluation.judges.judges import Judge, validation_auc
 from fgsteer.evaluation.metrics.coherence import Coherence
+from fgsteer.evaluation.runs.records import HALVES
 from fgsteer.interventions import Intervention
 from fgsteer.likelihood.calibration import calibrate_grid
-from fgsteer.models.fingerprints import made_of
-from fgsteer.models.pairing import identity as model_identity
+from fgsteer.models.fingerprints import run_fingerprint
+from fgsteer.models.pairing import model_identity
 from fgsteer.saes.fingerprints import density_sha256, sae_identity
 from fgsteer.saes.sae import SAE
 from fgsteer.storage.json_files import text_sha256, write_json
-from fgsteer.storage.locks import held
+from fgsteer.storage.locks import exclusive_lock
 from fgsteer.storage.targets import file_target
 
 REFERENCE = 1_000_000  # rollout numbers from here are the unsteered samples that coherence is fitted on
@@ -75,7 +75,7 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True, repr=False)
-class BenchPlan(Brief):
+class BenchPlan(OneLineRepr):
     """What is run. ``prompts`` and ``seeds`` are of each half; ``ce_rises`` in nats a token of neutral text.
 
     Intervals are over prompts, and the texts of one resemble each other: for one cost, more prompts with one seed
@@ -88,7 +88,7 @@ class BenchPlan(Brief):
     """
 
     concepts: tuple[str, ...]
-    methods: tuple[str, ...] = BENCH_METHODS
+    methods: tuple[str, ...] = field(default_factory=bench_methods)
     layers: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
     ce_rises: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
     matched: float | None = 0.5
@@ -109,7 +109,7 @@ class BenchPlan(Brief):
     def __post_init__(self) -> None:
         check_methods(self.methods)
         for name in ("prompts", "seeds", "texts", "batch_rows"):
-            check_range(name, getattr(self, name), 1, MOST, whole=True)
+            check_range(name, getattr(self, name), 1, MAX_COUNT, whole=True)
         for rise in self.ce_rises:
             check_range("a ce_rise", rise, 0, sys.float_info.max)
         _check_texts("neutral", self.neutral)
@@ -131,7 +131,7 @@ class BenchPlan(Brief):
             raise DataError(f"ce_rises {self.ce_rises}", "rising numbers > 0")
         if self.matched is not None and self.matched not in self.ce_rises:
             raise DataError(f"matched {self.matched}", f"one of the ce_rises {self.ce_rises}")
-        nowhere = set(self.methods) - {UNSTEERED, PROMPT} - {method for method, _ in self.places}
+        nowhere = set(filter(steers, self.methods)) - {method for method, _ in self.places}
         if nowhere:
             raise DataError(
                 f"no layer for {', '.join(sorted(nowhere))}",
@@ -147,7 +147,7 @@ class BenchPlan(Brief):
     @property
     def places(self) -> list[tuple[str, int]]:
         """(method, layer) for all that steers."""
-        steered = [method for method in self.methods if method not in (UNSTEERED, PROMPT)]
+        steered = [method for method in self.methods if steers(method)]
         layers = self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(steered, self.layers)
         return [(method, layer) for method in steered for layer in layers.get(method, ())]
 
@@ -175,7 +175,7 @@ class Part:
 
 
 @dataclass(eq=False, repr=False)
-class Bench(Brief):
+class Bench(OneLineRepr):
     """A benchmark of a model with SAEs and effects by layer, judged by ``judge``.
 
     ``writer`` generates in another engine, such as ``serving.VllmWriter``; the model then reads and sets strengths.
@@ -231,7 +231,7 @@ class Bench(Brief):
     def arms(self, concept: str) -> list[Arm]:
         """Every arm of a concept, its strengths set."""
         plan, vectors = self.plan, self.concept(concept)
-        arms = [Arm(concept, method) for method in (UNSTEERED, PROMPT) if method in plan.methods]
+        arms = [Arm(concept, method) for method in bench_methods() if method in plan.methods and not steers(method)]
         makes = [vectors.make(method, layer) for method, layer in plan.places]
         found = calibrate_grid(self.model, self.tokenizer, makes, self.neutral, target_ce_rises=plan.ce_rises)
         for number, rise in enumerate(plan.ce_rises):
@@ -268,13 +268,11 @@ class Bench(Brief):
     def texts(self, part: Part) -> list[str]:
         """What the part's arms write, by arm, then prompt."""
         prompts, vectors = self.prompts(part.half), self.concept(part.arms[0].concept)
-        by_prefix = {True: [a for a in part.arms if a.method == PROMPT]}
-        by_prefix[False] = [a for a in part.arms if a.method != PROMPT]
+        by_prompts: dict[tuple[str, ...], list[Arm]] = {}
+        for arm in part.arms:
+            by_prompts.setdefault(tuple(vectors.prompts(arm.method, prompts)), []).append(arm)
         written: dict[Arm, list[str]] = {}
-        for prefixed, arms in by_prefix.items():
-            if not arms:
-                continue
-            given = [vectors.prefix + prompt for prompt in prompts] if prefixed else prompts
+        for given, arms in by_prompts.items():
             steering = [
                 None if arm.layer is None else vectors.make(arm.method, arm.layer)(arm.coefficient) for arm in arms
             ]
@@ -320,7 +318,7 @@ class Bench(Brief):
         layers = {str(layer): {**_identity(sae)} for layer, sae in self.saes.items()}
         effects = {str(layer): effects_sha256(found) for layer, found in self.effects.items()}
         judge = getattr(self.judge, "identity", self.judge.name)
-        return {**made_of(self.model, self.tokenizer), "saes": layers, "effects": effects, "judge": judge}
+        return {**run_fingerprint(self.model, self.tokenizer), "saes": layers, "effects": effects, "judge": judge}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -374,7 +372,7 @@ class Bench(Brief):
         """
         path = Path(path)
         file_target(path)
-        with held(path):
+        with exclusive_lock(path):
             check_run(path, self.identity, fresh=fresh)
             header = self.header(command)
             arms = self._arms(strengths_path(path))

@@ -20,8 +20,9 @@ from typing import Any
 
 from fgsteer.errors import FormatError
 from fgsteer.storage.atomic import append_bytes
+from fgsteer.storage.files import refuse_damaged
 from fgsteer.storage.json_files import parse_json, read_json
-from fgsteer.storage.plans import check_same
+from fgsteer.storage.plans import check_same_plan
 
 BEGINNING = b'{"fgsteer": "bench"'  # by which a header that was cut off is known
 
@@ -47,16 +48,14 @@ def read_arms(path: Path, identity: Mapping[str, Any]) -> dict[str, list[Arm]]:
     if not path.is_file():
         return {}
     kept = read_json(path)
-    try:
+    with refuse_damaged(path, "the strengths that fgsteer bench keeps", "delete it"):
         noted = kept.get("identity", {})
         arms = {concept: [Arm(**entry) for entry in entries] for concept, entries in kept["arms"].items()}
         for arm in (arm for entries in arms.values() for arm in entries):
             texts, numbers = (arm.concept, arm.method), (arm.coefficient, arm.layer or 0, arm.ce_rise or 0.0)
             if not all(isinstance(text, str) for text in texts) or not all(math.isfinite(n) for n in numbers):
                 raise ValueError(f"no arm: {arm}")
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise FormatError(f"{path} is damaged: {error}", "strengths of fgsteer bench", "delete it") from error
-    check_same(path, noted, identity)
+    check_same_plan(path, noted, identity)
     return arms
 
 
@@ -78,7 +77,7 @@ def check_run(path: Path, identity: Mapping[str, Any], *, fresh: bool = False) -
         for file in (path, strengths_path(path)):
             file.unlink(missing_ok=True)
     elif header is not None:
-        check_same(path, identity_of(header), identity)
+        check_same_plan(path, identity_of(header), identity)
 
 
 def _header(path: Path) -> dict[str, Any] | None:
@@ -122,7 +121,7 @@ def resume(path: Path, header: Mapping[str, Any], counts: Sequence[int]) -> int:
         path.unlink(missing_ok=True)
         append(path, [header])
         return 0
-    check_same(path, identity_of(found), identity_of(header))
+    check_same_plan(path, identity_of(found), identity_of(header))
     with open(path, "rb") as file:
         file.readline()
         done, end = 0, file.tell()

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from fgsteer.data.contrasts import SHIPPED, shipped_contrasts
 from fgsteer.errors import FormatError, JudgeError
-from fgsteer.errors.checks import is_whole, shown
+from fgsteer.errors.checks import describe_value, is_whole_number
 from fgsteer.errors.escaping import json_text
+from fgsteer.evaluation.judges.chat_client import OPENAI, BrokenAnswerError, ChatClient
 from fgsteer.evaluation.judges.judges import check_texts
-from fgsteer.evaluation.judges.requests import OPENAI, BrokenAnswerError, ChatClient
 from fgsteer.storage.atomic import append_bytes
 from fgsteer.storage.json_files import parse_json, read_json, text_sha256
 from fgsteer.storage.targets import file_target
@@ -95,9 +95,10 @@ class EndpointJudge:
         answers: int = 3,
         **client: Any,
     ) -> None:
-        if not (is_whole(concurrency) and is_whole(answers) and concurrency >= 1 and answers >= 1):
+        if not (is_whole_number(concurrency) and is_whole_number(answers) and concurrency >= 1 and answers >= 1):
             raise JudgeError(
-                f"concurrency {shown(concurrency)}, answers {shown(answers)}", "whole numbers, at least 1 each"
+                f"concurrency {describe_value(concurrency)}, answers {describe_value(answers)}",
+                "whole numbers, at least 1 each",
             )
         self.name = f"endpoint:{model}"
         self._client = ChatClient(model, base_url=base_url, **client)

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
-from fgsteer.data.chat import Text, whole_text
+from fgsteer.data.chat import Text, check_unicode
 from fgsteer.data.contrasts import ContrastSet, load_contrast, load_neutral, shipped_contrasts
 from fgsteer.errors import DataError, FormatError, JudgeError
 from fgsteer.errors.wording import count
@@ -63,7 +63,7 @@ def check_texts(texts: Sequence[str]) -> list[str]:
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"texts[{number}] is {type(text).__name__}", "a string")
-        whole_text(text, f"texts[{number}]")
+        check_unicode(text, f"texts[{number}]")
     return list(texts)
 
 

@@ -22,8 +22,8 @@ from fgsteer.activations.tokens import TokenReader
 from fgsteer.data.chat import Text
 from fgsteer.data.contrasts import ContrastPair, ContrastSet, as_contrast
 from fgsteer.errors import DataError, SteeringError
-from fgsteer.errors.checks import checked, shown
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.checks import checked, describe_value
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.interventions import Intervention
 from fgsteer.likelihood.scoring import Entry, log_probabilities
@@ -72,13 +72,14 @@ def with_prompts(texts: Sequence[str], prompts: Sequence[Text] | None) -> list[t
         raise DataError(f"texts {texts!r:.40}", "a list of texts")
     if isinstance(prompts, str) or (prompts is not None and len(prompts) != len(texts)):
         raise DataError(
-            f"{count(len(prompts), 'prompt')} for {count(len(texts), 'text')}", "a list with one for each text"
+            f"{count(len(prompts), 'prompt')} for {count(len(texts), 'text')}",
+            "a list with one for each text",
         )
     return list(zip(prompts or [""] * len(texts), texts, strict=True))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AnswerProbabilities(Brief):
+class AnswerProbabilities(OneLineRepr):
     """Log-probabilities (interventions, questions), nats, of the two answers, each summed over its tokens; float64."""
 
     positive: Float[Tensor, "interventions questions"]
@@ -150,7 +151,7 @@ def _check_parting(tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[T
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Steerability(Brief):
+class Steerability(OneLineRepr):
     """``slopes (samples,)``: by how much a unit of the coefficient moves each sample's difference, in nats."""
 
     slopes: Float[Tensor, " samples"]
@@ -207,6 +208,6 @@ def measure_steerability(
     entries = [make(float(c)) for c in coefficients]
     for c, entry in zip(coefficients, entries, strict=True):
         if not isinstance(entry, Intervention):
-            raise SteeringError(f"make({c}) is {shown(entry)}", "an intervention", "pass vec.add itself")
+            raise SteeringError(f"make({c}) is {describe_value(entry)}", "an intervention", "pass vec.add itself")
     found = answer_probabilities(model, tokenizer, questions, entries, joint=joint, batch_tokens=batch_tokens)
     return steerability(coefficients, found.difference)

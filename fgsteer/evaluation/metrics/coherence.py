@@ -20,7 +20,7 @@ from fgsteer.activations.tokens import TokenReader
 from fgsteer.data.chat import Text
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.metrics.answers import text_cross_entropies, with_prompts
 from fgsteer.models.properties import context_window
@@ -47,7 +47,7 @@ def distinct_share(bigrams: Sequence[Any], window: int) -> float:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CoherenceScores(Brief):
+class CoherenceScores(OneLineRepr):
     """Of each text, (texts,) float64: coherence, cross-entropy in nats a token, and the repetition penalty."""
 
     coherence: Float[Tensor, " texts"]
@@ -56,7 +56,7 @@ class CoherenceScores(Brief):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Coherence(Brief):
+class Coherence(OneLineRepr):
     """Scores texts against unsteered samples of the same model; made by ``fit``.
 
     ``coherence = exp(−max(0, CE(text) − CE₀)) · min(1, D_w(text) / D_w)²``, in [0, 1]. CE is in nats a token under

@@ -22,7 +22,7 @@ from fgsteer.activations.tokens import TokenRule
 from fgsteer.data.contrasts import ContrastPair, ContrastSet, as_contrast, load_neutral
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_number, checked
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.evaluation.metrics.propensity import Propensity, Shares
 from fgsteer.evaluation.sweep.answers import (
@@ -39,10 +39,10 @@ from fgsteer.evaluation.sweep.answers import (
 from fgsteer.interventions import Add, Intervention
 from fgsteer.likelihood.calibration import CE_RISE, calibrate_grid
 from fgsteer.likelihood.scoring import cross_entropies
-from fgsteer.methods import build
+from fgsteer.methods import spec
 from fgsteer.methods.provenance import library_version
 from fgsteer.models.hookpoints import Hookpoint, blocks_of
-from fgsteer.models.pairing import identity
+from fgsteer.models.pairing import model_identity
 from fgsteer.statistics.collecting import collect
 from fgsteer.vector import SteeringVector
 
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CE_RISES = (0.05, 0.1, 0.25, 0.5, 1.0)
-METHODS = ("caa", "ace", "pca")  # those that need no SAE
 OFF_TARGET = 0.1  # a calibrated cost further than this from the one asked for, relative, is noted
 
 Contrasts = ContrastSet | str | Path | Sequence[ContrastPair]
@@ -58,7 +57,7 @@ Step = tuple[int, int, float, float | None]  # layer, sign, coefficient that bea
 
 
 @dataclass(frozen=True, repr=False)
-class SweepCell(Brief):
+class SweepCell(OneLineRepr):
     """One layer, sign and strength: ``vector.add(coefficient)``, which bears the sign.
 
     ``effect`` is the change of propensity, ``cost`` the measured rise of neutral text's cross-entropy in nats a
@@ -84,7 +83,7 @@ class SweepCell(Brief):
 
 
 @dataclass(frozen=True, repr=False)
-class Sweep(Brief):
+class Sweep(OneLineRepr):
     """What ``sweep`` measured, and its answers.
 
     ``unit`` is that of effects; ``texts`` are numbers of positives, negatives, and pairs among them, ``measured_on``
@@ -161,9 +160,10 @@ def sweep(
     log-probabilities are sums: the difference of ``answer_probabilities``. Cost is the rise of the mean
     cross-entropy of ``neutral`` texts, in nats a token.
 
-    ``vectors`` are one a layer, or caa, ace or pca to build them from the contrast, reading ``tokens``, at
-    resid_post of ``layers`` (all); they are not scaled: c = 1 adds v. Strengths are those at which each layer and
-    sign costs ``ce_rises`` (rising; by default .05, .1, .25, .5, 1), or ``coefficients`` ≥ 0, tried with both signs.
+    ``vectors`` are one a layer, or the name of a method that needs no SAE, such as caa, to build them from the
+    contrast, reading ``tokens``, at resid_post of ``layers`` (all); they are not scaled: c = 1 adds v. Strengths are
+    those at which each layer and sign costs ``ce_rises`` (rising; by default .05, .1, .25, .5, 1), or
+    ``coefficients`` ≥ 0, tried with both signs.
     ``matched`` is the cost at which layers and signs are compared: .5, or less where the grid ends before; between
     given coefficients it is interpolated. ``controls`` random directions a layer (0: none) show what any change of
     that cost does to the two sides, which is no effect of the vector and would pass for a stronger sign.
@@ -203,7 +203,7 @@ def sweep(
     return Sweep(
         contrast=given.name,
         method=", ".join(dict.fromkeys(str(v.provenance.get("method", "bare")) for v in by_layer.values())),
-        model=identity(model),
+        model=model_identity(model),
         hookpoints={layer: str(vector.hookpoint) for layer, vector in by_layer.items()},
         norms={layer: vector.norm for layer, vector in by_layer.items()},
         measured_on=propensity.contrast.name,
@@ -305,13 +305,12 @@ def _vectors(
             listed = ", ".join(str(vector.hookpoint) for vector in vectors) or "none"
             raise DataError(f"vectors at {listed}, layers {layers}", "vectors alone, one a layer")
         return dict(sorted(by_layer.items()))
-    if vectors not in METHODS:
-        raise DataError(f"method {vectors!r}", f"{', '.join(METHODS)}, or vectors, one a layer")
+    method = spec(vectors, "sweep")
     places = sorted(set(map(Hookpoint, range(len(blocks_of(model))) if layers is None else layers)))
     if not places:
         raise DataError("no layers", "at least one")
-    stats = collect(model, tokenizer, contrast, hookpoints=places, tokens=tokens, keep_pooled=vectors == "pca")
-    return {at.layer: build(vectors, stats=stats, hookpoint=at) for at in places}
+    stats = collect(model, tokenizer, contrast, hookpoints=places, tokens=tokens, keep_pooled=method.pooled)
+    return {at.layer: method.build(stats=stats, hookpoint=at) for at in places}
 
 
 def _calibrated(meter: _Meter, vectors: Mapping[int, SteeringVector], rises: Sequence[float]) -> list[Step]:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.bench.records import Run, method_name
-from fgsteer.evaluation.bench.tables import (
+from fgsteer.evaluation.metrics.intervals import Interval
+from fgsteer.evaluation.runs.records import Run
+from fgsteer.evaluation.runs.tables import (
     BASELINE,
     Point,
     average_table,
@@ -26,9 +27,9 @@ from fgsteer.evaluation.bench.tables import (
     concept_table,
     curve,
 )
-from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.features.cards import LIGHT, visible
-from fgsteer.storage.atomic import whole
+from fgsteer.methods import method_name
+from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.targets import make_folder
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def save(figure: Figure, path: str | Path) -> None:
     kind = Path(path).suffix.lstrip(".").lower()
     if kind not in ("png", "svg"):
         raise DataError(f"a picture named {path}", "an ending of .png or .svg")
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(rendered(figure, kind))
 
 
@@ -294,15 +295,15 @@ def concept_bars(run: Run, method: str, matched: float | None = None) -> Figure:
 
     Raises DataError where the run lacks the method or the baseline.
     """
-    whole = [row.difference for row in average_table(run, matched) if row.method == method and row.difference]
+    averages = [row.difference for row in average_table(run, matched) if row.method == method and row.difference]
     rows = [
         (row.setting.concept, row.difference)
         for row in concept_table(run, matched)
         if row.setting.method == method and row.difference
     ]
-    if not whole:
+    if not averages:
         raise DataError(f"no difference of {method} to {BASELINE}", "a run with both")
-    rows = [("average", whole[0]), *sorted(rows, key=lambda row: row[1].mean)]
+    rows = [("average", averages[0]), *sorted(rows, key=lambda row: row[1].mean)]
     figure, axis = _rows(rows)
     for place, (_, gain) in enumerate(rows):
         error = [[gain.mean - gain.low], [gain.high - gain.mean]]

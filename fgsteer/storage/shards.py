@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from fgsteer.errors import FgsteerWarning, FormatError, PairingError
 from fgsteer.errors.checks import warn
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import damage_error, read_tensors, refuse_damaged, write_tensors
 from fgsteer.storage.json_files import read_json, text_sha256, write_json
-from fgsteer.storage.locks import held
-from fgsteer.storage.plans import check_same
+from fgsteer.storage.locks import exclusive_lock
+from fgsteer.storage.plans import check_same_plan
 from fgsteer.storage.ranks import Ranks
 from fgsteer.storage.targets import make_folder
 
@@ -32,7 +33,7 @@ LATE = 60.0  # seconds after which waiting for one is told
 T = TypeVar("T")
 
 
-class Parts:
+class Shards:
     """The parts of one plan in a folder; ``fresh`` starts over, removing those of a run of this kind.
 
     The plan says all that the parts depend on, besides the pieces that they are made of.
@@ -41,7 +42,7 @@ class Parts:
     def __init__(
         self, folder: str | Path, kind: str, plan: Mapping[str, Any], ranks: Ranks | None = None, *, fresh: bool = False
     ) -> None:
-        self.folder, self.kind, self.ranks, self.fresh = make_folder(folder), kind, ranks or Ranks.here(), fresh
+        self.folder, self.kind, self.ranks, self.fresh = make_folder(folder), kind, ranks or Ranks.from_env(), fresh
         self.plan = {"run": kind, **plan}
         self.key = text_sha256(self.plan)
 
@@ -58,7 +59,7 @@ class Parts:
         number of parts that are done. Raises BusyError while another run is at work in the folder, PairingError where
         it holds parts of another plan, FormatError when it cannot be written to, or as ``read`` does.
         """
-        with held(self.folder, f"process-{self.ranks.rank}"):
+        with exclusive_lock(self.folder, f"process-{self.ranks.rank}"):
             self._begin()
             yield from self._each(pieces, make, name, progress)
 
@@ -73,7 +74,7 @@ class Parts:
                 raise FormatError(error.got, error.expected, change) from error
         if self.fresh or not note.exists():
             write_json(note, self.plan)
-        check_same(self.folder, read_json(note), self.plan)
+        check_same_plan(self.folder, read_json(note), self.plan)
 
     def _clear(self, found: Any) -> None:
         """Remove this process's parts, and whatever is of another plan: what others may just have made stays."""
@@ -92,7 +93,7 @@ class Parts:
                 header = read_tensors(path, kind=None)[1]
             except FormatError:  # damaged, under the name of ours
                 header = {"kind": self.kind}
-            mine = part is not None and self.ranks.makes(int(part[1]))
+            mine = part is not None and self.ranks.owns(int(part[1]))
             if header["kind"] in (self.kind, "baseline") and (mine or header.get("plan") != self.key):
                 path.unlink(missing_ok=True)
 
@@ -107,7 +108,7 @@ class Parts:
         for number, piece in enumerate(pieces):
             names.append(name(piece))
             path, alone = self.path(number), self.ranks.world == 1
-            if not self.ranks.makes(number):
+            if not self.ranks.owns(number):
                 continue
             if not path.exists():
                 write_tensors(path, make(number, piece), kind=self.kind, header=self._header(number, names[-1]))
@@ -116,7 +117,7 @@ class Parts:
             if alone:
                 yield self.read(number, names[-1])
         for number, told in enumerate(names if self.ranks.world > 1 else ()):
-            wait_for(self.path(number), number % self.ranks.world)
+            wait_for_file(self.path(number), number % self.ranks.world)
             yield self.read(number, told)
 
     def path(self, number: int) -> Path:
@@ -139,15 +140,19 @@ class Parts:
             )
         return tensors
 
-    def damaged(self, number: int, why: object) -> FormatError:
-        """The error to raise of a part whose tensors are not what its plan asks for."""
-        return FormatError(f"{self.path(number)} is damaged: {why}", "what this plan writes there", "delete it")
+    def damage_error(self, number: int, reason: object) -> FormatError:
+        """The error to raise of a shard whose tensors are not what its plan asks for."""
+        return damage_error(self.path(number), reason, "what this run writes there", "delete it")
+
+    def refuse_damaged(self, number: int) -> AbstractContextManager[None]:
+        """A block that interprets the tensors of a shard; its errors become a FormatError that names the file."""
+        return refuse_damaged(self.path(number), "what this run writes there", "delete it")
 
     def _header(self, number: int, name: str) -> dict[str, Any]:
         return {"plan": self.key, "part": number, "of": name}
 
 
-def wait_for(path: Path, maker: int) -> None:
+def wait_for_file(path: Path, maker: int) -> None:
     """Until another process has made a file. Warns FgsteerWarning once when that takes long."""
     began, told = time.monotonic(), False
     while not path.exists():

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.bench.plots import Picture, pictures, rendered
-from fgsteer.evaluation.bench.records import (
+from fgsteer.evaluation.metrics.intervals import Interval
+from fgsteer.evaluation.runs.plots import Picture, pictures, rendered
+from fgsteer.evaluation.runs.records import (
     EvalRecord,
     Run,
     Unit,
     best_settings,
     mean,
-    method_name,
 )
-from fgsteer.evaluation.bench.tables import (
+from fgsteer.evaluation.runs.tables import (
     BASELINE,
     AverageRow,
     ConceptRow,
@@ -35,9 +35,9 @@ from fgsteer.evaluation.bench.tables import (
     compare,
     concept_table,
 )
-from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.features.cards import LIGHT, visible, whole_page
-from fgsteer.storage.atomic import whole
+from fgsteer.methods import method_name
+from fgsteer.storage.atomic import atomic_write
 
 _STYLE = """
 .wide{grid-column:1/-1}article>h2{margin-bottom:.5rem}article>h3{font-size:.95rem;margin:.75rem 0 .25rem}
@@ -66,7 +66,7 @@ _THEMED = {color: f"var(--{name})" for name, color in LIGHT.items() if name in (
 def write_report(run: Run, path: str | Path, features: Features | None = None) -> None:
     """Write ``html_report`` whole."""
     page = html_report(run, features=features)
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(page.encode("utf-8", "replace"))
 
 

@@ -25,7 +25,7 @@ from fgsteer.cli.options import (
 from fgsteer.cli.printing import console, show
 from fgsteer.cli.values import finite
 from fgsteer.errors import JudgeError
-from fgsteer.errors.limits import MOST
+from fgsteer.errors.limits import MAX_COUNT
 
 
 @app.command(name="eval")
@@ -43,9 +43,11 @@ def evaluate(
         float | None, typer.Option(min=0, callback=finite, help="Documents of each task; a share if below 1.")
     ] = None,
     fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", min=0, max=MOST, help="Examples before each question.")
+        int | None, typer.Option("--num-fewshot", min=0, max=MAX_COUNT, help="Examples before each question.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=MOST, help="Requests in a forward pass.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=MAX_COUNT, help="Requests in a forward pass.")
+    ] = 1,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,

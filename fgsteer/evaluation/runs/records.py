@@ -15,37 +15,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from fgsteer.errors import DataError, FormatError
-from fgsteer.errors.reprs import Brief
+from fgsteer.errors.reprs import OneLineRepr
+from fgsteer.errors.wording import count
 from fgsteer.evaluation.metrics.intervals import COMPLETE, paired_differences
+from fgsteer.methods import method_name, specs
 from fgsteer.storage.json_files import parse_json
 
 HALVES = ("tune", "report")
-
-
-class MethodSpec(NamedTuple):
-    """How tables call a method of a benchmark, and what it needs: nothing, a layer, its SAE, or that SAE's effects."""
-
-    label: str
-    needs: Literal["nothing", "layer", "sae", "effects"]
-
-
-SPECS = {  # in the order of tables
-    "unsteered": MethodSpec("unsteered", "nothing"),
-    "random": MethodSpec("random direction", "layer"),
-    "prompt": MethodSpec("prompt prefix", "nothing"),
-    "caa": MethodSpec("CAA", "layer"),
-    "ace": MethodSpec("ACE", "layer"),
-    "pca": MethodSpec("PCA", "layer"),
-    "sae_feature": MethodSpec("SAE feature", "sae"),
-    "sta": MethodSpec("STA", "sae"),
-    "sae_ts": MethodSpec("SAE-TS", "effects"),
-    "fgaa": MethodSpec("FGAA", "sae"),
-    "fgaa_effects": MethodSpec("FGAA + effects", "effects"),
-    "minus_bias": MethodSpec("−Mb alone", "effects"),
-}
 _KINDS = {
     "concept": str,
     "method": str,
@@ -82,7 +61,7 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class EvalRecord(Brief):
+class EvalRecord(OneLineRepr):
     """One generated text and its scores: a line of a run.
 
     ``behavior`` and ``coherence`` in [0, 1]; ``ce``: nats a token of the text under the unsteered
@@ -120,11 +99,15 @@ class EvalRecord(Brief):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Run(Brief):
+class Run(OneLineRepr):
     """A run's header (plan, versions, hashes, command) and its records."""
 
     header: Mapping[str, Any]
     records: Sequence[EvalRecord]
+
+    def __repr__(self) -> str:
+        methods, concepts = count(len(self.methods), "method"), count(len(self.concepts), "concept")
+        return f"Run({count(len(self.records), 'text')}: {methods}, {concepts})"
 
     @cached_property
     def cells(self) -> dict[tuple[Setting, str], dict[Unit, EvalRecord]]:
@@ -147,7 +130,7 @@ class Run(Brief):
     @property
     def methods(self) -> list[str]:
         """Methods in the order of tables: the known, then others by name."""
-        known = list(SPECS)
+        known = [method.name for method in specs()]
         return sorted(
             {s.method for s in self.settings}, key=lambda m: (known.index(m) if m in known else len(known), m)
         )
@@ -322,22 +305,6 @@ def told(setting: Setting) -> str:
     layer = "" if setting.layer is None else f", layer {setting.layer}"
     at = "" if setting.matched is None else f", matched at {setting.matched:g} nats"
     return f"{setting.concept}: {method_name(setting.method)}{layer}, coefficient {setting.coefficient:g}{at}"
-
-
-def spec(method: str) -> MethodSpec:
-    """The row of ``SPECS``. Raises DataError for a method that is not there."""
-    if method not in SPECS:
-        raise DataError(
-            f"a run with method {method!r:.80}",
-            f"the methods of fgsteer bench: {', '.join(SPECS)}",
-            "leave it out with run.only(methods=...)",
-        )
-    return SPECS[method]
-
-
-def method_name(method: str) -> str:
-    """What tables call a method. Raises DataError for one that fgsteer bench does not have."""
-    return spec(method).label
 
 
 def mean(values: Collection[float]) -> float:

@@ -15,13 +15,13 @@ from typing import Any
 
 from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.evaluation.bench.bench import Bench
-from fgsteer.evaluation.bench.records import HALVES
 from fgsteer.evaluation.bench.run_files import check_run, line, strengths_path
-from fgsteer.storage.atomic import rename, whole
+from fgsteer.evaluation.runs.records import HALVES
+from fgsteer.storage.atomic import atomic_write, rename
 from fgsteer.storage.json_files import parse_json, read_json, write_json
-from fgsteer.storage.locks import held
-from fgsteer.storage.parts import wait_for
+from fgsteer.storage.locks import exclusive_lock
 from fgsteer.storage.ranks import Ranks
+from fgsteer.storage.shards import wait_for_file
 from fgsteer.storage.targets import make_folder
 
 Progress = Callable[[int, int], None]
@@ -59,15 +59,15 @@ def run_shared(
     Returns whether this is the first process. A killed run goes on, also with another number of processes; ``fresh``
     starts over. Raises as ``Bench.run`` does.
     """
-    ranks, folder = Ranks.here(), parts_folder(path)
-    mine = [concept for number, concept in enumerate(bench.plan.concepts) if ranks.makes(number)]
-    with held(path) if ranks.rank == 0 else nullcontext():
+    ranks, folder = Ranks.from_env(), parts_folder(path)
+    mine = [concept for number, concept in enumerate(bench.plan.concepts) if ranks.owns(number)]
+    with exclusive_lock(path) if ranks.rank == 0 else nullcontext():
         check_parts(bench, path, mine, fresh=fresh)
         for concept in mine:
             run_concept(bench, concept, folder, command, progress)
         if ranks.rank == 0:
             for number, concept in enumerate(bench.plan.concepts):
-                wait_for(folder / f"{concept}.jsonl", number % ranks.world)
+                wait_for_file(folder / f"{concept}.jsonl", number % ranks.world)
             join(bench, path, command)
     return ranks.rank == 0
 
@@ -87,7 +87,7 @@ def check_parts(bench: Bench, path: str | Path, mine: Iterable[str], *, fresh: b
     run may just have been made. Raises PairingError, FormatError.
     """
     path, folder, own = Path(path), parts_folder(path), set(mine)
-    if Ranks.here().rank == 0 or not fresh:
+    if Ranks.from_env().rank == 0 or not fresh:
         check_run(path, bench.identity, fresh=fresh)
     for concept in bench.plan.concepts:
         identity = of_concept(bench, concept).identity
@@ -123,7 +123,7 @@ def join(bench: Bench, path: str | Path, command: str = "") -> None:
         records.append(_records(part))
         arms |= read_json(strengths_path(part))["arms"]
     write_json(strengths_path(path), {"identity": bench.identity, "arms": arms})
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(line(header) + b"".join(records))
 
 

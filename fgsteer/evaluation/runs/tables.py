@@ -13,16 +13,16 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.bench.records import (
+from fgsteer.evaluation.metrics.intervals import COMPLETE, Interval, mean_interval, paired_differences
+from fgsteer.evaluation.runs.records import (
     Run,
     Setting,
     Unit,
     best_settings,
     mean,
-    spec,
     told,
 )
-from fgsteer.evaluation.metrics.intervals import COMPLETE, Interval, mean_interval, paired_differences
+from fgsteer.methods import spec
 
 BASELINE = "caa"
 MEASURES = ("behavior", "coherence", "bcs")

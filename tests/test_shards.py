@@ -17,8 +17,8 @@ import torch
 import fgsteer as fg
 from fgsteer.storage.files import read_tensors, write_tensors
 from fgsteer.storage.json_files import text_sha256
-from fgsteer.storage.parts import Parts
 from fgsteer.storage.ranks import Ranks
+from fgsteer.storage.shards import Shards
 from tests.helpers.examples import LONG
 from tests.helpers.saes import make_sae
 
@@ -41,8 +41,8 @@ CONTRAST = fg.ContrastSet(
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    for module in ("tokens", "collecting", "density"):
-        monkeypatch.setattr(f"fgsteer.{module}.WINDOW", 8)  # 43 texts: six parts
+    for module in ("activations.tokens", "statistics.collecting", "features.density"):
+        monkeypatch.setattr(f"fgsteer.{module}.TEXTS_PER_CHUNK", 8)  # 43 texts: six parts
 
 
 def as_rank(monkeypatch, rank, world):
@@ -68,8 +68,8 @@ def test_parts_give_the_same_bytes(llama, tokenizer, tmp_path):
 
 def test_windows_add_up_to_one_pass(llama, tokenizer, monkeypatch):
     small = collect(llama, tokenizer)
-    monkeypatch.setattr("fgsteer.activations.tokens.WINDOW", 64)
-    monkeypatch.setattr("fgsteer.statistics.collecting.WINDOW", 64)
+    monkeypatch.setattr("fgsteer.activations.tokens.TEXTS_PER_CHUNK", 64)
+    monkeypatch.setattr("fgsteer.statistics.collecting.TEXTS_PER_CHUNK", 64)
     large = collect(llama, tokenizer)
     for space in ("residual", "feature"):
         for side in ("positive", "negative"):
@@ -96,15 +96,15 @@ def test_a_rank_makes_its_own_parts_and_reads_the_others(llama, tokenizer, tmp_p
         made.append((path.stem, maker))
         raise Waits
 
-    monkeypatch.setattr("fgsteer.storage.parts.wait_for", wait)
+    monkeypatch.setattr("fgsteer.storage.shards.wait_for_file", wait)
     with pytest.raises(Waits):
         collect(llama, tokenizer, work=tmp_path / "parts")
     assert made == [("part-000000", 0)]
     assert sorted(path.stem[-1] for path in (tmp_path / "parts").glob("part-*")) == ["1", "3", "5"]
     monkeypatch.undo()
     small = pytest.MonkeyPatch()
-    for module in ("tokens", "collecting"):
-        small.setattr(f"fgsteer.{module}.WINDOW", 8)
+    for module in ("activations.tokens", "statistics.collecting"):
+        small.setattr(f"fgsteer.{module}.TEXTS_PER_CHUNK", 8)
     assert saved(collect(llama, tokenizer, work=tmp_path / "parts"), tmp_path / "a") == whole
     small.undo()
 
@@ -144,19 +144,19 @@ def test_ranks_that_cannot_be_are_refused(rank, world, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(fg.DataError, match="RANK"):
-        Ranks.here()
+        Ranks.from_env()
 
 
 def test_every_part_is_one_ranks():
     for world in (1, 2, 3, 7):
         for number in range(20):
-            assert sum(Ranks(rank, world).makes(number) for rank in range(world)) == 1
+            assert sum(Ranks(rank, world).owns(number) for rank in range(world)) == 1
 
 
 def test_waiting_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("fgsteer.storage.parts.LATE", 0.05)
-    monkeypatch.setattr("fgsteer.storage.parts.POLL", 0.01)
-    parts = Parts(tmp_path, "x", {}, Ranks(0, 2))
+    monkeypatch.setattr("fgsteer.storage.shards.LATE", 0.05)
+    monkeypatch.setattr("fgsteer.storage.shards.POLL", 0.01)
+    parts = Shards(tmp_path, "x", {}, Ranks(0, 2))
     seen = []
 
     def make(number, piece):

@@ -27,8 +27,8 @@ from typing import Any, NoReturn
 from urllib.request import AbstractHTTPHandler, OpenerDirector, ProxyHandler, Request
 
 from fgsteer.errors import JudgeError
-from fgsteer.errors.checks import is_number, is_whole, shown
-from fgsteer.errors.escaping import without
+from fgsteer.errors.checks import describe_value, is_number, is_whole_number
+from fgsteer.errors.escaping import redact
 from fgsteer.errors.wording import a
 from fgsteer.storage.json_files import parse_json
 
@@ -158,10 +158,11 @@ class ChatClient:
             raise JudgeError("a base_url with a login, a query or a fragment", f"an address alone, such as {OPENAI}")
         if not _is_address(base_url):
             raise JudgeError(f"base_url {base_url!r}", f"an http or https address such as {OPENAI}")
-        numbers = is_whole(attempts) and is_number(timeout) and is_number(backoff)
+        numbers = is_whole_number(attempts) and is_number(timeout) and is_number(backoff)
         if not numbers or attempts < 1 or not 0 < timeout <= LONGEST_TIMEOUT or not backoff >= 0:
             raise JudgeError(
-                f"attempts {shown(attempts)}, timeout {shown(timeout)}, backoff {shown(backoff)}",
+                f"attempts {describe_value(attempts)}, timeout {describe_value(timeout)}, "
+                f"backoff {describe_value(backoff)}",
                 f"a whole number ≥ 1, seconds above 0 up to {LONGEST_TIMEOUT:.0f}, and seconds ≥ 0",
             )
         self.model = model
@@ -255,7 +256,7 @@ class ChatClient:
     def quote(self, words: str) -> str:
         """The server's words as an error may tell them: the first 300 characters, nothing of the API key in them."""
         # cut before the key is looked for, which takes time, and after: not in the middle of it
-        return without(self._key.value, " ".join(words.split())[: 40 * LONGEST_QUOTE])[:LONGEST_QUOTE]
+        return redact(self._key.value, " ".join(words.split())[: 40 * LONGEST_QUOTE])[:LONGEST_QUOTE]
 
 
 def _request_fields(options: Mapping[str, Any]) -> dict[str, Any]:
