@@ -12,7 +12,7 @@ import torch
 from fgsteer.errors import PairingError, SteeringError
 from fgsteer.errors.wording import a
 from fgsteer.interventions import Intervention
-from fgsteer.steering.ranges import check_amount, reach
+from fgsteer.steering.ranges import change_bound, check_amount
 
 Interventions = Intervention | Sequence[Intervention]
 
@@ -33,7 +33,7 @@ def checked(interventions: Interventions) -> list[Intervention]:
     if len(names := {item.model_name for item in items if item.model_name}) > 1:
         raise PairingError(f"interventions made for {' and '.join(sorted(names))}", "one model's")
     for item in items:
-        check_amount(reach(item.update()), torch.float32, item.d_model, called(item))
+        check_amount(change_bound(item.update()), torch.float32, item.d_model, called(item))
     return [item.detach() for item in items]
 
 
