@@ -22,7 +22,7 @@ from fgsteer.cli.bench_setup import choose_engine, make_judge
 from fgsteer.data.contrasts import check_name
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.concept_runs import concepts_folder
-from fgsteer.evaluation.bench.conditions import BENCH_METHODS, ConceptArms
+from fgsteer.evaluation.bench.conditions import ConceptArms, bench_methods
 from fgsteer.evaluation.bench.distributors import RayWorkers, Torchrun
 from fgsteer.evaluation.bench.generators import Generator, TransformersGenerator
 from fgsteer.evaluation.bench.plan import BenchPlan
@@ -79,10 +79,10 @@ def unbroken(parts, tmp_path_factory):
 
 def test_every_arm_is_written_for_every_prompt_and_seed(unbroken):
     run = fg.load_run(unbroken)
-    assert set(run.methods) == set(BENCH_METHODS)
+    assert set(run.methods) == set(bench_methods())
     counts = Counter((r.concept, r.method, r.ce_rise, r.matched, r.half) for r in run.records)
     assert set(counts.values()) == {PLAN.prompts * PLAN.seeds}
-    steered = len(BENCH_METHODS) - 2
+    steered = len(bench_methods()) - 2
     assert len(counts) == 2 * 2 * (2 + steered * (len(PLAN.ce_rises) + 1))
     halves = {half: {r.unit for r in run.records if r.half == half} for half in ("tune", "report")}
     assert not {u.prompt for u in halves["tune"]} & {u.prompt for u in halves["report"]}

@@ -6,8 +6,8 @@ import inspect
 from typing import Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand
 
+from fgsteer.cli.choices import CommandWithChoices
 from fgsteer.cli.outputs import FILLED, SHIPPED_OR_FILES, check_apart, written_alone
 from fgsteer.storage.ranks import Ranks
 
@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 
-class Command(TyperCommand):
+class Command(CommandWithChoices):
     """A command that writes to no file that it reads, and to none that another one is writing."""
 
     def invoke(self, ctx: Any) -> Any:

@@ -23,6 +23,7 @@ from fgsteer.cli.bench_setup import (
     own_texts,
     settings_by_method,
 )
+from fgsteer.cli.choices import completion
 from fgsteer.cli.loading import ModelOptions
 from fgsteer.cli.options import (
     SEEDS,
@@ -61,7 +62,9 @@ def bench(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="A method to measure. Repeat for several; by default all for which there are SAEs and effects."
+            help="A method to measure: {bench methods}. Repeat for several; by default all for which there are SAEs "
+            "and effects.",
+            autocompletion=completion("bench methods"),
         ),
     ] = None,
     quick: Annotated[
@@ -78,9 +81,19 @@ def bench(
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(help="What scores behavior: {judges}. By default embedding where it is installed, else keyword."),
+        typer.Option(
+            help="What scores behavior: {judges}, or the name of a chat model with --judge-url. By default embedding "
+            "where it is installed, else keyword.",
+            autocompletion=completion("judges"),
+        ),
     ] = None,
-    coherence: Annotated[str, typer.Option(help="What scores coherence: {coherence judges}.")] = "unsteered",
+    coherence: Annotated[
+        str,
+        typer.Option(
+            help="What scores coherence: {coherence judges}, or the name of a chat model with --judge-url.",
+            autocompletion=completion("coherence judges"),
+        ),
+    ] = "unsteered",
     judge_url: Annotated[
         str | None, typer.Option(help="The OpenAI-compatible address of a chat model that judges, http://…/v1.")
     ] = None,

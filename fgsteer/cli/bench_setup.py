@@ -60,7 +60,8 @@ class BenchOptions:
         """The benchmark, with transformers in this process. Raises DataError for a plan that cannot be run."""
         import fgsteer as fg
         from fgsteer.evaluation.bench.concept_runs import begun_design
-        from fgsteer.evaluation.bench.conditions import BENCH_METHODS, NEEDS_EFFECTS
+        from fgsteer.evaluation.bench.conditions import bench_methods
+        from fgsteer.methods import spec
 
         name = sae_name(self.sae, self.model.name)
         check_device(self.model.device, self.model.dtype)
@@ -69,8 +70,9 @@ class BenchOptions:
         shipped = ["default"] if name == "default" and not self.sae_ids else []
         measured = [fg.load_effects(source) for source in self.effects or shipped]
         effects = {one.hookpoint.layer: one for one in measured}
-        layers = {m: tuple(n for n in sorted(saes) if m not in NEEDS_EFFECTS or n in effects) for m in BENCH_METHODS}
-        fields: dict[str, Any] = {"methods": BENCH_METHODS, "layers": layers, **(QUICK if self.quick else {})}
+        methods = bench_methods()
+        layers = {m: tuple(n for n in sorted(saes) if spec(m).needs != "effects" or n in effects) for m in methods}
+        fields: dict[str, Any] = {"methods": methods, "layers": layers, **(QUICK if self.quick else {})}
         fields["methods"] = tuple(method for method in fields["methods"] if layers[method])
         if not self.fresh:
             fields |= begun_design(self.out / "bench.jsonl")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,7 +51,7 @@ class ConceptDemo:
     prompt: str
     coefficients: dict[str, float]
     texts: dict[str, list[str]]
-    features: dict[str, list[FeatureRow]]
+    features: Mapping[str, Sequence[FeatureRow]]
 
 
 def run_concept(

@@ -56,6 +56,12 @@ class EffectApproximator(OneLineRepr):
         if self.M.ndim != 2 or self.b.shape != self.M.shape[1:]:
             raise PairingError(f"M {tuple(self.M.shape)} and b {tuple(self.b.shape)}", "(d_model, d_sae) and (d_sae,)")
 
+    def __repr__(self) -> str:
+        vectors = self.about.get("vectors")
+        fitted = f", fitted to {count(vectors, 'vector')}" if isinstance(vectors, int) else ""
+        sizes = f"d_model {self.M.shape[0]}, d_sae {self.M.shape[1]}"
+        return f"EffectApproximator(at {self.hookpoint}, {sizes}{fitted})"
+
     @classmethod
     def fit(
         cls,

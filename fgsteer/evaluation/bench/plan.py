@@ -18,7 +18,7 @@ from fgsteer.errors.checks import check_range
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
-from fgsteer.evaluation.bench.conditions import BENCH_METHODS, PROMPT, UNSTEERED, check_methods
+from fgsteer.evaluation.bench.conditions import bench_methods, check_methods, steers
 from fgsteer.evaluation.runs.records import HALVES
 
 
@@ -32,7 +32,7 @@ class BenchPlan(OneLineRepr):
 
     Args:
         concepts: Names of shipped contrast sets, or of those passed to ``Bench(contrasts=...)``.
-        methods: Names of methods, of ``BENCH_METHODS``.
+        methods: Names of methods of the table that the benchmark offers; all of them by default.
         layers: The layers of every method that steers, or {method: its layers}.
         ce_rises: Costs at which strength is set: nats a token by which the cross-entropy of neutral texts rises.
         matched: The one of ``ce_rises`` at which methods are compared besides at their best, or None.
@@ -56,7 +56,7 @@ class BenchPlan(OneLineRepr):
     """
 
     concepts: tuple[str, ...]
-    methods: tuple[str, ...] = BENCH_METHODS
+    methods: tuple[str, ...] = field(default_factory=bench_methods)
     layers: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
     ce_rises: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
     matched: float | None = 0.5
@@ -83,7 +83,7 @@ class BenchPlan(OneLineRepr):
         self._check_prompts()
         self._check_concepts()
         self._check_costs()
-        without_layer = set(self.methods) - {UNSTEERED, PROMPT} - {method for method, _ in self.method_layers}
+        without_layer = set(filter(steers, self.methods)) - {method for method, _ in self.method_layers}
         if without_layer:
             raise DataError(
                 f"no layer for {', '.join(sorted(without_layer))}",
@@ -132,7 +132,7 @@ class BenchPlan(OneLineRepr):
     @property
     def method_layers(self) -> list[tuple[str, int]]:
         """(method, layer) for all that steers."""
-        steered = [method for method in self.methods if method not in (UNSTEERED, PROMPT)]
+        steered = [method for method in self.methods if steers(method)]
         layers = self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(steered, self.layers)
         return [(method, layer) for method in steered for layer in layers.get(method, ())]
 

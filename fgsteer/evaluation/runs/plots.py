@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fgsteer.errors import DataError
 from fgsteer.evaluation.metrics.intervals import Interval
-from fgsteer.evaluation.runs.records import Run, method_name
+from fgsteer.evaluation.runs.records import Run
 from fgsteer.evaluation.runs.tables import (
     BASELINE,
     Point,
@@ -28,6 +28,7 @@ from fgsteer.evaluation.runs.tables import (
     curve,
 )
 from fgsteer.features.cards import LIGHT, visible
+from fgsteer.methods import method_name
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.targets import make_folder
 

@@ -13,40 +13,18 @@ from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from fgsteer.errors import DataError, FormatError
 from fgsteer.errors.checks import describe_value
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.errors.wording import a
+from fgsteer.errors.wording import a, count
 from fgsteer.evaluation.metrics.intervals import COMPLETE
+from fgsteer.methods import method_name, specs
 from fgsteer.storage.json_files import parse_json
 
 HALVES = ("tune", "report")
 TEXT_LENGTH = 80  # characters of a text that errors show in full
-
-
-class MethodSpec(NamedTuple):
-    """How tables call a method of a benchmark, and what it needs: nothing, a layer, its SAE, or that SAE's effects."""
-
-    label: str
-    needs: Literal["nothing", "layer", "sae", "effects"]
-
-
-SPECS = {  # in the order of tables
-    "unsteered": MethodSpec("unsteered", "nothing"),
-    "random": MethodSpec("random direction", "layer"),
-    "prompt": MethodSpec("prompt prefix", "nothing"),
-    "caa": MethodSpec("CAA", "layer"),
-    "ace": MethodSpec("ACE", "layer"),
-    "pca": MethodSpec("PCA", "layer"),
-    "sae_feature": MethodSpec("SAE feature", "sae"),
-    "sta": MethodSpec("STA", "sae"),
-    "sae_ts": MethodSpec("SAE-TS", "effects"),
-    "fgaa": MethodSpec("FGAA", "sae"),
-    "fgaa_effects": MethodSpec("FGAA + effects", "effects"),
-    "minus_bias": MethodSpec("−Mb alone", "effects"),
-}
 
 
 class Unit(NamedTuple):
@@ -197,6 +175,10 @@ class Run(OneLineRepr):
     header: Mapping[str, Any]
     records: Sequence[EvalRecord]
 
+    def __repr__(self) -> str:
+        methods, concepts = count(len(self.methods), "method"), count(len(self.concepts), "concept")
+        return f"Run({count(len(self.records), 'text')}: {methods}, {concepts})"
+
     @cached_property
     def cells(self) -> dict[tuple[Setting, str], dict[Unit, EvalRecord]]:
         """Records by setting and half, then by unit."""
@@ -218,7 +200,7 @@ class Run(OneLineRepr):
     @property
     def methods(self) -> list[str]:
         """Methods in the order of tables: the known, then others by name."""
-        known = list(SPECS)
+        known = [method.name for method in specs()]
         return sorted(
             {s.method for s in self.settings}, key=lambda m: (known.index(m) if m in known else len(known), m)
         )
@@ -343,22 +325,6 @@ def _check_new(record: EvalRecord, number: int, line_of: dict[Any, int]) -> None
         )
     line_of[text] = number
     line_of.setdefault((record.concept, record.unit, record.half), number)
-
-
-def spec(method: str) -> MethodSpec:
-    """The row of ``SPECS``. Raises DataError for a method that is not there."""
-    if method not in SPECS:
-        raise DataError(
-            f"a run with method {method!r:.80}",
-            f"the methods of fgsteer bench: {', '.join(SPECS)}",
-            "leave it out with run.only(methods=...)",
-        )
-    return SPECS[method]
-
-
-def method_name(method: str) -> str:
-    """What tables call a method. Raises DataError for one that fgsteer bench does not have."""
-    return spec(method).label
 
 
 def mean(values: Collection[float]) -> float:

@@ -24,7 +24,6 @@ from fgsteer.evaluation.runs.records import (
     Run,
     Unit,
     mean,
-    method_name,
 )
 from fgsteer.evaluation.runs.settings import best_settings
 from fgsteer.evaluation.runs.tables import (
@@ -37,6 +36,7 @@ from fgsteer.evaluation.runs.tables import (
     concept_table,
 )
 from fgsteer.features.cards import LIGHT, visible, whole_page
+from fgsteer.methods import method_name
 from fgsteer.storage.atomic import atomic_write
 
 _STYLE = """

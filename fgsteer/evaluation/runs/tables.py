@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from fgsteer.errors import DataError
 from fgsteer.evaluation.metrics.intervals import COMPLETE, Interval, mean_interval, paired_differences
-from fgsteer.evaluation.runs.records import Run, Setting, Unit, mean, spec
+from fgsteer.evaluation.runs.records import Run, Setting, Unit, mean
 from fgsteer.evaluation.runs.settings import best_settings
+from fgsteer.methods import spec
 
 BASELINE = "caa"
 MEASURES = ("behavior", "coherence", "bcs")
