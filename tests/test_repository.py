@@ -1,4 +1,4 @@
-"""What the repository says of itself agrees: versions, workflows, the Makefile, the changelog and the contributor's guide."""
+"""What the repository says of itself agrees: versions, workflows, the Makefile, the changelog, CONTRIBUTING.md."""
 
 from __future__ import annotations
 
