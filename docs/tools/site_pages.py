@@ -18,6 +18,7 @@ from typing import Any
 import typer
 
 import fgsteer
+from fgsteer.methods import specs
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = ast.parse(Path(fgsteer.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
@@ -167,9 +168,13 @@ def scores_table() -> str:
 
 
 def methods_table() -> str:
-    """Every method of ``build`` and what it is."""
-    rows = [f"| [`{name}`][fgsteer.{name}] | {summary(name)} |" for name in fgsteer.METHODS]
-    return "\n".join(["| name | what it is |", "|---|---|", *rows])
+    """Every method that the commands offer: the rows of the table of methods."""
+    lines = ["| name | what it does | needs | offered by | paper |", "|---|---|---|---|---|"]
+    for row in specs():
+        name = f"[`{row.name}`][fgsteer.{row.name}]" if row.name in MODULE_OF else f"`{row.name}`"
+        offered = ", ".join(f"`{command}`" for command in row.offered)
+        lines.append(f"| {name} | {row.label}. {cell(row.summary)} | {row.needs} | {offered} | {row.paper} |")
+    return "\n".join(lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
