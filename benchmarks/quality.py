@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import fgsteer as fg
-from fgsteer.evaluation.bench.bench import Bench, BenchPlan
+from fgsteer.evaluation.bench.bench import Bench
+from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.runs.plots import save_all
-from fgsteer.evaluation.runs.records import Run, best_settings
+from fgsteer.evaluation.runs.records import Run
 from fgsteer.evaluation.runs.report import markdown
+from fgsteer.evaluation.runs.settings import best_settings
 from fgsteer.evaluation.runs.tables import average_table, best_sae_method, compare
 from fgsteer.methods import method_name, spec, specs
 from fgsteer.storage.atomic import atomic_write
