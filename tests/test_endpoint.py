@@ -22,8 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgsteer as fg
+from fgsteer.evaluation.judges.answer_cache import parse_score
 from fgsteer.evaluation.judges.chat_client import BrokenAnswerError, ChatClient, _seconds
-from fgsteer.evaluation.judges.endpoint import _prompt, read_score
+from fgsteer.evaluation.judges.endpoint import _prompt
 from tests.helpers.chat import Chat, Reply
 from tests.helpers.errors import chain
 
@@ -323,7 +324,7 @@ def test_what_asking_again_cannot_mend_is_raised_at_once(status, body):
     with Chat(lambda text, n: refusal) as chat, pytest.raises(fg.JudgeError, match=message) as caught:
         judge(chat).coherence(["one"])
     assert len(chat.requests) == 1
-    error = caught.value
+    error: BaseException | None = caught.value
     while error is not None:
         assert KEY not in str(error)
         error = error.__cause__ or error.__context__
@@ -385,13 +386,13 @@ BROKEN = [
 
 
 def test_scores_are_read_from_what_models_write():
-    assert {answer: read_score(answer) for answer in ANSWERS} == ANSWERS
+    assert {answer: parse_score(answer) for answer in ANSWERS} == ANSWERS
 
 
 @pytest.mark.parametrize("answer", BROKEN, ids=range(len(BROKEN)))
 def test_no_score_is_made_up(answer):
     with pytest.raises(BrokenAnswerError):
-        read_score(answer)
+        parse_score(answer)
 
 
 NO_COMPLETION = [Reply(None), *(Reply(body=body) for body in ("<html>", "[]", "", '{"choices": []}'))]

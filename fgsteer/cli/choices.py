@@ -11,6 +11,7 @@ from typing import Any
 from typer.core import TyperCommand
 
 from fgsteer import export
+from fgsteer.evaluation.judges.table import judge_names
 from fgsteer.methods import specs
 
 # The names that stand for {key} in a help text. What they are read from imports no torch.
@@ -18,6 +19,8 @@ CHOICES: Mapping[str, Callable[[], list[str]]] = {
     "build methods": lambda: [method.name for method in specs("build")],
     "bench methods": lambda: [method.name for method in specs("bench")],
     "sweep methods": lambda: [method.name for method in specs("sweep")],
+    "judges": judge_names,
+    "coherence judges": lambda: judge_names("coherence"),
     "exports": lambda: [row.name for row in export.specs()],
 }
 # The texts that stand for {key} likewise. The character \b keeps the lines of a paragraph as they are.

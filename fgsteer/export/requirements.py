@@ -12,7 +12,7 @@ import torch
 from fgsteer.errors import PairingError, SteeringError
 from fgsteer.errors.wording import a
 from fgsteer.interventions import Intervention
-from fgsteer.steering.ranges import check_amount, reach
+from fgsteer.steering.ranges import change_bound, check_amount
 
 Interventions = Intervention | Sequence[Intervention]
 
@@ -50,7 +50,7 @@ def listed(interventions: Interventions) -> list[Intervention]:
             "export the interventions of each model to a file of their own",
         )
     for item in items:
-        check_amount(reach(item.update()), torch.float32, item.d_model, kind_of(item))
+        check_amount(change_bound(item.update()), torch.float32, item.d_model, kind_of(item))
     return [item.detach() for item in items]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import DataError, SelectionWarning
-from fgsteer.evaluation.judges.judges import plain_text
+from fgsteer.evaluation.judges.learning import plain_text
 from fgsteer.interventions import Intervention
 from fgsteer.methods import MethodSpec, spec, specs
 from fgsteer.methods.selection import select_features

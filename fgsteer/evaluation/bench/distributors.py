@@ -1,181 +1,171 @@
-"""A benchmark whose concepts several processes share: each concept is a run of its own, joined to the same file.
+"""Who spreads a benchmark's work: one process, the processes of torchrun, or workers of Ray.
 
-run_shared(bench, "bench.jsonl")                                       under torchrun
-with_ray(make_bench, ("love", "sea"), Path("bench.parts"), workers=2)  by Ray, then join(bench, ...)
+Torchrun().run(bench, "bench.jsonl")                        in every process that torchrun started
+RayWorkers(make_bench, workers=2).run(bench, "bench.jsonl")
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
-from fgsteer.errors import DataError, FormatError, PairingError
+from fgsteer.errors import DataError
 from fgsteer.evaluation.bench.bench import Bench
-from fgsteer.evaluation.bench.run_files import check_run, line, strengths_path
-from fgsteer.evaluation.runs.records import HALVES
-from fgsteer.storage.atomic import atomic_write, rename
-from fgsteer.storage.json_files import parse_json, read_json, write_json
+from fgsteer.evaluation.bench.concept_runs import (
+    Progress,
+    check_concepts,
+    concepts_folder,
+    join_concepts,
+    run_concept,
+)
 from fgsteer.storage.locks import exclusive_lock
 from fgsteer.storage.ranks import Ranks
 from fgsteer.storage.shards import wait_for_file
-from fgsteer.storage.targets import make_folder
-
-Progress = Callable[[int, int], None]
 
 
-def parts_folder(path: str | Path) -> Path:
-    """Where the concepts of the run ``path`` are kept until they are joined."""
-    return Path(path).with_suffix(".parts")
+@runtime_checkable
+class Distributor(Protocol):
+    """What runs a benchmark, in one process or several. Every distributor ends with the same file."""
+
+    def run(
+        self,
+        bench: Bench,
+        path: str | Path,
+        command: str = "",
+        progress: Progress | None = None,
+        *,
+        fresh: bool = False,
+    ) -> bool:
+        """Write all records of a benchmark to a file, after those of an earlier run of the same benchmark.
+
+        Args:
+            bench: The benchmark.
+            path: The file of records.
+            command: How the run was started, for its header.
+            progress: Called with how many are done and how many there are.
+            fresh: Start over.
+
+        Returns:
+            Whether this process holds the finished run, and so reports it.
+        """
 
 
-def begun_design(path: str | Path) -> dict[str, int]:
-    """Prompts and seeds a half of the run that is begun at ``path`` or in its parts folder; nothing where none is.
+class OneProcess:
+    """Runs the benchmark in this process."""
 
-    A run that goes on keeps them, whatever the defaults are by now.
+    def run(
+        self,
+        bench: Bench,
+        path: str | Path,
+        command: str = "",
+        progress: Progress | None = None,
+        *,
+        fresh: bool = False,
+    ) -> bool:
+        """Run; see ``Distributor``. Raises as ``Bench.run`` does."""
+        bench.run(path, command, progress, fresh=fresh)
+        return True
+
+
+class Torchrun:
+    """Shares the concepts among the processes that torchrun, or whoever else sets RANK and WORLD_SIZE, started.
+
+    The first process waits for the others and joins their concepts. A killed run goes on, also with another number
+    of processes.
     """
-    for file in (Path(path), *sorted(parts_folder(path).glob("*.jsonl"))):
+
+    def run(
+        self,
+        bench: Bench,
+        path: str | Path,
+        command: str = "",
+        progress: Progress | None = None,
+        *,
+        fresh: bool = False,
+    ) -> bool:
+        """Run this process's concepts; see ``Distributor``. Raises as ``Bench.run`` does."""
+        ranks, folder = Ranks.from_env(), concepts_folder(path)
+        own = [concept for number, concept in enumerate(bench.plan.concepts) if ranks.owns(number)]
+        first = ranks.rank == 0
+        with exclusive_lock(path) if first else nullcontext():
+            check_concepts(bench, path, own, fresh=fresh, first=first)
+            for concept in own:
+                run_concept(bench, concept, folder, command, progress)
+            if first:
+                for number, concept in enumerate(bench.plan.concepts):
+                    wait_for_file(folder / f"{concept}.jsonl", number % ranks.world)
+                join_concepts(bench, path, command)
+        return first
+
+
+class RayWorkers:
+    """Runs concepts in processes of Ray, here or on its cluster.
+
+    A worker takes a GPU where there is one for each, else its share of the cores.
+
+    Args:
+        make: Makes the benchmark again, in a worker. It must pickle.
+        workers: Number of processes.
+    """
+
+    def __init__(self, make: Callable[[], Bench], workers: int) -> None:
+        self.make, self.workers = make, workers
+
+    def run(
+        self,
+        bench: Bench,
+        path: str | Path,
+        command: str = "",
+        progress: Progress | None = None,
+        *,
+        fresh: bool = False,
+    ) -> bool:
+        """Run; see ``Distributor``. ``progress`` counts concepts.
+
+        Raises:
+            DataError: Ray is not installed, or its workers cannot start.
+
+        Raises as ``Bench.run`` does besides.
+        """
+        check_concepts(bench, path, bench.plan.concepts, fresh=fresh)
+        self._run_concepts(bench.plan.concepts, concepts_folder(path).absolute(), command, progress)
+        join_concepts(bench, path, command)
+        return True
+
+    def _run_concepts(self, concepts: Iterable[str], folder: Path, command: str, progress: Progress | None) -> None:
+        """Run the concepts in workers, each of which has a benchmark of its own."""
         try:
-            plan = parse_json(file.read_bytes().split(b"\n", 1)[0])["plan"]
-            return {"prompts": len(plan["prompts"]) // len(HALVES), "seeds": int(plan["seeds"])}
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):  # none, or damaged: resuming says so
-            continue
-    return {}
+            import ray
+            from ray.util import ActorPool
+        except ImportError as error:
+            raise DataError(
+                "Ray cannot be imported.", "Ray, to spread the work", "pip install 'fgsteer[ray]'"
+            ) from error
+        import torch
 
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, include_dashboard=False)
+        resources = ray.cluster_resources()
+        threads = max(1, int(resources.get("CPU", 1)) // self.workers)
+        share = {"num_gpus": 1} if resources.get("GPU", 0) >= self.workers else {"num_cpus": threads}
+        make = self.make
 
-def run_shared(
-    bench: Bench,
-    path: str | Path,
-    command: str = "",
-    progress: Progress | None = None,
-    *,
-    fresh: bool = False,
-) -> bool:
-    """Run this process's concepts; the first process waits for the others' and writes ``path`` as ``Bench.run`` does.
+        class Worker:
+            def __init__(self) -> None:
+                torch.set_num_threads(threads)
+                self.bench = make()
 
-    Returns whether this is the first process. A killed run goes on, also with another number of processes; ``fresh``
-    starts over. Raises as ``Bench.run`` does.
-    """
-    ranks, folder = Ranks.from_env(), parts_folder(path)
-    mine = [concept for number, concept in enumerate(bench.plan.concepts) if ranks.owns(number)]
-    with exclusive_lock(path) if ranks.rank == 0 else nullcontext():
-        check_parts(bench, path, mine, fresh=fresh)
-        for concept in mine:
-            run_concept(bench, concept, folder, command, progress)
-        if ranks.rank == 0:
-            for number, concept in enumerate(bench.plan.concepts):
-                wait_for_file(folder / f"{concept}.jsonl", number % ranks.world)
-            join(bench, path, command)
-    return ranks.rank == 0
+            def run(self, concept: str) -> str:
+                run_concept(self.bench, concept, folder, command)
+                return concept
 
-
-def of_concept(bench: Bench, concept: str) -> Bench:
-    """The benchmark of one concept, with what is hashed once for all of them."""
-    _ = bench.identity
-    alone = copy.copy(bench)
-    alone.plan = replace(bench.plan, concepts=(concept,))
-    return alone
-
-
-def check_parts(bench: Bench, path: str | Path, mine: Iterable[str], *, fresh: bool) -> None:
-    """See that the run, and its concepts that are there, are those to go on with; ``fresh`` removes them.
-
-    Of the concepts it removes ``mine``, and those of another run, so that none of them is waited for: others of this
-    run may just have been made. Raises PairingError, FormatError.
-    """
-    path, folder, own = Path(path), parts_folder(path), set(mine)
-    if Ranks.from_env().rank == 0 or not fresh:
-        check_run(path, bench.identity, fresh=fresh)
-    for concept in bench.plan.concepts:
-        identity = of_concept(bench, concept).identity
-        for file in (folder / f"{concept}.jsonl", folder / f"{concept}.running.jsonl"):
-            try:
-                check_run(file, identity, fresh=fresh and concept in own)
-            except PairingError:
-                if not fresh:
-                    raise
-                check_run(file, identity, fresh=True)
-
-
-def run_concept(bench: Bench, concept: str, folder: Path, command: str = "", progress: Progress | None = None) -> None:
-    """Write ``folder/CONCEPT.jsonl``, the run of one concept, unless it is there. Raises as ``Bench.run`` does."""
-    done, running = folder / f"{concept}.jsonl", folder / f"{concept}.running.jsonl"
-    if done.exists():
-        return
-    _ = bench.coherence  # fitted once for all concepts
-    make_folder(folder)
-    of_concept(bench, concept).run(running, command, progress)
-    rename(strengths_path(running), strengths_path(done))
-    rename(running, done)
-
-
-def join(bench: Bench, path: str | Path, command: str = "") -> None:
-    """Write the run whose concepts are all in its folder, whole. Raises PairingError for those of another run."""
-    path, folder, header = Path(path), parts_folder(path), bench.header(command)
-    arms: dict[str, Any] = {}
-    records = []
-    for concept in bench.plan.concepts:
-        part = folder / f"{concept}.jsonl"
-        check_run(part, of_concept(bench, concept).identity)
-        records.append(_records(part))
-        arms |= read_json(strengths_path(part))["arms"]
-    write_json(strengths_path(path), {"identity": bench.identity, "arms": arms})
-    with atomic_write(path) as beside:
-        beside.write_bytes(line(header) + b"".join(records))
-
-
-def _records(path: Path) -> bytes:
-    """The lines of a run after its header. Raises FormatError."""
-    try:
-        return path.read_bytes().partition(b"\n")[2]
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror}", "a run of fgsteer bench") from error
-
-
-def with_ray(
-    make: Callable[[], Bench],
-    concepts: Iterable[str],
-    folder: Path,
-    *,
-    workers: int,
-    command: str = "",
-    progress: Progress | None = None,
-) -> None:
-    """Run concepts in ``workers`` processes of Ray, here or on its cluster, each with a benchmark of its own.
-
-    A worker takes a GPU where there are some, else its share of the cores. ``progress`` gets (concepts done,
-    concepts in all). Raises DataError without Ray, or where the workers cannot start, and what a run raises.
-    """
-    try:
-        import ray
-        from ray.util import ActorPool
-    except ImportError as error:
-        raise DataError("--engine ray without Ray", "Ray", "pip install 'fgsteer[ray]'") from error
-    import torch
-
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False)
-    there = ray.cluster_resources()
-    threads = max(1, int(there.get("CPU", 1)) // workers)
-    share = {"num_gpus": 1} if there.get("GPU", 0) >= workers else {"num_cpus": threads}
-
-    class Worker:
-        def __init__(self) -> None:
-            torch.set_num_threads(threads)
-            self.bench = make()
-
-        def run(self, concept: str) -> str:
-            run_concept(self.bench, concept, folder.absolute(), command)
-            return concept
-
-    names = list(concepts)
-    actors = [ray.remote(Worker).options(**share).remote() for _ in range(min(workers, len(names)))]
-    done = ActorPool(actors).map_unordered(lambda actor, concept: actor.run.remote(concept), names)
-    for number, _ in enumerate(done, 1):
-        if progress is not None:
-            progress(number, len(names))
-    for actor in actors:
-        ray.kill(actor)
+        names = list(concepts)
+        actors = [ray.remote(Worker).options(**share).remote() for _ in range(min(self.workers, len(names)))]
+        finished = ActorPool(actors).map_unordered(lambda actor, concept: actor.run.remote(concept), names)
+        for number, _ in enumerate(finished, 1):
+            if progress is not None:
+                progress(number, len(names))
+        for actor in actors:
+            ray.kill(actor)

@@ -1,50 +1,34 @@
-"""A benchmark run: its records, the settings chosen on one half, and what they score on the other.
+"""A benchmark run: its records, and how they are written to and loaded from a file.
 
-A coefficient, and a layer where there are several, is chosen per concept and method by the mean
-BCS (behavior times coherence) of the half "tune"; what it scores is read on the half "report".
-
-    run = load_run("bench.jsonl")
-    best_settings(run)["wedding", "fgaa"].coefficient
+run = load_run("bench.jsonl")
+run.records[0].bcs
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from fgsteer.errors import DataError, FormatError
+from fgsteer.errors.checks import describe_value
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.errors.wording import count
-from fgsteer.evaluation.metrics.intervals import COMPLETE, paired_differences
+from fgsteer.errors.wording import a, count
+from fgsteer.evaluation.metrics.intervals import COMPLETE
 from fgsteer.methods import method_name, specs
 from fgsteer.storage.json_files import parse_json
 
 HALVES = ("tune", "report")
-_KINDS = {
-    "concept": str,
-    "method": str,
-    "layer": int,
-    "coefficient": float,
-    "matched": float,
-    "prompt": int,
-    "seed": int,
-    "half": str,
-    "text": str,
-    "behavior": float,
-    "coherence": float,
-    "ce": float,
-    "ce_rise": float,
-}
-_MAY_BE_NULL = ("layer", "matched", "ce_rise")
+TEXT_LENGTH = 80  # characters of a text that errors show in full
 
 
 class Unit(NamedTuple):
-    """What two methods are paired by."""
+    """What two methods are paired by: a prompt and a seed."""
 
     prompt: int
     seed: int
@@ -59,13 +43,37 @@ class Setting(NamedTuple):
     coefficient: float
     matched: float | None
 
+    def describe(self) -> str:
+        """The setting in words. Raises DataError for a method that fgsteer bench does not have."""
+        layer = "" if self.layer is None else f", layer {self.layer}"
+        cost = "" if self.matched is None else f", matched at {self.matched:g} nats"
+        return f"{self.concept}: {method_name(self.method)}{layer}, coefficient {self.coefficient:g}{cost}"
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class EvalRecord(OneLineRepr):
     """One generated text and its scores: a line of a run.
 
-    ``behavior`` and ``coherence`` in [0, 1]; ``ce``: nats a token of the text under the unsteered
-    model; ``ce_rise``: nats a token by which this coefficient raises neutral texts, where measured.
+    These fields, with their types and with what may be None, are the schema of the file: ``as_row`` writes them,
+    ``parse_record`` loads them, and both check them.
+
+    Args:
+        concept: Name of the contrast set.
+        method: Name of the method, as in its table.
+        layer: Layer that was steered; None where nothing was.
+        coefficient: Strength of steering; 0 where nothing was steered.
+        matched: The CE rise in nats at which methods are compared, for a record of that comparison; else None.
+        prompt: Number of the prompt.
+        seed: Number of the seed.
+        half: "tune" or "report".
+        text: What was generated, without its prompt.
+        behavior: How much the text shows the concept, in [0, 1].
+        coherence: How coherent the text is, in [0, 1].
+        ce: Cross-entropy of the text under the unsteered model, in nats a token.
+        ce_rise: Nats a token by which this coefficient raises the cross-entropy of neutral texts, where measured.
+
+    Raises:
+        DataError: A field has another type, or a value out of its range.
     """
 
     concept: str
@@ -82,6 +90,17 @@ class EvalRecord(OneLineRepr):
     ce: float
     ce_rise: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, (kind, may_be_null) in _schema().items():
+            value = getattr(self, name)
+            if not (_fits(value, kind) or (value is None and may_be_null)):
+                raise DataError(f"{name} {_written(value)}", _EXPECTED[kind] + (" or None" if may_be_null else ""))
+        if self.half not in HALVES:
+            raise DataError(f"half {_written(self.half)}", " or ".join(map(repr, HALVES)))
+        for name in ("behavior", "coherence"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DataError(f"{name} {getattr(self, name)}", "a number from 0 to 1")
+
     @property
     def bcs(self) -> float:
         """Behavior times coherence."""
@@ -96,6 +115,57 @@ class EvalRecord(OneLineRepr):
     def setting(self) -> Setting:
         """Everything but prompt, seed, half and scores."""
         return Setting(self.concept, self.method, self.layer, self.coefficient, self.matched)
+
+    def as_row(self) -> dict[str, Any]:
+        """The record as a JSON object, as it stands in a run's file."""
+        return {name: getattr(self, name) for name in _schema()}
+
+
+_EXPECTED = {str: "a text", int: "a whole number", float: "a finite number"}
+
+
+def _fits(value: object, kind: type) -> bool:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@cache
+def _schema() -> dict[str, tuple[type, bool]]:
+    """{field: (its JSON type, whether it may be null)}, of the annotations of ``EvalRecord``."""
+    hints = get_type_hints(EvalRecord)
+    schema = {}
+    for field in fields(EvalRecord):
+        kinds = get_args(hints[field.name]) or (hints[field.name],)
+        (kind,) = set(kinds) - {NoneType}
+        schema[field.name] = kind, NoneType in kinds
+    return schema
+
+
+def _written(value: object) -> str:
+    """A value as errors show it."""
+    short = value is None or isinstance(value, bool | float) or (isinstance(value, str) and len(value) < TEXT_LENGTH)
+    return repr(value) if short else describe_value(value)
+
+
+def parse_record(row: Any) -> EvalRecord:
+    """The record of a JSON object that has every field of ``EvalRecord``; what else it has is passed over.
+
+    Raises:
+        DataError: It is not an object, lacks a field, or has a value of another type or out of range.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(a(type(row).__name__), "an object")
+    values: dict[str, Any] = {}
+    for name, (kind, _) in _schema().items():
+        if name not in row:
+            raise DataError(f"The field {name!r} is missing.")
+        value = row[name]
+        try:
+            values[name] = float(value) if kind is float and type(value) is int else value
+        except OverflowError:
+            raise DataError(f"{name} {describe_value(value)}", _EXPECTED[kind]) from None
+    return EvalRecord(**values)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -159,7 +229,7 @@ class Run(OneLineRepr):
         """{unit: bcs, behavior or coherence}. Raises DataError where the half has no record of the setting."""
         if (setting, half) not in self.cells:
             raise DataError(
-                f"no record of {told(setting)} in the half {half!r}",
+                f"no record of {setting.describe()} in the half {half!r}",
                 "both halves of every setting",
                 COMPLETE,
             )
@@ -180,35 +250,44 @@ class Run(OneLineRepr):
 
 
 def load_run(path: str | Path) -> Run:
-    """Read a run's JSON lines: a header, then records.
+    """Load a run from its file of JSON lines: a header, then records.
 
-    A last line that breaks off is what a killed writer leaves, and is passed over. Raises
-    FormatError, naming the line, for anything else: damage, a value out of range, a text given
-    twice, a concept's (prompt, seed) in both halves.
+    A last line that breaks off is what a killed writer leaves, and is passed over.
+
+    Args:
+        path: The file, such as bench.jsonl.
+
+    Returns:
+        The run.
+
+    Raises:
+        FormatError: The file cannot be read, or a line of it, which is named, is damaged, has a value out of range,
+            repeats a text, or has a concept's prompt and seed that are in the other half too.
     """
     try:
         *lines, last = Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror}") from error
+        raise FormatError(
+            f"Cannot read {path}: {error.strerror}.", change="check the name of the run's file"
+        ) from error
     if last and _is_json(last):
         lines.append(last)
     if not lines:
-        raise FormatError(f"{path} has no whole line", "the header of fgsteer bench")
+        raise FormatError(f"{path} has no whole line.", "the header of a run of fgsteer bench, then its records")
     header: dict[str, Any] = {}
     records: list[EvalRecord] = []
-    seen: dict[Any, int] = {}
+    line_of: dict[Any, int] = {}
     for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line)
             if number == 1:
-                header = _header(row)
+                header = _parse_header(row)
             else:
-                records.append(_record(row))
-                _check_new(records[-1], number, seen)
-        except (ValueError, TypeError, KeyError, ArithmeticError) as error:
-            why = f"no {error}" if isinstance(error, KeyError) else str(error)
-            wanted = "the header" if number == 1 else "a record"
-            raise FormatError(f"{path}, line {number}: {why}", f"{wanted} of fgsteer bench") from error
+                records.append(parse_record(row))
+                _check_new(records[-1], number, line_of)
+        except (ValueError, TypeError, ArithmeticError) as error:
+            expected = "the header" if number == 1 else "a record"
+            raise FormatError(f"Line {number} of {path} is not {expected} of fgsteer bench. {error}") from error
     return Run(header, records)
 
 
@@ -222,89 +301,30 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _header(row: Any) -> dict[str, Any]:
+def _parse_header(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise TypeError("not an object")
+        raise DataError(a(type(row).__name__), "an object")
     kinds = {"fgsteer": str, "version": str, "command": str, "plan": dict, "versions": dict, "sha256": dict}
     for name, kind in kinds.items():
+        if name not in row:
+            raise DataError(f"The field {name!r} is missing.")
         if not isinstance(row[name], kind):
-            raise TypeError(f"{name} {row[name]!r}")
+            raise DataError(f"{name} {_written(row[name])}", "a text" if kind is str else "an object")
     return row
 
 
-def _record(row: Any) -> EvalRecord:
-    if not isinstance(row, dict):
-        raise TypeError("not an object")
-    values: dict[str, Any] = {}
-    for name, kind in _KINDS.items():
-        value = row[name]
-        number = kind is float and type(value) in (int, float)
-        if value is None and name in _MAY_BE_NULL:
-            values[name] = None
-        elif math.isfinite(value) if number else type(value) is kind:
-            values[name] = kind(value)
-        else:
-            raise TypeError(f"{name} {value!r}")
-    record = EvalRecord(**values)
-    if record.half not in HALVES or not (0 <= record.behavior <= 1 and 0 <= record.coherence <= 1):
-        raise ValueError(f"half {record.half!r}, behavior {record.behavior}, coherence {record.coherence}")
-    return record
-
-
-def _check_new(record: EvalRecord, number: int, seen: dict[Any, int]) -> None:
-    """Refuse a text given before, and a (prompt, seed) that its concept has in the other half."""
+def _check_new(record: EvalRecord, number: int, line_of: dict[Any, int]) -> None:
+    """Raises DataError for a text that stands there before, and for a unit that its concept has in the other half."""
     text = (record.setting, record.unit)
     other = (record.concept, record.unit, HALVES[record.half == "tune"])
-    for key, what in ((text, "the same text"), (other, "this prompt and seed in the other half")):
-        if key in seen:
-            raise ValueError(f"{what} as line {seen[key]}")
-    seen[text] = number
-    seen.setdefault((record.concept, record.unit, record.half), number)
-
-
-def best_coefficients(run: Run, matched: float | None = None) -> dict[tuple[str, str, int | None], Setting]:
-    """The setting of highest mean BCS on "tune" for each (concept, method, layer).
-
-    Of equal ones the smaller coefficient, then the positive; a setting without a rival is taken as it
-    is. ``matched``: a target of ``run.targets``, None for the grid. Raises DataError where a rival has
-    no record on "tune", PairingError where rivals were tried on other prompts or seeds.
-    """
-    settings = [setting for setting in run.settings if setting.matched == matched]
-    return {key: _best(run, rivals) for key, rivals in _groups(settings, lambda s: s[:3]).items()}
-
-
-@lru_cache(maxsize=4)
-def best_settings(run: Run, matched: float | None = None) -> dict[tuple[str, str], Setting]:
-    """The best of ``best_coefficients`` over layers for each (concept, method); of equals the lower layer."""
-    rivals = _groups(best_coefficients(run, matched).values(), lambda s: s[:2])
-    return {key: _best(run, settings) for key, settings in rivals.items()}
-
-
-def _groups(settings: Iterable[Setting], key: Callable[[Setting], Any]) -> dict[Any, list[Setting]]:
-    groups: dict[Any, list[Setting]] = {}
-    for setting in settings:
-        groups.setdefault(key(setting), []).append(setting)
-    return groups
-
-
-def _best(run: Run, rivals: Sequence[Setting]) -> Setting:
-    if len(rivals) == 1:
-        return rivals[0]
-    first = run.values(rivals[0], "tune")
-    for rival in rivals[1:]:
-        paired_differences(run.values(rival, "tune"), first, f"tuning {told(rival)}")
-
-    def rank(s: Setting) -> tuple[float, ...]:
-        return run.mean(s, "tune"), -(s.layer or 0), -abs(s.coefficient), s.coefficient
-
-    return max(rivals, key=rank)
-
-
-def told(setting: Setting) -> str:
-    """A setting in words."""
-    layer = "" if setting.layer is None else f", layer {setting.layer}"
-    at = "" if setting.matched is None else f", matched at {setting.matched:g} nats"
-    return f"{setting.concept}: {method_name(setting.method)}{layer}, coefficient {setting.coefficient:g}{at}"
+    if text in line_of:
+        raise DataError(f"It has the same setting, prompt and seed as line {line_of[text]}.", "each text once")
+    if other in line_of:
+        raise DataError(
+            f"It has a prompt and seed that line {line_of[other]} has in the other half.", "halves that share nothing"
+        )
+    line_of[text] = number
+    line_of.setdefault((record.concept, record.unit, record.half), number)
 
 
 def mean(values: Collection[float]) -> float:

@@ -23,9 +23,9 @@ from fgsteer.evaluation.runs.records import (
     EvalRecord,
     Run,
     Unit,
-    best_settings,
     mean,
 )
+from fgsteer.evaluation.runs.settings import best_settings
 from fgsteer.evaluation.runs.tables import (
     BASELINE,
     AverageRow,
