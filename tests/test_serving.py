@@ -157,7 +157,7 @@ def test_rows_are_given_and_taken_back():
     table = Table(4, WIDTH, torch.zeros(3, 8))
     three = rows_of(clamp("relu")).tensors
     table.fill(1.0, three)
-    with pytest.raises(fg.SteeringError, match=r"1 of 4 free.*more rows"):
+    with pytest.raises(fg.SteeringError, match=r"1 of 4 are free.*more rows"):
         table.fill(2.0, three)
     with pytest.raises(fg.PairingError, match="width 5"):
         table.fill(2.0, {name: t[..., :5] for name, t in rows_of(vector()).tensors.items()})
@@ -319,7 +319,7 @@ def test_refused_loads_leave_nothing_behind():
     control = Control(engine, [1])
     with pytest.raises(fg.HookpointError, match="layer 2"):
         control.load("x", vector(layer=2))
-    with pytest.raises(fg.SteeringError, match="2 of 2 free"):
+    with pytest.raises(fg.SteeringError, match="2 of 2 are free"):
         control.load("x", clamp("relu"))
     with pytest.raises(fg.SteeringError, match="width 4"):
         control.load("x", fg.SteeringVector(normal(0, 4), fg.Hookpoint(1)))
@@ -340,9 +340,9 @@ def test_a_name_in_a_full_table_is_replaced_once_nothing_uses_it():
     engine.live = []
     control.load("a", vector(3))
     torch.testing.assert_close(engine.tables[1].write[0], vector(3).unit().direction)
-    with pytest.raises(fg.SteeringError, match="0 of 1 free"):
+    with pytest.raises(fg.SteeringError, match="0 of 1 are free"):
         control.load("b", vector(4))
-    with pytest.raises(fg.SteeringError, match="3 rows, with 1 of 1 free"):
+    with pytest.raises(fg.SteeringError, match="no room for 3 rows: 1 of 1 are free"):
         control.load("a", clamp("relu"))  # does not fit even alone: what was there comes back
     torch.testing.assert_close(engine.tables[1].write[0], vector(3).unit().direction)
     again = request(steering("a"))

@@ -78,7 +78,7 @@ class Table(nn.Module):
         free = (self.owner == FREE).nonzero().flatten()[:count]
         if len(free) < count:
             raise SteeringError(
-                f"The table of this layer is full: {count} rows are needed, and {len(free)} of {len(self.owner)} free.",
+                f"The table of this layer has no room for {count} rows: {len(free)} of {len(self.owner)} are free.",
                 "",
                 "unload something, or start the engine with more rows (rows=, or fgsteer serve --rows)",
             )
