@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
 from fgsteer.errors.checks import checked, describe_value, is_number, is_whole_number
 from fgsteer.errors.escaping import escape_text
-from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, TEXT
+from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, MAX_TEXT_CHARACTERS
 from fgsteer.errors.wording import a, count
 from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, finite_number, finite_vector
 from fgsteer.models.hookpoints import Hookpoint
@@ -128,7 +128,7 @@ class SteeringVector:
         }
 
     def __repr__(self) -> str:
-        method = escape_text(str(self.provenance.get("method", "bare")), keep="")[:TEXT]
+        method = escape_text(str(self.provenance.get("method", "bare")), keep="")[:MAX_TEXT_CHARACTERS]
         top = ", ".join(f"{feature.id}: {feature.weight:.3g}" for feature in self.top_features(MAX_SHOWN_ENTRIES))
         more = ", …" if len(self.features) > MAX_SHOWN_ENTRIES else ""
         features = f"{count(len(self.features), 'feature')}{f' {{{top}{more}}}' if top else ''}"
