@@ -119,7 +119,7 @@ def test_damage_is_refused_with_its_line(made, tmp_path, edit, message):
     path.write_text("".join(line + "\n" for line in lines))
     with pytest.raises(FormatError, match=message):
         load_run(path)
-    with pytest.raises(FormatError, match="cannot read"):
+    with pytest.raises(FormatError, match="Cannot read"):
         load_run(tmp_path / "none.jsonl")
 
 
