@@ -19,14 +19,16 @@ from fgsteer.errors.escaping import escape_markdown, markdown_code, redact
 from fgsteer.models.embedded import model_name
 from fgsteer.storage.atomic import atomic_folder, atomic_write
 from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_or_cache
-from fgsteer.vector import FILE_NAME, MeasuredRun, SteeringVector
+from fgsteer.vector import FILE_NAME, OF_FEATURES, MeasuredRun, SteeringVector
 
 if TYPE_CHECKING:
-    from fgsteer.evaluation.bench.records import Setting
+    from fgsteer.evaluation.runs.records import Setting
 
 CARD = "README.md"
 CURVE = "curve.png"
 FEATURES = 20
+_LABELLED = ("| id | label | weight | density |", "|---|---|---|---|")  # heads of the table of features
+_UNLABELLED = ("| id | weight | density |", "|---|---|---|")
 MEASURES = ("behavior", "coherence", "bcs")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)  # all else stands in no address and in no code
 
@@ -164,7 +166,7 @@ def card(vector: SteeringVector, points: Sequence[Setting] = (), run: MeasuredRu
     if run is not None and best is not None:
         lines += _table(points, run, best)
     lines += _use("default" if embedded else hub_model or "…", best)
-    told = {key: value for key, value in vector.provenance.items() if key != "feature_density"}
+    told = {key: value for key, value in vector.provenance.items() if key not in OF_FEATURES}
     made = json.dumps(told, indent=1, default=str)  # no line of it begins with what would end the block
     return "\n".join([*lines, "Made with fgsteer. How it was made, in full:", "", "```json", made, "```", ""])
 
@@ -193,10 +195,13 @@ def _summary(vector: SteeringVector, model: str) -> list[str]:
 def _features(vector: SteeringVector) -> list[str]:
     if not vector.features:
         return []
-    lines = ["", "## Features", "", "| id | weight | density |", "|---|---|---|"]
-    for feature in vector.top_features(FEATURES):
+    top = vector.top_features(FEATURES)
+    labelled = any(feature.label for feature in top)
+    lines = ["", "## Features", "", *(_LABELLED if labelled else _UNLABELLED)]
+    for feature in top:
         density = "" if feature.density is None else f"{feature.density:.3%}"
-        lines.append(f"| {feature.id} | {feature.weight:.4g} | {density} |")
+        label = f" {escape_markdown(feature.label)} |" if labelled else ""
+        lines.append(f"| {feature.id} |{label} {feature.weight:.4g} | {density} |")
     if len(vector.features) > FEATURES:
         lines.append(f"\nand {len(vector.features) - FEATURES} more of smaller weight.")
     return lines

@@ -18,19 +18,22 @@ from typing import Any, Protocol
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionError, SteeringError
+from fgsteer.display.tables import Cell, Share, Table, facts_html
+from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
 from fgsteer.errors.checks import checked, describe_value, is_number, is_whole_number
 from fgsteer.errors.escaping import escape_text
-from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, TEXT
+from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, TEXT, OneLineRepr
 from fgsteer.errors.wording import a, count
 from fgsteer.interventions.kinds import Ablate, Add, Affine, Clamp
 from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.values import Scalar, check_equal_width, finite_number, finite_vector
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import check_pairing
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
 FILE_NAME = "vector.safetensors"  # the name of a vector's file in a folder or a repository
+OF_FEATURES = ("feature_density", "feature_labels")  # what a provenance may hold by feature id
+TOP_FEATURES = 10  # features that a notebook shows of a vector
 
 
 class MeasuredRun(Protocol):
@@ -48,19 +51,26 @@ class MeasuredRun(Protocol):
         """The mean of a measure over the texts of a setting."""
 
 
-@dataclass(frozen=True)
-class FeatureWeight:
+@dataclass(frozen=True, repr=False)
+class FeatureWeight(OneLineRepr):
     """One feature of a vector.
 
     Args:
         id: The feature's number in its SAE.
         weight: Its weight in the vector, in units of feature activation.
         density: The share of tokens on which it fires, where known.
+        label: What it is said to mean, "" where no label is known.
     """
 
     id: int
     weight: float
     density: float | None = None
+    label: str = ""
+
+    def cells(self) -> dict[str, Cell]:
+        """What a table shows of it."""
+        density = None if self.density is None else Share(self.density)
+        return {"feature": self.id, "label": self.label, "weight": float(self.weight), "fires on": density}
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -203,6 +213,20 @@ class SteeringVector:
         features = f"{count(len(self.features), 'feature')}{f' {{{top}{more}}}' if top else ''}"
         return f"SteeringVector({method} at {self.hookpoint}, d_model {self.d_model}, norm {self.norm:.4g}, {features})"
 
+    def _repr_html_(self) -> str:
+        facts: dict[str, Cell] = {
+            "method": str(self.provenance.get("method", "")),
+            "model": self._origin["model_name"],
+            "hookpoint": str(self.hookpoint),
+            "d_model": self.d_model,
+            "norm": self.norm,
+            "features": len(self.features),
+        }
+        top = self.top_features(TOP_FEATURES)
+        more = len(self.features) - len(top)
+        below = f"<p>and {more:,} features of smaller weight</p>" if more else ""
+        return facts_html("SteeringVector", facts) + (f"{top._repr_html_()}{below}" if top else "")
+
     def unit(self) -> SteeringVector:
         """The vector scaled to norm 1. Raises SelectionError for a direction whose norm is 0, or beyond float32."""
         if not 0 < self.norm < math.inf:
@@ -267,6 +291,10 @@ class SteeringVector:
             features[feature] = features.get(feature, 0.0) + sign * weight
         origin = {key: self.provenance.get(key) for key in ("model", "sae")}
         shared = {key: value for key, value in origin.items() if value and value == other.provenance.get(key)}
+        if features:  # of one SAE, so that what is known of a feature holds for both
+            for key in OF_FEATURES:
+                known = {**(other.provenance.get(key) or {}), **(self.provenance.get(key) or {})}
+                shared |= {key: known} if known else {}
         return SteeringVector(
             self.direction + sign * other.direction,
             self.hookpoint,
@@ -287,15 +315,17 @@ class SteeringVector:
         return sae.get("sha256") if isinstance(sae, Mapping) else None
 
     @checked
-    def top_features(self, n: int = 20) -> list[FeatureWeight]:
-        """The features of largest absolute weight, largest first, with their densities where known.
+    def top_features(self, n: int = 20) -> Table[FeatureWeight]:
+        """The features of largest absolute weight, largest first, as a list that shows as a table.
+
+        Density and label are what the SAE had of them when the vector was made.
 
         Args:
             n: The number of features.
         """
-        density = self.provenance.get("feature_density") or {}
+        densities, labels = (self.provenance.get(key) or {} for key in OF_FEATURES)
         order = sorted(self.features.items(), key=lambda item: (-abs(item[1]), item[0]))
-        return [FeatureWeight(j, w, density.get(str(j))) for j, w in order[:n]]
+        return Table(FeatureWeight(j, w, densities.get(str(j)), labels.get(str(j), "")) for j, w in order[:n])
 
     @checked
     def check(self, model: nn.Module) -> None:
@@ -417,16 +447,14 @@ class SteeringVector:
             PairingError: The vector does not fit the model.
         """
         tensors, header = read_tensors(path, kind="vector")
-        try:
+        with refuse_damaged(path, "a file written by SteeringVector.save"):
             vector = cls(
                 tensors["direction"],
-                Hookpoint.read(header["hookpoint"]),
+                Hookpoint.from_name(header["hookpoint"]),
                 tensors.get("reference"),
                 {int(j): float(w) for j, w in header["features"].items()},
                 _parse_provenance(header["provenance"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise FormatError(f"{path} is damaged: {error}", "a file written by SteeringVector.save") from error
         if model is not None:
             vector.check(model)
         return vector
@@ -453,4 +481,6 @@ def _parse_provenance(value: Mapping[str, Any]) -> dict[str, Any]:
         provenance["scale"] = float(provenance["scale"])
     if "feature_density" in provenance:
         provenance["feature_density"] = {str(j): float(share) for j, share in provenance["feature_density"].items()}
+    if "feature_labels" in provenance:
+        provenance["feature_labels"] = {str(j): str(label) for j, label in provenance["feature_labels"].items()}
     return provenance

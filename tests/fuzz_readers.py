@@ -38,11 +38,10 @@ from fgsteer.cli.info import describe_file
 from fgsteer.data.contrasts import check_name as check_file_name
 from fgsteer.data.corpora import read_documents
 from fgsteer.effects.measuring import _check_shapes
-from fgsteer.evaluation.bench.records import best_settings
+from fgsteer.evaluation.bench.distributors import begun_design
 from fgsteer.evaluation.bench.run_files import check_run, line, read_arms, resume
-from fgsteer.evaluation.bench.shared import begun_design
-from fgsteer.evaluation.judges.endpoint import AnswerCache, read_score
-from fgsteer.evaluation.judges.requests import BrokenAnswerError, completion
+from fgsteer.evaluation.judges.answer_cache import AnswerCache, parse_score
+from fgsteer.evaluation.judges.chat_client import BrokenAnswerError, completion
 from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.serving import save_clamp, steering
@@ -157,7 +156,7 @@ def cache(path):
 
 
 def answer(path):
-    return read_score(completion(path.read_bytes()) or "")
+    return parse_score(completion(path.read_bytes()) or "")
 
 
 def upload(path):

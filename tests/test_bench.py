@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.data.contrasts import check_name
-from fgsteer.evaluation.bench import shared
+from fgsteer.evaluation.bench import distributors
 from fgsteer.evaluation.bench.bench import Bench, BenchPlan
-from fgsteer.evaluation.bench.conditions import BENCH_METHODS, ConceptArms
+from fgsteer.evaluation.bench.conditions import ConceptArms, bench_methods
 from fgsteer.evaluation.bench.run_files import append, resume, strengths_path
 from tests.helpers.cli import app
 
@@ -75,10 +75,10 @@ def unbroken(parts, tmp_path_factory):
 
 def test_every_arm_is_written_for_every_prompt_and_seed(unbroken):
     run = fg.load_run(unbroken)
-    assert set(run.methods) == set(BENCH_METHODS)
+    assert set(run.methods) == set(bench_methods())
     counts = Counter((r.concept, r.method, r.ce_rise, r.matched, r.half) for r in run.records)
     assert set(counts.values()) == {PLAN.prompts * PLAN.seeds}
-    steered = len(BENCH_METHODS) - 2
+    steered = len(bench_methods()) - 2
     assert len(counts) == 2 * 2 * (2 + steered * (len(PLAN.ce_rises) + 1))
     halves = {half: {r.unit for r in run.records if r.half == half} for half in ("tune", "report")}
     assert not {u.prompt for u in halves["tune"]} & {u.prompt for u in halves["report"]}
@@ -129,20 +129,20 @@ def as_rank(monkeypatch, rank, world):
 def test_processes_that_share_a_run_write_the_same_file(parts, unbroken, tmp_path, monkeypatch):
     path = tmp_path / "run.jsonl"
     as_rank(monkeypatch, 1, 2)
-    assert not shared.run_shared(make(parts, LengthJudge()), path)
-    assert [p.name for p in sorted(shared.parts_folder(path).iterdir())] == ["war.jsonl", "war.strengths.json"]
+    assert not distributors.run_shared(make(parts, LengthJudge()), path)
+    assert [p.name for p in sorted(distributors.parts_folder(path).iterdir())] == ["war.jsonl", "war.strengths.json"]
     as_rank(monkeypatch, 0, 2)
     with pytest.raises(KeyboardInterrupt):
-        shared.run_shared(make(parts, LengthJudge(fail_at=6)), path)
+        distributors.run_shared(make(parts, LengthJudge(fail_at=6)), path)
     assert not path.exists()
-    assert shared.run_shared(make(parts, LengthJudge()), path)
+    assert distributors.run_shared(make(parts, LengthJudge()), path)
     assert path.read_bytes() == unbroken.read_bytes()
     before = strengths_path(unbroken).read_bytes()
     assert json.loads(strengths_path(path).read_bytes()) == json.loads(before)
     make(parts, LengthJudge()).run(path)  # complete: nothing is added
     assert path.read_bytes() == unbroken.read_bytes()
     with pytest.raises(fg.PairingError, match=r"run\.jsonl holds a run of something else: .*seeds was 1 and is 2"):
-        shared.run_shared(make(parts, LengthJudge(), concepts=("love",), seeds=2), path)
+        distributors.run_shared(make(parts, LengthJudge(), concepts=("love",), seeds=2), path)
 
 
 class Echo:
@@ -186,7 +186,7 @@ def test_engines_that_cannot_be_are_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(fg.DataError, match=r"fgsteer\[ray\]"):
-        shared.with_ray(lambda: pytest.fail("made"), ("love",), tmp_path, workers=2)
+        distributors.with_ray(lambda: pytest.fail("made"), ("love",), tmp_path, workers=2)
 
 
 def test_a_file_of_another_plan_is_left_alone(parts, unbroken):

@@ -23,9 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 import fgsteer as fg
-from fgsteer.cli.common import console, progress_bar
-from fgsteer.cli.terminal import json_text as terminal_json
-from fgsteer.cli.terminal import say
+from fgsteer.cli.printing import console, progress_bar, say
+from fgsteer.cli.printing import json_text as terminal_json
 from fgsteer.errors.escaping import escape_markdown, escape_text, json_text, markdown_code, redact
 from fgsteer.features.cards import html_page
 from fgsteer.features.description import FeatureRow

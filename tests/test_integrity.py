@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save, save_file
 import fgsteer as fg
 from fgsteer.data.corpora import read_documents
 from fgsteer.evaluation.bench.run_files import line, read_arms
-from fgsteer.evaluation.judges.endpoint import AnswerCache
-from fgsteer.evaluation.judges.requests import completion
+from fgsteer.evaluation.judges.answer_cache import AnswerCache
+from fgsteer.evaluation.judges.chat_client import completion
 from fgsteer.export import gguf
 from fgsteer.models.embedded import pretrained_dir
 from fgsteer.serving.served import read_served, save_clamp
@@ -227,7 +227,7 @@ def test_a_judge_that_answers_twice_gave_no_answer():
 
 
 def test_a_setting_that_holds_a_key_twice_is_refused():
-    from fgsteer.cli.vectors import parse_settings
+    from fgsteer.cli.values import parse_settings
 
     assert parse_settings(['a={"x": 1}', "b=word", "c=inf"]) == {"a": {"x": 1}, "b": "word", "c": float("inf")}
     for value in ('{"x": 1, "x": 2}', "[" * 100_000, "7" * 5000):

@@ -494,7 +494,8 @@ def test_without_a_network_the_error_comes_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(network, "getproxies", dict)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    began = time.perf_counter()
+    # the client itself asks again and again, with pauses that come to 23 s for each of these
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("asked again after a pause"))
     with pytest.raises(fg.MissingError, match=r"no model 'someone/something'.*cannot be reached"):
         fg.load_model("someone/something")
     with pytest.raises(OSError, match="cannot be reached"):  # what earlier versions raised
@@ -505,7 +506,6 @@ def test_without_a_network_the_error_comes_at_once(monkeypatch, tmp_path):
         fg.SteeringVector.from_pretrained("someone/love")
     with pytest.raises(fg.FormatError, match="cannot be reached"):
         fg.SteeringVector(torch.ones(4), 1).push_to_hub("someone/love")
-    assert time.perf_counter() - began < 15  # the client's own attempts take 23 s for each of them
     assert not constants.HF_HUB_OFFLINE
 
 

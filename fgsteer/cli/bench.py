@@ -11,8 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fgsteer.cli.common import (
-    MOST,
+from fgsteer.cli.app import app
+from fgsteer.cli.choices import completion
+from fgsteer.cli.loading import ModelOptions, check_device, documents, load_model, load_sae, sae_name
+from fgsteer.cli.options import (
     SEEDS,
     DeviceOption,
     DtypeOption,
@@ -23,19 +25,11 @@ from fgsteer.cli.common import (
     RevisionOption,
     SaeOption,
     TrustOption,
-    app,
-    console,
-    documents,
-    load_model,
-    load_sae,
-    progress_bar,
-    sae_name,
-    show,
 )
-from fgsteer.cli.doors import check_device, fillable, finite
-from fgsteer.cli.terminal import say
-from fgsteer.cli.vectors import parse_settings
+from fgsteer.cli.printing import console, progress_bar, say, show
+from fgsteer.cli.values import fillable, finite, parse_settings
 from fgsteer.errors import DataError
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import count
 from fgsteer.storage.ranks import Ranks
 from fgsteer.storage.targets import make_folder
@@ -60,7 +54,13 @@ def bench(
     concept: Annotated[
         list[str] | None, typer.Option(help="A contrast set, shipped or a file; default: all shipped ones.")
     ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="A method; default: all that the SAEs allow.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A method to measure, of {bench methods}; default: all that the SAEs allow.",
+            autocompletion=completion("bench methods"),
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two concepts, six methods, few samples.")] = False,
     model: ModelOption = "default",
     sae: SaeOption = None,
@@ -78,21 +78,21 @@ def bench(
         float | None, typer.Option(callback=finite, help="The cost of these at which methods are compared.")
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Prompts a half: intervals are over these.")
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Prompts a half: intervals are over these.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, max=MOST, help="Seeds a half, of every prompt.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT, help="Seeds a half, of every prompt.")] = None,
     own_prompts: Annotated[
         Path | None, typer.Option("--prompts-from", help="File of prompts of your own; a half of them chooses.")
     ] = None,
     neutral: Annotated[Path | None, typer.Option(help="File of texts that cost is measured on.")] = None,
     field: FieldOption = "text",
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens a text.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT, help="Tokens a text.")] = None,
     seed: Annotated[int | None, typer.Option(**SEEDS, help="Of all samples.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A method's parameter, such as fgaa.n_positive=8.")
     ] = None,
     engine: Annotated[str, typer.Option(help=f"{', '.join(ENGINES)}: what generates, or spreads the work.")] = "hf",
-    workers: Annotated[int, typer.Option(min=1, max=MOST, help="Processes of --engine ray.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Processes of --engine ray.")] = 2,
     engine_settings: Annotated[
         list[str] | None, typer.Option("--engine-set", help="An argument of vllm.LLM, such as max_model_len=512.")
     ] = None,
@@ -133,7 +133,7 @@ def bench(
         contrasts=contrasts,
         quick=quick,
         fresh=fresh,
-        model=(model, device, dtype, revision, trust_remote_code),
+        model=ModelOptions(model, device, dtype, revision, trust_remote_code),
         sae=(sae, sae_id),
         effects=effects,
         judge=(judge, judge_url),
@@ -143,7 +143,9 @@ def bench(
     with progress_bar("concepts" if engine == "ray" else "texts", None, as_json) as bar:
         if engine == "vllm":
             runner.writer = _vllm_writer(
-                runner, (model, revision, trust_remote_code), parse_settings(engine_settings or [])
+                runner,
+                ModelOptions(model, device, dtype, revision, trust_remote_code),
+                parse_settings(engine_settings or []),
             )
         spread = partial(_by_ray, make, workers) if engine == "ray" else None
         first = _run(runner, out / "bench.jsonl", bar, spread, fresh)
@@ -187,15 +189,15 @@ def _contrasts(concepts: Iterable[str]) -> list[Any]:
 
 def _run(bench: Any, path: Path, progress: Any, spread: Any, fresh: bool) -> bool:
     """Write the records, by ``spread`` where it is given; whether this process is the one that reports."""
-    from fgsteer.evaluation.bench import shared
+    from fgsteer.evaluation.bench import distributors
 
     command = " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]]))
     if spread is not None:
-        shared.check_parts(bench, path, bench.plan.concepts, fresh=fresh)
-        spread(bench.plan.concepts, shared.parts_folder(path), command, progress)
-        shared.join(bench, path, command)
+        distributors.check_parts(bench, path, bench.plan.concepts, fresh=fresh)
+        spread(bench.plan.concepts, distributors.parts_folder(path), command, progress)
+        distributors.join(bench, path, command)
     elif Ranks.from_env().world > 1:
-        return shared.run_shared(bench, path, command, progress=progress, fresh=fresh)
+        return distributors.run_shared(bench, path, command, progress=progress, fresh=fresh)
     else:
         bench.run(path, command, progress=progress, fresh=fresh)
     return True
@@ -203,7 +205,7 @@ def _run(bench: Any, path: Path, progress: Any, spread: Any, fresh: bool) -> boo
 
 def _by_ray(make: Any, workers: int, concepts: Any, folder: Path, command: str, progress: Any) -> None:
     """Every concept's records, by Ray's workers."""
-    from fgsteer.evaluation.bench.shared import with_ray
+    from fgsteer.evaluation.bench.distributors import with_ray
 
     with_ray(make, concepts, folder, workers=workers, command=command, progress=progress)
 
@@ -211,8 +213,8 @@ def _by_ray(make: Any, workers: int, concepts: Any, folder: Path, command: str, 
 def _report(bench: Any, out: Path) -> dict[str, Any]:
     """Write table, page and pictures of the records; what is told of them."""
     import fgsteer as fg
-    from fgsteer.evaluation.bench.plots import save_all
-    from fgsteer.evaluation.bench.report import markdown
+    from fgsteer.evaluation.runs.plots import save_all
+    from fgsteer.evaluation.runs.report import markdown
     from fgsteer.storage.atomic import atomic_write
 
     run = fg.load_run(out / "bench.jsonl")
@@ -241,46 +243,47 @@ def make_bench(
     contrasts: list[Any],
     quick: bool,
     fresh: bool,
-    model: tuple[str, str | None, str | None, str | None, bool],
+    model: ModelOptions,
     sae: tuple[str | None, list[str] | None],
     effects: list[str] | None,
     judge: tuple[str | None, str | None],
 ) -> Any:
     """The benchmark of the options. Raises DataError for a plan that cannot be run."""
     import fgsteer as fg
-    from fgsteer.evaluation.bench.conditions import BENCH_METHODS, NEEDS_EFFECTS
-    from fgsteer.evaluation.bench.shared import begun_design
+    from fgsteer.evaluation.bench.conditions import bench_methods
+    from fgsteer.evaluation.bench.distributors import begun_design
+    from fgsteer.methods import spec
 
-    name, ids = sae_name(sae[0], model[0]), sae[1]
-    check_device(*model[1:3])
+    name, ids = sae_name(sae[0], model.name), sae[1]
+    check_device(model.device, model.dtype)
     given = given | {"concepts": tuple(contrast.name for contrast in contrasts)}
     wanted: list[str | None] = [*ids] if ids else [None]
-    saes = [load_sae(name, one, model[0]) for one in wanted]
+    saes = [load_sae(name, one, model.name) for one in wanted]
     fits = [fg.load_effects(source) for source in effects or (["default"] if name == "default" and not ids else [])]
     by_layer = {one.hookpoint.layer: one for one in saes}
     fitted = {fit.hookpoint.layer: fit for fit in fits}
-    layers = {m: tuple(n for n in sorted(by_layer) if m not in NEEDS_EFFECTS or n in fitted) for m in BENCH_METHODS}
-    chosen: dict[str, Any] = {"methods": BENCH_METHODS, "layers": layers}
+    methods = bench_methods()
+    layers = {m: tuple(n for n in sorted(by_layer) if spec(m).needs != "effects" or n in fitted) for m in methods}
+    chosen: dict[str, Any] = {"methods": methods, "layers": layers}
     chosen |= QUICK if quick else {}
     chosen["methods"] = tuple(m for m in chosen["methods"] if layers[m])
     chosen |= ({} if fresh else begun_design(out / "bench.jsonl")) | given
     plan = fg.BenchPlan(**chosen)
     contrasts, chosen_judge = _judged(contrasts, *judge, out)
-    language_model, tokenizer = load_model(*model)
+    language_model, tokenizer = load_model(model)
     by_layer = {layer: one.to(language_model.device) for layer, one in by_layer.items()}
     return fg.Bench(language_model, tokenizer, by_layer, fitted, chosen_judge, plan, contrasts=contrasts)
 
 
-def _vllm_writer(bench: Any, model: tuple[str, str | None, bool], settings: dict[str, Any]) -> Any:
+def _vllm_writer(bench: Any, model: ModelOptions, settings: dict[str, Any]) -> Any:
     """vLLM with room for the arms of a batch, in the model's dtype."""
     from fgsteer.serving import VllmWriter, steered_llm
 
     rows = max(32, bench.plan.batch_rows // bench.plan.prompts)
     dtype = str(bench.model.dtype).removeprefix("torch.")
     layers = sorted({layer for _, layer in bench.plan.places})
-    name, revision, trust_remote_code = model
-    options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, **settings}
-    return VllmWriter(steered_llm(name, layers=layers, rows=rows, **options), bench.tokenizer)
+    options = {"dtype": dtype, "revision": model.revision, "trust_remote_code": model.trust_remote_code, **settings}
+    return VllmWriter(steered_llm(model.name, layers=layers, rows=rows, **options), bench.tokenizer)
 
 
 def _print_table(told: dict[str, Any]) -> None:

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fgsteer.cli.common import (
+from fgsteer.cli.app import app
+from fgsteer.cli.loading import ModelOptions, check_device, interventions, load_model, load_sae, load_vectors, model_of
+from fgsteer.cli.options import (
     CoefficientOption,
     DeviceOption,
     DtypeOption,
@@ -19,16 +21,9 @@ from fgsteer.cli.common import (
     SaeOption,
     ScopeOption,
     TrustOption,
-    app,
-    interventions,
-    load_model,
-    load_sae,
-    load_vectors,
-    model_of,
-    show,
 )
-from fgsteer.cli.doors import check_device, unused, writable
-from fgsteer.cli.terminal import say
+from fgsteer.cli.printing import say, show
+from fgsteer.cli.values import unused, writable
 from fgsteer.errors import DataError
 from fgsteer.errors.wording import count
 
@@ -84,12 +79,14 @@ def export(
     files = [out]
     if to == "checkpoint":
         formats.checkpoint.write(
-            items, out, *load_model(str(model), "cpu", dtype, revision, trust_remote_code), copy=False
+            items, out, *load_model(ModelOptions(str(model), "cpu", dtype, revision, trust_remote_code)), copy=False
         )
     elif to == "gguf":
         formats.gguf.write(items, out, model_type=model_type)
     elif to == "lm-eval":
-        formats.lm_eval.write(items, out, load_model(str(model), device, dtype, revision, trust_remote_code)[0])
+        formats.lm_eval.write(
+            items, out, load_model(ModelOptions(str(model), device, dtype, revision, trust_remote_code))[0]
+        )
     elif to == "easysteer":
         files = formats.easysteer.write(items, out, model_type=model_type)
     else:

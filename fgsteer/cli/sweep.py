@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fgsteer.cli.common import (
-    MOST,
+from fgsteer.cli.app import app
+from fgsteer.cli.choices import completion
+from fgsteer.cli.loading import ModelOptions, check_device, check_fit, documents, load_model
+from fgsteer.cli.options import (
     BatchTokensOption,
     DeviceOption,
     DtypeOption,
@@ -20,17 +22,12 @@ from fgsteer.cli.common import (
     RevisionOption,
     TokensOption,
     TrustOption,
-    app,
-    console,
-    documents,
-    load_model,
-    progress_bar,
-    show,
 )
-from fgsteer.cli.doors import check_device, check_fit, fillable, finite, token_rule
-from fgsteer.cli.terminal import say
+from fgsteer.cli.printing import console, progress_bar, say, show
+from fgsteer.cli.values import fillable, finite, token_rule
 from fgsteer.errors import DataError
 from fgsteer.errors.escaping import escape_text
+from fgsteer.errors.limits import MAX_COUNT
 
 
 @app.command()
@@ -39,11 +36,19 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", callback=fillable, help="Folder for sweep.json and pictures.")
     ] = None,
-    method: Annotated[str, typer.Option(help="caa, ace or pca: builds a vector at each layer.")] = "caa",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="The method that builds a vector at each layer: {sweep methods}.",
+            autocompletion=completion("sweep methods"),
+        ),
+    ] = "caa",
     vector: Annotated[
         list[Path] | None, typer.Option("--vector", "-v", help="A vector of a layer, instead of --method; repeat.")
     ] = None,
-    layer: Annotated[list[int] | None, typer.Option(min=0, max=MOST, help="Only these layers; default: all.")] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(min=0, max=MAX_COUNT, help="Only these layers; default: all.")
+    ] = None,
     ce_rise: Annotated[
         list[float] | None,
         typer.Option(callback=finite, help="A cost in nats a token to set strength by; default: 0.05 to 1."),
@@ -59,7 +64,7 @@ def sweep(
     neutral: Annotated[Path | None, typer.Option(help="File of texts that cost is measured on.")] = None,
     field: FieldOption = "text",
     controls: Annotated[
-        int, typer.Option(min=0, max=MOST, help="Random directions a layer, to compare signs with.")
+        int, typer.Option(min=0, max=MAX_COUNT, help="Random directions a layer, to compare signs with.")
     ] = 4,
     model: ModelOption = "default",
     tokens: TokensOption = "all",
@@ -76,21 +81,20 @@ def sweep(
     """
     import fgsteer as fg
     from fgsteer.evaluation.sweep.plots import save_pictures
-    from fgsteer.evaluation.sweep.sweep import METHODS
+    from fgsteer.methods import spec
     from fgsteer.storage.json_files import write_json
     from fgsteer.storage.targets import make_folder
 
     vectors = [fg.SteeringVector.load(path) for path in vector or []]
     if vectors and method != "caa":
         raise DataError(f"--vector and --method {method}", "one of them")
-    if method not in METHODS:
-        raise DataError(f"--method {method}", f"one of {', '.join(METHODS)}")
+    spec(method, "sweep")
     pairs, rule = fg.load_contrast(contrast), token_rule(tokens)
     measured_on = None if held_out is None else fg.load_contrast(held_out)
     plain = None if neutral is None else documents(neutral, field)
     check_device(device, dtype)
     check_fit(dict(zip(vector or [], vectors, strict=True)), model, revision)
-    language_model, tokenizer = load_model(model, device, dtype, revision, trust_remote_code)
+    language_model, tokenizer = load_model(ModelOptions(model, device, dtype, revision, trust_remote_code))
     with progress_bar("sweeping", None, as_json) as bar:
         swept = fg.sweep(
             language_model,

@@ -30,7 +30,7 @@ from fgsteer.errors.wording import count
 from fgsteer.models.embedded import DEFAULT, embedded_sae_dir
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.pairing import check_measured_on
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +55,12 @@ class EffectApproximator(OneLineRepr):
         object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
         if self.M.ndim != 2 or self.b.shape != self.M.shape[1:]:
             raise PairingError(f"M {tuple(self.M.shape)} and b {tuple(self.b.shape)}", "(d_model, d_sae) and (d_sae,)")
+
+    def __repr__(self) -> str:
+        vectors = self.about.get("vectors")
+        fitted = f", fitted to {count(vectors, 'vector')}" if isinstance(vectors, int) else ""
+        sizes = f"d_model {self.M.shape[0]}, d_sae {self.M.shape[1]}"
+        return f"EffectApproximator(at {self.hookpoint}, {sizes}{fitted})"
 
     @classmethod
     def fit(
@@ -198,16 +204,14 @@ class EffectApproximator(OneLineRepr):
     def load(cls, path: str | Path) -> EffectApproximator:
         """Read a file that ``save`` wrote. Raises FormatError."""
         tensors, header = read_tensors(path, kind="effects")
-        try:
+        with refuse_damaged(path, "a file written by EffectApproximator.save"):
             return cls(
                 tensors["M"].float(),
                 tensors["b"].float(),
-                Hookpoint.read(header["hookpoint"]),
+                Hookpoint.from_name(header["hookpoint"]),
                 str(header["sae_sha256"]),
                 dict(header["about"]),
             )
-        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-            raise FormatError(f"{path} is damaged: {error}", "a file written by EffectApproximator.save") from error
 
 
 def load_effects(source: str | Path = DEFAULT) -> EffectApproximator:

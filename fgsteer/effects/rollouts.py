@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fgsteer.activations.pooling import PoolingIndex, pool_features
 from fgsteer.activations.recording import record
-from fgsteer.errors.checks import MAX_COUNT, check_range
+from fgsteer.errors.checks import check_range
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions import Intervention
 from fgsteer.models.properties import check_window, input_device
 from fgsteer.saes.sae import SAE

@@ -28,7 +28,6 @@ from fgsteer.errors.wording import a
 
 P = ParamSpec("P")
 R = TypeVar("R")
-MAX_COUNT = 2**31 - 1  # of what is counted: tokens, texts, rows
 PACKAGE = str(Path(__file__).resolve().parents[1])
 _ON_THE_WAY = (PACKAGE, contextlib.__file__, no_grad.__file__)  # files of frames that no caller of this package wrote
 

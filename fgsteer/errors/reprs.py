@@ -1,7 +1,7 @@
 """One-line reprs of what holds tensors, texts or many entries.
 
 @dataclass(frozen=True, repr=False)
-class Moments(Brief): ...              Moments(count=20, mean=float64 (576,), …)
+class Moments(OneLineRepr): ...              Moments(count=20, mean=float64 (576,), …)
 """
 
 from __future__ import annotations

@@ -12,8 +12,10 @@ import torch
 
 from fgsteer.activations.batches import batch_texts, record_batch
 from fgsteer.activations.tokens import TokenReader
-from fgsteer.errors.checks import MAX_COUNT, check_range, checked
+from fgsteer.display.tables import Cell, Table
+from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.escaping import escape_text
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import context_window
@@ -35,6 +37,10 @@ class SeenFeature(OneLineRepr):
     activation: float
     token: str
 
+    def cells(self) -> dict[str, Cell]:
+        """What a table shows of it."""
+        return {"feature": self.id, "label": self.label, "activation": float(self.activation), "on": self.token}
+
     def __str__(self) -> str:
         label = f" {self.label}" if self.label else ""
         return escape_text(f"{self.id}{label}, {self.activation:.3g} on “{self.token}”")
@@ -50,7 +56,7 @@ def seen_features(
     *,
     prompt: str = "",
     top: int = 5,
-) -> list[SeenFeature]:
+) -> Table[SeenFeature]:
     """The ``top`` features of largest activation on a text's tokens, read by the unsteered model after ``prompt``.
 
     ``max_t f_j(h_t)`` over the text's tokens t, without the prompt's and a special one before them, for features
@@ -60,7 +66,7 @@ def seen_features(
     at = sae.input_hookpoint
     check_range("top", top, 1, MAX_COUNT, whole=True)
     check_pairing(model, at, sae.d_model, sae.model_name, "SAE")
-    found: list[SeenFeature] = []
+    found: Table[SeenFeature] = Table()
     with TokenReader(
         tokenizer, rule="answer", prepend_bos=sae.prepend_bos, window=context_window(model), joint="", skip_empty=True
     ) as reader:
@@ -73,5 +79,7 @@ def seen_features(
         peaks, where = fired.max(0)
         tokens = token_texts(tokenizer, batch.ids[batch.selected].tolist())
         best = peaks.topk(min(top, int((peaks > 0).sum()))).indices.tolist()
-        found = [SeenFeature(j, sae.labels.get(j, ""), float(peaks[j]), tokens[int(where[j])].strip()) for j in best]
+        found = Table(
+            SeenFeature(j, sae.labels.get(j, ""), float(peaks[j]), tokens[int(where[j])].strip()) for j in best
+        )
     return found

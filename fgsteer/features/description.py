@@ -13,6 +13,7 @@ from urllib.parse import quote
 import torch
 from torch import nn
 
+from fgsteer.display.tables import Cell, Share, Table
 from fgsteer.errors import PairingError
 from fgsteer.errors.checks import check_range, checked_after
 from fgsteer.errors.reprs import OneLineRepr
@@ -48,6 +49,18 @@ class FeatureRow(OneLineRepr):
         """Plain JSON."""
         return asdict(self)
 
+    def cells(self) -> dict[str, Cell]:
+        """What a table shows of it."""
+        return {
+            "feature": self.id,
+            "label": self.label,
+            "weight": None if self.weight is None else float(self.weight),
+            "fires on": None if self.density is None else Share(self.density),
+            "raises": " ".join(self.tokens),
+            "lowers": " ".join(self.lowered),
+            "found because": "; ".join(self.why),
+        }
+
 
 def top_tokens(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, directions: torch.Tensor, n: int = 6
@@ -76,8 +89,10 @@ def describe_features(
     tokens: int = 6,
     examples: FeatureExamples | None = None,
     why: Mapping[int, tuple[str, ...]] | None = None,
-) -> list[FeatureRow]:
+) -> Table[FeatureRow]:
     """What is known of a vector's ``top`` features of largest absolute weight, or of the ids given.
+
+    The list shows as a table.
 
     ``examples`` brings excerpts, ``why`` what a search found each id for. Directions on z are
     read through the output projection. Raises PairingError for an SAE that the vector or the
@@ -96,13 +111,13 @@ def describe_features(
     else:
         entries = [(feature_id(feature, sae), None, None) for feature in features]
     if not entries:
-        return []
+        return Table()
     signs = torch.tensor([-1.0 if (weight or 0) < 0 else 1.0 for _, weight, _ in entries])
     rows = torch.stack([sae.direction(feature).cpu() for feature, _, _ in entries]) * signs[:, None]
     directions = residual_direction(model, sae.hookpoint, rows)
     raised, lowered = (top_tokens(model, tokenizer, sign * directions, tokens) for sign in (1.0, -1.0))
     density = None if sae.density is None else sae.density.density
-    return [
+    return Table(
         FeatureRow(
             feature,
             weight,
@@ -115,4 +130,4 @@ def describe_features(
             (why or {}).get(feature, ()),
         )
         for n, (feature, weight, known) in enumerate(entries)
-    ]
+    )

@@ -17,8 +17,10 @@ from torch import nn
 from fgsteer.activations.batches import batch_texts, record_batch
 from fgsteer.activations.tokens import TokenReader
 from fgsteer.data.chat import check_unicode
+from fgsteer.display.tables import Cell, Table
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import MAX_COUNT, check_range, checked_after
+from fgsteer.errors.checks import check_range, checked_after
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.unembedding import logit_lens
 from fgsteer.saes.sae import SAE
@@ -44,6 +46,10 @@ class FoundFeature(OneLineRepr):
     score: float
     why: tuple[str, ...]
 
+    def cells(self) -> dict[str, Cell]:
+        """What a table shows of it."""
+        return {"feature": self.id, "score": float(self.score), "found because": "; ".join(self.why)}
+
 
 @checked_after(("word", "sae", "model", "tokenizer"))
 def find_features(
@@ -54,7 +60,7 @@ def find_features(
     *,
     examples: FeatureExamples | None = None,
     top: int = 20,
-) -> list[FoundFeature]:
+) -> Table[FoundFeature]:
     """The features that have most to do with a word or phrase, best first; case does not matter.
 
     ``score = label + excerpts + fires + raises``. ``label``: 1 when the feature's label has the word,
@@ -92,7 +98,7 @@ def find_features(
         )
         for feature in {feature for part in evidence for feature in part}
     ]
-    return sorted((f for f in found if f.score >= FLOOR), key=lambda f: (-f.score, f.id))[:top]
+    return Table(sorted((f for f in found if f.score >= FLOOR), key=lambda f: (-f.score, f.id))[:top])
 
 
 def _caseless(word: str) -> bool:

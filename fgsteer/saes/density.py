@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fgsteer.errors import FormatError, PairingError
-from fgsteer.errors.reprs import OneLineRepr
+from fgsteer.errors import PairingError
+from fgsteer.errors.reprs import OneLineRepr, short_repr
+from fgsteer.errors.wording import count
 from fgsteer.saes.pairing import Identified, check_measured_on
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
 if TYPE_CHECKING:
     pass
@@ -44,6 +45,17 @@ class FeatureDensity(OneLineRepr):
     sae_sha256: str
     max_density: float | None = None
     corpus: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"FeatureDensity({self.summary})"
+
+    @property
+    def summary(self) -> str:
+        """What was measured, in a line: tokens, features that fire at a time, and features that never fire."""
+        dead, corpus = int((self.fired == 0).sum()), str(self.corpus.get("name") or "")
+        text = f"{count(len(self.fired), 'feature')} on {count(self.tokens, 'token')}"
+        text += f" of {short_repr(corpus)}" if corpus else ""
+        return f"{text}, {float(self.density.sum()):.3g} firing at a time, {dead:,} never"
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:
@@ -90,7 +102,7 @@ class FeatureDensity(OneLineRepr):
     def load(cls, path: str | Path) -> FeatureDensity:
         """Read a file that ``save`` wrote. Raises FormatError."""
         tensors, header = read_tensors(path, kind="density")
-        try:
+        with refuse_damaged(path, "a file written by FeatureDensity.save"):
             if len({tuple(tensors[name].shape) for name in COUNTS}) != 1:
                 raise ValueError("counts of unequal widths")
             if tensors["fired"].ndim != 1 or not 0 <= int(header["tokens"]) < 2**53:
@@ -104,5 +116,3 @@ class FeatureDensity(OneLineRepr):
                 max_density=None if header["max_density"] is None else float(header["max_density"]),
                 corpus=dict(header["corpus"]),
             )
-        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-            raise FormatError(f"{path} is damaged: {error}", "a file written by FeatureDensity.save") from error

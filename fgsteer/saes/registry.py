@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fgsteer.display.tables import Cell, Table
 from fgsteer.errors import FormatError
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.pairing import bare_name
@@ -77,8 +78,13 @@ class RegistryRow(OneLineRepr):
         """Plain JSON."""
         return asdict(self)
 
+    def cells(self) -> dict[str, Cell]:
+        """What a table shows of it."""
+        names = ("release", "sae_id", "model", "hookpoint", "width")
+        return {**{name: getattr(self, name) for name in names}, "L0": self.l0}
 
-def registry(model: str | None = None, layer: int | None = None, search: str = "") -> list[RegistryRow]:
+
+def registry(model: str | None = None, layer: int | None = None, search: str = "") -> Table[RegistryRow]:
     """The registry's SAEs, of a model, of a 0-based layer, and with every word of ``search`` in their names.
 
     Models match by name whatever the organisation or the spelling (gpt2 and gpt2-small), else by a part of it
@@ -94,7 +100,7 @@ def registry(model: str | None = None, layer: int | None = None, search: str = "
         if (layer is None or row.layer == layer)
         and all(word in f"{row.release} {row.sae_id} {row.hookpoint} {row.neuronpedia}".lower() for word in words)
     ]
-    return sorted(rows, key=lambda row: (row.release, _natural(row.sae_id)))
+    return Table(sorted(rows, key=lambda row: (row.release, _natural(row.sae_id))))
 
 
 def models_named(model: str) -> set[str]:

@@ -30,7 +30,7 @@ from fgsteer.activations.tokens import (
     split_into_chunks,
 )
 from fgsteer.data.contrasts import Contrastable, ContrastSet, as_contrast
-from fgsteer.errors import DataError, FgsteerError
+from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked, is_whole_number
 from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.models.hookpoints import Hookpoint, resolve
@@ -298,10 +298,9 @@ def _in_parts_of(parts: Shards, texts: Iterable[list[Triple]], reader: _Reader, 
 def _sums_of(parts: Shards, found: Iterable[Mapping[str, Tensor]]) -> Iterator[_Sums]:
     """Sums that were written. Raises FormatError for a damaged part."""
     for number, tensors in enumerate(found):
-        try:
-            yield _Sums.of(tensors)
-        except (KeyError, ValueError, FgsteerError) as error:
-            raise parts.damaged(number, error) from error
+        with parts.refuse_damaged(number):
+            sums = _Sums.of(tensors)
+        yield sums
 
 
 def _hookpoints(

@@ -11,13 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.errors import FormatError, PairingError
+from fgsteer.display.tables import Cell, table_html, title_html
+from fgsteer.errors import PairingError
 from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, OneLineRepr
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.statistics.moments import Moments
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
 Space = Literal["residual", "feature"]
+TOP_DIFFERENCES = 5  # features that a notebook shows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,6 +87,20 @@ class ContrastStatistics(OneLineRepr):
         features = f", features at {', '.join(map(str, self.feature))}" if self.feature else ""
         return f"ContrastStatistics({texts} at {places or 'no hookpoint'}{features})"
 
+    def _repr_html_(self) -> str:
+        rows: list[list[Cell]] = []
+        for space, table in (("residual", self.residual), ("feature", self.feature)):
+            for at, contrast in table.items():
+                difference = contrast.difference
+                largest = difference.abs().topk(min(TOP_DIFFERENCES, len(difference))).indices.tolist()
+                top = ", ".join(f"{j}: {float(difference[j]):+.3g}" for j in largest) if space == "feature" else ""
+                counts = contrast.positive.count, contrast.negative.count
+                rows.append([str(at), space, *counts, len(difference), float(difference.norm()), top])
+        headings = ["hookpoint", "space", "positive texts", "negative texts", "width", "‖mean⁺ − mean⁻‖"]
+        names = ", ".join(dict.fromkeys(str(entry.get("name") or "") for entry in self.data))
+        title = f"ContrastStatistics of {names}" if names else "ContrastStatistics"
+        return title_html(title) + table_html([*headings, "largest differences by feature"], rows)
+
     def __add__(self, other: ContrastStatistics) -> ContrastStatistics:
         ours, theirs = _identity(self.reading), _identity(other.reading)
         differing = {
@@ -102,7 +118,7 @@ class ContrastStatistics(OneLineRepr):
             {at: self.pooled[at] + other.pooled[at] for at in self.pooled if at in other.pooled},
         )
 
-    def at(self, space: Space, hookpoint: Hookpoint | str | None = None) -> tuple[Hookpoint, Contrast]:
+    def at(self, space: Space, hookpoint: Hookpoint | str | int | None = None) -> tuple[Hookpoint, Contrast]:
         """The contrast of a space at a hookpoint, by default the only one (or the SAE's).
 
         Raises PairingError naming what was collected.
@@ -151,7 +167,7 @@ class ContrastStatistics(OneLineRepr):
         """Read a file that ``save`` wrote. Raises FormatError."""
         tensors, header = read_tensors(path, kind="statistics")
         tables: dict[str, dict[Hookpoint, dict[str, Moments]]] = {"residual": {}, "feature": {}}
-        try:
+        with refuse_damaged(path, "a file written by ContrastStatistics.save"):
             for key, count in header["counts"].items():
                 space, name, side = key.split("/")
                 parts = {part: tensors[f"{key}/{part}"].double() for part in ("mean", "m2", "fired")}
@@ -173,8 +189,6 @@ class ContrastStatistics(OneLineRepr):
                 tuple(dict(entry) for entry in header["data"]),
                 pooled,
             )
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise FormatError(f"{path} is damaged: {error}", "a file written by ContrastStatistics.save") from error
 
 
 def _read_reading(reading: Any) -> dict[str, Any]:

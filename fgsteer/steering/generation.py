@@ -15,7 +15,8 @@ from fgsteer.activations.tokens import encode_prompts
 from fgsteer.data.chat import Text
 from fgsteer.data.contrasts import check_text
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import MAX_COUNT, check_range, checked, describe_value
+from fgsteer.errors.checks import check_range, checked, describe_value
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.models.properties import check_window, context_window, input_device
 from fgsteer.steering.entries import Steering, is_per_prompt
 from fgsteer.steering.hooks import steer

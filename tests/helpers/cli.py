@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from fgsteer import cli
-from fgsteer.cli.common import app
+from fgsteer.cli.app import app
 
 
 def invoke(*arguments):

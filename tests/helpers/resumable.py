@@ -6,7 +6,7 @@ import torch
 
 import fgsteer as fg
 from fgsteer.effects.rollouts import Sampling
-from fgsteer.evaluation.bench import shared
+from fgsteer.evaluation.bench import distributors
 from fgsteer.evaluation.bench.bench import Bench, BenchPlan
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import word_tokenizer
@@ -68,7 +68,7 @@ def bench(where, model, tokenizer, sae, contrast, fresh=False, **options):
 
 
 def shared_bench(where, model, tokenizer, sae, contrast, fresh=False, **options):
-    shared.run_shared(bench_of(model, tokenizer, sae, contrast, **options), where / "run.jsonl", fresh=fresh)
+    distributors.run_shared(bench_of(model, tokenizer, sae, contrast, **options), where / "run.jsonl", fresh=fresh)
 
 
 RUNS = {"collect": collect, "density": density, "effects": effects, "bench": bench, "shared": shared_bench}

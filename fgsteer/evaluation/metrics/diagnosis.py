@@ -19,13 +19,14 @@ from torch import Tensor
 
 from fgsteer.errors import PairingError, SelectionError
 from fgsteer.errors.checks import checked
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.statistics.contrast import Contrast, ContrastStatistics, Pooled
 from fgsteer.vector import SteeringVector
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(OneLineRepr):
     """What ``diagnose`` found; ``agreement`` and ``d_prime`` are nan where the examples were not kept.
 
     ``norm`` is that of the difference of the sides' means, in residual-stream units. ``pairs`` is how
