@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.evaluation.bench import distributors
+from fgsteer.evaluation.bench.concept_runs import run_concept
 from fgsteer.storage.locks import exclusive_lock, lock_path
 from tests.helpers.cli import app
 from tests.helpers.resumable import PARTS, bench, collect, density, effects, shared_bench
@@ -264,8 +264,8 @@ def test_a_concept_that_another_worker_runs_is_refused(llama, tmp_path):
     folder.mkdir()
     alone = bench_of(**{**PARTS, "model": llama})
     with held_elsewhere(folder / "own.running.jsonl"), pytest.raises(fg.BusyError, match=r"own\.running\.jsonl"):
-        distributors.run_concept(alone, "own", folder)
-    distributors.run_concept(alone, "own", folder)
+        run_concept(alone, "own", folder)
+    run_concept(alone, "own", folder)
     assert sorted(path.name for path in folder.iterdir()) == ["own.jsonl", "own.strengths.json"]
 
 

@@ -138,8 +138,8 @@ class Bench(OneLineRepr):
     def conditions(self, concept: str) -> list[Condition]:
         """Every condition of a concept, its strengths calibrated. Raises what the methods raise."""
         plan, vectors = self.plan, self.concept(concept)
-        unsteered = [method for method in bench_methods() if method in plan.methods and not steers(method)]
-        conditions = [Condition(concept, method) for method in unsteered]
+        plain = [method for method in bench_methods() if method in plan.methods and not steers(method)]
+        conditions = [Condition(concept, method) for method in plain]
         makes = [vectors.make(method, layer) for method, layer in plan.method_layers]
         grids = calibrate_grid(self.model, self.tokenizer, makes, self.neutral, target_ce_rises=plan.ce_rises)
         for number, rise in enumerate(plan.ce_rises):
@@ -174,13 +174,14 @@ class Bench(OneLineRepr):
     def texts(self, batch: Batch) -> list[str]:
         """What is generated under the batch's conditions, by condition, then prompt."""
         prompts, vectors = self.plan.prompts_of(batch.half), self.concept(batch.conditions[0].concept)
-        by_prompts: dict[tuple[str, ...], list[Condition]] = {}
+        with_same_prompts: dict[tuple[str, ...], list[Condition]] = {}
         for condition in batch.conditions:
-            by_prompts.setdefault(tuple(vectors.prompts(condition.method, prompts)), []).append(condition)
+            own_prompts = tuple(vectors.prompts(condition.method, prompts))
+            with_same_prompts.setdefault(own_prompts, []).append(condition)
         texts_of: dict[Condition, list[str]] = {}
-        for started, conditions in by_prompts.items():
+        for own_prompts, conditions in with_same_prompts.items():
             steering = [None if c.layer is None else vectors.make(c.method, c.layer)(c.coefficient) for c in conditions]
-            texts = self._generate(started, steering, batch.seed)
+            texts = self._generate(own_prompts, steering, batch.seed)
             for place, condition in enumerate(conditions):
                 texts_of[condition] = texts[place * len(prompts) : (place + 1) * len(prompts)]
         return [text for condition in batch.conditions for text in texts_of[condition]]

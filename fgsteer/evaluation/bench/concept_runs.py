@@ -17,8 +17,9 @@ from typing import Any
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.run_files import as_line, check_run, strengths_path
+from fgsteer.evaluation.runs.records import HALVES
 from fgsteer.storage.atomic import atomic_write, rename
-from fgsteer.storage.json_files import read_json, write_json
+from fgsteer.storage.json_files import parse_json, read_json, write_json
 from fgsteer.storage.targets import make_folder
 
 Progress = Callable[[int, int], None]
@@ -27,6 +28,21 @@ Progress = Callable[[int, int], None]
 def concepts_folder(path: str | Path) -> Path:
     """Where the concepts of the run ``path`` are kept until they are joined."""
     return Path(path).with_suffix(".parts")
+
+
+def begun_design(path: str | Path) -> dict[str, int]:
+    """{"prompts", "seeds"} a half of the run that is begun at ``path`` or by concepts; empty where none is.
+
+    A run that goes on keeps them, whatever the defaults are by now. A damaged file is passed over here: resuming
+    says what is wrong with it.
+    """
+    for file in (Path(path), *sorted(concepts_folder(path).glob("*.jsonl"))):
+        try:
+            plan = parse_json(file.read_bytes().split(b"\n", 1)[0])["plan"]
+            return {"prompts": len(plan["prompts"]) // len(HALVES), "seeds": int(plan["seeds"])}
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            continue
+    return {}
 
 
 def of_concept(bench: Bench, concept: str) -> Bench:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from fgsteer.errors import FormatError
-from fgsteer.evaluation.runs.records import HALVES
 from fgsteer.storage.atomic import append_bytes
 from fgsteer.storage.files import refuse_damaged
 from fgsteer.storage.json_files import parse_json, read_json, write_json
@@ -88,21 +87,6 @@ def identity_of(header: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(plan, dict):
         plan = {key: value for key, value in plan.items() if key != "judge"}
     return {**(identity if isinstance(identity, dict) else {}), "plan": plan}
-
-
-def begun_design(paths: Sequence[Path]) -> dict[str, int]:
-    """{"prompts", "seeds"} a half of the first of these runs that is there; empty where none is.
-
-    A run that goes on keeps them, whatever the defaults are by now. A damaged file is passed over here: resuming
-    says what is wrong with it.
-    """
-    for path in paths:
-        try:
-            plan = parse_json(path.read_bytes().split(b"\n", 1)[0])["plan"]
-            return {"prompts": len(plan["prompts"]) // len(HALVES), "seeds": int(plan["seeds"])}
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
-            continue
-    return {}
 
 
 def check_run(path: str | Path, identity: Mapping[str, Any], *, fresh: bool = False) -> None:

@@ -174,8 +174,8 @@ def spec(name: str, url: str | None = None, scores: Scores = "behavior") -> Judg
     option = "--judge" if scores == "behavior" else "--coherence"
     raise DataError(
         f"{option} {name}",
-        choices(scores),
-        "If it is a chat model, add its address with --judge-url",
+        f"{', '.join(judge_names(scores))}, or the name of a chat model with its address",
+        "If it is a chat model, add --judge-url",
     )
 
 
@@ -190,10 +190,6 @@ def recorded_spec(name: str, scores: Scores = "behavior") -> JudgeSpec | None:
     return next((row for row in specs(scores) if kind == (row.recorded_as or row.name)), None)
 
 
-def choices(scores: Scores = "behavior") -> str:
-    """The names that the command line takes, in words."""
-    rows = specs(scores)
-    names = [row.name for row in rows if not row.takes_model]
-    if any(row.takes_model for row in rows):
-        names.append("the name of a chat model with --judge-url")
-    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
+def judge_names(scores: Scores = "behavior") -> list[str]:
+    """The names of the rows that the command line takes; it takes a chat model's name besides."""
+    return [row.name for row in specs(scores) if not row.takes_model]

@@ -24,6 +24,7 @@ from fgsteer.methods import method_name, specs
 from fgsteer.storage.json_files import parse_json
 
 HALVES = ("tune", "report")
+TEXT_LENGTH = 80  # characters of a text that errors show in full
 
 
 class Unit(NamedTuple):
@@ -142,12 +143,9 @@ def _schema() -> dict[str, tuple[type, bool]]:
 
 
 def _written(value: object) -> str:
-    """A value as it stands in the file, shortened."""
-    return (
-        repr(value)[:80]
-        if isinstance(value, str | int | float | None) and len(str(value)) < 200
-        else describe_value(value)
-    )
+    """A value as errors show it."""
+    short = value is None or isinstance(value, bool | float) or (isinstance(value, str) and len(value) < TEXT_LENGTH)
+    return repr(value) if short else describe_value(value)
 
 
 def parse_record(row: Any) -> EvalRecord:
