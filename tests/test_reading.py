@@ -117,7 +117,7 @@ def test_excerpts_refuse_what_they_cannot_use(llama, tokenizer, sae):
     for bad in ({"features": [24]}, {"features": []}, {"top": 0}, {"window": -1}):
         with pytest.raises(fg.SelectionError):
             fg.measure_examples(llama, tokenizer, sae, TEXTS, **bad)
-    with pytest.raises(fg.DataError, match="text 0 are not finite"):
+    with pytest.raises(fg.DataError, match="activations of text 0"):
         fg.measure_examples(llama, tokenizer, replace(sae, b_enc=torch.full((24,), torch.inf)), ["the man"])
 
 
