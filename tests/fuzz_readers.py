@@ -37,7 +37,7 @@ from fgsteer.activations.tokens import TokenReader
 from fgsteer.cli.info import describe_file
 from fgsteer.data.contrasts import check_name as check_file_name
 from fgsteer.data.corpora import read_documents
-from fgsteer.effects.measuring import _check_shapes
+from fgsteer.effects.measuring import check_shapes
 from fgsteer.evaluation.bench.concept_runs import begun_design
 from fgsteer.evaluation.bench.run_files import as_line, check_run, load_conditions, resume
 from fgsteer.evaluation.judges.answer_cache import AnswerCache, parse_score
@@ -130,7 +130,7 @@ def sae(path):
 
 def piece(path):
     tensors = part(path, "effects part")
-    _check_shapes(tensors, {"vectors": (2, 6), "strengths": (2,)}, path)
+    check_shapes(tensors, {"vectors": (2, 6), "strengths": (2,)}, path)
     return tensors
 
 
