@@ -6,7 +6,6 @@ SteeringVector.from_pretrained("me/wedding").add(8.0)
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import DataError, FormatError
 from fgsteer.errors.escaping import escape_markdown, markdown_code, redact
+from fgsteer.evaluation.drawing import rendered
+from fgsteer.evaluation.runs.plots import setting_curves
 from fgsteer.models.embedded import model_name
 from fgsteer.storage.atomic import atomic_folder, atomic_write
 from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_or_cache
@@ -44,7 +45,7 @@ def save_folder(
     points = [] if run is None else _measured(vector, run, method)
     files = {CARD: card(vector, points, run).encode()}
     if run is not None:
-        files[CURVE] = _picture(points, run)
+        files[CURVE] = rendered(setting_curves(run, points), "png")
     with atomic_folder(folder) as inside:
         vector.save(inside / FILE_NAME)
         for name, data in files.items():
@@ -249,26 +250,3 @@ def _table(points: Sequence[Setting], run: MeasuredRun, best: Setting) -> list[s
         numbers = " | ".join(f"{run.mean(setting, measure=m):.3f}" for m in MEASURES)
         lines.append(f"| {mark}{setting.coefficient:.4g}{mark} | {numbers} |")
     return lines
-
-
-def _picture(points: Sequence[Setting], run: MeasuredRun) -> bytes:
-    """Behavior, coherence and BCS by coefficient, as PNG, the same bytes every time."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for measure, style in zip(MEASURES, (":", "--", "-"), strict=True):
-        values = [run.mean(setting, measure=measure) for setting in points]
-        axes.plot(
-            [setting.coefficient for setting in points],
-            values,
-            style,
-            marker="o",
-            markersize=3,
-            label=measure.replace("bcs", "BCS"),
-        )
-    axes.set(xlabel="coefficient", ylim=(0, 1))
-    axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()

@@ -17,6 +17,7 @@ from fgsteer.evaluation.metrics.intervals import COMPLETE, Interval, mean_interv
 from fgsteer.evaluation.runs.records import Run, Setting, Unit, mean
 from fgsteer.evaluation.runs.settings import best_settings
 from fgsteer.methods import spec
+from fgsteer.vector import MeasuredRun
 
 BASELINE = "caa"
 MEASURES = ("behavior", "coherence", "bcs")
@@ -166,7 +167,10 @@ def curve(run: Run, method: str, layer: int | None = None, half: str = "report")
     lengths = sorted({len(grid) for grid in grids})
     if len(lengths) != 1 or lengths == [0]:
         raise DataError(f"{method} with {lengths} coefficients", "as many for every concept", COMPLETE)
-    return [
-        Point(mean([s.coefficient for s in same]), *(mean([run.mean(s, half, m) for s in same]) for m in MEASURES))
-        for same in zip(*grids, strict=True)
-    ]
+    return [point_of(run, same, half) for same in zip(*grids, strict=True)]
+
+
+def point_of(run: MeasuredRun, settings: Sequence[Setting], half: str = "report") -> Point:
+    """Means over settings, one of each concept. Raises DataError for a setting without records in the half."""
+    coefficient = mean([setting.coefficient for setting in settings])
+    return Point(coefficient, *(mean([run.mean(setting, half, m) for setting in settings]) for m in MEASURES))
