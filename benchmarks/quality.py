@@ -163,12 +163,13 @@ def sentence() -> str:
 
     gain = compare(run, "fgaa_effects", "caa")
     difference = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]".replace("-", "−")
+    concepts = len(run.header["plan"]["concepts"])
     return textwrap.fill(
-        f"On the embedded model, over {len(run.header['plan']['concepts'])} concepts and on prompts and seeds that chose "
-        "nothing, behavior × coherence (0 to 1, with 95 % intervals) is "
-        f"{shown(scores['fgaa_effects'])} for FGAA through effects and {shown(scores['caa'])} for CAA, each at its own "
-        f"best layer: the difference of {difference} shows no winner. Plain FGAA has {shown(scores['fgaa'])}, and a prompt "
-        f"that simply asks for the concept, without any steering, has {shown(scores['prompt'])}.",
+        f"On the embedded model, over {concepts} concepts and on prompts and seeds that chose nothing, behavior × "
+        f"coherence (0 to 1, with 95 % intervals) is {shown(scores['fgaa_effects'])} for FGAA through effects and "
+        f"{shown(scores['caa'])} for CAA, each at its own best layer: the difference of {difference} shows no winner. "
+        f"Plain FGAA has {shown(scores['fgaa'])}, and a prompt that simply asks for the concept, without any steering, "
+        f"has {shown(scores['prompt'])}.",
         120,
     )
 

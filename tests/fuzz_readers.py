@@ -51,7 +51,7 @@ from fgsteer.serving.http import asking, load
 from fgsteer.serving.request import PLAN
 from fgsteer.serving.served import check_name, read_served
 from fgsteer.serving.tables import Batch
-from fgsteer.statistics.collecting import _Reader, _sums_of
+from fgsteer.statistics.collecting import ChunkReader, sums_of_shards
 from fgsteer.storage.files import write_tensors
 from fgsteer.storage.json_files import text_sha256, write_json
 from fgsteer.storage.locks import _holder
@@ -143,7 +143,7 @@ def part(path, kind):
 
 def collected(path):
     with tempfile.TemporaryDirectory() as folder:
-        return list(_sums_of(Shards(folder, "", PARTS, Ranks()), [part(path, "collected texts")]))
+        return list(sums_of_shards(Shards(folder, "", PARTS, Ranks()), [part(path, "collected texts")]))
 
 
 def clamp(path):
@@ -238,7 +238,7 @@ def saved_files(folder: Path) -> dict[str, Reader]:
         "sae": {"sha256": SAE.sha256},
         "feature_density": {"1": 0.1},
     }
-    made = {
+    made: dict[str, Any] = {
         "vector": fg.SteeringVector(torch.randn(6, generator=g), AT, torch.ones(6), {1: 2.0, 3: -1.0}, provenance),
         "statistics": fg.collect(model, TOKENIZER, data, sae=SAE, keep_pooled=True),
         "density": fg.measure_density(model, TOKENIZER, SAE, ["the man sat", "a cat ran"]),
@@ -253,9 +253,9 @@ def saved_files(folder: Path) -> dict[str, Reader]:
     header = {"plan": text_sha256({"run": "effects part", **PARTS}), "part": 0, "of": "0"}
     write_tensors(folder / "effects part", parts, kind="effects part", header=header)
     at = fg.Hookpoint.parse(AT)
-    sums = _Reader(model, TokenReader(TOKENIZER), None, [at], True, {}).window(0, TEXTS)
+    sums = ChunkReader(model, TokenReader(TOKENIZER), None, [at], True).sum_chunk(0, TEXTS)
     header["plan"] = text_sha256({"run": "collected texts", **PARTS})
-    write_tensors(folder / "collected part", sums.tensors(), kind="collected texts", header=header)
+    write_tensors(folder / "collected part", sums.to_tensors(), kind="collected texts", header=header)
     relu = make_sae(d_model=6, d_sae=12)
     save_clamp(fg.ClampFeature(hookpoint=relu.hookpoint, sae=relu, targets={1: 2.0}), folder / "clamp")
     read = {

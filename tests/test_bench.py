@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -406,16 +407,22 @@ def test_own_files_that_cannot_be_used_are_refused_before_a_model_is_loaded(opti
     assert not (tmp_path / "out").exists()
 
 
+def identity_of(made):
+    _, judge = made
+    return judge.identity
+
+
 def test_a_chat_model_judges_by_what_a_file_says_of_its_behavior(tmp_path):
     own_files(tmp_path)
     sets = [fg.load_contrast(tmp_path / "my.json"), fg.load_contrast("war")]
+    judge: Any
     kept, judge = make_judge(sets, "gpt", "http://localhost:1/v1", tmp_path)
     assert kept == sets  # nothing is held out for a judge that learns nothing
     assert "tenderness" in judge._behavior("my love")
     assert "war" in judge._behavior("war")
-    assert judge.identity == make_judge(sets, "gpt", "http://localhost:1/v1", tmp_path)[1].identity
-    assert judge.identity != make_judge(sets, "gpt", "http://localhost:2/v1", tmp_path)[1].identity
-    assert judge.identity != make_judge(sets[1:], "gpt", "http://localhost:1/v1", tmp_path)[1].identity
+    assert judge.identity == identity_of(make_judge(sets, "gpt", "http://localhost:1/v1", tmp_path))
+    assert judge.identity != identity_of(make_judge(sets, "gpt", "http://localhost:2/v1", tmp_path))
+    assert judge.identity != identity_of(make_judge(sets[1:], "gpt", "http://localhost:1/v1", tmp_path))
     assert "localhost" not in str(judge.identity)
 
 
@@ -540,7 +547,7 @@ def test_pca_equals_the_top_eigenvector(llama, tokenizer, paired):
     positives = ["the bride wore a ring", "a king was good", "the sea is old and sad", "tea and bread"]
     negatives = ["a cat ran", "the man said no", "a ship", "is the dog happy ?"]
     data = [fg.ContrastPair(p, n) for p, n in zip(positives, negatives, strict=True)]
-    contrast = data if paired else {"positive": positives, "negative": negatives[:3]}
+    contrast: Any = data
     if not paired:
         contrast = fg.ContrastSet("unpaired", positives=tuple(positives), negatives=tuple(negatives[:3]))
     stats = fg.collect(llama, tokenizer, contrast, hookpoints=fg.Hookpoint(1), keep_pooled=True)

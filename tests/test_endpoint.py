@@ -324,7 +324,7 @@ def test_what_asking_again_cannot_mend_is_raised_at_once(status, body):
     with Chat(lambda text, n: refusal) as chat, pytest.raises(fg.JudgeError, match=message) as caught:
         judge(chat).coherence(["one"])
     assert len(chat.requests) == 1
-    error = caught.value
+    error: BaseException | None = caught.value
     while error is not None:
         assert KEY not in str(error)
         error = error.__cause__ or error.__context__

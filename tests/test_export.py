@@ -233,7 +233,7 @@ def test_every_truncation_is_a_typed_error(tmp_path):
 
 
 def test_a_header_may_not_grow_without_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr("fgsteer.export.gguf.HEADER_BYTES", 64)
+    monkeypatch.setattr("fgsteer.export.gguf.MAX_HEADER_BYTES", 64)
     with pytest.raises(fg.FormatError, match="over 16 MiB"):
         read_bytes(tmp_path, container())
 

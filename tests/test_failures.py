@@ -368,7 +368,7 @@ def test_out_of_memory_halves_the_batch(error, shared, llama, tokenizer, monkeyp
 
 def test_a_text_too_long_for_memory_is_named(llama, tokenizer, monkeypatch):
     short_of_memory(llama, 5, SHORT[0], monkeypatch)
-    told = r"text 0 \(positive\) 'the bride wore a ring', 6 tokens long, does not fit.*max_tokens"
+    told = r"Memory does not suffice for text 0 \(positive\) 'the bride wore a ring', with 6 tokens.*max_tokens"
     with pytest.warns(fg.FgsteerWarning), pytest.raises(fg.DataError, match=told):
         fg.collect(llama, tokenizer, TEXTS, hookpoints=[AT], share_prefixes=False)
 

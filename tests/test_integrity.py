@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from tests.helpers.saes import make_sae
 from tests.helpers.saved import things
 
 AT = "blocks.1.hook_resid_post"
-LOADS = {
+LOADS: dict[str, Callable[[Path], object]] = {
     "vector": fg.SteeringVector.load,
     "statistics": fg.ContrastStatistics.load,
     "density": fg.FeatureDensity.load,

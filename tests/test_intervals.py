@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fgsteer as fg
-from fgsteer.cli.bench import QUICK
+from fgsteer.cli.bench_setup import QUICK
 from fgsteer.data.contrasts import load_bench_prompts
 from fgsteer.errors import DataError, PairingError
 from fgsteer.evaluation.bench.concept_runs import begun_design

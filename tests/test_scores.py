@@ -151,7 +151,8 @@ def test_a_score_of_the_other_sign_is_no_candidate():
     pos, neg = np.zeros((4, K)), np.zeros((4, K))
     pos[:3, 0], neg[:1, 0] = 1.0, 8.0  # fires more often on the positive side, more strongly on the negative
     pos[:2, 1] = 1.0
-    density = fg.FeatureDensity(*(torch.zeros(K).double() for _ in range(3)), 1, sae.sha256)
+    zeros = torch.zeros(K).double()
+    density = fg.FeatureDensity(zeros, zeros, zeros, 1, sae.sha256)
     contrast = contrast_of(pos, neg)
     assert fg.SCORES["frequency"](contrast)[0] == 2
     weights, _ = fg.select_features(contrast, sae, score="frequency", n_negative=5, density=density)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import operator
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -85,17 +86,17 @@ def test_there_is_no_import_cycle():
 
 
 def test_no_public_name_is_a_module():
-    assert not {name for name in fg.__all__ if name in FLOORS}
+    assert not {name for name in vars(fg)["__all__"] if name in FLOORS}
 
 
 def test_exports_exist_and_are_documented():
-    for name in fg.__all__:
+    for name in vars(fg)["__all__"]:
         value = getattr(fg, name)
         if inspect.isclass(value) or inspect.isfunction(value):
             assert inspect.getdoc(value), name
             assert len(inspect.getdoc(value)) > 20, name
     with pytest.raises(AttributeError):
-        _ = fg.nothing
+        operator.attrgetter("nothing")(fg)
 
 
 def test_help_is_light():

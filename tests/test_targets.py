@@ -380,7 +380,8 @@ def test_a_word_is_no_file_that_has_its_name(tmp_path, monkeypatch):
     for name in ("load_model", "load_sae", "build"):
         getattr(fg, name)
         monkeypatch.setattr(fg, name, loads)
-    fg.FeatureDensity(*[torch.ones(2, dtype=torch.float64)] * 3, 5, "x").save("density")
+    ones = torch.ones(2, dtype=torch.float64)
+    fg.FeatureDensity(ones, ones, ones, 5, "x").save("density")
     words = ("love", "default", "text", "all", "sae_ts")
     for name in words:
         Path(name).write_text("One day.\n")

@@ -1,4 +1,4 @@
-"""Names from tables in help texts and in shell completion: plugins add to tables, so they are listed when asked for.
+"""Lists from tables in help texts and in shell completion: plugins add to tables, so they are read when asked for.
 
 typer.Option(help="One of {bench methods}.", autocompletion=completion("bench methods"))
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from fgsteer import export
 from fgsteer.evaluation.judges.table import judge_names
 from fgsteer.methods import specs
 
@@ -20,24 +21,38 @@ CHOICES: Mapping[str, Callable[[], list[str]]] = {
     "sweep methods": lambda: [method.name for method in specs("sweep")],
     "judges": judge_names,
     "coherence judges": lambda: judge_names("coherence"),
+    "exports": lambda: [row.name for row in export.specs()],
+}
+# The texts that stand for {key} likewise. The character \b keeps the lines of a paragraph as they are.
+DESCRIPTIONS: Mapping[str, Callable[[], str]] = {
+    "what exports write": lambda: "\b\n" + "\n".join(f"{row.name:<12} {row.writes}" for row in export.specs()),
+    "export options": lambda: "; ".join(
+        f"{row.name}: {', '.join(f'{option.name} ({option.summary})' for option in row.options)}"
+        for row in export.specs()
+        if row.options
+    ),
 }
 
 
 class CommandWithChoices(TyperCommand):
-    """A command whose help lists the names of tables where its options' help says ``{key}``, a key of CHOICES."""
+    """A command whose help lists what is in tables where it says ``{key}``, a key of CHOICES or DESCRIPTIONS."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help, with the names filled in."""
+        """Write the help, with the lists filled in."""
+        self.help = with_choices(self.help or "")
         for parameter in self.params:
             parameter.help = with_choices(getattr(parameter, "help", None) or "")  # type: ignore[attr-defined]
         super().format_help(ctx, formatter)
 
 
 def with_choices(text: str) -> str:
-    """Put the names of tables in place of their keys in braces."""
+    """Put what is in tables in place of its keys in braces."""
     for key, names in CHOICES.items():
         if f"{{{key}}}" in text:
             text = text.replace(f"{{{key}}}", ", ".join(names()))
+    for key, describe in DESCRIPTIONS.items():
+        if f"{{{key}}}" in text:
+            text = text.replace(f"{{{key}}}", describe())
     return text
 
 
