@@ -357,7 +357,7 @@ def test_what_cannot_be_swept_is_refused(llama, tokenizer, options, error, told)
 
 def test_equal_sides_have_no_vector(llama, tokenizer):
     same = fg.ContrastSet("same", positives=["a cat", "the dog"], negatives=["a cat", "the dog"])
-    with pytest.raises(SelectionError, match="sides that differ"):
+    with pytest.raises(SelectionError, match="whose mean activations differ"):
         fg.sweep(llama, tokenizer, same, neutral=NEUTRAL)
 
 
