@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,17 @@ from rich.text import Text
 
 import fgsteer as fg
 from fgsteer.features.description import FeatureRow, describe_features
-from fgsteer.methods import spec
+from fgsteer.interventions import Intervention
 
 CONCEPTS = ("love", "wedding")
 METHODS = ("caa", "ace", "sta", "fgaa", "fgaa_effects")
-SETTINGS: dict[str, dict[str, Any]] = {"fgaa_effects": {"mu": 0.1, "bias_weight": 0.0}}
-CE_RISE = 0.3  # nats a token by which every method may make neutral text dearer
+EFFECTS = {"mu": 0.1, "bias_weight": 0.0}  # of the projection through effects
+CE_RISE = 0.3  # nats per token of neutral text that every method is allowed to cost
 
 
 @dataclass(frozen=True)
 class ConceptDemo:
-    """What the demo shows of one concept: strengths and texts of every method, features of two of them."""
+    """What the demo shows of one concept."""
 
     concept: str
     prompt: str
@@ -48,13 +48,17 @@ def run_concept(
     seed: int = 0,
 ) -> ConceptDemo:
     """Build the vector of every method for one concept, set its strength by cost, and steer with it."""
+    from fgsteer.methods import spec
+
     model, tokenizer, sae, effects = parts
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fg.SelectionWarning)  # 40 sentences a side: said in the footer
         stats = fg.collect(model, tokenizer, fg.load_contrast(concept), sae=sae)
         vectors = build_vectors(stats, sae, effects)
     neutral, _ = fg.load_neutral()
-    makers = {name: spec(name).maker(vector) for name, vector in vectors.items()}
+    makers: dict[str, Callable[[float], Intervention]] = {
+        name: spec(name).maker(vector) for name, vector in vectors.items()
+    }
     coefficients = {
         name: fg.calibrate(model, tokenizer, make, neutral[:24], target_ce_rise=ce_rise)
         for name, make in makers.items()
@@ -84,16 +88,18 @@ def build_vectors(
     stats: fg.ContrastStatistics, sae: fg.SAE, effects: fg.EffectApproximator
 ) -> dict[str, fg.SteeringVector]:
     """Build the vector of every method by its name; only the methods that need them get the effects."""
+    from fgsteer.methods import spec
+
     vectors = {}
     for name in METHODS:
-        method = spec(name)
-        inputs = {"stats": stats, "sae": sae} | ({"effects": effects} if method.needs == "effects" else {})
-        vectors[name] = method.build(**inputs, **SETTINGS.get(name, {}))
+        method, inputs = spec(name), {"stats": stats, "sae": sae}
+        through = {"effects": effects, **EFFECTS} if method.needs == "effects" else {}
+        vectors[name] = method.build(**inputs, **through)
     return vectors
 
 
 def show(demo: ConceptDemo, console: Console) -> None:
-    """Print one concept: the texts of every method, then the features."""
+    """Print one concept: texts by method, then the features."""
     console.print(Text(f"\n{demo.concept.upper()}", style="bold"))
     table = Table(box=None, padding=(0, 1, 0, 0), show_header=True, header_style="dim")
     table.add_column("method", no_wrap=True)
@@ -116,7 +122,7 @@ def show(demo: ConceptDemo, console: Console) -> None:
 
 
 def run(console: Console, concepts: Sequence[str] = CONCEPTS, *, as_json: bool = False) -> list[dict[str, Any]]:
-    """Run the demo for every concept, print it, and return it as plain JSON."""
+    """The whole demo; returns it as plain JSON."""
     began = time.perf_counter()
     model, tokenizer = fg.load_model("default")
     sae, effects = fg.load_sae("default"), fg.load_effects("default")
