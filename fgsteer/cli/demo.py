@@ -47,18 +47,13 @@ def run_concept(
     ce_rise: float = CE_RISE,
     seed: int = 0,
 ) -> ConceptDemo:
-    """Build the vector of every method for one concept, set its strength by cost, and steer with it."""
-    from fgsteer.methods import spec
-
+    """Build, calibrate and apply every method for one concept."""
     model, tokenizer, sae, effects = parts
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fg.SelectionWarning)  # 40 sentences a side: said in the footer
         stats = fg.collect(model, tokenizer, fg.load_contrast(concept), sae=sae)
-        vectors = build_vectors(stats, sae, effects)
+        vectors, makers = build_vectors(stats, sae, effects)
     neutral, _ = fg.load_neutral()
-    makers: dict[str, Callable[[float], Intervention]] = {
-        name: spec(name).maker(vector) for name, vector in vectors.items()
-    }
     coefficients = {
         name: fg.calibrate(model, tokenizer, make, neutral[:24], target_ce_rise=ce_rise)
         for name, make in makers.items()
@@ -82,20 +77,6 @@ def run_concept(
             texts[name].append(prompt + " ".join(text.replace("\n", " ").split(" ")))
     features = {name: describe_features(model, tokenizer, sae, vectors[name], top=5) for name in ("sta", "fgaa")}
     return ConceptDemo(concept, prompts[0], coefficients, texts, features)
-
-
-def build_vectors(
-    stats: fg.ContrastStatistics, sae: fg.SAE, effects: fg.EffectApproximator
-) -> dict[str, fg.SteeringVector]:
-    """Build the vector of every method by its name; only the methods that need them get the effects."""
-    from fgsteer.methods import spec
-
-    vectors = {}
-    for name in METHODS:
-        method, inputs = spec(name), {"stats": stats, "sae": sae}
-        through = {"effects": effects, **EFFECTS} if method.needs == "effects" else {}
-        vectors[name] = method.build(**inputs, **through)
-    return vectors
 
 
 def show(demo: ConceptDemo, console: Console) -> None:
@@ -152,3 +133,21 @@ def run(console: Console, concepts: Sequence[str] = CONCEPTS, *, as_json: bool =
             f"\nVectors from 40 sentences a side (STA's frequencies are coarse below 80). {took:.0f} s.", style="dim"
         )
     return shown
+
+
+def build_vectors(
+    stats: fg.ContrastStatistics, sae: fg.SAE, effects: fg.EffectApproximator
+) -> tuple[dict[str, fg.SteeringVector], dict[str, Callable[[float], Intervention]]]:
+    """Build the vector of every method by its name, and the functions from a strength to its intervention.
+
+    Only the methods that need effects get them.
+    """
+    from fgsteer.methods import spec
+
+    vectors, makers = {}, {}
+    for name in METHODS:
+        method = spec(name)
+        through = {"effects": effects, **EFFECTS} if method.needs == "effects" else {}
+        vectors[name] = method.build(stats=stats, sae=sae, **through)
+        makers[name] = method.maker(vectors[name])
+    return vectors, makers
