@@ -535,7 +535,7 @@ def test_the_command_killed_ten_times_ends_with_the_same_file(tmp_path):
 
 def test_methods_without_their_sae_are_refused_before_anything_is_written(parts, tmp_path):
     model, tokenizer, saes, _ = parts
-    for given, told in (({}, "has no SAE"), (saes, "has no effects")):
+    for given, told in (({}, "needs an SAE"), (saes, "needs measured effects")):
         bench = Bench(model, tokenizer, given, {}, LengthJudge(), replace(PLAN, layers=tuple(saes)))
         with pytest.raises(fg.DataError, match=told):
             bench.run(tmp_path / "run.jsonl")

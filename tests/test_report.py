@@ -361,7 +361,7 @@ def test_methods_that_are_not_in_the_table_are_refused_by_name(run):
     odd = Run(run.header, [replace(r, method="fgaa_2") if r.method == "fgaa" else r for r in run.records])
     assert "fgaa_2" in odd.methods
     for told in (best_sae_method, average_table, concept_table, report.markdown, report.html_report, plots.pictures):
-        with pytest.raises(DataError, match=r"fgaa_effects.*the method 'fgaa_2'.*run\.only"):
+        with pytest.raises(DataError, match=r"fgaa_effects.*got the method 'fgaa_2'.*run\.only"):
             told(odd)
     assert best_sae_method(odd.only(methods=["caa", "sta", "fgaa_effects", "random"])) == "fgaa_effects"
     residual = Run(run.header, [r for r in run.records if r.method in ("unsteered", "random", "caa", "prompt")])
