@@ -379,7 +379,7 @@ def test_the_command_writes_records_report_and_pictures(tmp_path, monkeypatch):
         ("--concept path.json", r"named '\.\./love'"),
         ("--concept nowhere.json", "no contrast set 'nowhere.json'"),
         ("--concept few.json --judge keyword", "'few' with 3 texts on a side, and no held_out part"),
-        ("--prompts-from nowhere.txt", "cannot read nowhere.txt"),
+        ("--prompts-from nowhere.txt", "Cannot read nowhere.txt"),
         ("--neutral my.json", "field 'text'"),
         ("--prompts-from two.txt", "two.txt with 2 prompts"),
         ("--prompts-from none.txt", "none.txt has no document"),

@@ -186,9 +186,9 @@ def test_settings_of_every_type_are_taken(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("collect", "love", "-o", "FILE/s.safetensors"), "cannot write"),
-        (("collect", "love", "-o", "FOLDER"), "cannot write"),
-        (("features", "--feature", "1", "--html", "FILE/p.html"), "cannot write"),
+        (("collect", "love", "-o", "FILE/s.safetensors"), "Cannot write"),
+        (("collect", "love", "-o", "FOLDER"), "Cannot write"),
+        (("features", "--feature", "1", "--html", "FILE/p.html"), "Cannot write"),
         (("features", "--feature", "1,1"), "each id once"),
         (
             ("collect", "love", "-o", "FOLDER/s.safetensors", "--sae", "default", "--model", "/no/such"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
+from fgsteer.display import pages
 from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.evaluation.runs import plots, report
 from fgsteer.evaluation.runs.records import Run, Unit, load_run
@@ -23,7 +24,6 @@ from fgsteer.evaluation.runs.tables import (
     curve,
     over_prompts,
 )
-from fgsteer.features import cards
 from tests.helpers import runs
 from tests.helpers.pages import Checker, luminance
 from tests.reference import tables as naive
@@ -119,7 +119,7 @@ def test_damage_is_refused_with_its_line(made, tmp_path, edit, message):
     path.write_text("".join(line + "\n" for line in lines))
     with pytest.raises(FormatError, match=message):
         load_run(path)
-    with pytest.raises(FormatError, match="cannot read"):
+    with pytest.raises(FormatError, match="Cannot read"):
         load_run(tmp_path / "none.jsonl")
 
 
@@ -239,7 +239,7 @@ def test_pictures_are_small_legible_and_leave_no_trace(run):
     assert dict(matplotlib.rcParams) == before
     assert not Gcf.figs  # pyplot's
     for color in (plots.BLUE, plots.ORANGE, plots.GREEN):
-        for ground in (cards.LIGHT["card"], cards.DARK["card"]):  # WCAG for graphics: 3 to 1
+        for ground in (pages.LIGHT["card"], pages.DARK["card"]):  # WCAG for graphics: 3 to 1
             low, high = sorted((luminance(color), luminance(ground)))
             assert (high + 0.05) / (low + 0.05) >= 3, (color, ground)
 

@@ -415,7 +415,7 @@ def test_command_line_sweeps(tmp_path):
     assert again["cells"] == same["cells"]
     with pytest.raises(DataError, match="one of them"):
         invoke("wedding", "--vector", tmp_path / "v.safetensors", "--method", "pca")
-    with pytest.raises(fg.FormatError, match="cannot write"):
+    with pytest.raises(fg.FormatError, match="Cannot write"):
         invoke("wedding", "--out", plain)
 
 

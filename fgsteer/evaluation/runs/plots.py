@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fgsteer.display.pages import LIGHT, visible
 from fgsteer.errors import DataError
 from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.evaluation.runs.records import Run
@@ -27,7 +28,6 @@ from fgsteer.evaluation.runs.tables import (
     concept_table,
     curve,
 )
-from fgsteer.features.cards import LIGHT, visible
 from fgsteer.methods import method_name
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.targets import make_folder
