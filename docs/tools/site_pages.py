@@ -18,6 +18,7 @@ from typing import Any
 import typer
 
 import fgsteer
+from fgsteer.interventions.table import INTERVENTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = ast.parse(Path(fgsteer.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
@@ -172,12 +173,22 @@ def methods_table() -> str:
     return "\n".join(["| name | what it is |", "|---|---|", *rows])
 
 
+def interventions_table() -> str:
+    """Every kind of intervention: how it is made, and what it does."""
+    lines = ["| intervention | h becomes | what it does |", "|---|---|---|"]
+    for spec in INTERVENTIONS:
+        made = f"vec.{spec.name}({spec.amount})" if spec.of_vector else f"fg.{spec.kind}({spec.amount}=…)"
+        lines.append(f"| [`{made}`][fgsteer.{spec.kind}] | `{spec.equation}` | {cell(spec.summary)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "registry": registry_table,
     "contrasts": contrasts_table,
     "errors": errors_table,
     "scores": scores_table,
     "methods": methods_table,
+    "interventions": interventions_table,
 }
 MARK = re.compile(r"<!-- generated: ([a-z]+) -->")
 
