@@ -81,7 +81,7 @@ def _one(first: str | Path, second: Path, outputs: bool) -> bool:
 
 
 def _is_shipped(name: str) -> bool:
-    from fgsteer.data.contrasts import shipped_contrasts
+    from fgsteer.data.shipped import shipped_contrasts
     from fgsteer.models.embedded import DEFAULT
 
     return name == DEFAULT or name in shipped_contrasts()
@@ -135,7 +135,7 @@ def finite(option: typer.CallbackParam, value: Any) -> Any:
 
 def texts(*given: str | None) -> None:
     """Raises DataError for a text that is not Unicode: bytes that the terminal's encoding has no characters for."""
-    from fgsteer.data.contrasts import check_text
+    from fgsteer.data.chat import check_text
 
     for text in given:
         if text is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fgsteer.data.contrasts import shipped_contrasts
+from fgsteer.data.shipped import shipped_contrasts
 from fgsteer.methods import METHODS
 from fgsteer.methods.provenance import library_version
 from fgsteer.models.embedded import pretrained_dir

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.data.contrasts import load_neutral
+from fgsteer.data.shipped import load_neutral
 from fgsteer.effects.ridge import LinearMoments, best_ridge
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.errors.checks import check_flags, check_number, checked

@@ -12,8 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fgsteer.activations.tokens import encode_prompts
-from fgsteer.data.chat import Text
-from fgsteer.data.contrasts import check_text
+from fgsteer.data.chat import Text, check_text
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.errors.checks import MAX_COUNT, check_range, checked, describe_value
 from fgsteer.errors.wording import count

@@ -22,14 +22,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fgsteer.activations.tokens import encode_prompts
-from fgsteer.data.contrasts import (
-    ContrastSet,
-    check_name,
-    load_bench_prompts,
-    load_contrast,
-    load_neutral,
-    shipped_contrasts,
-)
+from fgsteer.data.contrast_files import load_contrast
+from fgsteer.data.contrasts import ContrastSet, check_name
+from fgsteer.data.shipped import load_bench_prompts, load_neutral, shipped_contrasts
 from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.effects.fingerprints import effects_sha256
 from fgsteer.effects.rollouts import Sampling, rollout

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
 from fgsteer.data.chat import Text, check_unicode
-from fgsteer.data.contrasts import ContrastSet, load_contrast, load_neutral, shipped_contrasts
+from fgsteer.data.contrast_files import load_contrast
+from fgsteer.data.contrasts import ContrastSet
+from fgsteer.data.shipped import load_neutral, shipped_contrasts
 from fgsteer.errors import DataError, FormatError, JudgeError
 from fgsteer.errors.wording import count
 from fgsteer.models.fingerprints import weights_sha256
