@@ -248,7 +248,7 @@ def test_a_prompt_without_a_token_is_named(llama, tokenizer):
     assert fg.generate(llama, tokenizer, "", max_new_tokens=2)  # after BOS
     nonsense: Any
     for nonsense in (None, 3):
-        with pytest.raises(fg.DataError, match="for prompts"):
+        with pytest.raises(fg.DataError, match="prompts is"):
             fg.generate(llama, tokenizer, nonsense)
     with pytest.raises(fg.DataError, match=r"Put the message into a list"):
         fg.generate(llama, tokenizer, [{"role": "user", "content": "a"}])

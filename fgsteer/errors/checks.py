@@ -140,7 +140,7 @@ _KINDS: dict[str, _Kind] = {
     "SAE": _own_class("SAE", 'load one with fg.load_sae, from "default", a folder, a release or a sae_lens.SAE'),
     "ContrastStatistics": _own_class(
         "ContrastStatistics",
-        "collect them with fg.collect(model, tokenizer, contrast), or load a file with fg.ContrastStatistics.load(path)",
+        "collect them with fg.collect(model, tokenizer, contrast) or load them with fg.ContrastStatistics.load(path)",
         "statistics (ContrastStatistics)",
     ),
     "EffectApproximator": _own_class(
