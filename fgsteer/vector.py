@@ -394,7 +394,7 @@ class SteeringVector:
             method: As in ``save_pretrained``.
             token: A token that may write there; by default the one of ``hf auth login``.
             private: Whether a repository that is made is private.
-            upload: What else ``HfApi.upload_folder`` takes, such as ``revision`` and ``commit_message``.
+            **upload: What else ``HfApi.upload_folder`` takes, such as ``revision`` and ``commit_message``.
 
         Returns:
             The address of the commit.
