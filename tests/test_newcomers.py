@@ -434,7 +434,7 @@ def made(tmp_path_factory):
         ("bench -o {0}/b --method fga", "fga"),
         ("bench -o {0}/corpus.txt", "Cannot write"),
         ("build fga -o {0}/v", r"one of caa.*got the method 'fga'"),
-        ("build fgaa -o {0}/v", "Expected --stats for the method fgaa, got no --stats"),
+        ("build fgaa -o {0}/v", "Expected --stats for the method fgaa, got none"),
         ("build sae_ts -o {0}/v --features 1", "Expected --effects for the method sae_ts"),
         ("build from_features -o {0}/v", "Expected --features for the method from_features"),
         ("build fgaa -o {0}/v --stats {0}/none --set nonsense=1", "got --set nonsense=1"),
