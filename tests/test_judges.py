@@ -242,7 +242,7 @@ def test_keywords_match_whole_words_in_any_case():
     texts = ["The SEA.", "a season", "undersea", "they Set Sail!", "sail set", "in C++ they", "sea-green", "sea_1", ""]
     assert judge.score(texts, "sea").tolist() == [1, 0, 0, 1, 0, 1, 1, 0, 0]
     for words in ([], ["ship", " "]):
-        with pytest.raises(fg.DataError, match="keywords .* of 'sea'"):
+        with pytest.raises(fg.DataError, match=r"keywords .* of 'sea'"):
             fg.KeywordJudge({"sea": words}).score(texts, "sea")
 
 

@@ -365,7 +365,9 @@ def test_pictures_show_the_cells(llama, tokenizer, own, tmp_path):
     found = fg.sweep(llama, tokenizer, SIDES, ce_rises=[0.05, 0.2], neutral=own)
     figure = sweep_plots.push_map(found)
     shown = [text.get_text() for axis in figure.axes for text in axis.texts]
-    assert shown == [sweep_plots._brief(cell.push) for sign in (1, -1) for cell in found.cells if cell.sign == sign]
+    assert shown == [
+        sweep_plots._in_two_digits(cell.push) for sign in (1, -1) for cell in found.cells if cell.sign == sign
+    ]
     for axis, best in zip(figure.axes, found.best, strict=True):
         (frame,) = axis.patches
         assert isinstance(frame, Rectangle)
@@ -380,7 +382,7 @@ def test_pictures_show_the_cells(llama, tokenizer, own, tmp_path):
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
     given = fg.sweep(llama, tokenizer, SIDES, layers=[1], coefficients=[0.5, 20.0], neutral=NEUTRAL, controls=0)
     assert not any(axis.patches for axis in sweep_plots.push_map(given).axes)
-    assert [sweep_plots._brief(v) for v in (0.05, -0.126, 1.0, -3.14, 9.96, 120.0)] == [
+    assert [sweep_plots._in_two_digits(v) for v in (0.05, -0.126, 1.0, -3.14, 9.96, 120.0)] == [
         ".05", "−.13", "1.0", "−3.1", "10", "120",
     ]  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Generation for a benchmark by one vLLM engine: every text a request, all of a batch's arms together.
 
-bench = fg.Bench(model, tokenizer, saes, effects, judge, plan, writer=VllmWriter(llm, tokenizer))
+bench = fg.Bench(model, tokenizer, saes, effects, judge, plan, generator=VllmWriter(llm, tokenizer))
 """
 
 from __future__ import annotations
