@@ -379,7 +379,7 @@ def test_the_command_writes_records_report_and_pictures(tmp_path, monkeypatch):
         ("--concept path.json", r"named '\.\./love'"),
         ("--concept nowhere.json", "no contrast set 'nowhere.json'"),
         ("--concept few.json --judge keyword", "'few' with 3 texts on a side, and no held_out part"),
-        ("--prompts-from nowhere.txt", "cannot read nowhere.txt"),
+        ("--prompts-from nowhere.txt", "Cannot read nowhere.txt"),
         ("--neutral my.json", "field 'text'"),
         ("--prompts-from two.txt", "two.txt with 2 prompts"),
         ("--prompts-from none.txt", "none.txt has no document"),
@@ -535,7 +535,7 @@ def test_the_command_killed_ten_times_ends_with_the_same_file(tmp_path):
 
 def test_methods_without_their_sae_are_refused_before_anything_is_written(parts, tmp_path):
     model, tokenizer, saes, _ = parts
-    for given, told in (({}, "has no SAE"), (saes, "has no effects")):
+    for given, told in (({}, "needs an SAE"), (saes, "needs measured effects")):
         bench = Bench(model, tokenizer, given, {}, LengthJudge(), replace(PLAN, layers=tuple(saes)))
         with pytest.raises(fg.DataError, match=told):
             bench.run(tmp_path / "run.jsonl")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
+from fgsteer.display import pages
 from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.evaluation import drawing
 from fgsteer.evaluation.runs import plots, report
@@ -24,7 +25,6 @@ from fgsteer.evaluation.runs.tables import (
     curve,
     over_prompts,
 )
-from fgsteer.features import cards
 from tests.helpers import runs
 from tests.helpers.pages import Checker, luminance
 from tests.reference import tables as naive
@@ -240,7 +240,7 @@ def test_pictures_are_small_legible_and_leave_no_trace(run):
     assert dict(matplotlib.rcParams) == before
     assert not Gcf.figs  # pyplot's
     for color in (drawing.BLUE, drawing.ORANGE, drawing.GREEN):
-        for ground in (cards.LIGHT["card"], cards.DARK["card"]):  # WCAG for graphics: 3 to 1
+        for ground in (pages.LIGHT["card"], pages.DARK["card"]):  # WCAG for graphics: 3 to 1
             low, high = sorted((luminance(color), luminance(ground)))
             assert (high + 0.05) / (low + 0.05) >= 3, (color, ground)
 
@@ -361,7 +361,7 @@ def test_methods_that_are_not_in_the_table_are_refused_by_name(run):
     odd = Run(run.header, [replace(r, method="fgaa_2") if r.method == "fgaa" else r for r in run.records])
     assert "fgaa_2" in odd.methods
     for told in (best_sae_method, average_table, concept_table, report.markdown, report.html_report, plots.pictures):
-        with pytest.raises(DataError, match=r"fgaa_effects.*the method 'fgaa_2'.*run\.only"):
+        with pytest.raises(DataError, match=r"fgaa_effects.*got the method 'fgaa_2'.*run\.only"):
             told(odd)
     assert best_sae_method(odd.only(methods=["caa", "sta", "fgaa_effects", "random"])) == "fgaa_effects"
     residual = Run(run.header, [r for r in run.records if r.method in ("unsteered", "random", "caa", "prompt")])

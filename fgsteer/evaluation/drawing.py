@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fgsteer.display.pages import LIGHT, visible
 from fgsteer.errors import DataError
 from fgsteer.evaluation.metrics.intervals import Interval
-from fgsteer.features.cards import LIGHT, visible
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.targets import make_folder
 

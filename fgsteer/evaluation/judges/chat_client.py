@@ -54,7 +54,7 @@ class _PassingError(Exception):
 
 
 class _RefusedError(Exception):
-    """A failure that asking again does not mend. ``status`` is its HTTP status, or 0 for an answer that is too large."""
+    """A failure that asking again does not mend. ``status`` is its HTTP status, 0 for an answer that is too large."""
 
     def __init__(self, what: str, status: int = 0) -> None:
         super().__init__(what)
@@ -284,9 +284,8 @@ class ChatClient:
     def quote(self, words: str) -> str:
         """The server's words as an error may quote them: the first 300 characters, without the API key."""
         # cut before the key is looked for, which takes time, and again after, so that no part of the key is left
-        return redact(self._key.value, " ".join(words.split())[: 40 * LONGEST_QUOTE_CHARACTERS])[
-            :LONGEST_QUOTE_CHARACTERS
-        ]
+        beginning = " ".join(words.split())[: 40 * LONGEST_QUOTE_CHARACTERS]
+        return redact(self._key.value, beginning)[:LONGEST_QUOTE_CHARACTERS]
 
 
 def _request_fields(options: Mapping[str, Any]) -> dict[str, Any]:

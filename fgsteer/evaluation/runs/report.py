@@ -16,6 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fgsteer.display.pages import LIGHT, standalone_page, visible
 from fgsteer.errors import DataError
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.drawing import Picture, rendered
@@ -38,7 +39,6 @@ from fgsteer.evaluation.runs.tables import (
     compare,
     concept_table,
 )
-from fgsteer.features.cards import LIGHT, visible, whole_page
 from fgsteer.methods import method_name
 from fgsteer.storage.atomic import atomic_write
 
@@ -116,7 +116,7 @@ def html_report(run: Run, samples: int = 2, features: Features | None = None) ->
     sections += [_card(f"Samples: {c}", _samples(run, c, samples, features), wide=False) for c in run.concepts]
     sections.append(_card("How to repeat it", _provenance(run)))
     heading = f"Steering measured: {count(len(run.methods), 'method')} on {count(len(run.concepts), 'concept')}"
-    return whole_page(heading, _headline(run, tables[None]), "\n".join(filter(None, sections)), _STYLE)
+    return standalone_page(heading, _headline(run, tables[None]), "\n".join(filter(None, sections)), _STYLE)
 
 
 def markdown(run: Run, matched: float | None = None) -> str:
