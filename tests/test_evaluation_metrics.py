@@ -193,7 +193,9 @@ def test_answers_must_part_at_their_first_token(llama, tokenizer, positive, nega
 
 def test_answers_need_a_context(llama, tokenizer):
     assert fg.answer_probabilities(llama, tokenizer, [fg.ContrastPair("yes", "no")]).share.shape == (1, 1)
-    with pytest.raises(fg.DataError, match="part at token 0 but are scored from tokens 1"):  # the first token is not predicted
+    with pytest.raises(
+        fg.DataError, match="part at token 0 but are scored from tokens 1"
+    ):  # the first token is not predicted
         fg.answer_probabilities(llama, word_tokenizer(bos=False), [fg.ContrastPair("yes or", "no or")])
     with pytest.raises(fg.DataError, match="without pairs"):
         fg.answer_probabilities(llama, tokenizer, fg.ContrastSet("x", positives=["yes"], negatives=["no"]))
