@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="only make tables, page and pictures of the records")
     parser.add_argument("--fresh", action="store_true", help="start over what earlier versions or settings began")
     parser.add_argument(
-        "--docs", action="store_true", help="only put the table and the sentence into the docs and README.md"
+        "--docs", action="store_true", help="only put the table and the sentence into docs and README.md"
     )
     arguments = parser.parse_args()
     if arguments.docs:
