@@ -6,7 +6,6 @@ SteeringVector.from_pretrained("me/wedding").add(8.0)
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import DataError, FormatError
 from fgsteer.errors.escaping import escape_markdown, markdown_code, redact
+from fgsteer.evaluation.drawing import rendered
+from fgsteer.evaluation.runs.plots import setting_curves
 from fgsteer.models.embedded import model_name
 from fgsteer.storage.atomic import atomic_folder, atomic_write
 from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_or_cache
@@ -44,7 +45,7 @@ def save_folder(
     settings = [] if run is None else _measured(vector, run, method)
     files = {CARD: card(vector, settings, run).encode()}
     if run is not None:
-        files[CURVE] = _picture(settings, run)
+        files[CURVE] = rendered(setting_curves(run, settings), "png")
     with atomic_folder(folder) as new_folder:
         vector.save(new_folder / FILE_NAME)
         for name, data in files.items():
@@ -256,26 +257,3 @@ def _table(settings: Sequence[Setting], run: MeasuredRun, best: Setting) -> list
         numbers = " | ".join(f"{run.mean(setting, measure=m):.3f}" for m in MEASURES)
         lines.append(f"| {mark}{setting.coefficient:.4g}{mark} | {numbers} |")
     return lines
-
-
-def _picture(settings: Sequence[Setting], run: MeasuredRun) -> bytes:
-    """A PNG of behavior, coherence and BCS by coefficient, the same bytes every time."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for measure, style in zip(MEASURES, (":", "--", "-"), strict=True):
-        values = [run.mean(setting, measure=measure) for setting in settings]
-        axes.plot(
-            [setting.coefficient for setting in settings],
-            values,
-            style,
-            marker="o",
-            markersize=3,
-            label=measure.replace("bcs", "BCS"),
-        )
-    axes.set(xlabel="coefficient", ylim=(0, 1))
-    axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
