@@ -87,7 +87,7 @@ def push(
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             reason = _reason(error, token)
     raise FormatError(
-        f"{repo_id} was not written. {reason.removesuffix('.')}.",
+        f"{repo_id} was not written. {_as_sentence(reason)}",
         "a repository that your token may write to",
         "log in with hf auth login, or pass token=",
     )
@@ -101,6 +101,11 @@ def _reason(error: Exception, token: str | None) -> str:
     from huggingface_hub import get_token
 
     return redact(token or get_token() or "", str(error).strip()).partition("\n")[0]
+
+
+def _as_sentence(text: str) -> str:
+    """The text with a capital and a full stop."""
+    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
 
 
 def fetch(source: str | Path, filename: str, revision: str | None, token: str | None) -> Path:
@@ -119,7 +124,7 @@ def fetch(source: str | Path, filename: str, revision: str | None, token: str | 
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             reason = _reason(error, token) if reachable else describe_unreachable()
     raise FormatError(
-        f"There is no {filename} in {source}. {reason.removesuffix('.')}.",
+        f"There is no {filename} in {source}. {_as_sentence(reason)}",
         "a folder, or a repository that push_to_hub wrote",
         "name the file with filename=, or log in with hf auth login where the repository is private",
     )
