@@ -2,12 +2,12 @@
 
 from fgsteer import export as export
 from fgsteer.activations.recording import record as record
+from fgsteer.data.contrast_files import load_contrast as load_contrast
 from fgsteer.data.contrasts import ContrastPair as ContrastPair
 from fgsteer.data.contrasts import ContrastSet as ContrastSet
-from fgsteer.data.contrasts import load_contrast as load_contrast
-from fgsteer.data.contrasts import load_neutral as load_neutral
-from fgsteer.data.contrasts import shipped_contrasts as shipped_contrasts
 from fgsteer.data.corpora import read_documents as read_documents
+from fgsteer.data.shipped import load_neutral as load_neutral
+from fgsteer.data.shipped import shipped_contrasts as shipped_contrasts
 from fgsteer.effects.approximator import EffectApproximator as EffectApproximator
 from fgsteer.effects.approximator import load_effects as load_effects
 from fgsteer.errors import ArgumentError as ArgumentError

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.data.contrasts import SHIPPED
+from fgsteer.data.shipped import SHIPPED
 from fgsteer.evaluation.metrics.coherence import distinct_share
 from fgsteer.models.hookpoints import resolve
 from tests.helpers.cli import app

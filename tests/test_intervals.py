@@ -11,7 +11,7 @@ import pytest
 
 import fgsteer as fg
 from fgsteer.cli.bench_setup import QUICK
-from fgsteer.data.contrasts import load_bench_prompts
+from fgsteer.data.shipped import load_bench_prompts
 from fgsteer.errors import DataError, PairingError
 from fgsteer.evaluation.bench.concept_runs import begun_design
 from fgsteer.evaluation.bench.plan import BenchPlan

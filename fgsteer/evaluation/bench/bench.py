@@ -23,7 +23,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fgsteer.data.contrasts import ContrastSet, load_contrast, load_neutral, shipped_contrasts
+from fgsteer.data.contrast_files import load_contrast
+from fgsteer.data.contrasts import ContrastSet
+from fgsteer.data.shipped import load_neutral, shipped_contrasts
 from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import warn

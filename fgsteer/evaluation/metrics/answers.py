@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fgsteer.activations.tokens import TokenReader
 from fgsteer.data.chat import Text
-from fgsteer.data.contrasts import ContrastPair, ContrastSet, as_contrast
+from fgsteer.data.contrast_files import as_contrast
+from fgsteer.data.contrasts import ContrastPair, ContrastSet
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.errors.checks import checked, describe_value
 from fgsteer.errors.reprs import OneLineRepr

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 
 from fgsteer.activations.tokens import TokenRule
-from fgsteer.data.contrasts import ContrastPair, ContrastSet, as_contrast, load_neutral
+from fgsteer.data.contrast_files import as_contrast
+from fgsteer.data.contrasts import ContrastPair, ContrastSet
+from fgsteer.data.shipped import load_neutral
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_number, checked
 from fgsteer.errors.reprs import OneLineRepr
