@@ -20,7 +20,8 @@ from fgsteer.evaluation.runs.plots import setting_curves
 from fgsteer.models.embedded import model_name
 from fgsteer.storage.atomic import atomic_folder, atomic_write
 from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_or_cache
-from fgsteer.vector import FILE_NAME, OF_FEATURES, MeasuredRun, SteeringVector
+from fgsteer.vector import FEATURE_FACTS, FILE_NAME, MeasuredRun, SteeringVector
+from fgsteer.vector.provenance import part_of
 
 if TYPE_CHECKING:
     from fgsteer.evaluation.runs.records import Setting
@@ -154,12 +155,6 @@ def _concept(vector: SteeringVector) -> str:
     return str(first.get("name") or "") if isinstance(first, Mapping) else ""
 
 
-def _provenance_part(vector: SteeringVector, key: str) -> Mapping[str, Any]:
-    """A part of the provenance, empty where a file holds something else there."""
-    value = vector.provenance.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
 def card(vector: SteeringVector, settings: Sequence[Setting] = (), run: MeasuredRun | None = None) -> str:
     """The model card: what the vector does and is made of, how it was measured, and how to load it.
 
@@ -167,7 +162,7 @@ def card(vector: SteeringVector, settings: Sequence[Setting] = (), run: Measured
     """
     import yaml
 
-    model = str(_provenance_part(vector, "model").get("name") or "")
+    model = str(part_of(vector.provenance, "model").get("name") or "")
     embedded = model == model_name()
     hub_model = model if _HUB_ID.fullmatch(model) and not embedded else ""
     best = max(settings, key=lambda s: run.mean(s, "tune"), default=None) if run is not None else None
@@ -177,7 +172,7 @@ def card(vector: SteeringVector, settings: Sequence[Setting] = (), run: Measured
     if run is not None and best is not None:
         lines += _table(settings, run, best)
     lines += _use("default" if embedded else hub_model or "…", best)
-    provenance = {key: value for key, value in vector.provenance.items() if key not in OF_FEATURES}
+    provenance = {key: value for key, value in vector.provenance.items() if key not in FEATURE_FACTS}
     block = json.dumps(provenance, indent=1, default=str)  # no line of it begins with what would end the block
     return "\n".join([*lines, "Made with fgsteer. How it was made, in full:", "", "```json", block, "```", ""])
 
@@ -188,7 +183,7 @@ def _summary(vector: SteeringVector, model: str) -> list[str]:
         escape_markdown(_concept(vector)),
         escape_markdown(vector.provenance.get("method") or "a bare vector"),
     )
-    sae, hyperparameters = _provenance_part(vector, "sae"), _provenance_part(vector, "hyperparameters")
+    sae, hyperparameters = part_of(vector.provenance, "sae"), part_of(vector.provenance, "hyperparameters")
     simple = [(key, value) for key, value in hyperparameters.items() if isinstance(value, int | float | str)]
     values = ", ".join(f"{key} = {value}" for key, value in simple)
     lines = [
