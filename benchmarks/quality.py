@@ -6,35 +6,35 @@ Why: a method tuned on the texts that it is reported on beats anything.
 
     python benchmarks/quality.py            writes results/{tuning.json, *.jsonl, table.md, report.html, *.png, *.svg}
     python benchmarks/quality.py --tables   makes tables, page and pictures again, of the records that are there
-    python benchmarks/quality.py --readme   puts the table into README.md
+    python benchmarks/quality.py --docs     puts the table into docs/benchmarks.md and the sentence into README.md
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import fgsteer as fg
 from fgsteer.evaluation.bench.bench import Bench, BenchPlan
 from fgsteer.evaluation.bench.conditions import NEEDS_EFFECTS
-from fgsteer.evaluation.bench.plots import save_all
-from fgsteer.evaluation.bench.records import Run, best_settings, method_name
-from fgsteer.evaluation.bench.report import markdown
-from fgsteer.evaluation.bench.tables import best_sae_method, compare
+from fgsteer.evaluation.runs.plots import save_all
+from fgsteer.evaluation.runs.records import Run, best_settings, method_name
+from fgsteer.evaluation.runs.report import markdown
+from fgsteer.evaluation.runs.tables import average_table, best_sae_method, compare
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.json_files import write_json
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 BENCH, NEARBY = RESULTS / "bench.jsonl", RESULTS / "same_layer.jsonl"
-README = HERE.parent / "README.md"
-MARK = re.compile(r"(<!-- quality -->\n).*?(<!-- /quality -->)", re.S)
+PAGE, README = HERE.parent / "docs" / "benchmarks.md", HERE.parent / "README.md"
 
 WIDE = {"max_density": 1.0, "n_positive": 256, "n_negative": 128}  # no density filter, many features of both signs
 MIXED = {"mu": 0.1, "bias_weight": 0.0, "unit_effects": True, "decoder_weight": 0.5}
@@ -123,9 +123,15 @@ class Tuning:
         return sorted(trials, key=lambda t: -t.bcs)
 
 
+@cache
+def bench_run() -> Run:
+    """The records of the benchmark, read once."""
+    return fg.load_run(BENCH)
+
+
 def both() -> dict[str, Run]:
     """The run as it is, and with CAA at the layer of the best SAE method."""
-    run, near = fg.load_run(BENCH), fg.load_run(NEARBY)
+    run, near = bench_run(), fg.load_run(NEARBY)
     (layer,) = near.header["plan"]["layers"]["caa"]
     records = [*(r for r in run.records if r.method != "caa"), *near.records]
     at = ", ".join(f"{method_name(method)} {layer}" for method, (layer,) in run.header["plan"]["layers"].items())
@@ -133,7 +139,7 @@ def both() -> dict[str, Run]:
 
 
 def summary() -> str:
-    """README's table, and the differences beside it in words."""
+    """The table of docs/benchmarks.md, and the differences beside it in words."""
     (_, run), (title, near) = both().items()
     lines = [
         f"{what}: {method_name(one)} less {method_name(other)} "
@@ -146,6 +152,33 @@ def summary() -> str:
         for gain in [compare(found, one, other, matched)]
     ]
     return f"{markdown(run)}\n{chr(10).join(lines)}\n"
+
+
+def sentence() -> str:
+    """What README says of the results: wins and losses, with intervals."""
+    run = bench_run()
+    scores = {row.method: row.bcs for row in average_table(run)}
+
+    def shown(found: Any) -> str:
+        return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+    gain = compare(run, "fgaa_effects", "caa")
+    difference = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]".replace("-", "−")
+    return textwrap.fill(
+        f"On the embedded model, over {len(run.header['plan']['concepts'])} concepts and on prompts and seeds that chose "
+        "nothing, behavior × coherence (0 to 1, with 95 % intervals) is "
+        f"{shown(scores['fgaa_effects'])} for FGAA through effects and {shown(scores['caa'])} for CAA, each at its own "
+        f"best layer: the difference of {difference} shows no winner. Plain FGAA has {shown(scores['fgaa'])}, and a prompt "
+        f"that simply asks for the concept, without any steering, has {shown(scores['prompt'])}.",
+        120,
+    )
+
+
+def published(path: Path, mark: str, text: str) -> str:
+    """A page's text with ``text`` between the marks, as it should be."""
+    page = path.read_text("utf-8")
+    marks = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
+    return marks.sub(lambda found: f"{found[1]}{text}{found[2]}", page)
 
 
 def section(title: str, run: Run) -> str:
@@ -173,11 +206,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "quality", help="folder of tuning runs")
     parser.add_argument("--tables", action="store_true", help="only tables, page and pictures of the records")
     parser.add_argument("--fresh", action="store_true", help="begin anew what earlier versions or settings began")
-    parser.add_argument("--readme", action="store_true", help="only put the table into README.md")
+    parser.add_argument("--docs", action="store_true", help="only put table and sentence into the docs and README.md")
     arguments = parser.parse_args()
-    if arguments.readme:
-        table = summary()
-        README.write_text(MARK.sub(lambda m: m[1] + table + m[2], README.read_text("utf-8")), "utf-8")
+    if arguments.docs:
+        PAGE.write_text(published(PAGE, "quality", summary()), "utf-8")
+        README.write_text(published(README, "result", sentence() + "\n"), "utf-8")
         return
     began = time.monotonic()
     model, tokenizer = fg.load_model("default")

@@ -52,14 +52,22 @@ def save_folder(
                 beside.write_bytes(data)
 
 
-def push(vector: SteeringVector, repo_id: str, run: MeasuredRun | None, method: str | None, **options: Any) -> str:
+def push(
+    vector: SteeringVector,
+    repo_id: str,
+    run: MeasuredRun | None,
+    method: str | None,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    **upload: Any,
+) -> str:
     """Upload what ``save_folder`` makes, as one commit; the address of the commit. Raises FormatError."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not hub_is_reachable():
         raise FormatError(f"{repo_id} was not written: {constants.ENDPOINT} cannot be reached", "a network")
-    token, private = options.pop("token", None), options.pop("private", None)
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
         save_folder(vector, Path(folder) / "vector", run, method)
@@ -68,7 +76,7 @@ def push(vector: SteeringVector, repo_id: str, run: MeasuredRun | None, method: 
             told = api.upload_folder(
                 repo_id=repo.repo_id,
                 folder_path=Path(folder) / "vector",
-                **{"commit_message": "Steering vector by fgsteer", **options},
+                **{"commit_message": "Steering vector by fgsteer", **upload},
             )
             return str(told.commit_url)
         except (HfHubHTTPError, HFValidationError, OSError) as error:

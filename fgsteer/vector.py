@@ -1,8 +1,7 @@
 """Steering vectors: a direction at a hookpoint, what it is made of, and where it came from.
 
-A vector says nothing of strength; ``.add``, ``.affine``, ``.ablate`` and ``.clamp`` give
-the interventions that apply it. Vectors at one hookpoint add, subtract and scale:
-``(a + b) / 2``, ``-a``, ``sum([a, b, c])``.
+A vector has no strength of its own: ``.add``, ``.affine``, ``.ablate`` and ``.clamp`` give the interventions that
+apply it. Vectors at one hookpoint add, subtract and scale: ``(a + b) / 2``, ``-a``, ``sum([a, b, c])``.
 
     vec.save("wedding.safetensors")
     with steer(model, SteeringVector.load("wedding.safetensors").add(8.0)): ...
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,37 +24,42 @@ from fgsteer.errors.checks import checked, describe_value, is_number, is_whole_n
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, TEXT, OneLineRepr
 from fgsteer.errors.wording import a, count
-from fgsteer.interventions import Ablate, Add, Affine, Clamp, Scalar, finite_number, finite_vector
+from fgsteer.interventions.kinds import Ablate, Add, Affine, Clamp
+from fgsteer.interventions.scopes import Scope
+from fgsteer.interventions.values import Scalar, check_equal_width, finite_number, finite_vector
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import check_pairing
 from fgsteer.storage.files import read_tensors, write_tensors
 
-FILE_NAME = "vector.safetensors"  # of the vector in a folder or a repository
+FILE_NAME = "vector.safetensors"  # the name of a vector's file in a folder or a repository
 OF_FEATURES = ("feature_density", "feature_labels")  # what a provenance may hold by feature id
 TOP_FEATURES = 10  # features that a notebook shows of a vector
 
 
 class MeasuredRun(Protocol):
-    """A run of ``bench`` read back, as ``load_run`` gives it: what a card tells of how a vector did."""
+    """A run of ``bench`` that ``load_run`` loaded: what a model card tells of how well a vector steered."""
 
     @property
     def header(self) -> Mapping[str, Any]:
-        """What the run was made of."""
+        """The plan of the run, and what it was made of."""
 
     @property
     def settings(self) -> Sequence[Any]:
-        """Every setting once."""
+        """Every setting that was measured, once."""
 
     def mean(self, setting: Any, half: str = ..., measure: str = ...) -> float:
-        """Mean of a measure over the texts of a setting."""
+        """The mean of a measure over the texts of a setting."""
 
 
 @dataclass(frozen=True, repr=False)
 class FeatureWeight(OneLineRepr):
-    """One feature of a vector: its id, its weight (activation units), and what is known of it.
+    """One feature of a vector.
 
-    ``density`` is the share of ordinary tokens on which it fires, ``label`` what it is said to mean, "" where no
-    label is known.
+    Args:
+        id: The feature's number in its SAE.
+        weight: Its weight in the vector, in units of feature activation.
+        density: The share of tokens on which it fires, where known.
+        label: What it is said to mean, "" where no label is known.
     """
 
     id: int
@@ -69,74 +73,136 @@ class FeatureWeight(OneLineRepr):
         return {"feature": self.id, "label": self.label, "weight": float(self.weight), "fires on": density}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class SteeringVector:
-    """``direction (d_model,)`` at a hookpoint, with the features it was decoded from.
+    """A direction at a hookpoint, with the features it was decoded from.
 
-    ``reference (d_model,)`` is the mean that ``affine`` starts from, where the method kept
-    one; ``features`` maps feature ids to their weights; ``provenance`` records method,
-    hyperparameters, model, SAE and data. Constructs from a bare tensor and a hookpoint
-    or its name. A tensor that requires grad stays the caller's own, to be trained through the
-    interventions; files hold its values of when they were written. Raises PairingError for a
-    tensor that is not one finite vector.
+    A direction or reference that requires grad stays the caller's own, to be trained through the interventions; files
+    hold the values that it had when they were written.
+
+    Args:
+        direction: The direction, (d_model,).
+        hookpoint: Where it acts: a Hookpoint, its name ("blocks.6.hook_resid_post"), or a layer.
+        reference: The mean activation that ``affine`` starts from, (d_model,), where the method kept one.
+        features: {feature id: weight}, the features that the direction was decoded from.
+        provenance: How it was made: method, hyperparameters, model, SAE and data.
+
+    Raises:
+        PairingError: The direction is not one floating-point vector, or the reference is not as wide.
+        SteeringError: The direction or the reference is not finite.
+        SelectionError: A feature id is no whole number.
+        HookpointError: The hookpoint cannot be parsed.
     """
 
     direction: Float[Tensor, " d_model"]
     hookpoint: Hookpoint
-    reference: Float[Tensor, " d_model"] | None = None
-    features: Mapping[int, float] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    reference: Float[Tensor, " d_model"] | None
+    features: Mapping[int, float]
+    provenance: Mapping[str, Any]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
-        object.__setattr__(self, "direction", finite_vector("direction", self.direction))
-        if not all(map(is_whole_number, self.features)):
-            raise SelectionError(f"features {', '.join(map(repr, self.features)):.80}", "whole numbers as feature ids")
+    def __init__(
+        self,
+        direction: Tensor,
+        hookpoint: Hookpoint | str | int,
+        reference: Tensor | None = None,
+        features: Mapping[int, float] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        features = {} if features is None else features
+        if not all(map(is_whole_number, features)):
+            raise SelectionError(
+                f"{', '.join(map(repr, features)):.80}",
+                "whole numbers as feature ids",
+                "the features of a vector are {feature id: weight}",
+            )
+        values: dict[str, Any] = {
+            "hookpoint": Hookpoint.parse(hookpoint),
+            "direction": finite_vector("direction", direction),
+            "reference": None if reference is None else finite_vector("reference", reference),
+            "features": features,
+            "provenance": {} if provenance is None else provenance,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         if self.reference is not None:
-            object.__setattr__(self, "reference", finite_vector("reference", self.reference))
-            if self.reference.shape != self.direction.shape:
-                raise PairingError(
-                    f"a reference of width {len(self.reference)}", f"{len(self.direction)}, the direction's"
-                )
+            check_equal_width(self.reference, self.direction)
 
     @property
     def d_model(self) -> int:
-        """Width of the direction."""
+        """The width of the direction."""
         return self.direction.shape[0]
 
     @property
     def norm(self) -> float:
-        """Euclidean norm of the direction, in residual-stream units."""
+        """The Euclidean norm of the direction, in units of the residual stream."""
         return float(self.direction.detach().norm())
 
-    def add(self, coefficient: Scalar = 1.0, **scope: Any) -> Add:
-        """``h + c·v``; keywords ``scope`` and ``bos`` as in Intervention."""
-        return Add(direction=self.direction, coefficient=coefficient, **self._place, **scope)
+    def add(self, coefficient: Scalar = 1.0, *, scope: Scope = "all", bos: bool = False) -> Add:
+        """The intervention ``h' = h + c·v`` (CAA, arXiv 2312.06681).
 
-    def ablate(self, **scope: Any) -> Ablate:
-        """``h − (v̂·h) v̂``. Raises SteeringError for a zero direction."""
-        return Ablate(direction=self.direction, **self._place, **scope)
+        Args:
+            coefficient: The strength c; a tensor that requires grad can be trained.
+            scope: The tokens that are steered: "all", "prompt", "generated" or "last_prompt_on".
+            bos: Whether a start token at position 0 is steered too.
 
-    def clamp(self, target: Scalar, **scope: Any) -> Clamp:
-        """``h + (t − v̂·h) v̂``; target in residual-stream units along v̂."""
-        return Clamp(direction=self.direction, target=target, **self._place, **scope)
+        Raises:
+            SteeringError: The coefficient is not finite, or the scope is none of the four.
+        """
+        return Add(direction=self.direction, coefficient=coefficient, scope=scope, bos=bos, **self._origin)
 
-    def affine(self, alpha: Scalar = 1.0, **scope: Any) -> Affine:
-        """ACE: ``r̂·h' = r̂·r⁻ + α‖r‖`` (arXiv 2411.09003). Raises SteeringError without a reference."""
+    def ablate(self, *, scope: Scope = "all", bos: bool = False) -> Ablate:
+        """The intervention ``h' = h − (v̂·h) v̂``, which removes the projection on v (arXiv 2406.11717).
+
+        Args:
+            scope: As in ``add``.
+            bos: As in ``add``.
+
+        Raises:
+            SteeringError: The direction is zero.
+        """
+        return Ablate(direction=self.direction, scope=scope, bos=bos, **self._origin)
+
+    def clamp(self, target: Scalar, *, scope: Scope = "all", bos: bool = False) -> Clamp:
+        """The intervention ``h' = h + (t − v̂·h) v̂``, which sets the projection on v.
+
+        Args:
+            target: The projection t, in units of the residual stream.
+            scope: As in ``add``.
+            bos: As in ``add``.
+
+        Raises:
+            SteeringError: The direction is zero, or the target is not finite.
+        """
+        return Clamp(direction=self.direction, target=target, scope=scope, bos=bos, **self._origin)
+
+    def affine(self, alpha: Scalar = 1.0, *, scope: Scope = "all", bos: bool = False) -> Affine:
+        """The intervention ``r̂·h' = r̂·r⁻ + α‖r‖``: affine concept editing, ACE (arXiv 2411.09003).
+
+        Args:
+            alpha: The strength α: 0 puts activations at the negative mean, 1 at the positive mean.
+            scope: As in ``add``.
+            bos: As in ``add``.
+
+        Raises:
+            SteeringError: The vector has no reference, its direction is zero, or alpha is not finite.
+        """
         if self.reference is None:
             raise SteeringError(
                 f"{a(self.provenance.get('method', 'bare'))} vector without a reference",
-                "one that keeps the negative mean",
+                "a vector that keeps the negative mean as its reference",
                 "build it with ace(), or use clamp(target)",
             )
-        return Affine(direction=self.direction, reference=self.reference, alpha=alpha, **self._place, **scope)
+        return Affine(
+            direction=self.direction, reference=self.reference, alpha=alpha, scope=scope, bos=bos, **self._origin
+        )
 
     @property
-    def _place(self) -> dict[str, Any]:
-        made = self.provenance.get("model")
+    def _origin(self) -> dict[str, Any]:
+        """What every intervention of this vector remembers of it."""
+        model = self.provenance.get("model")
         return {
             "hookpoint": self.hookpoint,
-            "model_name": (made.get("name") or "") if isinstance(made, Mapping) else "",
+            "model_name": (model.get("name") or "") if isinstance(model, Mapping) else "",
             "method": str(self.provenance.get("method") or ""),
         }
 
@@ -150,7 +216,7 @@ class SteeringVector:
     def _repr_html_(self) -> str:
         facts: dict[str, Cell] = {
             "method": str(self.provenance.get("method", "")),
-            "model": self._place["model_name"],
+            "model": self._origin["model_name"],
             "hookpoint": str(self.hookpoint),
             "d_model": self.d_model,
             "norm": self.norm,
@@ -164,10 +230,14 @@ class SteeringVector:
     def unit(self) -> SteeringVector:
         """The vector scaled to norm 1. Raises SelectionError for a direction whose norm is 0, or beyond float32."""
         if not 0 < self.norm < math.inf:
-            raise SelectionError(f"a direction of norm {self.norm:g}", "one that can be normalised")
+            raise SelectionError(
+                f"a direction of norm {self.norm:g}",
+                "a direction that can be scaled to norm 1",
+                "check what the vector was made of: equal positives and negatives give a zero vector",
+            )
         return self * (1 / self.norm)
 
-    __array_ufunc__ = None  # numpy's numbers and arrays leave arithmetic with a vector to the vector
+    __array_ufunc__ = None  # tells numpy's numbers and arrays to leave arithmetic with a vector to the vector
 
     def __mul__(self, factor: float) -> SteeringVector:
         factor = _factor(factor, "times")
@@ -183,7 +253,7 @@ class SteeringVector:
     def __truediv__(self, divisor: float) -> SteeringVector:
         divisor = _factor(divisor, "divided by")
         if not divisor:
-            raise ArgumentError(f"a vector divided by {describe_value(divisor)}", "a number other than 0")
+            raise ArgumentError(f"a vector divided by {describe_value(divisor)}", "a divisor other than 0")
         return self * (1 / divisor)
 
     def __neg__(self) -> SteeringVector:
@@ -195,7 +265,9 @@ class SteeringVector:
     def __radd__(self, other: object) -> SteeringVector:
         if is_number(other) and not other:  # what sum() starts from
             return self
-        raise ArgumentError(f"a vector added to {describe_value(other)}", "two vectors")
+        raise ArgumentError(
+            f"a vector added to {describe_value(other)}", "two vectors to add", "for strength, write vector.add(2.0)"
+        )
 
     def __sub__(self, other: SteeringVector) -> SteeringVector:
         return self._plus(other, -1.0)
@@ -205,19 +277,20 @@ class SteeringVector:
             raise ArgumentError(
                 f"a vector and {describe_value(other)}",
                 "two vectors to add or subtract",
-                "for strength write vector.add(2.0)",
+                "for strength, write vector.add(2.0)",
             )
         if (self.hookpoint, self.d_model) != (other.hookpoint, other.d_model):
             raise PairingError(
                 f"vectors at {self.hookpoint} (d_model {self.d_model}) and {other.hookpoint} (d_model {other.d_model})",
-                "one hookpoint",
-                "steer with both interventions in a list instead",
+                "two vectors at one hookpoint",
+                "vectors of two places do not add up: steer with both interventions in a list instead",
             )
-        features = dict(self.features) if self._sae_sha256 == other._sae_sha256 else {}
-        for feature, weight in other.features.items() if self._sae_sha256 == other._sae_sha256 else ():
+        same_sae = self._sae_sha256 == other._sae_sha256
+        features = dict(self.features) if same_sae else {}
+        for feature, weight in other.features.items() if same_sae else ():
             features[feature] = features.get(feature, 0.0) + sign * weight
-        kept = {key: self.provenance.get(key) for key in ("model", "sae")}
-        shared = {key: value for key, value in kept.items() if value and value == other.provenance.get(key)}
+        origin = {key: self.provenance.get(key) for key in ("model", "sae")}
+        shared = {key: value for key, value in origin.items() if value and value == other.provenance.get(key)}
         if features:  # of one SAE, so that what is known of a feature holds for both
             for key in OF_FEATURES:
                 known = {**(other.provenance.get(key) or {}), **(self.provenance.get(key) or {})}
@@ -230,7 +303,7 @@ class SteeringVector:
         )
 
     def _terms(self, sign: float) -> list[dict[str, Any]]:
-        """What a sum remembers of this vector: its provenance with a sign, or the terms of a sum."""
+        """What a sum remembers of this vector: its provenance with a sign or, of a sum, its terms."""
         terms = self.provenance.get("terms")
         if self.provenance.get("method") != "sum" or "scale" in self.provenance or not isinstance(terms, list):
             return [{**self.provenance, "sign": sign}]
@@ -243,9 +316,14 @@ class SteeringVector:
 
     @checked
     def top_features(self, n: int = 20) -> Table[FeatureWeight]:
-        """The n features of largest absolute weight, largest first, as a list that shows as a table.
+        """The features of largest absolute weight, largest first, with their densities and labels where known.
 
-        Density and label are what the SAE had of them when the vector was made.
+        Args:
+            n: The number of features.
+
+        Returns:
+            A list, which shows as a table in a notebook and when it is printed. Densities and labels are those that
+            the SAE had when the vector was made.
         """
         densities, labels = (self.provenance.get(key) or {} for key in OF_FEATURES)
         order = sorted(self.features.items(), key=lambda item: (-abs(item[1]), item[0]))
@@ -253,14 +331,26 @@ class SteeringVector:
 
     @checked
     def check(self, model: nn.Module) -> None:
-        """Refuse a model of another width, warn by name about another model.
+        """Check that the vector fits a model; a model of another name is only warned about.
 
-        Raises PairingError or HookpointError; warns PairingWarning.
+        Args:
+            model: The Hugging Face model that is to be steered.
+
+        Raises:
+            PairingError: The model has another width at the vector's hookpoint.
+            HookpointError: The model does not have the vector's hookpoint.
         """
-        check_pairing(model, self.hookpoint, self.d_model, self._place["model_name"], "vector")
+        check_pairing(model, self.hookpoint, self.d_model, self._origin["model_name"], "vector")
 
     def save(self, path: str | Path) -> None:
-        """Write as safetensors with a JSON header, whole."""
+        """Write the vector to one file: its tensors as safetensors, the rest as JSON in the header.
+
+        Args:
+            path: The file to write; one that is there is replaced, and never left half written.
+
+        Raises:
+            FormatError: The file cannot be written.
+        """
         tensors = {"direction": self.direction}
         if self.reference is not None:
             tensors["reference"] = self.reference
@@ -272,27 +362,52 @@ class SteeringVector:
         write_tensors(path, tensors, kind="vector", header=header)
 
     def save_pretrained(self, folder: str | Path, *, run: MeasuredRun | None = None, method: str | None = None) -> None:
-        """Write a new folder: the vector, a card, and its BCS curve in a ``run`` of bench.
+        """Write a new folder with the vector, a model card and, given a ``run`` of bench, the vector's curve in it.
 
-        ``method`` is what the run calls it, by default what made it; that the run's vectors were made with the
-        same settings is for the caller to know. Raises DataError for a run without it, FormatError for a folder
-        that is not free.
+        Args:
+            folder: The folder to make.
+            run: A run of ``bench``, as ``load_run`` gives it, that measured this vector. Whether its vectors were made
+                with the same hyperparameters is for the caller to know.
+            method: What the run calls the vector's method; by default what the vector's provenance says.
+
+        Raises:
+            DataError: The run did not measure this method at this layer.
+            FormatError: The folder is not empty, or cannot be written.
         """
         from fgsteer.hub import save_folder
 
         save_folder(self, folder, run, method)
 
     def push_to_hub(
-        self, repo_id: str, *, run: MeasuredRun | None = None, method: str | None = None, **options: Any
+        self,
+        repo_id: str,
+        *,
+        run: MeasuredRun | None = None,
+        method: str | None = None,
+        token: str | None = None,
+        private: bool | None = None,
+        **upload: Any,
     ) -> str:
-        """Upload what ``save_pretrained`` writes to a Hugging Face repository, as one commit; its address.
+        """Upload what ``save_pretrained`` writes to a Hugging Face repository, as one commit.
 
-        ``options``: ``private`` and ``token``, and what ``HfApi.upload_folder`` takes, such as
-        ``revision`` and ``commit_message``. Raises as ``save_pretrained`` does, FormatError where the hub refuses.
+        Args:
+            repo_id: The repository, "owner/name"; it is made where it is not there.
+            run: As in ``save_pretrained``.
+            method: As in ``save_pretrained``.
+            token: A token that may write there; by default the one of ``hf auth login``.
+            private: Whether a repository that is made is private.
+            upload: What else ``HfApi.upload_folder`` takes, such as ``revision`` and ``commit_message``.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            DataError: The run did not measure this method at this layer.
+            FormatError: The hub cannot be reached, or refuses.
         """
         from fgsteer.hub import push
 
-        return push(self, repo_id, run, method, **options)
+        return push(self, repo_id, run, method, token=token, private=private, **upload)
 
     @classmethod
     def from_pretrained(
@@ -304,9 +419,18 @@ class SteeringVector:
         revision: str | None = None,
         token: str | None = None,
     ) -> SteeringVector:
-        """Read a vector from a Hugging Face repository or a folder; given a model, ``check`` it.
+        """Load a vector from a Hugging Face repository or a folder.
 
-        Raises FormatError, PairingError.
+        Args:
+            source: The repository, "owner/name", or a folder.
+            model: The model to be steered, which the vector is checked against.
+            filename: The vector's file in it.
+            revision: The repository's branch, tag or commit.
+            token: A token that may read a private repository; by default the one of ``hf auth login``.
+
+        Raises:
+            FormatError: There is no such file, or it is damaged.
+            PairingError: The vector does not fit the model.
         """
         from fgsteer.hub import fetch
 
@@ -314,7 +438,16 @@ class SteeringVector:
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> SteeringVector:
-        """Read a file that ``save`` wrote; given a model, ``check`` it. Raises FormatError, PairingError."""
+        """Load a file that ``save`` wrote.
+
+        Args:
+            path: The file.
+            model: The model to be steered, which the vector is checked against.
+
+        Raises:
+            FormatError: The file is missing, damaged, or of another kind.
+            PairingError: The vector does not fit the model.
+        """
         tensors, header = read_tensors(path, kind="vector")
         try:
             vector = cls(
@@ -322,7 +455,7 @@ class SteeringVector:
                 Hookpoint.read(header["hookpoint"]),
                 tensors.get("reference"),
                 {int(j): float(w) for j, w in header["features"].items()},
-                _read_provenance(header["provenance"]),
+                _parse_provenance(header["provenance"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise FormatError(f"{path} is damaged: {error}", "a file written by SteeringVector.save") from error
@@ -336,19 +469,22 @@ def _factor(value: object, what: str) -> float:
     trained = getattr(value, "requires_grad", False)
     if is_number(value) and not trained:
         return finite_number("a factor", value)  # type: ignore[arg-type]
-    change = "a strength that is trained is a coefficient: vector.add(c)" if trained else ""
-    raise ArgumentError(f"a vector {what} {describe_value(value)}", "a finite number", change)
+    raise ArgumentError(
+        f"a vector {what} {describe_value(value)}",
+        "a finite number",
+        "a strength that is trained is a coefficient: write vector.add(c)" if trained else "",
+    )
 
 
-def _read_provenance(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Provenance, in which what is computed with is of its kind. Raises TypeError, ValueError, OverflowError."""
-    found, model = dict(value), value.get("model")
+def _parse_provenance(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Provenance from a file, with its numbers as floats. Raises TypeError, ValueError, OverflowError."""
+    provenance, model = dict(value), value.get("model")
     if isinstance(model, Mapping) and not isinstance(model.get("name"), str | None):
         raise ValueError(f"model {model!r:.80}")
-    if "scale" in found:
-        found["scale"] = float(found["scale"])
-    if "feature_density" in found:
-        found["feature_density"] = {str(j): float(share) for j, share in found["feature_density"].items()}
-    if "feature_labels" in found:
-        found["feature_labels"] = {str(j): str(label) for j, label in found["feature_labels"].items()}
-    return found
+    if "scale" in provenance:
+        provenance["scale"] = float(provenance["scale"])
+    if "feature_density" in provenance:
+        provenance["feature_density"] = {str(j): float(share) for j, share in provenance["feature_density"].items()}
+    if "feature_labels" in provenance:
+        provenance["feature_labels"] = {str(j): str(label) for j, label in provenance["feature_labels"].items()}
+    return provenance

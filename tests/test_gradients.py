@@ -207,7 +207,7 @@ def make(kind, direction, number, reference):
 
 
 def formula(kind, h, v, number, reference):
-    """The equations of the README, by hand."""
+    """The equations of docs/guides/interventions.md, by hand."""
     unit = v / v.pow(2).sum().sqrt()
     along = (h * unit).sum(-1, keepdim=True)
     if kind == "add":

@@ -11,6 +11,7 @@ from typing import Any
 from fgsteer.cli.printing import say
 from fgsteer.errors import DataError, PairingError
 from fgsteer.errors.wording import count
+from fgsteer.interventions.table import OPERATIONS, intervention_spec
 from fgsteer.storage.ranks import Ranks
 
 
@@ -157,7 +158,7 @@ def load_vectors(
     loaded = [fg.SteeringVector.load(path) for path in paths]
     if model is not None:
         check_fit(dict(zip(paths, loaded, strict=True)), model, revision)
-    if loaded and not coefficients and operation != "ablate":
+    if loaded and not coefficients and operation in OPERATIONS and intervention_spec(operation).amount:
         norms = ", ".join(f"{vector.norm:.3g}" for vector in loaded)
         say(f"note: no --coefficient given: 1 is used, of a vector of norm {norms}", err=True)
     return list(zip(loaded, strengths, strict=True))
@@ -165,12 +166,10 @@ def load_vectors(
 
 def interventions(vectors: list[tuple[Any, float]], operation: str, scope: str, *, bos: bool = False) -> list[Any]:
     """The vectors as interventions of one operation. Raises DataError, SteeringError."""
-    if operation not in ("add", "affine", "ablate", "clamp"):
-        raise DataError(f"--op {operation}", "add, affine, ablate or clamp")
-    return [
-        getattr(vector, operation)(*(() if operation == "ablate" else (coefficient,)), scope=scope, bos=bos)
-        for vector, coefficient in vectors
-    ]
+    if operation not in OPERATIONS:
+        raise DataError(f"--op {operation}", f"one of {', '.join(OPERATIONS)}")
+    spec = intervention_spec(operation)
+    return [spec.make(vector, coefficient, scope=scope, bos=bos) for vector, coefficient in vectors]
 
 
 def documents(path: Path, field: str) -> list[str]:

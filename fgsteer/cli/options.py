@@ -9,6 +9,7 @@ import typer
 
 from fgsteer.cli.values import fillable, finite, writable
 from fgsteer.errors.limits import MAX_COUNT
+from fgsteer.interventions.table import describe_operations
 
 SEEDS = {"min": -(2**63), "max": 2**63 - 1}  # what torch takes
 ModelOption = Annotated[str, typer.Option("--model", "-m", help='"default", or a Hugging Face id or path.')]
@@ -25,7 +26,7 @@ CoefficientOption = Annotated[
     list[float] | None,
     typer.Option("--coefficient", "-c", callback=finite, help="One per vector: add's c, affine's α, clamp's t."),
 ]
-OperationOption = Annotated[str, typer.Option("--op", help="add, affine, ablate or clamp.")]
+OperationOption = Annotated[str, typer.Option("--op", help=f"How the vectors act. {describe_operations()}")]
 ScopeOption = Annotated[str, typer.Option("--scope", help="all, prompt, generated or last_prompt_on.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value, for scripts.")]
 TokensOption = Annotated[

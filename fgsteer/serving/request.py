@@ -13,11 +13,11 @@ from typing import Any
 
 from fgsteer.errors import SteeringError
 from fgsteer.errors.checks import check_flags, describe_value
-from fgsteer.interventions import SCOPES, Scope
+from fgsteer.interventions.scopes import SCOPES, Scope
+from fgsteer.interventions.table import OPERATIONS
 from fgsteer.serving.served import check_name
 
 KEYS = ("steer", "steer_op", "steer_scale", "steer_scope", "steer_bos")
-OPERATIONS = ("add", "ablate", "clamp", "affine")
 PLAN = "steer_plan"  # where admission leaves what workers need; never taken from a client
 
 

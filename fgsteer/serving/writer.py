@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fgsteer.errors import SteeringError
-from fgsteer.interventions import Ablate, Add, Affine, Clamp, ClampFeature, Intervention
+from fgsteer.interventions import ClampFeature, DirectionIntervention, Intervention
+from fgsteer.interventions.table import spec_of
 from fgsteer.serving.request import steering
 from fgsteer.serving.served import Served, serve
 from fgsteer.vector import SteeringVector
@@ -28,14 +28,12 @@ def request_of(item: Intervention) -> tuple[Served, dict[str, Any]]:
     options: dict[str, Any] = {"scope": item.scope, "bos": item.bos}
     if isinstance(item, ClampFeature):
         return serve(item), options
-    if not isinstance(item, Ablate | Add | Affine | Clamp):
-        raise SteeringError(f"{type(item).__name__} in vLLM", "Add, Ablate, Affine, Clamp or ClampFeature")
-    reference = item.reference if isinstance(item, Affine) else None
-    options["op"] = type(item).__name__.lower()
-    if not isinstance(item, Ablate):
-        options["scale"] = {Add: "coefficient", Affine: "alpha", Clamp: "target"}[type(item)]
-        options["scale"] = getattr(item, options["scale"])
-    return serve(SteeringVector(item.direction, item.hookpoint, reference)), options
+    spec = spec_of(item)
+    assert isinstance(item, DirectionIntervention)
+    options["op"] = spec.name
+    if spec.amount:
+        options["scale"] = getattr(item, spec.amount)
+    return serve(SteeringVector(item.direction, item.hookpoint, getattr(item, "reference", None))), options
 
 
 class VllmWriter:
