@@ -21,13 +21,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import fgsteer as fg
-from fgsteer.evaluation.bench.bench import Bench, BenchPlan
-from fgsteer.evaluation.bench.conditions import NEEDS_EFFECTS
 from fgsteer.evaluation.runs.plots import save_all
 from fgsteer.evaluation.runs.records import Run, best_settings, method_name
 from fgsteer.evaluation.runs.report import markdown
 from fgsteer.evaluation.runs.tables import average_table, best_sae_method, compare
+
+import fgsteer as fg
+from fgsteer.evaluation.bench.bench import Bench, BenchPlan
+from fgsteer.evaluation.bench.conditions import NEEDS_EFFECTS
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.json_files import write_json
 

@@ -10,7 +10,7 @@ when ``x`` is added to the residual stream (SAE-TS, arXiv 2411.02193).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.data.contrasts import load_neutral
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.effects.ridge import LinearMoments, best_ridge
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.errors.checks import check_flags, check_number, checked
@@ -105,7 +106,7 @@ class EffectApproximator(OneLineRepr):
         texts: Sequence[str] | None = None,
         work: str | Path | None = None,
         fresh: bool = False,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress = None,
         **plan: Any,
     ) -> EffectApproximator:
         """Measure effects on features of generated text and fit them (SAE-TS, arXiv 2411.02193).
@@ -121,7 +122,8 @@ class EffectApproximator(OneLineRepr):
         that many of them); ``prompts`` and ``texts`` default to the shipped neutral ones;
         ``rollouts``, ``sampling``, ``target_ce_rise`` and ``rows`` go to ``measuring.Plan``.
         ``work`` is a folder for measured parts, from which a killed run goes on to the same
-        result; ``fresh`` starts it over. Raises PairingError for an SAE of another width or parts of another plan,
+        result; ``fresh`` starts it over;
+        ``progress`` as in ``collect``. Raises PairingError for an SAE of another width or parts of another plan,
         DataError for too few vectors, prompts or texts.
         """
         from fgsteer.effects.measuring import Plan, decoder_directions, fit_parts
@@ -130,9 +132,9 @@ class EffectApproximator(OneLineRepr):
         directions = vectors if isinstance(vectors, Tensor) else decoder_directions(sae, vectors)
         given = neutral_prompts if prompts is None else prompts, neutral_texts if texts is None else texts
         chosen = Plan(directions, *given, **plan)
-        with ExitStack() as stack:
+        with reporting(progress, "measuring effects", len(directions)) as report, ExitStack() as stack:
             folder = Path(work) if work else Path(stack.enter_context(TemporaryDirectory()))
-            M, b, figures = fit_parts(chosen.parts(model, tokenizer, sae, folder, progress, fresh=fresh))
+            M, b, figures = fit_parts(chosen.parts(model, tokenizer, sae, folder, report, fresh=fresh))
         M, b = M.float(), b.float()
         alive = (M.norm(dim=0) > 0).cpu()
         cosine = torch.cosine_similarity(M.T.cpu()[alive], sae.W_dec.cpu().float()[alive], dim=1).mean()

@@ -6,7 +6,7 @@ density.save("density.safetensors")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from fgsteer.activations.batches import Batch, batch_corpus, corpus_reader
 from fgsteer.activations.pooling import row_groups
 from fgsteer.activations.tokens import TEXTS_PER_CHUNK, split_into_chunks
 from fgsteer.data.corpora import as_documents
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors.checks import checked_after
 from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.saes.fingerprints import sae_identity
@@ -47,34 +48,37 @@ def measure_density(
     corpus: dict[str, Any] | None = None,
     work: str | Path | None = None,
     fresh: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> FeatureDensity:
     """Stream a generic corpus through the SAE and count, token by token, where each feature fires.
 
     Texts are strings, or rows with one in ``field``, as those of the ``datasets`` library.
     They keep their first ``max_tokens`` tokens, and begin as those that the SAE was trained on (``prepend_bos`` as in
-    ``collect``). ``progress`` is called with the number of texts done. Memory is O(d_sae) besides one batch.
+    ``collect``). ``progress`` as in ``collect``. Memory is O(d_sae) besides one batch.
     ``work`` and ``fresh`` as in ``collect``. FGAA steps 2 and 3 (arXiv 2501.09929).
     Raises DataError for a text without a token, PairingError for an SAE of another width.
     """
     strings = as_documents(texts, field)
     reader = corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos)
 
-    def count(number: int, window: Sequence[str]) -> dict[str, Tensor]:
-        first = number * TEXTS_PER_CHUNK
-        read = batch_corpus(model, reader, window, sae, batch_tokens=batch_tokens, first=first)
-        return _count(read, sae.d_sae, None if progress is None or work else lambda done: progress(first + done))
-
-    if work is None:
-        found: Iterable[Mapping[str, Tensor]] = (count(*numbered) for numbered in enumerate(split_into_chunks(strings)))
-    else:
-        plan = {**run_fingerprint(model, tokenizer), "sae": sae_identity(sae)}
-        options = {"batch_tokens": batch_tokens, "max_tokens": max_tokens, "prepend_bos": reader.prepend_bos}
-        parts = Shards(work, "counted texts", {**plan, **options}, fresh=fresh)
-        told = None if progress is None else lambda parts_done: progress(parts_done * TEXTS_PER_CHUNK)
-        found = parts.each(split_into_chunks(strings), count, text_sha256, told)
     total = {**dict.fromkeys(COUNTS, torch.zeros(sae.d_sae, dtype=torch.float64)), "tokens": torch.tensor(0)}
-    with reader:
+    with reporting(progress, "measuring density", len(texts) if isinstance(texts, Sized) else None) as report, reader:
+
+        def count(number: int, window: Sequence[str]) -> dict[str, Tensor]:
+            first = number * TEXTS_PER_CHUNK
+            read = batch_corpus(model, reader, window, sae, batch_tokens=batch_tokens, first=first)
+            return _count(read, sae.d_sae, None if work else lambda done: report(first + done))
+
+        if work is None:
+            found: Iterable[Mapping[str, Tensor]] = (
+                count(*numbered) for numbered in enumerate(split_into_chunks(strings))
+            )
+        else:
+            plan = {**run_fingerprint(model, tokenizer), "sae": sae_identity(sae)}
+            options = {"batch_tokens": batch_tokens, "max_tokens": max_tokens, "prepend_bos": reader.prepend_bos}
+            parts = Shards(work, "counted texts", {**plan, **options}, fresh=fresh)
+            chunks = split_into_chunks(strings)
+            found = parts.each(chunks, count, text_sha256, lambda chunks_done: report(chunks_done * TEXTS_PER_CHUNK))
         for number, counts in enumerate(found):
             if {name: part.shape for name, part in counts.items()} != {name: x.shape for name, x in total.items()}:
                 raise parts.damaged(number, f"it holds {', '.join(counts)}")

@@ -8,7 +8,7 @@ The corpus is streamed once, with memory for the excerpts that are kept and neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fgsteer.data.corpora import as_documents
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError, SelectionError
 from fgsteer.errors.checks import checked_after, describe_value, is_whole_number
 
@@ -49,7 +50,7 @@ def measure_examples(
     max_tokens: int = 256,
     prepend_bos: bool | None = None,
     corpus: dict[str, Any] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> FeatureExamples:
     """Stream a corpus through the SAE and keep the ``top`` documents in which each feature peaks highest.
 
@@ -57,8 +58,8 @@ def measure_examples(
     An excerpt is the peak with ``window`` tokens on either side. ``features`` are all by default;
     texts (strings, or rows with one in ``field``, as those of the ``datasets`` library)
     keep their first ``max_tokens`` tokens and begin as those that the SAE was trained on (``prepend_bos`` as in
-    ``collect``); a special token before them is not read. ``progress`` is
-    called with the number of texts done. Memory is O(features · top · window) besides one batch.
+    ``collect``); a special token before them is not read.
+    ``progress`` as in ``collect``. Memory is O(features · top · window) besides one batch.
     Raises DataError for a text without a token or activations that are not finite, PairingError for
     an SAE of another width, SelectionError for unknown features, or sizes below 1 (window: 0).
     """
@@ -73,7 +74,8 @@ def measure_examples(
     width = sae.d_sae if every or sae.activation == "topk" else len(chosen)
     done = 0
     best: _Best | None = None
-    with corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos) as reader:
+    reader = corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos)
+    with reporting(progress, "measuring excerpts", len(texts) if isinstance(texts, Sized) else None) as report, reader:
         for batch, values, local in batch_corpus(model, reader, strings, sae, batch_tokens=batch_tokens):
             best = best or _Best(len(chosen), top, window, values.device)
             text = (batch.selected & ~batch.starts).to(values.device)
@@ -84,8 +86,7 @@ def measure_examples(
                 acts = acts.masked_fill(~text[rows][..., None], 0.0)
                 best.merge(acts, ids[rows], text[rows], numbers[rows])
             done += len(batch.rows)
-            if progress is not None:
-                progress(done)
+            report(done)
     best = best or _Best(len(chosen), top, window, torch.device("cpu"))
     tokens, activations, documents = (kept.cpu() for kept in (best.tokens, best.activations, best.documents))
     return FeatureExamples(torch.tensor(chosen), tokens, activations, documents, sae.sha256, corpus or {})

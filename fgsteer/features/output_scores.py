@@ -10,7 +10,7 @@ Some features detect, others write; only the latter are good to steer with (Arad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from fgsteer.activations.recording import record
 from fgsteer.activations.tokens import encode_prompts
 from fgsteer.data.contrasts import check_text
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError, SelectionError
 from fgsteer.errors.checks import checked
 from fgsteer.interventions import Add
@@ -46,7 +47,7 @@ def output_scores(
     coefficient: float = 10.0,
     top_tokens: int = 20,
     batch_size: int = 64,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> Float[Tensor, " d_sae"]:
     """``S_out(j) = (1 − r/|V|) · p`` in [0, 1], for all features or those given; 0 for the others.
 
@@ -57,7 +58,8 @@ def output_scores(
     feature is amplified alike. Prompt, c = 10 and 20 tokens are the authors'
     (arXiv 2505.20063 and its published code, src/output_score.py).
 
-    ``batch_size`` features run at a time. Raises DataError for a prompt without tokens or
+    ``batch_size`` features run at a time;
+    ``progress`` as in ``collect``. Raises DataError for a prompt without tokens or
     on whose last token no feature fires, SelectionError for unknown ids or impossible counts,
     PairingError for an SAE of another width.
     """
@@ -74,22 +76,22 @@ def output_scores(
     ids = ids.to(input_device(model))
     size = coefficient * _largest_activation(model, ids, sae)
     scores = torch.zeros(sae.d_sae, dtype=torch.float64)
-    for start in range(0, len(chosen), batch_size):
-        part = chosen[start : start + batch_size]
-        directions = sae.W_dec[part]
-        # the last token is steered even where it is also the first
-        entries = [
-            Add(hookpoint=sae.hookpoint, direction=row, coefficient=size, scope="last_prompt_on", bos=True)
-            for row in directions
-        ]
-        with steer(model, entries, per_row=True):
-            logits = model(input_ids=ids.expand(len(part), -1), use_cache=False).logits[:, -1].float()
-        lens = logit_lens(model, directions).topk(top_tokens).indices.to(logits.device)
-        best = logits.gather(1, lens).amax(1, keepdim=True)
-        share = (logits > best).float().mean(1)  # r/|V|
-        scores[part] = ((1 - share) * logits.softmax(1).gather(1, lens).amax(1)).cpu().double()
-        if progress is not None:
-            progress(start + len(part))
+    with reporting(progress, "measuring output scores", len(chosen)) as report:
+        for start in range(0, len(chosen), batch_size):
+            part = chosen[start : start + batch_size]
+            directions = sae.W_dec[part]
+            # the last token is steered even where it is also the first
+            entries = [
+                Add(hookpoint=sae.hookpoint, direction=row, coefficient=size, scope="last_prompt_on", bos=True)
+                for row in directions
+            ]
+            with steer(model, entries, per_row=True):
+                logits = model(input_ids=ids.expand(len(part), -1), use_cache=False).logits[:, -1].float()
+            lens = logit_lens(model, directions).topk(top_tokens).indices.to(logits.device)
+            best = logits.gather(1, lens).amax(1, keepdim=True)
+            share = (logits > best).float().mean(1)  # r/|V|
+            scores[part] = ((1 - share) * logits.softmax(1).gather(1, lens).amax(1)).cpu().double()
+            report(start + len(part))
     return scores
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import SteeringError
 from fgsteer.errors.checks import check_number, checked
 from fgsteer.interventions import Intervention
@@ -38,6 +39,7 @@ def calibrate(
     target_kl: float | None = None,
     start: float = 1.0,
     tolerance: float = 0.02,
+    progress: Progress = None,
 ) -> float:
     """The coefficient c ≥ 0 at which steering by ``make(c)`` costs the texts the target, in nats per token.
 
@@ -46,14 +48,15 @@ def calibrate(
     the model itself wrote the two are equal in expectation; on other text the rise can be negative, the
     KL cannot. A text may be (prompt, completion), of which the completion counts; the intervention's scope holds
     there as in ``generate``. Found by doubling from ``start`` and bisection, within ``tolerance`` of the target
-    (relative). Raises SteeringError for both targets, when the cost at c = 0 is above the target
+    (relative).
+    ``progress`` as in ``collect``. Raises SteeringError for both targets, when the cost at c = 0 is above the target
     already, or no coefficient reaches it.
     """
     name, target, costs = _cost(model, tokenizer, texts, target_ce_rise, target_kl, 16384)
     at_zero = costs([make(0.0)])[0]
     if at_zero >= target:
         raise SteeringError(f"a {name} of {at_zero:.3f} nats at coefficient 0", f"less than the target {target}")
-    found = _solve(costs, [target], [make], start, tolerance, model_dtype(model))[0][0]
+    found = _solve(costs, [target], [make], start, tolerance, model_dtype(model), progress)[0][0]
     if math.isnan(found):
         raise SteeringError(f"a {name} below {target} nats at every coefficient tried", "a vector that moves the model")
     return found
@@ -71,15 +74,17 @@ def calibrate_many(
     start: float = 1.0,
     tolerance: float = 0.02,
     batch_tokens: int | None = None,
+    progress: Progress = None,
 ) -> list[float]:
     """The coefficient of ``calibrate`` for each of many interventions, many to a forward pass.
 
     Each is doubled from ``start`` until its cost reaches the target, then the bracket is narrowed; nan where
-    the target is not reached after forty doublings, or before activations overflow. Raises SteeringError
+    the target is not reached after forty doublings, or before activations overflow.
+    ``progress`` as in ``collect``. Raises SteeringError
     for ``start`` ≤ 0, for both targets, or for one that is no finite number > 0.
     """
     _, target, costs = _cost(model, tokenizer, texts, target_ce_rise, target_kl, batch_tokens)
-    return [found[0] for found in _solve(costs, [target], makes, start, tolerance, model_dtype(model))]
+    return [found[0] for found in _solve(costs, [target], makes, start, tolerance, model_dtype(model), progress)]
 
 
 @checked
@@ -93,6 +98,7 @@ def calibrate_grid(
     start: float = 1.0,
     tolerance: float = 0.02,
     batch_tokens: int | None = None,
+    progress: Progress = None,
 ) -> list[list[float]]:
     """The coefficients of ``calibrate_many`` for each intervention and each of several CE rises.
 
@@ -104,7 +110,7 @@ def calibrate_grid(
     if not target_ce_rises:
         raise SteeringError("no target_ce_rises", "at least one")
     costs = _cost(model, tokenizer, texts, target_ce_rises[0], None, batch_tokens)[2]
-    return _solve(costs, target_ce_rises, makes, start, tolerance, model_dtype(model))
+    return _solve(costs, target_ce_rises, makes, start, tolerance, model_dtype(model), progress)
 
 
 def _cost(
@@ -143,24 +149,27 @@ def _solve(
     start: float,
     tolerance: float,
     dtype: torch.dtype,
+    progress: Progress,
 ) -> list[list[float]]:
     """The coefficients at which each intervention costs each target; nan where none does."""
     for name, value in (("start", start), ("tolerance", tolerance)):
         if not 0 < value < math.inf:
             raise SteeringError(f"{name} = {value}", "finite and > 0")
     searches = [[_Search(target, float(start)) for target in targets] for _ in makes]
-    while asked := [(n, s) for n, group in enumerate(searches) if (s := next((s for s in group if s.open), None))]:
-        items = [makes[n](search.guess) for n, search in asked]
-        for (_, search), item in zip(asked, items, strict=True):
-            if search.low[0] > 0 and not reach(item.update()) <= largest(dtype, item.d_model):
-                search.found = math.nan  # doubled out of what the model's dtype holds
-        tried = [(n, search, item) for (n, search), item in zip(asked, items, strict=True) if search.found is None]
-        values = costs([item for _, _, item in tried]) if tried else []
-        for (n, search, _), value in zip(tried, values, strict=True):
-            search.turns += 1
-            guess = search.guess
-            for other in searches[n]:
-                other.tell(guess, value, tolerance)
+    with reporting(progress, "calibrating strengths", len(makes) * len(targets)) as report:
+        while asked := [(n, s) for n, group in enumerate(searches) if (s := next((s for s in group if s.open), None))]:
+            items = [makes[n](search.guess) for n, search in asked]
+            for (_, search), item in zip(asked, items, strict=True):
+                if search.low[0] > 0 and not reach(item.update()) <= largest(dtype, item.d_model):
+                    search.found = math.nan  # doubled out of what the model's dtype holds
+            tried = [(n, search, item) for (n, search), item in zip(asked, items, strict=True) if search.found is None]
+            values = costs([item for _, _, item in tried]) if tried else []
+            for (n, search, _), value in zip(tried, values, strict=True):
+                search.turns += 1
+                guess = search.guess
+                for other in searches[n]:
+                    other.tell(guess, value, tolerance)
+            report(sum(not search.open for group in searches for search in group))
     return [[search.found if search.found is not None else search.guess for search in group] for group in searches]
 
 

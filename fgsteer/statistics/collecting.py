@@ -30,6 +30,7 @@ from fgsteer.activations.tokens import (
     split_into_chunks,
 )
 from fgsteer.data.contrasts import Contrastable, ContrastSet, as_contrast
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError, FgsteerError
 from fgsteer.errors.checks import checked, is_whole_number
 from fgsteer.models.fingerprints import run_fingerprint
@@ -186,7 +187,7 @@ def collect(
     share_prefixes: bool = True,
     work: str | Path | None = None,
     fresh: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> ContrastStatistics:
     """Statistics of both sides of a contrast, from one forward pass per text up to the last hookpoint.
 
@@ -206,7 +207,9 @@ def collect(
     does not fit in memory is read in halves, with a warning. ``keep_pooled`` keeps the ``h̄ᵢ`` themselves,
     O(examples · d_model) memory at each hookpoint, for ``diagnose``.
     ``share_prefixes`` runs once what several texts begin with, as the answers to one prompt do, where that
-    saves a quarter of the tokens; results differ by rounding. ``progress`` is called with the number of texts done.
+    saves a quarter of the tokens; results differ by rounding. ``progress`` shows how far it is: by default a bar where
+    standard error is a terminal or the code runs in a notebook, and nothing elsewhere; False shows nothing, and a
+    function is called with the number of texts done instead.
 
     ``work`` names a folder that keeps the sums of every 1,024 texts: a killed call goes on from there, to the
     same result, and processes that torchrun starts share the texts among them; each returns all of it. A folder
@@ -234,16 +237,12 @@ def collect(
     arrange = choose_batching(model) if share_prefixes else batch_rows
     counts = [contrast.count(side) for side in (True, False)]
     texts = split_into_chunks(_texts(contrast))
-    with TokenReader(
-        tokenizer,
-        rule=tokens,
-        bos=bos,
-        prepend_bos=prepend,
-        max_tokens=max_tokens,
-        window=context_window(model),
-    ) as rows:
+    rows = TokenReader(
+        tokenizer, rule=tokens, bos=bos, prepend_bos=prepend, max_tokens=max_tokens, window=context_window(model)
+    )
+    with reporting(progress, "collecting texts", sum(counts)) as report, rows:
         batching = {"batch_tokens": batch_tokens, "arrange": arrange}
-        reader = _Reader(model, rows, sae, wanted, keep_pooled, batching, progress)
+        reader = _Reader(model, rows, sae, wanted, keep_pooled, batching, report)
         if work is None:
             sums = _join(reader.window(number, window) for number, window in enumerate(texts))
         else:

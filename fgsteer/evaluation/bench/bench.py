@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from fgsteer.data.contrasts import (
     load_neutral,
     shipped_contrasts,
 )
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.effects.fingerprints import effects_sha256
 from fgsteer.effects.rollouts import Sampling, rollout
@@ -361,20 +362,21 @@ class Bench(OneLineRepr):
         self,
         path: str | Path,
         command: str = "",
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress = None,
         *,
         fresh: bool = False,
     ) -> None:
         """Write all records to ``path``, after those of an earlier run of the same plan.
 
         A batch is appended whole and synced; what a killed run left of one is cut off first. Strengths are kept
-        beside it. ``fresh`` starts over. ``progress`` gets (records done, records in all). Raises PairingError, saying
+        beside it. ``fresh`` starts over. ``progress`` as in ``collect``; a function gets
+        (records done, records in all). Raises PairingError, saying
         what differs, when the file is of another run, BusyError while another process writes it, FormatError when it
         is damaged, and what the methods raise; all before anything is generated.
         """
         path = Path(path)
         file_target(path)
-        with exclusive_lock(path):
+        with exclusive_lock(path), reporting(progress, "writing texts") as report:
             check_run(path, self.identity, fresh=fresh)
             header = self.header(command)
             arms = self._arms(strengths_path(path))
@@ -382,11 +384,9 @@ class Bench(OneLineRepr):
             counts = [self._count(part) for part in parts]
             done = resume(path, header, counts)
             for number in range(done, len(parts)):
-                if progress is not None:
-                    progress(sum(counts[:number]), sum(counts))
+                report(sum(counts[:number]), sum(counts))
                 append(path, self.records(parts[number]))
-            if progress is not None:
-                progress(sum(counts), sum(counts))
+            report(sum(counts), sum(counts))
 
     def _count(self, part: Part) -> int:
         """Records of a part: an arm at the matched cost has two of each text."""

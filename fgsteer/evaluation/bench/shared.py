@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.records import HALVES
@@ -23,8 +24,6 @@ from fgsteer.storage.locks import exclusive_lock
 from fgsteer.storage.ranks import Ranks
 from fgsteer.storage.shards import wait_for_file
 from fgsteer.storage.targets import make_folder
-
-Progress = Callable[[int, int], None]
 
 
 def parts_folder(path: str | Path) -> Path:
@@ -50,7 +49,7 @@ def run_shared(
     bench: Bench,
     path: str | Path,
     command: str = "",
-    progress: Progress | None = None,
+    progress: Progress = None,
     *,
     fresh: bool = False,
 ) -> bool:
@@ -100,7 +99,7 @@ def check_parts(bench: Bench, path: str | Path, mine: Iterable[str], *, fresh: b
                 check_run(file, identity, fresh=True)
 
 
-def run_concept(bench: Bench, concept: str, folder: Path, command: str = "", progress: Progress | None = None) -> None:
+def run_concept(bench: Bench, concept: str, folder: Path, command: str = "", progress: Progress = None) -> None:
     """Write ``folder/CONCEPT.jsonl``, the run of one concept, unless it is there. Raises as ``Bench.run`` does."""
     done, running = folder / f"{concept}.jsonl", folder / f"{concept}.running.jsonl"
     if done.exists():
@@ -142,7 +141,7 @@ def with_ray(
     *,
     workers: int,
     command: str = "",
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> None:
     """Run concepts in ``workers`` processes of Ray, here or on its cluster, each with a benchmark of its own.
 
@@ -174,8 +173,8 @@ def with_ray(
     names = list(concepts)
     actors = [ray.remote(Worker).options(**share).remote() for _ in range(min(workers, len(names)))]
     done = ActorPool(actors).map_unordered(lambda actor, concept: actor.run.remote(concept), names)
-    for number, _ in enumerate(done, 1):
-        if progress is not None:
-            progress(number, len(names))
+    with reporting(progress, "writing concepts", len(names)) as report:
+        for number, _ in enumerate(done, 1):
+            report(number, len(names))
     for actor in actors:
         ray.kill(actor)

@@ -20,6 +20,7 @@ import torch
 
 from fgsteer.activations.tokens import TokenRule
 from fgsteer.data.contrasts import ContrastPair, ContrastSet, as_contrast, load_neutral
+from fgsteer.display.progress import Progress, Report, reporting
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_number, checked
 from fgsteer.errors.reprs import OneLineRepr
@@ -152,7 +153,7 @@ def sweep(
     controls: int = 4,
     tokens: TokenRule = "all",
     batch_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
 ) -> Sweep:
     """Effect and cost of ``h + c·v`` at every layer, strength and sign, and what they answer; nothing is generated.
 
@@ -170,7 +171,8 @@ def sweep(
 
     Effects are measured on ``held_out``, else the contrast's held-out part, else, with a note, on the contrast
     itself. Intervals (95 %, Student's t) are over these texts, pairs and the pairs of one prompt kept together;
-    the neutral texts and the vectors are taken as they are. ``progress`` gets (steps done, steps in all).
+    the neutral texts and the vectors are taken as they are. ``progress`` as in ``collect``; a
+    function gets (steps done, steps in all).
 
     Raises DataError for a grid that is not rising, fewer than two texts a side, or two vectors at a layer;
     HookpointError for a layer that does not exist; what ``collect`` and the methods raise.
@@ -181,22 +183,23 @@ def sweep(
     held = given.held_out if held_out is None else as_contrast(held_out)
     propensity = Propensity(given if held is None else held)
     meter = _Meter(model, tokenizer, propensity, load_neutral()[0] if neutral is None else neutral, batch_tokens)
-    by_layer = _vectors(model, tokenizer, given, vectors, layers, tokens)
-    tick = _Ticker(progress, len(by_layer) + by_cost + (controls > 0))
-    if by_cost:
-        steps = _calibrated(meter, by_layer, grid)
-        tick()
-    else:
-        steps = [(layer, sign, sign * size, None) for layer in by_layer for sign in SIGNS for size in grid]
-    shares: dict[SweepCell, Shares] = {}
-    for layer, vector in by_layer.items():
-        mine = [step for step in steps if step[0] == layer]
-        read = meter.read([vector.add(coefficient) for _, _, coefficient, _ in mine])
-        for step, share, cost in zip(mine, read.changes, read.costs, strict=True):
-            if math.isfinite(cost) and np.isfinite(share).all():
-                shares[SweepCell(*step, cost, propensity.interval(share))] = share
-        tick()
-    damage = _damage(meter, by_layer, matched, controls, tick) if controls > 0 else {}
+    with reporting(progress, "sweeping") as report:
+        by_layer = _vectors(model, tokenizer, given, vectors, layers, tokens)
+        tick = _Ticker(report, len(by_layer) + by_cost + (controls > 0))
+        if by_cost:
+            steps = _calibrated(meter, by_layer, grid)
+            tick()
+        else:
+            steps = [(layer, sign, sign * size, None) for layer in by_layer for sign in SIGNS for size in grid]
+        shares: dict[SweepCell, Shares] = {}
+        for layer, vector in by_layer.items():
+            mine = [step for step in steps if step[0] == layer]
+            read = meter.read([vector.add(coefficient) for _, _, coefficient, _ in mine])
+            for step, share, cost in zip(mine, read.changes, read.costs, strict=True):
+                if math.isfinite(cost) and np.isfinite(share).all():
+                    shares[SweepCell(*step, cost, propensity.interval(share))] = share
+            tick()
+        damage = _damage(meter, by_layer, matched, controls, tick) if controls > 0 else {}
     curves = _curves(shares)
     notes = [] if held is not None else ["no held-out texts: effects are measured on the set itself, which flatters"]
     interval = propensity.interval
@@ -261,13 +264,12 @@ class _Meter:
 class _Ticker:
     """Counts steps, and tells of each."""
 
-    def __init__(self, tell: Callable[[int, int], None] | None, total: int) -> None:
+    def __init__(self, tell: Report, total: int) -> None:
         self.tell, self.total, self.done = tell, total, 0
 
     def __call__(self) -> None:
         self.done += 1
-        if self.tell is not None:
-            self.tell(self.done, self.total)
+        self.tell(self.done, self.total)
 
 
 def _grid(
