@@ -20,7 +20,6 @@ from typing import Any
 
 from fgsteer.display.tables import html_text
 from fgsteer.errors import ArgumentError
-from fgsteer.errors.checks import describe_value
 from fgsteer.errors.escaping import escape_text
 from fgsteer.storage.ranks import Ranks
 
@@ -46,7 +45,7 @@ def reporting(progress: Progress, description: str, total: int | None = None) ->
     """
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise ArgumentError(
-            f"progress = {describe_value(progress)}",
+            f"progress = {progress!r:.60}",
             "None, True, False or a function",
             "pass progress=False for no bar",
         )
