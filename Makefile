@@ -1,5 +1,6 @@
 # make demo   creates .venv, installs, shows the main job on the embedded default
 # make test   creates .venv, installs, runs ruff, mypy and the tests
+# make coverage  runs the tests and tells which lines of fgsteer they reach; fails below the floor in pyproject.toml
 # make docs   creates .venv, installs what the documentation needs, builds the site into build/site without the network
 # make slow   the tests that take longer, make gpu those that need a CUDA device
 # make test-lowest  creates .venv-lowest with the lowest versions of every dependency, tests models and loading in it:
@@ -12,7 +13,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs slow gpu test-vllm soak test-llama-cpp test-lowest lint lock clean
+.PHONY: demo test coverage docs slow gpu test-vllm soak test-llama-cpp test-lowest lint lock clean
 
 demo: .venv/installed
 	$(BIN)/fgsteer demo
@@ -24,6 +25,9 @@ lint: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+coverage: .venv/tested
+	$(BIN)/python -m pytest --cov --cov-report=term
 
 # the variable leaves out an announcement of MkDocs Material's that is printed like a warning
 docs: .venv/documented

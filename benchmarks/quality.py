@@ -21,14 +21,15 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from fgsteer.evaluation.runs.plots import save_all
-from fgsteer.evaluation.runs.records import Run, best_settings, method_name
-from fgsteer.evaluation.runs.report import markdown
-from fgsteer.evaluation.runs.tables import average_table, best_sae_method, compare
-
 import fgsteer as fg
-from fgsteer.evaluation.bench.bench import Bench, BenchPlan
-from fgsteer.evaluation.bench.conditions import NEEDS_EFFECTS
+from fgsteer.evaluation.bench.bench import Bench
+from fgsteer.evaluation.bench.plan import BenchPlan
+from fgsteer.evaluation.runs.plots import save_all
+from fgsteer.evaluation.runs.records import Run
+from fgsteer.evaluation.runs.report import markdown
+from fgsteer.evaluation.runs.settings import best_settings
+from fgsteer.evaluation.runs.tables import average_table, best_sae_method, compare
+from fgsteer.methods import method_name, spec, specs
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.json_files import write_json
 
@@ -41,10 +42,6 @@ WIDE = {"max_density": 1.0, "n_positive": 256, "n_negative": 128}  # no density 
 MIXED = {"mu": 0.1, "bias_weight": 0.0, "unit_effects": True, "decoder_weight": 0.5}
 # tried besides the defaults, which are those of the papers
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "caa": (),
-    "ace": (),
-    "pca": (),
-    "sae_feature": (),
     "sta": tuple({"p": p} for p in (0.01, 0.05, 0.7)),
     "sae_ts": (
         *({"bias_weight": weight} for weight in (0.0, 0.3)),
@@ -68,6 +65,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {**MIXED, "n_positive": 64, "n_negative": 32},
     ),
 }
+CONTROLS = {"random": "caa", "minus_bias": "fgaa_effects"}  # measured at the layer of the method that they stand beside
 CE_RISES = (0.25, 0.5, 1.0)  # of the tuning runs
 TUNING_PROMPTS, PROMPTS = 8, 24  # with one seed each: intervals are over prompts
 MATCHED = 0.5
@@ -93,7 +91,7 @@ class Tuning:
 
     def layers(self, method: str) -> list[int]:
         """Where a method can run."""
-        return sorted(self.parts["effects"] if method in NEEDS_EFFECTS else self.parts["saes"])
+        return sorted(self.parts["effects"] if spec(method).needs == "effects" else self.parts["saes"])
 
     def trial(self, method: str, layer: int, settings: dict[str, Any]) -> Trial:
         """Measure one setting."""
@@ -120,7 +118,7 @@ class Tuning:
         """Trials of a method, the best first: its defaults at each layer, then its settings at the best of them."""
         trials = [self.trial(method, layer, {}) for layer in self.layers(method)]
         layer = max(trials, key=lambda t: t.bcs).layer
-        trials += [self.trial(method, layer, settings) for settings in SETTINGS[method]]
+        trials += [self.trial(method, layer, settings) for settings in SETTINGS.get(method, ())]
         return sorted(trials, key=lambda t: -t.bcs)
 
 
@@ -165,12 +163,13 @@ def sentence() -> str:
 
     gain = compare(run, "fgaa_effects", "caa")
     difference = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]".replace("-", "−")
+    concepts = len(run.header["plan"]["concepts"])
     return textwrap.fill(
-        f"On the embedded model, over {len(run.header['plan']['concepts'])} concepts and on prompts and seeds that chose "
-        "nothing, behavior × coherence (0 to 1, with 95 % intervals) is "
-        f"{shown(scores['fgaa_effects'])} for FGAA through effects and {shown(scores['caa'])} for CAA, each at its own "
-        f"best layer: the difference of {difference} shows no winner. Plain FGAA has {shown(scores['fgaa'])}, and a prompt "
-        f"that simply asks for the concept, without any steering, has {shown(scores['prompt'])}.",
+        f"On the embedded model, over {concepts} concepts and on prompts and seeds that chose nothing, behavior × "
+        f"coherence (0 to 1, with 95 % intervals) is {shown(scores['fgaa_effects'])} for FGAA through effects and "
+        f"{shown(scores['caa'])} for CAA, each at its own best layer: the difference of {difference} shows no winner. "
+        f"Plain FGAA has {shown(scores['fgaa'])}, and a prompt that simply asks for the concept, without any steering, "
+        f"has {shown(scores['prompt'])}.",
         120,
     )
 
@@ -229,11 +228,12 @@ def main() -> None:
         "judge": fg.EmbeddingJudge(),
     }
     tuning = Tuning(parts, tuple(fg.shipped_contrasts()), arguments.work, arguments.fresh)
-    tuned = {method: tuning.tune(method) for method in SETTINGS}
+    steered = [method.name for method in specs("bench") if method.needs != "nothing" and method.name not in CONTROLS]
+    tuned = {method: tuning.tune(method) for method in steered}
     write_json(RESULTS / "tuning.json", {method: [asdict(t) for t in trials] for method, trials in tuned.items()})
     best = {method: trials[0] for method, trials in tuned.items()}
     layers = {method: (trial.layer,) for method, trial in best.items()}
-    layers |= {"random": layers["caa"], "minus_bias": layers["fgaa_effects"]}
+    layers |= {control: layers[method] for control, method in CONTROLS.items()}
     settings = {method: trial.settings for method, trial in best.items() if trial.settings}
     rises = (0.125, 0.25, 0.5, 1.0)
     plan = BenchPlan(tuning.concepts, layers=layers, settings=settings, ce_rises=rises, prompts=PROMPTS)

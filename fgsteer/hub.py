@@ -22,7 +22,7 @@ from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_
 from fgsteer.vector import FILE_NAME, OF_FEATURES, MeasuredRun, SteeringVector
 
 if TYPE_CHECKING:
-    from fgsteer.evaluation.bench.records import Setting
+    from fgsteer.evaluation.runs.records import Setting
 
 CARD = "README.md"
 CURVE = "curve.png"

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fgsteer.display.tables import Cell, Share, Table, facts_html
-from fgsteer.errors import ArgumentError, FormatError, PairingError, SelectionError, SteeringError
+from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
 from fgsteer.errors.checks import checked, describe_value, is_number, is_whole_number
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, TEXT, OneLineRepr
@@ -29,7 +29,7 @@ from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.values import Scalar, check_equal_width, finite_number, finite_vector
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import check_pairing
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
 FILE_NAME = "vector.safetensors"  # the name of a vector's file in a folder or a repository
 OF_FEATURES = ("feature_density", "feature_labels")  # what a provenance may hold by feature id
@@ -316,14 +316,12 @@ class SteeringVector:
 
     @checked
     def top_features(self, n: int = 20) -> Table[FeatureWeight]:
-        """The features of largest absolute weight, largest first, with their densities and labels where known.
+        """The features of largest absolute weight, largest first, as a list that shows as a table.
+
+        Density and label are what the SAE had of them when the vector was made.
 
         Args:
             n: The number of features.
-
-        Returns:
-            A list, which shows as a table in a notebook and when it is printed. Densities and labels are those that
-            the SAE had when the vector was made.
         """
         densities, labels = (self.provenance.get(key) or {} for key in OF_FEATURES)
         order = sorted(self.features.items(), key=lambda item: (-abs(item[1]), item[0]))
@@ -449,16 +447,14 @@ class SteeringVector:
             PairingError: The vector does not fit the model.
         """
         tensors, header = read_tensors(path, kind="vector")
-        try:
+        with refuse_damaged(path, "a file written by SteeringVector.save"):
             vector = cls(
                 tensors["direction"],
-                Hookpoint.read(header["hookpoint"]),
+                Hookpoint.from_name(header["hookpoint"]),
                 tensors.get("reference"),
                 {int(j): float(w) for j, w in header["features"].items()},
                 _parse_provenance(header["provenance"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise FormatError(f"{path} is damaged: {error}", "a file written by SteeringVector.save") from error
         if model is not None:
             vector.check(model)
         return vector

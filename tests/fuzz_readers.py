@@ -38,11 +38,11 @@ from fgsteer.cli.info import describe_file
 from fgsteer.data.contrasts import check_name as check_file_name
 from fgsteer.data.corpora import read_documents
 from fgsteer.effects.measuring import _check_shapes
-from fgsteer.evaluation.bench.records import best_settings
-from fgsteer.evaluation.bench.run_files import check_run, line, read_arms, resume
-from fgsteer.evaluation.bench.shared import begun_design
-from fgsteer.evaluation.judges.endpoint import AnswerCache, read_score
-from fgsteer.evaluation.judges.requests import BrokenAnswerError, completion
+from fgsteer.evaluation.bench.concept_runs import begun_design
+from fgsteer.evaluation.bench.run_files import as_line, check_run, load_conditions, resume
+from fgsteer.evaluation.judges.answer_cache import AnswerCache, parse_score
+from fgsteer.evaluation.judges.chat_client import BrokenAnswerError, completion
+from fgsteer.evaluation.runs.settings import best_settings
 from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.serving import save_clamp, steering
@@ -51,7 +51,7 @@ from fgsteer.serving.http import asking, load
 from fgsteer.serving.request import PLAN
 from fgsteer.serving.served import check_name, read_served
 from fgsteer.serving.tables import Batch
-from fgsteer.statistics.collecting import _Reader, _sums_of
+from fgsteer.statistics.collecting import ChunkReader, sums_of_shards
 from fgsteer.storage.files import write_tensors
 from fgsteer.storage.json_files import text_sha256, write_json
 from fgsteer.storage.locks import _holder
@@ -143,7 +143,7 @@ def part(path, kind):
 
 def collected(path):
     with tempfile.TemporaryDirectory() as folder:
-        return list(_sums_of(Shards(folder, "", PARTS, Ranks()), [part(path, "collected texts")]))
+        return list(sums_of_shards(Shards(folder, "", PARTS, Ranks()), [part(path, "collected texts")]))
 
 
 def clamp(path):
@@ -157,7 +157,7 @@ def cache(path):
 
 
 def answer(path):
-    return read_score(completion(path.read_bytes()) or "")
+    return parse_score(completion(path.read_bytes()) or "")
 
 
 def upload(path):
@@ -238,7 +238,7 @@ def saved_files(folder: Path) -> dict[str, Reader]:
         "sae": {"sha256": SAE.sha256},
         "feature_density": {"1": 0.1},
     }
-    made = {
+    made: dict[str, Any] = {
         "vector": fg.SteeringVector(torch.randn(6, generator=g), AT, torch.ones(6), {1: 2.0, 3: -1.0}, provenance),
         "statistics": fg.collect(model, TOKENIZER, data, sae=SAE, keep_pooled=True),
         "density": fg.measure_density(model, TOKENIZER, SAE, ["the man sat", "a cat ran"]),
@@ -253,9 +253,9 @@ def saved_files(folder: Path) -> dict[str, Reader]:
     header = {"plan": text_sha256({"run": "effects part", **PARTS}), "part": 0, "of": "0"}
     write_tensors(folder / "effects part", parts, kind="effects part", header=header)
     at = fg.Hookpoint.parse(AT)
-    sums = _Reader(model, TokenReader(TOKENIZER), None, [at], True, {}).window(0, TEXTS)
+    sums = ChunkReader(model, TokenReader(TOKENIZER), None, [at], True).sum_chunk(0, TEXTS)
     header["plan"] = text_sha256({"run": "collected texts", **PARTS})
-    write_tensors(folder / "collected part", sums.tensors(), kind="collected texts", header=header)
+    write_tensors(folder / "collected part", sums.to_tensors(), kind="collected texts", header=header)
     relu = make_sae(d_model=6, d_sae=12)
     save_clamp(fg.ClampFeature(hookpoint=relu.hookpoint, sae=relu, targets={1: 2.0}), folder / "clamp")
     read = {
@@ -300,7 +300,7 @@ def records(folder: Path) -> dict[str, Reader]:
     """What a benchmark keeps, and what its judge answers."""
     settings = {"concepts": ("sea",), "methods": {"caa": (0.6, 1.0)}, "layers": (1,), "coefficients": (2.0, 4.0)}
     made = lines(*runs.rows(**settings, prompts=2, seeds=1))
-    resumed = line(HEADER) + lines(*({"row": n} for n in range(6)))
+    resumed = as_line(HEADER) + lines(*({"row": n} for n in range(6)))
     arms = {"sea": [{"concept": "sea", "method": "caa", "layer": 1, "coefficient": 2.0, "ce_rise": 0.5}]}
     write_json(folder / "arms", {"identity": HEADER, "arms": arms})
     scores = lines({"key": "a" * 8, "score": 7}, {"key": "b" * 8, "score": 3})
@@ -308,7 +308,9 @@ def records(folder: Path) -> dict[str, Reader]:
     return {
         "run": Reader({"f.jsonl": made}, run),
         "run to go on with": Reader({"f.jsonl": resumed}, lambda path: resume(path, HEADER, [2, 3])),
-        "strengths of a run": Reader({"f.json": (folder / "arms").read_bytes()}, lambda path: read_arms(path, HEADER)),
+        "strengths of a run": Reader(
+            {"f.json": (folder / "arms").read_bytes()}, lambda path: load_conditions(path, HEADER)
+        ),
         "judge's cache": Reader({"f.jsonl": scores}, cache),
         "judge's answer": Reader({"f.json": told}, answer),
     }
@@ -358,7 +360,7 @@ def identities(folder: Path) -> dict[str, Reader]:
         "run to start over": Reader({"f.jsonl": run_header}, lambda path: check_run(path, identity, fresh=True)),
         "design of a run": Reader({"f.jsonl": run_header}, begun_design),
         "strengths with identity": Reader(
-            {"f.json": as_json({"identity": identity, "arms": arms})}, lambda path: read_arms(path, identity)
+            {"f.json": as_json({"identity": identity, "arms": arms})}, lambda path: load_conditions(path, identity)
         ),
         "holder of a lock": Reader({"f.lock": note}, holder),
         "contrast of one's own": Reader({"f.json": as_json({"name": "n", "description": "d", **sides})}, own),

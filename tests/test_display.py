@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 import torch
@@ -62,9 +63,9 @@ def test_html_shows_everything_and_does_nothing(parts, stats):
     model, tokenizer, sae = parts
     sae = dataclasses.replace(sae, model_name="")
     vector = fg.from_features(sae, {3: 2.0, 1: -0.5})
-    vector.provenance["method"] = ACTING
+    vector = dataclasses.replace(vector, provenance={**vector.provenance, "method": ACTING})
     comparison = fg.Comparison((ACTING,), ("one\ntwo",), (ACTING,))
-    shown = {
+    shown: dict[str, tuple[Any, ...]] = {
         "vector": (vector, "weddings", "-0.5", "blocks.1.hook_resid_post", r"</script>\x1b[2J\u202e& "),
         "features": (vector.top_features(), "feature", "label", "weight", "weddings"),
         "described": (fg.describe_features(model, tokenizer, sae, vector), "raises", "lowers", "weddings"),

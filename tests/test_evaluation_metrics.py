@@ -83,7 +83,7 @@ def test_texts_with_nothing_to_score(llama, tokenizer):
     assert fg.text_cross_entropies(llama, tokenizer, []).shape == (0,)
     bare = word_tokenizer(bos=False)  # of one token nothing is predicted, and an empty text has none
     assert fg.text_cross_entropies(llama, bare, ["the", "", "the man"]).isnan().tolist() == [True, True, False]
-    with pytest.raises(fg.DataError, match="none to read"):
+    with pytest.raises(fg.DataError, match="selects none of the"):
         fg.cross_entropy(llama, tokenizer, ["the man", ""])
     with pytest.raises(fg.DataError, match="2 prompts for 1 text;"):
         fg.text_cross_entropies(llama, tokenizer, ["the man"], prompts=["a", "b"])

@@ -24,7 +24,7 @@ import torch
 
 import fgsteer as fg
 from fgsteer.evaluation.bench.run_files import append, resume
-from fgsteer.evaluation.judges.endpoint import AnswerCache
+from fgsteer.evaluation.judges.answer_cache import AnswerCache
 from fgsteer.export import checkpoint, lm_eval
 from fgsteer.storage import atomic, json_files
 from tests.fuzz_readers import fuzz
@@ -368,7 +368,7 @@ def test_out_of_memory_halves_the_batch(error, shared, llama, tokenizer, monkeyp
 
 def test_a_text_too_long_for_memory_is_named(llama, tokenizer, monkeypatch):
     short_of_memory(llama, 5, SHORT[0], monkeypatch)
-    told = r"text 0 \(positive\) 'the bride wore a ring', 6 tokens long, does not fit.*max_tokens"
+    told = r"Memory does not suffice for text 0 \(positive\) 'the bride wore a ring', with 6 tokens.*max_tokens"
     with pytest.warns(fg.FgsteerWarning), pytest.raises(fg.DataError, match=told):
         fg.collect(llama, tokenizer, TEXTS, hookpoints=[AT], share_prefixes=False)
 

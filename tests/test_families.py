@@ -1,4 +1,4 @@
-"""Real architectures: every site of every block, names, reading, steering; and the table of them in docs/reference/models.md.
+"""Real architectures: every site of every block, names, reading, steering; and the table in docs/reference/models.md.
 
 python -m tests.test_families   prints the table.
 """

@@ -1,10 +1,14 @@
-"""Folding: what plain transformers loads equals hooks, in every family that folds; every refusal says why."""
+"""Folding: what plain transformers loads equals hooks, in every family that folds; every refusal says why.
+
+python -m tests.test_folding   prints the table in docs/reference/exports.md.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +115,26 @@ def logits(model, steering=None):
 
 def discrepancy(a, b):
     return float((a - b).abs().max() / b.abs().max())
+
+
+def table():
+    """Which families an Add folds in, by site, in Markdown: what the tests of PLACES show."""
+    columns = ("resid_post", "resid_pre", "mlp_out", "attn_out")
+    lines = [f"| model | {' | '.join(columns)} | why not |", "|---" * (len(columns) + 2) + "|"]
+    for family in sorted(PLACES):
+        places = {site: place for site, _, place in sites_of(family)}
+        marks = ["✓" if " " not in places.get(site, " ") else "–" for site in columns]
+        reasons = dict.fromkeys(places[site] for site in columns if " " in places.get(site, ""))
+        why = "; ".join(reasons).replace("gives it one", "gives it a bias")
+        lines.append(f"| {family} | {' | '.join(marks)} | {why} |")
+    return "\n".join(lines)
+
+
+def test_the_docs_have_the_table():
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "exports.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- folding -->\n(.*?)\n<!-- /folding -->", page, re.S)
+    assert block, "docs/reference/exports.md has no folding block"
+    assert block[1] == table(), "print the table with: python -m tests.test_folding"
 
 
 def test_every_family_has_its_row():
@@ -420,3 +444,7 @@ def test_a_command_that_fails_writes_nothing(tmp_path, king):
     with pytest.raises(fg.DataError, match="2 coefficients for 1 vector;"):
         invoke("fold", "-v", narrow, "-c", "4", "-c", "5", "-o", str(tmp_path / "out"))
     assert {path.name for path in tmp_path.iterdir()} == {"king.safetensors", "model", "narrow.safetensors"}
+
+
+if __name__ == "__main__":
+    print(table())

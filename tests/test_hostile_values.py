@@ -86,7 +86,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(fg, name, refuse)
     monkeypatch.setattr(fg, "load_sae", lambda *_, **__: make_sae())
     monkeypatch.setattr("fgsteer.cli.loading.check_fit", lambda *_: None)
-    monkeypatch.setattr("fgsteer.cli.harness.find_spec", lambda _: True)
+    monkeypatch.setattr("fgsteer.cli.eval.find_spec", lambda _: True)
     monkeypatch.setattr("fgsteer.cli.demo.run", refuse)
     monkeypatch.setattr("fgsteer.saes.registry._releases", lambda: RELEASES)
     monkeypatch.setattr("fgsteer.serving.server.need_vllm", refuse)

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 
 import fgsteer as fg
 from fgsteer.errors.escaping import escape_markdown
-from fgsteer.evaluation.bench.records import Run
+from fgsteer.evaluation.runs.records import Run
 from fgsteer.hub import card
 from tests.helpers.errors import chain
 from tests.helpers.hub import COMMIT, TOKEN, Hub

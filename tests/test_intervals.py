@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 import fgsteer as fg
-from fgsteer.cli.bench import QUICK
+from fgsteer.cli.bench_setup import QUICK
 from fgsteer.data.contrasts import load_bench_prompts
 from fgsteer.errors import DataError, PairingError
-from fgsteer.evaluation.bench.bench import BenchPlan
-from fgsteer.evaluation.bench.records import HALVES, Unit
-from fgsteer.evaluation.bench.shared import begun_design
-from fgsteer.evaluation.bench.tables import average_table, over_prompts
+from fgsteer.evaluation.bench.concept_runs import begun_design
+from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.metrics.intervals import Interval, mean_interval, paired_differences, t_quantile
 from fgsteer.evaluation.metrics.propensity import Propensity
+from fgsteer.evaluation.runs.records import HALVES, Unit
+from fgsteer.evaluation.runs.tables import average_table, over_prompts
 from tests.helpers import runs
 from tests.reference import tables as naive
 

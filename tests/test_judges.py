@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.evaluation.judges.judges import RIDGE, auc, judging_texts, logistic
+from fgsteer.evaluation.judges.embedding import RIDGE, logistic
+from fgsteer.evaluation.judges.learning import auc, judging_texts
 from tests.helpers.judges import BagOfWords
 from tests.reference import judges as naive
 
@@ -177,7 +178,7 @@ def fake_library(monkeypatch, package):
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=load))
     spec = SimpleNamespace(origin=str(package / "__init__.py")) if package else None
-    monkeypatch.setattr("fgsteer.evaluation.judges.judges.find_spec", lambda name: spec)
+    monkeypatch.setattr("fgsteer.evaluation.judges.embedding.find_spec", lambda name: spec)
     return loaded
 
 

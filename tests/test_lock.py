@@ -1,4 +1,4 @@
-"""constraints.txt locks what make demo, make test and make docs install: whole, within pyproject's bounds, and installed here."""
+"""constraints.txt locks what make demo, test and docs install: whole, within pyproject's bounds, and installed here."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_fgaa(case, n_positive, n_negative, through):
 
 def test_fgaa_refuses_when_everything_is_filtered_and_warns_without_density(case):
     sae, *_, stats = case
-    with pytest.raises(fg.SelectionError, match="raise max_density"):
+    with pytest.raises(fg.SelectionError, match="Raise max_density"):
         fg.fgaa(stats, sae, density=density_of(sae, np.full(K, 0.5)))
     with pytest.warns(fg.SelectionWarning, match="no density"):
         fg.fgaa(stats, sae)

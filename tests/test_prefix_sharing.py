@@ -19,7 +19,7 @@ from packaging.version import Version
 
 import fgsteer as fg
 from fgsteer.activations.batches import Batch, batch_rows
-from fgsteer.activations.prefixes import _reads, batch_rows_by_prefix, choose_batching, group
+from fgsteer.activations.prefixes import batch_rows_by_prefix, choose_batching, group_by_prefix, pooling_index
 from fgsteer.activations.tokens import TokenRow
 from fgsteer.models.hookpoints import blocks_of, resolve
 from tests.helpers.examples import LONG
@@ -82,6 +82,7 @@ def naive_sides(model, tokenizer, hookpoints, rules, sae=None):
     """{(rule, hookpoint or "feature", positive): one mean a text}, every text run alone."""
     found = {}
     for positive in (True, False):
+        prompt: Any
         for prompt, completion in SET.side(positive):
             words = f"{prompt} {completion}".split()
             acts = alone(model, tokenizer, " ".join(words), hookpoints)
@@ -207,7 +208,7 @@ def test_batches_hold_every_row_once_and_keep_the_bound(drawn, batch_tokens, ran
         before, after = batch.prefixes, batch.rest
         assert before.ids.numel() + after.ids.numel() <= batch_tokens
         assert len(batch.rows) * (before.ids.shape[1] + after.ids.shape[1]) <= 2 * batch_tokens
-        reads = _reads(batch)
+        reads = pooling_index(batch)
         told = [
             (number, number_in) for part in (before, after) for number, number_in in part.selected.nonzero().tolist()
         ]
@@ -230,7 +231,7 @@ def test_groups_share_half_of_each_row():
     rows = [
         TokenRow(ids, [0], n) for n, ids in enumerate([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 9, 9, 9], [7], [7]])
     ]
-    assert [([row.index for row in g.rows], g.shared, g.saved) for g in group(rows)] == [
+    assert [([row.index for row in g.rows], g.shared, g.saved) for g in group_by_prefix(rows)] == [
         ([0, 1], 4, 4),
         ([2], 4, 0),
         ([3], 0, 0),

@@ -89,7 +89,7 @@ def commands(folder, at):
 
 def test_no_command_runs_code_of_a_model_unasked(own, tmp_path, monkeypatch, capsys):
     folder, mark = own
-    monkeypatch.setattr("fgsteer.cli.harness.find_spec", lambda _: True)
+    monkeypatch.setattr("fgsteer.cli.eval.find_spec", lambda _: True)
     monkeypatch.setattr(fg, "load_sae", lambda *_, **__: make_sae())
     tried = commands(folder, tmp_path)
     for arguments in tried:

@@ -12,9 +12,10 @@ import pytest
 from matplotlib.patches import Rectangle
 
 from fgsteer.errors import DataError, FormatError, PairingError
-from fgsteer.evaluation.bench import plots, report
-from fgsteer.evaluation.bench.records import Run, Unit, best_coefficients, best_settings, load_run
-from fgsteer.evaluation.bench.tables import (
+from fgsteer.evaluation.runs import plots, report
+from fgsteer.evaluation.runs.records import Run, Unit, load_run
+from fgsteer.evaluation.runs.settings import best_coefficients, best_settings
+from fgsteer.evaluation.runs.tables import (
     average_table,
     best_sae_method,
     compare,

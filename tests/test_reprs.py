@@ -11,7 +11,8 @@ import torch
 
 import fgsteer as fg
 from fgsteer.errors.reprs import OneLineRepr, short_repr
-from fgsteer.evaluation.bench.bench import Bench, BenchPlan
+from fgsteer.evaluation.bench.bench import Bench
+from fgsteer.evaluation.bench.plan import BenchPlan
 from tests.helpers import runs
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import tiny_model, word_tokenizer
@@ -84,7 +85,7 @@ def test_every_public_repr_is_one_short_line(made):
         assert "tensor(" not in repr(value), type(value)
         assert repr(value).startswith(type(value).__name__), type(value)
     known = {type(value) for value in made}
-    public = {value for value in (getattr(fg, name) for name in fg.__all__) if dataclasses.is_dataclass(value)}
+    public = {value for value in (getattr(fg, name) for name in vars(fg)["__all__"]) if dataclasses.is_dataclass(value)}
     assert {kind for kind in public if not inspect.isabstract(kind)} <= known
 
 

@@ -25,6 +25,7 @@ from fgsteer.serving.served import read_served, serve, sources
 from fgsteer.serving.server import settle
 from fgsteer.serving.tables import Batch, Table, blocks_of, steer_block
 from fgsteer.serving.writer import request_of
+from fgsteer.storage.files import write_tensors
 from tests.helpers.engine import WIDTH, FakeEngine, clamp, normal, request, vector
 from tests.reference import apply as reference
 
@@ -183,10 +184,10 @@ def test_what_cannot_be_served_is_refused(tmp_path):
         serve(clamp("relu")).amounts("add", 1.0)
     with pytest.raises(fg.FormatError, match="no folder"):
         sources(tmp_path / "none")
-    fg.files.write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, kind="stats", header={})
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, kind="stats", header={})
     with pytest.raises(fg.FormatError, match="stats"):
         sources(tmp_path)
-    fg.files.write_tensors(tmp_path / "x.safetensors", {"read": torch.zeros(1)}, kind="clamp", header={})
+    write_tensors(tmp_path / "x.safetensors", {"read": torch.zeros(1)}, kind="clamp", header={})
     with pytest.raises(fg.FormatError, match="damaged"):
         sources(tmp_path)
 

@@ -103,7 +103,7 @@ def test_bad_texts_are_named(llama, tokenizer):
             hookpoints="blocks.1.hook_resid_post",
             tokens=2,
         )
-    with pytest.raises(fg.DataError, match="neither sae nor hookpoints"):
+    with pytest.raises(fg.DataError, match="neither an SAE nor a hookpoint"):
         fg.collect(llama, tokenizer, SET)
     with pytest.raises(fg.PairingError, match="d_model"):
         fg.collect(llama, tokenizer, SET, sae=make_sae(d_model=16))

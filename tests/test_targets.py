@@ -20,8 +20,8 @@ import typer
 
 import fgsteer as fg
 from fgsteer.cli import outputs
-from fgsteer.evaluation.bench.plots import save_each
-from fgsteer.evaluation.judges.endpoint import AnswerCache
+from fgsteer.evaluation.judges.answer_cache import AnswerCache
+from fgsteer.evaluation.runs.plots import save_each
 from fgsteer.storage import atomic, json_files
 from fgsteer.storage.shards import Shards
 from tests.helpers.cli import app
@@ -380,7 +380,8 @@ def test_a_word_is_no_file_that_has_its_name(tmp_path, monkeypatch):
     for name in ("load_model", "load_sae", "build"):
         getattr(fg, name)
         monkeypatch.setattr(fg, name, loads)
-    fg.FeatureDensity(*[torch.ones(2, dtype=torch.float64)] * 3, 5, "x").save("density")
+    ones = torch.ones(2, dtype=torch.float64)
+    fg.FeatureDensity(ones, ones, ones, 5, "x").save("density")
     words = ("love", "default", "text", "all", "sae_ts")
     for name in words:
         Path(name).write_text("One day.\n")

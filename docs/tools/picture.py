@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def marked(line: str, keywords: tuple[str, ...]) -> str:
     return pattern.sub(rf"<tspan fill='{ACCENT}' font-weight='bold'>\1</tspan>", escape(line))
 
 
-def column(x: int, heading: str, texts: list[tuple[str, str]], keywords: tuple[str, ...]) -> tuple[list[str], int]:
+def column(x: int, heading: str, texts: Iterable[tuple[str, str]], keywords: tuple[str, ...]) -> tuple[list[str], int]:
     """A column of prompts (bold) and continuations, and the height that it takes."""
     parts, y = [f"<text x='{x}' y='84' fill='{PALE}' font-size='14'>{escape(heading)}</text>"], 112
     for prompt, text in texts:
@@ -69,10 +70,8 @@ def draw() -> str:
     prompts, plain, steered, features, coefficient = outputs()
     keywords = fg.KeywordJudge().keywords(CONCEPT)
     left, right = 32, 32 + COLUMN + GAP
-    unsteered, low = column(left, "unsteered", list(zip(prompts, plain, strict=True)), keywords)
-    made, lower = column(
-        right, f"steered: vec.add({coefficient:.0f})", list(zip(prompts, steered, strict=True)), keywords
-    )
+    unsteered, low = column(left, "unsteered", zip(prompts, plain, strict=True), keywords)
+    made, lower = column(right, f"steered: vec.add({coefficient:.0f})", zip(prompts, steered, strict=True), keywords)
     y = max(low, lower) + 14
     bars = [
         f"<line x1='32' y1='{y - 10}' x2='{WIDTH - 32}' y2='{y - 10}' stroke='#d9e2ec'/>",
@@ -83,9 +82,10 @@ def draw() -> str:
     longest = max(abs(weight) for _, weight, _ in features)
     for number, weight, label in features:
         wide = round(300 * abs(weight) / longest)
+        colour = PALE if label == "no label" else INK
         bars += [
             f"<text x='32' y='{y + 14}' fill='{INK}' font-size='15'>{number}</text>",
-            f"<text x='92' y='{y + 14}' fill='{PALE if label == 'no label' else INK}' font-size='15'>{escape(label)}</text>",
+            f"<text x='92' y='{y + 14}' fill='{colour}' font-size='15'>{escape(label)}</text>",
             f"<rect x='{right}' y='{y + 2}' width='{wide}' height='14' rx='3' fill='{ACCENT}'/>",
             f"<text x='{right + wide + 10}' y='{y + 14}' fill='{INK}' font-size='14'>{weight:+.1f}</text>",
         ]

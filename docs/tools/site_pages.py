@@ -75,12 +75,20 @@ def summary(name: str) -> str:
     return first(value.__doc__ if callable(value) else "")
 
 
+def options(name: str) -> str:
+    """What the entry of a name shows besides the rest: an error's bases, and a constant, which has no docstring."""
+    value = getattr(fgsteer, name)
+    if isinstance(value, type) and issubclass(value, BaseException):
+        return "    options:\n      show_bases: true\n"
+    return "" if callable(value) else "    options:\n      show_if_no_docstring: true\n"
+
+
 def api_pages() -> dict[str, str]:
     """One page a group, and one that lists every name."""
     pages, index = {}, ["# API reference", "", "Every public name of `import fgsteer as fg`, by what it is for.", ""]
     for group, names in grouped().items():
         title = title_of(group)
-        index += [f"## {title}", "", "| | |", "|---|---|"]
+        index += [f"## {title}", "", "| name | what it is |", "|---|---|"]
         index += [f"| [`fg.{name}`][fgsteer.{name}] | {summary(name)} |" for name in names] + [""]
         blocks = [f"[](){{ #fgsteer.{name} }}\n\n::: {address(name)}\n" for name in names]
         pages[f"reference/api/{group}.md"] = f"# {title}\n\n" + "\n".join(blocks)
@@ -94,13 +102,13 @@ def cli_page() -> str:
     """Every command with its arguments and options, from the Typer application."""
     group = typer.main.get_command(importlib.import_module("fgsteer.cli").app)
     commands: dict[str, Any] = dict(sorted(getattr(group, "commands", {}).items()))
-    lines = ["# Command line", "", str(group.help), "", "| command | |", "|---|---|"]
-    lines += [f"| [`fgsteer {name}`](#fgsteer-{name}) | {first(command.help)} |" for name, command in commands.items()]
+    lines = ["# Command line", "", str(group.help), "", "| command | what it does |", "|---|---|"]
+    lines += [f"| [`{name}`](#fgsteer-{name}) | {first(command.help)} |" for name, command in commands.items()]
     for name, command in commands.items():
         context = typer.Context(command, info_name=f"fgsteer {name}")
         usage = " ".join(["fgsteer", name, *command.collect_usage_pieces(context)])
         lines += ["", f"## fgsteer {name}", "", command.help, "", "```text", usage, "```", ""]
-        lines += ["| argument or option | |", "|---|---|"]
+        lines += ["| argument or option | what it means |", "|---|---|"]
         for parameter in command.get_params(context):
             if (record := parameter.get_help_record(context)) is not None:
                 lines.append(f"| `{record[0]}` | {cell(record[1])} |")
@@ -145,7 +153,7 @@ def contrasts_table() -> str:
 
 def errors_table() -> str:
     """Every exception and warning, with its bases and what it means."""
-    lines = ["| | is also | raised when |", "|---|---|---|"]
+    lines = ["| name | is also | raised when |", "|---|---|---|"]
     for name in grouped()["errors"]:
         bases = ", ".join(f"`{base.__name__}`" for base in getattr(fgsteer, name).__bases__)
         lines.append(f"| [`fg.{name}`][fgsteer.{name}] | {bases} | {summary(name)} |")
@@ -155,13 +163,13 @@ def errors_table() -> str:
 def scores_table() -> str:
     """The named selection scores."""
     rows = [f"| `{name}` | {first(score.__doc__)} |" for name, score in fgsteer.SCORES.items()]
-    return "\n".join(["| name | |", "|---|---|", *rows])
+    return "\n".join(["| name | what it is |", "|---|---|", *rows])
 
 
 def methods_table() -> str:
     """Every method of ``build`` and what it is."""
     rows = [f"| [`{name}`][fgsteer.{name}] | {summary(name)} |" for name in fgsteer.METHODS]
-    return "\n".join(["| name | |", "|---|---|", *rows])
+    return "\n".join(["| name | what it is |", "|---|---|", *rows])
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -180,7 +188,7 @@ MARK = re.compile(r"<!-- generated: ([a-z]+) -->")
 def on_config(config: Any) -> Any:
     """Put the notebooks and the API's pages into the navigation; leave out what is not there."""
     notebooks = sorted(path.name for path in (ROOT / "docs" / "tutorials").glob("*.ipynb"))
-    lists = {
+    lists: dict[str, list[Any]] = {
         "tutorials/": [f"tutorials/{name}" for name in notebooks],
         "reference/api/": [page if "index" in page else {title_of(Path(page).stem): page} for page in api_pages()],
     }

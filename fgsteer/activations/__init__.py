@@ -1,1 +1,1 @@
-"""From texts to activations: tokens and which of them are meant, batches, and truncated forward passes."""
+"""From texts to activations: tokens and which of them are meant, batches, and forward passes that stop early."""

@@ -1,6 +1,6 @@
-"""Out of memory: a batch that does not fit is read in halves.
+"""Back off when memory runs out: a batch that does not fit is read in halves.
 
-for part, found in in_parts(batches, read):
+for batch, result in map_with_oom_backoff(batches, read):
     ...
 """
 
@@ -19,51 +19,52 @@ from fgsteer.errors.checks import warn
 from fgsteer.errors.wording import count
 
 T = TypeVar("T")
-Either = Batch | SharedBatch
-# how torch says it, on CUDA, in cuBLAS, on the CPU of Linux and of Windows
-_WORDS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+AnyBatch = Batch | SharedBatch
+# what torch's errors say on CUDA, in cuBLAS, on the CPU of Linux and of Windows
+OUT_OF_MEMORY_WORDS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
 
-def map_with_oom_backoff(batches: Iterable[Either], read: Callable[[Either], T]) -> Iterator[tuple[Either, T]]:
-    """Each batch with what ``read`` gives for it; from the first that memory does not suffice for, in halves.
+def map_with_oom_backoff(batches: Iterable[AnyBatch], read: Callable[[AnyBatch], T]) -> Iterator[tuple[AnyBatch, T]]:
+    """Yield each batch with what ``read`` returns for it; a batch for which memory does not suffice goes in halves.
 
-    Warns FgsteerWarning once. Raises DataError naming a text that does not fit alone.
+    From the first such batch on, no larger one is tried. Warns FgsteerWarning once. Raises DataError naming a text
+    that does not fit alone.
     """
-    most = math.inf  # padded tokens that were not too many yet
+    max_tokens = math.inf  # padded tokens that have not been too many yet
     for batch in batches:
-        waiting: list[Either] = [batch]
+        waiting: list[AnyBatch] = [batch]
         while waiting:
             part = waiting.pop()
-            if part.tokens <= most or len(part.rows) == 1:
-                found = _try(read, part)
-                if found is not None:
-                    yield part, found[0]
+            if part.tokens <= max_tokens or len(part.rows) == 1:
+                result = _try(read, part)
+                if result is not None:
+                    yield part, result[0]
                     continue
-                if most == math.inf:
+                if max_tokens == math.inf:
                     warn(
-                        f"a batch of {count(part.tokens, 'token')} does not fit in memory: going on in halves; "
-                        "a smaller batch_tokens spares the attempt",
+                        f"A batch of {count(part.tokens, 'token')} does not fit in memory and is read in halves. "
+                        "Pass a smaller batch_tokens to spare the attempt.",
                         FgsteerWarning,
                     )
             middle = len(part.rows) // 2
             halves = [part.part(slice(middle, None)), part.part(slice(middle))]
-            most = min(most, max(half.tokens for half in halves))
+            max_tokens = min(max_tokens, max(half.tokens for half in halves))
             waiting += halves
 
 
-def _try(read: Callable[[Either], T], batch: Either) -> tuple[T] | None:
-    """What ``read`` gives, or None where memory does not suffice for several rows. Raises DataError for one row."""
+def _try(read: Callable[[AnyBatch], T], batch: AnyBatch) -> tuple[T] | None:
+    """Return what ``read`` does, or None where memory does not suffice for several rows. Raises DataError for one."""
     try:
         return (read(batch),)
     except (RuntimeError, MemoryError) as error:
-        short = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not short and not any(word in str(error) for word in _WORDS):
+        is_typed = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_typed and not any(words in str(error) for words in OUT_OF_MEMORY_WORDS):
             raise
         if len(batch.rows) > 1:
             return None
         row = batch.rows[0]
         raise DataError(
-            f"{row.where or f'text {row.index}'}, {count(len(row.ids), 'token')} long, does not fit in memory",
-            "one that does",
+            f"Memory does not suffice for {row.where or f'text {row.index}'}, with {count(len(row.ids), 'token')}.",
+            "a text that fits",
             "pass max_tokens=, load the model in a smaller dtype, or use another device",
         ) from error

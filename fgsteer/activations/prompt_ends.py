@@ -1,4 +1,4 @@
-"""Where prompts end in the forward passes that run now: noted by who runs them, read by steer."""
+"""Where prompts end in the forward passes that run now: noted by the code that runs them, read by ``steer``."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from torch import Tensor, nn
 from fgsteer.models.hookpoints import decoder_of
 from fgsteer.models.properties import input_device
 
-_ends: dict[tuple[int, int], Tensor] = {}  # by decoder and thread: where prompts end in the passes that run now
+PassKey = tuple[int, int]  # the id of a decoder, and a thread
+_ends: dict[PassKey, Tensor] = {}  # where prompts end in the passes that run now
 
 
-def pass_key(model: nn.Module) -> tuple[int, int]:
-    """What tells passes of this model in this thread from all others."""
+def pass_key(model: nn.Module) -> PassKey:
+    """Return what tells passes of this model in this thread from all others."""
     return id(decoder_of(model)), threading.get_ident()
 
 
 @contextmanager
 def note_prompt_ends(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
-    """Forward passes over prompts and completions at once, for every ``steer`` block on the model around or inside.
+    """Note where prompts end in passes over prompts and completions at once, for every ``steer`` block on the model.
 
-    ``lengths``, one a row of the batch: the columns, padding included, before its first completion token.
+    ``lengths`` has an entry for each row of the batch: the columns, padding included, before its first completion
+    token. It does not matter whether the ``steer`` block is around this one or inside.
     """
     key = pass_key(model)
     before, _ends[key] = _ends.get(key), torch.tensor(lengths, device=input_device(model))
@@ -38,6 +40,6 @@ def note_prompt_ends(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]
             _ends[key] = before
 
 
-def noted_prompt_ends(key: tuple[int, int]) -> Int[Tensor, " batch"] | None:
-    """What ``note_prompt_ends`` says of the pass that runs now, None outside of it."""
+def noted_prompt_ends(key: PassKey) -> Int[Tensor, " batch"] | None:
+    """Return what ``note_prompt_ends`` noted for the pass that runs now, None outside of it."""
     return _ends.get(key)

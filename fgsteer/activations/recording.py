@@ -1,7 +1,6 @@
-"""Reading activations: batches of token rows, and one truncated forward pass per batch.
+"""Record activations: one forward pass over a batch of token rows, which stops at the last hookpoint.
 
-``record`` runs a model only as far as the last hookpoint asked for; no later block
-and no head is computed.
+No later block and no head is computed.
 
     acts = record(model, ids, mask, [Hookpoint(6)])[Hookpoint(6)]      (batch, tokens, d_model)
 """
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fgsteer.activations.outputs import hidden_states_of, reshape_by_token
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve
@@ -27,11 +27,8 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 
-from fgsteer.activations.outputs import hidden_states_of, reshape_by_token
-
-
-class _Reached(Exception):  # noqa: N818
-    """Every hookpoint asked for has been read: the forward pass may stop."""
+class _AllRecorded(Exception):  # noqa: N818
+    """Every hookpoint asked for has been recorded: the forward pass may stop."""
 
 
 @checked
@@ -43,33 +40,47 @@ def record(
     hookpoints: Iterable[Hookpoint],
     cache: Cache | None = None,
 ) -> dict[Hookpoint, Float[Tensor, "batch tokens d_model"]]:
-    """Activations (batch, tokens, d_model) at each hookpoint, in the model's dtype.
+    """Record the activations at hookpoints in one forward pass, which stops at the last of them.
 
-    The forward pass stops at the last of them. With a ``cache`` it goes on from the tokens in there, which
-    ``attention`` then covers too, and leaves its own in it. Virtual tokens of prompt and prefix tuning (PEFT) come
-    before the ids and are not among what is returned. Raises HookpointError for one that the
-    model lacks, DataError for none; warns FgsteerWarning of a model in train mode with dropout.
+    Args:
+        model: A Hugging Face causal language model.
+        ids: Token ids (batch, tokens).
+        attention: Attention mask; with a ``cache`` it covers the tokens in there too.
+        hookpoints: Where to record.
+        cache: Keys and values of earlier tokens, from which the pass goes on, and to which it adds its own.
+
+    Returns:
+        Activations (batch, tokens, width) by hookpoint, in the model's dtype. Virtual tokens of prompt and prefix
+        tuning (PEFT) come before the ids and are not among them.
+
+    Raises:
+        HookpointError: The model lacks a hookpoint.
+        DataError: There is no hookpoint, or there are more tokens than the model has positions.
+
+    Warns:
+        FgsteerWarning: The model is in train mode and has dropout.
     """
     warn_of_dropout(model)
     check_window(model, ids.shape[1], "a row")
     wanted = list(dict.fromkeys(map(Hookpoint.parse, hookpoints)))
     if not wanted:
-        raise DataError("no hookpoint", "at least one")
-    found: dict[Hookpoint, Tensor] = {}
-    mine = threading.get_ident()
+        raise DataError("no hookpoint", "at least one hookpoint to record at", "pass hookpoints=")
+    recorded: dict[Hookpoint, Tensor] = {}
+    this_thread = threading.get_ident()
     virtual = virtual_tokens(model)
     run = model if virtual else decoder_of(model)  # PEFT puts virtual tokens in front where the whole model is called
 
     def keep(hookpoint: Hookpoint, value: Tensor) -> None:
-        if threading.get_ident() != mine:  # another thread's pass, which goes on as it is
+        if threading.get_ident() != this_thread:  # another thread's pass, which goes on as it is
             return
         batch, length = ids.shape
         if value.numel() == batch * (virtual + length) * value.shape[-1]:  # not those of a prefix, which are in a cache
             length += virtual
-        found[hookpoint] = reshape_by_token(value, batch, length)[:, -ids.shape[1] :]
-        if len(found) == len(wanted):
-            raise _Reached
-        found[hookpoint] = found[hookpoint].clone()  # the pass goes on, and Falcon adds to its MLP's output in place
+        recorded[hookpoint] = reshape_by_token(value, batch, length)[:, -ids.shape[1] :]
+        if len(recorded) == len(wanted):
+            raise _AllRecorded
+        # the pass goes on, and Falcon adds to its MLP's output in place
+        recorded[hookpoint] = recorded[hookpoint].clone()
 
     with ExitStack() as stack:
         for hookpoint in wanted:
@@ -89,17 +100,17 @@ def record(
 
                 handle = module.register_forward_hook(after)
             stack.callback(handle.remove)
-        with suppress(_Reached):
-            run(input_ids=ids, attention_mask=attention, **_continuing(model, ids, attention, cache))
-    return found
+        with suppress(_AllRecorded):
+            run(input_ids=ids, attention_mask=attention, **_cache_arguments(model, ids, attention, cache))
+    return recorded
 
 
-def _continuing(model: nn.Module, ids: Tensor, attention: Tensor | None, cache: Cache | None) -> dict[str, Any]:
-    """Arguments of a forward pass that goes on from a cache: the positions of its tokens, padding not counted."""
+def _cache_arguments(model: nn.Module, ids: Tensor, attention: Tensor | None, cache: Cache | None) -> dict[str, Any]:
+    """Return the arguments of a pass that goes on from a cache: the positions of its tokens, padding not counted."""
     if cache is None:
         return {"use_cache": False}
     assert attention is not None
-    given: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
+    arguments: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
     if "position_ids" in inspect.signature(decoder_of(model).forward).parameters:  # BLOOM counts its mask
-        given["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return given
+        arguments["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return arguments

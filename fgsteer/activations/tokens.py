@@ -3,11 +3,11 @@
 A row of ids is made of spans, in this order:
 
     start     special tokens before the text: BOS, or EOS in its place
-    prompt    what the completion follows
+    prompt    what comes before the completion
     content   the completion, or the whole text where there is no prompt
     tail      what a chat template writes after the content of the last message
 
-EOS that a tokenizer appends is left out: nothing before it sees it, and no generation should follow it.
+An EOS token that a tokenizer appends is left out: no token before it sees it, and no generation should follow it.
 
     with TokenReader(tokenizer, rule="answer") as reader:
         for rows in reader.rows([("2 + 2 =", "4", True)]): ...
@@ -31,6 +31,7 @@ from fgsteer.data.contrasts import check_text
 from fgsteer.data.rendering import Rendered, render, render_prompt
 from fgsteer.errors import DataError, FgsteerWarning
 from fgsteer.errors.checks import warn
+from fgsteer.errors.wording import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,17 +39,23 @@ if TYPE_CHECKING:
 TokenRule = Literal["all", "last", "answer", "letter", "tail"] | int
 Triple = tuple[Text, Text, bool]  # prompt, completion, and whether it is a positive
 T = TypeVar("T")
-TEXTS_PER_CHUNK = 1024  # texts tokenised and sorted by length together: bounds memory, not results
+TEXTS_PER_CHUNK = 1024  # tokenised and sorted by length together: bounds memory, not results
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One text as token ids, with the indices that are read.
+    """One text as token ids, with the indices of those that are read.
 
-    ``index`` is its place in the input, ``where`` how messages name it. ``start`` special tokens stand before the
-    text; ``prompt_length`` tokens before its completion: what ``generate`` would have been given, at least one. A
-    text without a prompt is one as a whole, or, where its tokens are scored, none but the special tokens
-    before it, its first word where there are none.
+    Attributes:
+        ids: The token ids.
+        selected: Indices into ``ids`` of the tokens that are read.
+        index: The number of the text in the input.
+        positive: Whether the text is a positive example.
+        where: How messages name the text.
+        start: How many special tokens stand before the text.
+        prompt_length: How many tokens come before its completion, at least one: what ``generate`` would have been
+            given. A text without a prompt counts as a prompt from beginning to end. Where its tokens are scored, only
+            the special tokens before it do, or its first word where there are none.
     """
 
     ids: Sequence[int]
@@ -62,7 +69,7 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Spans:
-    """Token ids, and the index at which the text, its completion (None: not known) and its tail begin."""
+    """Token ids, and the indices at which the text, its completion (None where not known) and its tail begin."""
 
     ids: list[int]
     start: int
@@ -71,80 +78,80 @@ class Spans:
 
 
 def split_into_chunks(items: Iterable[T]) -> Iterator[list[T]]:
-    """Lists of TEXTS_PER_CHUNK items, the last of what is left."""
+    """Yield lists of TEXTS_PER_CHUNK items; the last one may be shorter."""
     rest = iter(items)
-    while window := list(islice(rest, TEXTS_PER_CHUNK)):
-        yield window
+    while chunk := list(islice(rest, TEXTS_PER_CHUNK)):
+        yield chunk
 
 
 def special_starts(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that are no word where a text begins with them: every special token but that of unknown words."""
+    """Return the ids that are no word where a text begins with them: all special tokens but that of unknown words."""
     return frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that stands before texts: BOS, or EOS where a tokenizer has no BOS. Raises DataError without either."""
-    found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if found is None:
+    """Return the token that stands before texts: BOS, or EOS without a BOS. Raises DataError without either."""
+    token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if token_id is None:
         raise DataError(
-            "a tokenizer without a BOS and an EOS token",
-            "one of them, to put before texts as this SAE was trained",
+            "one that has neither",
+            "a tokenizer with a BOS or an EOS token, to put before texts as in the SAE's training",
             "set tokenizer.bos_token, or pass prepend_bos=False",
         )
-    return int(found)
+    return int(token_id)
 
 
 class _Encoder:
-    """Strings to ids with the spans they are made of; ``prepend_bos`` None leaves BOS to the tokenizer."""
+    """Turns strings into ids with their spans; ``prepend_bos`` None leaves BOS to the tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | None) -> None:
         if prepend_bos not in (None, True, False):
-            raise DataError(f"prepend_bos={prepend_bos!r}", "True, False, or None for what the tokenizer does")
+            raise DataError(f"prepend_bos = {prepend_bos!r}", "True, False, or None for what the tokenizer does")
         self.tokenizer, self.prepend_bos = tokenizer, prepend_bos
         self.fast = bool(getattr(tokenizer, "is_fast", False))
         self.specials = special_starts(tokenizer)
         mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-        words = [place for place, special in enumerate(mask) if not special] or [len(mask)]
+        words = [index for index, special in enumerate(mask) if not special] or [len(mask)]
         self.before, self.after = words[0], len(mask) - 1 - words[-1]  # special tokens that the tokenizer adds
 
     def spans(self, texts: Sequence[Rendered]) -> list[Spans]:
-        """The spans of each text, in their order."""
-        found: dict[int, Spans] = {}
+        """Return the spans of each text, in their order."""
+        spans: dict[int, Spans] = {}
         for special in (True, False):
-            places = [place for place, text in enumerate(texts) if text.special == special]
-            if not places:
+            indices = [index for index, text in enumerate(texts) if text.special == special]
+            if not indices:
                 continue
             # not verbose: no warning of a text longer than the model's window, which is cut to it
             encoded = self.tokenizer(
-                [texts[place].text for place in places],
+                [texts[index].text for index in indices],
                 add_special_tokens=special,
                 return_offsets_mapping=self.fast,
                 verbose=False,
             )
-            for row, place in enumerate(places):
+            for row, index in enumerate(indices):
                 offsets = encoded["offset_mapping"][row] if self.fast else None
-                found[place] = self._spans(texts[place], list(encoded["input_ids"][row]), offsets)
-        return [found[place] for place in range(len(texts))]
+                spans[index] = self._spans(texts[index], list(encoded["input_ids"][row]), offsets)
+        return [spans[index] for index in range(len(texts))]
 
     def _spans(self, text: Rendered, ids: list[int], offsets: list[tuple[int, int]] | None) -> Spans:
-        ids, offsets, added = self._framed(ids, offsets, text.special)
+        """Find the spans of one text in its ids."""
+        ids, offsets, added = self._adjust_bos_and_eos(ids, offsets, text.special)
         start = added or int(bool(ids) and ids[0] in self.specials)
 
         def first(character: int, edge: int) -> int:
-            """The first token whose end (edge 1) is past a character, or whose beginning (edge 0) is not before it."""
+            """Find the first token that ends after a character (edge 1), or begins at or after it (edge 0)."""
             if offsets is None:
-                return self._shared(ids, text.text[:character], text.special, 1 - edge)
-            places = range(added, len(ids))
-            return next((p for p in places if offsets[p][edge] >= character + edge), len(ids))
+                return self._count_shared(ids, text.text[:character], text.special, 1 - edge)
+            return next((i for i in range(added, len(ids)) if offsets[i][edge] >= character + edge), len(ids))
 
         answer = text.answer and first(text.answer, 1)
         tail = len(ids) if text.end == len(text.text) else first(text.end, 0)
         return Spans(ids, start, start if answer == 0 else answer, tail)
 
-    def _framed(
+    def _adjust_bos_and_eos(
         self, ids: list[int], offsets: list[tuple[int, int]] | None, special: bool
     ) -> tuple[list[int], list[tuple[int, int]] | None, int]:
-        """Ids with BOS as asked for, never twice, and without EOS behind them; and how many of them were added."""
+        """Return ids with BOS as asked for, never twice, and no EOS after them; and how many of them were added."""
         drop, insert, added = 0, 0, self.before if special else 0
         if special:
             ids = ids[: len(ids) - self.after]
@@ -162,13 +169,13 @@ class _Encoder:
             offsets = [(0, 0)] * insert + offsets[drop:]
         return ids, offsets, added + insert
 
-    def _shared(self, ids: Sequence[int], text: str, special: bool, spanning: int) -> int:
-        """How many of ids the beginning of their text has, by a tokenizer that does not tell where tokens stand.
+    def _count_shared(self, ids: Sequence[int], text: str, special: bool, spanning: int) -> int:
+        """Count the ids that the beginning of their text has, for a tokenizer that does not tell where tokens stand.
 
-        One that spans the beginning's end counts ``spanning``, 0 or 1.
+        A token that spans the beginning's end counts ``spanning``, 0 or 1.
         """
         own = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-        begin = self._framed(own, None, special)[0]
+        begin = self._adjust_bos_and_eos(own, None, special)[0]
         same = next((n for n, (x, y) in enumerate(zip(begin, ids, strict=False)) if x != y), min(len(begin), len(ids)))
         return same if same == len(begin) else min(same + spanning, len(ids))
 
@@ -176,24 +183,36 @@ class _Encoder:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], *, prepend_bos: bool | None = None
 ) -> tuple[Int[Tensor, "prompts tokens"], Int[Tensor, "prompts tokens"]]:
-    """Ids and attention mask, each (prompts, tokens), of prompts to be continued, padded on the left.
+    """Encode prompts that are to be continued, padded on the left.
 
-    Prompts are strings or chat messages; BOS stands before each once at most, and EOS behind none. Raises DataError
-    for no prompt, one without a token, or several with a tokenizer that cannot pad.
+    BOS stands before each prompt at most once, and EOS after none.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompts: Strings or lists of chat messages.
+        prepend_bos: As for ``TokenReader``.
+
+    Returns:
+        Ids and attention mask, each (prompts, tokens).
+
+    Raises:
+        DataError: There is no prompt, one has no token, or there are several and the tokenizer cannot pad.
     """
     if isinstance(prompts, str) or not len(prompts):
-        raise DataError(f"prompts {prompts!r:.40}", "a list of at least one prompt")
+        raise DataError(f"prompts = {prompts!r:.40}", "a list of at least one prompt")
     rows = _Encoder(tokenizer, prepend_bos).spans([render_prompt(tokenizer, prompt) for prompt in prompts])
     for number, row in enumerate(rows):
         if not row.ids:
             raise DataError(
-                f"prompt {number} is empty, and this tokenizer puts no BOS before a text",
+                f"Prompt {number} is empty, and this tokenizer puts no BOS before a text.",
                 "at least one token to go on from",
                 "write a word, or the text of the token that your model's texts begin with",
             )
     if tokenizer.pad_token_id is None and len(rows) > 1:
         raise DataError(
-            "a tokenizer without a pad token", "one that can pad", "set tokenizer.pad_token = tokenizer.eos_token"
+            f"{len(rows)} prompts for a tokenizer without a pad token",
+            "a tokenizer that can pad, or one prompt",
+            "set tokenizer.pad_token = tokenizer.eos_token",
         )
     return pad([row.ids for row in rows], tokenizer.pad_token_id or 0, side="left")
 
@@ -201,7 +220,7 @@ def encode_prompts(
 def pad(
     rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"] = "right"
 ) -> tuple[Int[Tensor, "rows longest"], Int[Tensor, "rows longest"]]:
-    """(ids, attention mask) of rows filled up to the longest."""
+    """Return (ids, attention mask), each (rows, longest), of rows filled up to the longest."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, pad_id, side)
     lengths = torch.tensor([len(row) for row in rows])[:, None]
     place = torch.arange(ids.shape[1])
@@ -209,28 +228,37 @@ def pad(
 
 
 def _letter_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], answer: int, where: str) -> int:
-    """Index of the one completion token that is the completion's letter. Raises DataError."""
+    """Return the index of the one completion token that is a single letter. Raises DataError."""
     pieces = [tokenizer.decode([i]) for i in ids[answer:]]
-    found = [n for n, piece in enumerate(pieces) if len(piece.strip()) == 1 and piece.strip().isalpha()]
-    if len(found) != 1:
+    letters = [n for n, piece in enumerate(pieces) if len(piece.strip()) == 1 and piece.strip().isalpha()]
+    if len(letters) != 1:
         raise DataError(
-            f"{where} ends in tokens {pieces}",
+            f"The completion of {where} has the tokens {pieces}.",
             "exactly one token that is a single letter",
-            'use tokens="answer" or rows whose letter is a token of its own',
+            'use tokens="answer", or rows whose letter is a token of its own',
         )
-    return answer + found[0]
+    return answer + letters[0]
 
 
 @dataclass(eq=False)
 class TokenReader:
-    """Turns texts into token rows by one rule, and says at its end how many of them were too long.
+    """Turns texts into token rows by one rule, and warns at its end of texts that were too long.
 
-    ``rule``: all, last (of the content), answer (the completion's content), letter (its one token that is a single
-    letter), tail (what a chat template writes after the content), or an index into the row, special tokens
-    included. ``bos`` reads the special token before a text too. ``prepend_bos``: True puts BOS (EOS
-    where there is none) before every text, False takes the tokenizer's away, None leaves it to the tokenizer.
-    Rows keep their first ``max_tokens`` tokens, and never more than the ``window`` of the model. ``scored`` leaves
-    out what no token stands before; ``skip_empty`` leaves out texts with nothing to read.
+    Attributes:
+        tokenizer: The model's tokenizer.
+        rule: Which tokens are read: "all", "last" (of the content), "answer" (the completion's content), "letter"
+            (its one token that is a single letter), "tail" (what a chat template writes after the content), or an
+            index into the row, special tokens included.
+        bos: Whether the special token before a text is read too.
+        prepend_bos: True puts BOS (EOS where there is none) before every text, False takes the tokenizer's away,
+            None leaves it to the tokenizer.
+        max_tokens: Tokens that are kept of a row, from its beginning.
+        window: The model's window, in tokens; rows are cut to it.
+        joint: What joins a prompt and its completion; None is a space unless one of them brings white space.
+        skip_empty: Whether texts with nothing to read are left out; else they are an error.
+        scored: Whether tokens are read in order to score them, which those that no token precedes cannot be.
+        texts: How many texts were read.
+        too_long: How many of them were longer than the window.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -246,13 +274,13 @@ class TokenReader:
     too_long: int = 0
 
     def __post_init__(self) -> None:
-        rule, least = self.rule, self.max_tokens
+        rule, limit = self.rule, self.max_tokens
         if isinstance(rule, bool) or not (rule in ("all", "last", "answer", "letter", "tail") or isinstance(rule, int)):
-            raise DataError(f"tokens={rule!r}", "all, last, answer, letter, tail or the index of a token")
+            raise DataError(f"tokens = {rule!r}", "all, last, answer, letter, tail or the index of a token")
         if not isinstance(self.bos, bool):
-            raise DataError(f"bos={self.bos!r}", "True or False")
-        if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 1):
-            raise DataError(f"max_tokens={least!r}", "a whole number of tokens, at least 1")
+            raise DataError(f"bos = {self.bos!r}", "True or False")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise DataError(f"max_tokens = {limit!r}", "a whole number of tokens, at least 1")
 
     def __enter__(self) -> TokenReader:
         return self
@@ -260,8 +288,8 @@ class TokenReader:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self.too_long:
             warn(
-                f"{self.too_long} of {self.texts} texts are longer than the model's window of {self.window} tokens; "
-                "only what fits was read. Shorten or split them, or say how much to read with max_tokens",
+                f"{self.too_long} of {self.texts} texts are longer than the model's window of {self.window} tokens. "
+                "Only what fits was read. Shorten or split them, or say how much to read with max_tokens.",
                 FgsteerWarning,
             )
 
@@ -270,46 +298,56 @@ class TokenReader:
         return _Encoder(self.tokenizer, self.prepend_bos)
 
     def rows(self, texts: Iterable[Triple], first: int = 0) -> Iterator[list[TokenRow]]:
-        """Windows of rows sorted by length, from (prompt, completion, positive), numbered from ``first``.
+        """Yield chunks of rows sorted by length.
 
-        Raises DataError naming the text.
+        Args:
+            texts: (prompt, completion, positive) of each text.
+            first: The number of the first text.
+
+        Raises:
+            DataError: A text has nothing to read under the rule; the error names the text.
         """
-        for window in split_into_chunks(enumerate(texts, first)):
-            rendered = [self._rendered(index, prompt, completion) for index, (prompt, completion, _) in window]
+        for chunk in split_into_chunks(enumerate(texts, first)):
+            rendered = [self._render(index, prompt, completion) for index, (prompt, completion, _) in chunk]
             rows = []
             for (index, (_, _, positive)), text, spans in zip(
-                window, rendered, self._encoder.spans(rendered), strict=True
+                chunk, rendered, self._encoder.spans(rendered), strict=True
             ):
                 where = f"text {index} ({'positive' if positive else 'negative'}) {text.text!r:.60}"
-                whole, spans = len(spans.ids), self._cut(spans)
+                full_length, spans = len(spans.ids), self._cut(spans)
                 selected = self.select(spans, where)
                 if selected:
                     length = self._prompt_length(spans)
                     rows.append(TokenRow(spans.ids, selected, index, positive, where, spans.start, length))
                 elif not self.skip_empty:
-                    if len(spans.ids) < whole:
-                        raise DataError(
-                            f"{where} has {whole} tokens, and none of the first {len(spans.ids)}, which the model's "
-                            f"window or max_tokens leaves, is to be read under tokens={self.rule!r}",
-                            "a text that is not cut before what is read",
-                            "shorten its prompt",
-                        )
-                    raise DataError(
-                        f"{where} has {len(spans.ids)} token(s) and none to read under tokens={self.rule!r}",
-                        "at least one token besides the special one before the text",
-                        "drop the text, choose another rule, or pass bos=True",
-                    )
-            self.texts += len(window)
+                    raise self._nothing_to_read(where, len(spans.ids), full_length)
+            self.texts += len(chunk)
             rows.sort(key=lambda row: (len(row.ids), row.index))
             yield rows
 
-    def _rendered(self, index: int, prompt: Text, completion: Text) -> Rendered:
+    def _nothing_to_read(self, where: str, length: int, full_length: int) -> DataError:
+        """Make the error of a text of which the rule selects no token."""
+        if length < full_length:
+            return DataError(
+                f"tokens={self.rule!r} selects none of the first {length} of {full_length} tokens of {where}, "
+                "which are what the model's window or max_tokens leaves.",
+                "a text that is not cut before what is read",
+                "shorten its prompt",
+            )
+        return DataError(
+            f"tokens={self.rule!r} selects none of the {count(length, 'token')} of {where}.",
+            "at least one token besides the special one before the text",
+            "drop the text, choose another rule, or pass bos=True",
+        )
+
+    def _render(self, index: int, prompt: Text, completion: Text) -> Rendered:
+        """Render a text as one string. Raises DataError."""
         where = f"text {index}"
         prompt = check_text(prompt, f"the prompt of {where}", empty=True)
         return render(self.tokenizer, prompt, check_text(completion, where, empty=True), self.joint)
 
     def _cut(self, spans: Spans) -> Spans:
-        """The spans without what is past ``max_tokens`` or the window."""
+        """Return the spans without what is past ``max_tokens`` or the window."""
         length = len(spans.ids)
         limit = min(length, self.max_tokens or length)
         if self.window is not None and limit > self.window:
@@ -318,13 +356,14 @@ class TokenReader:
         return Spans(spans.ids[:limit], spans.start, spans.answer, min(limit, spans.tail))
 
     def _prompt_length(self, spans: Spans) -> int:
+        """Count the tokens before the completion, as ``TokenRow.prompt_length`` has them."""
         answer = spans.answer if spans.answer != spans.start else None
         if answer is None:
             return max(1, spans.start) if self.scored else len(spans.ids)
         return min(answer, len(spans.ids))
 
     def select(self, spans: Spans, where: str) -> list[int]:
-        """Indices of the tokens that the rule reads, maybe none. Raises DataError."""
+        """Return the indices of the tokens that the rule selects, maybe none. Raises DataError."""
         length, rule = len(spans.ids), self.rule
         first = max(0 if self.bos else spans.start, int(self.scored))
         if rule == "all":
@@ -334,16 +373,18 @@ class TokenReader:
         if rule == "last":
             return [spans.tail - 1] if spans.tail > first else []
         if isinstance(rule, int):
-            place = rule if rule >= 0 else length + rule
-            if 0 <= place < first:
+            index = rule if rule >= 0 else length + rule
+            if 0 <= index < first:
                 raise DataError(
-                    f"tokens={rule} is the special token before {where}", "a later token", "pass bos=True to read it"
+                    f"tokens = {rule}, which is the special token before {where}",
+                    "the index of a later token",
+                    "pass bos=True to read the special token",
                 )
-            return [place] if first <= place < length else []
+            return [index] if first <= index < length else []
         if spans.answer is None:
             raise DataError(
-                f"{where} in a chat template that rewrites earlier turns",
-                "one under which the prompt is where the conversation begins",
+                f"The chat template rewrites the earlier turns of {where}, so that its answer cannot be told apart.",
+                "a template under which a conversation begins with its prompt",
                 'use tokens="last", or pass the prompt and the answer as strings',
             )
         if rule == "letter":

@@ -6,9 +6,9 @@ import inspect
 from typing import Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand
 
-from fgsteer.cli.outputs import FILLED, SHIPPED_OR_FILES, check_apart, written_alone
+from fgsteer.cli.choices import CommandWithChoices
+from fgsteer.cli.outputs import check_apart, lock_output, may_be_path
 from fgsteer.storage.ranks import Ranks
 
 app = typer.Typer(
@@ -20,15 +20,15 @@ app = typer.Typer(
 )
 
 
-class Command(TyperCommand):
-    """A command that writes to no file that it reads, and to none that another one is writing."""
+class Command(CommandWithChoices):
+    """A command that writes to no file that it reads, and to none that another process is writing."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run it. Raises DataError for an output that is an input too, BusyError for one that is being written."""
         hints = get_type_hints(inspect.unwrap(self.callback)) if self.callback else {}
-        paths = [p for p in self.params if p.name in SHIPPED_OR_FILES or "Path" in str(hints.get(p.name or ""))]
+        paths = [p for p in self.params if may_be_path(p.name or "", str(hints.get(p.name or "")))]
         check_apart({max(p.opts, key=len): (p.name, ctx.params.get(p.name)) for p in paths})
         for output in filter(None, map(ctx.params.get, ("out", "html"))):
             if not Ranks.from_env().rank:  # of several processes, the first one writes
-                ctx.with_resource(written_alone(output, FILLED.get(str(self.name), "")))
+                ctx.with_resource(lock_output(output, str(self.name)))
         return super().invoke(ctx)

@@ -53,7 +53,7 @@ def generate(
     import torch
 
     import fgsteer as fg
-    from fgsteer.steering.generation import check_options, listed_prompts
+    from fgsteer.steering.generation import check_options, parse_prompts
 
     steering = interventions(load_vectors(vector, coefficient, operation, model, revision), operation, scope)
     asked = _conversations(prompts, system, prefill) if chat or system is not None else prompts
@@ -62,7 +62,7 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     options |= {"temperature": temperature} if temperature > 0 else {}
     check_options(options)
-    listed_prompts(asked)
+    parse_prompts(asked)
     language_model, tokenizer = load_model(ModelOptions(model, device, dtype, revision, trust_remote_code))
 
     def run(entries: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The files and folders that commands write: none is an input too, and no two processes write one."""
+"""The files and folders that commands write: none is an input too, and no two processes write the same one."""
 
 from __future__ import annotations
 
@@ -11,46 +11,47 @@ from typing import Any
 from fgsteer.errors import DataError
 from fgsteer.storage.targets import make_folder
 
-FILLED = {"bench": "bench.jsonl", "sweep": "sweep.json"}  # commands that fill a folder, and what they hold in it
-OUTPUTS = ("out", "html", "work")  # the parameters that say where a command writes
-SHIPPED_OR_FILES = (
-    "contrast",
-    "source",
-    "concept",
-    "held_out",
-    "model",
-    "sae",
-    "rows_of",
-    "effects",
-)  # shipped, or files
+OUTPUTS = ("out", "html", "work")
+"""The parameters that name what a command writes."""
+NAMES_OR_FILES = ("contrast", "source", "concept", "held_out", "model", "sae", "rows_of", "effects")
+"""The parameters that name either something that fgsteer ships or a file."""
+MAIN_FILES = {"bench": "bench.jsonl", "sweep": "sweep.json"}
+"""The commands that write a folder, and the file in it by which processes agree on who writes."""
+
+
+def may_be_path(parameter: str, hint: str) -> bool:
+    """Whether a command's parameter, with this type hint, can name a file or a folder."""
+    return parameter in NAMES_OR_FILES or "Path" in hint
 
 
 def check_apart(paths: Mapping[str, tuple[str, Any]]) -> None:
-    """Refuse an output that is an input too, by another name or link as well, or two that are one.
+    """Check that no output is an input too, also under another name or behind a link, and no two outputs are one.
 
-    ``paths`` is {option: (parameter, path or paths or None)} of those that may name files. Raises DataError.
+    ``paths`` is {option: (parameter, path or paths or None)} of the parameters that may name files. Raises DataError.
     """
     outputs = {option: Path(value) for option, (name, value) in paths.items() if name in OUTPUTS and value is not None}
     for option, (name, value) in paths.items():
-        for given in value if isinstance(value, list | tuple) else [value]:
+        for path in value if isinstance(value, list | tuple) else [value]:
             for other, output in outputs.items():
-                if option == other or given is None or not _one(given, output, name in OUTPUTS):
+                if option == other or path is None or not _are_one(path, output, name in OUTPUTS):
                     continue
-                if name not in SHIPPED_OR_FILES or not _is_shipped(str(given)):
+                if name not in NAMES_OR_FILES or not _is_shipped(str(path)):
                     raise DataError(
-                        f"{option} {given} and {other} {output} are one file",
-                        "another one to write: what is read stays as it is",
+                        f"{option} {path} and {other} {output} are one file.",
+                        "another file to write",
+                        f"a command never writes to what it reads: change {other}",
                     )
 
 
-def _one(first: str | Path, second: Path, outputs: bool) -> bool:
-    """Whether two paths are one file, which two outputs may be that are not there yet."""
+def _are_one(first: str | Path, second: Path, both_outputs: bool) -> bool:
+    """Whether two paths are one file. Two outputs may also be one file that is not there yet."""
     with contextlib.suppress(OSError, ValueError):
         return os.path.samefile(first, second)
-    return outputs and os.path.realpath(first) == os.path.realpath(second)
+    return both_outputs and os.path.realpath(first) == os.path.realpath(second)
 
 
 def _is_shipped(name: str) -> bool:
+    """Whether a name means something that fgsteer ships, whatever file has the same name."""
     from fgsteer.data.contrasts import shipped_contrasts
     from fgsteer.models.embedded import DEFAULT
 
@@ -58,17 +59,18 @@ def _is_shipped(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def written_alone(output: Path, file: str) -> Iterator[None]:
-    """A block in which no other process writes an output, of a folder the file that tells whose it is."""
+def lock_output(output: Path, command: str) -> Iterator[None]:
+    """A block in which no other process writes the output of a command, a file or a folder. Raises BusyError."""
     from fgsteer.storage.locks import exclusive_lock
 
-    new = bool(file) and not output.exists()
-    if new:
+    main_file = MAIN_FILES.get(command, "")
+    is_new_folder = bool(main_file) and not output.exists()
+    if is_new_folder:
         make_folder(output)
     try:
-        with exclusive_lock(output / file):
+        with exclusive_lock(output / main_file):
             yield
     finally:
-        if new:  # and nothing was written after all
-            with contextlib.suppress(OSError):
+        if is_new_folder:
+            with contextlib.suppress(OSError):  # it stays unless nothing was written to it
                 output.rmdir()

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.app import app
+from fgsteer.cli.choices import completion
 from fgsteer.cli.loading import ModelOptions, check_device, check_fit, documents, load_model
 from fgsteer.cli.options import (
     BatchTokensOption,
@@ -35,7 +36,13 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", callback=fillable, help="Folder for sweep.json and pictures.")
     ] = None,
-    method: Annotated[str, typer.Option(help="caa, ace or pca: builds a vector at each layer.")] = "caa",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="The method that builds a vector at each layer: {sweep methods}.",
+            autocompletion=completion("sweep methods"),
+        ),
+    ] = "caa",
     vector: Annotated[
         list[Path] | None, typer.Option("--vector", "-v", help="A vector of a layer, instead of --method; repeat.")
     ] = None,
@@ -74,15 +81,14 @@ def sweep(
     """
     import fgsteer as fg
     from fgsteer.evaluation.sweep.plots import save_pictures
-    from fgsteer.evaluation.sweep.sweep import METHODS
+    from fgsteer.methods import spec
     from fgsteer.storage.json_files import write_json
     from fgsteer.storage.targets import make_folder
 
     vectors = [fg.SteeringVector.load(path) for path in vector or []]
     if vectors and method != "caa":
         raise DataError(f"--vector and --method {method}", "one of them")
-    if method not in METHODS:
-        raise DataError(f"--method {method}", f"one of {', '.join(METHODS)}")
+    spec(method, "sweep")
     pairs, rule = fg.load_contrast(contrast), token_rule(tokens)
     measured_on = None if held_out is None else fg.load_contrast(held_out)
     plain = None if neutral is None else documents(neutral, field)

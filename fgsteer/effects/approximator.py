@@ -31,7 +31,7 @@ from fgsteer.errors.wording import count
 from fgsteer.models.embedded import DEFAULT, embedded_sae_dir
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.pairing import check_measured_on
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -206,16 +206,14 @@ class EffectApproximator(OneLineRepr):
     def load(cls, path: str | Path) -> EffectApproximator:
         """Read a file that ``save`` wrote. Raises FormatError."""
         tensors, header = read_tensors(path, kind="effects")
-        try:
+        with refuse_damaged(path, "a file written by EffectApproximator.save"):
             return cls(
                 tensors["M"].float(),
                 tensors["b"].float(),
-                Hookpoint.read(header["hookpoint"]),
+                Hookpoint.from_name(header["hookpoint"]),
                 str(header["sae_sha256"]),
                 dict(header["about"]),
             )
-        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-            raise FormatError(f"{path} is damaged: {error}", "a file written by EffectApproximator.save") from error
 
 
 def load_effects(source: str | Path = DEFAULT) -> EffectApproximator:

@@ -24,7 +24,7 @@ from fgsteer.activations.batches import batch_texts, record_batch
 from fgsteer.activations.tokens import TokenReader, encode_prompts
 from fgsteer.effects.ridge import LinearMoments, best_ridge
 from fgsteer.effects.rollouts import Sampling, rollout_features
-from fgsteer.errors import DataError, FormatError, PairingError
+from fgsteer.errors import DataError, PairingError
 from fgsteer.errors.checks import check_range, is_whole_number
 from fgsteer.interventions import Add
 from fgsteer.likelihood.calibration import calibrate_many
@@ -33,7 +33,7 @@ from fgsteer.models.pairing import check_pairing, model_identity
 from fgsteer.models.properties import context_window
 from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.saes.sae import SAE
-from fgsteer.storage.files import read_tensors, tensor_sha256, write_tensors
+from fgsteer.storage.files import damage_error, read_tensors, tensor_sha256, write_tensors
 from fgsteer.storage.json_files import text_sha256
 from fgsteer.storage.shards import Shards
 
@@ -171,7 +171,7 @@ class Plan:
 def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != shapes:
-        raise FormatError(f"{path} is damaged: it holds {found}", f"{shapes}", "delete it")
+        raise damage_error(path, f"it holds {found}", f"{shapes}", "delete it")
 
 
 class _Meter:

@@ -81,7 +81,7 @@ def measure_density(
             found = parts.each(chunks, count, text_sha256, lambda chunks_done: report(chunks_done * TEXTS_PER_CHUNK))
         for number, counts in enumerate(found):
             if {name: part.shape for name, part in counts.items()} != {name: x.shape for name, x in total.items()}:
-                raise parts.damaged(number, f"it holds {', '.join(counts)}")
+                raise parts.damage_error(number, f"it holds {', '.join(counts)}")
             total = {name: so_far + counts[name] for name, so_far in total.items()}
     fired, documents, first = (total[name] for name in COUNTS)
     return FeatureDensity(fired, documents, first, int(total["tokens"]), sae.sha256, corpus=corpus or {})

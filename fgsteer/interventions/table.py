@@ -52,7 +52,7 @@ class InterventionSpec:
             raise SteeringError(
                 f"{self.name} of a vector",
                 f"one of {', '.join(OPERATIONS)}",
-                f"fg.{self.kind}(sae=…, hookpoint=…, targets={{id: activation}}) is made of an SAE's features",
+                f"make it of an SAE's features: fg.{self.kind}(sae=sae, hookpoint=sae.hookpoint, targets={{42: 8.0}})",
             )
         amounts = {self.amount: amount} if self.amount else {}
         intervention: Intervention = getattr(vector, self.name)(**amounts, **tokens)

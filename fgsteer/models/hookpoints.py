@@ -134,7 +134,7 @@ class Hookpoint:
         )
 
     @classmethod
-    def read(cls, name: object) -> Hookpoint:
+    def from_name(cls, name: object) -> Hookpoint:
         """Hookpoint from the name that a file holds. Raises HookpointError for anything but a text that parses."""
         if not isinstance(name, str):
             raise HookpointError(f"hookpoint {name!r}", "a name like blocks.12.hook_resid_post")

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fgsteer.errors import FormatError, PairingError
+from fgsteer.errors import PairingError
 from fgsteer.errors.reprs import OneLineRepr, short_repr
 from fgsteer.errors.wording import count
 from fgsteer.saes.pairing import Identified, check_measured_on
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
 if TYPE_CHECKING:
     pass
@@ -102,7 +102,7 @@ class FeatureDensity(OneLineRepr):
     def load(cls, path: str | Path) -> FeatureDensity:
         """Read a file that ``save`` wrote. Raises FormatError."""
         tensors, header = read_tensors(path, kind="density")
-        try:
+        with refuse_damaged(path, "a file written by FeatureDensity.save"):
             if len({tuple(tensors[name].shape) for name in COUNTS}) != 1:
                 raise ValueError("counts of unequal widths")
             if tensors["fired"].ndim != 1 or not 0 <= int(header["tokens"]) < 2**53:
@@ -116,5 +116,3 @@ class FeatureDensity(OneLineRepr):
                 max_density=None if header["max_density"] is None else float(header["max_density"]),
                 corpus=dict(header["corpus"]),
             )
-        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-            raise FormatError(f"{path} is damaged: {error}", "a file written by FeatureDensity.save") from error

@@ -19,12 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgsteer.errors import FormatError
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.reprs import OneLineRepr, short_repr
 from fgsteer.errors.wording import count
 from fgsteer.saes.pairing import Identified, check_measured_on
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,7 +119,7 @@ class FeatureExamples(OneLineRepr):
     def load(cls, path: str | Path) -> FeatureExamples:
         """Read a file that ``save`` wrote. Raises FormatError."""
         tensors, header = read_tensors(path, kind="examples")
-        try:
+        with refuse_damaged(path, "a file written by FeatureExamples.save"):
             features, tokens, activations, documents = (tensors[name] for name in _TENSORS)
             n, top, width = tokens.shape
             if (features.shape, activations.shape, documents.shape) != ((n,), tokens.shape, (n, top)) or width % 2 == 0:
@@ -133,8 +132,6 @@ class FeatureExamples(OneLineRepr):
                 raise ValueError("excerpts without a peak")
             sha256, corpus = str(header["sae_sha256"]), dict(header["corpus"])
             return cls(features.long(), tokens.int(), activations.float(), documents.int(), sha256, corpus)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise FormatError(f"{path} is damaged: {error}", "a file written by FeatureExamples.save") from error
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from fgsteer.errors.wording import a
 from fgsteer.interventions import ClampFeature, unit_and_norm
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.steering.ranges import check_amount
-from fgsteer.storage.files import read_tensors, tensor_sha256, write_tensors
+from fgsteer.storage.files import read_tensors, refuse_damaged, tensor_sha256, write_tensors
 from fgsteer.storage.json_files import text_sha256
 from fgsteer.vector import SteeringVector
 
@@ -188,7 +188,7 @@ def read_served(path: str | Path) -> Served:
         return serve(SteeringVector.load(path))
     if header["kind"] != "clamp":
         raise FormatError(f"{path} holds {header['kind']}", "a vector or a clamp")
-    try:
+    with refuse_damaged(path, "a file written by save_clamp"):
         read, write, bias, threshold, target = (tensors[name].float() for name in ROWS)
         if (
             read.ndim != 2
@@ -199,10 +199,8 @@ def read_served(path: str | Path) -> Served:
             raise ValueError("shapes differ")
         if not all(bool(part.isfinite().all()) for part in (read, write, bias, threshold, target)):
             raise ValueError("it holds nan or inf")
-        served = Served(Hookpoint.read(header["hookpoint"]), read, write, bias, threshold, target)
+        served = Served(Hookpoint.from_name(header["hookpoint"]), read, write, bias, threshold, target)
         _ = served.layer
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise FormatError(f"{path} is damaged: {error}", "a file written by save_clamp") from error
     return served
 
 

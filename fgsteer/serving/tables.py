@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fgsteer.errors import HookpointError, PairingError, SteeringError
 from fgsteer.errors.wording import a
-from fgsteer.steering.ranges import largest
+from fgsteer.steering.ranges import max_change
 
 FREE = -1.0
 Plan = tuple[float, float, float, float, float]  # tag, const, gain, first position, end
@@ -46,7 +46,7 @@ class Table(nn.Module):
         """``hidden`` (tokens, d_model) plus the change of the stream ``hidden + residual``.
 
         Unsteered tokens stay bit for bit. Whatever the tables hold, no steered entry of the stream grows beyond
-        ``ranges.largest``, or beyond what it was where the model itself goes there: requests share one cache, in
+        ``ranges.max_change``, or beyond what it was where the model itself goes there: requests share one cache, in
         which nan spreads to others. Loading and admission refuse amounts beyond it, so this meets what
         activations alone decide, such as a feature that fires thousandfold. inf becomes the bound, where a
         strength that large would end; nan (inf − inf) adds nothing.
@@ -60,7 +60,7 @@ class Table(nn.Module):
         acts = torch.where(read > self.threshold, read, 0.0)
         mine = tag == self.owner
         amount = torch.where(mine, const * self.target + gain * acts, 0.0)
-        bound = stream.abs().clamp(min=largest(hidden.dtype, flat.shape[1]))
+        bound = stream.abs().clamp(min=max_change(hidden.dtype, flat.shape[1]))
         change = (amount @ self.write).nan_to_num(0.0).clamp(-bound - stream, bound - stream)
         most = torch.finfo(hidden.dtype).max
         steered = (flat + change.to(hidden.dtype)).clamp(-most, most)

@@ -1,1 +1,1 @@
-"""Contrast statistics: moments of both sides of a contrast, collected in one streaming pass."""
+"""Contrast statistics: moments of both sides of a contrast, collected in one streaming pass over its texts."""

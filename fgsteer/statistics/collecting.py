@@ -1,7 +1,7 @@
-"""One streaming pass over a contrast that yields all that every method needs: ``collect``.
+"""Collect contrast statistics: one streaming pass over both sides of a contrast that yields all that methods need.
 
-Texts are read a window at a time. A window's sums are the same wherever they are made, so a
-long reading can be kept in parts, go on after a kill, and be shared by several processes.
+Texts are read a chunk at a time. The sums of a chunk are the same wherever they are made, so a long
+pass can be kept in shards, go on after a kill, and be shared by several processes.
 
     stats = collect(model, tokenizer, pairs, sae=sae)
     stats = collect(model, tokenizer, pairs, sae=sae, work="love.parts")     the same under torchrun
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fgsteer.activations.batches import Batch, batch_rows, batch_texts
+from fgsteer.activations.batches import Batch, Batching, batch_rows, batch_texts_with
 from fgsteer.activations.memory import map_with_oom_backoff
 from fgsteer.activations.pooling import pool, pool_features
-from fgsteer.activations.prefixes import SharedBatch, choose_batching, read
+from fgsteer.activations.prefixes import SharedBatch, choose_batching, record_selected
 from fgsteer.activations.tokens import (
     TEXTS_PER_CHUNK,
     TokenReader,
@@ -31,7 +31,7 @@ from fgsteer.activations.tokens import (
 )
 from fgsteer.data.contrasts import Contrastable, ContrastSet, as_contrast
 from fgsteer.display.progress import Progress, reporting
-from fgsteer.errors import DataError, FgsteerError
+from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked, is_whole_number
 from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.models.hookpoints import Hookpoint, resolve
@@ -39,135 +39,14 @@ from fgsteer.models.pairing import check_pairing, model_identity
 from fgsteer.models.properties import context_window
 from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.saes.sae import SAE
-from fgsteer.statistics.contrast import Contrast, ContrastStatistics, Pooled, Space
-from fgsteer.statistics.moments import Moments
+from fgsteer.statistics.contrast import Contrast, ContrastStatistics, Pooled
+from fgsteer.statistics.moments import Moments, Space
+from fgsteer.statistics.sums import Sums, join_sums
 from fgsteer.storage.json_files import text_sha256
 from fgsteer.storage.shards import Shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Key = tuple[Space, Hookpoint, bool]  # a space, a hookpoint, and whether positive
-MOMENTS = ("mean", "m2", "fired")
-
-
-@dataclass
-class _Sums:
-    """Moments of both sides in every space, and the examples that were kept, in the order of the texts."""
-
-    moments: dict[Key, Moments] = field(default_factory=dict)
-    kept: dict[Hookpoint, Tensor] = field(default_factory=dict)
-
-    def add(self, key: Key, moments: Moments) -> None:
-        """Merge moments into those of their key."""
-        self.moments[key] = self.moments[key] + moments if key in self.moments else moments
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, to be written."""
-        found = {f"kept/{at}": rows for at, rows in self.kept.items()}
-        for (space, at, side), moments in self.moments.items():
-            name = f"{space}/{at}/{'positive' if side else 'negative'}"
-            found[f"{name}/count"] = torch.tensor(moments.count)
-            found |= {f"{name}/{part}": getattr(moments, part) for part in MOMENTS}
-        return found
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> _Sums:
-        """What ``tensors`` gave. Raises KeyError and ValueError for anything else."""
-        sums = cls()
-        for name, tensor in tensors.items():
-            head, _, rest = name.partition("/")
-            if head == "kept":
-                sums.kept[Hookpoint.parse(rest)] = tensor
-            elif name.endswith("/count"):
-                space, at, side = name.removesuffix("/count").split("/")
-                parts = [tensors[f"{space}/{at}/{side}/{part}"] for part in MOMENTS]
-                key: Key = ("feature" if space == "feature" else "residual", Hookpoint.parse(at), side == "positive")
-                if tensor.numel() != 1 or len({part.shape for part in parts}) != 1:
-                    raise ValueError(f"{name} beside shapes {[tuple(part.shape) for part in parts]}")
-                sums.moments[key] = Moments(int(tensor), *parts)
-        return sums
-
-
-@dataclass(eq=False)
-class _Reader:
-    """Reads windows of texts with one model, SAE and token rule."""
-
-    model: nn.Module
-    rows: TokenReader
-    sae: SAE | None
-    wanted: Sequence[Hookpoint]
-    keep: bool
-    batching: Mapping[str, Any]
-    progress: Callable[[int], None] | None = None
-    placed: dict[torch.device, SAE] = field(default_factory=dict)
-
-    def window(self, number: int, texts: Sequence[Triple]) -> _Sums:
-        """Sums of one window; ``number`` is its place among all."""
-        sums, first = _Sums(), number * TEXTS_PER_CHUNK
-        done = 0
-        arranged = batch_texts(self.model, self.rows, texts, first=first, **self.batching)
-        for batch, found in map_with_oom_backoff(arranged, self.read):
-            positive = torch.tensor([row.positive for row in batch.rows])
-            for space, at, rows in found:
-                for side in (True, False):
-                    if (positive == side).any():
-                        sums.add((space, at, side), Moments.of(rows[positive == side]))
-                if self.keep and space == "residual":
-                    examples = sums.kept.setdefault(at, torch.empty(len(texts), rows.shape[1]))
-                    examples[[row.index - first for row in batch.rows]] = rows.cpu()
-            done += len(batch.rows)
-            if self.progress is not None:
-                self.progress(first + done)
-        sums.moments = {key: moments.cpu() for key, moments in sums.moments.items()}
-        return sums
-
-    def read(self, batch: Batch | SharedBatch) -> list[tuple[Space, Hookpoint, Tensor]]:
-        """Means of a batch's texts (texts, width) in each space at each hookpoint. Raises DataError."""
-        found: list[tuple[Space, Hookpoint, Tensor]] = []
-        sae = self.sae
-        acts, reads = read(self.model, batch, self.wanted if sae is None else [*self.wanted, sae.input_hookpoint])
-        for at, values in acts.items():
-            rows = pool(values, reads)
-            _check_finite(rows, f"activations at {at}", batch.rows)
-            if at in self.wanted:
-                found.append(("residual", at, rows))
-            if sae is not None and at == sae.input_hookpoint:
-                if values.device not in self.placed:
-                    self.placed[values.device] = sae.to(values.device, torch.float32)
-                features = pool_features(self.placed[values.device], values, reads)
-                _check_finite(features, f"SAE features at {at}", batch.rows)
-                found.append(("feature", sae.hookpoint, features))
-        return found
-
-
-def _check_finite(pooled: Tensor, what: str, rows: Sequence[TokenRow]) -> None:
-    bad = (~torch.isfinite(pooled).all(1)).nonzero()[:, 0].tolist()
-    if bad:
-        raise DataError(
-            f"{what} of {rows[bad[0]].where} are not finite",
-            "finite values",
-            "load the model in float32 or bfloat16, or drop the text",
-        )
-
-
-def _texts(contrast: ContrastSet) -> Iterator[Triple]:
-    """Pairs first, both sides of each together, so that what they share is found in one window."""
-    positives, negatives = list(contrast.side(True)), list(contrast.side(False))
-    pairs = len(contrast.pairs)
-    for positive, negative in zip(positives[:pairs], negatives[:pairs], strict=True):
-        yield *positive, True
-        yield *negative, False
-    yield from ((*text, True) for text in positives[pairs:])
-    yield from ((*text, False) for text in negatives[pairs:])
-
-
-def _pooled(examples: Tensor, contrast: ContrastSet) -> Pooled:
-    """Examples in the order of ``_texts`` as those of either side."""
-    pairs, unpaired = len(contrast.pairs), len(contrast.pairs) + contrast.count(True)
-    positive = torch.cat([examples[: 2 * pairs : 2], examples[2 * pairs : unpaired]])
-    negative = torch.cat([examples[1 : 2 * pairs : 2], examples[unpaired:]])
-    return Pooled(positive, negative, pairs)
 
 
 @checked
@@ -189,40 +68,55 @@ def collect(
     fresh: bool = False,
     progress: Progress = None,
 ) -> ContrastStatistics:
-    """Statistics of both sides of a contrast, from one forward pass per text up to the last hookpoint.
+    """Collect statistics of both sides of a contrast, from one forward pass per text up to the last hookpoint.
 
-    Per example i: ``h̄ᵢ = mean_t h_t`` and ``z̄ᵢ = mean_t φ(h_t)`` over the tokens that the
-    rule selects; kept are count, mean, M2 over examples and ``Σᵢ 1[z̄ᵢ > 0]``.
+    For an example i, ``h̄ᵢ = mean_t h_t`` and ``z̄ᵢ = mean_t φ(h_t)`` over the tokens that ``tokens`` selects.
+    Kept are count, mean and sum of squared deviations over examples, and ``Σᵢ 1[z̄ᵢ > 0]``.
 
-    ``contrast``: a ContrastSet, the name of a shipped one, a path, ``{"positive": [...], "negative": [...]}`` or
-    pairs. ``hookpoints`` default to the SAE's; strings are parsed, and 2 is the end of block 2. A transcoder's
-    features are kept under the hookpoint that it writes, read from the one that it reads. ``tokens``: all, last
-    (of the content), answer (the completion's content, after its prompt), letter (the single-letter answer token),
-    tail (what a chat template writes after the last message's content), or an index into all tokens. Padding is
-    never read, a special token that stands before a text only with ``bos=True``, EOS behind a text never.
-    ``prepend_bos`` puts BOS (EOS where a tokenizer has none) before every text (True) or takes the tokenizer's away
-    (False); by default texts begin as those that the SAE was trained on, and without an SAE as the tokenizer has it.
-    Texts keep their first ``max_tokens`` tokens, and, with one warning, what fits into the model's window.
-    ``batch_tokens`` bounds a batch and changes nothing but speed: by default 8,192, on a CPU 1,024. A batch that
-    does not fit in memory is read in halves, with a warning. ``keep_pooled`` keeps the ``h̄ᵢ`` themselves,
-    O(examples · d_model) memory at each hookpoint, for ``diagnose``.
-    ``share_prefixes`` runs once what several texts begin with, as the answers to one prompt do, where that
-    saves a quarter of the tokens; results differ by rounding. ``progress`` shows how far it is: by default a bar where
-    standard error is a terminal or the code runs in a notebook, and nothing elsewhere; False shows nothing, and a
-    function is called with the number of texts done instead.
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        contrast: A ContrastSet, the name of a shipped one, a path, ``{"positive": [...], "negative": [...]}``,
+            or pairs.
+        sae: The SAE whose features are collected too. The features of a transcoder are kept under the hookpoint
+            that it writes, and are encoded from the one that it reads.
+        hookpoints: Where the residual stream is collected, besides the SAE's hookpoint. Names are parsed, and 2 is
+            the end of block 2.
+        tokens: Which tokens are averaged: "all"; "last" (of the content); "answer" (the completion's content, after
+            its prompt); "letter" (the answer token that is a single letter); "tail" (what a chat template writes
+            after the last message's content); or an index into all tokens. Padding and an EOS token after a text
+            are never read.
+        bos: Whether a special token that stands before a text is read too.
+        prepend_bos: True puts BOS (EOS where a tokenizer has none) before every text, False takes the tokenizer's
+            away. By default texts begin as those that the SAE was trained on, and without an SAE as the
+            tokenizer has it.
+        batch_tokens: Padded tokens in a batch, by default 8,192, on a CPU 1,024. It changes nothing but speed. A
+            batch that does not fit in memory is read in halves, with a warning.
+        max_tokens: Tokens that are kept of a text, from its beginning. What does not fit into the model's window
+            is left out too, with one warning.
+        keep_pooled: Whether the ``h̄ᵢ`` themselves are kept, for ``diagnose``: O(examples · d_model) memory at each
+            hookpoint.
+        share_prefixes: Whether what several texts begin with, as the answers to one prompt do, is run once, where
+            that saves a quarter of the tokens. Results differ by rounding.
+        work: A folder that keeps the sums of every 1,024 texts. A call that was killed goes on from there, to the
+            same result. Processes that torchrun starts share the texts among them; each returns all of it.
+        fresh: Whether the folder ``work`` is started over.
+        progress: None shows a bar where standard error is a terminal or the code runs in a notebook, and nothing
+            elsewhere; False shows nothing; a function is called with the number of texts that are done instead.
 
-    ``work`` names a folder that keeps the sums of every 1,024 texts: a killed call goes on from there, to the
-    same result, and processes that torchrun starts share the texts among them; each returns all of it. A folder
-    of another model, tokenizer, SAE, contrast or setting is refused, saying what differs; ``fresh`` starts it over.
+    Returns:
+        Residual contrasts at each hookpoint, and with an SAE its feature contrast.
 
-    Raises DataError for a text without a token to read, with non-finite activations or too long for memory,
-    PairingError for an SAE of another width or a folder of another reading, HookpointError for a missing hookpoint,
-    BusyError while another process reads into the folder.
+    Raises:
+        DataError: A text has no token to read, gives activations that are not finite, or does not fit in memory.
+        PairingError: The SAE is of another width, or the folder holds another run; it says what differs.
+        HookpointError: The model lacks a hookpoint.
+        BusyError: Another process reads into the folder.
     """
     contrast = as_contrast(contrast)
-    wanted = _hookpoints(hookpoints, sae)
-    for at in wanted:
-        resolve(model, at)
+    residual_hookpoints = _parse_hookpoints(hookpoints, sae)
+    for hookpoint in residual_hookpoints:
+        resolve(model, hookpoint)
     if sae is not None:
         check_pairing(model, sae.input_hookpoint, sae.d_model, sae.model_name, "SAE")
     prepend = sae.prepend_bos if prepend_bos is None and sae is not None else prepend_bos
@@ -234,89 +128,172 @@ def collect(
         "prepend_bos": prepend,
         "max_tokens": max_tokens,
     }
-    arrange = choose_batching(model) if share_prefixes else batch_rows
-    counts = [contrast.count(side) for side in (True, False)]
-    texts = split_into_chunks(_texts(contrast))
+    batching: Batching[Batch | SharedBatch] = choose_batching(model) if share_prefixes else batch_rows
+    chunks = split_into_chunks(_interleave(contrast))
     rows = TokenReader(
         tokenizer, rule=tokens, bos=bos, prepend_bos=prepend, max_tokens=max_tokens, window=context_window(model)
     )
-    with reporting(progress, "collecting texts", sum(counts)) as report, rows:
-        batching = {"batch_tokens": batch_tokens, "arrange": arrange}
-        reader = _Reader(model, rows, sae, wanted, keep_pooled, batching, report)
+    total = contrast.count(True) + contrast.count(False)
+    with reporting(progress, "collecting texts", total) as report, rows:
+        reader = ChunkReader(model, rows, sae, residual_hookpoints, keep_pooled, batching, batch_tokens, report)
         if work is None:
-            sums = _join(reader.window(number, window) for number, window in enumerate(texts))
+            sums = join_sums(reader.sum_chunk(number, chunk) for number, chunk in enumerate(chunks))
         else:
             plan = {
                 **reading,
                 **run_fingerprint(model, tokenizer),
                 "sae": sae_identity(sae),
                 "contrast": contrast.sha256,
-                "hookpoints": [str(at) for at in wanted],
+                "hookpoints": [str(hookpoint) for hookpoint in residual_hookpoints],
                 "batch_tokens": batch_tokens,
                 "keep_pooled": keep_pooled,
-                "share_prefixes": arrange is not batch_rows,
+                "share_prefixes": batching is not batch_rows,
             }
-            parts = Shards(work, "collected texts", plan, fresh=fresh)
-            sums = _join(_in_parts_of(parts, texts, reader, sum(counts)))
+            shards = Shards(work, "collected texts", plan, fresh=fresh)
+            sums = join_sums(_sum_in_shards(shards, chunks, reader, contrast.count(True) + contrast.count(False)))
+    return _statistics(sums, contrast, reading)
+
+
+@dataclass(eq=False)
+class ChunkReader:
+    """Reads chunks of texts with one model, SAE and token rule, and sums them up."""
+
+    model: nn.Module
+    rows: TokenReader
+    sae: SAE | None
+    hookpoints: Sequence[Hookpoint]
+    keep_examples: bool
+    batching: Batching[Batch | SharedBatch] = batch_rows
+    batch_tokens: int | None = None
+    progress: Callable[[int], None] | None = None
+    sae_on: dict[torch.device, SAE] = field(default_factory=dict)  # the SAE in float32, on each device that it is used
+
+    def sum_chunk(self, number: int, texts: Sequence[Triple]) -> Sums:
+        """Sum up one chunk; ``number`` is its place among all."""
+        sums, first = Sums(), number * TEXTS_PER_CHUNK
+        done = 0
+        batches = batch_texts_with(
+            self.batching, self.model, self.rows, texts, batch_tokens=self.batch_tokens, first=first
+        )
+        for batch, means in map_with_oom_backoff(batches, self.mean_activations):
+            positive = torch.tensor([row.positive for row in batch.rows])
+            for space, hookpoint, rows in means:
+                for side in (True, False):
+                    if (positive == side).any():
+                        sums.add((space, hookpoint, side), Moments.of(rows[positive == side]))
+                if self.keep_examples and space == "residual":
+                    examples = sums.examples.setdefault(hookpoint, torch.empty(len(texts), rows.shape[1]))
+                    examples[[row.index - first for row in batch.rows]] = rows.cpu()
+            done += len(batch.rows)
+            if self.progress is not None:
+                self.progress(first + done)
+        sums.moments = {key: moments.cpu() for key, moments in sums.moments.items()}
+        return sums
+
+    def mean_activations(self, batch: Batch | SharedBatch) -> list[tuple[Space, Hookpoint, Tensor]]:
+        """Average each text of a batch, (texts, width), in each space at each hookpoint. Raises DataError."""
+        means: list[tuple[Space, Hookpoint, Tensor]] = []
+        sae = self.sae
+        recorded = self.hookpoints if sae is None else [*self.hookpoints, sae.input_hookpoint]
+        acts, index = record_selected(self.model, batch, recorded)
+        for hookpoint, values in acts.items():
+            rows = pool(values, index)
+            _check_finite(rows, f"activations at {hookpoint}", batch.rows)
+            if hookpoint in self.hookpoints:
+                means.append(("residual", hookpoint, rows))
+            if sae is not None and hookpoint == sae.input_hookpoint:
+                if values.device not in self.sae_on:
+                    self.sae_on[values.device] = sae.to(values.device, torch.float32)
+                features = pool_features(self.sae_on[values.device], values, index)
+                _check_finite(features, f"SAE features at {hookpoint}", batch.rows)
+                means.append(("feature", sae.hookpoint, features))
+        return means
+
+
+def sums_of_shards(shards: Shards, stored: Iterable[Mapping[str, Tensor]]) -> Iterator[Sums]:
+    """Yield the sums that each shard stores. Raises FormatError for a damaged shard."""
+    for number, tensors in enumerate(stored):
+        with shards.refuse_damaged(number):
+            sums = Sums.from_tensors(tensors)
+        yield sums
+
+
+def _sum_in_shards(shards: Shards, chunks: Iterable[list[Triple]], reader: ChunkReader, total: int) -> Iterator[Sums]:
+    """Sum up every chunk, each kept in a shard. Raises FormatError for a damaged shard."""
+    progress, reader.progress = reader.progress, None
+
+    def report(shards_done: int) -> None:
+        if progress is not None:
+            progress(min(shards_done * TEXTS_PER_CHUNK, total))
+
+    def make(number: int, chunk: list[Triple]) -> dict[str, Tensor]:
+        return reader.sum_chunk(number, chunk).to_tensors()
+
+    return sums_of_shards(shards, shards.each(chunks, make, text_sha256, report))
+
+
+def _statistics(sums: Sums, contrast: ContrastSet, reading: Mapping[str, Any]) -> ContrastStatistics:
+    """Arrange the sums of a contrast's texts as statistics."""
     tables: dict[Space, dict[Hookpoint, Contrast]] = {"residual": {}, "feature": {}}
-    for space, at, side in sums.moments:
-        if side:
-            tables[space][at] = Contrast(sums.moments[space, at, True], sums.moments[space, at, False])
-    data = {"name": contrast.name, "sha256": contrast.sha256, "count": counts}
-    pooled = {at: _pooled(examples, contrast) for at, examples in sums.kept.items()}
+    for space, hookpoint, positive in sums.moments:
+        if positive:
+            sides = (sums.moments[space, hookpoint, side] for side in (True, False))
+            tables[space][hookpoint] = Contrast(*sides)
+    data = {
+        "name": contrast.name,
+        "sha256": contrast.sha256,
+        "count": [contrast.count(True), contrast.count(False)],
+    }
+    pooled = {hookpoint: _pool_sides(examples, contrast) for hookpoint, examples in sums.examples.items()}
     return ContrastStatistics(tables["residual"], tables["feature"], reading, (data,), pooled)
 
 
-def _join(found: Iterable[_Sums]) -> _Sums:
-    """Sums of all windows, in their order."""
-    total = _Sums()
-    kept: dict[Hookpoint, list[Tensor]] = {}
-    for sums in found:
-        for key, moments in sums.moments.items():
-            total.add(key, moments)
-        for at, rows in sums.kept.items():
-            kept.setdefault(at, []).append(rows)
-    total.kept = {at: torch.cat(rows) for at, rows in kept.items()}
-    return total
+def _check_finite(means: Tensor, what: str, rows: Sequence[TokenRow]) -> None:
+    """Raise DataError, naming the text, for a mean that is not finite."""
+    bad = (~torch.isfinite(means).all(1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise DataError(
+            f"The {what} of {rows[bad[0]].where} are not finite.",
+            "finite values",
+            "load the model in float32 or bfloat16, as float16 overflows in many models; or drop the text",
+        )
 
 
-def _in_parts_of(parts: Shards, texts: Iterable[list[Triple]], reader: _Reader, total: int) -> Iterator[_Sums]:
-    """Sums of every window, kept in a folder. Raises FormatError for a damaged part."""
-    report, reader.progress = reader.progress, None
-
-    def told(count: int) -> None:
-        if report is not None:
-            report(min(count * TEXTS_PER_CHUNK, total))
-
-    def make(number: int, window: list[Triple]) -> dict[str, Tensor]:
-        return reader.window(number, window).tensors()
-
-    return _sums_of(parts, parts.each(texts, make, text_sha256, told))
+def _interleave(contrast: ContrastSet) -> Iterator[Triple]:
+    """Yield pairs first, both sides of each together, so that what they share is found within one chunk."""
+    positives, negatives = list(contrast.side(True)), list(contrast.side(False))
+    pairs = len(contrast.pairs)
+    for positive, negative in zip(positives[:pairs], negatives[:pairs], strict=True):
+        yield *positive, True
+        yield *negative, False
+    yield from ((*text, True) for text in positives[pairs:])
+    yield from ((*text, False) for text in negatives[pairs:])
 
 
-def _sums_of(parts: Shards, found: Iterable[Mapping[str, Tensor]]) -> Iterator[_Sums]:
-    """Sums that were written. Raises FormatError for a damaged part."""
-    for number, tensors in enumerate(found):
-        try:
-            yield _Sums.of(tensors)
-        except (KeyError, ValueError, FgsteerError) as error:
-            raise parts.damaged(number, error) from error
+def _pool_sides(examples: Tensor, contrast: ContrastSet) -> Pooled:
+    """Take examples in the order of ``_interleave`` apart into the two sides."""
+    pairs, unpaired = len(contrast.pairs), len(contrast.pairs) + contrast.count(True)
+    positive = torch.cat([examples[: 2 * pairs : 2], examples[2 * pairs : unpaired]])
+    negative = torch.cat([examples[1 : 2 * pairs : 2], examples[unpaired:]])
+    return Pooled(positive, negative, pairs)
 
 
-def _hookpoints(
+def _parse_hookpoints(
     hookpoints: Iterable[Hookpoint | str | int] | Hookpoint | str | int | None, sae: SAE | None
 ) -> list[Hookpoint]:
-    """Hookpoints asked for, the SAE's among them. Raises DataError when there is none."""
+    """Parse the hookpoints asked for, the SAE's among them. Raises DataError when there is none."""
     if hookpoints is None:
-        given: list[Hookpoint] = []
+        parsed: list[Hookpoint] = []
     elif isinstance(hookpoints, str) or is_whole_number(hookpoints) or not isinstance(hookpoints, Iterable):
-        given = [Hookpoint.parse(hookpoints)]
+        parsed = [Hookpoint.parse(hookpoints)]
     else:
-        given = [Hookpoint.parse(h) for h in hookpoints]
+        parsed = [Hookpoint.parse(hookpoint) for hookpoint in hookpoints]
     if sae is not None:
-        given.append(sae.hookpoint)
-    if not given:
+        parsed.append(sae.hookpoint)
+    if not parsed:
         raise DataError(
-            "neither sae nor hookpoints", "at least one", 'pass sae=, or hookpoints="blocks.12.hook_resid_post"'
+            "neither an SAE nor a hookpoint",
+            "at least one place to collect activations at",
+            'pass sae=, or hookpoints="blocks.12.hook_resid_post"',
         )
-    return list(dict.fromkeys(given))
+    return list(dict.fromkeys(parsed))

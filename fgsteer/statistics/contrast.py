@@ -1,24 +1,32 @@
-"""Contrast statistics: what one streaming pass keeps of two sides of texts, for every method."""
+"""Contrast statistics: what one streaming pass keeps of two sides of texts, for every method.
+
+An example contributes the mean over its selected tokens, of the residual stream and of the SAE's feature
+activations (encoded first, then averaged). Of these the moments are kept, a side each: O(d_model + d_sae)
+memory, whatever the number of texts. Statistics of disjoint data add up. The examples' means themselves are
+kept on request, for what moments cannot tell (``diagnose``).
+
+    stats = collect(model, tokenizer, pairs, sae=sae)
+    stats.save("stats.safetensors"); both = stats + other
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.display.tables import Cell, table_html, title_html
-from fgsteer.errors import FormatError, PairingError
+from fgsteer.errors import PairingError
 from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, OneLineRepr
 from fgsteer.models.hookpoints import Hookpoint
-from fgsteer.statistics.moments import Moments
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.statistics.moments import Moments, Space, key_name, load_moments, moment_tensors, parse_key
+from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
-Space = Literal["residual", "feature"]
 TOP_DIFFERENCES = 5  # features that a notebook shows
 
 
@@ -31,14 +39,18 @@ class Contrast(OneLineRepr):
 
     def __post_init__(self) -> None:
         if self.positive.mean.shape != self.negative.mean.shape:
-            raise PairingError(f"sides of {len(self.positive.mean)} and {len(self.negative.mean)}", "one width")
+            raise PairingError(
+                f"sides of widths {len(self.positive.mean)} and {len(self.negative.mean)}",
+                "two sides of one width",
+                "take both at the same hookpoint of the same model",
+            )
 
     def __add__(self, other: Contrast) -> Contrast:
         return Contrast(self.positive + other.positive, self.negative + other.negative)
 
     @property
     def difference(self) -> Float[Tensor, " n"]:
-        """mean⁺ − mean⁻ (n,), float64."""
+        """Difference of the means, mean⁺ − mean⁻ (n,), in float64."""
         return self.positive.mean - self.negative.mean
 
 
@@ -46,7 +58,7 @@ class Contrast(OneLineRepr):
 class Pooled(OneLineRepr):
     """Mean activation of every example, float32: ``positive (n⁺, d_model)`` and ``negative (n⁻, d_model)``.
 
-    The first ``pairs`` of both sides are pairs, in the same order; so they stay when two are added.
+    The first ``pairs`` rows of both sides are pairs, in the same order. They stay so when two are added.
     """
 
     positive: Float[Tensor, "positives d_model"]
@@ -63,11 +75,16 @@ class Pooled(OneLineRepr):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ContrastStatistics(OneLineRepr):
-    """What ``collect`` read: residual contrasts by hookpoint, and the feature contrast of one SAE.
+    """What ``collect`` gives: residual contrasts by hookpoint, and the feature contrast of one SAE.
 
-    ``reading`` says how it was read (model, SAE, token rule) and must agree when two are
-    added; ``data`` lists what was read. Raises PairingError on addition otherwise. ``pooled``
-    holds the residual examples themselves where they were kept, in both when two are added.
+    Attributes:
+        residual: The contrast of the residual stream (or of a sublayer) at each hookpoint.
+        feature: The contrast of the SAE's feature activations, at the SAE's hookpoint.
+        reading: How the texts were read: model, SAE, token rule. It must agree when two are added.
+        data: What was read, an entry for each contrast set.
+        pooled: The residual examples themselves, where they were kept. A sum has them where both had them.
+
+    Adding two merges statistics of disjoint data. Raises PairingError for statistics that were read differently.
     """
 
     residual: Mapping[Hookpoint, Contrast]
@@ -79,11 +96,8 @@ class ContrastStatistics(OneLineRepr):
     def __repr__(self) -> str:
         sides = next(iter(self.residual.values()), None)
         texts = "no texts" if sides is None else f"{sides.positive.count} + {sides.negative.count} texts"
-        places = (
-            ", ".join(map(str, self.residual))
-            if len(self.residual) <= MAX_SHOWN_ENTRIES
-            else f"{len(self.residual)} hookpoints"
-        )
+        few = len(self.residual) <= MAX_SHOWN_ENTRIES
+        places = ", ".join(map(str, self.residual)) if few else f"{len(self.residual)} hookpoints"
         features = f", features at {', '.join(map(str, self.feature))}" if self.feature else ""
         return f"ContrastStatistics({texts} at {places or 'no hookpoint'}{features})"
 
@@ -102,13 +116,15 @@ class ContrastStatistics(OneLineRepr):
         return title_html(title) + table_html([*headings, "largest differences by feature"], rows)
 
     def __add__(self, other: ContrastStatistics) -> ContrastStatistics:
-        ours, theirs = _identity(self.reading), _identity(other.reading)
-        differing = {
-            key: (ours.get(key), theirs.get(key)) for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)
-        }
-        if differing or set(self.residual) != set(other.residual) or set(self.feature) != set(other.feature):
+        ours, theirs = _identify_sae_by_hash(self.reading), _identify_sae_by_hash(other.reading)
+        differences = [f"{key} ({ours.get(key)!r} and {theirs.get(key)!r})" for key in _differing(ours, theirs)]
+        if set(self.residual) != set(other.residual) or set(self.feature) != set(other.feature):
+            differences.append("hookpoints")
+        if differences:
             raise PairingError(
-                f"statistics that differ in {differing or 'hookpoints'}", "the same reading on both sides"
+                f"statistics that differ in {', '.join(differences)}",
+                "two statistics of the same model, SAE, token rule and hookpoints",
+                "collect both with the same arguments",
             )
         return ContrastStatistics(
             {at: self.residual[at] + other.residual[at] for at in self.residual},
@@ -118,10 +134,18 @@ class ContrastStatistics(OneLineRepr):
             {at: self.pooled[at] + other.pooled[at] for at in self.pooled if at in other.pooled},
         )
 
-    def at(self, space: Space, hookpoint: Hookpoint | str | None = None) -> tuple[Hookpoint, Contrast]:
-        """The contrast of a space at a hookpoint, by default the only one (or the SAE's).
+    def at(self, space: Space, hookpoint: Hookpoint | str | int | None = None) -> tuple[Hookpoint, Contrast]:
+        """Return the contrast of a space at a hookpoint.
 
-        Raises PairingError naming what was collected.
+        Args:
+            space: "residual" or "feature".
+            hookpoint: Where; by default the only one there is, or else the SAE's.
+
+        Returns:
+            The hookpoint and its contrast.
+
+        Raises:
+            PairingError: Nothing was collected there; it names what was.
         """
         table = self.residual if space == "residual" else self.feature
         if hookpoint is None and len(table) != 1 and len(self.feature) == 1:
@@ -135,86 +159,83 @@ class ContrastStatistics(OneLineRepr):
         at = Hookpoint.parse(hookpoint) if hookpoint is not None else next(iter(table)) if len(table) == 1 else None
         if at is None or at not in table:
             raise PairingError(
-                f"{space} statistics at {at or 'an unnamed hookpoint'}",
-                f"one of {', '.join(map(str, table))}, where they were collected",
-                "name it with hookpoint=, or collect again with hookpoints=",
+                str(at or "no hookpoint"),
+                f"one of the hookpoints at which {space} statistics were collected: {', '.join(map(str, table))}",
+                "name one with hookpoint=, or collect again with hookpoints=",
             )
         return at, table[at]
 
     def save(self, path: str | Path) -> None:
-        """Write as safetensors, whole."""
-        tensors, counts = {}, {}
-        for space, table in (("residual", self.residual), ("feature", self.feature)):
-            for at, contrast in table.items():
-                for side in ("positive", "negative"):
-                    moments: Moments = getattr(contrast, side)
-                    key = f"{space}/{at}/{side}"
-                    counts[key] = moments.count
-                    for part in ("mean", "m2", "fired"):
-                        tensors[f"{key}/{part}"] = getattr(moments, part)
-        for at, kept in self.pooled.items():
-            tensors |= {f"pooled/{at}/positive": kept.positive, f"pooled/{at}/negative": kept.negative}
+        """Write the statistics as safetensors, atomically. Raises FormatError where the file cannot be written."""
+        tensors: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        tables: tuple[tuple[Space, Mapping[Hookpoint, Contrast]], ...]
+        tables = (("residual", self.residual), ("feature", self.feature))
+        for space, table in tables:
+            for hookpoint, contrast in table.items():
+                for positive, moments in ((True, contrast.positive), (False, contrast.negative)):
+                    name = key_name((space, hookpoint, positive))
+                    counts[name] = moments.count
+                    tensors |= moment_tensors(name, moments)
+        for hookpoint, pooled in self.pooled.items():
+            tensors |= {
+                f"pooled/{hookpoint}/positive": pooled.positive,
+                f"pooled/{hookpoint}/negative": pooled.negative,
+            }
         header = {
             "reading": dict(self.reading),
-            "data": [dict(d) for d in self.data],
+            "data": [dict(entry) for entry in self.data],
             "counts": counts,
-            "pooled": {str(at): kept.pairs for at, kept in self.pooled.items()},
+            "pooled": {str(hookpoint): pooled.pairs for hookpoint, pooled in self.pooled.items()},
         }
         write_tensors(path, tensors, kind="statistics", header=header)
 
     @classmethod
     def load(cls, path: str | Path) -> ContrastStatistics:
-        """Read a file that ``save`` wrote. Raises FormatError."""
+        """Load a file that ``save`` wrote. Raises FormatError for any other, or a damaged one."""
         tensors, header = read_tensors(path, kind="statistics")
-        tables: dict[str, dict[Hookpoint, dict[str, Moments]]] = {"residual": {}, "feature": {}}
-        try:
-            for key, count in header["counts"].items():
-                space, name, side = key.split("/")
-                parts = {part: tensors[f"{key}/{part}"].double() for part in ("mean", "m2", "fired")}
-                moments = Moments(int(count), **parts)
-                if not 1 <= moments.count < 2**53 or {part.shape for part in parts.values()} != {
-                    (moments.mean.numel(),)
-                }:
-                    raise ValueError(f"{key}: count {count} and shapes that do not agree")
-                tables[space].setdefault(Hookpoint.parse(name), {})[side] = moments
-            built = {s: {at: Contrast(**sides) for at, sides in table.items()} for s, table in tables.items()}
+        tables: dict[Space, dict[Hookpoint, dict[str, Moments]]] = {"residual": {}, "feature": {}}
+        with refuse_damaged(path, "a file written by ContrastStatistics.save"):
+            for name, count in header["counts"].items():
+                space, hookpoint, positive = parse_key(name)
+                side = "positive" if positive else "negative"
+                tables[space].setdefault(hookpoint, {})[side] = load_moments(tensors, name, int(count))
+            residual, feature = ({at: Contrast(**sides) for at, sides in table.items()} for table in tables.values())
             pooled = {
-                Hookpoint.parse(name): _read_pooled(name, int(pairs), tensors, built["residual"])
+                Hookpoint.parse(name): _load_pooled(name, int(pairs), tensors, residual)
                 for name, pairs in header.get("pooled", {}).items()
             }
-            return cls(
-                built["residual"],
-                built["feature"],
-                _read_reading(header["reading"]),
-                tuple(dict(entry) for entry in header["data"]),
-                pooled,
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise FormatError(f"{path} is damaged: {error}", "a file written by ContrastStatistics.save") from error
+            data = tuple(dict(entry) for entry in header["data"])
+            return cls(residual, feature, _check_reading(header["reading"]), data, pooled)
 
 
-def _read_reading(reading: Any) -> dict[str, Any]:
-    """How they were read, with objects for model and SAE where they are named. Raises ValueError."""
+def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """List the keys under which two mappings hold different values."""
+    return [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+
+
+def _check_reading(reading: Any) -> dict[str, Any]:
+    """Return how texts were read. Raises ValueError where model or SAE are not objects that name them."""
     model, sae = reading.get("model"), reading.get("sae")
-    named = model is None or isinstance(model.get("name"), str | None)
-    if not named or not (sae is None or isinstance(sae["sha256"], str)):
-        raise ValueError(f"reading {reading!r:.200}")
+    model_is_named = model is None or isinstance(model.get("name"), str | None)
+    if not model_is_named or not (sae is None or isinstance(sae["sha256"], str)):
+        raise ValueError(f"it was read with {reading!r:.200}")
     return dict(reading)
 
 
-def _read_pooled(
+def _load_pooled(
     name: str, pairs: int, tensors: Mapping[str, Tensor], residual: Mapping[Hookpoint, Contrast]
 ) -> Pooled:
-    """The examples kept at a hookpoint. Raises ValueError when they are not those that its moments counted."""
+    """Load the examples of a hookpoint. Raises ValueError when they are not those that its moments counted."""
     contrast = residual[Hookpoint.parse(name)]
-    kept = Pooled(tensors[f"pooled/{name}/positive"].float(), tensors[f"pooled/{name}/negative"].float(), pairs)
-    for rows, moments in ((kept.positive, contrast.positive), (kept.negative, contrast.negative)):
+    pooled = Pooled(tensors[f"pooled/{name}/positive"].float(), tensors[f"pooled/{name}/negative"].float(), pairs)
+    for rows, moments in ((pooled.positive, contrast.positive), (pooled.negative, contrast.negative)):
         if rows.shape != (moments.count, len(moments.mean)) or not 0 <= pairs <= moments.count:
-            raise ValueError(f"pooled/{name} of shape {tuple(rows.shape)} with {pairs} pairs")
-    return kept
+            raise ValueError(f"pooled/{name} has the shape {tuple(rows.shape)} with {pairs} pairs")
+    return pooled
 
 
-def _identity(reading: Mapping[str, Any]) -> dict[str, Any]:
-    """A reading with its SAE named by hash alone: one SAE may have been loaded from two places."""
+def _identify_sae_by_hash(reading: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a reading that names its SAE by hash alone: one SAE may have been loaded from two places."""
     sae = reading.get("sae")
     return {**reading, "sae": sae.get("sha256") if isinstance(sae, Mapping) else sae}

@@ -17,8 +17,8 @@ from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.steering.generation import generate, listed_prompts
-from fgsteer.steering.hooks import Steering
+from fgsteer.steering.entries import Steering
+from fgsteer.steering.generation import generate, parse_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ def compare(
         with torch.random.fork_rng(_devices(model)):
             torch.manual_seed(seed)
             texts.append(tuple(generate(model, tokenizer, prompts, steering=entries, per_row=per_row, **options)))
-    listed = listed_prompts(prompts)
+    listed = parse_prompts(prompts)
     copies = len(texts[0]) // len(listed) if listed else 0
     asked = tuple(_last_text(prompt) for prompt in listed for _ in range(copies))
     return Comparison(asked, *texts)

@@ -9,11 +9,11 @@ kill, a full disk or a power cut leaves the old file or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fgsteer.errors import DataError, FormatError
-
-if sys.platform != "win32":
-    pass
-
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.json_files import parse_json, to_plain_number
 
@@ -92,12 +88,32 @@ def read_tensors(path: str | Path, *, kind: str | None) -> tuple[dict[str, Tenso
     if not found or kind not in (found, None):
         raise FormatError(f"{path} holds {found or 'no fgsteer header'}", f"an fgsteer {kind or 'kind of'} file")
     if not intact:
-        raise FormatError(
-            f"{path} is damaged: its hash is not that of what it holds",
-            "what was written there",
-            "get it again from where it came, or delete it and make it again",
-        )
+        raise damage_error(path, "its hash is not that of what it holds", "what was written there")
     return tensors, {key: value for key, value in header.items() if key != _HASH}
+
+
+GET_AGAIN = "get it again from where it came, or delete it and make it again"  # what to do about a damaged file
+
+
+def damage_error(path: str | Path, reason: object, expected: str, change: str = GET_AGAIN) -> FormatError:
+    """The error to raise of a file whose content is not what it should be."""
+    return FormatError(f"{path} is damaged: {str(reason).removesuffix('.')}.", expected, change)
+
+
+@contextlib.contextmanager
+def refuse_damaged(path: str | Path, expected: str, change: str = GET_AGAIN) -> Iterator[None]:
+    """Raise FormatError, which says that the file is damaged, for errors of a block that interprets its content.
+
+    Args:
+        path: The file, for the message.
+        expected: What the file should be, such as "a file written by SteeringVector.save".
+        change: What to do about it.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise damage_error(path, reason, expected, change) from error
 
 
 def check_names(path: str | Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fgsteer.errors import FgsteerWarning, FormatError, PairingError
 from fgsteer.errors.checks import warn
-from fgsteer.storage.files import read_tensors, write_tensors
+from fgsteer.storage.files import damage_error, read_tensors, refuse_damaged, write_tensors
 from fgsteer.storage.json_files import read_json, text_sha256, write_json
 from fgsteer.storage.locks import exclusive_lock
 from fgsteer.storage.plans import check_same_plan
@@ -139,9 +140,13 @@ class Shards:
             )
         return tensors
 
-    def damaged(self, number: int, why: object) -> FormatError:
-        """The error to raise of a part whose tensors are not what its plan asks for."""
-        return FormatError(f"{self.path(number)} is damaged: {why}", "what this plan writes there", "delete it")
+    def damage_error(self, number: int, reason: object) -> FormatError:
+        """The error to raise of a shard whose tensors are not what its plan asks for."""
+        return damage_error(self.path(number), reason, "what this run writes there", "delete it")
+
+    def refuse_damaged(self, number: int) -> AbstractContextManager[None]:
+        """A block that interprets the tensors of a shard; its errors become a FormatError that names the file."""
+        return refuse_damaged(self.path(number), "what this run writes there", "delete it")
 
     def _header(self, number: int, name: str) -> dict[str, Any]:
         return {"plan": self.key, "part": number, "of": name}

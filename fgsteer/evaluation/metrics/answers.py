@@ -26,7 +26,8 @@ from fgsteer.errors.checks import checked, describe_value
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.interventions import Intervention
-from fgsteer.likelihood.scoring import Entry, log_probabilities
+from fgsteer.likelihood.scoring import log_probabilities
+from fgsteer.steering.entries import Entry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -116,6 +116,15 @@ class Coherence(OneLineRepr):
         fluency = (self.cross_entropy - losses).clamp(max=0).exp()
         return CoherenceScores((fluency * penalty).nan_to_num(0.0), losses, penalty)
 
+    @property
+    def name(self) -> str:
+        """What runs call this judge of coherence."""
+        return "unsteered"
+
+    def coherence(self, texts: Sequence[str], prompts: Sequence[Text] | None = None) -> Float[Tensor, " texts"]:
+        """The same as ``score``: what a benchmark asks of a ``CoherenceJudge``."""
+        return self.score(texts, prompts)
+
     def score(self, texts: Sequence[str], prompts: Sequence[Text] | None = None) -> Float[Tensor, " texts"]:
         """Coherence of each text, (texts,) float64 in [0, 1]; see the class."""
         return self.measure(texts, prompts).coherence

@@ -19,7 +19,8 @@ from torch import Tensor
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.errors import DataError
 from fgsteer.evaluation.metrics.intervals import Interval, mean_interval
-from fgsteer.likelihood.scoring import Entry, log_probabilities
+from fgsteer.likelihood.scoring import log_probabilities
+from fgsteer.steering.entries import Entry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.bench.plots import (
+from fgsteer.evaluation.runs.plots import (
     BLUE,
     LINE,
     ORANGE,

@@ -40,7 +40,7 @@ from fgsteer.evaluation.sweep.answers import (
 from fgsteer.interventions import Add, Intervention
 from fgsteer.likelihood.calibration import CE_RISE, calibrate_grid
 from fgsteer.likelihood.scoring import cross_entropies
-from fgsteer.methods import build
+from fgsteer.methods import spec
 from fgsteer.methods.provenance import library_version
 from fgsteer.models.hookpoints import Hookpoint, blocks_of
 from fgsteer.models.pairing import model_identity
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CE_RISES = (0.05, 0.1, 0.25, 0.5, 1.0)
-METHODS = ("caa", "ace", "pca")  # those that need no SAE
 OFF_TARGET = 0.1  # a calibrated cost further than this from the one asked for, relative, is noted
 
 Contrasts = ContrastSet | str | Path | Sequence[ContrastPair]
@@ -162,9 +161,10 @@ def sweep(
     log-probabilities are sums: the difference of ``answer_probabilities``. Cost is the rise of the mean
     cross-entropy of ``neutral`` texts, in nats a token.
 
-    ``vectors`` are one a layer, or caa, ace or pca to build them from the contrast, reading ``tokens``, at
-    resid_post of ``layers`` (all); they are not scaled: c = 1 adds v. Strengths are those at which each layer and
-    sign costs ``ce_rises`` (rising; by default .05, .1, .25, .5, 1), or ``coefficients`` ≥ 0, tried with both signs.
+    ``vectors`` are one a layer, or the name of a method that needs no SAE, such as caa, to build them from the
+    contrast, reading ``tokens``, at resid_post of ``layers`` (all); they are not scaled: c = 1 adds v. Strengths are
+    those at which each layer and sign costs ``ce_rises`` (rising; by default .05, .1, .25, .5, 1), or
+    ``coefficients`` ≥ 0, tried with both signs.
     ``matched`` is the cost at which layers and signs are compared: .5, or less where the grid ends before; between
     given coefficients it is interpolated. ``controls`` random directions a layer (0: none) show what any change of
     that cost does to the two sides, which is no effect of the vector and would pass for a stronger sign.
@@ -307,13 +307,12 @@ def _vectors(
             listed = ", ".join(str(vector.hookpoint) for vector in vectors) or "none"
             raise DataError(f"vectors at {listed}, layers {layers}", "vectors alone, one a layer")
         return dict(sorted(by_layer.items()))
-    if vectors not in METHODS:
-        raise DataError(f"method {vectors!r}", f"{', '.join(METHODS)}, or vectors, one a layer")
+    method = spec(vectors, "sweep")
     places = sorted(set(map(Hookpoint, range(len(blocks_of(model))) if layers is None else layers)))
     if not places:
         raise DataError("no layers", "at least one")
-    stats = collect(model, tokenizer, contrast, hookpoints=places, tokens=tokens, keep_pooled=vectors == "pca")
-    return {at.layer: build(vectors, stats=stats, hookpoint=at) for at in places}
+    stats = collect(model, tokenizer, contrast, hookpoints=places, tokens=tokens, keep_pooled=method.pooled)
+    return {at.layer: method.build(stats=stats, hookpoint=at) for at in places}
 
 
 def _calibrated(meter: _Meter, vectors: Mapping[int, SteeringVector], rises: Sequence[float]) -> list[Step]:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.bench.records import Run, method_name
-from fgsteer.evaluation.bench.tables import (
+from fgsteer.evaluation.metrics.intervals import Interval
+from fgsteer.evaluation.runs.records import Run
+from fgsteer.evaluation.runs.tables import (
     BASELINE,
     Point,
     average_table,
@@ -26,8 +27,8 @@ from fgsteer.evaluation.bench.tables import (
     concept_table,
     curve,
 )
-from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.features.cards import LIGHT, visible
+from fgsteer.methods import method_name
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.targets import make_folder
 

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.bench.plots import Picture, pictures, rendered
-from fgsteer.evaluation.bench.records import (
+from fgsteer.evaluation.metrics.intervals import Interval
+from fgsteer.evaluation.runs.plots import Picture, pictures, rendered
+from fgsteer.evaluation.runs.records import (
     EvalRecord,
     Run,
     Unit,
-    best_settings,
     mean,
-    method_name,
 )
-from fgsteer.evaluation.bench.tables import (
+from fgsteer.evaluation.runs.settings import best_settings
+from fgsteer.evaluation.runs.tables import (
     BASELINE,
     AverageRow,
     ConceptRow,
@@ -35,8 +35,8 @@ from fgsteer.evaluation.bench.tables import (
     compare,
     concept_table,
 )
-from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.features.cards import LIGHT, visible, whole_page
+from fgsteer.methods import method_name
 from fgsteer.storage.atomic import atomic_write
 
 _STYLE = """

@@ -13,16 +13,10 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.bench.records import (
-    Run,
-    Setting,
-    Unit,
-    best_settings,
-    mean,
-    spec,
-    told,
-)
 from fgsteer.evaluation.metrics.intervals import COMPLETE, Interval, mean_interval, paired_differences
+from fgsteer.evaluation.runs.records import Run, Setting, Unit, mean
+from fgsteer.evaluation.runs.settings import best_settings
+from fgsteer.methods import spec
 
 BASELINE = "caa"
 MEASURES = ("behavior", "coherence", "bcs")
@@ -127,7 +121,7 @@ def _differences(
 
 
 def _less(run: Run, of: Setting, to: Setting) -> dict[Unit, float]:
-    return paired_differences(run.values(of), run.values(to), told(of))
+    return paired_differences(run.values(of), run.values(to), of.describe())
 
 
 def _everywhere(run: Run, best: Mapping[tuple[str, str], Setting], method: str) -> list[Setting]:
