@@ -168,8 +168,8 @@ def sentence() -> str:
         f"On the embedded model, over {concepts} concepts and on prompts and seeds that chose nothing, behavior × "
         f"coherence (0 to 1, with 95 % intervals) is {shown(scores['fgaa_effects'])} for FGAA through effects and "
         f"{shown(scores['caa'])} for CAA, each at its own best layer: the difference of {difference} shows no winner. "
-        f"Plain FGAA has {shown(scores['fgaa'])}, and a prompt that simply asks for the concept, without any steering, "
-        f"has {shown(scores['prompt'])}.",
+        f"Plain FGAA has {shown(scores['fgaa'])}, and examples of the concept before the prompt, without any steering, "
+        f"have {shown(scores['prompt'])}.",
         120,
     )
 

@@ -22,7 +22,7 @@ from fgsteer.display.tables import Cell, Share, Table, facts_html
 from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
 from fgsteer.errors.checks import checked, describe_value, is_number, is_whole_number
 from fgsteer.errors.escaping import escape_text
-from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, TEXT, OneLineRepr
+from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, MAX_TEXT_CHARACTERS, OneLineRepr
 from fgsteer.errors.wording import a, count
 from fgsteer.interventions.kinds import Ablate, Add, Affine, Clamp
 from fgsteer.interventions.scopes import Scope
@@ -207,7 +207,7 @@ class SteeringVector:
         }
 
     def __repr__(self) -> str:
-        method = escape_text(str(self.provenance.get("method", "bare")), keep="")[:TEXT]
+        method = escape_text(str(self.provenance.get("method", "bare")), keep="")[:MAX_TEXT_CHARACTERS]
         top = ", ".join(f"{feature.id}: {feature.weight:.3g}" for feature in self.top_features(MAX_SHOWN_ENTRIES))
         more = ", …" if len(self.features) > MAX_SHOWN_ENTRIES else ""
         features = f"{count(len(self.features), 'feature')}{f' {{{top}{more}}}' if top else ''}"
@@ -394,7 +394,7 @@ class SteeringVector:
             method: As in ``save_pretrained``.
             token: A token that may write there; by default the one of ``hf auth login``.
             private: Whether a repository that is made is private.
-            upload: What else ``HfApi.upload_folder`` takes, such as ``revision`` and ``commit_message``.
+            **upload: What else ``HfApi.upload_folder`` takes, such as ``revision`` and ``commit_message``.
 
         Returns:
             The address of the commit.

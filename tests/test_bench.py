@@ -297,7 +297,7 @@ def test_resume_keeps_whole_batches_only(tmp_path):
     assert json.loads(path.read_text()) == header
     for text in ("not a run\n", "a file without an end of line", "[]\n"):
         (tmp_path / "notes.txt").write_text(text)
-        with pytest.raises(fg.FormatError, match="line 1"):
+        with pytest.raises(fg.FormatError, match="Line 1 of "):
             resume(tmp_path / "notes.txt", header, [2])
         assert (tmp_path / "notes.txt").read_text() == text
 
@@ -311,7 +311,7 @@ def test_resume_keeps_whole_batches_only(tmp_path):
         ({"ce_rises": ()}, "rising"),
         ({"matched": 0.3}, "matched 0.3"),
         ({"concepts": ()}, "no concepts"),
-        ({"prompts": 1}, "intervals are over prompts"),
+        ({"prompts": 1}, "Intervals are over prompts"),
         ({"layers": ()}, "no layer for ace, caa"),
         ({"methods": ("caa", "fgaa"), "layers": {"caa": (1,)}}, "no layer for fgaa"),
     ],
@@ -379,7 +379,7 @@ def test_the_command_writes_records_report_and_pictures(tmp_path, monkeypatch):
         ("--concept path.json", r"named '\.\./love'"),
         ("--concept nowhere.json", "no contrast set 'nowhere.json'"),
         ("--concept few.json --judge keyword", "'few' with 3 texts on a side, and no held_out part"),
-        ("--prompts-from nowhere.txt", "cannot read nowhere.txt"),
+        ("--prompts-from nowhere.txt", "Cannot read nowhere.txt"),
         ("--neutral my.json", "field 'text'"),
         ("--prompts-from two.txt", "two.txt with 2 prompts"),
         ("--prompts-from none.txt", "none.txt has no document"),
@@ -458,12 +458,12 @@ def test_names_that_files_cannot_have(name):
     ("changes", "told"),
     [
         ({"own_prompts": ("a", "b", "c", "c")}, "own_prompts with 'c' twice"),
-        ({"own_prompts": ("a", "b", "c", " ")}, "own_prompts with an entry that is no text, or empty"),
+        ({"own_prompts": ("a", "b", "c", " ")}, "own_prompts with an entry that is empty or is not a text"),
         ({"own_prompts": ("a", "b", "c")}, "2 prompts a half"),
         ({"own_prompts": "abcd"}, "own_prompts with an entry"),
         ({"neutral": ("a", 3)}, "neutral with an entry"),
         ({"neutral": ("a", "a")}, "neutral with 'a' twice"),
-        ({"concepts": ("love", "Love")}, "each name once, in any case"),
+        ({"concepts": ("love", "Love")}, "each name once, in upper or lower case"),
     ],
 )
 def test_own_texts_of_a_plan_are_checked(changes, told):
@@ -535,7 +535,7 @@ def test_the_command_killed_ten_times_ends_with_the_same_file(tmp_path):
 
 def test_methods_without_their_sae_are_refused_before_anything_is_written(parts, tmp_path):
     model, tokenizer, saes, _ = parts
-    for given, told in (({}, "without an SAE"), (saes, "without effects")):
+    for given, told in (({}, "needs an SAE"), (saes, "needs measured effects")):
         bench = Bench(model, tokenizer, given, {}, LengthJudge(), replace(PLAN, layers=tuple(saes)))
         with pytest.raises(fg.DataError, match=told):
             bench.run(tmp_path / "run.jsonl")

@@ -79,7 +79,7 @@ def test_compressed_files_are_read(tmp_path, kind, suffix, pack):
         list(read_documents(packed)) == list(read_documents(plain)) == (["one", "two"] if kind == ".txt" else STORIES)
     )
     packed.write_bytes(packed.read_bytes()[:-9])
-    with pytest.raises(fg.DataError, match="cannot read"):
+    with pytest.raises(fg.DataError, match="Cannot read"):
         list(read_documents(packed))
 
 
@@ -117,8 +117,8 @@ def test_other_suffixes_are_refused_at_once(tmp_path, name):
         ("c.csv", b'id,text\n1,"a"b\n', r"row 1 is damaged"),
         ("c.csv", "id,text\n1,é\n".encode("utf-16"), r"UTF-8"),
         ("c.txt", b"\xff\xfea", r"UTF-8"),
-        ("c.parquet", b"PAR1 no", r"cannot read .* after row 0.*Parquet"),
-        ("c.jsonl.gz", b'{"text": "a"}\n', r"cannot read .*c\.jsonl\.gz"),
+        ("c.parquet", b"PAR1 no", r"Cannot read .* after row 0.*Parquet"),
+        ("c.jsonl.gz", b'{"text": "a"}\n', r"Cannot read .*c\.jsonl\.gz"),
     ],
 )
 def test_damage_names_file_and_row(tmp_path, name, data, told):

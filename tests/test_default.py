@@ -153,17 +153,18 @@ def test_demo_shows_a_concept():
 @pytest.mark.parametrize(
     ("method", "setting", "told"),
     [
-        ("fgaa", "n_positive=abc", "expected int"),
-        ("fgaa", "n_positive=1.5", "expected int"),
-        ("fgaa", "n_positive=true", "expected int"),
-        ("fgaa", "max_density=abc", "expected float or null"),
-        ("fgaa", "mu=abc", "expected float"),
-        ("fgaa", "normalize=maybe", "expected bool"),
-        ("fgaa", "density=3", "expected --density"),
-        ("fgaa", "score=3", "expected str"),
-        ("fgaa", "nonsense=3", "unknown nonsense"),
-        ("sta", "p=abc", "expected float"),
-        ("caa", "hookpoint=3", "expected str"),
+        ("fgaa", "n_positive=abc", "Expected a whole number as n_positive, got --set n_positive=abc"),
+        ("fgaa", "n_positive=1.5", "a whole number"),
+        ("fgaa", "n_positive=true", "a whole number"),
+        ("fgaa", "max_density=abc", "Expected a number or null as max_density"),
+        ("fgaa", "mu=abc", "Expected a number as mu"),
+        ("fgaa", "normalize=maybe", "Expected true or false as normalize"),
+        ("fgaa", "density=3", "Expected --density FILE, an option of its own"),
+        ("fgaa", "score=3", "Expected a text as score"),
+        ("fgaa", "nonsense=3", "a parameter of fgaa after --set: score.*got --set nonsense=3"),
+        ("sta", "p=abc", "Expected a number as p"),
+        ("sta", "mode=both", "Expected act_and_freq or act or freq as mode"),
+        ("caa", "hookpoint=3", "Expected a text or null as hookpoint"),
     ],
 )
 def test_nonsense_settings_end_in_one_message(tmp_path, method, setting, told):
@@ -186,9 +187,9 @@ def test_settings_of_every_type_are_taken(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("collect", "love", "-o", "FILE/s.safetensors"), "cannot write"),
-        (("collect", "love", "-o", "FOLDER"), "cannot write"),
-        (("features", "--feature", "1", "--html", "FILE/p.html"), "cannot write"),
+        (("collect", "love", "-o", "FILE/s.safetensors"), "Cannot write"),
+        (("collect", "love", "-o", "FOLDER"), "Cannot write"),
+        (("features", "--feature", "1", "--html", "FILE/p.html"), "Cannot write"),
         (("features", "--feature", "1,1"), "each id once"),
         (
             ("collect", "love", "-o", "FOLDER/s.safetensors", "--sae", "default", "--model", "/no/such"),

@@ -471,7 +471,7 @@ def test_only_a_cache_is_added_to(tmp_path):
                 judge(chat, cache=path)
         (tmp_path / "file").write_text("")
         for folder, told in (("file", "is no folder"), ("typo", "there is no folder")):
-            with pytest.raises(fg.FormatError, match=f"cannot write .*{told}"):  # before anything is asked
+            with pytest.raises(fg.FormatError, match=f"Cannot write .*{told}"):  # before anything is asked
                 judge(chat, cache=tmp_path / folder / "answers.jsonl")
 
 
@@ -534,7 +534,7 @@ def test_an_endpoint_at_an_ipv6_address():
 def test_no_texts_no_request():
     with Chat(lambda text, n: Reply()) as chat:
         assert judge(chat).coherence([]).shape == (0,)
-        with pytest.raises(fg.DataError, match="one string"):
+        with pytest.raises(fg.DataError, match="a list of texts, got one text"):
             judge(chat).coherence("one")
     assert not chat.requests
 

@@ -195,7 +195,7 @@ def test_full_disk_keeps_the_old_file(how, tmp_path, monkeypatch):
     for kind, write in writes.items():
         with full_disk(how, monkeypatch) as reason, pytest.raises(fg.FormatError) as told:
             write(tmp_path / kind)
-        assert f"cannot write {tmp_path / kind}: {reason}" in str(told.value)
+        assert f"Cannot write {tmp_path / kind}: {reason}" in str(told.value)
         assert "make room, or write elsewhere" in str(told.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept  # and nothing beside them
 
@@ -218,7 +218,7 @@ def test_full_disk_leaves_nothing_of_what_libraries_save(name, how, tmp_path, mo
     }[name]
     with full_disk(how, monkeypatch, 500 if name == "lm.pt" else 2000), pytest.raises(fg.FormatError) as told:
         write(tmp_path / name)
-    assert re.match(f"cannot write {tmp_path}.*{name}.*: .*(File too large|No space left)", str(told.value))
+    assert re.match(f"Cannot write {tmp_path}.*{name}.*: .*(File too large|No space left)", str(told.value))
     assert not list(tmp_path.iterdir())
 
 

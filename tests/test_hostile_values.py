@@ -227,7 +227,7 @@ def test_paths_of_every_command(files, run, command, option):
         ("bench -o {0}/b --judge x --judge-url http://a..b", "base_url"),
         ("serve m --layers " + "9" * 5000, "--layers"),
         ("serve m --layers -1", "--layers"),
-        ("export {0}/v --to gguf -o /", "cannot write /"),
+        ("export {0}/v --to gguf -o /", "Cannot write /"),
         ("sweep sea --neutral {0}/none.txt", "none.txt has no document"),
         ("effects -o {0}/e --sae s --prompts {0}/none.txt", "none.txt has no document"),
         ("effects -o {0}/e --sae s --texts {0}/none.txt", "none.txt has no document"),

@@ -19,7 +19,7 @@ from fgsteer.evaluation.judges.answer_cache import AnswerCache
 from fgsteer.evaluation.judges.chat_client import completion
 from fgsteer.export import gguf
 from fgsteer.models.embedded import pretrained_dir
-from fgsteer.serving.served import read_served, save_clamp
+from fgsteer.serving.rows import load_rows, save_clamp
 from fgsteer.storage import files, json_files
 from fgsteer.storage.shards import Shards
 from tests.helpers import runs
@@ -34,7 +34,7 @@ LOADS: dict[str, Callable[[Path], object]] = {
     "density": fg.FeatureDensity.load,
     "examples": fg.FeatureExamples.load,
     "effects": fg.EffectApproximator.load,
-    "clamp": read_served,
+    "clamp": load_rows,
 }
 
 

@@ -13,7 +13,7 @@ import fgsteer as fg
 from fgsteer import export
 from fgsteer.serving.control import Control
 from fgsteer.serving.request import PLAN, steering
-from fgsteer.serving.served import read_served, serve
+from fgsteer.serving.rows import load_rows, rows_of
 from fgsteer.serving.tables import Batch, Table
 from fgsteer.steering.ranges import max_change
 from fgsteer.storage.files import write_tensors
@@ -119,7 +119,7 @@ def test_exports_refuse_what_their_engines_cannot_hold(coefficient, tmp_path, ll
 
 def tensors(**changed):
     """The rows of a clamp of two features, some of them changed."""
-    found = serve(fg.ClampFeature(hookpoint=AT, sae=make_sae("relu"), targets={3: 2.0, 7: 0.5})).tensors
+    found = rows_of(fg.ClampFeature(hookpoint=AT, sae=make_sae("relu"), targets={3: 2.0, 7: 0.5})).tensors
     return found | {name: change(found[name]) for name, change in changed.items()}
 
 
@@ -181,7 +181,7 @@ def test_admission_holds_amounts_against_the_engines_dtype(dtype):
 def step(table, batch, plans, hidden, residual):
     batch.plans = plans
     starts = np.arange(len(plans) + 1, dtype=np.int32) * (len(hidden) // len(plans))
-    batch.place(list(plans), starts, torch.arange(len(hidden) // len(plans)).repeat(len(plans)))
+    batch.write_plan(list(plans), starts, torch.arange(len(hidden) // len(plans)).repeat(len(plans)))
     return table(hidden, residual)
 
 
@@ -210,7 +210,7 @@ def test_an_entry_that_the_model_itself_makes_large_is_kept(monkeypatch):
     batch = Batch(64, torch.device("cpu"))
     table = Table(1, WIDTH, batch.tokens)
     v = vector()
-    table.fill(1.0, serve(v).tensors)
+    table.fill(1.0, rows_of(v).tensors)
     hidden = normal(3, 4, WIDTH)
     hidden[:, 5] = 1e9
     out = step(table, batch, {"a": (1.0, 2.0 * v.norm, 0.0, 0.0, 99.0)}, hidden, None)
@@ -238,7 +238,7 @@ def test_the_table_compiles_to_one_graph_whatever_it_holds():
     hidden = normal(4, 6, WIDTH)
     with torch.no_grad():
         assert torch.equal(compiled(hidden, hidden), hidden)
-        table.fill(1.0, serve(vector()).tensors)
+        table.fill(1.0, rows_of(vector()).tensors)
         batch.tokens[:2] = 1.0
         assert not torch.allclose(compiled(hidden, hidden), hidden)
         batch.tokens[1] = math.inf
@@ -270,8 +270,8 @@ def test_served_rows_are_numbers(tmp_path):
             rows[name] = torch.full(rows[name].shape, bad, dtype=torch.float64)
             write_tensors(tmp_path / "c", rows, kind="clamp", header={"hookpoint": AT})
             with pytest.raises(fg.FormatError, match="nan or inf"):
-                read_served(tmp_path / "c")
+                load_rows(tmp_path / "c")
     none = {name: tensor[:0] for name, tensor in tensors().items()}
     write_tensors(tmp_path / "c", none, kind="clamp", header={"hookpoint": AT})
     with pytest.raises(fg.FormatError, match="damaged"):
-        read_served(tmp_path / "c")
+        load_rows(tmp_path / "c")

@@ -126,7 +126,7 @@ def test_another_runs_parts_are_refused(llama, tokenizer, tmp_path):
     with pytest.raises(fg.PairingError, match="bos was false and is true"):
         collect(llama, tokenizer, work=work, bos=True)
     other = fg.ContrastSet("words", CONTRAST.pairs, positives=sentences(14, 5), negatives=CONTRAST.negatives)
-    with pytest.raises(fg.PairingError, match=r"contrast was [0-9a-f]{12} and is [0-9a-f]{12};"):
+    with pytest.raises(fg.PairingError, match=r"contrast was [0-9a-f]{12} and is [0-9a-f]{12}."):
         fg.collect(llama, tokenizer, other, sae=make_sae(), keep_pooled=True, work=work)
     path = work / "part-000002.safetensors"
     tensors, header = read_tensors(path, kind="collected texts")
@@ -154,8 +154,8 @@ def test_every_part_is_one_ranks():
 
 
 def test_waiting_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("fgsteer.storage.shards.LATE", 0.05)
-    monkeypatch.setattr("fgsteer.storage.shards.POLL", 0.01)
+    monkeypatch.setattr("fgsteer.storage.shards.LATE_SECONDS", 0.05)
+    monkeypatch.setattr("fgsteer.storage.shards.POLL_SECONDS", 0.01)
     parts = Shards(tmp_path, "x", {}, Ranks(0, 2))
     seen = []
 

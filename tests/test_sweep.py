@@ -357,7 +357,7 @@ def test_what_cannot_be_swept_is_refused(llama, tokenizer, options, error, told)
 
 def test_equal_sides_have_no_vector(llama, tokenizer):
     same = fg.ContrastSet("same", positives=["a cat", "the dog"], negatives=["a cat", "the dog"])
-    with pytest.raises(SelectionError, match="sides that differ"):
+    with pytest.raises(SelectionError, match="whose mean activations differ"):
         fg.sweep(llama, tokenizer, same, neutral=NEUTRAL)
 
 
@@ -365,7 +365,9 @@ def test_pictures_show_the_cells(llama, tokenizer, own, tmp_path):
     found = fg.sweep(llama, tokenizer, SIDES, ce_rises=[0.05, 0.2], neutral=own)
     figure = sweep_plots.push_map(found)
     shown = [text.get_text() for axis in figure.axes for text in axis.texts]
-    assert shown == [sweep_plots._brief(cell.push) for sign in (1, -1) for cell in found.cells if cell.sign == sign]
+    assert shown == [
+        sweep_plots._in_two_digits(cell.push) for sign in (1, -1) for cell in found.cells if cell.sign == sign
+    ]
     for axis, best in zip(figure.axes, found.best, strict=True):
         (frame,) = axis.patches
         assert isinstance(frame, Rectangle)
@@ -380,7 +382,7 @@ def test_pictures_show_the_cells(llama, tokenizer, own, tmp_path):
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
     given = fg.sweep(llama, tokenizer, SIDES, layers=[1], coefficients=[0.5, 20.0], neutral=NEUTRAL, controls=0)
     assert not any(axis.patches for axis in sweep_plots.push_map(given).axes)
-    assert [sweep_plots._brief(v) for v in (0.05, -0.126, 1.0, -3.14, 9.96, 120.0)] == [
+    assert [sweep_plots._in_two_digits(v) for v in (0.05, -0.126, 1.0, -3.14, 9.96, 120.0)] == [
         ".05", "−.13", "1.0", "−3.1", "10", "120",
     ]  # fmt: skip
 
@@ -415,7 +417,7 @@ def test_command_line_sweeps(tmp_path):
     assert again["cells"] == same["cells"]
     with pytest.raises(DataError, match="one of them"):
         invoke("wedding", "--vector", tmp_path / "v.safetensors", "--method", "pca")
-    with pytest.raises(fg.FormatError, match="cannot write"):
+    with pytest.raises(fg.FormatError, match="Cannot write"):
         invoke("wedding", "--out", plain)
 
 

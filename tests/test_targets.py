@@ -20,8 +20,8 @@ import typer
 
 import fgsteer as fg
 from fgsteer.cli import outputs
+from fgsteer.evaluation.drawing import save_each
 from fgsteer.evaluation.judges.answer_cache import AnswerCache
-from fgsteer.evaluation.runs.plots import save_each
 from fgsteer.storage import atomic, json_files
 from fgsteer.storage.shards import Shards
 from tests.helpers.cli import app
@@ -80,11 +80,11 @@ def test_what_is_no_file_is_refused_and_stays(kind, linked, tmp_path, monkeypatc
         Path("link").symlink_to("target")
     path = Path("link" if linked else "target")
     for write in WRITERS.values():
-        with pytest.raises(fg.FormatError, match=f"cannot write {path}: it is {kind}; expected a file"):
+        with pytest.raises(fg.FormatError, match=f"Cannot write {path}: it is {kind}. Expected a file"):
             write(path)
     if kind != "a folder":
         for write in FOLDERS.values():
-            with pytest.raises(fg.FormatError, match=r"exists; expected a new|is no folder"):
+            with pytest.raises(fg.FormatError, match=r"exists. Expected a new|is no folder"):
                 write(path)
     assert os.lstat("target") == before
     assert {path.name for path in Path().iterdir()} == {"target", *(["link"] if linked else [])}
@@ -93,13 +93,13 @@ def test_what_is_no_file_is_refused_and_stays(kind, linked, tmp_path, monkeypatc
 @pytest.mark.parametrize("name", [*WRITERS, *FOLDERS])
 def test_a_folder_that_is_not_there_is_named_and_not_made(name, tmp_path):
     write = {**WRITERS, **FOLDERS}[name]
-    with pytest.raises(fg.FormatError, match=f"there is no folder {tmp_path}/ot; expected.*correct the name"):
+    with pytest.raises(fg.FormatError, match=f"there is no folder {tmp_path}/ot. Expected.*correct the name"):
         write(tmp_path / "ot" / "inner" / "x")
     (tmp_path / "file").write_text("old")
-    with pytest.raises(fg.FormatError, match=f"cannot write {tmp_path}/file/x: {tmp_path}/file is no folder"):
+    with pytest.raises(fg.FormatError, match=f"Cannot write {tmp_path}/file/x: {tmp_path}/file is no folder"):
         write(tmp_path / "file" / "x")
     for impossible in ("a\0b", "x" * 300):
-        with pytest.raises(fg.FormatError, match="cannot write"):
+        with pytest.raises(fg.FormatError, match="Cannot write"):
             write(tmp_path / impossible)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -119,7 +119,7 @@ def test_a_link_is_followed(name, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "nowhere").symlink_to(tmp_path / "none" / "target")
     for lost in ("loop", "nowhere"):
-        with pytest.raises(fg.FormatError, match="cannot write"):
+        with pytest.raises(fg.FormatError, match="Cannot write"):
             {**WRITERS, **FOLDERS}[name](tmp_path / lost)
     assert {path.name for path in tmp_path.iterdir()} == {"there", "link", "middle", "loop", "nowhere"}
 
@@ -254,7 +254,7 @@ def test_writers_of_one_file_do_not_take_each_others(tmp_path):
 
 
 def test_where_nothing_can_be_locked_files_are_written_and_nothing_is_removed(tmp_path, monkeypatch):
-    left = tmp_path / f".page.{atomic._HERE}.12345678.part"
+    left = tmp_path / f".page.{atomic._MACHINE}.12345678.part"
     left.write_text("half")
 
     def refuse(*_):
@@ -393,7 +393,7 @@ def test_a_word_is_no_file_that_has_its_name(tmp_path, monkeypatch):
         "density t.txt -o text --device cpu",
         "build from_features --features 1 -o sae_ts",
     ):
-        assert refused(line.split()) == "loaded"
+        assert refused(line.split()) == "loaded."
     assert "--stats love and --out love are one file" in refused(["build", "caa", "--stats", "love", "-o", "love"])
     assert "--effects text and --out text are one file" in refused(
         ["build", "sae_ts", "--effects", "text", "-o", "text"]
@@ -421,12 +421,12 @@ def test_every_command_knows_where_it_cannot_write_before_it_loads(name, tmp_pat
                 )
                 words = [*filled(command, {"out", p.name}), *out, max(p.opts, key=len), target]
                 told = refused([name, *words])
-                assert "cannot write" in told or (target.exists() and "exists" in told), told
+                assert "Cannot write" in told or (target.exists() and "exists" in told), told
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_a_device_stays_one(tmp_path, no_loading):
     made("a device", tmp_path / "null")
     told = refused(["collect", "love", "-o", tmp_path / "null"])
-    assert "null: it is a device; expected a file" in told
+    assert "null: it is a device. Expected a file" in told
     assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)

@@ -232,5 +232,5 @@ def test_documents_of_windows_files(tmp_path):
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(fg.FormatError, match=r"cannot write .*v\.safetensors: "):
+    with pytest.raises(fg.FormatError, match=r"Cannot write .*v\.safetensors: "):
         write_tensors(tmp_path / "file" / "v.safetensors", {}, kind="vector", header={})

@@ -1,23 +1,29 @@
 """Pages of the documentation site that are made from the code and from other files of the repository.
 
-mkdocs runs this as a hook (mkdocs.yml). What is generated is never committed, so that it cannot be out of date:
-the API reference from the docstrings of ``fgsteer.__all__``, the command-line reference from the Typer application,
-the tables that a page asks for by ``<!-- generated: NAME -->``, and copies of CHANGELOG.md and its like.
+mkdocs runs this as a hook (mkdocs.yml): it adds the API reference from the docstrings of ``fgsteer.__all__``, the
+command-line reference from the Typer application, and copies of CHANGELOG.md and its like, none of which is committed.
+
+    python docs/tools/site_pages.py     writes the tables between the marks of the pages, from the tables in the code
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
+import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 
 import fgsteer
+from fgsteer import methods
+from fgsteer.evaluation.judges import table as judges
+from fgsteer.export import table as exports
+from fgsteer.interventions.table import INTERVENTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = ast.parse(Path(fgsteer.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
@@ -128,58 +134,117 @@ def cell(text: str) -> str:
 # ---------------------------------------------------------------- tables that a page asks for
 
 
+def markdown(headings: str, rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown; headings are parted by bars."""
+    heads = headings.split(" | ")
+    lines = [f"| {headings} |", "|---" * len(heads) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
 def registry_table() -> str:
     """How many SAEs sae-lens's registry lists, by model."""
-    rows = fgsteer.registry()
     releases: dict[str, set[str]] = {}
-    for row in rows:
+    saes: Counter[str] = Counter()
+    for row in fgsteer.registry():
         releases.setdefault(row.model, set()).add(row.release)
-    saes = Counter(row.model for row in rows)
-    lines = ["| model | releases | SAEs |", "|---|---:|---:|"]
-    lines += [f"| `{model}` | {len(releases[model])} | {saes[model]} |" for model in sorted(saes)]
-    return "\n".join(lines)
+        saes[row.model] += 1
+    return markdown(
+        "model | releases | SAEs", ((f"`{model}`", len(releases[model]), saes[model]) for model in sorted(saes))
+    )
 
 
 def contrasts_table() -> str:
-    """The shipped contrast sets."""
-    lines = ["| name | behavior | positives, negatives | held out |", "|---|---|---|---|"]
+    """The shipped contrast sets, with their numbers of positives and negatives."""
+    rows = []
     for name in fgsteer.shipped_contrasts():
         contrast = fgsteer.load_contrast(name)
-        held = contrast.held_out
-        sizes = [f"{len(one.positives)}, {len(one.negatives)}" if one else "none" for one in (contrast, held)]
-        lines.append(f"| `{name}` | {contrast.description} | {sizes[0]} | {sizes[1]} |")
-    return "\n".join(lines)
+        sizes = [f"{len(one.positives)}, {len(one.negatives)}" if one else "" for one in (contrast, contrast.held_out)]
+        rows.append((f"`{name}`", contrast.description, *sizes))
+    return markdown("name | behavior | positives, negatives | held out", rows)
 
 
 def errors_table() -> str:
     """Every exception and warning, with its bases and what it means."""
-    lines = ["| name | is also | raised when |", "|---|---|---|"]
-    for name in grouped()["errors"]:
-        bases = ", ".join(f"`{base.__name__}`" for base in getattr(fgsteer, name).__bases__)
-        lines.append(f"| [`fg.{name}`][fgsteer.{name}] | {bases} | {summary(name)} |")
-    return "\n".join(lines)
-
-
-def scores_table() -> str:
-    """The named selection scores."""
-    rows = [f"| `{name}` | {first(score.__doc__)} |" for name, score in fgsteer.SCORES.items()]
-    return "\n".join(["| name | what it is |", "|---|---|", *rows])
+    return markdown(
+        "name | is also | means",
+        (
+            (f"`{name}`", ", ".join(f"`{base.__name__}`" for base in getattr(fgsteer, name).__bases__), summary(name))
+            for name in grouped()["errors"]
+        ),
+    )
 
 
 def methods_table() -> str:
-    """Every method of ``build`` and what it is."""
-    rows = [f"| [`{name}`][fgsteer.{name}] | {summary(name)} |" for name in fgsteer.METHODS]
-    return "\n".join(["| name | what it is |", "|---|---|", *rows])
+    """Every method and condition of the benchmark."""
+    return markdown(
+        "name | what it does | needs | offered by | paper",
+        (
+            (
+                f"`{row.name}`",
+                f"{row.label}. {cell(row.summary)}",
+                row.needs,
+                ", ".join(f"`{command}`" for command in row.offered),
+                row.paper,
+            )
+            for row in methods.specs()
+        ),
+    )
 
 
+def judges_table() -> str:
+    """Every judge of behavior and of coherence."""
+    return markdown(
+        "score | name | what it does | needs",
+        (
+            (kind, f"`{row.name}`", cell(row.summary), f"`{row.needs}`" if row.needs else "")
+            for kind in get_args(judges.Scores)
+            for row in judges.specs(kind)
+        ),
+    )
+
+
+def exports_table() -> str:
+    """Every export."""
+    return markdown(
+        "format | for | expresses | refuses | how it is checked",
+        (
+            (f"`{row['name']}`", row["label"], row["expresses"], row["refuses"], row["checked by"])
+            for row in exports.rows()
+        ),
+    )
+
+
+def interventions_table() -> str:
+    """Every kind of intervention."""
+    return markdown(
+        "intervention | h becomes | in words",
+        (
+            (
+                f"`vec.{row.name}({row.amount})`" if row.of_vector else f"`fg.{row.kind}(…)`",
+                f"`{row.equation}`",
+                row.summary,
+            )
+            for row in INTERVENTIONS
+        ),
+    )
+
+
+# Tables that stand in the pages, between marks; python docs/tools/site_pages.py writes them anew.
 TABLES: dict[str, Callable[[], str]] = {
-    "registry": registry_table,
     "contrasts": contrasts_table,
     "errors": errors_table,
-    "scores": scores_table,
+    "exports": exports_table,
+    "interventions": interventions_table,
+    "judges": judges_table,
     "methods": methods_table,
 }
-MARK = re.compile(r"<!-- generated: ([a-z]+) -->")
+MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.S)
+REGISTRY = "<!-- registry -->"  # another one with every version of sae-lens: it is made when the site is built
+
+
+def with_tables(text: str) -> str:
+    """A page's text with its tables as they should be."""
+    return MARKS.sub(lambda marks: f"{marks[1]}{TABLES[marks[2]]()}\n{marks[3]}", text)
 
 
 # ---------------------------------------------------------------- mkdocs
@@ -236,17 +301,25 @@ def rebased(text: str, source: str) -> str:
     homes = {name: page for name, page in COPIES.items() if (ROOT / name).exists()}
 
     def link(match: re.Match[str]) -> str:
-        target, anchor = match[1], match[2] or ""
-        whole = target if source.count("/") == 0 else f"{source.rpartition('/')[0]}/{target}"
-        if target in homes or whole in homes:
-            return f"]({homes.get(target) or homes[whole]}{anchor})"
-        if target == "README.md":
-            return f"](index.md{anchor})"
-        return f"]({target.removeprefix('docs/')}{anchor})"
+        label, target, anchor = match[1], match[2], match[3] or ""
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        if page := "index.md" if path == "README.md" else homes.get(path):
+            return f"[{label}]({page}{anchor})"
+        if path.startswith("docs/"):
+            return f"[{label}]({path.removeprefix('docs/')}{anchor})"
+        return label  # a file that is not on the site
 
-    return re.sub(r"\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)", link, text)
+    return re.sub(r"\[([^]]*)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)", link, text)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in the tables."""
-    return MARK.sub(lambda mark: TABLES[mark[1]](), markdown)
+    """Fill in the registry; the other tables stand in the pages."""
+    return markdown.replace(REGISTRY, registry_table()) if REGISTRY in markdown else markdown
+
+
+if __name__ == "__main__":
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if (made := with_tables(text)) != text:
+            page.write_text(made, encoding="utf-8")
+            print(page.relative_to(ROOT))

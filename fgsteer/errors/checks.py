@@ -1,6 +1,6 @@
-"""Arguments checked at the door: their types, before a public function does any work.
+"""Check the types of arguments before a public function does any work.
 
-What is expected of an argument is what its annotation says, where that is a kind that is known here.
+What is expected of an argument is what its annotation says, where that is one of the annotations known here.
 
     @checked
     def describe(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sae: SAE, *, top: int = 20) -> ...
@@ -29,11 +29,11 @@ from fgsteer.errors.wording import a
 P = ParamSpec("P")
 R = TypeVar("R")
 PACKAGE = str(Path(__file__).resolve().parents[1])
-_ON_THE_WAY = (PACKAGE, contextlib.__file__, no_grad.__file__)  # files of frames that no caller of this package wrote
+_INNER_FILES = (PACKAGE, contextlib.__file__, no_grad.__file__)  # of frames that no caller of this package wrote
 
 
 def is_whole_number(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer of Python, numpy or torch; True and False are not."""
+    """Tell whether a value is an integer of Python, numpy or torch; True and False are not."""
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
         return False
     try:
@@ -44,7 +44,7 @@ def is_whole_number(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is one real number of Python, numpy or torch that a float holds; True and False are not."""
+    """Tell whether a value is one real number of Python, numpy or torch that a float holds; True and False are not."""
     if callable(getattr(value, "item", None)):  # of an array or a tensor of one element
         try:
             value = value.item()  # type: ignore[attr-defined]
@@ -56,13 +56,13 @@ def is_number(value: object) -> bool:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raises ArgumentError unless the value is one real number."""
+    """Raise ArgumentError unless the value is one real number."""
     if not is_number(value):
         raise ArgumentError(f"{name} = {describe_value(value)}", "a number")
 
 
 def check_range(name: str, value: object, least: int | float, most: int | float, *, whole: bool = False) -> None:
-    """Raises ArgumentError unless the value is one number, or a ``whole`` one; DataError for one out of range."""
+    """Raise ArgumentError unless the value is one number, or a ``whole`` one; DataError for one out of range."""
     fits = is_whole_number(value) if whole else is_number(value)
     if not fits or not least <= value <= most:  # type: ignore[operator]
         expected = f"a {'whole ' if whole else ''}number from {least} to {most}"
@@ -70,47 +70,49 @@ def check_range(name: str, value: object, least: int | float, most: int | float,
 
 
 def check_flags(**flags: object) -> None:
-    """Raises ArgumentError, naming it, for a flag that is neither True nor False: the text "no" would count as true."""
+    """Raise ArgumentError, naming it, for a flag that is neither True nor False: the text "no" would count as true."""
     for name, value in flags.items():
         if not _KINDS["bool"].fits(value):
             raise ArgumentError(f"{name} = {describe_value(value)}", "True or False")
 
 
 def describe_value(value: object) -> str:
-    """A value as messages show it: short ones with their type, of others the type."""
+    """Describe a value for a message: a short one with its type, any other by its type."""
     name = type(value).__name__
     if value is None or isinstance(value, bool):
         return repr(value)
     if isinstance(value, int) and value.bit_length() > 200:  # Python writes out no number of 4,300 digits
-        return f"{'-' if value < 0 else ''}2^{value.bit_length() - 1} and more ({name})"
+        return f"{'-' if value < 0 else ''}2^{value.bit_length() - 1} or more ({name})"
     return f"{value!r:.60} ({name})" if isinstance(value, str | int | float | complex | Path) else a(name)
 
 
 def is_tokenizer(value: object) -> bool:
-    """Whether a value turns texts into ids and back."""
-    wanted = ("pad_token_id", "decode", "batch_decode", "convert_ids_to_tokens")
-    return callable(value) and not isinstance(value, nn.Module) and all(hasattr(value, name) for name in wanted)
+    """Tell whether a value turns texts into ids and back."""
+    methods = ("pad_token_id", "decode", "batch_decode", "convert_ids_to_tokens")
+    return callable(value) and not isinstance(value, nn.Module) and all(hasattr(value, name) for name in methods)
 
 
 def as_tokenizer(value: Any) -> Any:
-    """The tokenizer, of a multimodal processor its own. Raises ArgumentError for anything else."""
+    """Return the tokenizer, or that of a multimodal processor. Raises ArgumentError for anything else."""
     for candidate in (value, getattr(value, "tokenizer", None)):
         if is_tokenizer(candidate):
             return candidate
-    raise ArgumentError(f"tokenizer is {describe_value(value)}", _KINDS["PreTrainedTokenizerBase"].expected, _TOKENIZER)
+    raise ArgumentError(
+        f"{describe_value(value)} for tokenizer", _KINDS["PreTrainedTokenizerBase"].expected, _TOKENIZER
+    )
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What values of an annotation are: a test, a name in words, and how to get one."""
+    """What the values of an annotation are: a test, a name in words, and how to get one."""
 
     fits: Callable[[Any], bool]
     expected: str
     obtain: str = ""
 
 
-def _ours(name: str, obtain: str, expected: str = "") -> _Kind:
-    """A class of this package, by its name: those that are checked are defined after this module."""
+def _own_class(name: str, obtain: str, expected: str = "") -> _Kind:
+    """Return the kind of a class of this package, found by name, as these classes are defined after this module."""
 
     def fits(value: object) -> bool:
         return any(c.__name__ == name and c.__module__.startswith("fgsteer.") for c in type(value).__mro__)
@@ -134,17 +136,19 @@ _KINDS: dict[str, _Kind] = {
         "a tokenizer",
         _TOKENIZER,
     ),
-    "SAE": _ours("SAE", 'fg.load_sae("default"), a folder, a release or a sae_lens.SAE gives one'),
-    "ContrastStatistics": _ours(
+    "SAE": _own_class("SAE", 'fg.load_sae("default"), a folder, a release or a sae_lens.SAE gives one'),
+    "ContrastStatistics": _own_class(
         "ContrastStatistics",
         "fg.collect(model, tokenizer, contrast) gives them, fg.ContrastStatistics.load(path) reads a file of them",
         "statistics (ContrastStatistics)",
     ),
-    "EffectApproximator": _ours("EffectApproximator", 'fg.load_effects("default") or fg.load_effects(path) gives one'),
-    "FeatureDensity": _ours("FeatureDensity", "fg.FeatureDensity.load(path) reads a file"),
-    "FeatureExamples": _ours("FeatureExamples", "fg.FeatureExamples.load(path) reads a file"),
-    "SteeringVector": _ours("SteeringVector", "fg.SteeringVector.load(path) reads a file"),
-    "Intervention": _ours("Intervention", "call .add(coefficient), .affine(alpha) or the like on a vector"),
+    "EffectApproximator": _own_class(
+        "EffectApproximator", 'fg.load_effects("default") or fg.load_effects(path) gives one'
+    ),
+    "FeatureDensity": _own_class("FeatureDensity", "fg.FeatureDensity.load(path) reads a file"),
+    "FeatureExamples": _own_class("FeatureExamples", "fg.FeatureExamples.load(path) reads a file"),
+    "SteeringVector": _own_class("SteeringVector", "fg.SteeringVector.load(path) reads a file"),
+    "Intervention": _own_class("Intervention", "call .add(coefficient), .affine(alpha) or the like on a vector"),
     "Sequence[Intervention]": _Kind(lambda value: isinstance(value, list | tuple), "a list of them"),
     "Sequence[Entry]": _Kind(
         lambda value: isinstance(value, list | tuple),
@@ -161,83 +165,82 @@ _KINDS: dict[str, _Kind] = {
 
 
 def _kinds(annotation: object) -> list[_Kind]:
-    """The kinds of an annotation such as "SAE | None"; none where a part of it is not known here."""
+    """Return the kinds of an annotation such as "SAE | None"; none where a part of it is not known here."""
     parts = annotation.split(" | ") if isinstance(annotation, str) else []
     return [_KINDS[part] for part in parts] if all(part in _KINDS for part in parts) else []
 
 
 def _misfit(parameter: inspect.Parameter, value: object) -> ArgumentError | None:
-    """Why a value cannot be the parameter's, or None where it can."""
+    """Return the error of a value that a parameter cannot take, or None where it can."""
     kinds = _kinds(parameter.annotation)
     if not kinds or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
         return None
     if any(kind.fits(value) for kind in kinds):
         return None
     obtain = "; ".join(kind.obtain for kind in kinds if kind.obtain)
-    return ArgumentError(
-        f"{parameter.name} is {describe_value(value)}", " or ".join(kind.expected for kind in kinds), obtain
-    )
+    expected = " or ".join(kind.expected for kind in kinds)
+    return ArgumentError(f"{describe_value(value)} for {parameter.name}", expected, obtain)
 
 
-def _order(name: str, parameters: Sequence[inspect.Parameter]) -> str:
-    """The call as it is meant, such as "find_features(model, tokenizer, sae, word, …)"."""
+def _describe_call(name: str, parameters: Sequence[inspect.Parameter]) -> str:
+    """Describe the call as it is meant, such as "find_features(model, tokenizer, sae, word, …)"."""
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in ("self", "cls")]
     return f"{name}({', '.join(names)}{', …' if any(p.kind is p.KEYWORD_ONLY for p in parameters) else ''})"
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, whose arguments are checked by their annotations before it runs; see ``checked_after``."""
+    """Decorate a function so that its arguments are checked by their annotations before it runs."""
     return checked_after(())(function)
 
 
 def checked_after(former: Sequence[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator like ``checked`` for a function whose arguments once came in another order, which is still taken.
+    """Make a decorator like ``checked`` for a function whose arguments once came in another order.
 
-    Of an argument annotated as a tokenizer a multimodal processor is taken too, for its tokenizer. The
-    function raises ArgumentError for an argument of another type, or for one too many or too few; where
-    positional ones fit the ``former`` order alone it warns DeprecationWarning.
+    The ``former`` order is still accepted: where positional arguments fit it alone, the function warns
+    DeprecationWarning. The function raises ArgumentError for an argument of another type, or for one too many or
+    too few. Where a tokenizer is expected a multimodal processor is accepted too, for its tokenizer.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
         parameters = signature.parameters
-        order = _order(function.__name__, list(parameters.values()))
+        order = _describe_call(function.__name__, list(parameters.values()))
 
-        def misfits(given: Mapping[str, object]) -> list[ArgumentError]:
-            return [found for name, value in given.items() if (found := _misfit(parameters[name], value))]
+        def misfits(arguments: Mapping[str, object]) -> list[ArgumentError]:
+            return [error for name, value in arguments.items() if (error := _misfit(parameters[name], value))]
 
         @wraps(function)
-        def at_the_door(*args: Any, **kwargs: Any) -> R:
+        def with_checks(*args: Any, **kwargs: Any) -> R:
             try:
                 bound = signature.bind(*args, **kwargs)
-                given, why = bound.arguments, ""
+                arguments, reason = bound.arguments, ""
             except TypeError as error:
-                given, why = dict(zip(parameters, args, strict=False)), str(error)
-            wrong = misfits({name: value for name, value in given.items() if name in parameters})
-            if wrong and former and len(args) <= len(former):
+                arguments, reason = dict(zip(parameters, args, strict=False)), str(error)
+            errors = misfits({name: value for name, value in arguments.items() if name in parameters})
+            if errors and former and len(args) <= len(former):
                 renamed = dict(zip(former, args, strict=False))
                 if not set(renamed) & set(kwargs) and not misfits(renamed):
-                    warn(f"the order of {function.__name__} is now {order}", DeprecationWarning)
-                    return at_the_door(**renamed, **kwargs)
-            if wrong:
-                first = wrong[0]
-                change = f"{first.change}; the order is {order}" if args and first.change else first.change
+                    warn(f"The order of arguments is now {order}.", DeprecationWarning)
+                    return with_checks(**renamed, **kwargs)
+            if errors:
+                first = errors[0]
+                change = f"{first.change}; the call is {order}" if args and first.change else first.change
                 raise ArgumentError(first.got, first.expected, change)
-            if why:
-                raise ArgumentError(f"{function.__name__}: {why}", order)
-            for name, value in given.items():
+            if reason:
+                raise ArgumentError(f"The call of {function.__name__} failed: {reason}.", order)
+            for name, value in arguments.items():
                 if parameters[name].annotation == "PreTrainedTokenizerBase":
-                    given[name] = as_tokenizer(value)
+                    arguments[name] = as_tokenizer(value)
             return function(*bound.args, **bound.kwargs)
 
-        return at_the_door
+        return with_checks
 
     return decorate
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn at the line outside this package that led here."""
+    """Warn at the line outside this package from which the call came."""
     level, frame = 1, sys._getframe(0)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_ON_THE_WAY):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER_FILES):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

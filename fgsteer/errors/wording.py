@@ -1,4 +1,4 @@
-"""Words of messages: articles and plurals that fit what they stand before.
+"""Articles and plurals for messages.
 
 a("SAE") == "an SAE"          count(1, "vector") == "1 vector"          count(2, "entry") == "2 entries"
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 
-_VOWEL_LETTERS = "AEFHILMNORSX"  # whose names begin with a vowel's sound: an SAE, an LLM, an NDArray
+_VOWEL_LETTERS = "AEFHILMNORSX"  # letters whose names begin with a vowel's sound: an SAE, an LLM, an NDArray
 
 
 def a(noun: object) -> str:
-    """The noun after "a" or "an", by its sound: an SAE, an int, an ndarray, a Clamp, a UserDict."""
+    """Return the noun after "a" or "an", by its sound: an SAE, an int, an ndarray, a Clamp, a UserDict."""
     text = str(noun)
     if text.startswith("nd"):
         return f"an {text}"
@@ -24,7 +24,7 @@ def a(noun: object) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """The number before its noun, which is plural unless there is one: 1 vector, 0 vectors, 2 entries."""
+    """Return the number and its noun, which is plural unless there is one: 1 vector, 0 vectors, 2 entries."""
     if number == 1:
         return f"1 {noun}"
     plural = f"{noun[:-1]}ies" if re.search(r"[^aeiou]y$", noun) else f"{noun}{'es' if noun.endswith('s') else 's'}"

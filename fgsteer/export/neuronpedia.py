@@ -122,7 +122,7 @@ def _strengths(vector: SteeringVector, sae: SAE, coefficient: float) -> dict[int
         raise SteeringError(
             f"{a(method)} vector that is not the sum of its features' decoder rows",
             "a vector that is such a sum, which is all that Neuronpedia adds",
-            "from_features(sae, vector.features) makes the nearest one; or export to GGUF",
+            "use the nearest such vector, from_features(sae, vector.features), or export to GGUF",
         )
     norms = torch.ones(len(rows)) if sae.activation == "topk" else rows.norm(dim=1)
     strengths = coefficient * scale * weights * norms

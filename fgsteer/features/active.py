@@ -1,4 +1,4 @@
-"""What a text shows in an SAE's terms: the features that fire most on its tokens.
+"""The features of an SAE that fire most on the tokens of one text.
 
 for feature in seen_features(model, tokenizer, sae, "the ship went down", prompt="The next day,"): print(feature)
 """
@@ -30,7 +30,14 @@ MAX_DENSITY = 0.01  # features that fire on more tokens say little of one text (
 
 @dataclass(frozen=True, repr=False)
 class SeenFeature(OneLineRepr):
-    """A feature, its label ("" where none is known), its largest activation on a text, and the token of it."""
+    """A feature that fires on a text.
+
+    Args:
+        id: The feature's number in its SAE.
+        label: What it is said to mean, "" where no label is known.
+        activation: Its largest activation on the text.
+        token: The token on which it has that activation.
+    """
 
     id: int
     label: str
@@ -57,29 +64,43 @@ def seen_features(
     prompt: str = "",
     top: int = 5,
 ) -> Table[SeenFeature]:
-    """The ``top`` features of largest activation on a text's tokens, read by the unsteered model after ``prompt``.
+    """The features of largest activation on a text's tokens, read by the unsteered model.
 
-    ``max_t f_j(h_t)`` over the text's tokens t, without the prompt's and a special one before them, for features
-    that fire on at most 1 % of tokens (all, where the SAE has no density). Fewer where fewer fire. Raises
-    HookpointError and PairingError as ``collect`` does.
+    The activation is ``max_t f_j(h_t)`` over the text's tokens t, without those of the prompt and a special one before
+    them. Features that fire on more than 1 % of tokens are left out, where the SAE has densities.
+
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        sae: The SAE whose features are read.
+        text: The text.
+        prompt: What stands before the text.
+        top: The number of features; fewer are returned where fewer fire.
+
+    Returns:
+        The features, largest activation first.
+
+    Raises:
+        HookpointError: The model does not have the SAE's hookpoint.
+        PairingError: The SAE does not fit the model.
     """
-    at = sae.input_hookpoint
+    hookpoint = sae.input_hookpoint
     check_range("top", top, 1, MAX_COUNT, whole=True)
-    check_pairing(model, at, sae.d_model, sae.model_name, "SAE")
-    found: Table[SeenFeature] = Table()
+    check_pairing(model, hookpoint, sae.d_model, sae.model_name, "SAE")
+    features: Table[SeenFeature] = Table()
     with TokenReader(
         tokenizer, rule="answer", prepend_bos=sae.prepend_bos, window=context_window(model), joint="", skip_empty=True
     ) as reader:
-        read = list(batch_texts(model, reader, [(prompt, text, True)], batch_tokens=1))
-    for batch in read:
-        values = record_batch(model, batch, [at])[at][batch.selected]
-        fired = sae.to(values.device, torch.float32).encode(values.float())
+        batches = list(batch_texts(model, reader, [(prompt, text, True)], batch_tokens=1))
+    for batch in batches:
+        values = record_batch(model, batch, [hookpoint])[hookpoint][batch.selected]
+        activations = sae.to(values.device, torch.float32).encode(values.float())
         if sae.density is not None:
-            fired = fired * (sae.density.density <= MAX_DENSITY).to(fired.device)
-        peaks, where = fired.max(0)
+            activations = activations * (sae.density.density <= MAX_DENSITY).to(activations.device)
+        peaks, positions = activations.max(0)
         tokens = token_texts(tokenizer, batch.ids[batch.selected].tolist())
         best = peaks.topk(min(top, int((peaks > 0).sum()))).indices.tolist()
-        found = Table(
-            SeenFeature(j, sae.labels.get(j, ""), float(peaks[j]), tokens[int(where[j])].strip()) for j in best
+        features = Table(
+            SeenFeature(j, sae.labels.get(j, ""), float(peaks[j]), tokens[int(positions[j])].strip()) for j in best
         )
-    return found
+    return features

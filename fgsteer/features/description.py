@@ -1,4 +1,4 @@
-"""Reading features: what is known of each, from a vector or by id.
+"""Descriptions: what is known of each feature of a vector, or of some ids.
 
 for row in describe_features(model, tokenizer, sae, vec): print(row)
 """
@@ -29,10 +29,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class FeatureRow(OneLineRepr):
-    """One feature: id, weight (None outside a vector), density, the tokens it pushes towards and away from.
+    """What is known of one feature; empty where nothing is.
 
-    Tokens are the logit lens of its decoder row times the weight's sign. ``label``, ``link`` (its
-    page at Neuronpedia), ``excerpts`` and ``why`` (it was found) are empty where nothing is known.
+    Args:
+        id: The feature's number in its SAE.
+        weight: Its weight in a vector, None outside a vector.
+        density: The share of tokens on which it fires.
+        tokens: The tokens that it raises most: the logit lens of its decoder row times the weight's sign.
+        label: What it is said to mean.
+        lowered: The tokens that it lowers most.
+        link: Its page at Neuronpedia.
+        excerpts: Excerpts of a corpus in which it fires most.
+        why: The reasons for which a search found it.
     """
 
     id: int
@@ -46,7 +54,7 @@ class FeatureRow(OneLineRepr):
     why: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """The row as plain JSON."""
         return asdict(self)
 
     def cells(self) -> dict[str, Cell]:
@@ -65,16 +73,16 @@ class FeatureRow(OneLineRepr):
 def top_tokens(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, directions: torch.Tensor, n: int = 6
 ) -> list[tuple[str, ...]]:
-    """The n tokens that each direction (rows, d_model) raises most, read through final norm and head.
+    """The n tokens that each direction (rows, d_model) raises most, read through the model's final norm and head.
 
-    Raises DataError for a wrong width.
+    Raises DataError for directions of another width.
     """
     ids = logit_lens(model, directions).topk(n, dim=-1).indices
     return [tuple(tokenizer.decode([int(i)]).strip() for i in row) for row in ids]
 
 
 def feature_link(sae: SAE, feature: int) -> str:
-    """The feature's page at Neuronpedia, "" for an SAE without ``neuronpedia`` ("gemma-2-2b/12-gemmascope-res-16k")."""
+    """The address of the feature's page at Neuronpedia, "" for an SAE that has no id there."""
     return f"https://www.neuronpedia.org/{quote(sae.neuronpedia)}/{feature}" if sae.neuronpedia else ""
 
 
@@ -90,14 +98,27 @@ def describe_features(
     examples: FeatureExamples | None = None,
     why: Mapping[int, tuple[str, ...]] | None = None,
 ) -> Table[FeatureRow]:
-    """What is known of a vector's ``top`` features of largest absolute weight, or of the ids given.
+    """Describe features of a vector, or of ids: density, label, the tokens that each raises and lowers, excerpts.
 
-    The list shows as a table.
+    Directions on z are read through the output projection.
 
-    ``examples`` brings excerpts, ``why`` what a search found each id for. Directions on z are
-    read through the output projection. Raises PairingError for an SAE that the vector or the
-    examples were not made with, SelectionError for an unknown id, HookpointError where
-    directions do not act linearly on the residual stream.
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        sae: The SAE whose features are meant.
+        features: A vector, or feature ids.
+        top: The number of a vector's features, by absolute weight.
+        tokens: The number of tokens raised and lowered.
+        examples: Excerpts, which ``load_examples`` or ``measure_examples`` gives.
+        why: {feature id: reasons}, what a search found each id for.
+
+    Returns:
+        One row for each feature, in the order of weight, or of the ids.
+
+    Raises:
+        PairingError: The vector or the examples were made with another SAE.
+        SelectionError: An id is unknown.
+        HookpointError: Directions at this hookpoint do not act linearly on the residual stream.
     """
     check_range("tokens", tokens, 1, len(model.get_output_embeddings().weight), whole=True)  # type: ignore[operator]
     if examples is not None:
@@ -106,7 +127,11 @@ def describe_features(
     if isinstance(features, SteeringVector):
         made = (features.provenance.get("sae") or {}).get("sha256")
         if made and made != sae.sha256:
-            raise PairingError(f"a vector made with SAE {made[:12]}", f"this SAE {sae.sha256[:12]} ({sae.source})")
+            raise PairingError(
+                f"a vector made with another SAE, {made[:12]}",
+                f"a vector made with this SAE, {sae.sha256[:12]} ({sae.source})",
+                "load the SAE that the vector was made with",
+            )
         entries = [(row.id, row.weight, row.density) for row in features.top_features(top)]
     else:
         entries = [(feature_id(feature, sae), None, None) for feature in features]

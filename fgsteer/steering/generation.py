@@ -58,7 +58,7 @@ def generate(
         steering: What ``steer`` takes: one intervention; a list of them, which compose on every prompt; or, where the
             list holds None or lists, one entry per prompt.
         per_row: Whether a list has one entry per prompt; needed for a list of as many interventions as prompts.
-        options: What ``model.generate`` takes, such as ``max_new_tokens``. Code of a repository (``custom_generate``)
+        **options: What ``model.generate`` takes, such as ``max_new_tokens``. Code of a repository (``custom_generate``)
             runs with ``trust_remote_code=True`` alone.
 
     Returns:

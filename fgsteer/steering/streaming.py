@@ -55,7 +55,7 @@ def stream(
         tokenizer: Its tokenizer, or a processor that has one.
         prompt: A text, or a conversation, of which the assistant's last message is continued.
         steering: One intervention, or a list of them, which compose.
-        options: What ``model.generate`` takes, such as ``max_new_tokens``; for one sequence, without beams.
+        **options: What ``model.generate`` takes, such as ``max_new_tokens``; for one sequence, without beams.
 
     Returns:
         An iterator of pieces, each yielded as soon as its words are complete; joined, they are what ``generate`` gives.

@@ -1,1 +1,1 @@
-"""Files that are written in full or not at all, long work in resumable parts, and the network."""
+"""Files that are written in full or not at all, long work in resumable shards, locks, and the network."""

@@ -1,8 +1,7 @@
-"""Files that are written whole or not at all, and read without trust.
+"""Files of tensors: written in full or not at all, and read without trust.
 
-Tensors live in safetensors with one JSON header under the key ``fgsteer``, which holds a hash of them and of
-itself; nothing is unpickled. A write goes beside its target, to disk, and is then renamed over it, so that a
-kill, a full disk or a power cut leaves the old file or the new one.
+They are safetensors with one JSON header under the key ``fgsteer``, which holds a hash of the tensors and of
+itself. Nothing is unpickled.
 
     write_tensors(path, {"direction": v}, kind="vector", header={"method": "caa"})
 """
@@ -23,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fgsteer.errors import DataError, FormatError
+from fgsteer.errors.wording import a
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.json_files import parse_json, to_plain_number
 
@@ -30,27 +30,30 @@ _HASH = "sha256"  # the key in a header of safetensors; files by early versions 
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str, header: Mapping[str, Any]) -> None:
-    """Write tensors, a JSON header and a hash of both whole, as safetensors of the given kind.
+    """Write tensors, a JSON header and a hash of both, atomically, as safetensors of a kind such as "vector".
 
-    Raises FormatError where it cannot be written, DataError for a header that could not be read again.
+    Raises FormatError where the file cannot be written, DataError for a header that could not be read again.
     """
     owned = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     text = json.dumps({"kind": kind, **header}, ensure_ascii=False, default=to_plain_number)
     try:
-        about = parse_json(text.encode("utf-8", "replace"))
+        fields = parse_json(text.encode("utf-8", "replace"))
     except ValueError as error:
-        raise DataError(f"a header that could not be read again: {error}", "texts, numbers, lists, objects") from error
-    about[_HASH] = _hash(about, owned)
+        raise DataError(
+            f"The header of a {kind} file could not be read again: {error}.",
+            "texts, numbers, lists and objects, each key once in an object",
+        ) from error
+    fields[_HASH] = _hash(fields, owned)
     # one key: safetensors writes several in an order that changes from run to run
-    metadata = {"fgsteer": json.dumps(about, ensure_ascii=False)}
-    with atomic_write(path) as beside:
-        beside.write_bytes(save(owned, metadata))  # save_file leaves a file of its own when killed
+    metadata = {"fgsteer": json.dumps(fields, ensure_ascii=False)}
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(save(owned, metadata))  # save_file leaves a file of its own when killed
 
 
 def _hash(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Hash of a header, but for the one in it, and of the names, dtypes, shapes and bytes of tensors."""
-    about = {key: value for key, value in header.items() if key != _HASH}
-    digest = hashlib.sha256(json.dumps(about, ensure_ascii=False).encode())
+    """Hash a header, but for the hash in it, and the names, dtypes, shapes and bytes of tensors."""
+    fields = {key: value for key, value in header.items() if key != _HASH}
+    digest = hashlib.sha256(json.dumps(fields, ensure_ascii=False).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
@@ -59,7 +62,7 @@ def _hash(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def is_tensors(path: str | Path) -> bool:
-    """Whether a file is safetensors by its content: the length of its header, then an object."""
+    """Tell by its content whether a file is safetensors: the length of its header, then an object."""
     try:
         with open(path, "rb") as file:
             head, size = file.read(9), os.fstat(file.fileno()).st_size
@@ -69,25 +72,32 @@ def is_tensors(path: str | Path) -> bool:
 
 
 def read_tensors(path: str | Path, *, kind: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON header of a file of the given kind, or of any.
+    """Load the tensors and the JSON header of a file of the given kind, or of any kind.
 
-    Raises FormatError, also where they are not what was written, by the hash that all but the first versions kept.
+    Raises FormatError for a file that is missing, damaged or of another kind. A file is damaged where its content
+    does not have the hash that was written with it; files by the first versions have none.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
             header = parse_json((file.metadata() or {}).get("fgsteer", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         check_names(path)
-        kept = header.get(_HASH) if isinstance(header, dict) else None
-        found = header.get("kind") if isinstance(header, dict) else None
-        intact = kept is None or kept == _hash(header, tensors)
+        stored_hash = header.get(_HASH) if isinstance(header, dict) else None
+        stored_kind = header.get("kind") if isinstance(header, dict) else None
+        is_intact = stored_hash is None or stored_hash == _hash(header, tensors)
     except FileNotFoundError as error:
-        raise FormatError(f"no file {path}") from error
+        raise FormatError(f"There is no file {path}.") from error
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        raise FormatError(f"{path} is not a readable safetensors file: {error}") from error
-    if not found or kind not in (found, None):
-        raise FormatError(f"{path} holds {found or 'no fgsteer header'}", f"an fgsteer {kind or 'kind of'} file")
-    if not intact:
+        raise FormatError(
+            f"{path} is not a readable safetensors file: {str(error).removesuffix('.')}.",
+            f"{a(kind or 'fgsteer')} file",
+            "it may be another format, or cut off: get it again from where it came",
+        ) from error
+    if not stored_kind:
+        raise FormatError(f"{path}, which has no fgsteer header", f"{a(kind or 'fgsteer')} file that fgsteer wrote")
+    if kind not in (stored_kind, None):
+        raise FormatError(f"{path}, {a(stored_kind)} file", f"{a(kind)} file", "pass the file to what it was made for")
+    if not is_intact:
         raise damage_error(path, "its hash is not that of what it holds", "what was written there")
     return tensors, {key: value for key, value in header.items() if key != _HASH}
 
@@ -117,13 +127,13 @@ def refuse_damaged(path: str | Path, expected: str, change: str = GET_AGAIN) -> 
 
 
 def check_names(path: str | Path) -> None:
-    """Raises ValueError for a safetensors file whose header names something twice: one of the two would be lost."""
+    """Raise ValueError for a safetensors file whose header names something twice: one of the two would be lost."""
     with open(path, "rb") as file:
         parse_json(file.read(int.from_bytes(file.read(8), "little")))
 
 
 def tensor_sha256(*tensors: Tensor | None) -> str:
-    """Hash of the shapes and float32 values of the tensors, in order."""
+    """Hash the shapes and float32 values of tensors, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
         if tensor is None:

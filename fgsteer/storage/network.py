@@ -1,7 +1,7 @@
-"""Whether the Hugging Face hub can be reached, asked once and quickly.
+"""Find out quickly whether the Hugging Face hub can be reached.
 
 Its client tries a host that cannot be reached six times, for half a minute. Where one quick connection
-fails, what follows runs on the cache alone, so that what is not there is an error at once.
+fails, what follows runs on the cache alone, so that a file that is not in the cache is an error at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _switch = threading.RLock()
 
 
 def hub_is_reachable() -> bool:
-    """Whether a connection to the hub can be made; taken for granted behind a proxy."""
+    """Tell whether a connection to the hub can be made; behind a proxy that is taken for granted."""
     from huggingface_hub import constants
 
     address = urlsplit(constants.ENDPOINT)
@@ -34,7 +34,7 @@ def hub_is_reachable() -> bool:
 
 
 def describe_unreachable() -> str:
-    """Why nothing came from the hub, and what to do, for a message."""
+    """Say why nothing came from the hub, and what to do, as the last part of an error."""
     from huggingface_hub import constants
 
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
@@ -44,9 +44,9 @@ def describe_unreachable() -> str:
 
 @contextmanager
 def hub_or_cache(source: object) -> Iterator[bool]:
-    """Run the block on the Hugging Face cache alone where the hub cannot be reached; whether it can.
+    """Run the block on the Hugging Face cache alone where the hub cannot be reached; give whether it can.
 
-    A ``source`` that is a path of this machine needs no hub, and none is asked for.
+    A ``source`` that is a path of this machine needs no hub, and no connection is tried.
     """
     from huggingface_hub import constants
 

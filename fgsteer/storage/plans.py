@@ -1,4 +1,4 @@
-"""What a resumable run noted when it began, compared with what it would note now."""
+"""Compare the plan that a resumable run noted when it began with the plan that it would note now."""
 
 from __future__ import annotations
 
@@ -10,48 +10,57 @@ from typing import Any
 from fgsteer.errors import PairingError
 from fgsteer.errors.escaping import escape_text
 
-SHOWN = 4  # differences that an error tells
+MAX_SHOWN_DIFFERENCES = 4
+MAX_VALUE_CHARACTERS = 40  # of each value in a message
 
 
-TEXT = 40  # characters of a value in it
+def check_same_plan(where: str | Path, noted: Any, current: Mapping[str, Any]) -> None:
+    """Raise PairingError, saying what differs, unless the plan that a run noted is the current one.
 
-
-def check_same_plan(where: str | Path, kept: Any, now: Mapping[str, Any]) -> None:
-    """Raises PairingError, saying what differs, unless what a run noted when it began is what it would note now."""
-    told = json.loads(json.dumps(now))
-    if kept == told:
+    Args:
+        where: The file or folder of the run, for the message.
+        noted: The plan that the run noted when it began.
+        current: The plan that it would note now.
+    """
+    plan = json.loads(json.dumps(current))
+    if noted == plan:
         return
-    found = list(_differences(kept, told)) if isinstance(kept, dict) else []
     change = "start over with fresh=True, which removes what is there; or write elsewhere"
-    if not isinstance(kept, dict) or ("versions" in told and "versions" not in kept):
+    if not isinstance(noted, dict) or ("versions" in plan and "versions" not in noted):
         raise PairingError(
-            f"{where} is a run of an earlier version, which noted less of what it was made of",
-            "a run that says what its model, tokenizer, texts and settings were",
+            f"{where} holds a run of an earlier version of fgsteer, which did not note all that it depends on.",
+            "a run that notes its model, tokenizer, texts and settings",
             change,
         )
-    shown = ", ".join(f"{name} was {old} and is {new}" for name, old, new in found[:SHOWN])
-    more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    raise PairingError(f"{where} holds a run of something else: {shown}{more}", "what it was begun with", change)
+    differences = list(_differences(noted, plan))
+    shown = [f"{name} was {old} and is {new}" for name, old, new in differences[:MAX_SHOWN_DIFFERENCES]]
+    if len(differences) > MAX_SHOWN_DIFFERENCES:
+        shown.append(f"and {len(differences) - MAX_SHOWN_DIFFERENCES} more")
+    raise PairingError(
+        f"{where} holds a run of something else: {', '.join(shown)}.",
+        "the model, tokenizer, texts and settings that the run was begun with",
+        change,
+    )
 
 
-def _differences(kept: Any, now: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
-    """(name, old, new) of each value that differs, shortened; lists of one length entry by entry."""
-    if isinstance(kept, dict) and isinstance(now, dict):
-        for key in sorted({*kept, *now}):
-            yield from _differences(kept.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-    elif isinstance(kept, list) and isinstance(now, list) and len(kept) == len(now):
-        for number, pair in enumerate(zip(kept, now, strict=True)):
+def _differences(noted: Any, current: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield (name, old, new) of each value that differs, shortened; lists of equal length entry by entry."""
+    if isinstance(noted, dict) and isinstance(current, dict):
+        for key in sorted({*noted, *current}):
+            yield from _differences(noted.get(key), current.get(key), f"{name}.{key}".lstrip("."))
+    elif isinstance(noted, list) and isinstance(current, list) and len(noted) == len(current):
+        for number, pair in enumerate(zip(noted, current, strict=True)):
             yield from _differences(*pair, f"{name}[{number}]")
-    elif kept != now:
-        old, new = (value if isinstance(value, str) else json.dumps(value) for value in (kept, now))
-        alike = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-        start = max(0, alike - TEXT // 2)
-        yield f"{json.dumps(name)[1:TEXT]}".rstrip('"'), _short(old, start), _short(new, start)
+    elif noted != current:
+        old, new = (value if isinstance(value, str) else json.dumps(value) for value in (noted, current))
+        same = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        start = max(0, same - MAX_VALUE_CHARACTERS // 2)
+        yield json.dumps(name)[1:MAX_VALUE_CHARACTERS].rstrip('"'), _shorten(old, start), _shorten(new, start)
 
 
-def _short(text: str, start: int) -> str:
-    """Some of a text from where it differs, on one line; of a hash its beginning."""
+def _shorten(text: str, start: int) -> str:
+    """Return some of a text from ``start`` on, on one line; of a hash its beginning."""
     if len(text) == 64 and not start:
         return text[:12]
-    end = start + TEXT
+    end = start + MAX_VALUE_CHARACTERS
     return ("…" if start else "") + escape_text(text[start:end], keep="") + ("…" if len(text) > end else "")

@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as torchrun, or whoever else started them, says; none talks to another.
+"""Which of several processes this one is, as torchrun or another launcher says. No process talks to another.
 
 torchrun --nproc-per-node 2 -m fgsteer collect love -o love.stats
 """
@@ -13,24 +13,36 @@ from fgsteer.errors import DataError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among the ``world`` processes of one job. Raises DataError unless 0 ≤ rank < world."""
+    """The ``rank`` of this process among the ``world`` processes of one job, from 0.
+
+    Raises DataError unless 0 ≤ rank < world.
+    """
 
     rank: int = 0
     world: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world:
-            raise DataError(f"RANK {self.rank} of WORLD_SIZE {self.world}", "0 to WORLD_SIZE - 1")
+            raise DataError(
+                f"RANK = {self.rank} with WORLD_SIZE = {self.world}",
+                "a RANK from 0 to WORLD_SIZE - 1",
+                "set the environment variables as torchrun does, or unset both",
+            )
 
     @classmethod
     def from_env(cls) -> Ranks:
-        """What RANK and WORLD_SIZE say; the only process where they are not set. Raises DataError."""
-        given = {name: os.environ.get(name, other) for name, other in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+        """Read RANK and WORLD_SIZE; without them this is the only process. Raises DataError for no whole numbers."""
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         try:
-            return cls(int(given["RANK"]), int(given["WORLD_SIZE"]))
+            numbers = int(rank), int(world)
         except ValueError as error:
-            raise DataError(f"the environment variables {given}", "two whole numbers, as torchrun sets") from error
+            raise DataError(
+                f"RANK = {rank!r} and WORLD_SIZE = {world!r}",
+                "two whole numbers in these environment variables",
+                "set them as torchrun does, or unset both",
+            ) from error
+        return cls(*numbers)
 
     def owns(self, number: int) -> bool:
-        """Whether part ``number`` is for this process to make."""
+        """Tell whether shard ``number`` is for this process to make."""
         return number % self.world == self.rank

@@ -26,7 +26,6 @@ from torch import Tensor
 from fgsteer.data.contrasts import ContrastSet, load_contrast, load_neutral, shipped_contrasts
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.effects.approximator import EffectApproximator
-from fgsteer.effects.fingerprints import effects_sha256
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import warn
 from fgsteer.errors.reprs import OneLineRepr
@@ -238,7 +237,7 @@ class Bench(OneLineRepr):
     def _made_of(self) -> dict[str, Any]:
         """What the run is made of besides its plan and texts: what takes time to hash, once for all concepts."""
         layers = {str(layer): _sae_identity(sae) for layer, sae in self.saes.items()}
-        effects = {str(layer): effects_sha256(approximator) for layer, approximator in self.effects.items()}
+        effects = {str(layer): approximator.sha256 for layer, approximator in self.effects.items()}
         judges = {"judge": _judge_identity(self.judge)}
         if self.coherence is not None:
             judges["coherence"] = _judge_identity(self.coherence)

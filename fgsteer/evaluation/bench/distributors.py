@@ -141,7 +141,7 @@ class RayWorkers:
             from ray.util import ActorPool
         except ImportError as error:
             raise DataError(
-                "Ray cannot be imported.", "Ray, to spread the work", "pip install 'fgsteer[ray]'"
+                "Ray cannot be imported.", "Ray, to spread the work", "install it with pip install 'fgsteer[ray]'"
             ) from error
         import torch
 
