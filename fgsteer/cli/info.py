@@ -46,7 +46,7 @@ def describe_installation() -> dict[str, Any]:
 
     import torch
 
-    from fgsteer.data.contrasts import shipped_contrasts
+    from fgsteer.data.shipped import shipped_contrasts
     from fgsteer.methods import METHODS
     from fgsteer.methods.provenance import library_version
     from fgsteer.models.embedded import pretrained_dir

@@ -49,7 +49,7 @@ def finite(option: typer.CallbackParam, value: Any) -> Any:
 
 def check_unicode(*given: str | None) -> None:
     """Raises DataError for a text that is not Unicode: bytes that the terminal's encoding has no characters for."""
-    from fgsteer.data.contrasts import check_text
+    from fgsteer.data.chat import check_text
 
     for text in given:
         if text is not None:
