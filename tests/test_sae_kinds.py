@@ -59,7 +59,7 @@ REFUSED = [
     ("AbsTopK", "abstopk", {}, "negative activations"),
     ("BatchTopK, training form", "batchtopk", {}, "save_inference_model"),
     ("Matryoshka, training form", "matryoshka_batchtopk", {}, "save_inference_model"),
-    ("unknown architecture", "crosscoder", {}, "one of standard"),
+    ("unknown architecture", "crosscoder", {}, "one of the architectures standard"),
     ("resid_mid", "standard", hook("blocks.1.hook_resid_mid"), "between attention and MLP"),
     ("before the norm's gain", "jumprelu_transcoder", hook("blocks.1.ln2.hook_normalized"), "before its gain"),
     ("before the norm", "transcoder", hook("blocks.1.hook_mlp_in"), "before the MLP's norm"),
@@ -182,12 +182,12 @@ def test_small_inputs_are_reconstructed_in_sae_lens_units(norm, scale, tmp_path)
 def test_weights_that_a_config_does_not_use_are_refused(tmp_path):
     """As sae-lens does: a config that says standard beside jumprelu's weights would lose the threshold."""
     folder_of(tmp_path / "a", config_of("standard", {}), state_of("jumprelu"))
-    with pytest.raises(fg.PairingError, match="a standard SAE with weights threshold"):
+    with pytest.raises(fg.PairingError, match="a standard SAE with the weights threshold"):
         fg.load_sae(tmp_path / "a")
     sparsify_files(tmp_path / "layers.1", skip_connection=True)
     config = json.loads((tmp_path / "layers.1" / "cfg.json").read_text())
     (tmp_path / "layers.1" / "cfg.json").write_text(json.dumps({**config, "skip_connection": False}))
-    with pytest.raises(fg.PairingError, match="a sparsify SAE with weights W_skip"):
+    with pytest.raises(fg.PairingError, match="a sparsify SAE with the weights W_skip"):
         fg.load_sae(tmp_path / "layers.1")
     for field, value in (("normalize_io", True), ("n_targets", 3), ("coalesce_topk", "concat"), ("signed", True)):
         sparsify_files(tmp_path / "layers.2", **{field: value})
@@ -232,13 +232,13 @@ def test_given_hookpoint_fills_a_gap_and_never_contradicts(tmp_path):
         fg.load_sae(tmp_path)
     assert fg.load_sae(tmp_path, hookpoint="model.layers.4").hookpoint == fg.Hookpoint(4)
     folder_of(tmp_path, config_of("standard", {}), state_of("standard"))
-    with pytest.raises(fg.PairingError, match="leave it out"):
+    with pytest.raises(fg.PairingError, match="Leave hookpoint out"):
         fg.load_sae(tmp_path, hookpoint="model.layers.4")
     folder_of(tmp_path, config_of("standard", hook("blocks.1.hook_resid_mid")), state_of("standard"))
     with pytest.raises(fg.HookpointError, match="between attention and MLP"):
         fg.load_sae(tmp_path, hookpoint="model.layers.1")
     sparsify_files(tmp_path / "layers.3")
-    with pytest.raises(fg.PairingError, match="leave it out"):
+    with pytest.raises(fg.PairingError, match="Leave hookpoint out"):
         fg.load_sae(tmp_path / "layers.3", hookpoint="model.layers.4")
 
 

@@ -243,13 +243,13 @@ def test_rows_are_those_of_sae_lens(models, prepend):
 
 
 def test_what_saes_were_trained_with_is_read_from_their_configs(tmp_path):
-    from fgsteer.saes.formats import canonical
+    from fgsteer.saes.formats.sae_lens import parse_sae_lens
 
     tensors = {"W_enc": torch.ones(4, 6), "W_dec": torch.ones(6, 4), "b_enc": torch.zeros(6), "b_dec": torch.zeros(4)}
     config = {"architecture": "standard", "d_in": 4, "d_sae": 6, "normalize_activations": "none"}
     place = {"hook_name": "blocks.1.hook_resid_post"}
     for told in (True, False):
-        assert canonical(config, tensors, {**place, "prepend_bos": told}, source="x").prepend_bos is told
+        assert parse_sae_lens(config, tensors, {**place, "prepend_bos": told}, source="x").prepend_bos is told
         assert canonical({**config, **place, "prepend_bos": told}, tensors, {}, source="x").prepend_bos is told
     assert canonical(config, tensors, place, source="x").prepend_bos is None
     with pytest.raises(fg.FormatError, match="prepend_bos = 'yes'"):

@@ -19,7 +19,7 @@ from typing import Any
 
 from fgsteer.errors import FormatError
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.models.pairing import bare_name
+from fgsteer.models.names import bare_name
 
 _HOOK = re.compile(r"blocks\.\d+\.(?:attn\.)?hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|z)(?![a-z])")
 
