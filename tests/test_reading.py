@@ -193,17 +193,17 @@ def test_labels_of_every_form(tmp_path):
         ("a.jsonl", b'{"index": "1", "description": "x"}\n{"index":', "line 2 is not JSON"),
         ("a.jsonl", b"\xff\xfe\n", "line 1 is not JSON"),
         ("a.jsonl", b"[" * 100000, "line 1 is not JSON"),
-        ("a.jsonl", b'{"index": "-1", "description": "x"}', "line 1 is "),
-        ("a.jsonl", b'{"index": "99999999999", "description": "x"}', "line 1 is "),
-        ("a.jsonl", b'{"index": "1", "description": 5}', "line 1 is "),
-        ("a.jsonl", b"[]\n", "line 1 is "),
+        ("a.jsonl", b'{"index": "-1", "description": "x"}', "line 1."),
+        ("a.jsonl", b'{"index": "99999999999", "description": "x"}', "line 1."),
+        ("a.jsonl", b'{"index": "1", "description": 5}', "line 1."),
+        ("a.jsonl", b"[]\n", "line 1."),
         ("a.jsonl.gz", b"not gzip", "Cannot read"),
         ("a.jsonl.gz", gzip.compress(b'{"index": "1", "description": "x"}\n' * 99)[:-20], "Cannot read"),
         ("a.jsonl.gz", gzip.compress(b" " * (3 << 20)), "line 1 is longer than"),
-        ("a.json", b"[]", "holds"),
-        ("a.json", b'{"one": "x"}', "holds 'one'"),
-        ("a.json", b'{"1": 2}', "holds '1'"),
-        ("a.json", b'[{"index": 1}, 5]', "row 2 is 5"),
+        ("a.json", b"[]", "Expected explanations, or an object"),
+        ("a.json", b'{"one": "x"}', "got 'one': 'x' in"),
+        ("a.json", b'{"1": 2}', "got '1': 2 in"),
+        ("a.json", b'[{"index": 1}, 5]', "got 5 in"),
         ("a.json", b"{", "line 1"),
     ],
 )
@@ -232,7 +232,7 @@ def test_labels_belong_to_the_sae(tmp_path):
     with pytest.raises(fg.PairingError, match="feature 24"):
         fg.load_labels(path, make_sae())
     path.write_text(json.dumps(export_row(1, "x")) + "\n" + json.dumps(export_row(1, "x", layer="13-other")))
-    with pytest.raises(fg.PairingError, match="one of gemma-2-2b/13-other in .*line 2"):
+    with pytest.raises(fg.PairingError, match=r"one of gemma-2-2b/13-other in .*line 2"):
         fg.load_labels(path)
 
 
