@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from torch import nn
@@ -12,11 +10,19 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 import fgsteer as fg
 from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states
 from fgsteer.models.hookpoints import blocks_of, decoder_of
-from tests.helpers.tiny import D_MODEL, FAMILIES, HYBRIDS, LAYERS, MORE_FAMILIES, ODD_FAMILIES, VOCAB, tiny_model
+from tests.helpers.tiny import (
+    D_MODEL,
+    FAMILIES,
+    HYBRIDS,
+    LAYERS,
+    MORE_FAMILIES,
+    ODD_FAMILIES,
+    VOCAB,
+    model_of,
+)
 
 ROWS = [[0, 5, 9, 40, 7, 12, 33, 21], [0, 33, 4], [0, 6, 50, 17, 22]]
 NEW = 5
-model_of = functools.cache(tiny_model)
 
 
 def direction():

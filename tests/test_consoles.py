@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.cli.terminal import in_words, json_text, options_of
+from fgsteer.cli.messages import options_of, with_options
+from fgsteer.cli.printing import json_text
 from fgsteer.errors.wording import a, count
 from tests.helpers.cli import click_group, run_on_console
 from tests.helpers.tiny import tiny_model, word_tokenizer
@@ -128,7 +129,7 @@ def test_the_command_line_speaks_of_options():
         ("load it: fg.load_model('google/gemma-2-2b')", generate, "load it: --model google/gemma-2-2b"),
         ("--set n_positive=8, http://x/?model=2", generate, "--set n_positive=8, http://x/?model=2"),
     ):
-        assert in_words(message, options) == expected
+        assert with_options(message, options) == expected
 
 
 def test_an_error_of_a_command_names_its_options(tmp_path, monkeypatch):

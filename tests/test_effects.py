@@ -19,7 +19,8 @@ from transformers import GenerationConfig
 import fgsteer as fg
 from fgsteer.activations.tokens import encode_prompts
 from fgsteer.effects import measuring
-from fgsteer.effects.measuring import Agreement, Plan, decoder_directions, fit_parts
+from fgsteer.effects.fitting import Agreement, fit_shards
+from fgsteer.effects.measuring import EffectPlan, EffectShard, decoder_directions
 from fgsteer.effects.ridge import LinearMoments, best_ridge, ridge_path
 from fgsteer.effects.rollouts import Sampling, choose, rollout, rollout_features
 from fgsteer.likelihood.calibration import calibrate_many
@@ -46,13 +47,13 @@ def texts(models, tokenizer):
 
 def plan(sae, texts, count=40, **options):
     given = {"prompts": PROMPTS, "texts": texts, "rollouts": 2, "sampling": HOW, "rows": 24, **options}
-    return Plan(decoder_directions(sae, count), **given)
+    return EffectPlan(decoder_directions(sae, count), **given)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_measured_effects_equal_one_row_at_a_time(family, models, tokenizer, sae, tmp_path):
     model = models[family]
-    part = next(plan(sae, own_texts(model, tokenizer)).parts(model, tokenizer, sae, tmp_path))
+    part = next(plan(sae, own_texts(model, tokenizer)).measure_shards(model, tokenizer, sae, tmp_path))
     ids = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     for number in range(3):
         for half, rollouts in ((part.even, [0]), (part.odd, [1])):
@@ -231,12 +232,12 @@ def test_figures_tell_effect_from_noise():
         strengths = torch.ones(len(x))
         strengths[::7] = torch.nan
         parts = [
-            measuring.Part(
+            EffectShard(
                 torch.tensor(x[i : i + 100]).float(), strengths[i : i + 100], even[i : i + 100], odd[i : i + 100], i
             )
             for i in range(0, len(x), 100)
         ]
-        _, _, figures = fit_parts(parts)
+        _, _, figures = fit_shards(parts)
         assert figures["skipped"] == len(strengths[::7])
         assert figures["vectors"] + figures["skipped"] == 2000
         assert figures["ceiling"] == pytest.approx(ceiling, abs=0.06)
@@ -250,10 +251,10 @@ def test_figures_tell_effect_from_noise():
 def test_effects_are_dealt_to_other_vectors_in_parts_of_any_size(size):
     x, _, y = (torch.tensor(a) for a in planted(noise=0.0))
     parts = [
-        measuring.Part(x[i : i + size], torch.ones(len(x[i : i + size])), y[i : i + size], y[i : i + size], i)
+        EffectShard(x[i : i + size], torch.ones(len(x[i : i + size])), y[i : i + size], y[i : i + size], i)
         for i in range(0, len(x), size)
     ]
-    figures = fit_parts(parts)[2]
+    figures = fit_shards(parts)[2]
     assert figures["r2"] > 0.99
     assert figures["shuffled"] < 0.3  # of 20 dealt at random one stays in its place
 
@@ -441,7 +442,7 @@ def test_refusals(llama, tokenizer, sae, texts):
         ({"target_ce_rise": 0.0}, "nats"),
         ({"prompts": []}, "0 prompts"),
         ({"texts": []}, "0 texts"),
-        ({"vectors": -2}, "-2 vectors"),
+        ({"vectors": -2}, "number of vectors, at least one, got -2"),
         ({"vectors": 5}, "too few vectors"),
     ):
         given = {"prompts": PROMPTS, "texts": texts, "sampling": HOW, "rows": 6, "rollouts": 2, **options}

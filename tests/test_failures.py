@@ -24,7 +24,7 @@ import torch
 
 import fgsteer as fg
 from fgsteer.evaluation.bench.run_files import append, resume
-from fgsteer.evaluation.judges.endpoint import AnswerCache
+from fgsteer.evaluation.judges.answer_cache import AnswerCache
 from fgsteer.export import checkpoint, lm_eval
 from fgsteer.storage import atomic, json_files
 from tests.fuzz_readers import fuzz
@@ -563,7 +563,7 @@ def test_interrupt_leaves_the_model_clean_and_files_whole(job, llama, tokenizer,
 
 
 def test_interrupt_ends_a_command_with_status_130(tmp_path, monkeypatch):
-    from fgsteer.cli import main, measure
+    from fgsteer.cli import collect, main
 
     monkeypatch.setattr(sys, "argv", ["fgsteer", "collect", "love", "-o", str(tmp_path / "stats")])
 
@@ -576,7 +576,7 @@ def test_interrupt_ends_a_command_with_status_130(tmp_path, monkeypatch):
         error = os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT)
         os.dup2(error, 2)
         sys.stderr = os.fdopen(2, "w", buffering=1)
-        monkeypatch.setattr(measure, "load_model", load)
+        monkeypatch.setattr(collect, "load_model", load)
         main()
 
     pid = start(work)
@@ -617,9 +617,9 @@ def test_a_copy_of_a_steered_model_is_refused(llama, ids):
 # ---------------------------------------------------------------- the table
 
 
-def test_every_row_of_the_readmes_table_has_a_test():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (table,) = re.findall(r"<!-- failures -->\n(.*?)<!-- /failures -->", readme, re.S)
+def test_every_row_of_the_table_of_failures_has_a_test():
+    page = (ROOT / "docs" / "reference" / "failures.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- failures -->\n(.*?)<!-- /failures -->", page, re.S)
     rows = [row.strip("|").split("|") for row in table.splitlines()[2:]]
     sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
     assert len(rows) >= 10

@@ -1,4 +1,4 @@
-"""Real architectures: every site of every block, names, reading, steering; and the README's table of them.
+"""Real architectures: every site of every block, names, reading, steering; and the table in docs/reference/models.md.
 
 python -m tests.test_families   prints the table.
 """
@@ -6,7 +6,6 @@ python -m tests.test_families   prints the table.
 from __future__ import annotations
 
 import copy
-import functools
 import re
 import warnings
 from pathlib import Path
@@ -33,12 +32,13 @@ from tests.helpers.tiny import (
     NO_SUBLAYERS,
     OTHER_FAMILIES,
     SITES,
+    model_of,
     tiny_model,
     word_tokenizer,
 )
 from tests.reference import sparse as reference
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "models.md"
 # title and what is special about the blocks, of the families in the table
 ABOUT = {
     "llama": ("Llama", ""),
@@ -81,15 +81,13 @@ ABOUT = {
 STEERED = [*sorted(MORE_FAMILIES), *HYBRIDS]
 SUBLAYERED = [family for family in (*FAMILIES, *STEERED) if family not in NO_SUBLAYERS]
 
-model_of = functools.cache(tiny_model)
-
 
 def refusal(model, site):
     """The reason for which a site is refused, or "" where it is not."""
     try:
         resolve(model, fg.Hookpoint(0, site))
     except fg.HookpointError as error:
-        return re.split(r"; |: ", str(error))[1]
+        return re.split(r"; |: |\. ", str(error))[1]
     return ""
 
 
@@ -126,9 +124,9 @@ def table():
     return "\n".join(lines)
 
 
-def test_the_readme_has_the_table():
-    block = re.search(r"<!-- families -->\n(.*?)\n<!-- /families -->", README.read_text(encoding="utf-8"), re.S)
-    assert block, "README.md has no families block"
+def test_the_docs_have_the_table():
+    block = re.search(r"<!-- families -->\n(.*?)\n<!-- /families -->", PAGE.read_text(encoding="utf-8"), re.S)
+    assert block, f"{PAGE} has no families block"
     assert block[1] == table(), "print the table with: python -m tests.test_families"
 
 

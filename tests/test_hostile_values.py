@@ -85,8 +85,8 @@ def run(monkeypatch, capsys):
     for name in ("load_model", "run_tasks"):
         monkeypatch.setattr(fg, name, refuse)
     monkeypatch.setattr(fg, "load_sae", lambda *_, **__: make_sae())
-    monkeypatch.setattr("fgsteer.cli.common.check_fit", lambda *_: None)
-    monkeypatch.setattr("fgsteer.cli.harness.find_spec", lambda _: True)
+    monkeypatch.setattr("fgsteer.cli.loading.check_fit", lambda *_: None)
+    monkeypatch.setattr("fgsteer.cli.eval.find_spec", lambda _: True)
     monkeypatch.setattr("fgsteer.cli.demo.run", refuse)
     monkeypatch.setattr("fgsteer.saes.registry._releases", lambda: RELEASES)
     monkeypatch.setattr("fgsteer.serving.server.need_vllm", refuse)

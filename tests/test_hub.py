@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 
 import fgsteer as fg
 from fgsteer.errors.escaping import escape_markdown
-from fgsteer.evaluation.bench.records import Run
+from fgsteer.evaluation.runs.records import Run
 from fgsteer.hub import card
 from tests.helpers.errors import chain
 from tests.helpers.hub import COMMIT, TOKEN, Hub
@@ -163,7 +163,7 @@ def test_the_cards_code_runs(vector, tmp_path):
 
 def test_a_run_without_the_vector_is_refused(vector, measured, tmp_path):
     run = fg.load_run(measured)
-    with pytest.raises(fg.DataError, match="has fgaa at layer 1"):
+    with pytest.raises(fg.DataError, match="got a run that has fgaa at layer 1"):
         vector.save_pretrained(tmp_path / "x", run=run, method="caa")
     with pytest.raises(fg.DataError, match="other concepts"):
         vector.save_pretrained(tmp_path / "x", run=Run(run.header, []))
@@ -202,7 +202,7 @@ def test_pushed_to_a_hub_and_read_back(vector, measured, tmp_path):
         assert in_process(*arguments, token=TOKEN).strip() == f"{hub.url}/me/sea/commit/{COMMIT}"
         assert sum("/commit/" in path for _, path in hub.requests) == 1
         told = in_process(PULL, hub.url, tmp_path / "home", str(tmp_path / "again.safetensors"))
-        assert "no vector.safetensors in me/other" in told
+        assert "There is no vector.safetensors in me/other" in told
         told = in_process(PULL, hub.url, tmp_path / "home", str(tmp_path / "again.safetensors"), offline="1")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "v.safetensors").read_bytes()
     assert (tmp_path / "hub" / "me" / "sea" / "curve.png").exists()

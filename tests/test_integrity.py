@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +14,12 @@ from safetensors.torch import load_file, save, save_file
 
 import fgsteer as fg
 from fgsteer.data.corpora import read_documents
-from fgsteer.evaluation.bench.run_files import line, read_arms
-from fgsteer.evaluation.judges.endpoint import AnswerCache
-from fgsteer.evaluation.judges.requests import completion
+from fgsteer.evaluation.bench.run_files import as_line, load_conditions
+from fgsteer.evaluation.judges.answer_cache import AnswerCache
+from fgsteer.evaluation.judges.chat_client import completion
 from fgsteer.export import gguf
 from fgsteer.models.embedded import pretrained_dir
-from fgsteer.serving.served import read_served, save_clamp
+from fgsteer.serving.rows import load_rows, save_clamp
 from fgsteer.storage import files, json_files
 from fgsteer.storage.shards import Shards
 from tests.helpers import runs
@@ -26,13 +28,13 @@ from tests.helpers.saes import make_sae
 from tests.helpers.saved import things
 
 AT = "blocks.1.hook_resid_post"
-LOADS = {
+LOADS: dict[str, Callable[[Path], object]] = {
     "vector": fg.SteeringVector.load,
     "statistics": fg.ContrastStatistics.load,
     "density": fg.FeatureDensity.load,
     "examples": fg.FeatureExamples.load,
     "effects": fg.EffectApproximator.load,
-    "clamp": read_served,
+    "clamp": load_rows,
 }
 
 
@@ -196,7 +198,7 @@ def cfg(path):
         ("f.json", '{"1": "a", "1": "b"}', "1", fg.load_labels),
         ("f.jsonl", LABEL, "description", fg.load_labels),
         ("f.jsonl", '{"fgsteer": "bench", "plan": {"a": 1, "a": 2}}\n', "a", fg.load_run),
-        ("f.json", '{"plan": 1, "arms": {}, "arms": {"a": []}}', "arms", lambda path: read_arms(path, {})),
+        ("f.json", '{"plan": 1, "arms": {}, "arms": {"a": []}}', "arms", lambda path: load_conditions(path, {})),
         ("f.jsonl", SCORE + "\n", "", AnswerCache),
         ("f.json", "", "k", cfg),
     ],
@@ -211,7 +213,7 @@ def test_a_key_that_stands_twice_is_refused(name, text, key, read, tmp_path):
 
 
 def test_a_last_line_that_says_a_key_twice_is_not_taken_for_one_that_breaks_off(tmp_path):
-    whole = b"".join(line(row) for row in runs.rows(concepts=("sea",), layers=(1,), seeds=1))
+    whole = b"".join(as_line(row) for row in runs.rows(concepts=("sea",), layers=(1,), seeds=1))
     path = tmp_path / "run.jsonl"
     path.write_bytes(whole + whole.splitlines()[-1][:-5])
     records = len(fg.load_run(path).records)
@@ -227,7 +229,7 @@ def test_a_judge_that_answers_twice_gave_no_answer():
 
 
 def test_a_setting_that_holds_a_key_twice_is_refused():
-    from fgsteer.cli.vectors import parse_settings
+    from fgsteer.cli.values import parse_settings
 
     assert parse_settings(['a={"x": 1}', "b=word", "c=inf"]) == {"a": {"x": 1}, "b": "word", "c": float("inf")}
     for value in ('{"x": 1, "x": 2}', "[" * 100_000, "7" * 5000):

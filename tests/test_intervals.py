@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 import fgsteer as fg
-from fgsteer.cli.bench import QUICK
+from fgsteer.cli.bench_setup import QUICK
 from fgsteer.data.shipped import load_bench_prompts
 from fgsteer.errors import DataError, PairingError
-from fgsteer.evaluation.bench.bench import BenchPlan
-from fgsteer.evaluation.bench.records import HALVES, Unit
-from fgsteer.evaluation.bench.shared import begun_design
-from fgsteer.evaluation.bench.tables import average_table, over_prompts
+from fgsteer.evaluation.bench.concept_runs import begun_design
+from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.metrics.intervals import Interval, mean_interval, paired_differences, t_quantile
 from fgsteer.evaluation.metrics.propensity import Propensity
+from fgsteer.evaluation.runs.records import HALVES, Unit
+from fgsteer.evaluation.runs.tables import average_table, over_prompts
 from tests.helpers import runs
 from tests.reference import tables as naive
 
@@ -132,7 +132,7 @@ def test_intervals_refuse_what_has_none():
     for strata in [*nothing, one_prompt]:
         with pytest.raises(DataError):
             over_prompts(strata)
-    with pytest.raises(DataError, match="8 values of 1 prompts"):
+    with pytest.raises(DataError, match="8 values of 1 prompt,"):
         over_prompts(one_prompt)
     with pytest.raises(PairingError, match=r"2 of 3 .*\(0, 0\)"):
         paired_differences({(0, 0): 1.0, (0, 1): 1.0}, {(0, 1): 1.0, (1, 0): 1.0})

@@ -1,4 +1,4 @@
-"""constraints.txt locks what make demo and make test install: whole, within pyproject's bounds, and installed here."""
+"""constraints.txt locks what make demo, test and docs install: whole, within pyproject's bounds, and installed here."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_line_is_one_version_of_a_package():
 
 def test_every_dependency_is_locked_within_its_bounds():
     pins = locked()
-    for wanted in map(Requirement, [*PROJECT["dependencies"], *EXTRAS["test"]]):
+    for wanted in map(Requirement, [*PROJECT["dependencies"], *EXTRAS["test"], *EXTRAS["docs"]]):
         assert version(pins[name_of(wanted)]) in wanted.specifier, wanted
 
 

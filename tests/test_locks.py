@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.evaluation.bench import shared
+from fgsteer.evaluation.bench.concept_runs import run_concept
 from fgsteer.storage.locks import exclusive_lock, lock_path
 from tests.helpers.cli import app
 from tests.helpers.resumable import PARTS, bench, collect, density, effects, shared_bench
@@ -44,15 +44,14 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_the_second_process_is_told_who_holds_a_file(holder):
+def test_the_second_process_is_told_at_once_who_holds_a_file(holder, monkeypatch):
     process, path = holder
     before = lock_path(path).read_bytes()
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited for the lock, or for who holds it"))
     for _ in range(2):  # being refused leaves the holder's note as it is
-        began = time.monotonic()
         told = rf"run is being written by process {process.pid} on \S+ since 2.*-c"
         with pytest.raises(fg.BusyError, match=told), exclusive_lock(path):
             pass
-        assert time.monotonic() - began < 0.4
     assert lock_path(path).read_bytes() == before
     link = path.with_name("link")
     link.symlink_to(path)
@@ -135,10 +134,9 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_parent(tmp_path):
 def test_threads_that_race_hold_one_after_another(tmp_path):
     """Lock files come and go while others take them."""
     inside, most, wins = [0], [0], [0]
-    stop = time.monotonic() + 0.8
 
     def race():
-        while time.monotonic() < stop:
+        while wins[0] < 200:
             try:
                 with exclusive_lock(tmp_path / "run"):
                     inside[0] += 1
@@ -155,7 +153,6 @@ def test_threads_that_race_hold_one_after_another(tmp_path):
     for thread in threads:
         thread.join()
     assert most == [1]
-    assert wins[0] > 20
 
 
 @pytest.mark.parametrize(
@@ -267,8 +264,8 @@ def test_a_concept_that_another_worker_runs_is_refused(llama, tmp_path):
     folder.mkdir()
     alone = bench_of(**{**PARTS, "model": llama})
     with held_elsewhere(folder / "own.running.jsonl"), pytest.raises(fg.BusyError, match=r"own\.running\.jsonl"):
-        shared.run_concept(alone, "own", folder)
-    shared.run_concept(alone, "own", folder)
+        run_concept(alone, "own", folder)
+    run_concept(alone, "own", folder)
     assert sorted(path.name for path in folder.iterdir()) == ["own.jsonl", "own.strengths.json"]
 
 

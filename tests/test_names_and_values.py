@@ -164,7 +164,7 @@ def flags():
         "norm_match": lambda v: lambda *parts: fg.sta(stats(*parts), sae, norm_match=v),
         "compat": lambda v: lambda *parts: fg.sta(stats(*parts), sae, compat=v),
         "copy": lambda v: lambda model, _: fg.fold(model, [vector.add(1.0, bos=True)], copy=v),
-        "skip_empty": lambda v: lambda *parts: fg.log_probabilities(*parts, [("", "a cat")], skip_empty=v),
+        "skip_empty": lambda v: lambda *parts: fg.log_probabilities(parts[0], parts[1], [("", "a cat")], skip_empty=v),
     }
 
 

@@ -124,7 +124,10 @@ def test_prompt_lengths_that_cannot_be_meant_are_refused(llama, tokenizer):
     inputs, columns = padded(rows_of(tokenizer), "left")
     item = vector().add(1.0, scope="generated")
     for wrong in ([], [1.5], [-1], [True], "12", [None], torch.tensor([1.0]), torch.tensor([[1]]), 3):
-        with pytest.raises(fg.SteeringError, match="prompt_lengths"), fg.steer(llama, item, prompt_lengths=wrong):
+        with (
+            pytest.raises(fg.SteeringError, match="first completion token"),
+            fg.steer(llama, item, prompt_lengths=wrong),
+        ):
             pass
     with (
         pytest.raises(fg.SteeringError, match="3 entries and 2"),
@@ -139,7 +142,7 @@ def test_prompt_lengths_that_cannot_be_meant_are_refused(llama, tokenizer):
     with pytest.raises(fg.SteeringError, match="99 in a pass of"), fg.steer(llama, item, prompt_lengths=[1, 99, 1]):
         llama(**inputs)
     with (
-        pytest.raises(fg.SteeringError, match="leave prompt_lengths out"),
+        pytest.raises(fg.SteeringError, match="Leave prompt_lengths out"),
         fg.steer(llama, item, prompt_lengths=columns),
     ):
         llama.generate(**inputs, max_new_tokens=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -164,7 +165,7 @@ def test_costs_know_the_boundary(llama, tokenizer):
         assert fg.cross_entropies(llama, tokenizer, texts, [add(scope)])[0] == pytest.approx(loss, **CLOSE)
         kl = sum(float((p.exp() * (p - q)).sum()) for (p, _), (q, _) in zip(plain, steered, strict=True)) / count
         assert fg.kl_divergences(llama, tokenizer, texts, [add(scope)])[0] == pytest.approx(kl, **CLOSE)
-        c = fg.calibrate(llama, tokenizer, lambda c, s=scope: add(s, c), texts, target_kl=0.05)
+        c = fg.calibrate(llama, tokenizer, functools.partial(add, scope), texts, target_kl=0.05)
         assert fg.kl_divergences(llama, tokenizer, texts, [add(scope, c)])[0] == pytest.approx(0.05, rel=0.021)
     # a text without a prompt: its first token stands for the prompt, as where generate begins from BOS
     whole = ["the king of the old sea", "tea and bread"]

@@ -10,14 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fgsteer as fg
+from fgsteer.display import pages
 from fgsteer.features import cards
-from fgsteer.features.search import FLOOR, word_pattern
+from fgsteer.features.search import MIN_SCORE, word_pattern
 from fgsteer.saes.examples import token_texts
 from fgsteer.storage.files import read_tensors, write_tensors
-from tests.helpers.cli import app
+from tests.helpers.cli import invoke_on_cpu as invoke
 from tests.helpers.pages import Checker, luminance
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import WORDS, word_tokenizer
@@ -116,7 +116,7 @@ def test_excerpts_refuse_what_they_cannot_use(llama, tokenizer, sae):
     for bad in ({"features": [24]}, {"features": []}, {"top": 0}, {"window": -1}):
         with pytest.raises(fg.SelectionError):
             fg.measure_examples(llama, tokenizer, sae, TEXTS, **bad)
-    with pytest.raises(fg.DataError, match="text 0 are not finite"):
+    with pytest.raises(fg.DataError, match="activations of text 0"):
         fg.measure_examples(llama, tokenizer, replace(sae, b_enc=torch.full((24,), torch.inf)), ["the man"])
 
 
@@ -306,7 +306,7 @@ def test_search_for_no_word_finds_less_than_for_a_word():
     assert fg.find_features(model, tokenizer, sae, "xyzzyplugh frobnitz") == []  # twelve tokens
     found = fg.find_features(model, tokenizer, sae, "love")
     assert "love" in sae.labels[found[0].id]
-    assert min(entry.score for entry in found) >= FLOOR
+    assert min(entry.score for entry in found) >= MIN_SCORE
     assert len(fg.find_features(model, tokenizer, sae, "qzxwv")) < len(found)  # five tokens
 
 
@@ -346,7 +346,7 @@ def test_page_is_whole_escaped_and_stands_alone(tmp_path):
     assert cards.html_page("none", []).count("<article") == 0
 
 
-@pytest.mark.parametrize(("plain", "scale"), [(cards.LIGHT, cards.LIGHT_SCALE), (cards.DARK, cards.DARK_SCALE)])
+@pytest.mark.parametrize(("plain", "scale"), [(pages.LIGHT, pages.LIGHT_SCALE), (pages.DARK, pages.DARK_SCALE)])
 def test_contrast_of_every_text(plain, scale):
     """WCAG AA: 4.5 to 1."""
 
@@ -354,7 +354,7 @@ def test_contrast_of_every_text(plain, scale):
         low, high = sorted((luminance(a), luminance(b)))
         return (high + 0.05) / (low + 0.05)
 
-    assert len(scale) == cards.SHADES
+    assert len(scale) == pages.SHADES
     pairs = [(plain["text"], shade) for shade in (*scale, plain["page"], plain["card"])]
     pairs += [(plain[name], plain[ground]) for name in ("quiet", "link") for ground in ("page", "card")]
     for text, ground in pairs:
@@ -379,13 +379,6 @@ def test_describe_features_by_id_and_by_vector(llama, tokenizer):
         fg.describe_features(llama, tokenizer, sae, [24])
     with pytest.raises(fg.PairingError):
         fg.describe_features(llama, tokenizer, make_sae(seed=2), [1], examples=examples)
-
-
-def invoke(*arguments):
-    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def test_command_line_reads_features(tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, dynamic_module_utils
 
 import fgsteer as fg
 from fgsteer import cli
-from fgsteer.cli.doors import check_fit
+from fgsteer.cli.loading import check_fit
 from tests.helpers.cli import click_group
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import D_MODEL, tiny_model, word_tokenizer
@@ -89,7 +89,7 @@ def commands(folder, at):
 
 def test_no_command_runs_code_of_a_model_unasked(own, tmp_path, monkeypatch, capsys):
     folder, mark = own
-    monkeypatch.setattr("fgsteer.cli.harness.find_spec", lambda _: True)
+    monkeypatch.setattr("fgsteer.cli.eval.find_spec", lambda _: True)
     monkeypatch.setattr(fg, "load_sae", lambda *_, **__: make_sae())
     tried = commands(folder, tmp_path)
     for arguments in tried:

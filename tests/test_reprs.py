@@ -11,7 +11,8 @@ import torch
 
 import fgsteer as fg
 from fgsteer.errors.reprs import OneLineRepr, short_repr
-from fgsteer.evaluation.bench.bench import Bench, BenchPlan
+from fgsteer.evaluation.bench.bench import Bench
+from fgsteer.evaluation.bench.plan import BenchPlan
 from tests.helpers import runs
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import tiny_model, word_tokenizer
@@ -58,7 +59,8 @@ def made(tmp_path_factory):
         fg.FeatureRow(3, 0.5, 0.01, ("word",) * 99, LONG, ("word",) * 99, "https://" + LONG, (excerpt,) * 9, (LONG,)),
         fg.FoundFeature(3, 0.5, (LONG,) * 9),
         fg.SeenFeature(3, LONG, 0.5, "word"),
-        fg.FeatureWeight(3, 1 / 3, 1 / 7),
+        fg.FeatureWeight(3, 1 / 3, 1 / 7, LONG),
+        fg.Comparison((LONG,) * 9, (LONG,) * 9, (LONG,) * 9),
         pair,
         fg.ContrastSet("x" * 500, pairs=[pair] * 400, held_out=fg.load_contrast("love")),
         fg.LogProbabilities(torch.randn(9, 400), torch.ones(400)),
@@ -83,7 +85,7 @@ def test_every_public_repr_is_one_short_line(made):
         assert "tensor(" not in repr(value), type(value)
         assert repr(value).startswith(type(value).__name__), type(value)
     known = {type(value) for value in made}
-    public = {value for value in (getattr(fg, name) for name in fg.__all__) if dataclasses.is_dataclass(value)}
+    public = {value for value in (getattr(fg, name) for name in vars(fg)["__all__"]) if dataclasses.is_dataclass(value)}
     assert {kind for kind in public if not inspect.isabstract(kind)} <= known
 
 

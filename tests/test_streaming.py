@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_a_stream_that_is_left_ends_and_frees_the_model(llama, tokenizer, item, 
             time.sleep(0.001)
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    pieces = fg.stream(llama, tokenizer, PROMPT, steering=item, max_new_tokens=5000, stopping_criteria=[Counts()])
+    pieces: Any = fg.stream(llama, tokenizer, PROMPT, steering=item, max_new_tokens=5000, stopping_criteria=[Counts()])
     if how == "break":
         for _ in pieces:
             break
@@ -178,7 +179,7 @@ def test_a_stream_that_is_left_ends_and_frees_the_model(llama, tokenizer, item, 
 
 
 def test_a_stream_that_is_never_read_runs_nothing(llama, tokenizer, item):
-    pieces = fg.stream(llama, tokenizer, PROMPT, steering=item)
+    pieces: Any = fg.stream(llama, tokenizer, PROMPT, steering=item)
     assert is_free(llama)
     with fg.steer(llama, item):
         llama(torch.tensor([[0, 5, 6]]))
@@ -211,7 +212,7 @@ def test_what_a_stream_refuses_before_it_runs(llama, tokenizer, item):
 
 
 def test_the_model_is_the_streams_while_it_runs(llama, tokenizer, item):
-    pieces = fg.stream(llama, tokenizer, PROMPT, steering=item, max_new_tokens=5000)
+    pieces: Any = fg.stream(llama, tokenizer, PROMPT, steering=item, max_new_tokens=5000)
     next(pieces)
     with pytest.raises(fg.SteeringError, match="another thread"), fg.steer(llama, item):
         pass

@@ -19,9 +19,9 @@ import torch
 import typer
 
 import fgsteer as fg
-from fgsteer.cli import doors
-from fgsteer.evaluation.bench.plots import save_each
-from fgsteer.evaluation.judges.endpoint import AnswerCache
+from fgsteer.cli import outputs
+from fgsteer.evaluation.drawing import save_each
+from fgsteer.evaluation.judges.answer_cache import AnswerCache
 from fgsteer.storage import atomic, json_files
 from fgsteer.storage.shards import Shards
 from tests.helpers.cli import app
@@ -276,7 +276,7 @@ def group():
 
 def commands():
     """{name: command} of every command that writes."""
-    return {name: c for name, c in group().commands.items() if {p.name for p in c.params} & set(doors.OUTPUTS)}
+    return {name: c for name, c in group().commands.items() if {p.name for p in c.params} & set(outputs.OUTPUTS)}
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def inputs():
     for name, command in commands().items():
         for output in command.params:
             for p in command.params:
-                if output.name in doors.OUTPUTS and p.name != output.name and p.name in files_of(name):
+                if output.name in outputs.OUTPUTS and p.name != output.name and p.name in files_of(name):
                     yield name, output.name, p.name
 
 
@@ -367,7 +367,7 @@ def test_every_output_is_known_to_be_one():
                 word in (p.help or "") for word in ("to write", "Write ", "Folder for", "Folder of ", "New fold")
             )
             if writes and p.name in files_of(name) - NAMED and (name, p.name) != ("serve", "vectors"):
-                assert p.name in doors.OUTPUTS, (name, p.name)
+                assert p.name in outputs.OUTPUTS, (name, p.name)
 
 
 def test_a_word_is_no_file_that_has_its_name(tmp_path, monkeypatch):
@@ -380,7 +380,8 @@ def test_a_word_is_no_file_that_has_its_name(tmp_path, monkeypatch):
     for name in ("load_model", "load_sae", "build"):
         getattr(fg, name)
         monkeypatch.setattr(fg, name, loads)
-    fg.FeatureDensity(*[torch.ones(2, dtype=torch.float64)] * 3, 5, "x").save("density")
+    ones = torch.ones(2, dtype=torch.float64)
+    fg.FeatureDensity(ones, ones, ones, 5, "x").save("density")
     words = ("love", "default", "text", "all", "sae_ts")
     for name in words:
         Path(name).write_text("One day.\n")
@@ -411,7 +412,7 @@ def test_every_command_knows_where_it_cannot_write_before_it_loads(name, tmp_pat
     command = commands()[name]
     os.mkfifo(tmp_path / "pipe")
     for p in command.params:
-        if p.name in doors.OUTPUTS:
+        if p.name in outputs.OUTPUTS:
             for target in (tmp_path / "typo" / "x", tmp_path / "pipe"):
                 out = (
                     []

@@ -250,10 +250,10 @@ def test_what_saes_were_trained_with_is_read_from_their_configs(tmp_path):
     place = {"hook_name": "blocks.1.hook_resid_post"}
     for told in (True, False):
         assert parse_sae_lens(config, tensors, {**place, "prepend_bos": told}, source="x").prepend_bos is told
-        assert canonical({**config, **place, "prepend_bos": told}, tensors, {}, source="x").prepend_bos is told
-    assert canonical(config, tensors, place, source="x").prepend_bos is None
+        assert parse_sae_lens({**config, **place, "prepend_bos": told}, tensors, {}, source="x").prepend_bos is told
+    assert parse_sae_lens(config, tensors, place, source="x").prepend_bos is None
     with pytest.raises(fg.FormatError, match="prepend_bos = 'yes'"):
-        canonical(config, tensors, {**place, "prepend_bos": "yes"}, source="x")
+        parse_sae_lens(config, tensors, {**place, "prepend_bos": "yes"}, source="x")
     assert fg.load_sae("default").prepend_bos is True
 
 

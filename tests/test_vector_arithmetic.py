@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def test_what_is_no_number_is_a_typed_error(value, sae):
 
 
 def test_what_is_no_vector_or_feature_is_a_typed_error(sae):
-    vec = fg.SteeringVector(torch.ones(4), AT)
+    vec: Any = fg.SteeringVector(torch.ones(4), AT)
     for make in (lambda: vec + 1, lambda: 1 + vec, lambda: vec - None, lambda: vec + torch.ones(4)):
         with pytest.raises(fg.FgsteerError, match="vectors"):
             make()

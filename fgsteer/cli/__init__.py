@@ -16,10 +16,28 @@ from typing import Any, NoReturn
 
 import typer
 
-from fgsteer.cli import bench, evaluate, export, harness, measure, read, serve, sweep, vectors  # noqa: F401  each registers its commands
-from fgsteer.cli.common import app
-from fgsteer.cli.doors import Command
-from fgsteer.cli.terminal import in_words, options_of, prepare_streams, say
+from fgsteer.cli import (  # noqa: F401  each registers its command
+    bench,
+    build,
+    collect,
+    demo,
+    density,
+    diagnose,
+    effects,
+    eval,
+    examples,
+    export,
+    features,
+    fold,
+    generate,
+    info,
+    saes,
+    serve,
+    sweep,
+)
+from fgsteer.cli.app import Command, app
+from fgsteer.cli.messages import options_of, with_options
+from fgsteer.cli.printing import prepare_streams, say
 from fgsteer.errors import FgsteerError, FgsteerWarning
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -36,7 +54,7 @@ def main() -> None:
     def plainly(message: object) -> str:
         command = getattr(typer.main.get_command(app), "commands", {}).get(named)
         # no line of a message can pass for one of ours
-        return in_words(str(message), options_of(command)).replace("\n", "\n  ")
+        return with_options(str(message), options_of(command)).replace("\n", "\n  ")
 
     def note(message: Any, category: Any, *_: Any, **__: Any) -> None:
         if issubclass(category, FgsteerWarning):

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from fgsteer.cli.common import MOST, app
+from fgsteer.cli.app import app
 from fgsteer.errors import DataError
+from fgsteer.errors.limits import MAX_COUNT
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -18,7 +19,7 @@ def serve(
     model: Annotated[str, typer.Argument(help='"default", or a Hugging Face id or path.')],
     vectors: Annotated[Path | None, typer.Option("--vectors", help="Folder of NAME.safetensors to load.")] = None,
     layers: Annotated[str, typer.Option("--layers", help="More layers to steer at, such as 10,12.")] = "",
-    rows: Annotated[int, typer.Option("--rows", min=1, max=MOST, help="Room for vectors at each layer.")] = 32,
+    rows: Annotated[int, typer.Option("--rows", min=1, max=MAX_COUNT, help="Room for vectors at each layer.")] = 32,
     admin_key: Annotated[
         str | None,
         typer.Option("--admin-key", envvar="FGSTEER_ADMIN_KEY", help="Key to list, load and unload vectors with."),

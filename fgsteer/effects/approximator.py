@@ -10,9 +10,9 @@ when ``x`` is added to the residual stream (SAE-TS, arXiv 2411.02193).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -22,15 +22,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.data.shipped import load_neutral
+from fgsteer.display.progress import Progress, reporting
+from fgsteer.effects.fitting import fit_shards
+from fgsteer.effects.measuring import EffectPlan, decoder_directions
 from fgsteer.effects.ridge import LinearMoments, best_ridge
+from fgsteer.effects.rollouts import Sampling
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.errors.checks import check_flags, check_number, checked
-from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.models.embedded import DEFAULT, embedded_sae_dir
+from fgsteer.models.fingerprints import stored_sha256
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.pairing import check_measured_on
 from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
+from fgsteer.storage.json_files import text_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,23 +43,51 @@ if TYPE_CHECKING:
     from fgsteer.saes.sae import SAE
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class EffectApproximator(OneLineRepr):
-    """``ŷ = x M + b``: ``M (d_model, d_sae)``, ``b (d_sae,)``, bound to one SAE by its hash.
+@dataclass(frozen=True, eq=False, repr=False, init=False)
+class EffectApproximator:
+    """Predicts the effects of a vector x on features of generated text, as ``ŷ = x M + b`` (SAE-TS, arXiv 2411.02193).
 
-    Raises PairingError when the shapes do not fit together.
+    Args:
+        M: The linear map, (d_model, d_sae).
+        b: The bias, (d_sae,): the mean effect of any vector.
+        hookpoint: Where vectors are added: a Hookpoint, its name, or a layer.
+        sae_sha256: The hash of the SAE whose features are meant.
+        about: How it was fitted: figures and the plan of the measurement.
+
+    Raises:
+        PairingError: The shapes do not fit together.
+        HookpointError: The hookpoint cannot be parsed.
     """
 
     M: Float[Tensor, "d_model d_sae"]
     b: Float[Tensor, " d_sae"]
     hookpoint: Hookpoint
     sae_sha256: str
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
-        if self.M.ndim != 2 or self.b.shape != self.M.shape[1:]:
-            raise PairingError(f"M {tuple(self.M.shape)} and b {tuple(self.b.shape)}", "(d_model, d_sae) and (d_sae,)")
+    def __init__(
+        self,
+        M: Tensor,
+        b: Tensor,
+        hookpoint: Hookpoint | str | int,
+        sae_sha256: str,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        if M.ndim != 2 or b.shape != M.shape[1:]:
+            raise PairingError(
+                f"M of shape {tuple(M.shape)} and b of shape {tuple(b.shape)}",
+                "M of shape (d_model, d_sae) and b of shape (d_sae,)",
+                "check that both are of one SAE, and that M is not transposed",
+            )
+        values = {"M": M, "b": b, "hookpoint": Hookpoint.parse(hookpoint), "sae_sha256": sae_sha256}
+        for name, value in {**values, "about": {} if about is None else about}.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        vectors = self.about.get("vectors")
+        fitted = f", fitted to {count(vectors, 'vector')}" if isinstance(vectors, int) else ""
+        sizes = f"d_model {self.M.shape[0]}, d_sae {self.M.shape[1]}"
+        return f"EffectApproximator(at {self.hookpoint}, {sizes}{fitted})"
 
     @classmethod
     def fit(
@@ -62,22 +95,34 @@ class EffectApproximator(OneLineRepr):
         vectors: Float[Tensor, "n d_model"],
         effects: Float[Tensor, "n d_sae"],
         *,
-        hookpoint: Hookpoint | str,
+        hookpoint: Hookpoint | str | int,
         sae_sha256: str,
         ridge: float | None = None,
     ) -> EffectApproximator:
-        """Ridge regression on centred data: ``M = (XᵀX + λI)⁻¹ XᵀY``, ``b = ȳ − x̄ M`` (SAE-TS, arXiv 2411.02193).
+        """Fit measured effects by ridge regression on centred data: ``M = (XᵀX + λI)⁻¹ XᵀY``, ``b = ȳ − x̄ M``.
 
-        ``ridge`` is λ on the scale of the sum XᵀX; by default it is chosen on every tenth
-        vector, left out for that, and the fit repeated with all. Raises PairingError for
-        unequal numbers of rows, DataError for too few to choose λ or values that are not finite.
+        Args:
+            vectors: The vectors, (n, d_model).
+            effects: Their effects, (n, d_sae).
+            hookpoint: Where the vectors were added: a Hookpoint, its name, or a layer.
+            sae_sha256: The hash of the SAE, ``sae.sha256``.
+            ridge: λ, on the scale of the sum XᵀX; by default it is chosen on every tenth vector, left out for that, and
+                the fit repeated with all.
+
+        Raises:
+            PairingError: There are other numbers of vectors than effects.
+            DataError: There are too few vectors to choose λ, or values that are not finite.
         """
         if not (torch.isfinite(vectors).all() and torch.isfinite(effects).all()):
-            raise DataError("vectors or effects with nan or inf", "finite values")
+            raise DataError(
+                "nan or inf among them", "finite vectors and effects", "leave out vectors that could not be measured"
+            )
         everything = LinearMoments.of(vectors, effects)
         if ridge is None:
             if len(vectors) < 20:
-                raise DataError(f"{count(len(vectors), 'vector')} to choose λ on", "at least twenty", "pass ridge=")
+                raise DataError(
+                    f"{count(len(vectors), 'vector')}", "at least twenty vectors to choose λ on", "pass ridge= yourself"
+                )
             left_out = torch.arange(len(vectors)) % 10 == 0
             train = LinearMoments.of(vectors[~left_out], effects[~left_out])
             share = best_ridge(train, LinearMoments.of(vectors[left_out], effects[left_out]))
@@ -99,42 +144,70 @@ class EffectApproximator(OneLineRepr):
         texts: Sequence[str] | None = None,
         work: str | Path | None = None,
         fresh: bool = False,
-        progress: Callable[[int], None] | None = None,
-        **plan: Any,
+        progress: Progress = None,
+        rollouts: int = EffectPlan.rollouts,
+        sampling: Sampling | None = None,
+        target_ce_rise: float = EffectPlan.target_ce_rise,
+        rows: int = EffectPlan.rows,
     ) -> EffectApproximator:
-        """Measure effects on features of generated text and fit them (SAE-TS, arXiv 2411.02193).
+        """Measure the effects of vectors on features of generated text, and fit them.
 
-        For each vector ``x = c·v̂``, with c set so that adding x costs the texts
-        ``target_ce_rise`` nats a token, ``y = E_steered[f] − E_unsteered[f]``: feature activations
-        of sampled continuations, read by the unsteered model and averaged over rollouts and
-        new tokens, steered and unsteered drawn with the same random numbers. Then ridge, with λ
-        by validation, as ``measuring.fit_parts`` says; its figures are in ``about``.
+        For each vector ``x = c·v̂``, with c set so that adding x costs the texts ``target_ce_rise``, the effect is
+        ``y = E_steered[f] − E_unsteered[f]``: feature activations of sampled continuations, read by the unsteered model
+        and averaged over rollouts and new tokens, steered and unsteered drawn with the same random numbers (SAE-TS,
+        arXiv 2411.02193). Of every ten vectors, one chooses λ and one is held out; figures on the held-out ones are in
+        ``about``.
 
-        ``vectors (n, d_model)`` are directions in random order (of every ten, one chooses λ and one
-        is held out), by default the SAE's decoder rows (a number:
-        that many of them); ``prompts`` and ``texts`` default to the shipped neutral ones;
-        ``rollouts``, ``sampling``, ``target_ce_rise`` and ``rows`` go to ``measuring.Plan``.
-        ``work`` is a folder for measured parts, from which a killed run goes on to the same
-        result; ``fresh`` starts it over. Raises PairingError for an SAE of another width or parts of another plan,
-        DataError for too few vectors, prompts or texts.
+        Args:
+            model: A Hugging Face causal language model.
+            tokenizer: Its tokenizer.
+            sae: The SAE whose features are read.
+            vectors: Directions in random order, (n, d_model), or how many of the SAE's decoder rows to take; all of
+                them by default.
+            prompts: The prompts that are continued; by default the shipped neutral ones.
+            texts: The texts on which strengths are set; by default the shipped neutral ones.
+            work: A folder for shards of the measurement, from which a killed run goes on to the same result.
+            fresh: Whether to delete the shards in ``work`` and start over.
+            progress: As in ``collect``; a function is called with the number of vectors done.
+            rollouts: The continuations of each prompt for each vector, an even number.
+            sampling: How continuations are drawn; by default as in SAE-TS.
+            target_ce_rise: The rise in cross-entropy at each vector's strength, in nats per token.
+            rows: The sequences that share a forward pass.
+
+        Raises:
+            PairingError: The SAE does not fit the model, or ``work`` holds shards of another plan.
+            DataError: There are too few vectors, prompts or texts, or a value is out of its range.
+            BusyError: Another process is writing to ``work``.
         """
-        from fgsteer.effects.measuring import Plan, decoder_directions, fit_parts
-
         neutral_texts, neutral_prompts = load_neutral()
-        directions = vectors if isinstance(vectors, Tensor) else decoder_directions(sae, vectors)
-        given = neutral_prompts if prompts is None else prompts, neutral_texts if texts is None else texts
-        chosen = Plan(directions, *given, **plan)
-        with ExitStack() as stack:
+        plan = EffectPlan(
+            vectors if isinstance(vectors, Tensor) else decoder_directions(sae, vectors),
+            neutral_prompts if prompts is None else prompts,
+            neutral_texts if texts is None else texts,
+            rollouts,
+            Sampling() if sampling is None else sampling,
+            target_ce_rise,
+            rows,
+        )
+        number = len(plan.directions)
+        with reporting(progress, "measuring effects", number) as report, ExitStack() as stack:
             folder = Path(work) if work else Path(stack.enter_context(TemporaryDirectory()))
-            M, b, figures = fit_parts(chosen.parts(model, tokenizer, sae, folder, progress, fresh=fresh))
+            M, b, figures = fit_shards(plan.measure_shards(model, tokenizer, sae, folder, report, fresh=fresh))
         M, b = M.float(), b.float()
-        alive = (M.norm(dim=0) > 0).cpu()
-        cosine = torch.cosine_similarity(M.T.cpu()[alive], sae.W_dec.cpu().float()[alive], dim=1).mean()
+        moved = (M.norm(dim=0) > 0).cpu()
+        cosine = torch.cosine_similarity(M.T.cpu()[moved], sae.W_dec.cpu().float()[moved], dim=1).mean()
         figures["cosine_to_decoder"] = float(cosine)
-        return cls(M, b, sae.hookpoint, sae.sha256, {**figures, "plan": chosen.describe(model, sae)})
+        return cls(M, b, sae.hookpoint, sae.sha256, {**figures, "plan": plan.describe(model, sae)})
 
     def predict(self, vector: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
-        """Predicted effect ``x M + b`` (..., d_sae) of a vector (..., d_model)."""
+        """The predicted effect ``x M + b``.
+
+        Args:
+            vector: One vector or several, (..., d_model).
+
+        Returns:
+            The change of each feature's mean activation, (..., d_sae).
+        """
         return vector.to(self.M) @ self.M + self.b
 
     def project(
@@ -145,24 +218,40 @@ class EffectApproximator(OneLineRepr):
         mu: float = math.inf,
         unit_effects: bool = False,
     ) -> Float[Tensor, " d_model"]:
-        """``M t/‖M t‖ − λ_b · M b/‖M b‖`` (d_model,) for target feature weights t (d_sae,).
+        """The direction that moves target features, ``M t/‖M t‖ − λ_b · M b/‖M b‖``.
 
-        ``bias_weight`` is λ_b; a zero ``M b`` drops its term. A finite ``mu`` weighs effects on other
-        features: ``(M Mᵀ + μI)⁻¹ M`` stands for M in both terms, with μ in mean eigenvalues of
-        ``M Mᵀ``; inf is SAE-TS, 0 the pseudo-inverse. ``unit_effects`` scales the columns of M in ``M t`` to
-        norm 1: t then weighs the features' own SAE-TS vectors, and not how easily each feature moves.
-        SAE-TS (arXiv 2411.02193), FGAA step 5 (arXiv 2501.09929). Raises SelectionError when ``M t`` is
-        zero or not finite, or μ is negative, PairingError for a target of another width.
+        This is SAE-TS (arXiv 2411.02193), and step 5 of FGAA (arXiv 2501.09929).
+
+        Args:
+            target: The weights t of the features that are to be moved, (d_sae,).
+            bias_weight: The weight λ_b of the bias's term; a zero ``M b`` drops the term.
+            mu: How little effects on other features weigh: ``(M Mᵀ + μI)⁻¹ M`` stands for M in both terms, with μ in
+                mean eigenvalues of ``M Mᵀ``. inf is SAE-TS, 0 the pseudo-inverse.
+            unit_effects: Whether the columns of M in ``M t`` are scaled to norm 1, so that t weighs the features' own
+                SAE-TS vectors, and not how easily each feature moves.
+
+        Returns:
+            The direction, (d_model,).
+
+        Raises:
+            SelectionError: ``M t`` is zero or not finite, or ``mu`` is negative.
+            PairingError: The target has another width.
         """
         if target.shape != self.b.shape:
             raise PairingError(
-                f"a target of shape {tuple(target.shape)}", f"{tuple(self.b.shape)}, one weight a feature"
+                f"a target of shape {tuple(target.shape)}",
+                f"a weight for each feature, {tuple(self.b.shape)}",
+                "pass effects and target of one SAE",
             )
         check_flags(unit_effects=unit_effects)
         check_number("mu", mu)
         check_number("bias_weight", bias_weight)
         if not mu >= 0 or not math.isfinite(bias_weight):
-            raise SelectionError(f"mu = {mu}, bias_weight = {bias_weight}", "mu ≥ 0 or inf, a finite bias_weight")
+            raise SelectionError(
+                f"mu = {mu} and bias_weight = {bias_weight}",
+                "mu of at least 0, or inf, and a finite bias_weight",
+                "leave both out for SAE-TS",
+            )
         mu, bias_weight = float(mu), float(bias_weight)
         M = self.M.double()
         if mu != math.inf:
@@ -174,29 +263,45 @@ class EffectApproximator(OneLineRepr):
             norms = M.norm(dim=0)
             weights = weights / norms.where(norms > 0, 1.0)
         terms = M @ torch.stack([weights, self.b.double()], 1)
-        wanted, bias = (terms / terms.norm(dim=0).where(terms.norm(dim=0) > 0, 1.0)).T
-        if not wanted.any():
-            raise SelectionError("a target whose M t is zero", "at least one feature that the approximator can move")
-        direction: Tensor = wanted - bias_weight * bias
+        towards, bias = (terms / terms.norm(dim=0).where(terms.norm(dim=0) > 0, 1.0)).T
+        if not towards.any():
+            raise SelectionError(
+                "a target whose M t is zero",
+                "a target with at least one feature that vectors can move",
+                "select other features, or pass effects=None to decode them",
+            )
+        direction: Tensor = towards - bias_weight * bias
         if not torch.isfinite(direction).all():
-            raise SelectionError("a direction with nan or inf", "finite target weights, effects and bias_weight")
+            raise SelectionError(
+                "a direction with nan or inf",
+                "finite target weights and effects",
+                "check the weights of the target, and measure the effects anew if they are not finite",
+            )
         return direction
 
     def check(self, sae: SAE) -> EffectApproximator:
-        """Itself, when it was measured on this SAE. Raises PairingError otherwise."""
-        fits = tuple(self.M.shape) == (sae.d_model, sae.d_sae) and self.hookpoint == sae.hookpoint
+        """Return itself, if it was measured on this SAE. Raises PairingError otherwise."""
+        same_place = tuple(self.M.shape) == (sae.d_model, sae.d_sae) and self.hookpoint == sae.hookpoint
         what = f"effects {tuple(self.M.shape)} at {self.hookpoint}"
-        check_measured_on(sae, self.sae_sha256, fits, what, "fgsteer effects")
+        check_measured_on(sae, self.sae_sha256, same_place, what, "fgsteer effects")
         return self
 
+    @property
+    def sha256(self) -> str:
+        """A hash of what it predicts."""
+        return text_sha256([stored_sha256(self.M), stored_sha256(self.b), str(self.hookpoint)])
+
     def save(self, path: str | Path) -> None:
-        """Write as safetensors, whole."""
+        """Write to one safetensors file; one that is there is replaced, and never left half written.
+
+        Raises FormatError where the file cannot be written.
+        """
         header = {"hookpoint": str(self.hookpoint), "sae_sha256": self.sae_sha256, "about": self.about}
         write_tensors(path, {"M": self.M, "b": self.b}, kind="effects", header=header)
 
     @classmethod
     def load(cls, path: str | Path) -> EffectApproximator:
-        """Read a file that ``save`` wrote. Raises FormatError."""
+        """Load a file that ``save`` wrote. Raises FormatError for one that is missing, damaged or of another kind."""
         tensors, header = read_tensors(path, kind="effects")
         with refuse_damaged(path, "a file written by EffectApproximator.save"):
             return cls(
@@ -209,15 +314,19 @@ class EffectApproximator(OneLineRepr):
 
 
 def load_effects(source: str | Path = DEFAULT) -> EffectApproximator:
-    """An effect approximator from a file, or "default" for the embedded SAE's.
+    """Load an effect approximator.
 
-    Raises FormatError when there is none.
+    Args:
+        source: A file that ``EffectApproximator.save`` wrote, or "default" for that of the embedded SAE.
+
+    Raises:
+        FormatError: The file is missing, damaged or of another kind.
     """
     path = embedded_sae_dir() / "effects.safetensors" if str(source) == DEFAULT else Path(source)
     if not path.is_file():
         raise FormatError(
-            f"no effect approximator at {path}",
+            f"There is no file {path}.",
             "a file written by EffectApproximator.save",
-            "without one, fgaa projects through the decoder: pass effects=None",
+            "measure one with fgsteer effects; without one, fgaa(…, effects=None) projects through the decoder",
         )
     return EffectApproximator.load(path)

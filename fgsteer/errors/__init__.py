@@ -10,6 +10,7 @@
     │   └── MissingError   a model that is not there, or whose hub cannot be reached
     ├── BusyError          a file or run that another process is writing
     ├── SteeringError      an intervention that cannot be applied as asked
+    ├── PluginError        another package's addition to fgsteer that cannot be loaded
     └── JudgeError         a judge that cannot be asked, or gave no score
     FgsteerWarning
     ├── PairingWarning     things that may not belong together (names)
@@ -81,6 +82,10 @@ class BusyError(FgsteerError, RuntimeError):
 
 class SteeringError(FgsteerError, RuntimeError):
     """An intervention cannot be applied as asked."""
+
+
+class PluginError(FgsteerError, ImportError):
+    """A plugin cannot be imported, or adds a name that is taken."""
 
 
 class JudgeError(FgsteerError, RuntimeError):

@@ -28,7 +28,6 @@ from fgsteer.errors.wording import a
 
 P = ParamSpec("P")
 R = TypeVar("R")
-MAX_COUNT = 2**31 - 1  # of tokens, texts, rows and the like
 PACKAGE = str(Path(__file__).resolve().parents[1])
 _INNER_FILES = (PACKAGE, contextlib.__file__, no_grad.__file__)  # of frames that no caller of this package wrote
 

@@ -1,4 +1,4 @@
-"""What a text shows in an SAE's terms: the features that fire most on its tokens.
+"""The features of an SAE that fire most on the tokens of one text.
 
 for feature in seen_features(model, tokenizer, sae, "the ship went down", prompt="The next day,"): print(feature)
 """
@@ -12,8 +12,10 @@ import torch
 
 from fgsteer.activations.batches import batch_texts, record_batch
 from fgsteer.activations.tokens import TokenReader
-from fgsteer.errors.checks import MAX_COUNT, check_range, checked
+from fgsteer.display.tables import Cell, Table
+from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.escaping import escape_text
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import context_window
@@ -28,12 +30,23 @@ MAX_DENSITY = 0.01  # features that fire on more tokens say little of one text (
 
 @dataclass(frozen=True, repr=False)
 class SeenFeature(OneLineRepr):
-    """A feature, its label ("" where none is known), its largest activation on a text, and the token of it."""
+    """A feature that fires on a text.
+
+    Args:
+        id: The feature's number in its SAE.
+        label: What it is said to mean, "" where no label is known.
+        activation: Its largest activation on the text.
+        token: The token on which it has that activation.
+    """
 
     id: int
     label: str
     activation: float
     token: str
+
+    def cells(self) -> dict[str, Cell]:
+        """What a table shows of it."""
+        return {"feature": self.id, "label": self.label, "activation": float(self.activation), "on": self.token}
 
     def __str__(self) -> str:
         label = f" {self.label}" if self.label else ""
@@ -50,28 +63,44 @@ def seen_features(
     *,
     prompt: str = "",
     top: int = 5,
-) -> list[SeenFeature]:
-    """The ``top`` features of largest activation on a text's tokens, read by the unsteered model after ``prompt``.
+) -> Table[SeenFeature]:
+    """The features of largest activation on a text's tokens, read by the unsteered model.
 
-    ``max_t f_j(h_t)`` over the text's tokens t, without the prompt's and a special one before them, for features
-    that fire on at most 1 % of tokens (all, where the SAE has no density). Fewer where fewer fire. Raises
-    HookpointError and PairingError as ``collect`` does.
+    The activation is ``max_t f_j(h_t)`` over the text's tokens t, without those of the prompt and a special one before
+    them. Features that fire on more than 1 % of tokens are left out, where the SAE has densities.
+
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        sae: The SAE whose features are read.
+        text: The text.
+        prompt: What stands before the text.
+        top: The number of features; fewer are returned where fewer fire.
+
+    Returns:
+        The features, largest activation first.
+
+    Raises:
+        HookpointError: The model does not have the SAE's hookpoint.
+        PairingError: The SAE does not fit the model.
     """
-    at = sae.input_hookpoint
+    hookpoint = sae.input_hookpoint
     check_range("top", top, 1, MAX_COUNT, whole=True)
-    check_pairing(model, at, sae.d_model, sae.model_name, "SAE")
-    found: list[SeenFeature] = []
+    check_pairing(model, hookpoint, sae.d_model, sae.model_name, "SAE")
+    features: Table[SeenFeature] = Table()
     with TokenReader(
         tokenizer, rule="answer", prepend_bos=sae.prepend_bos, window=context_window(model), joint="", skip_empty=True
     ) as reader:
-        read = list(batch_texts(model, reader, [(prompt, text, True)], batch_tokens=1))
-    for batch in read:
-        values = record_batch(model, batch, [at])[at][batch.selected]
-        fired = sae.to(values.device, torch.float32).encode(values.float())
+        batches = list(batch_texts(model, reader, [(prompt, text, True)], batch_tokens=1))
+    for batch in batches:
+        values = record_batch(model, batch, [hookpoint])[hookpoint][batch.selected]
+        activations = sae.to(values.device, torch.float32).encode(values.float())
         if sae.density is not None:
-            fired = fired * (sae.density.density <= MAX_DENSITY).to(fired.device)
-        peaks, where = fired.max(0)
+            activations = activations * (sae.density.density <= MAX_DENSITY).to(activations.device)
+        peaks, positions = activations.max(0)
         tokens = token_texts(tokenizer, batch.ids[batch.selected].tolist())
         best = peaks.topk(min(top, int((peaks > 0).sum()))).indices.tolist()
-        found = [SeenFeature(j, sae.labels.get(j, ""), float(peaks[j]), tokens[int(where[j])].strip()) for j in best]
-    return found
+        features = Table(
+            SeenFeature(j, sae.labels.get(j, ""), float(peaks[j]), tokens[int(positions[j])].strip()) for j in best
+        )
+    return features

@@ -1,6 +1,6 @@
-"""Find where in a corpus each feature of an SAE fires most: a few tokens around each peak.
+"""Find the excerpts of a corpus in which each feature of an SAE fires most: a few tokens around each peak.
 
-The corpus is streamed once, with memory for the excerpts that are kept and never for the corpus.
+The corpus is streamed once; memory holds the excerpts that are kept, and never the corpus.
 
     examples = measure_examples(model, tokenizer, sae, texts)
     for excerpt in examples.of(42, tokenizer): print(excerpt)
@@ -8,16 +8,20 @@ The corpus is streamed once, with memory for the excerpts that are kept and neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fgsteer.activations.batches import batch_corpus, corpus_reader
+from fgsteer.activations.pooling import row_groups
 from fgsteer.data.corpora import as_documents
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError, SelectionError
 from fgsteer.errors.checks import checked_after, describe_value, is_whole_number
+from fgsteer.saes.examples import FeatureExamples
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,12 +29,8 @@ if TYPE_CHECKING:
 
     from fgsteer.saes.sae import SAE
 
-from fgsteer.saes.examples import FeatureExamples
-
-MOST_KEPT = 1 << 16  # excerpts of a feature, tokens on a side of a peak
-
-
-CONTEXT = 12  # tokens before a peak that tell excerpts apart
+MAX_KEPT = 1 << 16  # excerpts of a feature, and tokens on each side of a peak
+CONTEXT_TOKENS = 12  # the tokens before a peak that tell excerpts apart
 
 
 @checked_after(("model", "tokenizer", "texts", "sae"))
@@ -49,33 +49,53 @@ def measure_examples(
     max_tokens: int = 256,
     prepend_bos: bool | None = None,
     corpus: dict[str, Any] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> FeatureExamples:
-    """Stream a corpus through the SAE and keep the ``top`` documents in which each feature peaks highest.
+    """Stream a corpus through the SAE and keep the documents in which each feature peaks highest.
 
-    Of peaks with the same token and the same twelve before it (copies, common openings) the highest is kept.
-    An excerpt is the peak with ``window`` tokens on either side. ``features`` are all by default;
-    texts (strings, or rows with one in ``field``, as those of the ``datasets`` library)
-    keep their first ``max_tokens`` tokens and begin as those that the SAE was trained on (``prepend_bos`` as in
-    ``collect``); a special token before them is not read. ``progress`` is
-    called with the number of texts done. Memory is O(features · top · window) besides one batch.
-    Raises DataError for a text without a token or activations that are not finite, PairingError for
-    an SAE of another width, SelectionError for unknown features, or sizes below 1 (window: 0).
+    Of peaks with the same token and the same twelve tokens before it (copies, common openings) the highest is kept.
+    Memory is O(features · top · window) besides one batch.
+
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        sae: The SAE whose features are looked for.
+        texts: Texts, or rows with a text in ``field``, as those of the ``datasets`` library.
+        field: The field of the text, where rows are given.
+        features: The ids of some features; by default all of them.
+        top: The excerpts that are kept of each feature, one from a document.
+        window: The tokens on each side of a peak that belong to its excerpt.
+        batch_tokens: The tokens in a forward pass; by default as many as suit the device.
+        max_tokens: The first tokens of each text that are read.
+        prepend_bos: Whether BOS stands before each text; by default as in the texts that the SAE was trained on. It is
+            not read itself.
+        corpus: What is to be remembered of the corpus: its name and the like.
+        progress: As in ``collect``; a function is called with the number of texts done.
+
+    Returns:
+        The excerpts of each feature.
+
+    Raises:
+        DataError: A text has no token, or activations are not finite.
+        PairingError: The SAE does not fit the model.
+        SelectionError: A feature is unknown, ``top`` is below 1, or ``window`` below 0.
     """
-    from fgsteer.activations.batches import batch_corpus, corpus_reader
-    from fgsteer.activations.pooling import row_groups
-
-    if not 1 <= top <= MOST_KEPT or not 0 <= window <= MOST_KEPT:
-        raise SelectionError(f"top = {top}, window = {window}", f"1 and 0 to {MOST_KEPT}")
-    chosen = list(range(sae.d_sae)) if features is None else _ids(features, sae)
-    strings = as_documents(texts, field)
+    if not 1 <= top <= MAX_KEPT or not 0 <= window <= MAX_KEPT:
+        raise SelectionError(
+            f"top = {top} and window = {window}",
+            f"top from 1 to {MAX_KEPT} and window from 0 to {MAX_KEPT}",
+            "8 excerpts of 12 tokens on each side are usual",
+        )
+    chosen = list(range(sae.d_sae)) if features is None else _feature_ids(features, sae)
+    documents = as_documents(texts, field)
     every = len(chosen) == sae.d_sae
     width = sae.d_sae if every or sae.activation == "topk" else len(chosen)
     done = 0
-    best: _Best | None = None
-    with corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos) as reader:
-        for batch, values, local in batch_corpus(model, reader, strings, sae, batch_tokens=batch_tokens):
-            best = best or _Best(len(chosen), top, window, values.device)
+    best: _TopExcerpts | None = None
+    reader = corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos)
+    with reporting(progress, "measuring excerpts", len(texts) if isinstance(texts, Sized) else None) as report, reader:
+        for batch, values, local in batch_corpus(model, reader, documents, sae, batch_tokens=batch_tokens):
+            best = best or _TopExcerpts(len(chosen), top, window, values.device)
             text = (batch.selected & ~batch.starts).to(values.device)
             ids = batch.ids.to(values.device)
             numbers = torch.tensor([row.index for row in batch.rows], device=values.device)
@@ -84,23 +104,24 @@ def measure_examples(
                 acts = acts.masked_fill(~text[rows][..., None], 0.0)
                 best.merge(acts, ids[rows], text[rows], numbers[rows])
             done += len(batch.rows)
-            if progress is not None:
-                progress(done)
-    best = best or _Best(len(chosen), top, window, torch.device("cpu"))
-    tokens, activations, documents = (kept.cpu() for kept in (best.tokens, best.activations, best.documents))
-    return FeatureExamples(torch.tensor(chosen), tokens, activations, documents, sae.sha256, corpus or {})
+            report(done)
+    best = best or _TopExcerpts(len(chosen), top, window, torch.device("cpu"))
+    tokens, activations, numbers = (kept.cpu() for kept in (best.tokens, best.activations, best.documents))
+    return FeatureExamples(torch.tensor(chosen), tokens, activations, numbers, sae.sha256, corpus or {})
 
 
-def _ids(features: Sequence[int], sae: SAE) -> list[int]:
-    """The feature ids, rising. Raises SelectionError for none, and for what is no id of the SAE's."""
+def _feature_ids(features: Sequence[int], sae: SAE) -> list[int]:
+    """The feature ids in order. Raises SelectionError for none, and for one that the SAE does not have."""
     if not features or any(not is_whole_number(j) or not 0 <= j < sae.d_sae for j in features):
         listed = ", ".join(describe_value(j) for j in [*features][:5])
-        raise SelectionError(f"features {listed or 'none'}", f"ids 0 to {sae.d_sae - 1}")
+        raise SelectionError(
+            f"{listed or 'none'}", f"feature ids from 0 to {sae.d_sae - 1}", "leave features out to read all of them"
+        )
     return sorted({int(j) for j in features})
 
 
-class _Best:
-    """The strongest excerpts so far, on the device: peaks (n, top) sorted, and what stands around them."""
+class _TopExcerpts:
+    """The strongest excerpts so far, on the device: peaks (n, top) in order, and the tokens around them."""
 
     def __init__(self, n: int, top: int, window: int, device: torch.device) -> None:
         self.offsets = torch.arange(-window, window + 1, device=device)
@@ -114,19 +135,23 @@ class _Best:
         self,
         acts: Float[Tensor, "batch tokens n"],
         ids: Int[Tensor, "batch tokens"],
-        shown: Bool[Tensor, "batch tokens"],
+        readable: Bool[Tensor, "batch tokens"],
         numbers: Int[Tensor, " batch"],
     ) -> None:
-        """Let a few documents compete for the slots; only features that gain an excerpt are touched."""
-        peak, place = acts.max(1)
+        """Let a batch of documents compete for the slots; only features that gain an excerpt are changed."""
+        peak, position = acts.max(1)
         bad = (~peak.isfinite()).any(1).nonzero()[:, 0]
         if len(bad):
-            raise DataError(f"activations of text {int(numbers[bad[0]])} are not finite", "finite values")
+            raise DataError(
+                f"nan or inf in the activations of text {int(numbers[bad[0]])}",
+                "finite activations",
+                "load the model in bfloat16 or float32, or leave the text out",
+            )
         gains = ((peak > self.peaks[:, -1]) & (peak > 0)).any(0).nonzero()[:, 0]
         top = self.peaks.shape[1]
-        context = torch.cat([self.contexts[gains], _contexts(ids).gather(1, place)[:, gains].T], 1)
-        offered = _highest_of_each(torch.cat([self.peaks[gains], peak[:, gains].T], 1), context)
-        self.peaks[gains], order = offered.topk(top, dim=1)
+        context = torch.cat([self.contexts[gains], _contexts(ids).gather(1, position)[:, gains].T], 1)
+        candidates = _highest_of_each(torch.cat([self.peaks[gains], peak[:, gains].T], 1), context)
+        self.peaks[gains], order = candidates.topk(top, dim=1)
         self.contexts[gains] = context.gather(1, order)
         old = order.clamp(max=top - 1)
         for kept in (self.documents, self.tokens, self.activations):
@@ -135,28 +160,28 @@ class _Best:
         self.documents[self.peaks == 0] = -1  # a slot whose excerpt gave way to a higher one of the same context
         n, slot = ((order >= top) & (self.peaks[gains] > 0)).nonzero(as_tuple=True)
         row, feature = (order[n, slot] - top)[:, None], gains[n][:, None]
-        at = place[row, feature] + self.offsets
+        at = position[row, feature] + self.offsets
         inside = (at >= 0) & (at < ids.shape[1])
         at = at.clamp(0, ids.shape[1] - 1)
-        inside &= shown[row, at]
+        inside &= readable[row, at]
         self.documents[gains[n], slot] = numbers[row[:, 0]].int()
         self.tokens[gains[n], slot] = torch.where(inside, ids[row, at], -1).int()
         self.activations[gains[n], slot] = torch.where(inside, acts[row, at, feature], 0.0)
 
 
 def _contexts(ids: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
-    """A hash of each token and the ``CONTEXT`` before it."""
+    """A hash of each token and the ``CONTEXT_TOKENS`` tokens before it."""
     keys = torch.zeros_like(ids, dtype=torch.int64)
-    for back in range(CONTEXT + 1):
+    for back in range(CONTEXT_TOKENS + 1):
         keys = keys * 1_000_003 + torch.nn.functional.pad(ids + 1, (back, 0))[:, : ids.shape[1]]
     return keys
 
 
 def _highest_of_each(peaks: Float[Tensor, "n m"], keys: Int[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-    """Peaks, with 0 for all but the highest of those that share a key."""
+    """The peaks, with 0 in place of all but the highest of those that share a key."""
     order = peaks.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, keys.gather(1, order).argsort(dim=1, stable=True))
-    along = keys.gather(1, order)
-    again = torch.zeros_like(along, dtype=torch.bool)
-    again[:, 1:] = along[:, 1:] == along[:, :-1]
-    return peaks.masked_fill(torch.zeros_like(again).scatter(1, order, again), 0.0)
+    ordered_keys = keys.gather(1, order)
+    repeated = torch.zeros_like(ordered_keys, dtype=torch.bool)
+    repeated[:, 1:] = ordered_keys[:, 1:] == ordered_keys[:, :-1]
+    return peaks.masked_fill(torch.zeros_like(repeated).scatter(1, order, repeated), 0.0)

@@ -1,4 +1,4 @@
-"""What a model makes of given texts: log-probabilities, cross-entropy and KL under many interventions.
+"""How likely a model finds given texts: log-probabilities, cross-entropy and KL under many interventions.
 
 One forward pass serves many texts and many interventions. Only tokens that are scored leave
 it, and their log-softmax is taken in float32, whatever the model's dtype.
@@ -26,70 +26,77 @@ from fgsteer.data.conversations import split_prompt
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.errors.checks import checked, describe_value
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.interventions import Intervention
 from fgsteer.models.properties import context_window, input_device
-from fgsteer.steering.hooks import Steering, listed, steer
+from fgsteer.steering.entries import Entry, Steering, interventions_of
+from fgsteer.steering.hooks import steer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOGIT_ELEMENTS = 1 << 26  # logits held at once when many rows are scored: bounds memory, not results
-PIECE_ELEMENTS = 1 << 21  # logits turned to float32 at once
+MAX_LOGITS = 1 << 26  # held at once when many rows are scored: this bounds memory, and changes no result
+MAX_FLOAT32_LOGITS = 1 << 21  # turned to float32 at once
 
-Entry = Intervention | Sequence[Intervention] | None
 Scored = str | tuple[Text, Text]  # a text whose every token but the first is scored, or (prompt, completion)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LogProbabilities(OneLineRepr):
-    """``sums (interventions, texts)``, nats, of the ``counts (texts,)`` scored tokens of each text; float64."""
+    """Log-probabilities of texts under interventions, in float64.
+
+    Args:
+        sums: The log-probability of each text's scored tokens together, in nats, (interventions, texts).
+        counts: The number of scored tokens of each text, (texts,).
+    """
 
     sums: Float[Tensor, "interventions texts"]
     counts: Float[Tensor, " texts"]
 
     @property
     def cross_entropy(self) -> Float[Tensor, "interventions texts"]:
-        """Nats a token of each text; nan for one without a scored token."""
+        """The cross-entropy of each text, in nats per token; nan for a text without a scored token."""
         return -self.sums / self.counts
 
 
 def _run(
-    model: PreTrainedModel, batch: Batch, part: Sequence[Any], ends: Sequence[int]
+    model: PreTrainedModel, batch: Batch, entries: Sequence[Any], ends: Sequence[int]
 ) -> Float[Tensor, "interventions_rows tokens vocabulary"]:
-    """Logits of the batch under each intervention, to which prompts end at ``ends`` and the rest is generated."""
-    rows, times = len(batch.ids), len(part)
-    steering = part[0] if times == 1 else [entry for entry in part for _ in range(rows)]
+    """The logits of a batch under each entry; a row's prompt ends at its column in ``ends``, the rest is generated."""
+    rows, times = len(batch.ids), len(entries)
+    steering = entries[0] if times == 1 else [entry for entry in entries for _ in range(rows)]
     ids, attention = batch.ids.repeat(times, 1), batch.attention.repeat(times, 1)
     with note_prompt_ends(model, [*ends] * times), steer(model, steering, per_row=times > 1):
         logits: Tensor = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
     return logits[:, -ids.shape[1] :]  # without those of virtual tokens
 
 
-def _logits(model: PreTrainedModel, batch: Batch, part: Sequence[Any]) -> Float[Tensor, "interventions n vocabulary"]:
-    """What each intervention makes of the batch's n scored tokens: the logits before them, in the model's dtype."""
-    logits = _run(model, batch, part, [row.prompt_length for row in batch.rows])[:, :-1]
-    scored = batch.selected[:, 1:].repeat(len(part), 1).to(logits.device)
-    return logits[scored].view(len(part), -1, logits.shape[-1])
+def _scored_logits(
+    model: PreTrainedModel, batch: Batch, entries: Sequence[Any]
+) -> Float[Tensor, "interventions n vocabulary"]:
+    """The logits, in the model's dtype, that predict the batch's n scored tokens under each entry."""
+    logits = _run(model, batch, entries, [row.prompt_length for row in batch.rows])[:, :-1]
+    scored = batch.selected[:, 1:].repeat(len(entries), 1).to(logits.device)
+    return logits[scored].view(len(entries), -1, logits.shape[-1])
 
 
 def _end_logits(
-    model: PreTrainedModel, batch: Batch, part: Sequence[Any]
+    model: PreTrainedModel, batch: Batch, entries: Sequence[Any]
 ) -> Float[Tensor, "interventions rows vocabulary"]:
-    """What each intervention makes of the token after each row, all of which is a prompt to it."""
+    """The logits that predict the token after each row, all of which is a prompt, under each entry."""
     ends = [len(row.ids) for row in batch.rows]
-    logits = _run(model, batch, part, ends)
-    last = torch.tensor(ends * len(part), device=logits.device) - 1
-    return logits[torch.arange(len(last), device=logits.device), last].view(len(part), len(ends), -1)
+    logits = _run(model, batch, entries, ends)
+    last = torch.tensor(ends * len(entries), device=logits.device) - 1
+    return logits[torch.arange(len(last), device=logits.device), last].view(len(entries), len(ends), -1)
 
 
-def _chosen(logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Log-softmax of the logits at the targets, float32, in pieces that stay in a processor's cache."""
-    size = max(1, PIECE_ELEMENTS // logits.shape[-1])
-    found = []
+def _target_log_probabilities(logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The log-softmax of the logits at the targets, in float32, piece by piece to stay in a processor's cache."""
+    size = max(1, MAX_FLOAT32_LOGITS // logits.shape[-1])
+    log_probabilities = []
     for start in range(0, len(logits), size):
-        part = logits[start : start + size].float()
-        found.append(part.gather(-1, targets[start : start + size, None])[:, 0] - part.logsumexp(-1))
-    return torch.cat(found)
+        piece = logits[start : start + size].float()
+        target_logits = piece.gather(-1, targets[start : start + size, None])[:, 0]
+        log_probabilities.append(target_logits - piece.logsumexp(-1))
+    return torch.cat(log_probabilities)
 
 
 def _passes(
@@ -103,14 +110,14 @@ def _passes(
     skip_empty: bool = False,
     scored: bool = True,
 ) -> Iterator[tuple[Batch, list[slice]]]:
-    """Batches of (prompt, completion), each with the interventions to run on it together.
+    """Batches of (prompt, completion), each with slices of the interventions that run on it together.
 
-    Those of which no token is to be ``scored`` may be prompts alone.
+    Where no token is to be ``scored``, texts may be prompts alone.
     """
     pairs = [_pair(text, number) for number, text in enumerate(texts)]
     triples = ((prompt, completion, True) for prompt, completion in pairs)
-    wanted = batch_tokens or default_batch_tokens(input_device(model))
-    fits = max(1, min(wanted, LOGIT_ELEMENTS // model.config.get_text_config().vocab_size))
+    tokens = batch_tokens or default_batch_tokens(input_device(model))
+    fits = max(1, min(tokens, MAX_LOGITS // model.config.get_text_config().vocab_size))
     with TokenReader(
         tokenizer,
         rule="answer" if scored else "all",
@@ -126,7 +133,7 @@ def _passes(
 
 
 def _row_sums(batch: Batch, values: Float[Tensor, "interventions n"]) -> Float[Tensor, "interventions batch"]:
-    """Sums over each row's scored tokens, float64 on the CPU."""
+    """The sum over each row's scored tokens, in float64 on the CPU."""
     owner = batch.selected[:, 1:].nonzero()[:, 0].cpu()
     return torch.zeros(len(values), len(batch.ids), dtype=torch.float64).index_add_(1, owner, values.cpu().double())
 
@@ -143,17 +150,28 @@ def log_probabilities(
     skip_empty: bool = False,
     batch_tokens: int | None = None,
 ) -> LogProbabilities:
-    """``Σ_t log p(completion_t | prompt, completion_<t)`` of every (prompt, completion) under every intervention.
+    """The log-probability of each completion after its prompt, ``Σ_t log p(c_t | prompt, c_<t)``, for each entry.
 
-    Entries of ``steering`` are interventions, lists of them to compose, or None for unsteered. Their scopes hold as in
-    ``generate``: what comes before the completion is the prompt, its tokens are the generated ones, as if they were
-    fed one by one. The prompt is context and is not scored; without one, the first token (BOS, where the tokenizer
-    writes it) is, and all others are scored. What a chat template writes after the completion is not. ``joint``
-    stands between the two: "" joins them as they are, None as ``collect`` does (a space, unless
-    one of them brings white space). A token that spans both is the completion's.
-    ``batch_tokens`` bounds a forward pass and changes nothing but speed.
+    Scopes hold as in ``generate``: what comes before the completion is the prompt, and its tokens are the generated
+    ones, as if they were fed one by one. The prompt is context and is not scored; without one, the first token (BOS,
+    where the tokenizer writes it) is context, and all others are scored. What a chat template writes after the
+    completion is not scored. A token that spans prompt and completion is the completion's.
 
-    A text without a token to score raises DataError, or with ``skip_empty`` counts 0 tokens.
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        texts: Pairs (prompt, completion), or conversations, which end in the completion.
+        steering: What is compared: interventions, lists of them to compose, or None for unsteered.
+        joint: What stands between prompt and completion: "" joins them as they are; None puts a space, as ``collect``
+            does, unless one of them brings white space.
+        skip_empty: Whether a text without a token to score counts 0 tokens instead of raising.
+        batch_tokens: The tokens in a forward pass, which bound memory and change no result.
+
+    Returns:
+        Sums and counts of log-probabilities by entry and text.
+
+    Raises:
+        DataError: A text is no pair and no conversation, or has no token to score.
     """
     sums = torch.zeros(len(steering), len(texts), dtype=torch.float64)
     counts = torch.zeros(len(texts), dtype=torch.float64)
@@ -161,42 +179,42 @@ def log_probabilities(
         model, tokenizer, texts, len(steering), batch_tokens=batch_tokens, joint=joint, skip_empty=skip_empty
     )
     for batch, parts in passes:
-        places = [row.index for row in batch.rows]
-        counts[places] = batch.selected[:, 1:].sum(1).cpu().double()
+        indices = [row.index for row in batch.rows]
+        counts[indices] = batch.selected[:, 1:].sum(1).cpu().double()
         targets = batch.ids[:, 1:][batch.selected[:, 1:]]
         for part in parts:
-            logits = _logits(model, batch, steering[part])
+            logits = _scored_logits(model, batch, steering[part])
             by_token = rearrange(logits, "interventions n vocabulary -> (interventions n) vocabulary")
-            chosen = _chosen(by_token, targets.to(logits.device).repeat(len(logits)))
+            chosen = _target_log_probabilities(by_token, targets.to(logits.device).repeat(len(logits)))
             by_intervention = rearrange(chosen, "(interventions n) -> interventions n", interventions=len(logits))
-            sums[part, places] = _row_sums(batch, by_intervention)
+            sums[part, indices] = _row_sums(batch, by_intervention)
     return LogProbabilities(sums, counts)
 
 
 def _pairs(texts: Sequence[Scored]) -> list[tuple[Text, Text]]:
-    """(prompt, completion) of each text. Raises DataError for none, a single string, or one that is neither."""
+    """A pair (prompt, completion) for each text. Raises DataError for none, one string, or a text that is neither."""
     if isinstance(texts, str) or not len(texts):
-        raise DataError(f"texts {texts!r:.40}", "a list of at least one text")
+        raise DataError(f"{texts!r:.40}", "texts as a list of at least one", "put a single text into a list")
     return [("", text) if isinstance(text, str) else _pair(text, number) for number, text in enumerate(texts)]
 
 
 def _pair(text: Any, number: int) -> tuple[Text, Text]:
-    """(prompt, completion) of a pair, or of a conversation, which ends in the completion. Raises DataError."""
+    """The pair (prompt, completion) of a pair, or of a conversation, which ends in the completion. Raises DataError."""
     if isinstance(text, list | tuple) and text and all(isinstance(part, Mapping) for part in text):
         return split_prompt(check_text(text, f"text {number}"))
     if not isinstance(text, list | tuple) or len(text) != 2:
-        raise DataError(f"text {number} is {describe_value(text)}", "a pair (prompt, completion), or a conversation")
+        raise DataError(f"{describe_value(text)} as text {number}", "a pair (prompt, completion), or a conversation")
     return text[0], text[1]
 
 
-def _whole(texts: Sequence[Scored], steering: Sequence[Entry]) -> list[tuple[Text, Text]]:
-    """``_pairs``. Raises SteeringError for an intervention on prompts, where a text has none: it would cost nothing."""
+def _acted_on_pairs(texts: Sequence[Scored], steering: Sequence[Entry]) -> list[tuple[Text, Text]]:
+    """The pairs of ``_pairs``. Raises SteeringError for an intervention on prompts where a text has none."""
     pairs = _pairs(texts)
-    items = [item for entry in steering for item in listed(entry)]
+    items = [item for entry in steering for item in interventions_of(entry)]
     if any(item.scope == "prompt" and not item.bos for item in items) and not all(prompt for prompt, _ in pairs):
         raise SteeringError(
             "an intervention with scope 'prompt' on texts without a prompt",
-            "texts that it acts on",
+            "texts that the interventions act on, as others cost nothing",
             "pass (prompt, completion) pairs as texts, or measure with scope='all'",
         )
     return pairs
@@ -211,12 +229,25 @@ def cross_entropies(
     *,
     batch_tokens: int | None = None,
 ) -> list[float]:
-    """``cross_entropy`` of the same texts under each intervention (None: unsteered), many to a forward pass.
+    """The cross-entropy of the same texts under each of many interventions, with many to a forward pass.
 
-    Raises DataError and SteeringError as ``cross_entropy`` does.
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        texts: As in ``cross_entropy``.
+        steering: What is compared: interventions, lists of them to compose, or None for unsteered.
+        batch_tokens: The tokens in a forward pass, which bound memory and change no result.
+
+    Returns:
+        Nats per token, one number for each entry of ``steering``.
+
+    Raises:
+        DataError: As in ``cross_entropy``.
+        SteeringError: As in ``cross_entropy``.
     """
-    found = log_probabilities(model, tokenizer, _whole(texts, steering), steering, batch_tokens=batch_tokens)
-    return (-found.sums.sum(1) / found.counts.sum()).tolist()
+    pairs = _acted_on_pairs(texts, steering)
+    scores = log_probabilities(model, tokenizer, pairs, steering, batch_tokens=batch_tokens)
+    return (-scores.sums.sum(1) / scores.counts.sum()).tolist()
 
 
 @checked
@@ -228,10 +259,22 @@ def cross_entropy(
     steering: Steering = None,
     batch_tokens: int | None = None,
 ) -> float:
-    """Mean negative log-likelihood of the texts, in nats per predicted token, under steering if given.
+    """The mean negative log-likelihood of texts, in nats per predicted token, steered or not.
 
-    A text may be (prompt, completion), of which the completion is scored; scopes as in ``log_probabilities``.
-    Raises DataError for no text, or a text of one token, SteeringError for scope "prompt" where a text has no prompt.
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        texts: Texts, whose every token but the first is scored, or pairs (prompt, completion), of which the completion
+            is; scopes hold there as in ``log_probabilities``.
+        steering: One intervention, or a list of them, which compose; None for the unsteered model.
+        batch_tokens: The tokens in a forward pass, which bound memory and change no result.
+
+    Returns:
+        Nats per token over all texts together.
+
+    Raises:
+        DataError: There is no text, or one of a single token.
+        SteeringError: An intervention has scope "prompt", and a text has no prompt.
     """
     entry: Any = steering
     return cross_entropies(model, tokenizer, texts, [entry], batch_tokens=batch_tokens)[0]
@@ -249,28 +292,43 @@ def kl_divergences(
     at: Literal["mean", "last"] = "mean",
     batch_tokens: int | None = None,
 ) -> list[float]:
-    """Mean KL divergence of next-token distributions, in nats, for each intervention.
+    """The mean KL divergence of next-token distributions, in nats, for each of many interventions.
 
-    ``KL(p‖q) = Σ_v p(v) (log p(v) − log q(v))`` where p, the distribution that the expectation is
-    ``under``, is the unsteered model and q the steered one, or the reverse; averaged over the tokens that
-    ``cross_entropy`` scores (nats a token). With ``at="last"`` it is that of the distribution after each text's
-    last token alone, averaged over texts: how the model would go on, by which refusal directions are selected
-    (arXiv 2406.11717); all of a text is then a prompt, and (chat messages, "") is one that ends where the assistant
-    begins. KL(unsteered‖steered) is what steering adds to the cross-entropy of the
-    model's own text, and grows where it rules out what the model would say; KL(steered‖unsteered)
-    grows where it says what the model would not. Raises DataError as ``cross_entropy`` does,
-    and for another ``under`` or ``at``.
+    ``KL(p‖q) = Σ_v p(v) (log p(v) − log q(v))``, with p the distribution that the expectation is ``under``.
+    KL(unsteered‖steered) is what steering adds to the cross-entropy of the model's own text, and grows where it rules
+    out what the model would say; KL(steered‖unsteered) grows where it says what the model would not.
+
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        texts: As in ``cross_entropy``. With ``at="last"`` all of a text is a prompt, and (chat messages, "") is one
+            that ends where the assistant begins.
+        steering: What is compared with the unsteered model: interventions, or lists of them to compose.
+        under: Which model p is, "unsteered" or "steered"; q is the other.
+        at: "mean" averages over the tokens that ``cross_entropy`` scores; "last" takes the distribution after each
+            text's last token alone, by which refusal directions are selected (arXiv 2406.11717).
+        batch_tokens: The tokens in a forward pass, which bound memory and change no result.
+
+    Returns:
+        Nats per token (or per text, at the last token), one number for each entry of ``steering``.
+
+    Raises:
+        DataError: As in ``cross_entropy``, and for another ``under`` or ``at``.
+        SteeringError: As in ``cross_entropy``.
     """
     if under not in ("unsteered", "steered") or at not in ("mean", "last"):
-        raise DataError(f"under={under!r}, at={at!r}", "under unsteered or steered, at mean or last")
-    whole = at == "mean"
-    read, pairs = (_logits, _whole(texts, steering)) if whole else (_end_logits, _pairs(texts))
+        raise DataError(
+            f"under={under!r:.60} and at={at!r:.60}", "under as 'unsteered' or 'steered', and at as 'mean' or 'last'"
+        )
+    scored = at == "mean"
+    logits_of = _scored_logits if scored else _end_logits
+    pairs = _acted_on_pairs(texts, steering) if scored else _pairs(texts)
     total, count = torch.zeros(len(steering), dtype=torch.float64), 0
-    for batch, parts in _passes(model, tokenizer, pairs, len(steering), batch_tokens=batch_tokens, scored=whole):
-        base = read(model, batch, [None]).float().log_softmax(-1)
+    for batch, parts in _passes(model, tokenizer, pairs, len(steering), batch_tokens=batch_tokens, scored=scored):
+        base = logits_of(model, batch, [None]).float().log_softmax(-1)
         count += base.shape[1]
         for part in parts:
-            steered = read(model, batch, steering[part]).float().log_softmax(-1)
+            steered = logits_of(model, batch, steering[part]).float().log_softmax(-1)
             log_p, log_q = (base, steered) if under == "unsteered" else (steered, base)
             p = log_p.exp()
             kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0

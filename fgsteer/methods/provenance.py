@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fgsteer.saes.sae import SAE
-from fgsteer.statistics.contrast import ContrastStatistics
+if TYPE_CHECKING:
+    from fgsteer.saes.sae import SAE
+    from fgsteer.statistics.contrast import ContrastStatistics
 
 
 def library_version() -> str:
-    """The installed version of fgsteer."""
+    """Return the installed version of fgsteer, or "unknown" where it is not installed."""
     try:
         return version("fgsteer")
     except PackageNotFoundError:
@@ -20,13 +21,13 @@ def library_version() -> str:
 
 def provenance(
     method: str,
-    hyperparameters: Mapping[str, Any],
+    settings: Mapping[str, Any],
     stats: ContrastStatistics | None = None,
     sae: SAE | None = None,
     features: Iterable[int] = (),
 ) -> dict[str, Any]:
-    """Method, hyperparameters, model, SAE, data and version as plain JSON."""
-    record: dict[str, Any] = {"method": method, "hyperparameters": dict(hyperparameters), "version": library_version()}
+    """Record method, settings, model, SAE, data and version as plain JSON, with the densities of the features."""
+    record: dict[str, Any] = {"method": method, "hyperparameters": dict(settings), "version": library_version()}
     if stats is not None:
         record["model"] = stats.reading.get("model")
         record["reading"] = {key: stats.reading.get(key) for key in ("tokens", "bos", "prepend_bos", "max_tokens")}
@@ -34,7 +35,10 @@ def provenance(
     if sae is not None:
         record["sae"] = {"source": sae.source, "sha256": sae.sha256, "d_sae": sae.d_sae}
         record.setdefault("model", {"name": sae.model_name, "d_model": sae.d_model})
+        ids = list(features)
         if sae.density is not None:
             shares = sae.density.density
-            record["feature_density"] = {str(j): float(shares[j]) for j in features}
+            record["feature_density"] = {str(j): float(shares[j]) for j in ids}
+        if labels := {str(j): sae.labels[j] for j in ids if j in sae.labels}:
+            record["feature_labels"] = labels
     return record

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fgsteer.errors import PairingError
-from fgsteer.errors.reprs import OneLineRepr
+from fgsteer.errors.reprs import OneLineRepr, short_repr
+from fgsteer.errors.wording import count
 from fgsteer.saes.pairing import Identified, check_measured_on
 from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
@@ -44,6 +45,17 @@ class FeatureDensity(OneLineRepr):
     sae_sha256: str
     max_density: float | None = None
     corpus: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"FeatureDensity({self.summary})"
+
+    @property
+    def summary(self) -> str:
+        """What was measured, in a line: tokens, features that fire at a time, and features that never fire."""
+        dead, corpus = int((self.fired == 0).sum()), str(self.corpus.get("name") or "")
+        text = f"{count(len(self.fired), 'feature')} on {count(self.tokens, 'token')}"
+        text += f" of {short_repr(corpus)}" if corpus else ""
+        return f"{text}, {float(self.density.sum()):.3g} firing at a time, {dead:,} never"
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:

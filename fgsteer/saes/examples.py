@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgsteer.errors.escaping import escape_text
-from fgsteer.errors.reprs import OneLineRepr
+from fgsteer.errors.reprs import OneLineRepr, short_repr
+from fgsteer.errors.wording import count
 from fgsteer.saes.pairing import Identified, check_measured_on
 from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
@@ -80,6 +81,11 @@ class FeatureExamples(OneLineRepr):
     documents: Int[Tensor, "n top"]
     sae_sha256: str
     corpus: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        kept = int((self.documents >= 0).sum())
+        about = f" of {short_repr(str(self.corpus['name']))}" if self.corpus.get("name") else ""
+        return f"FeatureExamples({count(kept, 'excerpt')} for {count(len(self.features), 'feature')}{about})"
 
     @cached_property
     def rows(self) -> dict[int, int]:

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fgsteer.display.tables import Cell, Table
 from fgsteer.errors import FormatError
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.models.names import bare_name
@@ -83,8 +84,13 @@ class RegistryRow(OneLineRepr):
         """Return the row as plain JSON."""
         return asdict(self)
 
+    def cells(self) -> dict[str, Cell]:
+        """Return what a table shows of the row."""
+        names = ("release", "sae_id", "model", "hookpoint", "width")
+        return {**{name: getattr(self, name) for name in names}, "L0": self.l0}
 
-def registry(model: str | None = None, layer: int | None = None, search: str = "") -> list[RegistryRow]:
+
+def registry(model: str | None = None, layer: int | None = None, search: str = "") -> Table[RegistryRow]:
     """List the pretrained SAEs of sae-lens's registry.
 
     Args:
@@ -108,7 +114,7 @@ def registry(model: str | None = None, layer: int | None = None, search: str = "
         if (layer is None or row.layer == layer)
         and all(word in f"{row.release} {row.sae_id} {row.hookpoint} {row.neuronpedia}".lower() for word in words)
     ]
-    return sorted(rows, key=lambda row: (row.release, _natural(row.sae_id)))
+    return Table(sorted(rows, key=lambda row: (row.release, _natural(row.sae_id))))
 
 
 def models_named(model: str) -> set[str]:
@@ -155,18 +161,22 @@ def find_row(release: str, sae_id: str) -> RegistryRow | None:
     return rows[sae_id]
 
 
+def need_sae_lens(what: str) -> Path:
+    """Return the folder of the package sae-lens, which alone reads ``what``. Raises FormatError without it."""
+    spec = find_spec("sae_lens")
+    if spec is None or not spec.origin:
+        raise FormatError(
+            f"{what} is read by sae-lens, which is not installed.", change="install it with pip install sae-lens"
+        )
+    return Path(spec.origin).parent
+
+
 @cache
 def _releases() -> dict[str, dict[str, Any]]:
     """Load the registry file of the installed sae-lens. Raises FormatError without one."""
     import yaml
 
-    spec = find_spec("sae_lens")
-    path = Path(spec.origin).parent / "pretrained_saes.yaml" if spec is not None and spec.origin else None
-    if path is None or not path.is_file():
-        raise FormatError(
-            "sae-lens, whose registry lists the pretrained SAEs, is not installed.",
-            change="install it with pip install sae-lens",
-        )
+    path = need_sae_lens("The registry of pretrained SAEs") / "pretrained_saes.yaml"
     with path.open(encoding="utf-8") as file:
         # the C loader takes 0.7 s for the file, the Python one ten times that
         loaded: dict[str, dict[str, Any]] = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.display.tables import Cell, facts_html
 from fgsteer.errors import PairingError, SelectionError
 from fgsteer.errors.checks import describe_value, is_whole_number
 from fgsteer.errors.reprs import OneLineRepr, short_repr
@@ -141,6 +142,22 @@ class SAE(OneLineRepr):
         sizes = f"d_model {self.d_model}, d_sae {self.d_sae}"
         origin = f", from {short_repr(self.source)}" if self.source else ""
         return f"SAE({kind}, at {place}, {sizes}{origin})"
+
+    def _repr_html_(self) -> str:
+        facts: dict[str, Cell] = {
+            "activation": f"topk, k = {self.k}" if self.activation == "topk" else self.activation,
+            "input normalisation": "" if self.input_norm == "none" else self.input_norm,
+            "model": self.model_name,
+            "reads": "" if self.reads is None else str(self.reads),
+            "hookpoint": str(self.hookpoint),
+            "d_model": self.d_model,
+            "d_sae": self.d_sae,
+            "source": self.source,
+            "Neuronpedia": self.neuronpedia,
+            "density": "" if self.density is None else self.density.summary,
+            "labels": f"{len(self.labels):,} features" if self.labels else "",
+        }
+        return facts_html("SAE", facts)
 
     @property
     def d_model(self) -> int:

@@ -20,11 +20,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.display.tables import Cell, table_html, title_html
 from fgsteer.errors import PairingError
 from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, OneLineRepr
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.statistics.moments import Moments, Space, key_name, load_moments, moment_tensors, parse_key
 from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
+
+TOP_DIFFERENCES = 5  # features that a notebook shows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,6 +101,20 @@ class ContrastStatistics(OneLineRepr):
         features = f", features at {', '.join(map(str, self.feature))}" if self.feature else ""
         return f"ContrastStatistics({texts} at {places or 'no hookpoint'}{features})"
 
+    def _repr_html_(self) -> str:
+        rows: list[list[Cell]] = []
+        for space, table in (("residual", self.residual), ("feature", self.feature)):
+            for at, contrast in table.items():
+                difference = contrast.difference
+                largest = difference.abs().topk(min(TOP_DIFFERENCES, len(difference))).indices.tolist()
+                top = ", ".join(f"{j}: {float(difference[j]):+.3g}" for j in largest) if space == "feature" else ""
+                counts = contrast.positive.count, contrast.negative.count
+                rows.append([str(at), space, *counts, len(difference), float(difference.norm()), top])
+        headings = ["hookpoint", "space", "positive texts", "negative texts", "width", "‖mean⁺ − mean⁻‖"]
+        names = ", ".join(dict.fromkeys(str(entry.get("name") or "") for entry in self.data))
+        title = f"ContrastStatistics of {names}" if names else "ContrastStatistics"
+        return title_html(title) + table_html([*headings, "largest differences by feature"], rows)
+
     def __add__(self, other: ContrastStatistics) -> ContrastStatistics:
         ours, theirs = _identify_sae_by_hash(self.reading), _identify_sae_by_hash(other.reading)
         differences = [f"{key} ({ours.get(key)!r} and {theirs.get(key)!r})" for key in _differing(ours, theirs)]
@@ -117,7 +134,7 @@ class ContrastStatistics(OneLineRepr):
             {at: self.pooled[at] + other.pooled[at] for at in self.pooled if at in other.pooled},
         )
 
-    def at(self, space: Space, hookpoint: Hookpoint | str | None = None) -> tuple[Hookpoint, Contrast]:
+    def at(self, space: Space, hookpoint: Hookpoint | str | int | None = None) -> tuple[Hookpoint, Contrast]:
         """Return the contrast of a space at a hookpoint.
 
         Args:

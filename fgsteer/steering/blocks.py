@@ -1,4 +1,4 @@
-"""What ``steer`` returns: a context manager that is entered once, or a decorator.
+"""A block of steering: a context manager that is entered once, or a decorator.
 
 Block(lambda: steered(model, …))
 """
@@ -18,34 +18,42 @@ _SUSPENDING = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect
 
 
 class Block(Generic[T]):
-    """What ``steer`` returns: a context manager that is entered once, or a decorator of a function."""
+    """A context manager that is entered once, or a decorator of a function: what ``steer`` returns.
+
+    Args:
+        make: A function that makes the context manager of one block.
+    """
 
     def __init__(self, make: Callable[[], AbstractContextManager[T]]) -> None:
         self._make = make
-        self._steered: AbstractContextManager[T] | None = None
+        self._entered: AbstractContextManager[T] | None = None
 
     def __enter__(self) -> T:
-        if self._steered is not None:
-            raise SteeringError("a steer block that is entered again", "one entry", "call steer(…) for each block")
-        self._steered = self._make()
-        return self._steered.__enter__()
+        if self._entered is not None:
+            raise SteeringError(
+                "a steer block that is entered again",
+                "a block that is entered once",
+                "call steer(…) anew for each with statement",
+            )
+        self._entered = self._make()
+        return self._entered.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        assert self._steered is not None
-        self._steered.__exit__(*error)
+        assert self._entered is not None
+        self._entered.__exit__(*error)
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, each call of which runs in a block of its own. Raises SteeringError for one that suspends."""
+        """The function, run in a block of its own at each call. Raises SteeringError for a generator or coroutine."""
         if any(suspends(function) for suspends in _SUSPENDING):
             raise SteeringError(
                 f"steer as a decorator of {function.__name__}, which returns before it has run",
-                "a plain function",
-                "enter steer inside it, with a with statement",
+                "a plain function to decorate, not a generator or coroutine",
+                "write the with statement, with steer(…), inside the function",
             )
 
         @wraps(function)
-        def inside(*args: Any, **kwargs: Any) -> Any:
+        def steered(*args: Any, **kwargs: Any) -> Any:
             with Block(self._make):
                 return function(*args, **kwargs)
 
-        return inside
+        return steered

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from fgsteer.activations.tokens import encode_prompts
 from fgsteer.data.chat import Text, check_text
-from fgsteer.errors import DataError, SteeringError
-from fgsteer.errors.checks import MAX_COUNT, check_range, checked, describe_value
-from fgsteer.errors.wording import count
-from fgsteer.interventions import Intervention
+from fgsteer.errors import DataError
+from fgsteer.errors.checks import check_range, checked, describe_value
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.models.properties import check_window, context_window, input_device
-from fgsteer.steering.hooks import Steering, steer
+from fgsteer.steering.entries import Steering, is_per_prompt
+from fgsteer.steering.hooks import steer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-20, 1e20  # that logits can be divided by in float32
-# numbers among the options of generate: the least and the most that they may be, and whether they are whole
-_NUMBERS: dict[str, tuple[float, float, bool]] = {
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-20, 1e20  # what float32 logits can be divided by
+# the numbers among the options of generate: the least and the most that each may be, and whether it is a whole number
+_OPTION_RANGES: dict[str, tuple[float, float, bool]] = {
     "max_new_tokens": (1, MAX_COUNT, True),
     "min_new_tokens": (0, MAX_COUNT, True),
     "num_return_sequences": (1, MAX_COUNT, True),
@@ -46,25 +46,36 @@ def generate(
     per_row: bool | None = None,
     **options: Any,
 ) -> list[str]:
-    """Continuations of the prompts, without the prompts, in their order.
+    """Generate continuations of prompts, steered.
 
-    ``steering`` means what it means to ``steer``: one intervention, a list of them that compose on every
-    prompt, or, where a list holds None or lists, one entry per prompt (an intervention, a list to
-    compose, or None). ``per_row`` says outright which; a list of as many interventions as prompts
-    could be either and needs it. Prompts are strings or conversations, of which the assistant's last message is
-    continued; other keywords go to ``model.generate``, code of a repository (``custom_generate``) with
-    ``trust_remote_code=True`` alone. With ``num_return_sequences = n`` the n
-    continuations of a prompt stand together. BOS stands before a prompt once, also where its text brings it.
-    Raises ArgumentError for a model or tokenizer of another type, DataError for prompts that are neither,
-    empty ones without a BOS and ones beyond the model's window, and for a number among the options that is
-    out of its range, SteeringError for another number of entries than prompts.
+    BOS stands before a prompt once, also where its text brings it.
+
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer, or a processor that has one.
+        prompts: A text, or a list of texts or of conversations, of which the assistant's last message is continued.
+        steering: What ``steer`` takes: one intervention; a list of them, which compose on every prompt; or, where the
+            list holds None or lists, one entry per prompt.
+        per_row: Whether a list has one entry per prompt; needed for a list of as many interventions as prompts.
+        **options: What ``model.generate`` takes, such as ``max_new_tokens``. Code of a repository (``custom_generate``)
+            runs with ``trust_remote_code=True`` alone.
+
+    Returns:
+        The continuations, without the prompts, in their order; with ``num_return_sequences=n``, the n continuations of
+        a prompt stand together.
+
+    Raises:
+        ArgumentError: The model, the tokenizer or an option is of another type.
+        DataError: A prompt is no text and no conversation, is empty without a BOS, or exceeds the model's window; or
+            an option is out of its range.
+        SteeringError: There are other numbers of entries than prompts.
     """
     check_options(options)
-    given = listed_prompts(prompts)
-    if not given:
+    texts = parse_prompts(prompts)
+    if not texts:
         return []
-    per_row = by_prompt(steering, len(given), per_row)
-    inputs = prompt_inputs(model, tokenizer, given, options.get("max_new_tokens"))
+    per_row = is_per_prompt(steering, len(texts), per_row)
+    inputs = prompt_inputs(model, tokenizer, texts, options.get("max_new_tokens"))
     if tokenizer.pad_token_id is not None:
         options.setdefault("pad_token_id", tokenizer.pad_token_id)
     with steer(model, steering, per_row=per_row):
@@ -75,7 +86,7 @@ def generate(
 
 def check_options(options: dict[str, Any]) -> None:
     """Raises ArgumentError, DataError for an option of ``generate`` that is out of range, or runs code unasked."""
-    for name, (least, most, whole) in _NUMBERS.items():
+    for name, (least, most, whole) in _OPTION_RANGES.items():
         if options.get(name) is not None:
             check_range(name, options[name], least, most, whole=whole)
     if options.get("do_sample") and options.get("temperature") is not None:
@@ -84,23 +95,23 @@ def check_options(options: dict[str, Any]) -> None:
     source = options.get("custom_generate")
     if isinstance(source, str) and options.get("trust_remote_code") is not True:  # transformers would ask on stdin
         raise DataError(
-            f"custom_generate {source!r:.100}, which would run code from there",
-            "a function of your own",
-            "read that code, and where you trust it pass trust_remote_code=True",
+            f"custom_generate={source!r:.100}, which would run code from there",
+            "a function of your own as custom_generate",
+            "read that code, and pass trust_remote_code=True if you trust it",
         )
 
 
 def prompt_inputs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], new_tokens: object = None
 ) -> dict[str, Int[Tensor, "prompts tokens"]]:
-    """What ``model.generate`` takes, on the model's device. Raises DataError for a prompt beyond the window."""
+    """The prompts as ``model.generate`` takes them. Raises DataError for a prompt beyond the model's window."""
     ids, mask = encode_prompts(tokenizer, prompts)
     window = context_window(model)
     if window is not None and ids.shape[1] > window:
         number = int(mask.sum(1).argmax())
         raise DataError(
-            f"prompt {number} has {int(mask[number].sum())} tokens",
-            f"at most {window}, the model's window",
+            f"prompt {number} with {int(mask[number].sum())} tokens",
+            f"prompts of at most {window} tokens, the model's window",
             "shorten it, or drop its beginning yourself",
         )
     if isinstance(new_tokens, int):
@@ -110,34 +121,17 @@ def prompt_inputs(
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def listed_prompts(prompts: str | Sequence[Text]) -> list[Text]:
-    """The prompts, all of them strings or all conversations. Raises DataError."""
+def parse_prompts(prompts: str | Sequence[Text]) -> list[Text]:
+    """The prompts as a list, all of them strings or all conversations. Raises DataError."""
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence):
-        raise DataError(f"prompts is {describe_value(prompts)}", "a text, or a list of texts or of conversations")
-    given = [check_text(prompt, f"prompt {number}", empty=True) for number, prompt in enumerate(prompts)]
-    if len({isinstance(prompt, str) for prompt in given}) > 1:
-        raise DataError("strings and chat messages among the prompts", "all of one kind")
-    return given
-
-
-def by_prompt(steering: Steering, prompts: int, per_row: bool | None) -> bool | None:
-    """Whether a list of steering has an entry for each prompt; as ``steer`` reads it. Raises SteeringError."""
-    if not isinstance(steering, list | tuple):
-        return None
-    flat = all(isinstance(entry, Intervention) for entry in steering)
-    if per_row is None and flat and len(steering) == prompts > 1:
-        raise SteeringError(
-            f"a list of {len(steering)} interventions for {prompts} prompts",
-            "a list that says whether every prompt gets all of them or one each",
-            "pass per_row=False to apply all of them to every prompt, per_row=True for one a prompt",
+        raise DataError(f"{describe_value(prompts)}", "prompts that are a text, or a list of texts or of conversations")
+    texts = [check_text(prompt, f"prompt {number}", empty=True) for number, prompt in enumerate(prompts)]
+    if len({isinstance(prompt, str) for prompt in texts}) > 1:
+        raise DataError(
+            "both texts and conversations",
+            "prompts of one kind",
+            "call generate once for each kind",
         )
-    by_row = not flat if per_row is None else per_row
-    if by_row and len(steering) != prompts:
-        raise SteeringError(
-            f"{count(len(steering), 'steering entry')} for {count(prompts, 'prompt')}",
-            "one entry per prompt",
-            "wrap interventions that compose in a list of their own: [[a, b], None, …]",
-        )
-    return by_row
+    return texts

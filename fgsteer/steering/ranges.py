@@ -1,8 +1,8 @@
-"""How large steering may be: a bound for each dtype, against which amounts are held before any pass.
+"""How large steering may be: a limit for each dtype, which every strength is held against before any pass.
 
 An activation that overflows becomes inf, then nan, and nan in a shared cache spoils other texts than its own.
 
-    check_amount(reach(vec.add(8.0).update()), torch.bfloat16, vec.d_model, "an Add")
+    check_amount(change_bound(vec.add(8.0).update()), torch.bfloat16, vec.d_model, "an Add")
 """
 
 from __future__ import annotations
@@ -11,33 +11,33 @@ import torch
 from torch import nn
 
 from fgsteer.errors import SteeringError
-from fgsteer.interventions import Update
+from fgsteer.interventions.kernel import Update
 
-ROOM = 64.0  # for weights that magnify what they read: its fourth power is 1.7e7
+WEIGHT_GAIN = 64.0  # left for weights that magnify what they read: its fourth power is 1.7e7
 
 
-def largest(dtype: torch.dtype, d_model: int) -> float:
+def max_change(dtype: torch.dtype, d_model: int) -> float:
     """The most that steering may add to one entry of an activation (…, d_model) of a dtype.
 
-    Half of what the dtype holds, the other half being the model's own; and no more than ``(M/d_model)^¼ / 64``, M the
-    largest float32: norms sum up squares in float32, and where a gated MLP stands between a stream and a
+    Half of what the dtype holds, as the other half is the model's own; and no more than ``(M/d_model)^¼ / 64``, with M
+    the largest float32: norms sum up squares in float32, and where a gated MLP stands between a stream and a
     norm (OLMo 2), what is squared is a square already. That is about 7e6 to 3e7, above any activation of a model.
     """
-    sums: float = (torch.finfo(torch.float32).max / max(d_model, 1)) ** 0.25 / ROOM
+    sums: float = (torch.finfo(torch.float32).max / max(d_model, 1)) ** 0.25 / WEIGHT_GAIN
     return min(torch.finfo(dtype).max / 2, sums)
 
 
-def model_dtype(model: nn.Module) -> torch.dtype:
+def activation_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's activations: its own, or its first floating-point weight's."""
     own = getattr(model, "dtype", None)
     dtypes = [own, *(p.dtype for p in model.parameters())] if not isinstance(own, torch.dtype) else [own]
     return next((d for d in dtypes if isinstance(d, torch.dtype) and d.is_floating_point), torch.float32)
 
 
-def reach(update: Update) -> float:
-    """The most that an update changes an entry by: ``Σⱼ|αⱼ + λⱼμⱼ|·|wⱼ|``, or what it reads of a stream of norm 1.
+def change_bound(update: Update) -> float:
+    """An upper bound of an update's change of an entry: ``Σⱼ|αⱼ + λⱼμⱼ|·|wⱼ|``, or what it reads of a stream of norm 1.
 
-    inf or nan where that overflows.
+    It is inf or nan where that overflows.
     """
     amounts = [update.const]
     if update.read is not None:
@@ -50,13 +50,13 @@ def reach(update: Update) -> float:
 
 
 def check_amount(amount: float, dtype: torch.dtype, d_model: int, what: str) -> None:
-    """Raises SteeringError for an amount beyond ``largest``, or that is no number."""
-    most = largest(dtype, d_model)
+    """Raises SteeringError for a change beyond ``max_change``, or one that is not a number."""
+    most = max_change(dtype, d_model)
     if not amount <= most:
         name = str(dtype).removeprefix("torch.")
-        wider = ", or the model in bfloat16 or float32" if dtype == torch.float16 else ""
+        wider = ", or load the model in bfloat16 or float32" if dtype == torch.float16 else ""
         raise SteeringError(
             f"{what} that changes entries by {amount:.3g}",
-            f"at most {most:.5g} in {name}, so that nothing overflows with the model's own activations added",
-            f"a smaller strength{wider}",
+            f"changes of at most {most:.5g}, so that activations in {name} do not overflow",
+            f"use a smaller strength{wider}",
         )

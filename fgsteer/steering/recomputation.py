@@ -1,4 +1,4 @@
-"""Gradient checkpointing: what is computed again for a backward pass sees the tokens of its own pass.
+"""Gradient checkpointing: layers that are computed again for a backward pass are steered as they first were.
 
 A model that trains with checkpointing runs parts of itself a second time while gradients are
 computed, when a block's hooks may hold another pass's positions, or be gone. Each of these parts
@@ -43,14 +43,14 @@ class Recomputation:
             self.backward = backward_pass()
 
     def check(self) -> None:
-        """Raises SteeringError where no pass may run, or a module runs again whose positions were not kept."""
+        """Raises SteeringError where no pass may run, or where a module runs again whose positions were not kept."""
         if torch.compiler.is_compiling():
             return
         self.claim.check()
         if backward_pass() != self.backward:
             raise SteeringError(
-                "a layer that is computed again for gradients, of a pass that ran outside this steer block or that "
-                "other code than transformers checkpointed: which tokens it holds is not known",
+                "A layer is computed again for gradients, of a pass that ran outside this steer block or that "
+                "other code than transformers checkpointed, so that its tokens are not known.",
                 "forward and backward pass in one block, with model.gradient_checkpointing_enable() called before it",
                 "move both into the block, or train without gradient checkpointing",
             )
@@ -60,22 +60,22 @@ class Recomputation:
         for module in decoder.modules():
             checkpoint = vars(module).get(_CHECKPOINT)
             if callable(checkpoint):
-                shadow(module, _CHECKPOINT, self._keeping(checkpoint), hooks)
+                shadow(module, _CHECKPOINT, self._with_positions(checkpoint), hooks)
 
-    def _keeping(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """A checkpointing function for functions that need the positions of their pass."""
+    def _with_positions(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """The checkpointing function, which keeps the positions of the pass that it is called in."""
 
         @wraps(checkpoint)
-        def keeping(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def keep_positions(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if not self.claim.open:
                 return checkpoint(function, *args, **kwargs)
-            return checkpoint(self._again(function), *args, **kwargs)
+            return checkpoint(self._rerunnable(function), *args, **kwargs)
 
-        eager: Callable[..., Any] = torch.compiler.disable(keeping, recursive=False)  # type: ignore[no-untyped-call]
+        eager: Callable[..., Any] = torch.compiler.disable(keep_positions, recursive=False)  # type: ignore[no-untyped-call]
         return eager
 
-    def _again(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, run with the positions of now each time after the first. Raises SteeringError there."""
+    def _rerunnable(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, which runs with the present positions each time after the first. Raises SteeringError then."""
         state, ran = self._state(), False
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -85,9 +85,9 @@ class Recomputation:
                 return function(*args, **kwargs)
             if not self.claim.open:
                 raise SteeringError(
-                    "a backward pass, with gradient checkpointing, after the steer block of its forward pass: "
-                    "the layers are computed again, without steering",
-                    "backward inside the block",
+                    "A backward pass with gradient checkpointing came after the steer block of its forward pass, and "
+                    "would compute the layers again without steering.",
+                    "the backward pass inside the block",
                     "call loss.backward() before the block is left, or train without gradient checkpointing",
                 )
             self.claim.check("a backward pass")
@@ -98,20 +98,20 @@ class Recomputation:
         return eager
 
     def _state(self) -> list[dict[str, Any]]:
-        """All that is known of the running pass."""
-        return [dict(vars(holder)) for holder in (self.positions, *self.positions.places)]
+        """Everything that is known of the running pass."""
+        return [dict(vars(holder)) for holder in (self.positions, *self.positions.masks)]
 
     @contextmanager
     def _restored(self, state: list[dict[str, Any]]) -> Iterator[None]:
         """The state of an earlier pass, in the backward pass that runs."""
-        holders = (self.positions, *self.positions.places)
-        now, began = self._state(), self.backward
+        holders = (self.positions, *self.positions.masks)
+        present, backward = self._state(), self.backward
         for holder, values in zip(holders, state, strict=True):
             vars(holder).update(values)
         self.backward = backward_pass()
         try:
             yield
         finally:
-            for holder, values in zip(holders, now, strict=True):
+            for holder, values in zip(holders, present, strict=True):
                 vars(holder).update(values)
-            self.backward = began
+            self.backward = backward

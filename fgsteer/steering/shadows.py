@@ -1,4 +1,4 @@
-"""Functions set on a module itself, over those of its class, and taken off by identity in any order.
+"""Functions set on a module itself, over those of its class, and taken off in any order.
 
 shadow(model, "generate", steered, hooks)
 refuse_copies(model, hooks)
@@ -16,16 +16,16 @@ from fgsteer.errors import SteeringError
 
 
 def shadow(module: nn.Module, name: str, value: Callable[..., Any], hooks: ExitStack) -> None:
-    """Set a function on the module itself until the stack closes; what others set meanwhile stays."""
-    over = _Shadow(vars(module).get(name), value)
-    value.__dict__["_fgsteer_shadow"] = over
+    """Set a function on the module itself until the stack closes; what others set meanwhile stays in place."""
+    shadow_set = _Shadow(vars(module).get(name), value)
+    value.__dict__["_fgsteer_shadow"] = shadow_set
     setattr(module, name, value)
 
     def undo() -> None:
-        over.gone = True
+        shadow_set.gone = True
         if vars(module).get(name) is not value:  # another function lies over it, and calls through it
             return
-        below = over.below
+        below = shadow_set.below
         while (under := _shadow_of(below)) is not None and under.gone:
             below = under.below
         delattr(module, name) if below is None else setattr(module, name, below)
@@ -42,12 +42,12 @@ class _Shadow:
 
 def _shadow_of(function: Any) -> _Shadow | None:
     """The shadow that a function is; None for one that merely wraps such a function and copied its attributes."""
-    found = getattr(function, "_fgsteer_shadow", None)
-    return found if isinstance(found, _Shadow) and found.value is function else None
+    mark = getattr(function, "_fgsteer_shadow", None)
+    return mark if isinstance(mark, _Shadow) and mark.value is function else None
 
 
 def refuse(module: nn.Module, name: str, hooks: ExitStack, got: str, expected: str, change: str) -> None:
-    """Have a method of the module raise SteeringError until the stack closes; nothing where it has no such method."""
+    """Make a method of the module raise SteeringError until the stack closes, where it has such a method."""
 
     def refused(*_: Any, **__: Any) -> Any:
         raise SteeringError(got, expected, change)
@@ -63,6 +63,6 @@ def refuse_copies(module: nn.Module, hooks: ExitStack) -> None:
         "__getstate__",
         hooks,
         f"a copy of a {type(module).__name__} that is being steered, by copy, pickle or torch.save",
-        "one made before or after the block",
-        "weights alone may be saved inside it: state_dict(), save_pretrained(folder)",
+        "a copy that is made before or after the block",
+        "inside the block weights alone may be saved, by state_dict() or save_pretrained(folder)",
     )

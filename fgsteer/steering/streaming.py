@@ -1,4 +1,4 @@
-"""Text as it is generated.
+"""Steered text as it is generated, word by word.
 
 for piece in stream(model, tokenizer, "I think", steering=vec.add(8.0), max_new_tokens=32):
     print(piece, end="", flush=True)
@@ -21,16 +21,17 @@ from fgsteer.data.chat import Text, check_text
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.errors.checks import checked
 from fgsteer.models.claims import is_claimed
-from fgsteer.steering.generation import by_prompt, check_options, prompt_inputs
-from fgsteer.steering.hooks import Steering, checked_rows, steer
+from fgsteer.steering.entries import Steering, checked_rows, is_per_prompt
+from fgsteer.steering.generation import check_options, prompt_inputs
+from fgsteer.steering.hooks import steer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The end of a text that further tokens may change: a word that is not over, the space before it
-# (tokenizers may take it away again), bytes that are not a character yet.
+# The end of a text that further tokens may change: a word that is not complete, the space before it
+# (tokenizers may take it away again), and bytes that are not a character yet.
 _UNSETTLED = re.compile(r"\s*[!-~]*\ufffd*\Z")
-_ONE_ROW = ("num_beams", "num_return_sequences")
+_ROW_OPTIONS = ("num_beams", "num_return_sequences")
 
 
 @checked
@@ -42,80 +43,96 @@ def stream(
     steering: Steering = None,
     **options: Any,
 ) -> Iterator[str]:
-    """Pieces of the continuation of one prompt, each as soon as its words are whole; joined, what ``generate`` gives.
+    """Generate the continuation of one prompt, steered, and yield it piece by piece.
 
-    ``steering`` and other keywords are as in ``generate`` with this prompt alone. The model
-    generates in a thread of its own from the first piece on, steered all the while, and other
-    steer blocks and passes on it raise SteeringError. To close the iterator, or to
-    leave a loop over it, ends generation at the next token and frees the model.
+    The model generates in a thread of its own from the first piece on, steered all the while; other steer blocks and
+    passes on it raise SteeringError meanwhile. Closing the iterator, or leaving a loop over it, ends generation at the
+    next token and frees the model.
 
-    Raises, before anything runs, DataError for a prompt that is neither text nor chat messages and
-    for beams or several sequences, SteeringError inside a steer block, HookpointError and
-    PairingError as ``steer``. What fails while it generates is raised where the pieces are read.
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer, or a processor that has one.
+        prompt: A text, or a conversation, of which the assistant's last message is continued.
+        steering: One intervention, or a list of them, which compose.
+        **options: What ``model.generate`` takes, such as ``max_new_tokens``; for one sequence, without beams.
+
+    Returns:
+        An iterator of pieces, each yielded as soon as its words are complete; joined, they are what ``generate`` gives.
+
+    Raises:
+        DataError: The prompt is no text and no conversation, or options ask for beams or several sequences. Like the
+            errors below, this is raised before anything runs; what fails during generation is raised by the iterator.
+        SteeringError: A steer block already steers the model.
+        HookpointError: The model does not have the hookpoint.
+        PairingError: An intervention has another width than the model.
     """
     check_options(options)
     inputs = prompt_inputs(model, tokenizer, [check_text(prompt, "prompt", empty=True)], options.get("max_new_tokens"))
-    listed = by_prompt(steering, 1, None)
-    checked_rows(model, steering, listed)
+    per_row = is_per_prompt(steering, 1, None)
+    checked_rows(model, steering, per_row)
     if is_claimed(model):
         raise SteeringError(
-            "stream on a model that a steer block steers: it generates in a thread of its own",
+            "stream on a model that a steer block steers, although it generates in a thread of its own",
             "a model outside any block",
             "leave the block, and pass its interventions: stream(…, steering=[[a, b]])",
         )
     if "streamer" in options:
-        raise DataError("a streamer among the options of stream", "none", "read the pieces that stream yields")
+        raise DataError("a streamer", "no streamer among the options of stream", "read the pieces that stream yields")
     config = options.get("generation_config") or model.generation_config
-    for name in _ONE_ROW:
+    for name in _ROW_OPTIONS:
         number = options.get(name) or getattr(config, name, None) or 1
         if number > 1:
-            raise DataError(f"{name} = {number} in stream", "one continuation, token by token", "call generate")
+            raise DataError(
+                f"{name} = {number}",
+                "one continuation, token by token",
+                "call fgsteer.generate, which returns several when all are complete",
+            )
     if tokenizer.pad_token_id is not None:
         options.setdefault("pad_token_id", tokenizer.pad_token_id)
-    return _pieces(model, tokenizer, dict(inputs), steering, listed, options)
+    return _settled_pieces(model, tokenizer, dict(inputs), steering, per_row, options)
 
 
-def _pieces(
+def _settled_pieces(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: dict[str, Any],
     steering: Steering,
-    listed: bool | None,
+    per_row: bool | None,
     options: dict[str, Any],
 ) -> Iterator[str]:
-    """Decode what a thread generates. Everything is decoded anew each time, as a text is not the sum of its tokens."""
-    worker = _Worker(model, inputs, steering, listed, options)
+    """Decode what a thread generates, all of it anew each time, as a text is not the sum of its tokens."""
+    worker = _Worker(model, inputs, steering, per_row, options)
     ids: list[int] = []
-    told = 0
+    yielded = 0
     worker.thread.start()
     try:
         for tokens in worker:
             ids += tokens
             text = str(tokenizer.decode(ids, skip_special_tokens=True))
             settled = _UNSETTLED.search(text).start()  # type: ignore[union-attr]
-            if settled > told:
-                yield text[told:settled]
-                told = settled
+            if settled > yielded:
+                yield text[yielded:settled]
+                yielded = settled
         text = str(tokenizer.decode(ids, skip_special_tokens=True))
-        if len(text) > told:
-            yield text[told:]
+        if len(text) > yielded:
+            yield text[yielded:]
     finally:
-        worker.leave()
+        worker.stop()
 
 
 class _Worker:
-    """A thread that generates and hands over tokens; it is the streamer that ``model.generate`` puts them to."""
+    """A thread that generates and hands over tokens; to ``model.generate`` it is the streamer."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         inputs: dict[str, Any],
         steering: Steering,
-        listed: bool | None,
+        per_row: bool | None,
         options: dict[str, Any],
     ) -> None:
         self._model, self._inputs, self._options = model, inputs, options
-        self._block = steer(model, steering, per_row=listed)
+        self._block = steer(model, steering, per_row=per_row)
         self._tokens: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
         self._asked_to_end, self._past_prompt = threading.Event(), False
         self._autocast = _autocast(model.device.type)
@@ -124,8 +141,8 @@ class _Worker:
     def _run(self) -> None:
         from transformers import StoppingCriteriaList
 
-        given = self._options.pop("stopping_criteria", None) or ()
-        criteria = StoppingCriteriaList([*given, self._is_over])
+        own_criteria = self._options.pop("stopping_criteria", None) or ()
+        criteria = StoppingCriteriaList([*own_criteria, self._is_over])
         try:
             with self._autocast, self._block:
                 self._model.generate(**self._inputs, **self._options, streamer=self, stopping_criteria=criteria)
@@ -146,7 +163,7 @@ class _Worker:
         self._past_prompt = True
 
     def end(self) -> None:
-        """Nothing: the thread tells its end itself, whether or not ``generate`` came to its own."""
+        """Do nothing: ``_run`` announces the end itself, whether or not ``generate`` came to it."""
 
     def __iter__(self) -> Iterator[list[int]]:
         while (tokens := self._tokens.get()) is not None:
@@ -154,7 +171,7 @@ class _Worker:
                 raise tokens
             yield tokens
 
-    def leave(self) -> None:
+    def stop(self) -> None:
         """End generation at the next token, and wait for it."""
         self._asked_to_end.set()
         if threading.current_thread() is not self.thread:  # which may collect an iterator that was dropped

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from fgsteer import cli
-from fgsteer.cli.common import app
+from fgsteer.cli.app import app
 
 
 def invoke(*arguments):
@@ -20,6 +20,11 @@ def invoke(*arguments):
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def invoke_on_cpu(*arguments):
+    """``invoke`` of a command that loads a model, on the CPU."""
+    return invoke(*arguments, "--device", "cpu")
 
 
 def run_on_console(monkeypatch, encoding, *arguments):

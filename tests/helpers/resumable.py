@@ -6,8 +6,9 @@ import torch
 
 import fgsteer as fg
 from fgsteer.effects.rollouts import Sampling
-from fgsteer.evaluation.bench import shared
-from fgsteer.evaluation.bench.bench import Bench, BenchPlan
+from fgsteer.evaluation.bench.bench import Bench
+from fgsteer.evaluation.bench.distributors import Torchrun
+from fgsteer.evaluation.bench.plan import BenchPlan
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import word_tokenizer
 
@@ -68,7 +69,7 @@ def bench(where, model, tokenizer, sae, contrast, fresh=False, **options):
 
 
 def shared_bench(where, model, tokenizer, sae, contrast, fresh=False, **options):
-    shared.run_shared(bench_of(model, tokenizer, sae, contrast, **options), where / "run.jsonl", fresh=fresh)
+    Torchrun().run(bench_of(model, tokenizer, sae, contrast, **options), where / "run.jsonl", fresh=fresh)
 
 
 RUNS = {"collect": collect, "density": density, "effects": effects, "bench": bench, "shared": shared_bench}

@@ -1,9 +1,11 @@
-"""Methods × concepts × layers × strengths, every text a record: ``fgsteer bench``.
+"""The benchmark: methods × concepts × layers × strengths, every text a record.
 
-Strength is set by cost: each method's coefficients are those at which neutral text becomes a
-given number of nats a token dearer, so that every method is tried over its own useful range
-and all can be compared at one cost. Prompts and seeds are in two halves, one to choose on,
-one to report. A run that was killed goes on where its last whole batch ended, to the same file.
+Strength is set by cost: each method's coefficients are those at which neutral text becomes a given number of nats a
+token dearer, so that every method is tried over its own useful range and all can be compared at one cost. Prompts
+and seeds are in two halves, one to choose on, one to report. A run that was killed goes on where its last whole
+batch ended, to the same file. What a benchmark composes stands in modules of its own: what is asked (``plan``), what
+is generated (``conditions``), who generates (``generators``), what scores (``judges``), what is written
+(``run_files``); who spreads the work (``distributors``) runs benchmarks.
 
     bench = Bench(model, tokenizer, saes, effects, judge, BenchPlan(concepts=("love",)))
     bench.run("bench.jsonl")
@@ -13,168 +15,80 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import InitVar, asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from fgsteer.activations.tokens import encode_prompts
+from torch import Tensor
+
 from fgsteer.data.contrast_files import load_contrast
-from fgsteer.data.contrasts import ContrastSet, check_name
-from fgsteer.data.shipped import load_bench_prompts, load_neutral, shipped_contrasts
+from fgsteer.data.contrasts import ContrastSet
+from fgsteer.data.shipped import load_neutral, shipped_contrasts
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.effects.approximator import EffectApproximator
-from fgsteer.effects.fingerprints import effects_sha256
-from fgsteer.effects.rollouts import Sampling, rollout
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import MAX_COUNT, check_range
+from fgsteer.errors.checks import warn
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.errors.wording import count
-from fgsteer.evaluation.bench.conditions import BENCH_METHODS, PROMPT, UNSTEERED, ConceptArms, check_methods
-from fgsteer.evaluation.bench.records import HALVES
+from fgsteer.evaluation.bench.conditions import ConceptConditions, bench_methods, steers
+from fgsteer.evaluation.bench.generators import Generator, TransformersGenerator
+from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.bench.run_files import (
-    Arm,
+    Condition,
     append,
     check_run,
-    read_arms,
+    load_conditions,
     resume,
+    save_conditions,
     strengths_path,
 )
-from fgsteer.evaluation.judges.judges import Judge, validation_auc
+from fgsteer.evaluation.judges.learning import validation_auc
+from fgsteer.evaluation.judges.protocols import CoherenceJudge, Judge
+from fgsteer.evaluation.metrics.answers import text_cross_entropies
 from fgsteer.evaluation.metrics.coherence import Coherence
-from fgsteer.interventions import Intervention
+from fgsteer.evaluation.runs.records import HALVES, EvalRecord
 from fgsteer.likelihood.calibration import calibrate_grid
 from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.models.pairing import model_identity
 from fgsteer.saes.fingerprints import density_sha256, sae_identity
 from fgsteer.saes.sae import SAE
-from fgsteer.storage.json_files import text_sha256, write_json
+from fgsteer.storage.json_files import text_sha256
 from fgsteer.storage.locks import exclusive_lock
 from fgsteer.storage.targets import file_target
 
-REFERENCE = 1_000_000  # rollout numbers from here are the unsteered samples that coherence is fitted on
-
-
-class Writer(Protocol):
-    """Something that generates for a benchmark."""
-
-    name: str
-
-    def __call__(
-        self, prompts: Sequence[str], steering: Sequence[Intervention | None], how: Sampling, number: int
-    ) -> list[str]:
-        """Continuations by intervention, then prompt, the ``number``-th drawn."""
-
-
-@dataclass(frozen=True, repr=False)
-class BenchPlan(OneLineRepr):
-    """What is run. ``prompts`` and ``seeds`` are of each half; ``ce_rises`` in nats a token of neutral text.
-
-    Intervals are over prompts, and the texts of one resemble each other: for one cost, more prompts with one seed
-    tell more than few prompts with several.
-
-    ``concepts`` are names of shipped contrast sets, or of ``Bench``'s own. ``layers`` are those of every method that
-    steers, or of each by its name. ``matched``, one of ``ce_rises`` or None, is the cost at which methods are compared
-    besides at their best; ``settings`` are keywords by method. ``neutral`` texts, of which the first ``texts`` count,
-    and ``own_prompts`` stand for the shipped ones. Raises DataError for what cannot be run.
-    """
-
-    concepts: tuple[str, ...]
-    methods: tuple[str, ...] = BENCH_METHODS
-    layers: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
-    ce_rises: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
-    matched: float | None = 0.5
-    halves: tuple[str, ...] = HALVES
-    prompts: int = 16
-    seeds: int = 1
-    texts: int = 16  # neutral ones, that strength is set on
-    max_new_tokens: int = 32
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 0.9
-    seed: int = 0
-    batch_rows: int = 256
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    neutral: tuple[str, ...] = ()
-    own_prompts: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_methods(self.methods)
-        for name in ("prompts", "seeds", "texts", "batch_rows"):
-            check_range(name, getattr(self, name), 1, MAX_COUNT, whole=True)
-        for rise in self.ce_rises:
-            check_range("a ce_rise", rise, 0, sys.float_info.max)
-        _check_texts("neutral", self.neutral)
-        _check_texts("own_prompts", self.own_prompts)
-        available = len(self.all_prompts) // len(HALVES)
-        if not 2 <= self.prompts <= available:
-            raise DataError(
-                f"{count(self.prompts, 'prompt')} a half",
-                f"2 to {available}, half of the {len(self.all_prompts)} prompts there are",
-                "intervals are over prompts: one has none, and another seed of a prompt tells less than another prompt",
-            )
-        for name in self.concepts:
-            check_name(name)
-        if len({name.casefold() for name in self.concepts}) < len(self.concepts):
-            raise DataError(f"concepts {', '.join(self.concepts)}", "each name once, in any case", "rename one")
-        if not self.concepts:
-            raise DataError("no concepts", "a concept at least")
-        if not self.ce_rises or list(self.ce_rises) != sorted(set(self.ce_rises)) or not self.ce_rises[0] > 0:
-            raise DataError(f"ce_rises {self.ce_rises}", "rising numbers > 0")
-        if self.matched is not None and self.matched not in self.ce_rises:
-            raise DataError(f"matched {self.matched}", f"one of the ce_rises {self.ce_rises}")
-        nowhere = set(self.methods) - {UNSTEERED, PROMPT} - {method for method, _ in self.places}
-        if nowhere:
-            raise DataError(
-                f"no layer for {', '.join(sorted(nowhere))}",
-                "an SAE of a layer, and for methods through effects those of it",
-            )
-        _ = self.sampling  # refuses what cannot be drawn
-
-    @property
-    def all_prompts(self) -> Sequence[str]:
-        """The prompts that both halves are drawn from."""
-        return self.own_prompts or load_bench_prompts()
-
-    @property
-    def places(self) -> list[tuple[str, int]]:
-        """(method, layer) for all that steers."""
-        steered = [method for method in self.methods if method not in (UNSTEERED, PROMPT)]
-        layers = self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(steered, self.layers)
-        return [(method, layer) for method in steered for layer in layers.get(method, ())]
-
-    @property
-    def sampling(self) -> Sampling:
-        """How texts are drawn."""
-        return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
-
-
-def _check_texts(name: str, texts: Sequence[str]) -> None:
-    """Raises DataError for a text that is none, is empty, or stands there twice."""
-    if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise DataError(f"{name} with an entry that is no text, or empty", "a tuple of texts")
-    if twice := [text for text, times in Counter(texts).items() if times > 1]:
-        raise DataError(f"{name} with {twice[0]!r:.60} twice", "each text once: what is repeated tells nothing more")
+UNSTEERED_SAMPLES = 1_000_000  # samples from this number on are those that coherence is fitted on
 
 
 @dataclass(frozen=True)
-class Part:
-    """Texts made in one batch: arms of a concept, for all prompts of a half with one seed."""
+class Batch:
+    """Texts generated together: conditions of a concept, for all prompts of a half with one seed."""
 
     half: str
     seed: int
-    arms: tuple[Arm, ...]
+    conditions: tuple[Condition, ...]
 
 
 @dataclass(eq=False, repr=False)
 class Bench(OneLineRepr):
-    """A benchmark of a model with SAEs and effects by layer, judged by ``judge``.
+    """A benchmark of a model with SAEs and effects.
 
-    ``writer`` generates in another engine, such as ``serving.VllmWriter``; the model then reads and sets strengths.
-    ``contrasts`` are sets besides the shipped ones, which the plan's concepts name; the judge must know them too.
-    Methods that no layer can run (no SAE, no effects) raise DataError before anything is generated.
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        saes: SAEs by layer.
+        effects: Effect approximators by layer, for the methods that need them.
+        judge: What scores behavior.
+        plan: What is run.
+        generator: What generates the texts, such as ``serving.VllmWriter``; the model then sets strengths and scores
+            texts. None: transformers in this process.
+        contrasts: Contrast sets besides the shipped ones, for concepts that the plan names. The judge must know them
+            too.
+        coherence: What scores coherence. None: ``Coherence``, fitted on unsteered samples of this benchmark.
+        writer: The former name of ``generator``.
+
+    Raises:
+        DataError: Two contrast sets have one name.
     """
 
     model: Any
@@ -183,14 +97,21 @@ class Bench(OneLineRepr):
     effects: Mapping[int, EffectApproximator]
     judge: Judge
     plan: BenchPlan
-    writer: Writer | None = None
+    generator: Generator | None = None
     contrasts: Sequence[ContrastSet] = ()
-    _concepts: dict[str, ConceptArms] = field(default_factory=dict)
+    coherence: CoherenceJudge | None = None
+    writer: InitVar[Generator | None] = None
+    _concepts: dict[str, ConceptConditions] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, writer: Generator | None) -> None:
+        if writer is not None:
+            warn("Bench(writer=...) is now called Bench(generator=...).", DeprecationWarning)
+            self.generator = writer
         names = [contrast.name for contrast in self.contrasts]
         if len(set(names)) < len(names):
-            raise DataError(f"contrasts named {', '.join(names)}", "each name once", "give one another name")
+            raise DataError(
+                f"contrasts named {', '.join(names)}", "each name once", "give one of the contrast sets another name"
+            )
 
     def contrast(self, name: str) -> ContrastSet:
         """The contrast set of a concept. Raises DataError for one that is neither here nor shipped."""
@@ -198,139 +119,149 @@ class Bench(OneLineRepr):
             return own[0]
         if name not in shipped_contrasts():
             raise DataError(
-                f"no contrast set {name!r}",
+                f"There is no contrast set {name!r}.",
                 f"one of {', '.join(shipped_contrasts())}, or one of Bench's own",
                 "pass contrasts=[fg.load_contrast(path)] to Bench, and to its judge",
             )
         return load_contrast(name)
 
-    def concept(self, name: str) -> ConceptArms:
-        """Vectors of a concept."""
+    def concept(self, name: str) -> ConceptConditions:
+        """The vectors of a concept, which are built once."""
         if name not in self._concepts:
-            self._concepts[name] = ConceptArms(
+            self._concepts[name] = ConceptConditions(
                 self.model, self.tokenizer, self.contrast(name), self.saes, self.effects, self.plan.settings
             )
         return self._concepts[name]
 
-    def prompts(self, half: str) -> list[str]:
-        """The half's prompts."""
-        start = HALVES.index(half) * self.plan.prompts
-        return list(self.plan.all_prompts[start : start + self.plan.prompts])
-
     @property
     def neutral(self) -> list[str]:
-        """The texts that strength is set on."""
+        """The neutral texts that strength is set on."""
         return list(self.plan.neutral or load_neutral()[0])[: self.plan.texts]
 
-    def arms(self, concept: str) -> list[Arm]:
-        """Every arm of a concept, its strengths set."""
+    def conditions(self, concept: str) -> list[Condition]:
+        """Every condition of a concept, its strengths calibrated. Raises what the methods raise."""
         plan, vectors = self.plan, self.concept(concept)
-        arms = [Arm(concept, method) for method in (UNSTEERED, PROMPT) if method in plan.methods]
-        makes = [vectors.make(method, layer) for method, layer in plan.places]
-        found = calibrate_grid(self.model, self.tokenizer, makes, self.neutral, target_ce_rises=plan.ce_rises)
+        plain = [method for method in bench_methods() if method in plan.methods and not steers(method)]
+        conditions = [Condition(concept, method) for method in plain]
+        makes = [vectors.make(method, layer) for method, layer in plan.method_layers]
+        grids = calibrate_grid(self.model, self.tokenizer, makes, self.neutral, target_ce_rises=plan.ce_rises)
         for number, rise in enumerate(plan.ce_rises):
-            reached = [(*at, c[number]) for at, c in zip(plan.places, found, strict=True) if not math.isnan(c[number])]
-            arms += [Arm(concept, method, layer, c, rise) for method, layer, c in reached]
-        return arms
+            for (method, layer), coefficients in zip(plan.method_layers, grids, strict=True):
+                if not math.isnan(coefficients[number]):  # nan: no coefficient costs that much
+                    conditions.append(Condition(concept, method, layer, coefficients[number], rise))
+        return conditions
 
-    def parts(self, arms: Sequence[Arm]) -> Iterator[Part]:
-        """A concept's batches, in the order in which they are written."""
+    def batches(self, conditions: Sequence[Condition]) -> Iterator[Batch]:
+        """The batches of a concept's conditions, in the order in which they are written."""
         size = max(1, self.plan.batch_rows // self.plan.prompts)
         for half in self.plan.halves:
             number = HALVES.index(half)
             for seed in range(number * self.plan.seeds, (number + 1) * self.plan.seeds):
-                for start in range(0, len(arms), size):
-                    yield Part(half, seed, tuple(arms[start : start + size]))
+                for start in range(0, len(conditions), size):
+                    yield Batch(half, seed, tuple(conditions[start : start + size]))
 
     @cached_property
-    def coherence(self) -> Coherence:
-        """Fitted on unsteered samples of all prompts, with seeds of their own."""
-        prompts = [prompt for half in HALVES for prompt in self.prompts(half)]
+    def fitted_coherence(self) -> Coherence:
+        """``Coherence`` fitted on unsteered samples of all prompts, which have seeds of their own."""
+        prompts = [prompt for half in HALVES for prompt in self.plan.prompts_of(half)]
         texts = []
         for number in range(self.plan.seeds):
-            texts += self._write(prompts, [None], REFERENCE + number)
+            texts += self._generate(prompts, [None], UNSTEERED_SAMPLES + number)
         return Coherence.fit(self.model, self.tokenizer, texts, prompts=prompts * self.plan.seeds)
 
-    def _write(self, prompts: Sequence[str], steering: Sequence[Any], number: int) -> list[str]:
+    def _generate(self, prompts: Sequence[str], steering: Sequence[Any], number: int) -> list[str]:
         """Continuations by intervention, then prompt."""
-        if self.writer is not None:
-            return self.writer(prompts, steering, self.plan.sampling, number)
-        encoded = encode_prompts(self.tokenizer, prompts)
-        ids, _ = rollout(self.model, encoded, steering, self.plan.sampling, number)
-        return list(self.tokenizer.batch_decode(ids[:, encoded[0].shape[1] :], skip_special_tokens=True))
+        generator = self.generator or TransformersGenerator(self.model, self.tokenizer)
+        return generator(prompts, steering, self.plan.sampling, number)
 
-    def texts(self, part: Part) -> list[str]:
-        """What the part's arms write, by arm, then prompt."""
-        prompts, vectors = self.prompts(part.half), self.concept(part.arms[0].concept)
-        by_prefix = {True: [a for a in part.arms if a.method == PROMPT]}
-        by_prefix[False] = [a for a in part.arms if a.method != PROMPT]
-        written: dict[Arm, list[str]] = {}
-        for prefixed, arms in by_prefix.items():
-            if not arms:
-                continue
-            given = [vectors.prefix + prompt for prompt in prompts] if prefixed else prompts
-            steering = [
-                None if arm.layer is None else vectors.make(arm.method, arm.layer)(arm.coefficient) for arm in arms
-            ]
-            texts = self._write(given, steering, part.seed)
-            for place, arm in enumerate(arms):
-                written[arm] = texts[place * len(prompts) : (place + 1) * len(prompts)]
-        return [text for arm in part.arms for text in written[arm]]
+    def texts(self, batch: Batch) -> list[str]:
+        """What is generated under the batch's conditions, by condition, then prompt."""
+        prompts, vectors = self.plan.prompts_of(batch.half), self.concept(batch.conditions[0].concept)
+        with_same_prompts: dict[tuple[str, ...], list[Condition]] = {}
+        for condition in batch.conditions:
+            own_prompts = tuple(vectors.prompts(condition.method, prompts))
+            with_same_prompts.setdefault(own_prompts, []).append(condition)
+        texts_of: dict[Condition, list[str]] = {}
+        for own_prompts, conditions in with_same_prompts.items():
+            steering = [None if c.layer is None else vectors.make(c.method, c.layer)(c.coefficient) for c in conditions]
+            texts = self._generate(own_prompts, steering, batch.seed)
+            for place, condition in enumerate(conditions):
+                texts_of[condition] = texts[place * len(prompts) : (place + 1) * len(prompts)]
+        return [text for condition in batch.conditions for text in texts_of[condition]]
 
-    def records(self, part: Part) -> list[dict[str, Any]]:
-        """The part's texts with their scores; an arm at the matched cost is listed for both comparisons."""
-        prompts = self.prompts(part.half)
-        texts = self.texts(part)
-        asked = prompts * len(part.arms)
-        measured = self.coherence.measure(texts, asked)
-        behavior = self.judge.score([p + t for p, t in zip(asked, texts, strict=True)], part.arms[0].concept)
-        offset = HALVES.index(part.half) * self.plan.prompts
-        rows: list[dict[str, Any]] = []
+    def records(self, batch: Batch) -> list[EvalRecord]:
+        """The batch's texts with their scores; a text at the matched cost is listed for both comparisons.
+
+        Raises DataError for a score that is not a number in its range, as of an empty text.
+        """
+        prompts = self.plan.prompts_of(batch.half)
+        texts = self.texts(batch)
+        prompt_of_text = prompts * len(batch.conditions)
+        coherence, cross_entropy = self._coherence(texts, prompt_of_text)
+        whole_texts = [prompt + text for prompt, text in zip(prompt_of_text, texts, strict=True)]
+        behavior = self.judge.score(whole_texts, batch.conditions[0].concept)
+        first_prompt = HALVES.index(batch.half) * self.plan.prompts
+        records: list[EvalRecord] = []
         for place, text in enumerate(texts):
-            arm, prompt = part.arms[place // len(prompts)], place % len(prompts)
-            row = {
-                "concept": arm.concept,
-                "method": arm.method,
-                "layer": arm.layer,
-                "coefficient": arm.coefficient,
-                "matched": None,
-                "prompt": offset + prompt,
-                "seed": part.seed,
-                "half": part.half,
-                "text": text,
-                "behavior": round(float(behavior[place]), 6),
-                "coherence": round(float(measured.coherence[place]), 6),
-                "ce": round(float(measured.cross_entropy[place]), 6),
-                "ce_rise": arm.ce_rise,
-            }
-            rows.append(row)
-            if arm.ce_rise is not None and arm.ce_rise == self.plan.matched:
-                rows.append({**row, "matched": arm.ce_rise})
-        return rows
+            condition, prompt = batch.conditions[place // len(prompts)], place % len(prompts)
+            record = EvalRecord(
+                concept=condition.concept,
+                method=condition.method,
+                layer=condition.layer,
+                coefficient=condition.coefficient,
+                matched=None,
+                prompt=first_prompt + prompt,
+                seed=batch.seed,
+                half=batch.half,
+                text=text,
+                behavior=round(float(behavior[place]), 6),
+                coherence=round(float(coherence[place]), 6),
+                ce=round(float(cross_entropy[place]), 6),
+                ce_rise=condition.ce_rise,
+            )
+            records.append(record)
+            if self._is_matched(condition):
+                records.append(replace(record, matched=condition.ce_rise))
+        return records
+
+    def _coherence(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Coherence and cross-entropy of texts after their prompts; ``Coherence`` measures both in one pass."""
+        if self.coherence is None:
+            scores = self.fitted_coherence.measure(texts, prompts)
+            return scores.coherence, scores.cross_entropy
+        losses = text_cross_entropies(self.model, self.tokenizer, texts, prompts=prompts, joint="")
+        return self.coherence.coherence(texts, prompts), losses
+
+    def _is_matched(self, condition: Condition) -> bool:
+        return condition.ce_rise is not None and condition.ce_rise == self.plan.matched
 
     @cached_property
-    def _things(self) -> dict[str, Any]:
+    def _made_of(self) -> dict[str, Any]:
         """What the run is made of besides its plan and texts: what takes time to hash, once for all concepts."""
-        layers = {str(layer): {**_identity(sae)} for layer, sae in self.saes.items()}
-        effects = {str(layer): effects_sha256(found) for layer, found in self.effects.items()}
-        judge = getattr(self.judge, "identity", self.judge.name)
-        return {**run_fingerprint(self.model, self.tokenizer), "saes": layers, "effects": effects, "judge": judge}
+        layers = {str(layer): _sae_identity(sae) for layer, sae in self.saes.items()}
+        effects = {str(layer): approximator.sha256 for layer, approximator in self.effects.items()}
+        judges = {"judge": _judge_identity(self.judge)}
+        if self.coherence is not None:
+            judges["coherence"] = _judge_identity(self.coherence)
+        return {**run_fingerprint(self.model, self.tokenizer), "saes": layers, "effects": effects, **judges}
 
     @property
     def identity(self) -> dict[str, Any]:
         """All that the records depend on, as plain JSON: runs with equal ones may share a file."""
         plan = {key: value for key, value in asdict(self.plan).items() if key not in ("neutral", "own_prompts")}
-        plan["prompts"] = [prompt for half in HALVES for prompt in self.prompts(half)]
-        if self.writer is not None:  # other engines draw other samples
-            plan["engine"] = self.writer.name
+        plan["prompts"] = [prompt for half in HALVES for prompt in self.plan.prompts_of(half)]
+        if self.generator is not None:
+            plan["engine"] = self.generator.name
+        if self.coherence is not None:
+            plan["coherence"] = self.coherence.name
         contrasts = {}
         for name in self.plan.concepts:
             contrast = self.contrast(name)
             held_out = None if contrast.held_out is None else contrast.held_out.sha256
             contrasts[name] = {"sha256": contrast.sha256, "held_out": held_out}
         texts = {"neutral": text_sha256(self.neutral), "contrasts": contrasts}
-        made: dict[str, Any] = json.loads(json.dumps({"plan": plan, **self._things, **texts}))
-        return made
+        identity: dict[str, Any] = json.loads(json.dumps({"plan": plan, **self._made_of, **texts}))
+        return identity
 
     def header(self, command: str) -> dict[str, Any]:
         """The first line of a run: what was run, on what, with which versions."""
@@ -355,50 +286,76 @@ class Bench(OneLineRepr):
         self,
         path: str | Path,
         command: str = "",
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress = None,
         *,
         fresh: bool = False,
     ) -> None:
-        """Write all records to ``path``, after those of an earlier run of the same plan.
+        """Write all records to a file, after those of an earlier run of the same benchmark.
 
-        A batch is appended whole and synced; what a killed run left of one is cut off first. Strengths are kept
-        beside it. ``fresh`` starts over. ``progress`` gets (records done, records in all). Raises PairingError, saying
-        what differs, when the file is of another run, BusyError while another process writes it, FormatError when it
-        is damaged, and what the methods raise; all before anything is generated.
+        A batch is appended in one write and synced; what a killed run left of one is cut off first. Strengths are
+        kept beside the file.
+
+        Args:
+            path: The file, such as bench.jsonl.
+            command: How the run was started, for its header.
+            progress: As in ``collect``; a function is called with (records done, records in all) after each batch.
+            fresh: Start over.
+
+        Raises:
+            PairingError: The file is of another run; the error says what differs.
+            BusyError: Another process is writing the file.
+            FormatError: The file is damaged, or cannot be written.
+            DataError: A method lacks its SAE or effects at a layer.
+
+        All of these, and what the methods raise, come before anything is generated.
         """
         path = Path(path)
         file_target(path)
-        with exclusive_lock(path):
+        with exclusive_lock(path), reporting(progress, "writing texts") as report:
             check_run(path, self.identity, fresh=fresh)
             header = self.header(command)
-            arms = self._arms(strengths_path(path))
-            parts = [part for concept in self.plan.concepts for part in self.parts(arms[concept])]
-            counts = [self._count(part) for part in parts]
+            conditions = self._kept_conditions(strengths_path(path))
+            batches = [batch for concept in self.plan.concepts for batch in self.batches(conditions[concept])]
+            counts = [self._count(batch) for batch in batches]
             done = resume(path, header, counts)
-            for number in range(done, len(parts)):
-                if progress is not None:
-                    progress(sum(counts[:number]), sum(counts))
-                append(path, self.records(parts[number]))
-            if progress is not None:
-                progress(sum(counts), sum(counts))
+            for number in range(done, len(batches)):
+                report(sum(counts[:number]), sum(counts))
+                append(path, [record.as_row() for record in self.records(batches[number])])
+            report(sum(counts), sum(counts))
 
-    def _count(self, part: Part) -> int:
-        """Records of a part: an arm at the matched cost has two of each text."""
-        matched = self.plan.matched
-        return self.plan.prompts * sum(1 + (a.ce_rise is not None and a.ce_rise == matched) for a in part.arms)
+    def _count(self, batch: Batch) -> int:
+        """Records of a batch: a condition at the matched cost has two of each text."""
+        return self.plan.prompts * sum(1 + self._is_matched(condition) for condition in batch.conditions)
 
-    def _arms(self, path: Path) -> dict[str, list[Arm]]:
-        """Every concept's arms, from the file beside the run where it holds them, else calibrated and kept there."""
+    def _kept_conditions(self, path: Path) -> dict[str, list[Condition]]:
+        """Every concept's conditions, from the file beside the run where it has them, else calibrated and kept."""
         identity = self.identity
-        known = read_arms(path, identity)
+        conditions = load_conditions(path, identity)
         for concept in self.plan.concepts:
-            if concept not in known:
-                known[concept] = self.arms(concept)
-                arms = {name: [asdict(arm) for arm in entries] for name, entries in known.items()}
-                write_json(path, {"identity": identity, "arms": arms})
-        return known
+            if concept not in conditions:
+                conditions[concept] = self.conditions(concept)
+                save_conditions(path, identity, conditions)
+        return conditions
 
 
-def _identity(sae: SAE) -> dict[str, Any]:
+def _former_writer(bench: Bench) -> Generator | None:
+    warn("Bench.writer is now called Bench.generator.", DeprecationWarning)
+    return bench.generator
+
+
+def _set_former_writer(bench: Bench, generator: Generator | None) -> None:
+    warn("Bench.writer is now called Bench.generator.", DeprecationWarning)
+    bench.generator = generator
+
+
+Bench.writer = property(_former_writer, _set_former_writer)  # type: ignore[attr-defined]
+
+
+def _sae_identity(sae: SAE) -> dict[str, Any]:
     """What a benchmark's SAE is, with the density that its features are filtered by."""
     return {**(sae_identity(sae) or {}), "density": density_sha256(sae.density)}
+
+
+def _judge_identity(judge: Judge | CoherenceJudge) -> Any:
+    """What a judge's scores depend on, as far as it says so, else its name."""
+    return getattr(judge, "identity", judge.name)

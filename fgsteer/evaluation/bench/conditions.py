@@ -1,26 +1,24 @@
-"""The methods that a benchmark compares, each as a function from a coefficient to an intervention.
+"""The conditions of a benchmark: methods of the table, each as a function from a strength to an intervention.
 
-arms = ConceptArms(model, tokenizer, fg.load_contrast("wedding"), saes, effects, settings={})
-arms.make("fgaa", layer=2)(8.0)
+conditions = ConceptConditions(model, tokenizer, fg.load_contrast("wedding"), saes, effects, settings={})
+conditions.make("fgaa", layer=2)(8.0)
 """
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
-
-import torch
 
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import DataError, SelectionWarning
-from fgsteer.evaluation.bench.records import SPECS
-from fgsteer.evaluation.judges.judges import plain_text
+from fgsteer.evaluation.judges.learning import plain_text
 from fgsteer.interventions import Intervention
-from fgsteer.methods import build, pca, select_features
+from fgsteer.methods import MethodSpec, spec, specs
+from fgsteer.methods.selection import select_features
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
 from fgsteer.statistics.collecting import collect
@@ -29,19 +27,35 @@ from fgsteer.vector import SteeringVector
 
 Make = Callable[[float], Intervention]
 
-UNSTEERED, PROMPT = "unsteered", "prompt"
-RESIDUAL_METHODS = tuple(name for name, method in SPECS.items() if method.needs == "layer")
-NEEDS_EFFECTS = tuple(name for name, method in SPECS.items() if method.needs == "effects")
-SAE_METHODS = tuple(name for name, method in SPECS.items() if method.needs in ("sae", "effects"))
-BENCH_METHODS = (UNSTEERED, PROMPT, *RESIDUAL_METHODS, *SAE_METHODS)
 PREFIX_EXAMPLES = 4
 
 
-class ConceptArms:
-    """Vectors of one concept by method and layer, each built once; statistics are collected once a layer.
+def bench_methods() -> tuple[str, ...]:
+    """Names of all methods that the benchmark offers, those that apply no vector first."""
+    return tuple(method.name for method in sorted(specs("bench"), key=steers))
 
-    ``saes`` and ``effects`` by layer; ``settings`` are keywords by method, such as
-    {"fgaa": {"n_positive": 32}}.
+
+def check_methods(methods: Iterable[str]) -> None:
+    """Raise DataError for a method that the benchmark does not offer."""
+    for name in methods:
+        spec(name, "bench")
+
+
+def steers(method: str | MethodSpec) -> bool:
+    """Whether a method applies a vector. Raises DataError for one that the benchmark does not offer."""
+    return (spec(method, "bench") if isinstance(method, str) else method).needs != "nothing"
+
+
+class ConceptConditions:
+    """The vectors of one concept by method and layer, each built once from statistics that are collected once a layer.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        contrast: The concept's contrast set.
+        saes: SAEs by layer.
+        effects: Effects by layer, each measured on the SAE of that layer.
+        settings: Keywords by method, such as {"fgaa": {"n_positive": 32}}.
     """
 
     def __init__(
@@ -59,17 +73,15 @@ class ConceptArms:
         self._vectors: dict[tuple[str, int], SteeringVector] = {}
 
     def stats(self, layer: int) -> ContrastStatistics:
-        """Statistics at a layer: with features where there is an SAE, of the same contexts where there is none."""
+        """Collect statistics at a layer: with features where it has an SAE, always of the same contexts."""
         if layer not in self._stats:
-            sae = self.saes.get(layer)
-            at = sae.hookpoint if sae is not None else Hookpoint(layer)
             prepend = next((sae.prepend_bos for sae in self.saes.values()), None)
             self._stats[layer] = collect(
                 self.model,
                 self.tokenizer,
                 self.contrast,
-                sae=sae,
-                hookpoints=at,
+                sae=self.saes.get(layer),
+                hookpoints=self._hookpoint(layer),
                 prepend_bos=prepend,
                 keep_pooled=True,
             )
@@ -81,63 +93,66 @@ class ConceptArms:
         texts = [plain_text(completion) for _, completion in self.contrast.side(True)][:PREFIX_EXAMPLES]
         return "".join(f"{text}\n" for text in texts)
 
-    def make(self, method: str, layer: int) -> Make:
-        """The function from a coefficient to the method's intervention; for ace the coefficient is α.
+    def prompts(self, method: str, prompts: Sequence[str]) -> list[str]:
+        """The prompts as a method has them: after examples of the concept, where it steers by those."""
+        return [self.prefix + prompt for prompt in prompts] if spec(method, "bench").in_context else list(prompts)
 
-        Raises DataError for a method without its SAE or effects at the layer, SelectionError as the methods do.
+    def make(self, method: str, layer: int) -> Make:
+        """Return the function from a strength to the method's intervention at a layer.
+
+        Raises:
+            DataError: The layer has no SAE, or no effects, that the method needs.
+            SelectionError: The method finds nothing to steer with.
         """
         if (method, layer) not in self._vectors:
             self._vectors[method, layer] = self.vector(method, layer)
-        vector = self._vectors[method, layer]
-        return vector.affine if method == "ace" else vector.unit().add
+        return spec(method, "bench").maker(self._vectors[method, layer])
 
     def vector(self, method: str, layer: int) -> SteeringVector:
-        """The method's vector at a layer; ``sae_feature`` and ``sae_ts`` take the one best feature by Welch's t."""
-        given = dict(self.settings.get(method, {}))
-        if method == "random":
-            return self._random(layer)
-        if method in RESIDUAL_METHODS:
-            stats = self.stats(layer)
-            return pca(stats, **given) if method == "pca" else build(method, stats=stats, **given)
-        sae, effects = self._needed(method, layer)
+        """Build the method's vector at a layer; as ``features`` it gets the one that Welch's t ranks first."""
+        row = spec(method, "bench")
+        self._check_layer(row, layer)
+        offers: dict[str, Callable[[int], Any]] = {
+            "stats": self.stats,
+            "sae": self.saes.__getitem__,
+            "effects": self.effects.__getitem__,
+            "features": self._best_feature,
+            "hookpoint": self._hookpoint,
+            "d_model": lambda _: self.model.config.get_text_config().hidden_size,
+            "seed": self._seed,
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SelectionWarning)  # 40 texts a side: said in the report's plan
-            if method in ("sae_feature", "sae_ts"):
-                best = self._best_feature(sae, layer)
-                name = "from_features" if method == "sae_feature" else "sae_ts"
-                return build(name, sae=sae, features=best, effects=effects, **given)
-            if method == "minus_bias":
-                assert effects is not None
-                return SteeringVector(-(effects.M @ effects.b).float(), sae.hookpoint)
-            name = "fgaa" if method == "fgaa_effects" else method
-            return build(name, stats=self.stats(layer), sae=sae, effects=effects, **given)
+            inputs = {name: offers[name](layer) for name in _inputs(row) if name in offers}
+            return row.build(**{**inputs, **self.settings.get(method, {})})
 
-    def _needed(self, method: str, layer: int) -> tuple[SAE, EffectApproximator | None]:
-        if layer not in self.saes:
-            raise DataError(f"{method} at layer {layer} without an SAE", f"one of layers {sorted(self.saes)}")
-        if method in NEEDS_EFFECTS and layer not in self.effects:
-            raise DataError(
-                f"{method} at layer {layer} without effects",
-                f"one of layers {sorted(self.effects) or 'none'}",
-                "measure them with fgsteer effects",
-            )
-        return self.saes[layer], self.effects[layer] if method in NEEDS_EFFECTS else None
+    def _check_layer(self, row: MethodSpec, layer: int) -> None:
+        """Raise DataError for a layer without the SAE or the effects that a method needs."""
+        for what, needs, by_layer, change in (
+            ("an SAE", ("sae", "effects"), self.saes, f"Pass an SAE of layer {layer}"),
+            ("measured effects", ("effects",), self.effects, "Measure them with fgsteer effects"),
+        ):
+            if row.needs in needs and layer not in by_layer:
+                raise DataError(
+                    f"{row.label} needs {what}, and layer {layer} has none.",
+                    f"one of the layers that have: {', '.join(map(str, sorted(by_layer)))}" if by_layer else "",
+                    f"{change}, or leave {row.name} out of the methods",
+                )
 
-    def _best_feature(self, sae: SAE, layer: int) -> int:
+    def _best_feature(self, layer: int) -> int:
+        sae = self.saes[layer]
         contrast = self.stats(layer).at("feature", sae.hookpoint)[1]
         weights, _ = select_features(contrast, sae, score="welch_t", n_positive=1, n_negative=0)
         return int(weights.argmax())
 
-    def _random(self, layer: int) -> SteeringVector:
-        """A standard normal direction, drawn from the hash of concept and layer."""
-        at = self.saes[layer].hookpoint if layer in self.saes else Hookpoint(layer)
-        seed = int.from_bytes(hashlib.sha256(f"{self.contrast.name}/{layer}".encode()).digest()[:7], "big")
-        width = self.model.config.get_text_config().hidden_size
-        return SteeringVector(torch.randn(width, generator=torch.Generator().manual_seed(seed)), at)
+    def _hookpoint(self, layer: int) -> Hookpoint:
+        return self.saes[layer].hookpoint if layer in self.saes else Hookpoint(layer)
+
+    def _seed(self, layer: int) -> int:
+        """A seed from the hash of concept and layer."""
+        return int.from_bytes(hashlib.sha256(f"{self.contrast.name}/{layer}".encode()).digest()[:7], "big")
 
 
-def check_methods(methods: tuple[str, ...]) -> None:
-    """Raises DataError for an unknown method."""
-    unknown = [name for name in methods if name not in BENCH_METHODS]
-    if unknown:
-        raise DataError(f"methods {', '.join(unknown)}", f"among {', '.join(BENCH_METHODS)}")
+def _inputs(row: MethodSpec) -> list[str]:
+    """Names of the parameters that a method is given: those it requires, and effects where it needs them."""
+    return list(dict.fromkeys([*row.required, *(["effects"] if row.needs == "effects" else [])]))

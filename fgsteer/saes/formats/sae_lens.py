@@ -22,7 +22,7 @@ from fgsteer.errors import FormatError, PairingError
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.formats.base import NO_OPTIONS, LoadOptions, Source, State, load_state, refuse_unused_weights
 from fgsteer.saes.formats.places import INSIDE_NORM, find_hookpoint
-from fgsteer.saes.registry import RegistryRow
+from fgsteer.saes.registry import RegistryRow, need_sae_lens
 from fgsteer.saes.sae import INPUT_NORMS, SAE, InputNorm
 from fgsteer.storage.files import tensor_sha256
 from fgsteer.storage.json_files import text_sha256
@@ -104,6 +104,7 @@ def is_early_folder(source: Source) -> bool:
 
 def load_early_folder(source: Source, options: LoadOptions) -> SAE:
     """Load a folder of sae-lens before version 6, which the installed sae-lens reads."""
+    need_sae_lens(f"The SAE in {source.folder}, in a format of sae-lens before its version 6,")
     import sae_lens
 
     refuse_unsupported_fields(source.config)
@@ -141,6 +142,7 @@ def load_release(source: Source, options: LoadOptions) -> SAE:
 
 def _read_by_sae_lens(row: RegistryRow) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return (config, state) by sae-lens's reader of the layout, pickles as weights only. Raises FormatError."""
+    need_sae_lens(f"The layout {row.conversion!r} of {row.release}")
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):

@@ -1,0 +1,54 @@
+"""``fgsteer saes``: list pretrained SAEs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from fgsteer.cli.app import app
+from fgsteer.cli.options import JsonOption
+from fgsteer.cli.printing import say, show
+from fgsteer.errors import DataError
+from fgsteer.errors.limits import MAX_COUNT
+
+
+@app.command()
+def saes(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Only SAEs of this model, or part of its name.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", min=0, max=MAX_COUNT, help="Only SAEs of this 0-based layer.")
+    ] = None,
+    search: Annotated[str, typer.Option("--search", help="Words that release, id or hookpoint must have.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """List the pretrained SAEs of sae-lens's registry, for --sae RELEASE --sae-id ID."""
+    from fgsteer.saes.registry import models_like, models_named, registry
+
+    if model is not None and not models_named(model):
+        near = ", ".join(models_like(model))
+        raise DataError(
+            f"no SAE of a model {model!r} in the registry of the installed sae-lens",
+            f"a model's name or a part of it, such as {near}" if near else "a model's name or a part of it",
+            "fgsteer saes --search TEXT looks in the releases' names",
+        )
+    show([row.as_dict() for row in registry(model, layer, search)], as_json, _print_saes)
+
+
+def _print_saes(rows: list[dict[str, Any]]) -> None:
+    """A block per release, a line per SAE, never folded: ids are there to be copied."""
+    from itertools import groupby
+
+    if not rows:
+        say("none in the registry of the installed sae-lens; --search takes words of its releases")
+    for (release, model), members in groupby(rows, key=lambda row: (row["release"], row["model"])):
+        lines = [
+            (r["sae_id"], r["hookpoint"], r["width"], "" if r["l0"] is None else f"L0 {r['l0']:g}", r["neuronpedia"])
+            for r in members
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        say(f"{release}  ({model})")
+        for line in lines:
+            say("  " + "  ".join(map(str.ljust, line, widths)).rstrip())
