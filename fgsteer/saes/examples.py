@@ -83,9 +83,9 @@ class FeatureExamples(OneLineRepr):
     corpus: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        kept = int((self.documents >= 0).sum())
+        excerpts = int((self.documents >= 0).sum())
         about = f" of {short_repr(str(self.corpus['name']))}" if self.corpus.get("name") else ""
-        return f"FeatureExamples({count(kept, 'excerpt')} for {count(len(self.features), 'feature')}{about})"
+        return f"FeatureExamples({count(excerpts, 'excerpt')} for {count(len(self.features), 'feature')}{about})"
 
     @cached_property
     def rows(self) -> dict[int, int]:

@@ -22,7 +22,7 @@ CONFIG_FILE = "cfg.json"
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What is to be loaded: a live object, a folder with its config, or an entry of a release, of a revision if any.
+    """The SAE to load: a live object, a folder with its config, or an entry of a release, of a revision if any.
 
     An entry whose files include a config has a folder too, in the Hugging Face cache; its weights may be missing there.
     """

@@ -89,7 +89,7 @@ def parse_sparsify(
     if activation != "topk" or unsupported:
         raise PairingError(
             f"a sparsify SAE with {', '.join(unsupported) or f'activation {activation!r}'}",
-            "topk of the ReLU, from this activation alone",
+            "a sparsify SAE with topk of the ReLU, from this activation alone",
             "take one trained with topk: competition within groups, signed activations and other inputs have no "
             "canonical form",
         )
