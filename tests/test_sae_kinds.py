@@ -11,7 +11,11 @@ import pytest
 import torch
 
 import fgsteer as fg
+from fgsteer.saes.formats import table
+from fgsteer.saes.formats.base import SAEFormat, Source
+from fgsteer.saes.registry import RegistryRow
 from tests.helpers.sae_files import D, K, config_of, folder_of, inputs, naive, sparsify_files, state_of
+from tests.helpers.saes import make_sae
 
 AVERAGE = {"normalize_activations": "expected_average_only_in"}
 HOOK_Z = {"metadata": {"hook_name": "blocks.1.attn.hook_z"}}
@@ -278,3 +282,36 @@ def test_sparsify_places_and_refusals(tmp_path):
     (tmp_path / "gemma" / "config.json").write_text('{"model": "google/gemma-2-2b"}')
     with pytest.raises(fg.PairingError, match="post-norm"):
         fg.load_sae(tmp_path / "gemma" / "layers.1.mlp")
+
+
+def test_a_format_from_outside_is_one_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "_registered", {})
+    (tmp_path / "cfg.json").write_text(json.dumps({"toy_seed": 3}))
+    with pytest.raises(fg.FormatError, match="toy_seed"):
+        fg.load_sae(tmp_path)
+    table.register(SAEFormat("toy", "a toy", lambda source: "toy_seed" in source.config, load_toy))
+    assert fg.load_sae(tmp_path).sha256 == make_sae(seed=3).sha256
+    assert table.specs()[0].name == "toy"
+    with pytest.raises(fg.PluginError, match="named 'sparsify'"):
+        table.register(SAEFormat("sparsify", "another", lambda source: True, load_toy))
+
+
+def load_toy(source, options):
+    return make_sae(seed=source.config["toy_seed"])
+
+
+def test_every_kind_of_source_has_its_format(tmp_path):
+    sae_lens = config_of("standard", {})
+    early = {name: value for name, value in sae_lens.items() if name != "metadata"}
+    row = RegistryRow("r", "s", "m", repo_id="me/r", path="s")
+    for name, source in {
+        "live object": Source(live=object()),
+        "Gemma Scope 2": Source(row=replace(row, conversion="gemma_3")),
+        "sparsify": Source(folder=tmp_path, config={"d_in": 2, "k": 1}),
+        "sae-lens": Source(folder=tmp_path, config={**sae_lens, "metadata": {"sae_lens_version": "6"}}),
+        "sae-lens before 6": Source(folder=tmp_path, config=early),
+        "sae-lens release": Source(folder=tmp_path, config=sae_lens, row=row),
+    }.items():
+        assert table.find_format(source).name == name
+    of_revision = Source(folder=tmp_path, config=early, row=row, revision="v2")  # which sae-lens cannot ask for
+    assert table.find_format(of_revision).name == "sae-lens before 6"
