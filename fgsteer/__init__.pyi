@@ -33,6 +33,7 @@ from fgsteer.evaluation.judges.endpoint import CostEstimate as CostEstimate
 from fgsteer.evaluation.judges.endpoint import EndpointJudge as EndpointJudge
 from fgsteer.evaluation.judges.keywords import KeywordJudge as KeywordJudge
 from fgsteer.evaluation.judges.learning import validation_auc as validation_auc
+from fgsteer.evaluation.judges.protocols import CoherenceJudge as CoherenceJudge
 from fgsteer.evaluation.judges.protocols import Judge as Judge
 from fgsteer.evaluation.metrics.answers import AnswerProbabilities as AnswerProbabilities
 from fgsteer.evaluation.metrics.answers import Steerability as Steerability
@@ -49,8 +50,8 @@ from fgsteer.evaluation.runs.records import EvalRecord as EvalRecord
 from fgsteer.evaluation.runs.records import Run as Run
 from fgsteer.evaluation.runs.records import load_run as load_run
 from fgsteer.evaluation.runs.report import write_report as write_report
-from fgsteer.evaluation.sweep.sweep import Sweep as Sweep
-from fgsteer.evaluation.sweep.sweep import SweepCell as SweepCell
+from fgsteer.evaluation.sweep.results import Sweep as Sweep
+from fgsteer.evaluation.sweep.results import SweepCell as SweepCell
 from fgsteer.evaluation.sweep.sweep import sweep as sweep
 from fgsteer.evaluation.tasks import run_tasks as run_tasks
 from fgsteer.export.folding import fold as fold

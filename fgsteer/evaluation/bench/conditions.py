@@ -1,7 +1,7 @@
 """The conditions of a benchmark: methods of the table, each as a function from a strength to an intervention.
 
-arms = ConceptArms(model, tokenizer, fg.load_contrast("wedding"), saes, effects, settings={})
-arms.make("fgaa", layer=2)(8.0)
+conditions = ConceptConditions(model, tokenizer, fg.load_contrast("wedding"), saes, effects, settings={})
+conditions.make("fgaa", layer=2)(8.0)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def steers(method: str | MethodSpec) -> bool:
     return (spec(method, "bench") if isinstance(method, str) else method).needs != "nothing"
 
 
-class ConceptArms:
+class ConceptConditions:
     """The vectors of one concept by method and layer, each built once from statistics that are collected once a layer.
 
     Args:
