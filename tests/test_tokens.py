@@ -274,7 +274,7 @@ def test_texts_beyond_the_window_are_cut_with_one_warning(models, tokenizer):
             fg.cross_entropies(model, tokenizer, [long, "the tea"], [None])
         with pytest.warns(fg.FgsteerWarning, match="1 of 2 texts"):
             fg.measure_density(model, tokenizer, make_sae(), [long, "tea"])
-        with pytest.raises(fg.DataError, match="prompt 1 has 121 tokens; expected at most 64"):
+        with pytest.raises(fg.DataError, match="at most 64 tokens, the model's window, got prompt 1 with 121 tokens"):
             fg.generate(model, tokenizer, ["tea", long], max_new_tokens=2)
     for wrong in (0, -1, 2.5, True):
         with pytest.raises(fg.FgsteerError, match="max_tokens"):
@@ -338,7 +338,7 @@ def test_prompts_beyond_learned_positions_are_refused_before_any_work(models, to
     with pytest.raises(fg.DataError, match="a row of 70 tokens"):
         fg.record(gpt2, torch.zeros(1, 70, dtype=torch.long), None, [1])
     assert fg.record(gpt2, torch.zeros(1, 64, dtype=torch.long), None, [1])[at].shape == (1, 64, D_MODEL)
-    with pytest.raises(fg.DataError, match="at most 64, the model's window"):
+    with pytest.raises(fg.DataError, match="at most 64 tokens, the model's window"):
         fg.output_scores(gpt2, tokenizer, make_sae(), [1], prompt=f"{long} {long}")
     with pytest.raises(fg.DataError, match="cut before what is read"):
         fg.log_probabilities(gpt2, tokenizer, [(f"{long} {long}", "yes")])
