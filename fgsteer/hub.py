@@ -50,8 +50,8 @@ def save_folder(
     with atomic_folder(folder) as new_folder:
         vector.save(new_folder / FILE_NAME)
         for name, data in files.items():
-            with atomic_write(new_folder / name) as beside:
-                beside.write_bytes(data)
+            with atomic_write(new_folder / name) as temporary:
+                temporary.write_bytes(data)
 
 
 def push(
