@@ -395,7 +395,7 @@ def made(tmp_path_factory):
         ("generate hi -v {0}/gemma -c 1", "made for google/gemma-2-2b.*pass the vector's model: --model google/gem"),
         ("generate hi -v {0}/vector -c 1 --op push", "--op push"),
         ("generate hi -v {0}/vector -c 1 -c 2", "2 coefficients for 1 vector;"),
-        ("generate hi -v {0}/vector -c 1 --scope al", "scope 'al'"),
+        ("generate hi -v {0}/vector -c 1 --scope al", "scope among .* 'al'"),
         ("generate hi --dtype float31", "--dtype"),
         ("generate hi --device gpu", "--device gpu"),
         ("generate hi --prefill Yes", "--prefill without --chat"),
