@@ -30,8 +30,8 @@ from fgsteer.export import ExportInputs, spec
 
 @app.command()
 def export(
-    vectors: Annotated[list[Path], typer.Argument(help="Vectors by fgsteer build, to apply together.")],
-    to: Annotated[str, typer.Option("--to", autocompletion=completion("exports"), help="One of {exports}.")],
+    vectors: Annotated[list[Path], typer.Argument(help="The vectors, which fgsteer build wrote, to apply together.")],
+    to: Annotated[str, typer.Option("--to", autocompletion=completion("exports"), help="The format: {exports}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file, or the new folder, to write.")],
     coefficient: CoefficientOption = None,
     operation: OperationOption = "add",

@@ -16,15 +16,18 @@ from fgsteer.errors.limits import MAX_COUNT
 @app.command()
 def saes(
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Only SAEs of this model, or part of its name.")
+        str | None,
+        typer.Option("--model", "-m", help="List only SAEs of this model, or of models with this part of a name."),
     ] = None,
     layer: Annotated[
-        int | None, typer.Option("--layer", min=0, max=MAX_COUNT, help="Only SAEs of this 0-based layer.")
+        int | None, typer.Option("--layer", min=0, max=MAX_COUNT, help="List only SAEs of this layer, counted from 0.")
     ] = None,
-    search: Annotated[str, typer.Option("--search", help="Words that release, id or hookpoint must have.")] = "",
+    search: Annotated[
+        str, typer.Option("--search", help="List only SAEs with all of these words in their release, id or hookpoint.")
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """List the pretrained SAEs of sae-lens's registry, for --sae RELEASE --sae-id ID."""
+    """List the pretrained SAEs in the registry of sae-lens, which --sae RELEASE --sae-id ID takes."""
     from fgsteer.saes.registry import models_like, models_named, registry
 
     if model is not None and not models_named(model):
