@@ -6,7 +6,6 @@ SteeringVector.from_pretrained("me/wedding").add(8.0)
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import DataError, FormatError
 from fgsteer.errors.escaping import escape_markdown, markdown_code, redact
+from fgsteer.evaluation.drawing import rendered
+from fgsteer.evaluation.runs.plots import setting_curves
 from fgsteer.models.embedded import model_name
 from fgsteer.storage.atomic import atomic_folder, atomic_write
 from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_or_cache
-from fgsteer.vector import FILE_NAME, OF_FEATURES, MeasuredRun, SteeringVector
+from fgsteer.vector import FEATURE_FACTS, FILE_NAME, MeasuredRun, SteeringVector
+from fgsteer.vector.provenance import part_of
 
 if TYPE_CHECKING:
     from fgsteer.evaluation.runs.records import Setting
@@ -44,7 +46,7 @@ def save_folder(
     settings = [] if run is None else _measured(vector, run, method)
     files = {CARD: card(vector, settings, run).encode()}
     if run is not None:
-        files[CURVE] = _picture(settings, run)
+        files[CURVE] = rendered(setting_curves(run, settings), "png")
     with atomic_folder(folder) as new_folder:
         vector.save(new_folder / FILE_NAME)
         for name, data in files.items():
@@ -86,7 +88,7 @@ def push(
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             reason = _reason(error, token)
     raise FormatError(
-        f"{repo_id} was not written. {reason.removesuffix('.')}.",
+        f"{repo_id} was not written. {_as_sentence(reason)}",
         "a repository that your token may write to",
         "log in with hf auth login, or pass token=",
     )
@@ -100,6 +102,11 @@ def _reason(error: Exception, token: str | None) -> str:
     from huggingface_hub import get_token
 
     return redact(token or get_token() or "", str(error).strip()).partition("\n")[0]
+
+
+def _as_sentence(text: str) -> str:
+    """The text with a capital and a full stop."""
+    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
 
 
 def fetch(source: str | Path, filename: str, revision: str | None, token: str | None) -> Path:
@@ -118,7 +125,7 @@ def fetch(source: str | Path, filename: str, revision: str | None, token: str | 
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             reason = _reason(error, token) if reachable else describe_unreachable()
     raise FormatError(
-        f"There is no {filename} in {source}. {reason.removesuffix('.')}.",
+        f"There is no {filename} in {source}. {_as_sentence(reason)}",
         "a folder, or a repository that push_to_hub wrote",
         "name the file with filename=, or log in with hf auth login where the repository is private",
     )
@@ -148,12 +155,6 @@ def _concept(vector: SteeringVector) -> str:
     return str(first.get("name") or "") if isinstance(first, Mapping) else ""
 
 
-def _provenance_part(vector: SteeringVector, key: str) -> Mapping[str, Any]:
-    """A part of the provenance, empty where a file holds something else there."""
-    value = vector.provenance.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
 def card(vector: SteeringVector, settings: Sequence[Setting] = (), run: MeasuredRun | None = None) -> str:
     """The model card: what the vector does and is made of, how it was measured, and how to load it.
 
@@ -161,7 +162,7 @@ def card(vector: SteeringVector, settings: Sequence[Setting] = (), run: Measured
     """
     import yaml
 
-    model = str(_provenance_part(vector, "model").get("name") or "")
+    model = str(part_of(vector.provenance, "model").get("name") or "")
     embedded = model == model_name()
     hub_model = model if _HUB_ID.fullmatch(model) and not embedded else ""
     best = max(settings, key=lambda s: run.mean(s, "tune"), default=None) if run is not None else None
@@ -171,7 +172,7 @@ def card(vector: SteeringVector, settings: Sequence[Setting] = (), run: Measured
     if run is not None and best is not None:
         lines += _table(settings, run, best)
     lines += _use("default" if embedded else hub_model or "…", best)
-    provenance = {key: value for key, value in vector.provenance.items() if key not in OF_FEATURES}
+    provenance = {key: value for key, value in vector.provenance.items() if key not in FEATURE_FACTS}
     block = json.dumps(provenance, indent=1, default=str)  # no line of it begins with what would end the block
     return "\n".join([*lines, "Made with fgsteer. How it was made, in full:", "", "```json", block, "```", ""])
 
@@ -182,7 +183,7 @@ def _summary(vector: SteeringVector, model: str) -> list[str]:
         escape_markdown(_concept(vector)),
         escape_markdown(vector.provenance.get("method") or "a bare vector"),
     )
-    sae, hyperparameters = _provenance_part(vector, "sae"), _provenance_part(vector, "hyperparameters")
+    sae, hyperparameters = part_of(vector.provenance, "sae"), part_of(vector.provenance, "hyperparameters")
     simple = [(key, value) for key, value in hyperparameters.items() if isinstance(value, int | float | str)]
     values = ", ".join(f"{key} = {value}" for key, value in simple)
     lines = [
@@ -256,26 +257,3 @@ def _table(settings: Sequence[Setting], run: MeasuredRun, best: Setting) -> list
         numbers = " | ".join(f"{run.mean(setting, measure=m):.3f}" for m in MEASURES)
         lines.append(f"| {mark}{setting.coefficient:.4g}{mark} | {numbers} |")
     return lines
-
-
-def _picture(settings: Sequence[Setting], run: MeasuredRun) -> bytes:
-    """A PNG of behavior, coherence and BCS by coefficient, the same bytes every time."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for measure, style in zip(MEASURES, (":", "--", "-"), strict=True):
-        values = [run.mean(setting, measure=measure) for setting in settings]
-        axes.plot(
-            [setting.coefficient for setting in settings],
-            values,
-            style,
-            marker="o",
-            markersize=3,
-            label=measure.replace("bcs", "BCS"),
-        )
-    axes.set(xlabel="coefficient", ylim=(0, 1))
-    axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()

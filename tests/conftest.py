@@ -13,7 +13,7 @@ import torch
 pytest.register_assert_rewrite("tests.helpers")
 
 from tests.helpers.saes import make_sae
-from tests.helpers.tiny import FAMILIES, tiny_model, word_tokenizer
+from tests.helpers.tiny import FAMILIES, model_of, word_tokenizer
 
 
 def pytest_collection_modifyitems(items):
@@ -30,7 +30,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def models():
     """One tiny float32 model of each family, built once."""
-    return {family: tiny_model(family) for family in FAMILIES}
+    return {family: model_of(family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="session")

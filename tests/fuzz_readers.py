@@ -54,7 +54,7 @@ from fgsteer.serving.tables import Batch
 from fgsteer.statistics.collecting import ChunkReader, sums_of_shards
 from fgsteer.storage.files import write_tensors
 from fgsteer.storage.json_files import text_sha256, write_json
-from fgsteer.storage.locks import _holder
+from fgsteer.storage.locks import _describe_holder
 from fgsteer.storage.ranks import Ranks
 from fgsteer.storage.shards import Shards
 from tests.helpers import engine, runs
@@ -343,7 +343,7 @@ def identities(folder: Path) -> dict[str, Reader]:
 
     def holder(path: Path) -> str:
         with mock.patch("fgsteer.storage.locks.NOTE_SECONDS", -1):
-            who = _holder(path)
+            who = _describe_holder(path)
         assert who.isprintable()
         return who
 

@@ -23,7 +23,7 @@ from fgsteer.cli.bench_setup import choose_engine, make_judge
 from fgsteer.data.contrasts import check_name
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.concept_runs import concepts_folder
-from fgsteer.evaluation.bench.conditions import ConceptArms, bench_methods
+from fgsteer.evaluation.bench.conditions import ConceptConditions, bench_methods
 from fgsteer.evaluation.bench.distributors import RayWorkers, Torchrun
 from fgsteer.evaluation.bench.generators import Generator, TransformersGenerator
 from fgsteer.evaluation.bench.plan import BenchPlan
@@ -94,12 +94,12 @@ def test_strengths_cost_what_they_say(parts, unbroken):
     model, tokenizer, saes, effects = parts
     texts = fg.load_neutral()[0][: PLAN.texts]
     base = fg.cross_entropy(model, tokenizer, texts)
-    arms = ConceptArms(model, tokenizer, fg.load_contrast("love"), saes, effects, {})
+    conditions = ConceptConditions(model, tokenizer, fg.load_contrast("love"), saes, effects, {})
     (layer,) = saes
     found = {(r.method, r.ce_rise): r.coefficient for r in fg.load_run(unbroken).records if r.concept == "love"}
     for method in ("random", "caa", "ace", "fgaa_effects"):
         for rise in PLAN.ce_rises:
-            steering = arms.make(method, layer)(found[method, rise])
+            steering = conditions.make(method, layer)(found[method, rise])
             got = fg.cross_entropy(model, tokenizer, texts, steering=steering) - base
             assert got == pytest.approx(rise, rel=0.03)  # calibration's tolerance is 2 %
 
@@ -297,7 +297,7 @@ def test_resume_keeps_whole_batches_only(tmp_path):
     assert json.loads(path.read_text()) == header
     for text in ("not a run\n", "a file without an end of line", "[]\n"):
         (tmp_path / "notes.txt").write_text(text)
-        with pytest.raises(fg.FormatError, match="line 1"):
+        with pytest.raises(fg.FormatError, match="Line 1 of "):
             resume(tmp_path / "notes.txt", header, [2])
         assert (tmp_path / "notes.txt").read_text() == text
 
@@ -311,7 +311,7 @@ def test_resume_keeps_whole_batches_only(tmp_path):
         ({"ce_rises": ()}, "rising"),
         ({"matched": 0.3}, "matched 0.3"),
         ({"concepts": ()}, "no concepts"),
-        ({"prompts": 1}, "intervals are over prompts"),
+        ({"prompts": 1}, "Intervals are over prompts"),
         ({"layers": ()}, "no layer for ace, caa"),
         ({"methods": ("caa", "fgaa"), "layers": {"caa": (1,)}}, "no layer for fgaa"),
     ],
@@ -458,12 +458,12 @@ def test_names_that_files_cannot_have(name):
     ("changes", "told"),
     [
         ({"own_prompts": ("a", "b", "c", "c")}, "own_prompts with 'c' twice"),
-        ({"own_prompts": ("a", "b", "c", " ")}, "own_prompts with an entry that is no text, or empty"),
+        ({"own_prompts": ("a", "b", "c", " ")}, "own_prompts with an entry that is empty or is not a text"),
         ({"own_prompts": ("a", "b", "c")}, "2 prompts a half"),
         ({"own_prompts": "abcd"}, "own_prompts with an entry"),
         ({"neutral": ("a", 3)}, "neutral with an entry"),
         ({"neutral": ("a", "a")}, "neutral with 'a' twice"),
-        ({"concepts": ("love", "Love")}, "each name once, in any case"),
+        ({"concepts": ("love", "Love")}, "each name once, in upper or lower case"),
     ],
 )
 def test_own_texts_of_a_plan_are_checked(changes, told):
@@ -487,7 +487,7 @@ def test_examples_in_a_prompt_are_text_where_a_set_has_messages(llama, tokenizer
     chats = [
         fg.ContrastPair([{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}], "he said")
     ]
-    assert ConceptArms(llama, tokenizer, fg.ContrastSet("x", chats), {}, {}, {}).prefix == "yes\n"
+    assert ConceptConditions(llama, tokenizer, fg.ContrastSet("x", chats), {}, {}, {}).prefix == "yes\n"
 
 
 @pytest.mark.slow
@@ -535,7 +535,7 @@ def test_the_command_killed_ten_times_ends_with_the_same_file(tmp_path):
 
 def test_methods_without_their_sae_are_refused_before_anything_is_written(parts, tmp_path):
     model, tokenizer, saes, _ = parts
-    for given, told in (({}, "without an SAE"), (saes, "without effects")):
+    for given, told in (({}, "needs an SAE"), (saes, "needs measured effects")):
         bench = Bench(model, tokenizer, given, {}, LengthJudge(), replace(PLAN, layers=tuple(saes)))
         with pytest.raises(fg.DataError, match=told):
             bench.run(tmp_path / "run.jsonl")

@@ -534,7 +534,7 @@ def test_an_endpoint_at_an_ipv6_address():
 def test_no_texts_no_request():
     with Chat(lambda text, n: Reply()) as chat:
         assert judge(chat).coherence([]).shape == (0,)
-        with pytest.raises(fg.DataError, match="one string"):
+        with pytest.raises(fg.DataError, match="a list of texts, got one text"):
             judge(chat).coherence("one")
     assert not chat.requests
 

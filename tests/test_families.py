@@ -6,7 +6,6 @@ python -m tests.test_families   prints the table.
 from __future__ import annotations
 
 import copy
-import functools
 import re
 import warnings
 from pathlib import Path
@@ -33,6 +32,7 @@ from tests.helpers.tiny import (
     NO_SUBLAYERS,
     OTHER_FAMILIES,
     SITES,
+    model_of,
     tiny_model,
     word_tokenizer,
 )
@@ -80,8 +80,6 @@ ABOUT = {
 }
 STEERED = [*sorted(MORE_FAMILIES), *HYBRIDS]
 SUBLAYERED = [family for family in (*FAMILIES, *STEERED) if family not in NO_SUBLAYERS]
-
-model_of = functools.cache(tiny_model)
 
 
 def refusal(model, site):

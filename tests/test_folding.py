@@ -5,7 +5,6 @@ python -m tests.test_folding   prints the table in docs/reference/exports.md.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -20,7 +19,7 @@ from fgsteer.storage.atomic import atomic_folder
 from tests.helpers.cli import invoke
 from tests.helpers.saes import make_sae
 from tests.helpers.steering import batch, direction, run, vector
-from tests.helpers.tiny import D_MODEL, FAMILIES, MORE_FAMILIES, OTHER_FAMILIES, tiny_model, word_tokenizer
+from tests.helpers.tiny import D_MODEL, FAMILIES, MORE_FAMILIES, OTHER_FAMILIES, model_of, tiny_model, word_tokenizer
 
 NO_BIAS = "no flag of its config gives it one"
 NORM = "a norm without a bias follows"
@@ -74,7 +73,6 @@ PLACES = {
     "starcoder2": ("mlp.c_proj", "self_attn.o_proj"),
 }
 NO_Z = ("gpt_neo",)  # its output projection is a level deeper than that site is looked for
-model_of = functools.cache(tiny_model)
 
 
 def add(seed=1, layer=1, site="resid_post", coefficient=2.0):

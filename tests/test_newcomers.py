@@ -122,10 +122,10 @@ def test_former_orders_still_work_and_warn(llama, tokenizer, sae):
         with pytest.warns(DeprecationWarning, match=r"is now \w+\(model, tokenizer, sae, ") as caught:
             assert function(*former) == function(*now)
         assert caught[0].filename == __file__  # the line that is to change
-    with pytest.warns(DeprecationWarning, match="order of arguments is now measure_density"):
+    with pytest.warns(DeprecationWarning, match="order of arguments.*measure_density"):
         density = fg.measure_density(llama, tokenizer, texts, sae)
     assert torch.equal(density.fired, fg.measure_density(llama, tokenizer, sae, texts).fired)
-    with pytest.warns(DeprecationWarning, match="order of arguments is now measure_examples"):
+    with pytest.warns(DeprecationWarning, match="order of arguments.*measure_examples"):
         examples = fg.measure_examples(llama, tokenizer, texts, sae)
     assert torch.equal(examples.tokens, fg.measure_examples(llama, tokenizer, sae, texts).tokens)
     with pytest.raises(fg.ArgumentError, match=r"find_features\(model, tokenizer, sae, word, …\)"):
@@ -147,10 +147,10 @@ def test_statistics_and_saes_are_what_methods_work_on(sae, stats):
         with pytest.raises(fg.ArgumentError, match=r"statistics.*ContrastStatistics\.load\(path\)"):
             make()
     for make, told in (
-        (lambda: fg.fgaa(stats, "default"), r"'default' \(str\) for sae.*[fF]g\.load_sae"),
-        (lambda: fg.fgaa(stats, sae, "default"), r"'default' \(str\) for effects.*[fF]g\.load_effects"),
+        (lambda: fg.fgaa(stats, "default"), r"'default' \(str\) for sae.*fg\.load_sae"),
+        (lambda: fg.fgaa(stats, sae, "default"), r"'default' \(str\) for effects.*fg\.load_effects"),
         (lambda: fg.fgaa(stats, sae, density="d"), r"'d' \(str\) for density.*FeatureDensity\.load"),
-        (lambda: fgaa(stats), r"missing.*'sae'.*Expected fgaa\(stats, sae, effects"),
+        (lambda: fgaa(stats), r"missing.*'sae'. Expected fgaa\(stats, sae, effects"),
         (lambda: fgaa(stats, sae, nonsense=1), "unexpected keyword argument 'nonsense'"),
         (lambda: fg.from_features([1], sae), "a list for sae"),
     ):
@@ -161,11 +161,11 @@ def test_statistics_and_saes_are_what_methods_work_on(sae, stats):
 def test_plain_values_are_checked_at_the_door(llama, tokenizer, sae):
     vec = fg.SteeringVector(torch.ones(32), 1)
     for make, told in (
-        (lambda: fg.collect(llama, tokenizer, DATA, sae=sae, bos="no"), "True or False, got 'no' .*for bos"),
-        (lambda: fg.collect(llama, tokenizer, DATA, sae=sae, max_tokens="3"), "whole number.*got '3' .*for max_tokens"),
-        (lambda: fg.measure_density(llama, tokenizer, sae, "the man"), "'the man' .*for texts"),
+        (lambda: fg.collect(llama, tokenizer, DATA, sae=sae, bos="no"), "True or False, got 'no'.*for bos"),
+        (lambda: fg.collect(llama, tokenizer, DATA, sae=sae, max_tokens="3"), "whole number.*'3'.*for max_tokens"),
+        (lambda: fg.measure_density(llama, tokenizer, sae, "the man"), "'the man'.*for texts"),
         (lambda: fg.calibrate(llama, tokenizer, vec, ["the man"], target_kl=0.1), "vec.add itself"),
-        (lambda: fg.calibrate(llama, tokenizer, vec.add, ["the man"], target_kl="0.1"), "'0.1' .*for target_kl"),
+        (lambda: fg.calibrate(llama, tokenizer, vec.add, ["the man"], target_kl="0.1"), r"'0\.1'.*for target_kl"),
         (lambda: fg.kl_divergences(llama, tokenizer, ["the man"], None), "None for steering"),
         (lambda: fg.logit_lens(llama, vec), "a SteeringVector for directions"),
         (lambda: fg.fold(llama, vec), r"a SteeringVector.*\.add\(coefficient\)"),
@@ -215,9 +215,9 @@ def test_contrasts_in_memory(llama, tokenizer, sae):
         assert fg.load_contrast(given).pairs == tuple(pairs)
     for given, told in (
         ({"positive": ["a"]}, "no field 'negative'"),
-        (["a"], r"pairs\[0\] of the contrast is 'a'"),
-        (None, "contrast is None"),
-        (3, r"contrast is 3 \(int\)"),
+        (["a"], r"'a' \(str\) in pairs\[0\] of the contrast"),
+        (None, "None for contrast"),
+        (3, r"3 \(int\) for contrast"),
         ([{"role": "user", "content": "a"}], "fields 'role', 'content'"),
     ):
         with pytest.raises(fg.DataError, match=told):
@@ -229,7 +229,7 @@ def test_a_vector_of_another_model_names_both(llama):
     llama.config._name_or_path = "fgsteer/default"
     try:
         deep = fg.SteeringVector(torch.ones(32), 15, provenance=made)
-        told = r"fgsteer/default.*0 to 2.*made for google/gemma-2-2b at blocks\.15.*load_model\('google/gemma-2"
+        told = r"default has: a layer from 0 to 2.*made for google/gemma-2-2b at blocks\.15.*load_model\('google/gemma"
         with pytest.raises(fg.HookpointError, match=told), fg.steer(llama, deep.add(1.0)):
             pass
         wide = fg.SteeringVector(torch.ones(20), 1, provenance=made)
@@ -252,7 +252,7 @@ def test_a_prompt_without_a_token_is_named(llama, tokenizer):
     for nonsense in (None, 3):
         with pytest.raises(fg.DataError, match="prompts that are a text"):
             fg.generate(llama, tokenizer, nonsense)
-    with pytest.raises(fg.DataError, match=r"(?i)put the message into a list"):
+    with pytest.raises(fg.DataError, match=r"Put the message into a list"):
         fg.generate(llama, tokenizer, [{"role": "user", "content": "a"}])
 
 
@@ -281,7 +281,7 @@ def test_content_parts_are_texts(llama, chatty):
         ({"type": "audio"}, "type 'audio'"),
         ("text", "type 'str'"),
     ):
-        with pytest.raises(fg.DataError, match=f"prompt 0, message 0 has a content part of {told}"):
+        with pytest.raises(fg.DataError, match=f"a content part of {told} in prompt 0, message 0"):
             fg.generate(llama, chatty, [[{"role": "user", "content": [part]}]])
 
 
@@ -414,7 +414,7 @@ def made(tmp_path_factory):
         ("features --feature 1 --sae {0}/none", "no SAE"),
         ("collect nothing -o {0}/s", "no contrast set"),
         ("collect love -o {0}/s --tokens lst", "--tokens lst"),
-        ("collect love -o {0}/s --hookpoint nowhere", "hookpoint 'nowhere'"),
+        ("collect love -o {0}/s --hookpoint nowhere", "hookpoint = 'nowhere'"),
         ("collect love -o {0}/s --no-sae", "--no-sae without --hookpoint"),
         ("collect love -o {0}/s --sae {0}/none", "no SAE"),
         ("collect love -o {0}/full", "Cannot write"),
@@ -427,21 +427,21 @@ def made(tmp_path_factory):
         ("effects -o {0}/m --rows-of {0}/none", "no SAE"),
         ("diagnose nothing", "no contrast set"),
         ("diagnose wedding --tokens lst", "--tokens lst"),
-        ("diagnose wedding --hookpoint nowhere", "hookpoint 'nowhere'"),
+        ("diagnose wedding --hookpoint nowhere", "hookpoint = 'nowhere'"),
         ("diagnose wedding -v {0}/gemma", "made for google/gemma-2-2b"),
         ("sweep nothing", "no contrast set"),
-        ("sweep wedding --method fga", "the method 'fga'"),
+        ("sweep wedding --method fga", r"one of caa, ace, pca .*got the method 'fga'"),
         ("sweep wedding --held-out nothing", "no contrast set"),
         ("sweep wedding --neutral {0}/none.txt", "(?i)cannot read"),
         ("sweep wedding -v {0}/gemma", "made for google/gemma-2-2b"),
         ("bench -o {0}/b --concept nothing", "no contrast set"),
         ("bench -o {0}/b --method fga", "fga"),
         ("bench -o {0}/corpus.txt", "Cannot write"),
-        ("build fga -o {0}/v", "one of caa.* the method 'fga'"),
-        ("build fgaa -o {0}/v", "--stats for the method fgaa"),
-        ("build sae_ts -o {0}/v --features 1", "--effects for the method sae_ts"),
-        ("build from_features -o {0}/v", "--features for the method from_features"),
-        ("build fgaa -o {0}/v --stats {0}/none --set nonsense=1", "a parameter of fgaa .*got --set nonsense=1"),
+        ("build fga -o {0}/v", r"one of caa.*got the method 'fga'"),
+        ("build fgaa -o {0}/v", "Expected --stats for the method fgaa, got none"),
+        ("build sae_ts -o {0}/v --features 1", "Expected --effects for the method sae_ts"),
+        ("build from_features -o {0}/v", "Expected --features for the method from_features"),
+        ("build fgaa -o {0}/v --stats {0}/none --set nonsense=1", "got --set nonsense=1"),
     ],
 )
 def test_checked_before_a_model_is_loaded(command, told, made, no_loading):
@@ -458,8 +458,7 @@ def test_statistics_are_told_by_their_content(tmp_path, stats):
         assert [row["texts"] for row in told["rows"]] == ["collected"]
     (tmp_path / "pairs.safetensors").write_text('{"positive": ["a"], "negative": []}', encoding="utf-8")
     result = CliRunner().invoke(app, ["diagnose", str(tmp_path / "pairs.safetensors")])
-    assert "a .json" in str(result.exception)
-    assert "ends in '.safetensors'" in str(result.exception)
+    assert "Expected a .json" in str(result.exception)
 
 
 def test_a_missing_coefficient_is_said(made):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from fgsteer.models.hookpoints import blocks_of, resolve
 from tests.helpers.examples import LONG
 from tests.helpers.saes import make_sae
 from tests.helpers.steering import vector
-from tests.helpers.tiny import ALL_FAMILIES, D_MODEL, HYBRIDS, NO_SUBLAYERS, ODD_FAMILIES, SITES, tiny_model
+from tests.helpers.tiny import ALL_FAMILIES, D_MODEL, HYBRIDS, NO_SUBLAYERS, ODD_FAMILIES, SITES, model_of, tiny_model
 from tests.reference import sparse as reference
 
 PROMPTS = ["the man said yes and the dog sat on bread ?", LONG, f"a cat ran to {LONG}", "is it war ?"]
@@ -35,8 +34,6 @@ PAIRS += [fg.ContrastPair("A yes yes yes", "A yes yes yes", LONG)]  # one text o
 UNPAIRED = ["the man said A", "the film is B"], [f"{LONG} A", "the ship was B", "C dog sat on bread"]
 SET = fg.ContrastSet("answers", PAIRS, positives=UNPAIRED[0], negatives=UNPAIRED[1])
 RULES = ("all", "last", "answer", "letter", 3, -2)
-
-model_of = functools.cache(tiny_model)
 
 
 def sites_of(family):

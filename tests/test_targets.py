@@ -20,8 +20,8 @@ import typer
 
 import fgsteer as fg
 from fgsteer.cli import outputs
+from fgsteer.evaluation.drawing import save_each
 from fgsteer.evaluation.judges.answer_cache import AnswerCache
-from fgsteer.evaluation.runs.plots import save_each
 from fgsteer.storage import atomic, json_files
 from fgsteer.storage.shards import Shards
 from tests.helpers.cli import app

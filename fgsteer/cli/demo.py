@@ -69,12 +69,8 @@ def run_concept(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fg.SelectionWarning)  # 40 sentences a side: said in the footer
         stats = fg.collect(model, tokenizer, fg.load_contrast(concept), sae=sae)
-        vectors = {name: fg.build(name, stats=stats, sae=sae) for name in METHODS[:-1]}
-        vectors[METHODS[-1]] = fg.fgaa(stats, sae, effects, mu=EFFECTS["mu"], bias_weight=EFFECTS["bias_weight"])
+        vectors, makers = build_vectors(stats, sae, effects)
     neutral, _ = fg.load_neutral()
-    makers: dict[str, Callable[[float], Intervention]] = {
-        name: vector.affine if name == "ace" else vector.unit().add for name, vector in vectors.items()
-    }
     coefficients = {
         name: fg.calibrate(model, tokenizer, make, neutral[:24], target_ce_rise=ce_rise)
         for name, make in makers.items()
@@ -157,3 +153,21 @@ def run(screen: Console, concepts: Sequence[str] = CONCEPTS, *, as_json: bool = 
             f"\nVectors from 40 sentences a side (STA's frequencies are coarse below 80). {took:.0f} s.", style="dim"
         )
     return shown
+
+
+def build_vectors(
+    stats: fg.ContrastStatistics, sae: fg.SAE, effects: fg.EffectApproximator
+) -> tuple[dict[str, fg.SteeringVector], dict[str, Callable[[float], Intervention]]]:
+    """Build the vector of every method by its name, and the functions from a strength to its intervention.
+
+    Only the methods that need effects get them.
+    """
+    from fgsteer.methods import spec
+
+    vectors, makers = {}, {}
+    for name in METHODS:
+        method = spec(name)
+        through = {"effects": effects, **EFFECTS} if method.needs == "effects" else {}
+        vectors[name] = method.build(stats=stats, sae=sae, **through)
+        makers[name] = method.maker(vectors[name])
+    return vectors, makers

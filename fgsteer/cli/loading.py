@@ -85,7 +85,7 @@ def check_device(device: str | None, dtype: str | None) -> None:
         if dtype is not None:
             as_dtype(dtype)
     except DataError as error:
-        raise DataError(f"--dtype {dtype:.100}", f"{error.expected} after --dtype") from error
+        raise DataError(f"--dtype {dtype:.100}", error.expected) from error
     if device in (None, "auto"):
         return
     try:

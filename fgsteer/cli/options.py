@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fgsteer.cli.choices import completion
 from fgsteer.cli.values import fillable, finite, writable
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.table import describe_operations
@@ -36,12 +37,22 @@ CoefficientOption = Annotated[
         "vectors, in the same order. It is 1 where none is given.",
     ),
 ]
-OperationOption = Annotated[str, typer.Option("--op", help=f"How the vectors act. {describe_operations()}")]
-ScopeOption = Annotated[str, typer.Option("--scope", help="all, prompt, generated or last_prompt_on.")]
+OperationOption = Annotated[
+    str,
+    typer.Option("--op", autocompletion=completion("operations"), help=f"What the vectors do. {describe_operations()}"),
+]
+ScopeOption = Annotated[
+    str, typer.Option("--scope", autocompletion=completion("scopes"), help="Which tokens are steered: {scopes}.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value, for scripts.")]
 TokensOption = Annotated[
     str,
-    typer.Option("--tokens", help="all, last, answer, letter, tail (of a chat template), or an index."),
+    typer.Option(
+        "--tokens",
+        autocompletion=completion("token rules"),
+        help="Which tokens of each text are read: {token rules}, or an index such as -1. The tail is what a chat "
+        "template writes after the last message.",
+    ),
 ]
 FieldOption = Annotated[
     str,

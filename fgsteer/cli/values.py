@@ -56,7 +56,7 @@ def seed_in_range(value: int | None) -> int | None:
 
 def check_unicode(*texts: str | None) -> None:
     """Raises DataError for a text with bytes that the terminal's encoding has no characters for."""
-    from fgsteer.data.contrasts import check_text
+    from fgsteer.data.chat import check_text
 
     for text in texts:
         if text is not None:

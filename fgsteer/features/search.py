@@ -220,7 +220,7 @@ def _spellings(word: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[
 def _fires_on(
     word: str, sae: SAE, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: FeatureExamples | None
 ) -> tuple[Evidence, int]:
-    """Each feature's activation on the word, weighed by how strong that is for it and how rare, and the word's tokens."""
+    """Each feature's activation on the word, weighed by how strong and how rare that is, and the word's tokens."""
     forms = _spellings(word, tokenizer)
     if not forms:
         return {}, 0

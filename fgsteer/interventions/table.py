@@ -43,7 +43,7 @@ class InterventionSpec:
         Args:
             vector: The ``SteeringVector`` that acts.
             amount: The coefficient, target or alpha; a kind without an amount ignores it.
-            tokens: ``scope`` and ``bos``, as in ``Intervention``.
+            **tokens: ``scope`` and ``bos``, as in ``Intervention``.
 
         Raises:
             SteeringError: The kind is not made of a vector, or this vector lacks what it needs.

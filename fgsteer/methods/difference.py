@@ -97,7 +97,7 @@ def pca(stats: ContrastStatistics, *, hookpoint: Hookpoint | str | int | None = 
         raise PairingError(
             f"statistics without single examples at {at}",
             "statistics that keep the examples' mean activations",
-            "Collect again with collect(keep_pooled=True)",
+            "Use collect(keep_pooled=True)",
         )
     examples = stats.pooled[at]
     rows, of_pairs = _rows(examples, contrast)

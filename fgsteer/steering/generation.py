@@ -12,8 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fgsteer.activations.tokens import encode_prompts
-from fgsteer.data.chat import Text
-from fgsteer.data.contrasts import check_text
+from fgsteer.data.chat import Text, check_text
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_range, checked, describe_value
 from fgsteer.errors.limits import MAX_COUNT
@@ -58,7 +57,7 @@ def generate(
         steering: What ``steer`` takes: one intervention; a list of them, which compose on every prompt; or, where the
             list holds None or lists, one entry per prompt.
         per_row: Whether a list has one entry per prompt; needed for a list of as many interventions as prompts.
-        options: What ``model.generate`` takes, such as ``max_new_tokens``. Code of a repository (``custom_generate``)
+        **options: What ``model.generate`` takes, such as ``max_new_tokens``. Code of a repository (``custom_generate``)
             runs with ``trust_remote_code=True`` alone.
 
     Returns:

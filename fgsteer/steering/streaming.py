@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fgsteer.data.chat import Text
-from fgsteer.data.contrasts import check_text
+from fgsteer.data.chat import Text, check_text
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.errors.checks import checked
 from fgsteer.models.claims import is_claimed
@@ -55,7 +54,7 @@ def stream(
         tokenizer: Its tokenizer, or a processor that has one.
         prompt: A text, or a conversation, of which the assistant's last message is continued.
         steering: One intervention, or a list of them, which compose.
-        options: What ``model.generate`` takes, such as ``max_new_tokens``; for one sequence, without beams.
+        **options: What ``model.generate`` takes, such as ``max_new_tokens``; for one sequence, without beams.
 
     Returns:
         An iterator of pieces, each yielded as soon as its words are complete; joined, they are what ``generate`` gives.

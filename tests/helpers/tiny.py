@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from transformers import (
     AutoConfig,
@@ -335,6 +337,10 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32):
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.generation_config.eos_token_id = None  # every row runs to its length
     return model.to(dtype).eval()
+
+
+# the same model for every test that leaves it as it is
+model_of = functools.cache(tiny_model)
 
 
 def word_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:

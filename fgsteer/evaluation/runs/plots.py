@@ -1,7 +1,6 @@
-"""Pictures of a run, 3.4 inches wide: what each method buys, and what it costs the text.
+"""Pictures of a run: what each method buys, and what it costs the text.
 
-They read in grey, and come out the same every time.
-Each function takes a run and returns a Figure; pyplot and its global state are not used.
+Each function takes a run and returns a matplotlib Figure.
 
     save(frontier(load_run("bench.jsonl")), "frontier.png")
     save_all(load_run("bench.jsonl"), "plots/")         every picture, as PNG and SVG
@@ -9,17 +8,34 @@ Each function takes a run and returns a Figure; pyplot and its global state are 
 
 from __future__ import annotations
 
-import io
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from fgsteer.display.pages import LIGHT, visible
 from fgsteer.errors import DataError
+from fgsteer.evaluation.drawing import (
+    BLUE,
+    GREEN,
+    INK,
+    LINE,
+    ORANGE,
+    PAPER,
+    QUIET,
+    WIDTH_INCHES,
+    Picture,
+    draw_map,
+    drawing_style,
+    frame_cell,
+    frame_mark,
+    interval_rows,
+    legend,
+    mark,
+    panel_grid,
+    plain_number,
+    save_each,
+)
 from fgsteer.evaluation.metrics.intervals import Interval
-from fgsteer.evaluation.runs.records import Run
+from fgsteer.evaluation.runs.records import Run, Setting
 from fgsteer.evaluation.runs.tables import (
     BASELINE,
     Point,
@@ -27,130 +43,69 @@ from fgsteer.evaluation.runs.tables import (
     best_sae_method,
     concept_table,
     curve,
+    point_of,
 )
 from fgsteer.methods import method_name
-from fgsteer.storage.atomic import atomic_write
-from fgsteer.storage.targets import make_folder
+from fgsteer.vector import MeasuredRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 3.4  # inches: a column of a paper, or a phone
-COLUMNS = 3
-# distinct in grey, for the colour-blind, and on a light or dark page; the rest is LIGHT's, which a page may replace
-BLUE, ORANGE, GREEN = "#2a7fb8", "#d55e00", "#009e73"
-INK, QUIET, LINE, PAPER = LIGHT["text"], LIGHT["quiet"], LIGHT["line"], LIGHT["card"]
-_STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "figure.labelsize": 8,
-    "text.color": INK,
-    "text.parse_math": False,
-    "axes.edgecolor": QUIET,
-    "axes.labelcolor": INK,
-    "axes.facecolor": PAPER,
-    "figure.facecolor": PAPER,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.5,
-    "svg.hashsalt": "fgsteer",
-}
-
-
-class Picture(NamedTuple):
-    """A figure, the name of its file, and what it shows."""
-
-    name: str
-    caption: str
-    figure: Figure
-
-
-@contextmanager
-def drawing_style() -> Iterator[None]:
-    """Matplotlib's defaults and this module's style, whatever the user has set; theirs come back."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-        yield
-
-
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure whole, as its name's ending says (.png, .svg), the same bytes every time."""
-    kind = Path(path).suffix.lstrip(".").lower()
-    if kind not in ("png", "svg"):
-        raise DataError(f"a picture named {path}", "an ending of .png or .svg")
-    with atomic_write(path) as beside:
-        beside.write_bytes(rendered(figure, kind))
-
-
-def rendered(figure: Figure, kind: str) -> bytes:
-    """A figure as the bytes of a "png" or "svg" file, the same every time."""
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    buffer = io.BytesIO()
-    with drawing_style():
-        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
-    return buffer.getvalue()
+EQUAL_BCS = (0.2, 0.4, 0.6, 0.8)
+# (measure, label, line and marker, color, line width)
+MEASURES = (
+    ("behavior", "behavior", "^--", ORANGE, 1.0),
+    ("coherence", "coherence", "s:", GREEN, 1.2),
+    ("bcs", "BCS", "o-", INK, 1.5),
+)
+MOST_CLOSE_STEPS = 4  # up to which a panel has no room for a label between the first step and the last
+INTERVAL = "mean and 95 % interval"
 
 
 def save_all(run: Run, folder: str | Path) -> list[Path]:
-    """Every picture of the run, as PNG and SVG; the paths written. Raises DataError for a run without records."""
+    """Write every picture of a run, as PNG and SVG.
+
+    Args:
+        run: The run.
+        folder: Where they are written; it may be new.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        DataError: The run has no records.
+        FormatError: A file cannot be written.
+    """
     return save_each(pictures(run), folder)
-
-
-def save_each(found: Iterable[Picture], folder: str | Path) -> list[Path]:
-    """Pictures, as PNG and SVG named after them, in a folder that may be new; the paths written. Raises FormatError."""
-    make_folder(folder)
-    paths = []
-    for name, _, figure in found:
-        for kind in ("png", "svg"):
-            paths.append(Path(folder) / f"{name}.{kind}")
-            save(figure, paths[-1])
-    return paths
 
 
 def pictures(run: Run) -> list[Picture]:
     """The pictures that a run has the records for. Raises DataError for a run without records."""
     if not run.records:
-        raise DataError("a run without records", "at least one", "start it first")
-    found = []
-    best, base = best_sae_method(run), method_name(BASELINE)
-    dashed = f" Dashed: {base}." if BASELINE in run.methods else ""
+        raise DataError("a run without records", "a run with records", "wait for its first batch, or start it")
+    drawn: list[Picture] = []
+    best, baseline = best_sae_method(run), method_name(BASELINE)
     for matched in (None, *run.targets):
         suffix = "" if matched is None else f"-matched-{matched:g}"
         at = "at the best coefficient" if matched is None else f"at {matched:g} nats of CE rise"
-        caption = f"Average BCS per method {at}, with 95 % intervals over prompts.{dashed}"
-        found.append(Picture(f"methods{suffix}", caption, method_bars(run, matched)))
+        caption = f"Average BCS of each method {at}, with 95 % intervals over prompts."
+        drawn.append(Picture(f"methods{suffix}", caption, method_bars(run, matched)))
         if best and any(row.method == best and row.difference for row in average_table(run, matched)):
-            caption = (
-                f"BCS of {method_name(best)} less {base} {at}, with 95 % intervals over prompts; filled: 0 excluded."
-            )
-            found.append(Picture(f"concepts{suffix}", caption, concept_bars(run, best, matched)))
+            caption = f"BCS of {method_name(best)} less that of {baseline} {at}, with 95 % intervals over prompts."
+            drawn.append(Picture(f"concepts{suffix}", caption, concept_bars(run, best, matched)))
     if run.swept:
         caption = (
-            f"Behavior against coherence along each method's coefficients (numbers), from unsteered (○).{dashed} "
-            "Grey: lines of equal BCS, .2 to .8."
+            "Behavior against coherence along each method's coefficients, averages over concepts. The coefficients of "
+            "the highest BCS and of the last step are written beside their points."
         )
-        found.append(Picture("frontier", caption, frontier(run)))
-        caption = "Behavior, coherence and BCS by coefficient. ▾ is the best coefficient of the tuning half."
-        found.append(Picture("coefficients", caption, coefficient_curves(run)))
+        drawn.append(Picture("frontier", caption, frontier(run)))
+        caption = "Behavior, coherence and BCS by coefficient, averages over concepts."
+        drawn.append(Picture("coefficients", caption, coefficient_curves(run)))
     for method in dict.fromkeys(m for m in (best, BASELINE) if m and len(run.layers(m)) > 1):
-        caption = f"{method_name(method)}: BCS by layer and coefficient. The frame is the best of the tuning half."
         name = "layers-" + "".join(c if c.isalnum() else "_" for c in method)
-        found.append(Picture(name, caption, layer_map(run, method)))
-    return found
+        drawn.append(Picture(name, f"{method_name(method)}: BCS by layer and coefficient.", layer_map(run, method)))
+    return drawn
 
 
 @drawing_style()
@@ -160,29 +115,34 @@ def frontier(run: Run) -> Figure:
     Raises DataError where concepts have grids of unequal lengths.
     """
     start = curve(run, "unsteered") if "unsteered" in run.methods else []
-    figure, panels = shared_panels(run.swept)
-    base = sorted([*start, *curve(run, BASELINE)]) if BASELINE in run.swept else []
+    figure, panels = panel_grid(run.swept, method_name)
+    baseline = sorted([*start, *curve(run, BASELINE)]) if BASELINE in run.swept else []
+    dashed: dict[str, Any] = {"color": QUIET, "mfc": PAPER, "ms": 2.5, "lw": 1}
+    circle: dict[str, Any] = {"color": INK, "mfc": PAPER, "ms": 4.5}
     for method, axis in panels:
-        _equal_bcs(axis)
-        axis.plot([p.coherence for p in base], [p.behavior for p in base], "s--", color=QUIET, mfc=PAPER, ms=2.5, lw=1)
+        _draw_equal_bcs(axis)
+        axis.plot([p.coherence for p in baseline], [p.behavior for p in baseline], "s--", **dashed)
         points = sorted([*start, *curve(run, method)])
         axis.plot([p.coherence for p in points], [p.behavior for p in points], "o-", color=BLUE)
         for point in start:
-            axis.plot(point.coherence, point.behavior, "o", color=INK, mfc=PAPER, ms=4.5)
+            axis.plot(point.coherence, point.behavior, "o", **circle)
         best = max(points, key=lambda p: p.bcs)
         for point in {best, points[-1]} - set(start):
-            _name(axis, point, f"{point.coefficient:.3g}")
-        if base and axis is panels[0][1]:
-            _name(axis, base[-1], method_name(BASELINE))
+            _write_above(axis, point, f"{point.coefficient:.3g}")
         axis.set(xlim=(0, 1.05), ylim=(0, 1.05), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         axis.set_xticklabels(["0", ".5", "1"])
         axis.set_yticklabels(["0", ".5", "1"])
+    handles = [mark("the method, by coefficient", "o-", color=BLUE)]
+    handles += [mark(method_name(BASELINE), "s--", **dashed)] if baseline else []
+    handles += [mark("unsteered", "o", **circle)] if start else []
+    handles.append(mark("equal BCS, .2 to .8", "-", color=LINE, lw=0.7))
+    legend(figure, handles, columns=2)
     figure.supxlabel("coherence")
     figure.supylabel("behavior")
     return figure
 
 
-def _name(axis: Axes, point: Point, text: str) -> None:
+def _write_above(axis: Axes, point: Point, text: str) -> None:
     """Write a text above a point, legible over lines."""
     from matplotlib.patheffects import withStroke
 
@@ -191,8 +151,8 @@ def _name(axis: Axes, point: Point, text: str) -> None:
     axis.annotate(text, place, (0, 3.5), textcoords="offset points", ha="center", path_effects=ground)
 
 
-def _equal_bcs(axis: Axes) -> None:
-    for level in (0.2, 0.4, 0.6, 0.8):
+def _draw_equal_bcs(axis: Axes) -> None:
+    for level in EQUAL_BCS:
         xs = [level + (1.05 - level) * n / 40 for n in range(41)]
         axis.plot(xs, [level / x for x in xs], color=LINE, lw=0.7, zorder=0)
 
@@ -203,73 +163,76 @@ def coefficient_curves(run: Run) -> Figure:
 
     Raises DataError where concepts have grids of unequal lengths.
     """
-    figure, panels = shared_panels(run.swept)
+    figure, panels = panel_grid(run.swept, method_name)
     for method, axis in panels:
-        points = curve(run, method)
-        steps = range(len(points))
-        for measure, style, color, width in (
-            ("behavior", "^--", ORANGE, 1.0),
-            ("coherence", "s:", GREEN, 1.2),
-            ("bcs", "o-", INK, 1.5),
-        ):
-            values = [getattr(p, measure) for p in points]
-            axis.plot(steps, values, style, color=color, lw=width, ms=3, label="BCS" if measure == "bcs" else measure)
         tuned = curve(run, method, half="tune")
-        axis.plot(max(steps, key=lambda n: tuned[n].bcs), 1.06, "v", color=INK, ms=4, clip_on=False)
-        shown = sorted({0, len(points) // 2, len(points) - 1})
-        axis.set(ylim=(0, 1.1), yticks=(0, 0.5, 1), xticks=shown)
-        axis.set_yticklabels(["0", ".5", "1"])
-        axis.set_xticklabels([f"{points[n].coefficient:.3g}" for n in shown])
-    handles, labels = panels[0][1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, handlelength=2.4)
+        _draw_measures(axis, curve(run, method), best=max(range(len(tuned)), key=lambda n: tuned[n].bcs))
+    _measures_legend(figure)
     figure.supxlabel("coefficient")
     return figure
 
 
-def shared_panels(
-    methods: Sequence[str], name: Callable[[str], str] = method_name
-) -> tuple[Figure, list[tuple[str, Axes]]]:
-    """A figure with a small panel for each method, titled by its name."""
+@drawing_style()
+def setting_curves(run: MeasuredRun, settings: Sequence[Setting]) -> Figure:
+    """Behavior, coherence and BCS of settings that differ in their coefficients, on the half "report".
+
+    Args:
+        run: The run.
+        settings: Settings of one concept, method and layer, by rising coefficient.
+
+    Raises:
+        DataError: A setting has no records.
+    """
     from matplotlib.figure import Figure
 
-    if not methods:
-        raise DataError("no method with several coefficients", "a grid of coefficients")
-    rows = math.ceil(len(methods) / COLUMNS)
-    figure = Figure(figsize=(WIDTH, 0.5 + 1.15 * rows), layout="constrained")
-    axes = figure.subplots(rows, COLUMNS, sharey=True, squeeze=False).ravel()
-    for axis in axes[len(methods) :]:
-        axis.set_axis_off()
-    for method, axis in zip(methods, axes, strict=False):
-        axis.set_title(_short(name(method), 17))
-    return figure, list(zip(methods, axes, strict=False))
+    figure = Figure(figsize=(WIDTH_INCHES, 2.4), layout="constrained")
+    best = max(range(len(settings)), key=lambda n: run.mean(settings[n], "tune"))
+    axis = figure.subplots()
+    _draw_measures(axis, [point_of(run, [setting]) for setting in settings], best)
+    axis.set_xticks(range(len(settings)), [f"{setting.coefficient:.3g}" for setting in settings])
+    _measures_legend(figure)
+    axis.set_xlabel("coefficient")
+    return figure
+
+
+def _draw_measures(axis: Axes, points: Sequence[Point], best: int) -> None:
+    """Draw what was measured at each step of a grid, with a mark above the step that tuning chose."""
+    steps = range(len(points))
+    for measure, _, style, color, width in MEASURES:
+        axis.plot(steps, [getattr(p, measure) for p in points], style, color=color, lw=width, ms=3)
+    axis.plot(best, 1.06, "v", color=INK, ms=4, clip_on=False)
+    labelled = {0, len(points) - 1} | ({len(points) // 2} if len(points) > MOST_CLOSE_STEPS else set())
+    axis.set(ylim=(0, 1.1), yticks=(0, 0.5, 1), xticks=sorted(labelled))
+    axis.set_yticklabels(["0", ".5", "1"])
+    axis.set_xticklabels([f"{points[n].coefficient:.3g}" for n in sorted(labelled)])
+
+
+def _measures_legend(figure: Figure) -> None:
+    handles = [mark(label, style, color=color, lw=width, ms=3) for _, label, style, color, width in MEASURES]
+    legend(figure, [*handles, mark("best on the tuning half", "v", color=INK, ms=4)], columns=2)
 
 
 @drawing_style()
 def layer_map(run: Run, method: str = BASELINE, measure: str = "bcs") -> Figure:
-    """BCS (or behavior, coherence) of a method by layer and coefficient, averages over concepts, in numbers on grey.
+    """BCS, behavior or coherence of a method by layer and coefficient, averages over concepts, in numbers on grey.
 
     Raises DataError where a concept lacks a layer.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
     layers = run.layers(method)
     grids = [curve(run, method, layer) for layer in layers]
     tuned = [curve(run, method, layer, half="tune") for layer in layers]
-    values = [[getattr(point, measure) for point in grid] for grid in grids]
-    figure = Figure(figsize=(max(WIDTH, 0.7 + 0.25 * len(values[0])), 0.7 + 0.22 * len(values)), layout="constrained")
+    width = max(WIDTH_INCHES, 0.7 + 0.25 * len(grids[0]))
+    figure = Figure(figsize=(width, 0.95 + 0.22 * len(grids)), layout="constrained")
     axis = figure.subplots()
-    axis.pcolormesh(values, cmap="Greys", vmin=0, vmax=1, edgecolors=PAPER, linewidth=0.5)
-    for row, column in ((r, c) for r in range(len(values)) for c in range(len(values[r]))):
-        value = values[row][column]
-        color = "#000000" if value < 0.6 else "#fdfdfd"
-        axis.text(column + 0.5, row + 0.5, plain_number(value), ha="center", va="center_baseline", color=color)
-    cells = [(r, c) for r in range(len(tuned)) for c in range(len(tuned[r]))]
-    row, column = max(cells, key=lambda at: getattr(tuned[at[0]][at[1]], measure))
-    axis.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=ORANGE, linewidth=1.6))
+    draw_map(axis, [[getattr(point, measure) for point in grid] for grid in grids], 1.0, plain_number)
+    cells = [(row, column) for row in range(len(tuned)) for column in range(len(tuned[row]))]
+    frame_cell(axis, *max(cells, key=lambda cell: getattr(tuned[cell[0]][cell[1]], measure)))
     axis.set_xticks([n + 0.5 for n in range(len(grids[0]))], [f"{p.coefficient:.3g}" for p in grids[0]])
     axis.set_yticks([n + 0.5 for n in range(len(grids))], [str(layer) for layer in layers])
     axis.set(xlabel="coefficient", ylabel="layer")
+    legend(figure, [frame_mark("best on the tuning half")])
     return figure
 
 
@@ -277,24 +240,26 @@ def layer_map(run: Run, method: str = BASELINE, measure: str = "bcs") -> Figure:
 def method_bars(run: Run, matched: float | None = None) -> Figure:
     """Average BCS of each method with its interval (arguments and errors as in ``average_table``)."""
     rows = sorted(average_table(run, matched), key=lambda row: row.bcs.mean)
-    figure, axis = _rows([(method_name(row.method), row.bcs) for row in rows])
+    figure, axis = interval_rows([(method_name(row.method), row.bcs) for row in rows])
+    handles = [mark(INTERVAL, "o-", color=BLUE)]
     for place, row in enumerate(rows):
-        low, high = row.bcs.mean - row.bcs.low, row.bcs.high - row.bcs.mean
-        axis.errorbar(
-            row.bcs.mean, place, xerr=[[low], [high]], fmt="o", color=BLUE, ecolor=INK, elinewidth=1, capsize=2
-        )
+        _draw_interval(axis, place, row.bcs, fmt="o", color=BLUE)
         if row.method == BASELINE:
             axis.axvline(row.bcs.mean, color=QUIET, lw=0.8, ls="--", zorder=0)
+            handles.append(mark(method_name(BASELINE), "--", color=QUIET, lw=0.8))
     axis.set(xlabel="BCS", xlim=(0, None))
+    legend(figure, handles)
     return figure
 
 
 @drawing_style()
 def concept_bars(run: Run, method: str, matched: float | None = None) -> Figure:
-    """A method's BCS less the baseline's, a bar a concept and one for all, filled where the interval excludes 0.
+    """A method's BCS less the baseline's, a bar for each concept and one for their average.
 
-    Raises DataError where the run lacks the method or the baseline.
+    A bar is filled where its interval excludes 0. Raises DataError where the run lacks the method or the baseline.
     """
+    from matplotlib.patches import Patch
+
     averages = [row.difference for row in average_table(run, matched) if row.method == method and row.difference]
     rows = [
         (row.setting.concept, row.difference)
@@ -302,41 +267,23 @@ def concept_bars(run: Run, method: str, matched: float | None = None) -> Figure:
         if row.setting.method == method and row.difference
     ]
     if not averages:
-        raise DataError(f"no difference of {method} to {BASELINE}", "a run with both")
+        raise DataError(
+            f"a run without a difference of {method} to {BASELINE}", f"a run with {BASELINE} and another method"
+        )
     rows = [("average", averages[0]), *sorted(rows, key=lambda row: row[1].mean)]
-    figure, axis = _rows(rows)
-    for place, (_, gain) in enumerate(rows):
-        error = [[gain.mean - gain.low], [gain.high - gain.mean]]
-        axis.barh(place, gain.mean, 0.7, color=BLUE if gain.clear else PAPER, edgecolor=BLUE, linewidth=1)
-        axis.errorbar(gain.mean, place, xerr=error, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
+    figure, axis = interval_rows(rows)
+    for place, (_, difference) in enumerate(rows):
+        fill = BLUE if difference.clear else PAPER
+        axis.barh(place, difference.mean, 0.7, color=fill, edgecolor=BLUE, linewidth=1)
+        _draw_interval(axis, place, difference, fmt="none")
     axis.axvline(0, color=QUIET, lw=0.8)
     axis.axhline(0.5, color=LINE, lw=0.8)
-    axis.set(xlabel=f"BCS, {method_name(method)} less {method_name(BASELINE)}")
+    axis.set(xlabel=f"BCS of {method_name(method)} less that of {method_name(BASELINE)}")
+    clear = Patch(facecolor=BLUE, edgecolor=BLUE, label="95 % interval without 0")
+    legend(figure, [clear, Patch(facecolor=PAPER, edgecolor=BLUE, label="with 0")])
     return figure
 
 
-def _rows(rows: Sequence[tuple[str, Interval]]) -> tuple[Figure, Axes]:
-    """A figure with a named row for each interval and its mean at the right."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, 0.55 + 0.19 * len(rows)), layout="constrained")
-    axis = figure.subplots()
-    axis.set_yticks(range(len(rows)), [_short(name, 20) for name, _ in rows])
-    axis.tick_params(axis="y", length=0)
-    axis.set_ylim(-0.6, len(rows) - 0.4)
-    beside = axis.secondary_yaxis("right")
-    beside.set_yticks(range(len(rows)), [plain_number(value.mean, 3) for _, value in rows])
-    beside.tick_params(length=0)
-    beside.spines["right"].set_visible(False)
-    return figure, axis
-
-
-def _short(text: str, length: int) -> str:
-    text = visible(text)
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def plain_number(value: float, digits: int = 2) -> str:
-    """A number without the 0 before its point, with a true minus."""
-    text = f"{value:.{digits}f}".replace("-", "−")
-    return text.replace("0.", ".", 1) if abs(value) < 1 else text
+def _draw_interval(axis: Axes, place: float, value: Interval, **options: Any) -> None:
+    ends = [[value.mean - value.low], [value.high - value.mean]]
+    axis.errorbar(value.mean, place, xerr=ends, ecolor=INK, elinewidth=1, capsize=2, **options)

@@ -1,7 +1,7 @@
 """A run as one HTML page that stands alone, and as a Markdown table.
 
-No script, no network; light or dark, for a phone, a desktop or paper. Every text is escaped:
-generated texts, names and the header are not trusted.
+The page has no script and needs no network; it reads in light or dark, on a phone, a desktop or paper. Every text is
+escaped: generated texts, names and the header are not trusted.
 
     write_report(load_run("bench.jsonl"), "bench.html")
     print(markdown(load_run("bench.jsonl")))
@@ -18,8 +18,11 @@ from typing import Any
 
 from fgsteer.display.pages import LIGHT, standalone_page, visible
 from fgsteer.errors import DataError
+from fgsteer.errors.wording import count
+from fgsteer.evaluation.drawing import Picture, rendered
+from fgsteer.evaluation.judges.table import recorded_spec
 from fgsteer.evaluation.metrics.intervals import Interval
-from fgsteer.evaluation.runs.plots import Picture, pictures, rendered
+from fgsteer.evaluation.runs.plots import pictures
 from fgsteer.evaluation.runs.records import (
     EvalRecord,
     Run,
@@ -45,8 +48,8 @@ _STYLE = """
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .45rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
 th{font-weight:600}thead th{white-space:normal;border-top:0;color:var(--quiet);font-weight:400;vertical-align:bottom}
-th:first-child{text-align:left;position:sticky;left:0;background:var(--card);max-width:9.5rem;
- overflow:hidden;text-overflow:ellipsis}
+th:first-child{text-align:left;position:sticky;left:0;background:var(--card);
+ white-space:normal;min-width:6.5rem;max-width:12rem;overflow-wrap:anywhere}
 figure{margin:0}figure svg{display:block;width:100%;height:auto;max-width:30rem}
 figcaption{font-size:.9rem;color:var(--quiet)}
 pre{white-space:pre-wrap;background:var(--page);border-radius:.3rem;padding:.5rem;margin:.25rem 0;font-size:.85rem}
@@ -54,9 +57,15 @@ blockquote{margin:.1rem 0 .6rem;padding-left:.6rem;border-left:.2rem solid var(-
  white-space:pre-wrap;unicode-bidi:isolate}
 .seen{display:flex;flex-wrap:wrap;gap:.3rem;list-style:none;margin:-.3rem 0 .8rem;padding:0;font-size:.8rem}
 .seen li{display:block;background:var(--page);border:0;border-radius:.3rem;padding:.1rem .4rem;unicode-bidi:isolate}
+.legend{font-size:.85rem;margin:.25rem 0 .5rem}
 summary{cursor:pointer;color:var(--link)}dl{grid-template-columns:fit-content(8rem) 1fr}
 @media print{article{break-inside:auto}figure,tr{break-inside:avoid}}
 """
+
+CHIPS = (
+    "In grey under each text: the SAE's features with the largest activations on it, each as number and label, "
+    "activation, and the token where that is largest."
+)
 
 Features = Callable[..., Sequence[object]]
 
@@ -64,7 +73,18 @@ _THEMED = {color: f"var(--{name})" for name, color in LIGHT.items() if name in (
 
 
 def write_report(run: Run, path: str | Path, features: Features | None = None) -> None:
-    """Write ``html_report`` whole."""
+    """Write the report of a run as one HTML page.
+
+    Args:
+        run: The run.
+        path: The file, such as report.html.
+        features: What lists features beside each sample, such as ``partial(seen_features, model, tokenizer, sae)``: it
+            is called with a text and ``prompt=``.
+
+    Raises:
+        DataError: The run has no records, or a method lacks a concept.
+        FormatError: The file cannot be written.
+    """
     page = html_report(run, features=features)
     with atomic_write(path) as beside:
         beside.write_bytes(page.encode("utf-8", "replace"))
@@ -73,12 +93,17 @@ def write_report(run: Run, path: str | Path, features: Features | None = None) -
 def html_report(run: Run, samples: int = 2, features: Features | None = None) -> str:
     """A whole HTML page: how it was measured, tables with intervals, pictures, samples, command, versions, hashes.
 
-    ``samples``: prompts shown for each concept, the first of the report half. ``features``, such as
-    ``partial(seen_features, model, tokenizer, sae)``, is asked with a text and ``prompt=`` what to list beside it.
-    Raises DataError for a run without records, and what ``average_table`` raises.
+    Args:
+        run: The run.
+        samples: How many prompts are shown for each concept: the first ones of the report half.
+        features: As in ``write_report``.
+
+    Raises:
+        DataError: The run has no records, or a method lacks a concept.
+        PairingError: Two methods were measured on other prompts or seeds.
     """
     if not run.records:
-        raise DataError("a run without records", "at least one", "start it first")
+        raise DataError("a run without records", "a run with records", "wait for its first batch, or start it")
     tables = {matched: average_table(run, matched) for matched in (None, *run.targets)}
     sections = [_card("How it was measured", _measured(run), wide=False), _card("Judge", _judge(run), wide=False)]
     for matched, rows in tables.items():
@@ -90,7 +115,7 @@ def html_report(run: Run, samples: int = 2, features: Features | None = None) ->
         sections.append(_card("", _figure(picture, f"p{number}-"), wide=False))
     sections += [_card(f"Samples: {c}", _samples(run, c, samples, features), wide=False) for c in run.concepts]
     sections.append(_card("How to repeat it", _provenance(run)))
-    heading = f"Steering measured: {_count(run.methods, 'method')} on {_count(run.concepts, 'concept')}"
+    heading = f"Steering measured: {count(len(run.methods), 'method')} on {count(len(run.concepts), 'concept')}"
     return standalone_page(heading, _headline(run, tables[None]), "\n".join(filter(None, sections)), _STYLE)
 
 
@@ -109,16 +134,17 @@ def markdown(run: Run, matched: float | None = None) -> str:
 
 
 def _headline(run: Run, rows: Sequence[AverageRow]) -> str:
+    """The result in two sentences, where the run has an SAE method and the baseline."""
     best = best_sae_method(run)
-    found = {row.method: row for row in rows}
-    if best is None or found[best].difference is None:
+    by_method = {row.method: row for row in rows}
+    if best is None or by_method[best].difference is None:
         return ""
-    row, base = found[best], method_name(BASELINE)
+    row, base = by_method[best], method_name(BASELINE)
     text = (
-        f"{method_name(best)}, the best SAE method of the tuning half, scores a BCS of {_interval(row.bcs)} on the "
-        f"report half, {base} {_interval(found[BASELINE].bcs)}; difference {_interval(row.difference, sign=True)} "
-        f"({row.bcs.clusters} prompts, n_eff {_worth(row)}), "
-        f"{_count(run.concepts, 'concept')}: {row.won} won ({row.clearly_won} clearly), {row.lost} lost "
+        f"{method_name(best)} is the best SAE method on the tuning half. On the report half its BCS is "
+        f"{_interval(row.bcs)}, that of {base} is {_interval(by_method[BASELINE].bcs)}, and the difference is "
+        f"{_interval(row.difference, sign=True)} ({row.bcs.clusters} prompts, n_eff {_worth(row)}). "
+        f"Of {count(len(run.concepts), 'concept')} it wins {row.won} ({row.clearly_won} clearly) and loses {row.lost} "
         f"({row.clearly_lost} clearly)."
     )
     return f"<p>{_text(text)}</p>"
@@ -131,15 +157,17 @@ def _measured(run: Run) -> str:
         "concepts": ", ".join(run.concepts),
         "methods": ", ".join(map(method_name, run.methods)),
         "layers": ", ".join(map(str, run.layers())) or "one",
-        "tuning half": f"{_units(units['tune'])}: choose the coefficient and the layer",
-        "report half": f"{_units(units['report'])}: every figure on this page",
-        "BCS": "behavior × coherence of a text, each in [0, 1]; averages are of texts, then of concepts",
+        "tuning half": f"{_units(units['tune'])}, on which the coefficient and the layer are chosen",
+        "report half": f"{_units(units['report'])}, from which every figure on this page comes",
+        "behavior": "how much a text shows the concept, in [0, 1]",
+        "coherence": _coherence(run),
+        "BCS": "behavior × coherence of a text; averages are over texts, then over concepts",
         "best": "highest mean BCS on the tuning half, per concept and method; of equals the smaller coefficient",
         "samples": "the first prompts of the report half, not picked",
     }
     if run.targets:
         targets = ", ".join(f"{t:g}" for t in run.targets)
-        facts["matched"] = f"coefficient calibrated until neutral texts cost {targets} nats a token more"
+        facts["matched"] = f"the coefficient at which neutral texts cost {targets} nats a token more"
     facts["intervals"] = (
         "95 %, Student's t over prompts: the texts of a prompt resemble each other and move every concept together, so "
         "prompts are what is counted; concepts stay as they are. Differences are paired by prompt and seed. n_eff is "
@@ -149,15 +177,26 @@ def _measured(run: Run) -> str:
     return _list(facts)
 
 
+def _coherence(run: Run) -> str:
+    """What coherence is in this run: the judge's row, or its name where it is in no row."""
+    name = run.header["plan"].get("coherence", "unsteered")
+    row = recorded_spec(str(name), "coherence")
+    return f"how coherent a text is, in [0, 1]. {row.summary}" if row else f"how coherent a text is, judged by {name}"
+
+
 def _judge(run: Run) -> str:
-    """The plan's judge; of a table of AUC by concept the mean and the rows."""
+    """The judge of behavior, and how well it separates labelled text: the mean over concepts, and each concept."""
     judge = run.header["plan"].get("judge")
     if not isinstance(judge, Mapping):
         return "" if judge is None else _list({"judge": judge})
     auc = judge.get("auc")
-    shown = _list({key: value for key, value in judge.items() if key != "auc"})
+    row = recorded_spec(str(judge.get("name", "")))
+    facts = {key: value for key, value in judge.items() if key != "auc"}
+    shown = _list({**facts, "what it does": row.summary} if row else facts)
     if not isinstance(auc, Mapping):
         return shown + ("" if auc is None else _list({"validation AUC": auc}))
+    note = "AUC: how often the judge scores a text with the behavior above one without it. 1 is always, 0.5 is chance."
+    shown += f'<p class="quiet legend">{_text(note)}</p>'
     numbers = [value for value in auc.values() if isinstance(value, int | float)]
     average = [["mean", f"{mean(numbers):.3f}"]] if numbers else []
     rows = [[name, f"{value:.3f}" if isinstance(value, int | float) else value] for name, value in auc.items()]
@@ -190,9 +229,9 @@ def _average(run: Run, rows: Sequence[AverageRow], matched: float | None) -> str
 
 def _matrix(run: Run, rows: Sequence[ConceptRow]) -> str:
     """Concepts down, methods across; a mark for clear wins and losses."""
-    found = {row.setting[:2]: row for row in rows}
-    methods = [m for m in run.methods if any(m == method for _, method in found)]
-    cells = [[c, *(_marked(found[c, m]) if (c, m) in found else "" for m in methods)] for c in run.concepts]
+    by_place = {row.setting[:2]: row for row in rows}
+    methods = [m for m in run.methods if any(m == method for _, method in by_place)]
+    cells = [[c, *(_marked(by_place[c, m]) if (c, m) in by_place else "" for m in methods)] for c in run.concepts]
     note = f"▲ clearly above {method_name(BASELINE)}, ▼ clearly below it: the interval of the difference excludes 0."
     return (
         _table("BCS by concept", ("concept", *map(method_name, methods)), cells) + f'<p class="quiet">{_text(note)}</p>'
@@ -225,15 +264,15 @@ def _details(rows: Sequence[ConceptRow]) -> str:
     return f"<details><summary>Layers, coefficients, behavior, coherence and intervals</summary>{table}</details>"
 
 
-def _samples(run: Run, concept: str, count: int, features: Features | None) -> str:
+def _samples(run: Run, concept: str, number: int, features: Features | None) -> str:
     """Texts of one prompt and seed side by side: unsteered, the baseline, the best SAE method."""
     best = best_settings(run)
     methods = [m for m in ("unsteered", BASELINE, best_sae_method(run)) if m is not None and (concept, m) in best]
     cells = [run.cells[best[concept, m], "report"] for m in methods]
     shared = set.intersection(*map(set, cells)) if cells else set()
     prompts = run.header["plan"].get("prompts")
-    parts = []
-    for unit in sorted(shared, key=lambda unit: (unit.seed, unit.prompt))[:count]:
+    parts = [f'<p class="quiet legend">{_text(CHIPS)}</p>'] if features and shared else []
+    for unit in sorted(shared, key=lambda unit: (unit.seed, unit.prompt))[:number]:
         known = isinstance(prompts, Sequence) and 0 <= unit.prompt < len(prompts)
         prompt = prompts[unit.prompt] if known else ""
         title = f"{prompt} …" if known else f"prompt {unit.prompt}"
@@ -247,7 +286,7 @@ def _sample(record: EvalRecord, features: Sequence[object]) -> str:
     scores = f"behavior {record.behavior:.2f}, coherence {record.coherence:.2f}"
     label = f'{_text(method_name(record.method) + at)} <span class="quiet">{scores}</span>'
     listed = "".join(f"<li>{_text(feature)}</li>" for feature in features)
-    seen = f'<ul class="seen" aria-label="features that fire most">{listed}</ul>' if listed else ""
+    seen = f'<ul class="seen" aria-label="features of the largest activation">{listed}</ul>' if listed else ""
     return f"<p>{label}</p><blockquote>{_text(record.text.strip())}</blockquote>{seen}"
 
 
@@ -263,7 +302,7 @@ def _provenance(run: Run) -> str:
 
 
 def _figure(picture: Picture, prefix: str) -> str:
-    """The picture inline, its ids its own and its ink and paper the page's."""
+    """The picture inline, with ids of its own, and with the page's colors for text and background."""
     svg = rendered(picture.figure, "svg").decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -294,25 +333,18 @@ def _table(label: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> s
 
 
 def _list(facts: Mapping[str, Any]) -> str:
-    told = (
-        (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-        for key, value in facts.items()
-    )
-    return f"<dl>{''.join(f'<dt>{_text(key)}</dt><dd>{_text(value)}</dd>' for key, value in told)}</dl>"
+    texts = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in facts.items()}
+    return f"<dl>{''.join(f'<dt>{_text(key)}</dt><dd>{_text(text)}</dd>' for key, text in texts.items())}</dl>"
 
 
 def _text(value: object, lines: bool = False) -> str:
-    """Escaped text, nothing in it that moves or hides what stands beside it; line breaks kept or shown."""
+    """Escaped text without characters that move or hide what stands beside it; line breaks are kept or made visible."""
     parts = str(value).split("\n") if lines else [str(value)]
     return "\n".join(escape(visible(part)) for part in parts)
 
 
 def _at(matched: float | None) -> str:
     return "best coefficient" if matched is None else f"matched at {matched:g} nats of CE rise"
-
-
-def _count(things: Sequence[str], name: str) -> str:
-    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def _won(row: AverageRow) -> str:
@@ -322,17 +354,18 @@ def _won(row: AverageRow) -> str:
 
 
 def _units(units: Collection[Unit]) -> str:
-    return f"{len({unit.prompt for unit in units})} prompts × {len({unit.seed for unit in units})} seeds"
+    prompts, seeds = len({unit.prompt for unit in units}), len({unit.seed for unit in units})
+    return f"{count(prompts, 'prompt')} × {count(seeds, 'seed')}"
 
 
 def _worth(row: AverageRow | ConceptRow) -> str:
-    """The effective number of texts, of the difference where there is one."""
+    """The effective number of texts: that of the difference, where there is one."""
     interval = row.difference or row.bcs
     return f"{interval.effective:.0f} of {interval.units}"
 
 
 def _design(rows: Sequence[AverageRow]) -> str:
-    """What intervals are over, and what n_eff is."""
+    """A note on what intervals are over, and what n_eff is."""
     prompts = " to ".join(map(str, sorted({min(r.bcs.clusters for r in rows), max(r.bcs.clusters for r in rows)})))
     return (
         f"Intervals are t intervals over {prompts} prompts; n_eff is how many independent texts would tell as much "
@@ -341,7 +374,7 @@ def _design(rows: Sequence[AverageRow]) -> str:
 
 
 def _interval(value: Interval | None, sign: bool = False) -> str:
-    """A mean and its interval, a true minus and on demand a plus in front."""
+    """A mean and its interval, with a true minus and, where asked for, a plus in front."""
     if value is None:
         return ""
     middle, low, high = (f"{number:{'+' if sign else ''}.3f}".replace("-", "−") for number in value)

@@ -5,39 +5,43 @@ for name, caption, figure in pictures(sweep(model, tokenizer, "wedding")): save(
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.runs.plots import (
+from fgsteer.evaluation.drawing import (
     BLUE,
     LINE,
     ORANGE,
     PAPER,
     QUIET,
-    WIDTH,
+    WIDTH_INCHES,
     Picture,
+    draw_map,
     drawing_style,
+    frame_cell,
+    frame_mark,
+    legend,
+    mark,
+    panel_grid,
     plain_number,
     save_each,
-    shared_panels,
 )
 from fgsteer.evaluation.sweep.answers import SIGNS
-from fgsteer.evaluation.sweep.sweep import Sweep, SweepCell
+from fgsteer.evaluation.sweep.results import Sweep, SweepCell
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TITLES = {1: "towards (+)", -1: "away (−)"}
+CURVES = ((1, BLUE, "o-", BLUE), (-1, ORANGE, "s--", PAPER))  # (sign, color, line and marker, marker's fill)
 
 
 def pictures(sweep: Sweep) -> list[Picture]:
     """The map and the curves. Raises DataError for a sweep without cells."""
     grid = "cost asked for, in nats a token" if _by_cost(sweep) else "coefficient"
-    caption = f"Push in {sweep.unit}, by layer and {grid}. The frame is the best layer at {sweep.matched:g} nats."
-    curves = f"Push in {sweep.unit} against measured cost, with 95 % intervals. ● towards the behavior, □ away from it."
+    caption = f"Push in {sweep.unit}, by layer and {grid}."
+    curves = f"Push in {sweep.unit} against measured cost, with 95 % intervals."
     return [
         Picture("sweep-map", caption, push_map(sweep)),
         Picture("sweep-fading", curves, fading_curves(sweep)),
@@ -45,7 +49,7 @@ def pictures(sweep: Sweep) -> list[Picture]:
 
 
 def save_pictures(sweep: Sweep, folder: str | Path) -> list[Path]:
-    """Every picture, as PNG and SVG; the paths written. Raises DataError for a sweep without cells."""
+    """Write every picture, as PNG and SVG; returns the paths. Raises DataError for a sweep without cells."""
     return save_each(pictures(sweep), folder)
 
 
@@ -59,35 +63,34 @@ def push_map(sweep: Sweep) -> Figure:
 
     _check(sweep)
     layers, steps = list(sweep.hookpoints), list(sweep.steps)
-    width = max(WIDTH, 0.6 + 0.28 * len(steps) * len(SIGNS))
-    figure = Figure(figsize=(width, 0.9 + 0.2 * len(layers)), layout="constrained")
+    width = max(WIDTH_INCHES, 0.6 + 0.28 * len(steps) * len(SIGNS))
+    figure = Figure(figsize=(width, 1.15 + 0.2 * len(layers)), layout="constrained")
     top = max(cell.push for cell in sweep.cells)
+    framed = False
     for axis, sign in zip(figure.subplots(1, len(SIGNS), sharey=True), SIGNS, strict=True):
-        cells = {(cell.layer, cell.step): cell.push for cell in sweep.cells if cell.sign == sign}
-        grid = [[cells.get((layer, step), float("nan")) for step in steps] for layer in layers]
-        axis.pcolormesh(grid, cmap="Greys", vmin=0, vmax=top if top > 0 else 1, edgecolors=PAPER, linewidth=0.5)
-        for (layer, step), push in cells.items():
-            color = "#000000" if push < 0.6 * top else "#fdfdfd"
-            place = (steps.index(step) + 0.5, layers.index(layer) + 0.5)
-            axis.text(*place, _brief(push), ha="center", va="center_baseline", color=color)
-        _frame_best(axis, sweep, sign, layers, steps)
+        pushes = {(cell.layer, cell.step): cell.push for cell in sweep.cells if cell.sign == sign}
+        values = [[pushes.get((layer, step), float("nan")) for step in steps] for layer in layers]
+        draw_map(axis, values, top if top > 0 else 1, _in_two_digits)
+        for row, column in _best_cells(sweep, sign):
+            frame_cell(axis, row, column)
+            framed = True
         axis.set_title(TITLES[sign])
-        axis.set_xticks([n + 0.5 for n in range(len(steps))], [_brief(step) for step in steps])
+        axis.set_xticks([n + 0.5 for n in range(len(steps))], [_in_two_digits(step) for step in steps])
         axis.set_yticks([n + 0.5 for n in range(len(layers))], [str(layer) for layer in layers])
         axis.tick_params(length=0)
+    if framed:
+        legend(figure, [frame_mark(f"best layer at {sweep.matched:g} nats")])
     figure.supxlabel("cost, nats a token" if _by_cost(sweep) else "coefficient")
     figure.supylabel("layer")
     return figure
 
 
-def _frame_best(axis: Axes, sweep: Sweep, sign: int, layers: Sequence[int], steps: Sequence[float]) -> None:
-    """Frame the best layer at the matched cost, where that is a step of the grid."""
-    from matplotlib.patches import Rectangle
-
-    for best in sweep.best:
-        if best.sign == sign and _by_cost(sweep) and sweep.matched in steps:
-            corner = (steps.index(sweep.matched), layers.index(best.layer))
-            axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=ORANGE, linewidth=1.6))
+def _best_cells(sweep: Sweep, sign: int) -> list[tuple[int, int]]:
+    """Row and column of the best layer at the matched cost, where that is a step of the grid."""
+    layers, steps = list(sweep.hookpoints), list(sweep.steps)
+    if not _by_cost(sweep) or sweep.matched not in steps:
+        return []
+    return [(layers.index(best.layer), steps.index(sweep.matched)) for best in sweep.best if best.sign == sign]
 
 
 @drawing_style()
@@ -98,16 +101,18 @@ def fading_curves(sweep: Sweep) -> Figure:
     """
     _check(sweep)
     layers = sorted({cell.layer for cell in sweep.cells})
-    figure, panels = shared_panels([f"layer {layer}" for layer in layers], str)
+    figure, panels = panel_grid([f"layer {layer}" for layer in layers], str)
     for layer, (_, axis) in zip(layers, panels, strict=True):
         axis.axhline(0, color=LINE, lw=0.7, zorder=0)
         axis.axvline(sweep.matched, color=QUIET, lw=0.7, ls=":", zorder=0)
-        for sign, color, style in ((1, BLUE, "o-"), (-1, ORANGE, "s--")):
+        for sign, color, style, fill in CURVES:
             row = [cell for cell in sweep.cells if (cell.layer, cell.sign) == (layer, sign)]
             costs = [0.0, *(cell.cost for cell in row)]
-            axis.plot(costs, [0.0, *(cell.push for cell in row)], style, color=color, mfc=color if sign > 0 else PAPER)
+            axis.plot(costs, [0.0, *(cell.push for cell in row)], style, color=color, mfc=fill)
             low, high = zip((0.0, 0.0), *map(_ends, row), strict=True)
             axis.fill_between(costs, low, high, color=color, alpha=0.15, lw=0)
+    handles = [mark(TITLES[sign], style, color=color, mfc=fill) for sign, color, style, fill in CURVES]
+    legend(figure, [*handles, mark(f"{sweep.matched:g} nats", ":", color=QUIET, lw=0.7)])
     figure.supxlabel("cost, nats a token")
     figure.supylabel(f"push, {sweep.unit}")
     return figure
@@ -120,13 +125,17 @@ def _ends(cell: SweepCell) -> tuple[float, float]:
 
 def _check(sweep: Sweep) -> None:
     if not sweep.cells:
-        raise DataError("a sweep without cells", "a layer and sign that steering moves", "see its notes")
+        raise DataError(
+            "a sweep without cells",
+            "a sweep in which steering moved a layer",
+            "read sweep.notes, which say what is missing",
+        )
 
 
 def _by_cost(sweep: Sweep) -> bool:
     return all(cell.target is not None for cell in sweep.cells)
 
 
-def _brief(value: float) -> str:
+def _in_two_digits(value: float) -> str:
     """A number in two digits or so: .05, 1.2, 12."""
     return plain_number(value, 2 if abs(value) < 0.995 else 1 if abs(value) < 9.95 else 0)
