@@ -83,8 +83,8 @@ def collect(
     import fgsteer as fg
 
     pairs = fg.load_contrast(contrast)
-    wanted, rule = hookpoints(hookpoint), token_rule(tokens)
-    if no_sae and not wanted:
+    at_hookpoints, rule = hookpoints(hookpoint), token_rule(tokens)
+    if no_sae and not at_hookpoints:
         raise DataError(
             "--no-sae without --hookpoint",
             "a hookpoint to collect at",
@@ -100,7 +100,7 @@ def collect(
             tokenizer,
             pairs,
             sae=autoencoder,
-            hookpoints=wanted,
+            hookpoints=at_hookpoints,
             tokens=rule,
             bos=bos,
             prepend_bos=prepend_bos,

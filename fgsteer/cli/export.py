@@ -100,5 +100,5 @@ def _print_export(result: dict[str, Any]) -> None:
     tokens = {"all": "every token"}.get(result["scope"], result["scope"])
     position_0 = ", position 0 too" if result["bos"] else ", position 0 left alone"
     for hookpoint, strength in zip(result["hookpoints"], result["coefficients"], strict=True):
-        what = result["operation"] + ("" if result["operation"] == "ablate" else f" {strength:g}")
-        say(f"  {what} at {hookpoint}, {tokens}{'' if result['scope'] == 'generated' else position_0}")
+        operation = result["operation"] + ("" if result["operation"] == "ablate" else f" {strength:g}")
+        say(f"  {operation} at {hookpoint}, {tokens}{'' if result['scope'] == 'generated' else position_0}")

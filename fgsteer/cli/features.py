@@ -95,8 +95,8 @@ def features(
         autoencoder = load_sae(sae, sae_id, model)
         if labels is not None:
             autoencoder = replace(autoencoder, labels=fg.load_labels(labels, autoencoder))
-        for one in ids or []:
-            autoencoder.direction(one)  # refuses an id that the SAE lacks
+        for feature_id in ids or []:
+            autoencoder.direction(feature_id)  # raises for an id that the SAE does not have
         known = fg.load_examples(autoencoder) if known is None else known.check(autoencoder)
     language_model, tokenizer = load_model(ModelOptions(model, device, None, revision, trust_remote_code))
     result: dict[str, Any] = {"heading": "Features" if search is None else f"Features for {search!r}"}
@@ -106,7 +106,7 @@ def features(
     rows = []
     if autoencoder is not None:
         parts = (language_model, tokenizer, autoencoder)
-        if corpus is not None:  # a search reads the excerpts of every feature
+        if corpus is not None:  # for a search, ids is None: the excerpts of every feature are needed
             shown = ids if vector is None else [row.id for row in vector.top_features(top)]
             known = measure_excerpts(corpus, field, parts, as_json, features=shown)
         rows = _feature_rows(vector or ids, search, parts, known, top)
@@ -152,14 +152,14 @@ def _describe_direction(vector: Any, model: Any, tokenizer: Any) -> dict[str, An
 
 
 def _feature_rows(chosen: Any, search: str | None, parts: tuple[Any, Any, Any], known: Any, top: int) -> list[Any]:
-    """Facts on the features of a vector, on ids, or on what a search finds."""
+    """What is known of the features of a vector, of ids, or of those that a search finds."""
     import fgsteer as fg
 
     model, tokenizer, sae = parts
     why = {}
     if search is not None:
-        found = fg.find_features(model, tokenizer, sae, search, examples=known, top=top)
-        why = {entry.id: entry.why for entry in found}
+        hits = fg.find_features(model, tokenizer, sae, search, examples=known, top=top)
+        why = {hit.id: hit.why for hit in hits}
         chosen = list(why)
     rows: list[Any] = fg.describe_features(model, tokenizer, sae, chosen, top=top, examples=known, why=why)
     return rows

@@ -53,5 +53,5 @@ def _print_folded(result: dict[str, Any]) -> None:
             f"{term['coefficient']:g} x {term['method'] or 'a vector'} (norm {term['norm']:.3f}) "
             f"at {term['hookpoint']} in {term['bias']}"
         )
-    lost = f", rounded by {result['rounding']:.1g} of the change" if result["folded"] else ", nothing to fold"
-    say(f"{result['out']}: {result['model']} in {result['dtype']}{lost}; every token is steered, position 0 too")
+    rounding = f"rounded by {result['rounding']:.1g} of the change" if result["folded"] else "with nothing to fold"
+    say(f"{result['out']}: {result['model']} in {result['dtype']}, {rounding}; every token is steered, position 0 too")

@@ -91,7 +91,7 @@ def generate(
 
 
 def _conversations(prompts: list[str], system: str | None, prefill: str | None) -> list[list[dict[str, str]]]:
-    """Each prompt as a user's message, after a system message and before the beginning of the answer, where given."""
+    """Each prompt as a user's message, after the system message and before the beginning of the answer, if any."""
     before = [] if system is None else [{"role": "system", "content": system}]
     after = [] if prefill is None else [{"role": "assistant", "content": prefill}]
     return [[*before, {"role": "user", "content": prompt}, *after] for prompt in prompts]

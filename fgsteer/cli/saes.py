@@ -33,19 +33,19 @@ def saes(
     if model is not None and not models_named(model):
         near = ", ".join(models_like(model))
         raise DataError(
-            f"no SAE of a model {model!r} in the registry of the installed sae-lens",
-            f"a model's name or a part of it, such as {near}" if near else "a model's name or a part of it",
-            "fgsteer saes --search TEXT looks in the releases' names",
+            f"The registry of the installed sae-lens has no SAE of a model {model!r}.",
+            f"the name of a model or a part of it, such as {near}" if near else "the name of a model or a part of it",
+            "look for it in the names of releases with fgsteer saes --search TEXT",
         )
     show([row.as_dict() for row in registry(model, layer, search)], as_json, _print_saes)
 
 
 def _print_saes(rows: list[dict[str, Any]]) -> None:
-    """A block per release, a line per SAE, never folded: ids are there to be copied."""
+    """Print a paragraph for each release and a line for each SAE, which is never wrapped, so that ids can be copied."""
     from itertools import groupby
 
     if not rows:
-        say("none in the registry of the installed sae-lens; --search takes words of its releases")
+        say("The registry of the installed sae-lens has none. --search finds words of releases, ids and hookpoints.")
     for (release, model), members in groupby(rows, key=lambda row: (row["release"], row["model"])):
         lines = [
             (r["sae_id"], r["hookpoint"], r["width"], "" if r["l0"] is None else f"L0 {r['l0']:g}", r["neuronpedia"])
