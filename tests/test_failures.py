@@ -582,7 +582,7 @@ def test_interrupt_ends_a_command_with_status_130(tmp_path, monkeypatch):
     pid = start(work)
     os.kill(pid, signal.SIGINT)
     assert ended(pid) == 130
-    assert (tmp_path / "stderr").read_text() == "interrupted; every file is whole\n"
+    assert (tmp_path / "stderr").read_text() == "Interrupted. Every file was written completely or not at all.\n"
     assert [path.name for path in tmp_path.iterdir()] == ["stderr"]
 
 
@@ -600,7 +600,7 @@ def test_interrupted_bench_goes_on(tmp_path):
     _, error = run.communicate()
     assert run.returncode == 130
     assert "Traceback" not in error
-    assert error.endswith("interrupted; every file is whole\n")
+    assert error.endswith("Interrupted. Every file was written completely or not at all.\n")
     before = len(fg.load_run(path).records)
     assert subprocess.run(command, check=True, capture_output=True).returncode == 0
     assert len(fg.load_run(path).records) > before

@@ -401,7 +401,7 @@ def test_command_line_reads_features(tmp_path):
     for wrong in ((), ("--feature", "1", "--search", "x"), ("--feature", "x")):
         with pytest.raises(fg.DataError):
             invoke("features", *wrong)
-    with pytest.raises(fg.DataError, match="one of them"):
+    with pytest.raises(fg.DataError, match="one of the two"):
         invoke("features", "--feature", "1", "--corpus", corpus, "--examples", kept)
 
 
@@ -411,6 +411,6 @@ def test_a_search_without_a_hit_ends_with_1(monkeypatch):
     result = invoke("features", "--search", "nothing", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["features"] == []
-    assert "no feature found" in result.stderr
+    assert "No feature was found" in result.stderr
     monkeypatch.undo()
     fg.__dict__.pop("find_features", None)
