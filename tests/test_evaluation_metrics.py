@@ -121,7 +121,7 @@ def test_kl_equals_the_loop(llama, tokenizer, vector):
             assert found == pytest.approx([forward, 0.0], rel=1e-3, abs=1e-6)
             found = fg.kl_divergences(llama, tokenizer, TEXTS, steering, under="steered", batch_tokens=batch_tokens)
             assert found == pytest.approx([backward, 0.0], rel=1e-3, abs=1e-6)
-    with pytest.raises(fg.DataError, match="unsteered or steered"):
+    with pytest.raises(fg.DataError, match="'unsteered' or 'steered'"):
         fg.kl_divergences(llama, tokenizer, TEXTS, [None], under="both")
     with pytest.raises(fg.DataError, match="mean or last"):
         fg.kl_divergences(llama, tokenizer, TEXTS, [None], at="first")
@@ -153,7 +153,7 @@ def test_strengths_cost_the_target_kl(llama, tokenizer, vector):
     assert fg.calibrate(llama, tokenizer, vector.add, TEXTS, target_kl=0.03) == pytest.approx(found[0], rel=0.05)
     null = fg.SteeringVector(torch.zeros(32), AT).add
     assert math.isnan(fg.calibrate_many(llama, tokenizer, [null], TEXTS, target_kl=0.03)[0])
-    with pytest.raises(fg.SteeringError, match="moves the model"):
+    with pytest.raises(fg.SteeringError, match="a vector that changes what the model says"):
         fg.calibrate(llama, tokenizer, null, TEXTS, target_kl=0.03)
     for calibrate, make in ((fg.calibrate, vector.add), (fg.calibrate_many, [vector.add])):
         with pytest.raises(fg.SteeringError, match="one of them"):

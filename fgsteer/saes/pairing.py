@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fgsteer.errors import PairingError
 
 
+@runtime_checkable  # where annotations are checked at run time
 class Identified(Protocol):
     """An SAE, as far as the check looks at it."""
 
