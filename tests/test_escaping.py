@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 import fgsteer as fg
-from fgsteer.cli.printing import console, progress_bar, say
+from fgsteer.cli.printing import console, say
 from fgsteer.cli.printing import json_text as terminal_json
 from fgsteer.errors.escaping import escape_markdown, escape_text, json_text, markdown_code, redact
 from fgsteer.features.cards import html_page
@@ -143,8 +143,6 @@ def test_say_and_consoles_print_no_control_characters(capsys):
     for shown in (ACTING, Text.assemble(("dim ", "dim"), ACTING), table, Markdown(f"| {ACTING} |\n|---|\n")):
         screen.print(shown)
     screen.print("[red]as it is[/red] :smile:")
-    with progress_bar(ACTING, 2, False) as bar:
-        bar(1)
     printed = capsys.readouterr()
     assert not acts(printed.out + printed.err)
     assert r"\x1b[2J" in printed.out

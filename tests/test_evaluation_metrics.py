@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.data.shipped import SHIPPED
 from fgsteer.evaluation.metrics.coherence import distinct_share
 from fgsteer.models.hookpoints import resolve
-from tests.helpers.cli import app
+from tests.helpers.cli import invoke_on_cpu
 from tests.helpers.examples import naive_examples
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import tiny_model, word_tokenizer
@@ -378,10 +377,7 @@ def test_diagnosis_refuses_what_it_cannot_place(llama, tokenizer):
 
 
 def invoke(*arguments):
-    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.stdout
+    return invoke_on_cpu(*arguments).stdout
 
 
 def test_command_line_diagnoses(tmp_path):

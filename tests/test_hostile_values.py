@@ -197,8 +197,8 @@ def test_paths_of_every_command(files, run, command, option):
     [
         ("collect sea -o {0}/s --sae s --tokens=--5", "--tokens --5"),
         ("collect sea -o {0}/s --sae s --tokens=" + "9" * 5000, "--tokens 999"),
-        ("diagnose sea --hookpoint " + "9" * 5000, "hookpoint '999"),
-        ("diagnose sea --hookpoint blocks." + "9" * 5000 + ".hook_resid_post", "hookpoint 'blocks.999"),
+        ("diagnose sea --hookpoint " + "9" * 5000, "hookpoint = '999"),
+        ("diagnose sea --hookpoint blocks." + "9" * 5000 + ".hook_resid_post", "hookpoint = 'blocks.999"),
         ("generate hi --dtype int8", "Expected one of float32, bfloat16, float16, float64, got --dtype int8"),
         ("generate hi --dtype complex64", "--dtype complex64"),
         ("generate hi --dtype float8_e4m3fn", "--dtype float8_e4m3fn"),

@@ -228,7 +228,7 @@ def test_a_vector_of_another_model_names_both(llama):
     llama.config._name_or_path = "fgsteer/default"
     try:
         deep = fg.SteeringVector(torch.ones(32), 15, provenance=made)
-        told = r"made for google/gemma-2-2b at blocks\.15.*loaded, fgsteer/default: 0 to 2.*load_model\('google/gemma-2"
+        told = r"default has: a layer from 0 to 2.*made for google/gemma-2-2b at blocks\.15.*load_model\('google/gemma"
         with pytest.raises(fg.HookpointError, match=told), fg.steer(llama, deep.add(1.0)):
             pass
         wide = fg.SteeringVector(torch.ones(20), 1, provenance=made)
@@ -410,7 +410,7 @@ def made(tmp_path_factory):
         ("features --feature 1 --sae {0}/none", "no SAE"),
         ("collect nothing -o {0}/s", "no contrast set"),
         ("collect love -o {0}/s --tokens lst", "--tokens lst"),
-        ("collect love -o {0}/s --hookpoint nowhere", "hookpoint 'nowhere'"),
+        ("collect love -o {0}/s --hookpoint nowhere", "hookpoint = 'nowhere'"),
         ("collect love -o {0}/s --no-sae", "--no-sae without --hookpoint"),
         ("collect love -o {0}/s --sae {0}/none", "no SAE"),
         ("collect love -o {0}/full", "Cannot write"),
@@ -423,7 +423,7 @@ def made(tmp_path_factory):
         ("effects -o {0}/m --rows-of {0}/none", "no SAE"),
         ("diagnose nothing", "no contrast set"),
         ("diagnose wedding --tokens lst", "--tokens lst"),
-        ("diagnose wedding --hookpoint nowhere", "hookpoint 'nowhere'"),
+        ("diagnose wedding --hookpoint nowhere", "hookpoint = 'nowhere'"),
         ("diagnose wedding -v {0}/gemma", "made for google/gemma-2-2b"),
         ("sweep nothing", "no contrast set"),
         ("sweep wedding --method fga", r"one of caa, ace, pca .*got the method 'fga'"),
@@ -434,7 +434,7 @@ def made(tmp_path_factory):
         ("bench -o {0}/b --method fga", "fga"),
         ("bench -o {0}/corpus.txt", "Cannot write"),
         ("build fga -o {0}/v", r"one of caa.*got the method 'fga'"),
-        ("build fgaa -o {0}/v", "Expected --stats for the method fgaa, got no --stats"),
+        ("build fgaa -o {0}/v", "Expected --stats for the method fgaa, got none"),
         ("build sae_ts -o {0}/v --features 1", "Expected --effects for the method sae_ts"),
         ("build from_features -o {0}/v", "Expected --features for the method from_features"),
         ("build fgaa -o {0}/v --stats {0}/none --set nonsense=1", "got --set nonsense=1"),

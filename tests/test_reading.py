@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.display import pages
@@ -18,7 +17,7 @@ from fgsteer.features import cards
 from fgsteer.features.search import MIN_SCORE, word_pattern
 from fgsteer.saes.examples import token_texts
 from fgsteer.storage.files import read_tensors, write_tensors
-from tests.helpers.cli import app
+from tests.helpers.cli import invoke_on_cpu as invoke
 from tests.helpers.pages import Checker, luminance
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import WORDS, word_tokenizer
@@ -380,13 +379,6 @@ def test_describe_features_by_id_and_by_vector(llama, tokenizer):
         fg.describe_features(llama, tokenizer, sae, [24])
     with pytest.raises(fg.PairingError):
         fg.describe_features(llama, tokenizer, make_sae(seed=2), [1], examples=examples)
-
-
-def invoke(*arguments):
-    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def test_command_line_reads_features(tmp_path):

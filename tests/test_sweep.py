@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.patches import Rectangle
-from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.errors import DataError, HookpointError, SelectionError
@@ -20,7 +19,7 @@ from fgsteer.evaluation.sweep import plots as sweep_plots
 from fgsteer.evaluation.sweep.answers import Curve, best_layer, fade, in_words, sign_differences
 from fgsteer.evaluation.sweep.sweep import random_like
 from fgsteer.models.hookpoints import blocks_of
-from tests.helpers.cli import app
+from tests.helpers.cli import invoke_on_cpu
 from tests.helpers.examples import naive_examples
 from tests.helpers.tiny import D_MODEL, LAYERS, tiny_model
 from tests.reference import methods, tables
@@ -388,10 +387,7 @@ def test_pictures_show_the_cells(llama, tokenizer, own, tmp_path):
 
 
 def invoke(*arguments):
-    result = CliRunner().invoke(app, ["sweep", *map(str, arguments), "--device", "cpu"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.stdout
+    return invoke_on_cpu("sweep", *arguments).stdout
 
 
 def test_command_line_sweeps(tmp_path):

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from fgsteer.cli.choices import CommandWithChoices
 from fgsteer.cli.outputs import check_apart, lock_output, may_be_path
+from fgsteer.cli.printing import say
+from fgsteer.methods.provenance import library_version
 from fgsteer.storage.ranks import Ranks
 
 app = typer.Typer(
-    help="Steer language models with the features of sparse autoencoders.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(f"fgsteer {library_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Steer language models with the features of sparse autoencoders."""
 
 
 class Command(CommandWithChoices):

@@ -11,7 +11,10 @@ from typing import Any
 from typer.core import TyperCommand
 
 from fgsteer import export
+from fgsteer.cli.values import TOKEN_RULES
 from fgsteer.evaluation.judges.table import judge_names
+from fgsteer.interventions.scopes import SCOPES
+from fgsteer.interventions.table import OPERATIONS
 from fgsteer.methods import specs
 
 # The names that stand for {key} in a help text. What they are read from imports no torch.
@@ -22,6 +25,9 @@ CHOICES: Mapping[str, Callable[[], list[str]]] = {
     "judges": judge_names,
     "coherence judges": lambda: judge_names("coherence"),
     "exports": lambda: [row.name for row in export.specs()],
+    "operations": lambda: list(OPERATIONS),
+    "scopes": lambda: list(SCOPES),
+    "token rules": lambda: list(TOKEN_RULES),
 }
 # The texts that stand for {key} likewise. The character \b keeps the lines of a paragraph as they are.
 DESCRIPTIONS: Mapping[str, Callable[[], str]] = {

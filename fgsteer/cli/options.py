@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fgsteer.cli.choices import completion
 from fgsteer.cli.values import fillable, finite, writable
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.table import describe_operations
@@ -26,12 +27,21 @@ CoefficientOption = Annotated[
     list[float] | None,
     typer.Option("--coefficient", "-c", callback=finite, help="One per vector: add's c, affine's α, clamp's t."),
 ]
-OperationOption = Annotated[str, typer.Option("--op", help=f"How the vectors act. {describe_operations()}")]
-ScopeOption = Annotated[str, typer.Option("--scope", help="all, prompt, generated or last_prompt_on.")]
+OperationOption = Annotated[
+    str,
+    typer.Option("--op", autocompletion=completion("operations"), help=f"How the vectors act. {describe_operations()}"),
+]
+ScopeOption = Annotated[
+    str, typer.Option("--scope", autocompletion=completion("scopes"), help="all, prompt, generated or last_prompt_on.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value, for scripts.")]
 TokensOption = Annotated[
     str,
-    typer.Option("--tokens", help="all, last, answer, letter, tail (of a chat template), or an index."),
+    typer.Option(
+        "--tokens",
+        autocompletion=completion("token rules"),
+        help="all, last, answer, letter, tail (of a chat template), or an index.",
+    ),
 ]
 FieldOption = Annotated[
     str, typer.Option("--field", help="Field or column of the text in .jsonl, .json, .csv, .tsv and .parquet.")

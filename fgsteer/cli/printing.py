@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
+from fgsteer.display.progress import Report, reporting
 from fgsteer.errors import escaping
 from fgsteer.errors.escaping import escape_text
 from fgsteer.storage.ranks import Ranks
@@ -57,13 +58,6 @@ def console(**options: Any) -> Any:
     return Screen(highlight=False, markup=False, emoji=False, **options)
 
 
-@contextmanager
-def progress_bar(what: str, total: int | None, as_json: bool) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error; the block gets a function to report how many are done (and of how many)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    quiet = as_json or Ranks.from_env().rank > 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(stderr=True), disable=quiet, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done, of=total: bar.update(task, completed=done, total=of)
+def progress_bar(what: str, total: int | None, as_json: bool) -> AbstractContextManager[Report]:
+    """A block with a progress bar on a terminal; it gets a function to report how many are done (and of how many)."""
+    return reporting(False if as_json else None, what, total)

@@ -10,7 +10,7 @@ when ``x`` is added to the residual stream (SAE-TS, arXiv 2411.02193).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.data.shipped import load_neutral
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.effects.fitting import fit_shards
 from fgsteer.effects.measuring import EffectPlan, decoder_directions
 from fgsteer.effects.ridge import LinearMoments, best_ridge
@@ -143,7 +144,7 @@ class EffectApproximator:
         texts: Sequence[str] | None = None,
         work: str | Path | None = None,
         fresh: bool = False,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress = None,
         rollouts: int = EffectPlan.rollouts,
         sampling: Sampling | None = None,
         target_ce_rise: float = EffectPlan.target_ce_rise,
@@ -167,7 +168,7 @@ class EffectApproximator:
             texts: The texts on which strengths are set; by default the shipped neutral ones.
             work: A folder for shards of the measurement, from which a killed run goes on to the same result.
             fresh: Whether to delete the shards in ``work`` and start over.
-            progress: A function that is called with the number of vectors done.
+            progress: As in ``collect``; a function is called with the number of vectors done.
             rollouts: The continuations of each prompt for each vector, an even number.
             sampling: How continuations are drawn; by default as in SAE-TS.
             target_ce_rise: The rise in cross-entropy at each vector's strength, in nats per token.
@@ -188,9 +189,10 @@ class EffectApproximator:
             target_ce_rise,
             rows,
         )
-        with ExitStack() as stack:
+        number = len(plan.directions)
+        with reporting(progress, "measuring effects", number) as report, ExitStack() as stack:
             folder = Path(work) if work else Path(stack.enter_context(TemporaryDirectory()))
-            M, b, figures = fit_shards(plan.measure_shards(model, tokenizer, sae, folder, progress, fresh=fresh))
+            M, b, figures = fit_shards(plan.measure_shards(model, tokenizer, sae, folder, report, fresh=fresh))
         M, b = M.float(), b.float()
         moved = (M.norm(dim=0) > 0).cpu()
         cosine = torch.cosine_similarity(M.T.cpu()[moved], sae.W_dec.cpu().float()[moved], dim=1).mean()

@@ -6,7 +6,7 @@ density.save("density.safetensors")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from fgsteer.activations.batches import Batch, batch_corpus, corpus_reader
 from fgsteer.activations.pooling import row_groups
 from fgsteer.activations.tokens import TEXTS_PER_CHUNK, split_into_chunks
 from fgsteer.data.corpora import as_documents
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors.checks import checked_after
 from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.saes.density import COUNTS, FeatureDensity
@@ -46,7 +47,7 @@ def measure_density(
     corpus: dict[str, Any] | None = None,
     work: str | Path | None = None,
     fresh: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> FeatureDensity:
     """Stream a generic corpus through the SAE and count, token by token, where each feature fires.
 
@@ -64,7 +65,7 @@ def measure_density(
         corpus: What is to be remembered of the corpus: its name and the like.
         work: A folder for shards of the counts, from which a killed run goes on to the same result.
         fresh: Whether to delete the shards in ``work`` and start over.
-        progress: A function that is called with the number of texts done.
+        progress: As in ``collect``; a function is called with the number of texts done.
 
     Returns:
         Where each feature fires, and how often.
@@ -76,23 +77,23 @@ def measure_density(
     documents = as_documents(texts, field)
     reader = corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos)
 
-    def count(number: int, chunk: Sequence[str]) -> dict[str, Tensor]:
-        first = number * TEXTS_PER_CHUNK
-        batches = batch_corpus(model, reader, chunk, sae, batch_tokens=batch_tokens, first=first)
-        return _count(batches, sae.d_sae, None if progress is None or work else lambda done: progress(first + done))
-
-    shards = None
-    chunks = split_into_chunks(documents)
-    if work is None:
-        counted: Iterable[Mapping[str, Tensor]] = (count(*numbered) for numbered in enumerate(chunks))
-    else:
-        plan = {**run_fingerprint(model, tokenizer), "sae": sae_identity(sae)}
-        options = {"batch_tokens": batch_tokens, "max_tokens": max_tokens, "prepend_bos": reader.prepend_bos}
-        shards = Shards(work, "counted texts", {**plan, **options}, fresh=fresh)
-        report = None if progress is None else lambda shards_done: progress(shards_done * TEXTS_PER_CHUNK)
-        counted = shards.each(chunks, count, text_sha256, report)
     total = {**dict.fromkeys(COUNTS, torch.zeros(sae.d_sae, dtype=torch.float64)), "tokens": torch.tensor(0)}
-    with reader:
+    with reporting(progress, "measuring density", len(texts) if isinstance(texts, Sized) else None) as report, reader:
+
+        def count(number: int, chunk: Sequence[str]) -> dict[str, Tensor]:
+            first = number * TEXTS_PER_CHUNK
+            batches = batch_corpus(model, reader, chunk, sae, batch_tokens=batch_tokens, first=first)
+            return _count(batches, sae.d_sae, None if work else lambda done: report(first + done))
+
+        shards = None
+        chunks = split_into_chunks(documents)
+        if work is None:
+            counted: Iterable[Mapping[str, Tensor]] = (count(*numbered) for numbered in enumerate(chunks))
+        else:
+            plan = {**run_fingerprint(model, tokenizer), "sae": sae_identity(sae)}
+            options = {"batch_tokens": batch_tokens, "max_tokens": max_tokens, "prepend_bos": reader.prepend_bos}
+            shards = Shards(work, "counted texts", {**plan, **options}, fresh=fresh)
+            counted = shards.each(chunks, count, text_sha256, lambda shards_done: report(shards_done * TEXTS_PER_CHUNK))
         for number, counts in enumerate(counted):
             shapes = {name: part.shape for name, part in counts.items()}
             if shards is not None and shapes != {name: part.shape for name, part in total.items()}:

@@ -8,7 +8,7 @@ The corpus is streamed once; memory holds the excerpts that are kept, and never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from fgsteer.activations.batches import batch_corpus, corpus_reader
 from fgsteer.activations.pooling import row_groups
 from fgsteer.data.corpora import as_documents
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError, SelectionError
 from fgsteer.errors.checks import checked_after, describe_value, is_whole_number
 from fgsteer.saes.examples import FeatureExamples
@@ -48,7 +49,7 @@ def measure_examples(
     max_tokens: int = 256,
     prepend_bos: bool | None = None,
     corpus: dict[str, Any] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> FeatureExamples:
     """Stream a corpus through the SAE and keep the documents in which each feature peaks highest.
 
@@ -69,7 +70,7 @@ def measure_examples(
         prepend_bos: Whether BOS stands before each text; by default as in the texts that the SAE was trained on. It is
             not read itself.
         corpus: What is to be remembered of the corpus: its name and the like.
-        progress: A function that is called with the number of texts done.
+        progress: As in ``collect``; a function is called with the number of texts done.
 
     Returns:
         The excerpts of each feature.
@@ -91,7 +92,8 @@ def measure_examples(
     width = sae.d_sae if every or sae.activation == "topk" else len(chosen)
     done = 0
     best: _TopExcerpts | None = None
-    with corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos) as reader:
+    reader = corpus_reader(model, tokenizer, sae, max_tokens, prepend_bos)
+    with reporting(progress, "measuring excerpts", len(texts) if isinstance(texts, Sized) else None) as report, reader:
         for batch, values, local in batch_corpus(model, reader, documents, sae, batch_tokens=batch_tokens):
             best = best or _TopExcerpts(len(chosen), top, window, values.device)
             text = (batch.selected & ~batch.starts).to(values.device)
@@ -102,8 +104,7 @@ def measure_examples(
                 acts = acts.masked_fill(~text[rows][..., None], 0.0)
                 best.merge(acts, ids[rows], text[rows], numbers[rows])
             done += len(batch.rows)
-            if progress is not None:
-                progress(done)
+            report(done)
     best = best or _TopExcerpts(len(chosen), top, window, torch.device("cpu"))
     tokens, activations, numbers = (kept.cpu() for kept in (best.tokens, best.activations, best.documents))
     return FeatureExamples(torch.tensor(chosen), tokens, activations, numbers, sae.sha256, corpus or {})

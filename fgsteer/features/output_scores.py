@@ -10,7 +10,7 @@ arXiv 2505.20063). The model runs once per feature, with many features to a batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from fgsteer.activations.recording import record
 from fgsteer.activations.tokens import encode_prompts
 from fgsteer.data.chat import check_text
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError, SelectionError
 from fgsteer.errors.checks import checked
 from fgsteer.interventions.kinds import Add
@@ -46,7 +47,7 @@ def output_scores(
     coefficient: float = 10.0,
     top_tokens: int = 20,
     batch_size: int = 64,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> Float[Tensor, " d_sae"]:
     """How much each feature, when amplified, makes the model say the tokens that it stands for.
 
@@ -65,7 +66,7 @@ def output_scores(
         coefficient: The c of the equation; the authors' by default.
         top_tokens: The number of tokens that a feature stands for; the authors' by default.
         batch_size: The features in a forward pass.
-        progress: A function that is called with the number of features done.
+        progress: As in ``collect``; a function is called with the number of features done.
 
     Returns:
         The scores, (d_sae,), with 0 for features that were not asked for.
@@ -93,22 +94,22 @@ def output_scores(
     ids = ids.to(input_device(model))
     size = coefficient * _largest_activation(model, ids, sae)
     scores = torch.zeros(sae.d_sae, dtype=torch.float64)
-    for start in range(0, len(chosen), batch_size):
-        part = chosen[start : start + batch_size]
-        directions = sae.W_dec[part]
-        # the last token is steered even where it is also the first
-        entries = [
-            Add(hookpoint=sae.hookpoint, direction=row, coefficient=size, scope="last_prompt_on", bos=True)
-            for row in directions
-        ]
-        with steer(model, entries, per_row=True):
-            logits = model(input_ids=ids.expand(len(part), -1), use_cache=False).logits[:, -1].float()
-        lens = logit_lens(model, directions).topk(top_tokens).indices.to(logits.device)
-        best = logits.gather(1, lens).amax(1, keepdim=True)
-        rank_share = (logits > best).float().mean(1)  # r/|V|
-        scores[part] = ((1 - rank_share) * logits.softmax(1).gather(1, lens).amax(1)).cpu().double()
-        if progress is not None:
-            progress(start + len(part))
+    with reporting(progress, "measuring output scores", len(chosen)) as report:
+        for start in range(0, len(chosen), batch_size):
+            part = chosen[start : start + batch_size]
+            directions = sae.W_dec[part]
+            # the last token is steered even where it is also the first
+            entries = [
+                Add(hookpoint=sae.hookpoint, direction=row, coefficient=size, scope="last_prompt_on", bos=True)
+                for row in directions
+            ]
+            with steer(model, entries, per_row=True):
+                logits = model(input_ids=ids.expand(len(part), -1), use_cache=False).logits[:, -1].float()
+            lens = logit_lens(model, directions).topk(top_tokens).indices.to(logits.device)
+            best = logits.gather(1, lens).amax(1, keepdim=True)
+            rank_share = (logits > best).float().mean(1)  # r/|V|
+            scores[part] = ((1 - rank_share) * logits.softmax(1).gather(1, lens).amax(1)).cpu().double()
+            report(start + len(part))
     return scores
 
 

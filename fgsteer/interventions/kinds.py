@@ -75,9 +75,9 @@ class Intervention(OneLineRepr, ABC):
         check_flags(bos=self.bos)
         if self.scope not in SCOPES:
             raise SteeringError(
-                f"scope = {describe_value(self.scope)}",
-                f"one of {', '.join(SCOPES)}",
-                "the scope says which tokens are steered; 'all' is the default",
+                describe_value(self.scope),
+                f"a scope among {', '.join(SCOPES)}",
+                "the scope says which tokens are steered; leave it out for all of them",
             )
 
     @property

@@ -25,7 +25,7 @@ def finite_number(name: str, value: float) -> float:
         raise SteeringError(
             f"{name} = {number}",
             "a finite number",
-            "nan comes from calibrate_many where no strength reaches the target, and inf from a division by zero",
+            "a nan may come from calibrate_many, where no strength reaches the target",
         )
     return number
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import SteeringError
 from fgsteer.errors.checks import check_number, checked
 from fgsteer.interventions.kinds import Intervention
@@ -38,6 +39,7 @@ def calibrate(
     target_kl: float | None = None,
     start: float = 1.0,
     tolerance: float = 0.02,
+    progress: Progress = None,
 ) -> float:
     """The strength at which steering costs the texts a target, so that vectors can be compared at equal cost.
 
@@ -55,6 +57,7 @@ def calibrate(
         target_kl: The KL divergence, in place of ``target_ce_rise``.
         start: The strength that is tried first.
         tolerance: The relative error of the cost that is accepted.
+        progress: As in ``collect``; a function is called with the number of strengths that are found.
 
     Returns:
         The coefficient c ≥ 0 at which ``make(c)`` costs the target.
@@ -67,11 +70,11 @@ def calibrate(
     at_zero = costs([make(0.0)])[0]
     if at_zero >= target:
         raise SteeringError(
-            f"a {name} of {at_zero:.3f} nats at strength 0",
-            f"less than the target {target} there",
-            "the function passed should do nothing at strength 0, as vector.add does",
+            f"a {name} of {at_zero:.3f} nats",
+            f"a cost below the target at strength 0, {target} nats",
+            "the function should give an intervention that does nothing at strength 0, as vector.add does",
         )
-    coefficient = _solve(costs, [target], [make], start, tolerance, activation_dtype(model))[0][0]
+    coefficient = _solve(costs, [target], [make], start, tolerance, activation_dtype(model), progress)[0][0]
     if math.isnan(coefficient):
         raise SteeringError(
             f"a {name} below {target} nats at every coefficient tried",
@@ -93,6 +96,7 @@ def calibrate_many(
     start: float = 1.0,
     tolerance: float = 0.02,
     batch_tokens: int | None = None,
+    progress: Progress = None,
 ) -> list[float]:
     """The strength of ``calibrate`` for each of many interventions, with many to a forward pass.
 
@@ -106,6 +110,7 @@ def calibrate_many(
         start: As in ``calibrate``.
         tolerance: As in ``calibrate``.
         batch_tokens: The tokens in a forward pass, which bound memory and change no result.
+        progress: As in ``calibrate``.
 
     Returns:
         One coefficient for each function; nan where the target is not reached after forty doublings, or before
@@ -117,7 +122,8 @@ def calibrate_many(
     """
     _, target, costs = _cost(model, tokenizer, texts, target_ce_rise, target_kl, batch_tokens)
     return [
-        coefficients[0] for coefficients in _solve(costs, [target], makes, start, tolerance, activation_dtype(model))
+        coefficients[0]
+        for coefficients in _solve(costs, [target], makes, start, tolerance, activation_dtype(model), progress)
     ]
 
 
@@ -132,6 +138,7 @@ def calibrate_grid(
     start: float = 1.0,
     tolerance: float = 0.02,
     batch_tokens: int | None = None,
+    progress: Progress = None,
 ) -> list[list[float]]:
     """The strengths of ``calibrate_many`` for each intervention and each of several rises in cross-entropy.
 
@@ -147,6 +154,7 @@ def calibrate_grid(
         start: As in ``calibrate``.
         tolerance: As in ``calibrate``.
         batch_tokens: As in ``calibrate_many``.
+        progress: As in ``calibrate``.
 
     Returns:
         For each function the coefficient of each rise; nan where it is not reached.
@@ -159,7 +167,7 @@ def calibrate_grid(
     if not target_ce_rises:
         raise SteeringError("none", "at least one rise in target_ce_rises", "pass target_ce_rises=[0.5]")
     costs = _cost(model, tokenizer, texts, target_ce_rises[0], None, batch_tokens)[2]
-    return _solve(costs, target_ce_rises, makes, start, tolerance, activation_dtype(model))
+    return _solve(costs, target_ce_rises, makes, start, tolerance, activation_dtype(model), progress)
 
 
 def _cost(
@@ -204,27 +212,30 @@ def _solve(
     start: float,
     tolerance: float,
     dtype: torch.dtype,
+    progress: Progress,
 ) -> list[list[float]]:
     """The coefficients at which each intervention costs each target; nan where none does."""
     for name, value in (("start", start), ("tolerance", tolerance)):
         if not 0 < value < math.inf:
             raise SteeringError(f"{name} = {value}", "a finite number above 0", f"leave {name} out for the default")
     searches = [[_Search(target, float(start)) for target in targets] for _ in makes]
-    while open_searches := [
-        (n, search) for n, group in enumerate(searches) if (search := next((s for s in group if s.open), None))
-    ]:
-        items = [makes[n](search.guess) for n, search in open_searches]
-        for (_, search), item in zip(open_searches, items, strict=True):
-            if search.low[0] > 0 and not change_bound(item.update()) <= max_change(dtype, item.d_model):
-                search.result = math.nan  # doubled out of what the model's dtype holds
-        pairs = zip(open_searches, items, strict=True)
-        tried = [(n, search, item) for (n, search), item in pairs if search.result is None]
-        values = costs([item for _, _, item in tried]) if tried else []
-        for (n, search, _), value in zip(tried, values, strict=True):
-            search.turns += 1
-            guess = search.guess
-            for other in searches[n]:
-                other.learn(guess, value, tolerance)
+    with reporting(progress, "calibrating strengths", len(makes) * len(targets)) as report:
+        while open_searches := [
+            (n, search) for n, group in enumerate(searches) if (search := next((s for s in group if s.open), None))
+        ]:
+            items = [makes[n](search.guess) for n, search in open_searches]
+            for (_, search), item in zip(open_searches, items, strict=True):
+                if search.low[0] > 0 and not change_bound(item.update()) <= max_change(dtype, item.d_model):
+                    search.result = math.nan  # doubled out of what the model's dtype holds
+            pairs = zip(open_searches, items, strict=True)
+            tried = [(n, search, item) for (n, search), item in pairs if search.result is None]
+            values = costs([item for _, _, item in tried]) if tried else []
+            for (n, search, _), value in zip(tried, values, strict=True):
+                search.turns += 1
+                guess = search.guess
+                for other in searches[n]:
+                    other.learn(guess, value, tolerance)
+            report(sum(not search.open for group in searches for search in group))
     return [[s.guess if s.result is None else s.result for s in group] for group in searches]
 
 

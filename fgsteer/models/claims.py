@@ -160,7 +160,7 @@ def _task() -> asyncio.Task[object] | None:
 def _overlap(what: str) -> SteeringError:
     """Make the error of blocks that overlap."""
     return SteeringError(
-        f"{what}, so that passes would be steered by one block, by both, then by the other",
+        f"{what}, so that the blocks overlap: passes would be steered by one, by both, then by the other",
         "blocks that nest, the inner one left first",
         _ALTERNATIVE,
     )

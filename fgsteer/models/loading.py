@@ -132,7 +132,7 @@ def _as_format_errors(name: str, gguf: bool) -> Iterator[None]:
             "a GGUF file, of an architecture that transformers reads" if gguf else "a model that transformers reads"
         )
         reason = " ".join(str(error).split())[:400].removesuffix(".")
-        raise FormatError(f"Cannot read {name}: {reason}.", expected) from error
+        raise FormatError(f"{name} cannot be read: {reason}.", expected) from error
 
 
 def _check_complete(name: str, loaded: Any) -> PreTrainedModel:

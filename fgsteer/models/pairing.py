@@ -59,8 +59,8 @@ def check_pairing(model: nn.Module, hookpoint: Hookpoint, width: int, made_for: 
         raise HookpointError(f"{a(what)}{made} at {hookpoint}", expected, advice) from error
     if width != needed:
         raise PairingError(
-            f"{a(what)} of width {width}{made}",
-            f"width {needed}, that of {name or type(model).__name__} at {hookpoint}",
+            f"{a(what)} of d_model {width}{made}",
+            f"d_model {needed}, that of {name or type(model).__name__} at {hookpoint}",
             advice,
         )
     if is_other:

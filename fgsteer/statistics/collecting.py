@@ -31,6 +31,7 @@ from fgsteer.activations.tokens import (
 )
 from fgsteer.data.contrast_files import Contrastable, as_contrast
 from fgsteer.data.contrasts import ContrastSet
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked, is_whole_number
 from fgsteer.models.fingerprints import run_fingerprint
@@ -66,7 +67,7 @@ def collect(
     share_prefixes: bool = True,
     work: str | Path | None = None,
     fresh: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> ContrastStatistics:
     """Collect statistics of both sides of a contrast, from one forward pass per text up to the last hookpoint.
 
@@ -101,7 +102,8 @@ def collect(
         work: A folder that keeps the sums of every 1,024 texts. A call that was killed goes on from there, to the
             same result. Processes that torchrun starts share the texts among them; each returns all of it.
         fresh: Whether the folder ``work`` is started over.
-        progress: Called with the number of texts that are done.
+        progress: None shows a bar where standard error is a terminal or the code runs in a notebook, and nothing
+            elsewhere; False shows nothing; a function is called with the number of texts that are done instead.
 
     Returns:
         Residual contrasts at each hookpoint, and with an SAE its feature contrast.
@@ -129,15 +131,12 @@ def collect(
     }
     batching: Batching[Batch | SharedBatch] = choose_batching(model) if share_prefixes else batch_rows
     chunks = split_into_chunks(_interleave(contrast))
-    with TokenReader(
-        tokenizer,
-        rule=tokens,
-        bos=bos,
-        prepend_bos=prepend,
-        max_tokens=max_tokens,
-        window=context_window(model),
-    ) as rows:
-        reader = ChunkReader(model, rows, sae, residual_hookpoints, keep_pooled, batching, batch_tokens, progress)
+    rows = TokenReader(
+        tokenizer, rule=tokens, bos=bos, prepend_bos=prepend, max_tokens=max_tokens, window=context_window(model)
+    )
+    total = contrast.count(True) + contrast.count(False)
+    with reporting(progress, "collecting texts", total) as report, rows:
+        reader = ChunkReader(model, rows, sae, residual_hookpoints, keep_pooled, batching, batch_tokens, report)
         if work is None:
             sums = join_sums(reader.sum_chunk(number, chunk) for number, chunk in enumerate(chunks))
         else:

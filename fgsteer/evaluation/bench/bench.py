@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 from fgsteer.data.contrast_files import load_contrast
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.data.shipped import load_neutral, shipped_contrasts
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import warn
@@ -285,7 +286,7 @@ class Bench(OneLineRepr):
         self,
         path: str | Path,
         command: str = "",
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress = None,
         *,
         fresh: bool = False,
     ) -> None:
@@ -297,7 +298,7 @@ class Bench(OneLineRepr):
         Args:
             path: The file, such as bench.jsonl.
             command: How the run was started, for its header.
-            progress: Called with (records done, records in all) after each batch.
+            progress: As in ``collect``; a function is called with (records done, records in all) after each batch.
             fresh: Start over.
 
         Raises:
@@ -310,7 +311,7 @@ class Bench(OneLineRepr):
         """
         path = Path(path)
         file_target(path)
-        with exclusive_lock(path):
+        with exclusive_lock(path), reporting(progress, "writing texts") as report:
             check_run(path, self.identity, fresh=fresh)
             header = self.header(command)
             conditions = self._kept_conditions(strengths_path(path))
@@ -318,11 +319,9 @@ class Bench(OneLineRepr):
             counts = [self._count(batch) for batch in batches]
             done = resume(path, header, counts)
             for number in range(done, len(batches)):
-                if progress is not None:
-                    progress(sum(counts[:number]), sum(counts))
+                report(sum(counts[:number]), sum(counts))
                 append(path, [record.as_row() for record in self.records(batches[number])])
-            if progress is not None:
-                progress(sum(counts), sum(counts))
+            report(sum(counts), sum(counts))
 
     def _count(self, batch: Batch) -> int:
         """Records of a batch: a condition at the matched cost has two of each text."""

@@ -9,11 +9,12 @@ So several processes, on one machine or many, can share a benchmark, and what is
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fgsteer.display.progress import Progress
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.run_files import as_line, check_run, strengths_path
@@ -21,8 +22,6 @@ from fgsteer.evaluation.runs.records import HALVES
 from fgsteer.storage.atomic import atomic_write, rename
 from fgsteer.storage.json_files import parse_json, read_json, write_json
 from fgsteer.storage.targets import make_folder
-
-Progress = Callable[[int, int], None]
 
 
 def concepts_folder(path: str | Path) -> Path:
@@ -82,7 +81,7 @@ def check_concepts(bench: Bench, path: str | Path, own: Iterable[str], *, fresh:
                 check_run(file, identity, fresh=True)
 
 
-def run_concept(bench: Bench, concept: str, folder: Path, command: str = "", progress: Progress | None = None) -> None:
+def run_concept(bench: Bench, concept: str, folder: Path, command: str = "", progress: Progress = None) -> None:
     """Write ``folder/CONCEPT.jsonl``, the run of one concept, unless it is there. Raises as ``Bench.run`` does."""
     done, running = folder / f"{concept}.jsonl", folder / f"{concept}.running.jsonl"
     if done.exists():

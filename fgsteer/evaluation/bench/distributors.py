@@ -11,10 +11,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.concept_runs import (
-    Progress,
     check_concepts,
     concepts_folder,
     join_concepts,
@@ -34,7 +34,7 @@ class Distributor(Protocol):
         bench: Bench,
         path: str | Path,
         command: str = "",
-        progress: Progress | None = None,
+        progress: Progress = None,
         *,
         fresh: bool = False,
     ) -> bool:
@@ -60,7 +60,7 @@ class OneProcess:
         bench: Bench,
         path: str | Path,
         command: str = "",
-        progress: Progress | None = None,
+        progress: Progress = None,
         *,
         fresh: bool = False,
     ) -> bool:
@@ -81,7 +81,7 @@ class Torchrun:
         bench: Bench,
         path: str | Path,
         command: str = "",
-        progress: Progress | None = None,
+        progress: Progress = None,
         *,
         fresh: bool = False,
     ) -> bool:
@@ -118,7 +118,7 @@ class RayWorkers:
         bench: Bench,
         path: str | Path,
         command: str = "",
-        progress: Progress | None = None,
+        progress: Progress = None,
         *,
         fresh: bool = False,
     ) -> bool:
@@ -134,7 +134,7 @@ class RayWorkers:
         join_concepts(bench, path, command)
         return True
 
-    def _run_concepts(self, concepts: Iterable[str], folder: Path, command: str, progress: Progress | None) -> None:
+    def _run_concepts(self, concepts: Iterable[str], folder: Path, command: str, progress: Progress) -> None:
         """Run the concepts in workers, each of which has a benchmark of its own."""
         try:
             import ray
@@ -162,8 +162,8 @@ class RayWorkers:
         names = list(concepts)
         actors = [ray.remote(Worker).options(**share).remote() for _ in range(min(self.workers, len(names)))]
         finished = ActorPool(actors).map_unordered(lambda actor, concept: actor.run.remote(concept), names)
-        for number, _ in enumerate(finished, 1):
-            if progress is not None:
-                progress(number, len(names))
+        with reporting(progress, "writing concepts", len(names)) as report:
+            for number, _ in enumerate(finished, 1):
+                report(number, len(names))
         for actor in actors:
             ray.kill(actor)

@@ -23,6 +23,7 @@ from fgsteer.activations.tokens import TokenRule
 from fgsteer.data.contrast_files import as_contrast
 from fgsteer.data.contrasts import ContrastPair, ContrastSet
 from fgsteer.data.shipped import load_neutral
+from fgsteer.display.progress import Progress, Report, reporting
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_number, checked
 from fgsteer.evaluation.metrics.propensity import Propensity, Shares
@@ -71,7 +72,7 @@ def sweep(
     controls: int = 4,
     tokens: TokenRule = "all",
     batch_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
 ) -> Sweep:
     """Measure effect and cost of ``h + c·v`` at every layer, strength and sign, without generating anything.
 
@@ -100,7 +101,7 @@ def sweep(
             sides, which is no effect of the vector and would pass for a stronger sign.
         tokens: Which tokens the vectors are built from, as in ``collect``.
         batch_tokens: Padded tokens of a batch.
-        progress: Called with (steps done, steps in all).
+        progress: As in ``collect``; a function is called with (steps done, steps in all).
 
     Returns:
         What was measured, and its answers.
@@ -117,22 +118,23 @@ def sweep(
     held = contrast_set.held_out if held_out is None else as_contrast(held_out)
     propensity = Propensity(contrast_set if held is None else held)
     meter = _Meter(model, tokenizer, propensity, load_neutral()[0] if neutral is None else neutral, batch_tokens)
-    by_layer = _vectors(model, tokenizer, contrast_set, vectors, layers, tokens)
-    tick = _Ticker(progress, len(by_layer) + by_cost + (controls > 0))
-    if by_cost:
-        steps = _calibrated(meter, by_layer, grid)
-        tick()
-    else:
-        steps = [(layer, sign, sign * size, None) for layer in by_layer for sign in SIGNS for size in grid]
-    shares: dict[SweepCell, Shares] = {}
-    for layer, vector in by_layer.items():
-        mine = [step for step in steps if step[0] == layer]
-        measured = meter.measure([vector.add(coefficient) for _, _, coefficient, _ in mine])
-        for step, share, cost in zip(mine, measured.changes, measured.costs, strict=True):
-            if math.isfinite(cost) and np.isfinite(share).all():
-                shares[SweepCell(*step, cost, propensity.interval(share))] = share
-        tick()
-    damage = _damage(meter, by_layer, matched, controls, tick) if controls > 0 else {}
+    with reporting(progress, "sweeping") as report:
+        by_layer = _vectors(model, tokenizer, contrast_set, vectors, layers, tokens)
+        tick = _Ticker(report, len(by_layer) + by_cost + (controls > 0))
+        if by_cost:
+            steps = _calibrated(meter, by_layer, grid)
+            tick()
+        else:
+            steps = [(layer, sign, sign * size, None) for layer in by_layer for sign in SIGNS for size in grid]
+        shares: dict[SweepCell, Shares] = {}
+        for layer, vector in by_layer.items():
+            mine = [step for step in steps if step[0] == layer]
+            measured = meter.measure([vector.add(coefficient) for _, _, coefficient, _ in mine])
+            for step, share, cost in zip(mine, measured.changes, measured.costs, strict=True):
+                if math.isfinite(cost) and np.isfinite(share).all():
+                    shares[SweepCell(*step, cost, propensity.interval(share))] = share
+            tick()
+        damage = _damage(meter, by_layer, matched, controls, tick) if controls > 0 else {}
     curves = _curves(shares)
     notes = [] if held is not None else [UNHELD]
     interval = propensity.interval
@@ -197,13 +199,12 @@ class _Meter:
 class _Ticker:
     """Counts steps, and reports each."""
 
-    def __init__(self, report: Callable[[int, int], None] | None, total: int) -> None:
+    def __init__(self, report: Report, total: int) -> None:
         self.report, self.total, self.done = report, total, 0
 
     def __call__(self) -> None:
         self.done += 1
-        if self.report is not None:
-            self.report(self.done, self.total)
+        self.report(self.done, self.total)
 
 
 def _grid(
