@@ -7,7 +7,7 @@ import json
 import socket
 import time
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -133,7 +133,7 @@ def test_former_orders_still_work_and_warn(llama, tokenizer, sae):
 
 
 def test_statistics_and_saes_are_what_methods_work_on(sae, stats):
-    path, fgaa = "love.stats", vars(fg)["fgaa"]  # without its type, which refuses some of these
+    path, fgaa = "love.stats", cast(Any, fg.fgaa)  # without its type, which refuses some of these
     for make in (
         lambda: fg.caa(path),
         lambda: fg.ace(DATA),

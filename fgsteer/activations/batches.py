@@ -58,7 +58,7 @@ class Batch:
         return Batch(ids, attention, selected, self.rows[rows])
 
 
-@runtime_checkable  # where annotations are checked at run time
+@runtime_checkable
 class Batching(Protocol[B_co]):
     """A function that makes batches of a chunk's rows, as ``batch_rows`` and ``batch_rows_by_prefix`` do."""
 

@@ -55,7 +55,7 @@ class ExportInputs:
         return next((str(model["type"]) for model in models if isinstance(model, Mapping) and model.get("type")), "")
 
 
-@runtime_checkable  # where annotations are checked at run time
+@runtime_checkable
 class Exporter(Protocol):
     """Writes interventions in the format of an engine."""
 

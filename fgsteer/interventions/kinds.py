@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Required, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Required, TypedDict, TypeVar, Unpack
 
 import torch
 from jaxtyping import Float
@@ -41,6 +41,9 @@ class InterventionFields(TypedDict, total=False):
     bos: bool
     model_name: str
     method: str
+
+
+Kind = TypeVar("Kind", bound="Intervention")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -90,7 +93,7 @@ class Intervention(OneLineRepr, ABC):
         """Whether one of its values requires grad."""
         return any(isinstance(value, Tensor) and value.requires_grad for value in self._values().values())
 
-    def detach(self) -> Self:
+    def detach(self: Kind) -> Kind:
         """The same intervention with its present values, none of which requires grad."""
         values: dict[str, Any] = {n: v.detach() for n, v in self._values().items() if isinstance(v, Tensor)}
         return replace(self, **values) if self.trained else self
@@ -318,7 +321,7 @@ class ClampFeature(Intervention):
         tensors = {name: value for name, value in vars(self.sae).items() if isinstance(value, Tensor)}
         return tensors | {f"target of feature {j}": target for j, target in self.targets.items()}
 
-    def detach(self) -> Self:
+    def detach(self) -> ClampFeature:
         """The same intervention with its present targets, as floats."""
         targets = {j: t.detach() if isinstance(t, Tensor) else t for j, t in self.targets.items()}
         return replace(self, targets=targets) if self.trained else self

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from fgsteer.errors import PairingError
 
 
-@runtime_checkable  # where annotations are checked at run time
+@runtime_checkable
 class Identified(Protocol):
     """An SAE, as far as the check looks at it."""
 

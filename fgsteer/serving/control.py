@@ -30,7 +30,7 @@ _CANARY_TOKENS = 2  # one from the prompt's pass, one from a decoding pass
 _CANARY_NATS = 0.01  # by how much a log-probability must change; rounding of a repeated bfloat16 pass stays far below
 
 
-@runtime_checkable  # where annotations are checked at run time
+@runtime_checkable
 class Engine(Protocol):
     """What ``Control`` needs of a vLLM engine, offline or serving."""
 

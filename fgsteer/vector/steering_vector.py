@@ -36,7 +36,7 @@ FILE_NAME = "vector.safetensors"  # the name of a vector's file in a folder or a
 TOP_FEATURES = 10  # features that a notebook shows of a vector
 
 
-@runtime_checkable  # where annotations are checked at run time
+@runtime_checkable
 class MeasuredRun(Protocol):
     """A run of ``bench`` that ``load_run`` loaded: what a model card tells of how well a vector steered."""
 
