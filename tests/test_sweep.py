@@ -302,8 +302,11 @@ def test_rules_by_arithmetic():
     assert "works best at layer 1 with coefficient 2, 2.5 [2.5, 2.5] nats a token, 0.5 [0.5, 0.5] ahead" in where
     assert "3 of 4 curves peak and clearly fall after: layer 0 (-1, peak at 0.5 nats)" in fading
     assert "buys 6 at the cheapest step and 2 at the dearest" in fading  # medians of 4 8 8 2 and 3 3 1 -2
-    assert "negative is stronger at layer 0; positive at layer 1. On average negative less positive is -1 " in sign
-    assert "equal cost do: positive at layer 0, 1; on average -1.75 [" in sign
+    assert (
+        "negative is stronger at layer 0; positive is stronger at layer 1. On average negative less positive is -1 "
+        in sign
+    )
+    assert "equal cost do: positive is stronger at layers 0 and 1; on average -1.75 [" in sign
 
 
 def test_what_steering_that_costs_nothing_buys():

@@ -222,8 +222,8 @@ def _report(made: Bench, out: Path) -> dict[str, Any]:
 
     run = fg.load_run(out / "bench.jsonl")
     table = markdown(run)
-    with atomic_write(out / "table.md") as beside:
-        beside.write_text(table, encoding="utf-8")
+    with atomic_write(out / "table.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
     layers = sorted(made.saes)
     features = partial(fg.seen_features, made.model, made.tokenizer, made.saes[layers[len(layers) // 2]])
     fg.write_report(run, out / "report.html", features=features)

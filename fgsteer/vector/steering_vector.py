@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ FILE_NAME = "vector.safetensors"  # the name of a vector's file in a folder or a
 TOP_FEATURES = 10  # features that a notebook shows of a vector
 
 
+@runtime_checkable
 class MeasuredRun(Protocol):
     """A run of ``bench`` that ``load_run`` loaded: what a model card tells of how well a vector steered."""
 

@@ -187,7 +187,7 @@ class ChatClient:
         self.backoff = backoff
         self.options = _request_fields(options or {})
         if not isinstance(api_key, str | None):
-            raise JudgeError(f"{a(type(api_key).__name__)} as api_key", "a text")
+            raise JudgeError(f"{a(type(api_key).__name__)}", "a text as the API key", 'pass api_key="..."')
         self._key = _Key((os.environ.get(KEY_VARIABLE, "") if api_key is None else api_key).strip())
         if not (self._key.value.isascii() and self._key.value.isprintable()):
             raise JudgeError(

@@ -174,7 +174,7 @@ def _best_in_words(best: BestLayer, unit: str) -> str:
     if best.lead is not None:
         text += f", {_in_figures(best.lead)} ahead of layer {best.runner_up}"
     if best.level_with:
-        text += f"; it cannot be told apart from layer {_listed(best.level_with)}"
+        text += f"; it cannot be told apart from {_named(best.level_with)}"
     return f"{text}."
 
 
@@ -207,16 +207,18 @@ def _signs_in_words(signs: Sequence[SignDifference], unit: str) -> str:
 
 def _stronger(rows: Sequence[tuple[int | None, Interval]]) -> str:
     by = {
-        "negative is stronger at layer": [layer for layer, difference in rows if difference.low > 0],
-        "positive at layer": [layer for layer, difference in rows if difference.high < 0],
-        "they cannot be told apart at layer": [layer for layer, difference in rows if not difference.clear],
+        "negative is stronger at": [layer for layer, difference in rows if difference.low > 0],
+        "positive is stronger at": [layer for layer, difference in rows if difference.high < 0],
+        "they cannot be told apart at": [layer for layer, difference in rows if not difference.clear],
     }
-    return "; ".join(f"{what} {_listed(layers)}" for what, layers in by.items() if layers)
+    return "; ".join(f"{what} {_named(layers)}" for what, layers in by.items() if layers)
 
 
 def _in_figures(value: Interval) -> str:
     return f"{value.mean:.3g} [{value.low:.3g}, {value.high:.3g}]"
 
 
-def _listed(layers: Sequence[int | None]) -> str:
-    return ", ".join(map(str, layers))
+def _named(layers: Sequence[int | None]) -> str:
+    """Layers in words: "layer 1", or "layers 1, 2 and 3"."""
+    *before, last = map(str, layers)
+    return f"layers {', '.join(before)} and {last}" if before else f"layer {last}"
