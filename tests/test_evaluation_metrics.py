@@ -122,7 +122,7 @@ def test_kl_equals_the_loop(llama, tokenizer, vector):
             assert found == pytest.approx([backward, 0.0], rel=1e-3, abs=1e-6)
     with pytest.raises(fg.DataError, match="'unsteered' or 'steered'"):
         fg.kl_divergences(llama, tokenizer, TEXTS, [None], under="both")
-    with pytest.raises(fg.DataError, match="mean or last"):
+    with pytest.raises(fg.DataError, match="'mean' or 'last'"):
         fg.kl_divergences(llama, tokenizer, TEXTS, [None], at="first")
 
 
@@ -155,7 +155,7 @@ def test_strengths_cost_the_target_kl(llama, tokenizer, vector):
     with pytest.raises(fg.SteeringError, match="a vector that changes what the model says"):
         fg.calibrate(llama, tokenizer, null, TEXTS, target_kl=0.03)
     for calibrate, make in ((fg.calibrate, vector.add), (fg.calibrate_many, [vector.add])):
-        with pytest.raises(fg.SteeringError, match="one of them"):
+        with pytest.raises(fg.SteeringError, match="one target"):
             calibrate(llama, tokenizer, make, TEXTS, target_ce_rise=0.5, target_kl=0.5)
         for target in (math.nan, math.inf, 0.0, -1.0):
             with pytest.raises(fg.SteeringError, match="target_kl"):
@@ -404,7 +404,7 @@ def test_command_line_diagnoses(tmp_path):
     (bare,) = json.loads(invoke("diagnose", stats, "--json"))["rows"]
     assert (bare["agreement"], bare["rms_agreement"]) == (None, pytest.approx(row["rms_agreement"]))
     assert "--no-pooled" in invoke("diagnose", stats)
-    with pytest.raises(fg.DataError, match="one of them"):
+    with pytest.raises(fg.DataError, match="one target"):
         invoke("diagnose", stats, "--vector", vec, "--hookpoint", at)
     with pytest.raises(fg.PairingError, match=r"blocks\.0"):
         invoke("diagnose", stats, "--hookpoint", "blocks.0.hook_resid_post")
