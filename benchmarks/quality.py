@@ -1,8 +1,8 @@
 """SAE methods against plain CAA on the embedded default: settings tuned on one half, measured on the other.
 
-What: each method's layer, then a small grid of its settings, on the tuning half alone; it keeps what has the best
-mean BCS over the concepts, every concept at its best strength. Then all methods run on both halves.
-Why: a method tuned on the texts that it is reported on beats anything.
+Each method's layer, then a small grid of its settings, is tried on the tuning half alone. The setting with the best
+mean BCS over the concepts is kept, where every concept stands at its best strength. Then all methods run on both
+halves. The reason for two halves: a method that is tuned on the texts that it is reported on beats anything.
 
     python benchmarks/quality.py            writes results/{tuning.json, *.jsonl, table.md, report.html, *.png, *.svg}
     python benchmarks/quality.py --tables   makes tables, page and pictures again, of the records that are there
@@ -24,6 +24,7 @@ from typing import Any
 import fgsteer as fg
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.plan import BenchPlan
+from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.evaluation.runs.plots import save_all
 from fgsteer.evaluation.runs.records import Run
 from fgsteer.evaluation.runs.report import markdown
@@ -110,9 +111,9 @@ class Tuning:
         Bench(**self.parts, plan=plan).run(path, fresh=self.fresh)
         run = fg.load_run(path)
         chosen = [run.mean(setting, "tune") for setting in best_settings(run).values()]
-        found = Trial(layer, settings, sum(chosen) / len(chosen))
-        print(f"{name:50} {found.bcs:.4f}", flush=True)
-        return found
+        trial = Trial(layer, settings, sum(chosen) / len(chosen))
+        print(f"{name:50} {trial.bcs:.4f}", flush=True)
+        return trial
 
     def tune(self, method: str) -> list[Trial]:
         """Trials of a method, the best first: its defaults at each layer, then its settings at the best of them."""
@@ -124,11 +125,11 @@ class Tuning:
 
 @cache
 def bench_run() -> Run:
-    """The records of the benchmark, read once."""
+    """The run of the benchmark, loaded once."""
     return fg.load_run(BENCH)
 
 
-def both() -> dict[str, Run]:
+def compared_runs() -> dict[str, Run]:
     """The run as it is, and with CAA at the layer of the best SAE method."""
     run, near = bench_run(), fg.load_run(NEARBY)
     (layer,) = near.header["plan"]["layers"]["caa"]
@@ -139,16 +140,16 @@ def both() -> dict[str, Run]:
 
 def summary() -> str:
     """The table of docs/benchmarks.md, and the differences beside it in words."""
-    (_, run), (title, near) = both().items()
+    (_, run), (title, near) = compared_runs().items()
     lines = [
         f"{what}: {method_name(one)} less {method_name(other)} "
         f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}].".replace("-0", "−0")
-        for what, found, one, other, matched in (
+        for what, measured, one, other, matched in (
             (f"With {title.replace(' too', '')}", near, "fgaa_effects", "caa", None),
             (f"All at {MATCHED} nats", run, "fgaa_effects", "caa", MATCHED),
             ("At the best coefficient", run, "fgaa_effects", "fgaa", None),
         )
-        for gain in [compare(found, one, other, matched)]
+        for gain in [compare(measured, one, other, matched)]
     ]
     return f"{markdown(run)}\n{chr(10).join(lines)}\n"
 
@@ -158,8 +159,8 @@ def sentence() -> str:
     run = bench_run()
     scores = {row.method: row.bcs for row in average_table(run)}
 
-    def shown(found: Any) -> str:
-        return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    def shown(value: Interval) -> str:
+        return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
     gain = compare(run, "fgaa_effects", "caa")
     difference = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]".replace("-", "−")
@@ -178,7 +179,7 @@ def published(path: Path, mark: str, text: str) -> str:
     """A page's text with ``text`` between the marks, as it should be."""
     page = path.read_text("utf-8")
     marks = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
-    return marks.sub(lambda found: f"{found[1]}{text}{found[2]}", page)
+    return marks.sub(lambda match: f"{match[1]}{text}{match[2]}", page)
 
 
 def section(title: str, run: Run) -> str:
@@ -195,7 +196,7 @@ def publish(model: Any, tokenizer: Any, sae: Any) -> None:
     """Write tables, page and pictures of the records."""
     run = fg.load_run(BENCH)
     with atomic_write(RESULTS / "table.md") as beside:
-        beside.write_text("\n".join(section(title, found) for title, found in both().items()), "utf-8")
+        beside.write_text("\n".join(section(title, measured) for title, measured in compared_runs().items()), "utf-8")
     fg.write_report(run, RESULTS / "report.html", features=partial(fg.seen_features, model, tokenizer, sae))
     save_all(run, RESULTS)
 
@@ -204,9 +205,11 @@ def main() -> None:
     """Tune, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "quality", help="folder of tuning runs")
-    parser.add_argument("--tables", action="store_true", help="only tables, page and pictures of the records")
-    parser.add_argument("--fresh", action="store_true", help="begin anew what earlier versions or settings began")
-    parser.add_argument("--docs", action="store_true", help="only put table and sentence into the docs and README.md")
+    parser.add_argument("--tables", action="store_true", help="only make tables, page and pictures of the records")
+    parser.add_argument("--fresh", action="store_true", help="start over what earlier versions or settings began")
+    parser.add_argument(
+        "--docs", action="store_true", help="only put the table and the sentence into docs and README.md"
+    )
     arguments = parser.parse_args()
     if arguments.docs:
         PAGE.write_text(published(PAGE, "quality", summary()), "utf-8")

@@ -2,12 +2,12 @@
 
 from fgsteer import export as export
 from fgsteer.activations.recording import record as record
+from fgsteer.data.contrast_files import load_contrast as load_contrast
 from fgsteer.data.contrasts import ContrastPair as ContrastPair
 from fgsteer.data.contrasts import ContrastSet as ContrastSet
-from fgsteer.data.contrasts import load_contrast as load_contrast
-from fgsteer.data.contrasts import load_neutral as load_neutral
-from fgsteer.data.contrasts import shipped_contrasts as shipped_contrasts
 from fgsteer.data.corpora import read_documents as read_documents
+from fgsteer.data.shipped import load_neutral as load_neutral
+from fgsteer.data.shipped import shipped_contrasts as shipped_contrasts
 from fgsteer.effects.approximator import EffectApproximator as EffectApproximator
 from fgsteer.effects.approximator import load_effects as load_effects
 from fgsteer.errors import ArgumentError as ArgumentError
@@ -33,6 +33,7 @@ from fgsteer.evaluation.judges.endpoint import CostEstimate as CostEstimate
 from fgsteer.evaluation.judges.endpoint import EndpointJudge as EndpointJudge
 from fgsteer.evaluation.judges.keywords import KeywordJudge as KeywordJudge
 from fgsteer.evaluation.judges.learning import validation_auc as validation_auc
+from fgsteer.evaluation.judges.protocols import CoherenceJudge as CoherenceJudge
 from fgsteer.evaluation.judges.protocols import Judge as Judge
 from fgsteer.evaluation.metrics.answers import AnswerProbabilities as AnswerProbabilities
 from fgsteer.evaluation.metrics.answers import Steerability as Steerability
@@ -49,8 +50,8 @@ from fgsteer.evaluation.runs.records import EvalRecord as EvalRecord
 from fgsteer.evaluation.runs.records import Run as Run
 from fgsteer.evaluation.runs.records import load_run as load_run
 from fgsteer.evaluation.runs.report import write_report as write_report
-from fgsteer.evaluation.sweep.sweep import Sweep as Sweep
-from fgsteer.evaluation.sweep.sweep import SweepCell as SweepCell
+from fgsteer.evaluation.sweep.results import Sweep as Sweep
+from fgsteer.evaluation.sweep.results import SweepCell as SweepCell
 from fgsteer.evaluation.sweep.sweep import sweep as sweep
 from fgsteer.evaluation.tasks import run_tasks as run_tasks
 from fgsteer.export.folding import fold as fold
@@ -111,7 +112,7 @@ from fgsteer.steering.comparison import compare as compare
 from fgsteer.steering.generation import generate as generate
 from fgsteer.steering.hooks import steer as steer
 from fgsteer.steering.streaming import stream as stream
-from fgsteer.vector import FeatureWeight as FeatureWeight
-from fgsteer.vector import SteeringVector as SteeringVector
+from fgsteer.vector.steering_vector import FeatureWeight as FeatureWeight
+from fgsteer.vector.steering_vector import SteeringVector as SteeringVector
 
 __version__: str

@@ -20,7 +20,8 @@ from fgsteer.evaluation.runs.plots import setting_curves
 from fgsteer.models.embedded import model_name
 from fgsteer.storage.atomic import atomic_folder, atomic_write
 from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_or_cache
-from fgsteer.vector import FILE_NAME, OF_FEATURES, MeasuredRun, SteeringVector
+from fgsteer.vector import FEATURE_FACTS, FILE_NAME, MeasuredRun, SteeringVector
+from fgsteer.vector.provenance import part_of
 
 if TYPE_CHECKING:
     from fgsteer.evaluation.runs.records import Setting
@@ -87,7 +88,7 @@ def push(
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             reason = _reason(error, token)
     raise FormatError(
-        f"{repo_id} was not written. {reason.removesuffix('.')}.",
+        f"{repo_id} was not written. {_as_sentence(reason)}",
         "a repository that your token may write to",
         "log in with hf auth login, or pass token=",
     )
@@ -101,6 +102,11 @@ def _reason(error: Exception, token: str | None) -> str:
     from huggingface_hub import get_token
 
     return redact(token or get_token() or "", str(error).strip()).partition("\n")[0]
+
+
+def _as_sentence(text: str) -> str:
+    """The text with a capital and a full stop."""
+    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
 
 
 def fetch(source: str | Path, filename: str, revision: str | None, token: str | None) -> Path:
@@ -119,7 +125,7 @@ def fetch(source: str | Path, filename: str, revision: str | None, token: str | 
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             reason = _reason(error, token) if reachable else describe_unreachable()
     raise FormatError(
-        f"There is no {filename} in {source}. {reason.removesuffix('.')}.",
+        f"There is no {filename} in {source}. {_as_sentence(reason)}",
         "a folder, or a repository that push_to_hub wrote",
         "name the file with filename=, or log in with hf auth login where the repository is private",
     )
@@ -149,12 +155,6 @@ def _concept(vector: SteeringVector) -> str:
     return str(first.get("name") or "") if isinstance(first, Mapping) else ""
 
 
-def _provenance_part(vector: SteeringVector, key: str) -> Mapping[str, Any]:
-    """A part of the provenance, empty where a file holds something else there."""
-    value = vector.provenance.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
 def card(vector: SteeringVector, settings: Sequence[Setting] = (), run: MeasuredRun | None = None) -> str:
     """The model card: what the vector does and is made of, how it was measured, and how to load it.
 
@@ -162,7 +162,7 @@ def card(vector: SteeringVector, settings: Sequence[Setting] = (), run: Measured
     """
     import yaml
 
-    model = str(_provenance_part(vector, "model").get("name") or "")
+    model = str(part_of(vector.provenance, "model").get("name") or "")
     embedded = model == model_name()
     hub_model = model if _HUB_ID.fullmatch(model) and not embedded else ""
     best = max(settings, key=lambda s: run.mean(s, "tune"), default=None) if run is not None else None
@@ -172,7 +172,7 @@ def card(vector: SteeringVector, settings: Sequence[Setting] = (), run: Measured
     if run is not None and best is not None:
         lines += _table(settings, run, best)
     lines += _use("default" if embedded else hub_model or "…", best)
-    provenance = {key: value for key, value in vector.provenance.items() if key not in OF_FEATURES}
+    provenance = {key: value for key, value in vector.provenance.items() if key not in FEATURE_FACTS}
     block = json.dumps(provenance, indent=1, default=str)  # no line of it begins with what would end the block
     return "\n".join([*lines, "Made with fgsteer. How it was made, in full:", "", "```json", block, "```", ""])
 
@@ -183,7 +183,7 @@ def _summary(vector: SteeringVector, model: str) -> list[str]:
         escape_markdown(_concept(vector)),
         escape_markdown(vector.provenance.get("method") or "a bare vector"),
     )
-    sae, hyperparameters = _provenance_part(vector, "sae"), _provenance_part(vector, "hyperparameters")
+    sae, hyperparameters = part_of(vector.provenance, "sae"), part_of(vector.provenance, "hyperparameters")
     simple = [(key, value) for key, value in hyperparameters.items() if isinstance(value, int | float | str)]
     values = ", ".join(f"{key} = {value}" for key, value in simple)
     lines = [

@@ -23,7 +23,7 @@ from fgsteer.cli.bench_setup import choose_engine, make_judge
 from fgsteer.data.contrasts import check_name
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.concept_runs import concepts_folder
-from fgsteer.evaluation.bench.conditions import ConceptArms, bench_methods
+from fgsteer.evaluation.bench.conditions import ConceptConditions, bench_methods
 from fgsteer.evaluation.bench.distributors import RayWorkers, Torchrun
 from fgsteer.evaluation.bench.generators import Generator, TransformersGenerator
 from fgsteer.evaluation.bench.plan import BenchPlan
@@ -94,12 +94,12 @@ def test_strengths_cost_what_they_say(parts, unbroken):
     model, tokenizer, saes, effects = parts
     texts = fg.load_neutral()[0][: PLAN.texts]
     base = fg.cross_entropy(model, tokenizer, texts)
-    arms = ConceptArms(model, tokenizer, fg.load_contrast("love"), saes, effects, {})
+    conditions = ConceptConditions(model, tokenizer, fg.load_contrast("love"), saes, effects, {})
     (layer,) = saes
     found = {(r.method, r.ce_rise): r.coefficient for r in fg.load_run(unbroken).records if r.concept == "love"}
     for method in ("random", "caa", "ace", "fgaa_effects"):
         for rise in PLAN.ce_rises:
-            steering = arms.make(method, layer)(found[method, rise])
+            steering = conditions.make(method, layer)(found[method, rise])
             got = fg.cross_entropy(model, tokenizer, texts, steering=steering) - base
             assert got == pytest.approx(rise, rel=0.03)  # calibration's tolerance is 2 %
 
@@ -377,8 +377,8 @@ def test_the_command_writes_records_report_and_pictures(tmp_path, monkeypatch):
         ("--concept my.json --concept copy/my.json", "two contrast sets named 'my love'"),
         ("--concept love --concept copy/Love.jsonl", "two contrast sets named 'Love'"),
         ("--concept path.json", r"named '\.\./love'"),
-        ("--concept nowhere.json", "no contrast set 'nowhere.json'"),
-        ("--concept few.json --judge keyword", "'few' with 3 texts on a side, and no held_out part"),
+        ("--concept nowhere.json", "no contrast set or file 'nowhere.json'"),
+        ("--concept few.json --judge keyword", "'few' with 3 texts on a side and no held_out part"),
         ("--prompts-from nowhere.txt", "Cannot read nowhere.txt"),
         ("--neutral my.json", "field 'text'"),
         ("--prompts-from two.txt", "two.txt with 2 prompts"),
@@ -434,7 +434,7 @@ def test_every_third_text_is_held_out():
     assert (parted.positives, parted.held_out.positives, parted.negatives) == (("u", "v"), ("w",), ("z",))
     assert (parted.name, parted.description) == ("x", "d")
     assert parted.hold_out() is parted
-    with pytest.raises(fg.DataError, match=r"5 texts on a side.*six|6 texts a side"):
+    with pytest.raises(fg.DataError, match="at least 6 texts on either side"):
         fg.ContrastSet("x", pairs[:5]).hold_out()
 
 
@@ -487,7 +487,7 @@ def test_examples_in_a_prompt_are_text_where_a_set_has_messages(llama, tokenizer
     chats = [
         fg.ContrastPair([{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}], "he said")
     ]
-    assert ConceptArms(llama, tokenizer, fg.ContrastSet("x", chats), {}, {}, {}).prefix == "yes\n"
+    assert ConceptConditions(llama, tokenizer, fg.ContrastSet("x", chats), {}, {}, {}).prefix == "yes\n"
 
 
 @pytest.mark.slow

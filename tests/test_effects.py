@@ -393,7 +393,7 @@ def test_measure_reports_and_serves_the_methods(llama, tokenizer, texts):
     assert set(effects.about) >= {"r2", "ceiling", "shuffled", "explained", "explained_by_bias", "cosine_to_decoder"}
     vec = fg.sae_ts(sae, [3], effects)
     assert vec.norm == pytest.approx(1.0, abs=1e-6)
-    with pytest.raises(fg.PairingError, match="Measure it again with fgsteer effects"):
+    with pytest.raises(fg.PairingError, match="Measure again with fgsteer effects"):
         fg.sae_ts(make_sae(d_sae=24, seed=5), [3], effects)
 
 

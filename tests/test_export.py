@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.interventions import SCOPES
-from tests.helpers.cli import app
+from tests.helpers.cli import invoke_on_cpu as invoke
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import D_MODEL
 from tests.reference import engines
@@ -470,13 +469,6 @@ def test_truncated_steering_vectors_are_typed_errors(tmp_path):
 
 
 # the command line
-
-
-def invoke(*arguments):
-    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def test_the_command_line_exports(tmp_path):

@@ -31,8 +31,8 @@ def write_norms(interventions, path, inputs):
             raise SteeringError(type(item).__name__, "an Add")
         norm = float(item.coefficient * item.direction.norm())
         lines.append(f"{item.hookpoint} {norm:.{inputs.options['digits']}f}")
-    with atomic_write(path) as beside:
-        beside.write_text("\\n".join(lines))
+    with atomic_write(path) as temporary:
+        temporary.write_text("\\n".join(lines))
     return [path]
 
 

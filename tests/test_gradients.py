@@ -374,7 +374,7 @@ def test_values_that_do_not_require_grad_are_copied_and_detached(llama):
             expected = llama(IDS, attention_mask=MASK).logits
         with fg.steer(llama, fg.Add(hookpoint=AT, direction=nn.Parameter(randn(5)), coefficient=2.0)):
             assert torch.equal(llama(IDS, attention_mask=MASK).logits, expected)
-    with pytest.raises(fg.SteeringError, match="0-d"):
+    with pytest.raises(fg.SteeringError, match="single number"):
         fg.Add(hookpoint=AT, direction=direction, coefficient=nn.Parameter(torch.ones(1)))
     with pytest.raises(fg.SteeringError, match="finite"):
         fg.Add(hookpoint=AT, direction=direction, coefficient=nn.Parameter(torch.tensor(torch.inf)))

@@ -11,7 +11,7 @@ import pytest
 
 import fgsteer as fg
 from fgsteer.cli.bench_setup import QUICK
-from fgsteer.data.contrasts import load_bench_prompts
+from fgsteer.data.shipped import load_bench_prompts
 from fgsteer.errors import DataError, PairingError
 from fgsteer.evaluation.bench.concept_runs import begun_design
 from fgsteer.evaluation.bench.plan import BenchPlan
@@ -132,7 +132,7 @@ def test_intervals_refuse_what_has_none():
     for strata in [*nothing, one_prompt]:
         with pytest.raises(DataError):
             over_prompts(strata)
-    with pytest.raises(DataError, match="8 values of 1 prompts"):
+    with pytest.raises(DataError, match="8 values of 1 prompt,"):
         over_prompts(one_prompt)
     with pytest.raises(PairingError, match=r"2 of 3 .*\(0, 0\)"):
         paired_differences({(0, 0): 1.0, (0, 1): 1.0}, {(0, 1): 1.0, (1, 0): 1.0})

@@ -498,7 +498,7 @@ def test_a_steered_module_that_is_replaced_inside_the_block_is_warned_of(name, r
                 logits(model)
     (told,) = (warning for warning in caught if issubclass(warning.category, fg.FgsteerWarning))
     assert told.category is fg.errors.UntouchedWarning
-    assert "inside the steer block: what runs there now is not steered" in str(told.message)
+    assert "inside the steer block, so that what runs there now is not steered" in str(told.message)
 
 
 @pytest.mark.parametrize(

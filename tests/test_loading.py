@@ -60,7 +60,7 @@ def test_every_argument_of_the_hub_is_shared():
     known = set(inspect.signature(hub.cached_files).parameters)
     names = {"cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder"}
     assert names <= known
-    assert names <= set(models._OF_BOTH)
+    assert names <= set(models._SHARED_WITH_TOKENIZER)
 
 
 def test_a_subfolder_holds_model_and_tokenizer(tmp_path):

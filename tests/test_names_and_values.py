@@ -38,7 +38,7 @@ for name in order:
     value = getattr(fg, name)
     assert value is seen[name], name
     assert type(value).__name__ != "module", name
-    assert value is getattr(importlib.import_module(f"fgsteer.{fg._HOME_OF[name]}"), name), name
+    assert value is getattr(importlib.import_module(fg._MODULE_OF[name]), name), name
 assert callable(fg.registry) and callable(fg.sweep) and callable(fg.diagnose)
 """
 

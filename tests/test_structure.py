@@ -42,7 +42,7 @@ FLOORS = (
     "__main__",
 )
 # methods of a vector load the hub when they are called
-ON_CALL = {("vector", "hub")}
+ON_CALL = {("vector", "hub"), ("vector.steering_vector", "hub")}
 
 
 def module_name(path):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.patches import Rectangle
-from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.errors import DataError, HookpointError, SelectionError
@@ -20,7 +19,7 @@ from fgsteer.evaluation.sweep import plots as sweep_plots
 from fgsteer.evaluation.sweep.answers import Curve, best_layer, fade, in_words, sign_differences
 from fgsteer.evaluation.sweep.sweep import random_like
 from fgsteer.models.hookpoints import blocks_of
-from tests.helpers.cli import app
+from tests.helpers.cli import invoke_on_cpu
 from tests.helpers.examples import naive_examples
 from tests.helpers.tiny import D_MODEL, LAYERS, tiny_model
 from tests.reference import methods, tables
@@ -142,7 +141,7 @@ def test_nothing_added_does_nothing(llama, tokenizer):
     assert all(cell.effect.mean != 0 for cell in found.cells if cell.coefficient)
     asleep = fg.sweep(llama, tokenizer, SIDES, vectors=null[:1], ce_rises=[0.1, 0.2], neutral=NEUTRAL, controls=0)
     assert not asleep.cells
-    assert any("layer 0 (-1): 0.1, 0.2 not reached" in note for note in asleep.notes)
+    assert any("layer 0 (-1) does not reach 0.1, 0.2, or is not finite there" in note for note in asleep.notes)
     assert "no layer reaches this cost" in asleep.answers[0]
     with pytest.raises(DataError, match="without cells"):
         sweep_plots.pictures(asleep)
@@ -248,7 +247,7 @@ def test_a_planted_layer_is_found(planted, tokenizer):
         assert best.lead.low > 0
         assert best.level_with == ()
     assert {cell.layer for cell in found.cells} == {1, 2}
-    assert "layer 0 (+1): 0.05, 0.2 not reached, or not finite" in found.notes
+    assert "layer 0 (+1) does not reach 0.05, 0.2, or is not finite there" in found.notes
     assert "layer 0 (-1) does not reach 0.2 nats and is not compared" in found.notes
     assert [row.layer for row in found.signs] == [1, 2, None]
 
@@ -303,8 +302,11 @@ def test_rules_by_arithmetic():
     assert "works best at layer 1 with coefficient 2, 2.5 [2.5, 2.5] nats a token, 0.5 [0.5, 0.5] ahead" in where
     assert "3 of 4 curves peak and clearly fall after: layer 0 (-1, peak at 0.5 nats)" in fading
     assert "buys 6 at the cheapest step and 2 at the dearest" in fading  # medians of 4 8 8 2 and 3 3 1 -2
-    assert "negative is stronger at layer 0; positive at layer 1. On average negative less positive is -1 " in sign
-    assert "equal cost do: positive at layer 0, 1; on average -1.75 [" in sign
+    assert (
+        "negative is stronger at layer 0; positive is stronger at layer 1. On average negative less positive is -1 "
+        in sign
+    )
+    assert "equal cost do: positive is stronger at layers 0 and 1; on average -1.75 [" in sign
 
 
 def test_what_steering_that_costs_nothing_buys():
@@ -342,8 +344,8 @@ def test_held_out_texts_are_used_where_there_are_any(llama, tokenizer):
         ({"ce_rises": [0.1], "matched": 0.2}, DataError, "at most 0.1"),
         ({"coefficients": [1.0], "matched": math.nan}, DataError, "matched"),
         ({"vectors": "fgaa"}, DataError, "caa, ace, pca"),
-        ({"vectors": []}, DataError, "one a layer"),
-        ({"vectors": [fg.SteeringVector(torch.ones(D_MODEL), fg.Hookpoint(1))] * 2}, DataError, "one a layer"),
+        ({"vectors": []}, DataError, "one for each layer"),
+        ({"vectors": [fg.SteeringVector(torch.ones(D_MODEL), fg.Hookpoint(1))] * 2}, DataError, "one for each layer"),
         ({"layers": []}, DataError, "no layers"),
         ({"layers": [LAYERS]}, HookpointError, "layer 3"),
         ({"held_out": fg.ContrastSet("one", positives=["a"], negatives=["the", "it"])}, DataError, "at least two"),
@@ -388,10 +390,7 @@ def test_pictures_show_the_cells(llama, tokenizer, own, tmp_path):
 
 
 def invoke(*arguments):
-    result = CliRunner().invoke(app, ["sweep", *map(str, arguments), "--device", "cpu"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.stdout
+    return invoke_on_cpu("sweep", *arguments).stdout
 
 
 def test_command_line_sweeps(tmp_path):

@@ -21,6 +21,7 @@ import typer
 
 import fgsteer
 from fgsteer import methods
+from fgsteer.cli.choices import with_choices
 from fgsteer.evaluation.judges import table as judges
 from fgsteer.export import table as exports
 from fgsteer.interventions.table import INTERVENTIONS
@@ -109,13 +110,16 @@ def cli_page() -> str:
     group = typer.main.get_command(importlib.import_module("fgsteer.cli").app)
     commands: dict[str, Any] = dict(sorted(getattr(group, "commands", {}).items()))
     lines = ["# Command line", "", str(group.help), "", "| command | what it does |", "|---|---|"]
-    lines += [f"| [`{name}`](#fgsteer-{name}) | {first(command.help)} |" for name, command in commands.items()]
+    lines += [
+        f"| [`{name}`](#fgsteer-{name}) | {first(with_choices(command.help))} |" for name, command in commands.items()
+    ]
     for name, command in commands.items():
         context = typer.Context(command, info_name=f"fgsteer {name}")
         usage = " ".join(["fgsteer", name, *command.collect_usage_pieces(context)])
         lines += ["", f"## fgsteer {name}", "", command.help, "", "```text", usage, "```", ""]
         lines += ["| argument or option | what it means |", "|---|---|"]
         for parameter in command.get_params(context):
+            parameter.help = with_choices(getattr(parameter, "help", None) or "")
             if (record := parameter.get_help_record(context)) is not None:
                 lines.append(f"| `{record[0]}` | {cell(record[1])} |")
     return "\n".join(lines) + "\n"

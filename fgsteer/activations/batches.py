@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -58,6 +58,7 @@ class Batch:
         return Batch(ids, attention, selected, self.rows[rows])
 
 
+@runtime_checkable
 class Batching(Protocol[B_co]):
     """A function that makes batches of a chunk's rows, as ``batch_rows`` and ``batch_rows_by_prefix`` do."""
 

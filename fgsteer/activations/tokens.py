@@ -26,8 +26,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from fgsteer.data.chat import Text
-from fgsteer.data.contrasts import check_text
+from fgsteer.data.chat import Text, check_text
 from fgsteer.data.rendering import Rendered, render, render_prompt
 from fgsteer.errors import DataError, FgsteerWarning
 from fgsteer.errors.checks import warn

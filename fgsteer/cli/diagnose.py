@@ -1,4 +1,4 @@
-"""Commands that say how well steering works, or will."""
+"""``fgsteer diagnose``: how reliable a vector will be, before anything is steered."""
 
 from __future__ import annotations
 
@@ -27,12 +27,19 @@ from fgsteer.errors.wording import count
 
 @app.command()
 def diagnose(
-    source: Annotated[str, typer.Argument(help="Statistics by fgsteer collect, or a contrast set.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A file of statistics by fgsteer collect, or a contrast set: a shipped name or a file."),
+    ],
     vector: Annotated[
-        Path | None, typer.Option("--vector", "-v", help="A vector to diagnose; default: the difference of means.")
+        Path | None,
+        typer.Option("--vector", "-v", help="A file of the vector to diagnose; by default the difference of means."),
     ] = None,
     hookpoint: Annotated[
-        list[str] | None, typer.Option("--hookpoint", help="Only these, such as blocks.2.hook_resid_post.")
+        list[str] | None,
+        typer.Option(
+            "--hookpoint", help="A hookpoint to diagnose at, such as blocks.2.hook_resid_post. Repeat for several."
+        ),
     ] = None,
     model: ModelOption = "default",
     tokens: TokensOption = "all",
@@ -43,18 +50,18 @@ def diagnose(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say, before steering, how reliable a vector will be: directional agreement and separation of the sides.
+    """Tell how reliable a vector will be before steering: whether differences agree, and how far the sides are apart.
 
-    A contrast set is read through the model at the end of every layer; statistics bring their own hookpoints.
-    A vector is best diagnosed on texts that did not build it: where a contrast set has held-out
-    texts, they are shown too.
+    Of a contrast set, activations are collected at the end of every layer; statistics have their own hookpoints. A
+    vector is best diagnosed on texts that did not build it: where a contrast set has held-out texts, they are shown
+    too.
     """
     import fgsteer as fg
     from fgsteer.storage.files import is_tensors
 
     chosen = None if vector is None else fg.SteeringVector.load(vector)
     if chosen is not None and hookpoint:
-        raise DataError("--vector and --hookpoint", "one of them: a vector has its own hookpoint")
+        raise DataError("both --vector and --hookpoint", "one of them", "leave out --hookpoint: a vector has its own")
     places_asked = hookpoints(hookpoint)
     if is_tensors(source):
         stats = {"collected": fg.ContrastStatistics.load(source)}
@@ -93,35 +100,36 @@ def _collect(
     from fgsteer.models.hookpoints import blocks_of
 
     language_model, tokenizer = load_model(model)
-    wanted: list[Any] = list(at or map(fg.Hookpoint, range(len(blocks_of(language_model)))))
-    found = {}
+    places: list[Any] = list(at or map(fg.Hookpoint, range(len(blocks_of(language_model)))))
+    statistics = {}
     for name, part in (("training", contrast), ("held out", contrast.held_out)):
         if part is None:
             continue
-        with progress_bar(f"reading {name} texts", part.count(True) + part.count(False), as_json) as progress:
-            found[name] = fg.collect(
+        with progress_bar(f"collecting {name} texts", part.count(True) + part.count(False), as_json) as progress:
+            statistics[name] = fg.collect(
                 language_model,
                 tokenizer,
                 part,
-                hookpoints=wanted,
+                hookpoints=places,
                 keep_pooled=True,
                 progress=progress,
                 **reading,
             )
-    return found
+    return statistics
 
 
-def _print_diagnosis(told: dict[str, Any]) -> None:
+def _print_diagnosis(output: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for number, heading in enumerate(("hookpoint", "texts", "examples", "norm", "agreement", "rms", "d'")):
         table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
-    for row in told["rows"]:
+    for row in output["rows"]:
         examples = count(row["pairs"], "pair") if row["pairs"] else f"{row['positives']} + {row['negatives']}"
         figures = [row[key] for key in ("norm", "agreement", "rms_agreement", "d_prime")]
         table.add_row(row["hookpoint"], row["texts"], examples, *("-" if x is None else f"{x:.3f}" for x in figures))
     console().print(table)
-    say("agreement: 0 differences point every way, 1 one way; d': 0 the sides overlap, 2 hardly")
-    if any(row["d_prime"] is None for row in told["rows"]):
-        say("-: needs two texts a side, and their activations: fgsteer collect without --no-pooled")
+    say("agreement: 0 where differences point every way, 1 where all point one way")
+    say("d': 0 where the two sides overlap, 2 where they hardly do")
+    if any(row["d_prime"] is None for row in output["rows"]):
+        say("-: needs two texts of each side and their activations: run fgsteer collect without --no-pooled")

@@ -53,16 +53,13 @@ def _print_file(path: Path, description: dict[str, Any]) -> None:
     facts = {key: value for key, value in description.items() if key != "tensors"}
     facts |= facts.pop("provenance", {})
     tensors = description["tensors"]
-    say(f"{path}: {facts.pop('kind', 'tensors')}, written by fgsteer")
-    rows = [
-        (name, escape_text(_summarize(value), keep=""))
-        for name, value in facts.items()
-        if value not in (None, "", {}, [])
-    ]
+    say(escape_text(f"{path}: {facts.pop('kind', 'tensors')}, written by fgsteer", keep=""))
+    rows = [(name, _summarize(value)) for name, value in facts.items() if value not in (None, "", {}, [])]
     rows += [(name, " x ".join(map(str, shape)) or "one number") for name, shape in [*tensors.items()][:MAX_TENSORS]]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        say(f"  {name:<{width}}  {text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS].rstrip(' ,') + ' …'}")
+        shown = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS].rstrip(' ,')} …"
+        say(escape_text(f"  {name:<{width}}  {shown}", keep=""))  # on one line, whatever the file holds
     more = len(tensors) - MAX_TENSORS
     say(f"{f'and {more} more tensors; ' if more > 0 else ''}fgsteer info {path} --json tells everything")
 
@@ -95,7 +92,7 @@ def describe_installation() -> dict[str, Any]:
 
     import torch
 
-    from fgsteer.data.contrasts import shipped_contrasts
+    from fgsteer.data.shipped import shipped_contrasts
     from fgsteer.methods import METHODS
     from fgsteer.methods.provenance import library_version
     from fgsteer.models.embedded import pretrained_dir

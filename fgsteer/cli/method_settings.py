@@ -8,6 +8,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from fgsteer.errors import DataError
 from fgsteer.methods import spec
 
+_HINTS = {
+    "stats": "Write the file with fgsteer collect",
+    "effects": "Write the file with fgsteer effects, or pass --effects default with the default SAE",
+    "features": "Name the features, such as --features 12:1.5,40",
+}
 OPTIONS = ("stats", "sae", "effects", "density", "features")  # inputs of methods that are options of their own
 _KINDS: dict[Any, str] = {
     int: "a whole number",
@@ -27,9 +32,8 @@ def check_inputs(method: str, inputs: dict[str, Any]) -> None:
     missing = [name for name in spec(method, "build").required if name != "sae" and inputs.get(name) is None]
     if missing:
         options = " and ".join(f"--{name}" for name in missing)
-        raise DataError(
-            f"no {options}", f"{options} for the method {method}", "It builds the vector from what they name"
-        )
+        hints = "; ".join(_HINTS[name] for name in missing if name in _HINTS)
+        raise DataError("none", f"{options} for the method {method}", hints)
 
 
 def check_settings(method: str, settings: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The command that sweeps layers, strengths and signs."""
+"""``fgsteer sweep``: layers, strengths and signs compared without generating."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ from fgsteer.errors.limits import MAX_COUNT
 
 @app.command()
 def sweep(
-    contrast: Annotated[str, typer.Argument(help="A shipped contrast set, or a .json or .jsonl file.")],
+    contrast: Annotated[
+        str, typer.Argument(help="The name of a shipped contrast set, or a .json or .jsonl file of one.")
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", callback=fillable, help="Folder for sweep.json and pictures.")
+        Path | None, typer.Option("--out", "-o", callback=fillable, help="The folder for sweep.json and the pictures.")
     ] = None,
     method: Annotated[
         str,
@@ -44,27 +46,43 @@ def sweep(
         ),
     ] = "caa",
     vector: Annotated[
-        list[Path] | None, typer.Option("--vector", "-v", help="A vector of a layer, instead of --method; repeat.")
+        list[Path] | None,
+        typer.Option("--vector", "-v", help="A file of a vector, in place of --method. Repeat for several layers."),
     ] = None,
     layer: Annotated[
-        list[int] | None, typer.Option(min=0, max=MAX_COUNT, help="Only these layers; default: all.")
+        list[int] | None,
+        typer.Option(min=0, max=MAX_COUNT, help="A layer to sweep. Repeat for several; by default all."),
     ] = None,
     ce_rise: Annotated[
         list[float] | None,
-        typer.Option(callback=finite, help="A cost in nats a token to set strength by; default: 0.05 to 1."),
+        typer.Option(
+            callback=finite,
+            help="A cost in nats a token at which strength is set. Repeat for several; by default 0.05 to 1.",
+        ),
     ] = None,
     coefficient: Annotated[
         list[float] | None,
-        typer.Option("--coefficient", "-c", callback=finite, help="A strength, both signs, instead of costs."),
+        typer.Option(
+            "--coefficient", "-c", callback=finite, help="A strength in place of costs, tried with both signs. Repeat."
+        ),
     ] = None,
     matched: Annotated[
-        float | None, typer.Option(callback=finite, help="The cost at which layers and signs are compared.")
+        float | None,
+        typer.Option(callback=finite, help="The cost in nats a token at which layers and signs are compared."),
     ] = None,
-    held_out: Annotated[str | None, typer.Option(help="Set to measure on; default: the held-out part.")] = None,
-    neutral: Annotated[Path | None, typer.Option(help="File of texts that cost is measured on.")] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="The contrast set that effects are measured on; by default the held-out part of the other."),
+    ] = None,
+    neutral: Annotated[
+        Path | None, typer.Option(help="A file of your own neutral texts, on which costs are measured.")
+    ] = None,
     field: FieldOption = "text",
     controls: Annotated[
-        int, typer.Option(min=0, max=MAX_COUNT, help="Random directions a layer, to compare signs with.")
+        int,
+        typer.Option(
+            min=0, max=MAX_COUNT, help="Number of random directions at each layer, with which signs are compared."
+        ),
     ] = 4,
     model: ModelOption = "default",
     tokens: TokensOption = "all",
@@ -75,9 +93,10 @@ def sweep(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Where does steering work best, how does it fade, is negative stronger? Layers × strengths × signs, no generation.
+    """Find where steering works best, how it fades as strength grows, and whether the negative sign is stronger.
 
-    Effects are changes of the log-probability of texts with the behavior against that of texts without it.
+    Tries every layer, strength and sign without generating. The effect is how much more probable texts with the
+    behavior become than texts without it; the cost is how much less probable neutral texts become.
     """
     import fgsteer as fg
     from fgsteer.evaluation.sweep.plots import save_pictures
@@ -87,7 +106,9 @@ def sweep(
 
     vectors = [fg.SteeringVector.load(path) for path in vector or []]
     if vectors and method != "caa":
-        raise DataError(f"--vector and --method {method}", "one of them")
+        raise DataError(
+            f"both --vector and --method {method}", "one of them", "leave out --method: a vector has its own"
+        )
     spec(method, "sweep")
     pairs, rule = fg.load_contrast(contrast), token_rule(tokens)
     measured_on = None if held_out is None else fg.load_contrast(held_out)
@@ -112,17 +133,17 @@ def sweep(
             batch_tokens=batch_tokens,
             progress=bar,
         )
-    told = {"command": " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]])), **swept.as_dict()}
+    output = {"command": " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]])), **swept.as_dict()}
     if out is not None:
-        write_json(make_folder(out) / "sweep.json", told)
+        write_json(make_folder(out) / "sweep.json", output)
         save_pictures(swept, out)
-    show(told, as_json, lambda _: _print_sweep(swept))
+    show(output, as_json, lambda _: _print_sweep(swept))
     if out is not None and not as_json:
-        say(f"sweep.json and pictures in {out}")
+        say(f"sweep.json and the pictures are in {out}.")
 
 
 def _print_sweep(swept: Any) -> None:
-    """Effects by layer, sign and step, then the answers and the notes."""
+    """Print effects by layer, sign and step, then the answers and the notes."""
     from rich.table import Table
 
     by_cost = all(cell.target is not None for cell in swept.cells)

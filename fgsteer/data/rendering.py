@@ -1,4 +1,4 @@
-"""Texts and conversations as the strings that a tokenizer reads.
+"""Render prompts, completions and conversations as the strings that a tokenizer reads.
 
 render(tokenizer, [{"role": "user", "content": "Is it war?"}], "Yes").text
 """
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text as one string: where its completion begins and its content ends, in characters.
+    """A text as one string, with the characters at which its completion begins and its content ends.
 
-    ``special`` says whether the tokenizer is still to add its special tokens. ``answer`` is None where the
-    chat template does not let the prompt be told apart.
+    Attributes:
+        text: The string.
+        answer: Where the completion begins; None where the chat template does not let the prompt be told apart.
+        end: Where the content ends.
+        special: Whether the tokenizer is still to add its special tokens.
     """
 
     text: str
@@ -30,7 +33,7 @@ class Rendered:
 
 
 def _between(before: str, after: str, joint: str | None) -> str:
-    """What stands between two strings: ``joint``, or for None a space unless one of them brings white space."""
+    """Return what joins two strings: ``joint``, or for None a space unless one of them brings white space."""
     if not before or not after:
         return ""
     if joint is None:
@@ -39,11 +42,11 @@ def _between(before: str, after: str, joint: str | None) -> str:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, joint: str | None = None) -> Rendered:
-    """A prompt and its completion as one string.
+    """Render a prompt and its completion as one string.
 
-    Strings are joined by the ``joint``, by default a space unless one of them brings white space; chat
-    messages go through the tokenizer's template. A completion of a prompt that ends in an assistant's message
-    continues that message. Raises DataError for messages that the template refuses.
+    Strings are joined by ``joint``, by default a space unless one of them brings white space. Chat messages go
+    through the tokenizer's template. A completion of a prompt that ends in an assistant's message continues that
+    message. Raises DataError for messages that the template refuses.
     """
     before = [] if isinstance(prompt, str) else list(prompt)
     completion = completion or ""  # no message is no text
@@ -62,23 +65,23 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, j
         return Rendered(head + completion, len(head), len(head + completion), False)
     if continues and after[0]["role"] == "assistant":
         head = render_prompt(tokenizer, before).text
-        said, more = before[-1]["content"], after[0]["content"]
-        between = _between(said, more, joint)
-        one = {"role": "assistant", "content": said + between + more}
-        return _conversation(tokenizer, [*before[:-1], one, *after[1:]], head + between)
+        begun, rest = before[-1]["content"], after[0]["content"]
+        between = _between(begun, rest, joint)
+        joined = {"role": "assistant", "content": begun + between + rest}
+        return _render_conversation(tokenizer, [*before[:-1], joined, *after[1:]], head + between)
     opens = bool(before) and after[0]["role"] == "assistant"
     head = apply_template(tokenizer, before, add_generation_prompt=opens) if before else ""
-    whole = _conversation(tokenizer, before + after, head)
-    if opens and whole.answer:  # a template may write into the assistant's turn, as Qwen 3 its <think></think>
-        # what it writes may hold the message's own words; an only message is what the content ends in
-        find = whole.text.rfind if len(after) == 1 else whole.text.find
-        begin = find(after[0]["content"].strip(), whole.answer, whole.end)
-        whole = replace(whole, answer=max(begin, whole.answer))
-    return whole
+    rendered = _render_conversation(tokenizer, before + after, head)
+    if opens and rendered.answer:  # a template may write into the assistant's turn, as Qwen 3 its <think></think>
+        # what it writes may hold the message's own words; a single message is what the content ends with
+        find = rendered.text.rfind if len(after) == 1 else rendered.text.find
+        begin = find(after[0]["content"].strip(), rendered.answer, rendered.end)
+        rendered = replace(rendered, answer=max(begin, rendered.answer))
+    return rendered
 
 
-def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], head: str) -> Rendered:
-    """A whole conversation, whose prompt alone is rendered as ``head``."""
+def _render_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], head: str) -> Rendered:
+    """Render a conversation whose prompt alone is rendered as ``head``."""
     text = apply_template(tokenizer, messages)
     content = apply_template(tokenizer, messages, continue_final_message=True)
     end = len(content) if text.startswith(content) else len(text)
@@ -86,7 +89,7 @@ def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> Rendered:
-    """A prompt as the string that is to be continued; one that ends in an assistant's message continues it."""
+    """Render a prompt that is to be continued; one that ends in an assistant's message continues that message."""
     if isinstance(prompt, str):
         return Rendered(prompt, len(prompt), len(prompt), True)
     continues = bool(prompt) and prompt[-1]["role"] == "assistant"

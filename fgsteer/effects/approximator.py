@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.data.contrasts import load_neutral
+from fgsteer.data.shipped import load_neutral
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.effects.fitting import fit_shards
 from fgsteer.effects.measuring import EffectPlan, decoder_directions

@@ -24,6 +24,7 @@ from fgsteer.activations.tokens import TokenReader, encode_prompts
 from fgsteer.effects.rollouts import Sampling, rollout_features
 from fgsteer.errors import DataError, PairingError
 from fgsteer.errors.checks import check_range, is_whole_number
+from fgsteer.errors.wording import count
 from fgsteer.interventions.kinds import Add
 from fgsteer.likelihood.calibration import calibrate_many
 from fgsteer.models.fingerprints import run_fingerprint
@@ -126,7 +127,7 @@ class EffectPlan:
                 "put a single vector into a batch with vector[None]",
             )
         if not len(self.prompts) or not len(self.texts):
-            got = f"{len(self.prompts)} prompts and {len(self.texts)} texts"
+            got = f"{count(len(self.prompts), 'prompt')} and {count(len(self.texts), 'text')}"
             raise DataError(got, "at least one of each", "leave prompts and texts out for the shipped ones")
         if not 0 < self.target_ce_rise < float("inf"):
             raise DataError(

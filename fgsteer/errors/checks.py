@@ -120,7 +120,7 @@ def _own_class(name: str, obtain: str, expected: str = "") -> _Kind:
     return _Kind(fits, expected or a(name), obtain)
 
 
-_MODEL = 'fg.load_model("default") gives a model and its tokenizer, or pass a transformers model of your own'
+_MODEL = 'load a model and its tokenizer with fg.load_model("default"), or pass a transformers model of your own'
 _TOKENIZER = "pass the tokenizer that fg.load_model returns beside the model, or processor.tokenizer"
 _KINDS: dict[str, _Kind] = {
     "None": _Kind(lambda value: value is None, "None"),
@@ -136,18 +136,18 @@ _KINDS: dict[str, _Kind] = {
         "a tokenizer",
         _TOKENIZER,
     ),
-    "SAE": _own_class("SAE", 'fg.load_sae("default"), a folder, a release or a sae_lens.SAE gives one'),
+    "SAE": _own_class("SAE", 'load one with fg.load_sae, from "default", a folder, a release or a sae_lens.SAE'),
     "ContrastStatistics": _own_class(
         "ContrastStatistics",
-        "fg.collect(model, tokenizer, contrast) gives them, fg.ContrastStatistics.load(path) reads a file of them",
+        "collect them with fg.collect(model, tokenizer, contrast) or load them with fg.ContrastStatistics.load(path)",
         "statistics (ContrastStatistics)",
     ),
     "EffectApproximator": _own_class(
-        "EffectApproximator", 'fg.load_effects("default") or fg.load_effects(path) gives one'
+        "EffectApproximator", 'load one with fg.load_effects("default") or fg.load_effects(path)'
     ),
-    "FeatureDensity": _own_class("FeatureDensity", "fg.FeatureDensity.load(path) reads a file"),
-    "FeatureExamples": _own_class("FeatureExamples", "fg.FeatureExamples.load(path) reads a file"),
-    "SteeringVector": _own_class("SteeringVector", "fg.SteeringVector.load(path) reads a file"),
+    "FeatureDensity": _own_class("FeatureDensity", "load a file with fg.FeatureDensity.load(path)"),
+    "FeatureExamples": _own_class("FeatureExamples", "load a file with fg.FeatureExamples.load(path)"),
+    "SteeringVector": _own_class("SteeringVector", "load a file with fg.SteeringVector.load(path)"),
     "Intervention": _own_class("Intervention", "call .add(coefficient), .affine(alpha) or the like on a vector"),
     "Sequence[Intervention]": _Kind(lambda value: isinstance(value, list | tuple), "a list of them"),
     "Sequence[Entry]": _Kind(
@@ -220,7 +220,7 @@ def checked_after(former: Sequence[str]) -> Callable[[Callable[P, R]], Callable[
             if errors and former and len(args) <= len(former):
                 renamed = dict(zip(former, args, strict=False))
                 if not set(renamed) & set(kwargs) and not misfits(renamed):
-                    warn(f"The order of arguments is now {order}.", DeprecationWarning)
+                    warn(f"The order of arguments has changed: the call is now {order}.", DeprecationWarning)
                     return with_checks(**renamed, **kwargs)
             if errors:
                 first = errors[0]

@@ -2,8 +2,8 @@
 
     run_tasks(model, tokenizer, ["hellaswag"], steering=vec.add(8.0), limit=100)["results"]
 
-The harness runs as it is, on the model that the caller holds; hooks steer it meanwhile. Answers are scored
-here and not there, because only here is it known where a prompt ends, on which scopes depend.
+The harness runs as it is, on the caller's model, which hooks steer meanwhile. Answers are scored here and not there,
+because scopes depend on where a prompt ends, and only here that is known.
 """
 
 from __future__ import annotations
@@ -40,67 +40,88 @@ def run_tasks(
     batch_size: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
-    """What ``lm_eval.simple_evaluate`` returns for the tasks, run under one intervention or several composed.
+    """Run tasks of lm-evaluation-harness under one intervention, or several together.
 
-    Scopes hold as in ``generate``: the harness's context is the prompt, the answer that it scores what is generated.
-    ``include_path`` is a folder of task files besides lm-eval's own; ``limit`` the documents of each task, a
-    share if below 1; other keywords (``num_fewshot``, ``log_samples``, ``task_manager``) go to ``simple_evaluate``.
-    Raises JudgeError without lm-eval, DataError for a task that it does not know.
+    Scopes hold as in ``generate``: the harness's context is the prompt, and the answer that it scores is what is
+    generated.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        tasks: Names of tasks, such as ["hellaswag"].
+        steering: What steers; None for the unsteered model.
+        include_path: A folder of task files besides lm-eval's own.
+        limit: Documents of each task; a share of them where below 1.
+        batch_size: Requests of a forward pass.
+        **options: Further arguments of ``lm_eval.simple_evaluate``, such as ``num_fewshot``, ``log_samples`` and
+            ``task_manager``.
+
+    Returns:
+        What ``lm_eval.simple_evaluate`` returns.
+
+    Raises:
+        JudgeError: lm-eval is not installed.
+        DataError: lm-eval does not know a task, a number is out of range, or an answer is longer than the model's
+            window.
     """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise JudgeError(
-            f"lm-eval cannot be imported: {error}", "it, to run its tasks", "pip install 'fgsteer[lm-eval]'"
+            f"lm-eval cannot be imported: {error}.", change="install it with pip install 'fgsteer[lm-eval]'"
         ) from error
     if isinstance(tasks, str) or not tasks:
-        raise DataError(f"tasks {tasks!r}", 'a list of their names, such as ["hellaswag"]')
+        raise DataError(f"tasks = {tasks!r}", 'a list of names of tasks, such as ["hellaswag"]')
     if batch_size < 1 or (limit is not None and not limit > 0):
-        raise DataError(f"batch_size = {batch_size}, limit = {limit}", "numbers above 0")
+        raise DataError(
+            f"batch_size = {batch_size} and limit = {limit}", "batch_size of at least 1 and, if any, limit above 0"
+        )
     folder = None if include_path is None else str(include_path)
     manager = options.pop("task_manager", None) or TaskManager(include_path=folder)
     for task in tasks:
         if not manager.match_tasks([task]):
             raise DataError(
-                f"no task {task!r}", "one of lm-eval's: lm-eval ls tasks", "or name its folder: include_path"
+                f"lm-eval has no task {task!r}.",
+                "one of the tasks that lm-eval ls tasks lists",
+                "for a task of your own, name its folder with include_path",
             )
     language_model = _language_model(model, tokenizer, batch_size)
     composed = [] if steering is None else [steering] if isinstance(steering, Intervention) else list(steering)
     with steer(model, composed, per_row=False):
-        found: dict[str, Any] = simple_evaluate(
+        results: dict[str, Any] = simple_evaluate(
             model=language_model,
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,
             **{"log_samples": False, **options},
         )
-    return found
+    return results
 
 
 def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
-    """The harness's own wrapper of a Hugging Face model, except that answers are scored by ``_score``."""
+    """The harness's own wrapper of a Hugging Face model, in which ``_score`` scores the answers."""
     from lm_eval.models.huggingface import HFLM
 
     class SteeredModel(HFLM):  # type: ignore[misc]
         def _loglikelihood_tokens(
             self, requests: Sequence[tuple[Any, list[int], list[int]]], *_: Any, **__: Any
         ) -> list[tuple[float, bool]]:
-            """(Σ log p, whether greedy decoding gives it) of every (name, context, answer), in ids.
+            """For every (name, context, answer) in ids: Σ log p, and whether greedy decoding gives the answer.
 
-            As the harness does, at most ``max_length`` tokens are run: the last ones of a longer context.
+            As in the harness, at most ``max_length`` tokens are run: the last ones of a longer context.
             """
             same: dict[tuple[tuple[int, ...], int], list[int]] = {}  # answers of one token share a forward pass
             for place, (_, context, answer) in enumerate(requests):
                 if len(answer) > self.max_length:
                     raise DataError(
-                        f"an answer of {len(answer)} tokens, number {place} of a task's",
-                        f"at most {self.max_length}, the model's window",
+                        f"an answer of {len(answer)} tokens (number {place} of a task)",
+                        f"at most {self.max_length} tokens, the model's window",
                         "leave the task out, or pass a model of a longer window",
                     )
                 row = tuple((context + answer)[-(self.max_length + 1) : -1])
                 same.setdefault((row, len(answer)), []).append(place)
-            found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+            scores_of: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
             passes = sorted(same.items(), key=lambda one: -len(one[0][0]))
             for start in range(0, len(passes), batch_size):
                 batch = passes[start : start + batch_size]
@@ -110,10 +131,10 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
                         name, answer = requests[place][0], requests[place][2]
                         ids = torch.tensor(answer, device=scored.device)
                         total = float(scored.gather(1, ids[:, None]).sum())
-                        found[place] = total, torch.equal(scored.argmax(1), ids)
+                        scores_of[place] = total, torch.equal(scored.argmax(1), ids)
                         if name is not None:  # windows of a long text are no requests of their own
-                            self.cache_hook.add_partial("loglikelihood", name, found[place])
-            return found
+                            self.cache_hook.add_partial("loglikelihood", name, scores_of[place])
+            return scores_of
 
     return SteeredModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
@@ -122,7 +143,7 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 def _score(
     model: PreTrainedModel, inputs: Sequence[Sequence[int]], counts: Sequence[int]
 ) -> list[Float[Tensor, "answer vocabulary"]]:
-    """Log-probabilities of the last ``counts`` next tokens of each row of ids, of which the last one is not fed."""
+    """Log-probabilities of the last ``counts`` tokens of each row; the rows lack the very last token of the answer."""
     ids, mask = pad(inputs, 0)
     device = input_device(model)
     with note_prompt_ends(model, [len(row) + 1 - count for row, count in zip(inputs, counts, strict=True)]):

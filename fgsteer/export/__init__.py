@@ -33,8 +33,9 @@ __all__ = [
     "steering_vectors",
 ]
 
+if not TYPE_CHECKING:  # with it, type checkers would take any name
 
-def __getattr__(name: str) -> Any:  # formats load torch, which help texts do without
-    if name in _FORMATS:
-        return import_module(f"fgsteer.export.{name}")
-    raise AttributeError(f"module 'fgsteer.export' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:  # formats load torch, which help texts do without
+        if name in _FORMATS:
+            return import_module(f"fgsteer.export.{name}")
+        raise AttributeError(f"module 'fgsteer.export' has no attribute {name!r}")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from fgsteer.errors import ArgumentError, DataError, PluginError, SteeringError
 from fgsteer.storage.plugins import load_plugins
@@ -55,6 +55,7 @@ class ExportInputs:
         return next((str(model["type"]) for model in models if isinstance(model, Mapping) and model.get("type")), "")
 
 
+@runtime_checkable
 class Exporter(Protocol):
     """Writes interventions in the format of an engine."""
 

@@ -129,7 +129,7 @@ def describe_features(
         if made and made != sae.sha256:
             raise PairingError(
                 f"a vector made with another SAE, {made[:12]}",
-                f"a vector made with this SAE, {sae.sha256[:12]} ({sae.source})",
+                f"a vector made with this SAE, {sae.sha256[:12]}{f' ({sae.source})' if sae.source else ''}",
                 "load the SAE that the vector was made with",
             )
         entries = [(row.id, row.weight, row.density) for row in features.top_features(top)]

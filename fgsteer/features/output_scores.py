@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fgsteer.activations.recording import record
 from fgsteer.activations.tokens import encode_prompts
-from fgsteer.data.contrasts import check_text
+from fgsteer.data.chat import check_text
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError, SelectionError
 from fgsteer.errors.checks import checked

@@ -40,11 +40,12 @@ from fgsteer.interventions.scopes import Scope as Scope
 
 _MODULES = ("kinds", "kernel", "stacking", "values")
 
+if not TYPE_CHECKING:  # with it, type checkers would take any name
 
-def __getattr__(name: str) -> Any:
-    if not name.startswith("_"):
-        for module in _MODULES:
-            home = import_module(f"fgsteer.interventions.{module}")
-            if name in vars(home):
-                return vars(home)[name]
-    raise AttributeError(f"module 'fgsteer.interventions' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if not name.startswith("_"):
+            for module in _MODULES:
+                home = import_module(f"fgsteer.interventions.{module}")
+                if name in vars(home):
+                    return vars(home)[name]
+        raise AttributeError(f"module 'fgsteer.interventions' has no attribute {name!r}")

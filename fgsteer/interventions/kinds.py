@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Required, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Required, TypedDict, TypeVar, Unpack
 
 import torch
 from jaxtyping import Float
@@ -41,6 +41,9 @@ class InterventionFields(TypedDict, total=False):
     bos: bool
     model_name: str
     method: str
+
+
+Kind = TypeVar("Kind", bound="Intervention")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -75,9 +78,9 @@ class Intervention(OneLineRepr, ABC):
         check_flags(bos=self.bos)
         if self.scope not in SCOPES:
             raise SteeringError(
-                f"scope = {describe_value(self.scope)}",
-                f"one of {', '.join(SCOPES)}",
-                "the scope says which tokens are steered; 'all' is the default",
+                describe_value(self.scope),
+                f"a scope among {', '.join(SCOPES)}",
+                "the scope says which tokens are steered; leave it out for all of them",
             )
 
     @property
@@ -90,7 +93,7 @@ class Intervention(OneLineRepr, ABC):
         """Whether one of its values requires grad."""
         return any(isinstance(value, Tensor) and value.requires_grad for value in self._values().values())
 
-    def detach(self) -> Self:
+    def detach(self: Kind) -> Kind:
         """The same intervention with its present values, none of which requires grad."""
         values: dict[str, Any] = {n: v.detach() for n, v in self._values().items() if isinstance(v, Tensor)}
         return replace(self, **values) if self.trained else self
@@ -127,7 +130,7 @@ class DirectionIntervention(Intervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Add(DirectionIntervention):
-    """``h' = h + c·v``: adds a direction (CAA, arXiv 2312.06681).
+    """Adds a direction to an activation: ``h' = h + c·v`` (CAA, arXiv 2312.06681).
 
     Args:
         direction: The direction v, (d_model,).
@@ -180,7 +183,7 @@ class ProjectionIntervention(DirectionIntervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Clamp(ProjectionIntervention):
-    """``h' = h + (t − r̂·h) r̂``: sets the projection on a direction.
+    """Sets the projection on a direction: ``h' = h + (t − r̂·h) r̂``.
 
     Args:
         direction: The direction r, (d_model,), of which only r̂ = r/‖r‖ matters.
@@ -210,7 +213,7 @@ class Clamp(ProjectionIntervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Ablate(ProjectionIntervention):
-    """``h' = h − (r̂·h) r̂``: removes the projection on a direction (arXiv 2406.11717).
+    """Removes the projection on a direction: ``h' = h − (r̂·h) r̂`` (arXiv 2406.11717).
 
     Args:
         direction: The direction r, (d_model,), of which only r̂ = r/‖r‖ matters.
@@ -233,7 +236,7 @@ class Ablate(ProjectionIntervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Affine(ProjectionIntervention):
-    """``h' = h − proj_r(h) + proj_r(r⁻) + α·r``: affine concept editing, ACE (arXiv 2411.09003).
+    """Edits a concept affinely (ACE, arXiv 2411.09003): ``h' = h − proj_r(h) + proj_r(r⁻) + α·r``.
 
     Hence ``r̂·h' = r̂·r⁻ + α‖r‖`` for every h.
 
@@ -271,7 +274,7 @@ class Affine(ProjectionIntervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ClampFeature(Intervention):
-    """``h' = h + Σⱼ (tⱼ − fⱼ(h)) W_dec[j]``: sets feature activations, and keeps the SAE's reconstruction error.
+    """Sets feature activations, and keeps the SAE's reconstruction error: ``h' = h + Σⱼ (tⱼ − fⱼ(h)) W_dec[j]``.
 
     Every fⱼ is read from the same h, so that a clamp of several features is joint.
 
@@ -318,7 +321,7 @@ class ClampFeature(Intervention):
         tensors = {name: value for name, value in vars(self.sae).items() if isinstance(value, Tensor)}
         return tensors | {f"target of feature {j}": target for j, target in self.targets.items()}
 
-    def detach(self) -> Self:
+    def detach(self) -> ClampFeature:
         """The same intervention with its present targets, as floats."""
         targets = {j: t.detach() if isinstance(t, Tensor) else t for j, t in self.targets.items()}
         return replace(self, targets=targets) if self.trained else self

@@ -70,9 +70,9 @@ def calibrate(
     at_zero = costs([make(0.0)])[0]
     if at_zero >= target:
         raise SteeringError(
-            f"a {name} of {at_zero:.3f} nats at strength 0",
-            f"less than the target {target} there",
-            "the function passed should do nothing at strength 0, as vector.add does",
+            f"a {name} of {at_zero:.3f} nats",
+            f"a cost below the target at strength 0, {target} nats",
+            "the function should give an intervention that does nothing at strength 0, as vector.add does",
         )
     coefficient = _solve(costs, [target], [make], start, tolerance, activation_dtype(model), progress)[0][0]
     if math.isnan(coefficient):

@@ -21,8 +21,7 @@ from torch import Tensor
 from fgsteer.activations.batches import Batch, batch_texts, default_batch_tokens
 from fgsteer.activations.prompt_ends import note_prompt_ends
 from fgsteer.activations.tokens import TokenReader
-from fgsteer.data.chat import Text
-from fgsteer.data.contrasts import check_text
+from fgsteer.data.chat import Text, check_text
 from fgsteer.data.conversations import split_prompt
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.errors.checks import checked, describe_value

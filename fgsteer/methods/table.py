@@ -26,7 +26,13 @@ Needs = Literal["nothing", "layer", "sae", "effects"]
 Operation = Literal["add", "affine"]
 Command = Literal["build", "bench", "sweep"]
 
-INPUTS = ("stats", "sae", "effects", "features")  # what build passes to the methods that take it
+# What build passes to the methods that take it, and where it comes from.
+INPUTS = {
+    "stats": "statistics, which fg.collect returns",
+    "sae": "an SAE, which fg.load_sae returns",
+    "effects": "the SAE's effects, which fg.load_effects returns",
+    "features": "ids of features, such as fg.find_features lists",
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class MethodSpec:
             raise PluginError(
                 f"The function {self.function!r} of the method {self.name!r} cannot be imported: {error}.",
                 '"module:name" of a function',
+                "Install what the module needs, or correct the method's row",
             ) from error
         return function
 
@@ -136,9 +143,11 @@ class MethodSpec:
         missing = [key for key in self.required if arguments.get(key) is None]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         unknown = [] if takes_any else [key for key in arguments if key not in parameters]
-        if unknown or missing:
-            problem = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
-            raise SelectionError(f"build({self.name!r}) with {problem}", f"the parameters {', '.join(parameters)}")
+        if missing:
+            needed = " and ".join(f"{key}= ({INPUTS[key]})" if key in INPUTS else f"{key}=" for key in missing)
+            raise SelectionError("none", f"{needed} for the method {self.name!r}")
+        if unknown:
+            raise SelectionError(f"{', '.join(unknown)}", f"the parameters of {self.name!r}: {', '.join(parameters)}")
         return self.load()(**arguments)
 
     def maker(self, vector: SteeringVector) -> Callable[[float], Intervention]:
@@ -292,14 +301,19 @@ def spec(name: str, command: Command | None = None, error: type[FgsteerError] = 
         error: What is raised for another name.
     """
     rows = {row.name: row for row in specs(command)}
-    if name not in rows:
-        raise error(
-            f"the method {name!r:.80}",
-            f"one of {', '.join(rows)}" + (f" (the methods of fgsteer {command})" if command else ""),
-            "If another package adds this method, install that package"
-            + ("" if command else "; run.only(methods=...) leaves it out of a benchmark's run"),
-        )
-    return rows[name]
+    if name in rows:
+        return rows[name]
+    known = {row.name: row for row in specs()}
+    if name in known:
+        change = f"{known[name].label} is a method of fgsteer {' and '.join(known[name].offered)}"
+    else:
+        change = "If another package adds this method, install that package"
+        change += "" if command else "; run.only(methods=...) leaves it out of a benchmark's run"
+    raise error(
+        f"the method {name!r:.80}",
+        f"one of {', '.join(rows)}" + (f" (the methods of fgsteer {command})" if command else ""),
+        change,
+    )
 
 
 def method_name(name: str) -> str:

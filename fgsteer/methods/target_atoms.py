@@ -71,7 +71,7 @@ def sta(
     examples = (contrast.positive.count, contrast.negative.count)
     if min(examples) < FEWEST_EXAMPLES and mode != "act":
         warn(
-            f"STA from {examples[0]} and {examples[1]} examples: frequencies are coarse below about "
+            f"STA selects by {examples[0]} and {examples[1]} examples; its frequencies are coarse below about "
             f"{FEWEST_EXAMPLES} a side.",
             SelectionWarning,
         )

@@ -1,1 +1,1 @@
-"""Models: loading, where hookpoints are in each architecture, and whether a vector or an SAE fits."""
+"""Models: loading them, where their hookpoints are, and whether a vector or an SAE fits one."""

@@ -1,9 +1,9 @@
-"""Who may run a model that is being steered: the thread and the context that opened the block.
+"""Claims on a model that is being steered: only the thread and the context that opened a block may run it.
 
-Hooks act on every forward pass of the model, whoever runs it. A block therefore belongs to the
-thread that opened it and to that thread's context (``contextvars``): an asyncio task, and the
-tasks that it starts inside the block. Blocks of one context nest; two requests never mix, those
-neither that are generators: none is entered while another one is held by a generator that has yielded.
+Hooks act on every forward pass of the model, whoever runs it. A block therefore belongs to the thread that opened it
+and to that thread's context (``contextvars``): an asyncio task, and the tasks that it starts inside the block. Blocks
+of one context nest. Two requests never mix, even if they are generators: no block is entered while another one is
+held by a generator that has yielded.
 
     claim = Claim(model)
     claim.take(hooks)
@@ -28,28 +28,29 @@ from torch.autograd.graph import _engine_run_backward
 from fgsteer.errors import SteeringError
 from fgsteer.models.hookpoints import decoder_of
 
-_INSTEAD = "hold a lock around both, or put the requests into one batch: generate(…, steering=[a, b, None])"
-_FOR_OTHERS = ("contextlib", "_pytest", "pytest_asyncio", "anyio")  # run generators up to a yield to set something up
+_ALTERNATIVE = "hold a lock around both, or put the requests into one batch: generate(…, steering=[a, b, None])"
+# packages that run generators up to a yield in order to set something up
+_SETUP_PACKAGES = ("contextlib", "_pytest", "pytest_asyncio", "anyio")
 _lock = threading.Lock()
-_open: dict[int, list[Claim]] = {}  # by the id of a decoder: the open blocks on it, the outermost first
-_mine: ContextVar[tuple[Claim, ...]] = ContextVar("fgsteer_claims", default=())  # those that this context is inside of
+_open: dict[int, list[Claim]] = {}  # the open blocks on a decoder, by its id, the outermost first
+_of_context: ContextVar[tuple[Claim, ...]] = ContextVar("fgsteer_claims", default=())  # that this context is inside of
 
 
 class Claim:
-    """One block's hold on a model, from ``take`` until the stack closes that it was given."""
+    """One block's hold on a model, from ``take`` until the stack that it was given closes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.decoder = id(decoder_of(model))
         self.thread = threading.get_ident()
         self.open = False
         self.hooks: ExitStack | None = None  # reachable while open: a collected handle of a hook cannot remove it
-        self.overlapped = False  # whether a block around this one was left first
+        self.overlapped = False  # whether a block around this one was left before it
         self.failure: SteeringError | None = None  # of another thread, for the thread that opened the block
         self.generator: FrameType | None = None  # whose code opened the block
         self.task: asyncio.Task[object] | None = None  # in which that generator ran
 
     def take(self, hooks: ExitStack) -> None:
-        """Open the block, inside the blocks of this context. Raises SteeringError while another one has the model."""
+        """Open the block, inside the blocks of this context. Raises SteeringError while another one holds it."""
         hooks.callback(self._release)  # first, so that an interrupt leaves no claim behind
         with _lock:
             for other in _open.get(self.decoder, ()):
@@ -58,7 +59,7 @@ class Claim:
             self.open, self.hooks = True, hooks
             self.generator, self.task = _generator(), _task()
             _open.setdefault(self.decoder, []).append(self)
-        _mine.set((*(claim for claim in _mine.get() if claim.open), self))
+        _of_context.set((*(claim for claim in _of_context.get() if claim.open), self))
 
     def _release(self) -> None:
         """Close the block; those that were opened inside it and are still open run no further pass."""
@@ -75,21 +76,21 @@ class Claim:
                 claim.overlapped = True
             if inner and self.failure is None:
                 self.failure = _overlap("a steer block that was left before one that was opened inside it")
-        _mine.set(tuple(claim for claim in _mine.get() if claim is not self))
+        _of_context.set(tuple(claim for claim in _of_context.get() if claim is not self))
 
     def left(self) -> bool:
-        """Whether the block is behind the thread that opened it, which is the one that runs."""
+        """Tell whether the block has been left and the thread that opened it is the one that runs."""
         return not self.open and threading.get_ident() == self.thread
 
     def report(self) -> None:
-        """Raises SteeringError for what went wrong outside the code of the block, in which nothing was raised."""
+        """Raise SteeringError for what went wrong outside the code of the block, where it could not be raised."""
         if self.failure is not None:
             raise self.failure
 
     def check(self, what: str = "a forward pass") -> None:
-        """Nothing inside the block. Raises SteeringError elsewhere.
+        """Do nothing inside the block. Raises SteeringError elsewhere.
 
-        A backward pass may compute parts of the model again in a thread of autograd's, while
+        A backward pass may compute parts of the model again in a thread of autograd, while
         the thread that opened the block waits for it.
         """
         if threading.get_ident() != self.thread:
@@ -98,19 +99,19 @@ class Claim:
             raise SteeringError(
                 f"{what} on a model that another thread is steering",
                 "one thread at a time",
-                f"enter steer in the thread that runs the model, {_INSTEAD}",
+                f"enter steer in the thread that runs the model, {_ALTERNATIVE}",
             )
-        if self not in _mine.get():
+        if self not in _of_context.get():
             raise SteeringError(
-                f"{what} on a model that another task is steering: its steer block is still open",
+                f"{what} on a model that another task is steering, whose steer block is still open",
                 "one task at a time",
-                f"enter steer in the task that runs the model and leave it before another enters, {_INSTEAD}",
+                f"enter steer in the task that runs the model and leave it before another enters, {_ALTERNATIVE}",
             )
         if self.overlapped:
             raise _overlap(f"{what} in a steer block around which another one was left first")
 
     def check_resumed(self) -> None:
-        """Nothing unless a generator opened the block and has yielded. Raises SteeringError then."""
+        """Raise SteeringError where a generator opened the block and has yielded."""
         if self.generator is None or self.task is not _task():
             return
         frame: FrameType | None = sys._getframe()
@@ -120,16 +121,16 @@ class Claim:
             raise SteeringError(
                 f"a second steer block, while the generator {self.generator.f_code.co_name!r} has yielded inside one",
                 "blocks that nest",
-                "give steer both in one list; for a generator that only sets up steering, make it a context manager "
-                f"with contextlib.contextmanager; for two requests, {_INSTEAD}",
+                "pass both to steer in one list; make a generator that only sets up steering a context manager "
+                f"with contextlib.contextmanager; for two requests, {_ALTERNATIVE}",
             )
 
 
 def _generator() -> FrameType | None:
-    """The generator whose code enters the block that is being entered; None where it is no generator's.
+    """Return the generator whose code enters the block, None where no generator's does.
 
-    One that contextlib drives stands for the code that enters the context manager, and one that is a
-    fixture of pytest's for the test: both yield so that others run inside the block.
+    A generator that contextlib drives acts for the code that enters the context manager, and a fixture of pytest
+    for the test: both yield so that others run inside the block.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -137,19 +138,19 @@ def _generator() -> FrameType | None:
         if package not in ("fgsteer", "contextlib"):
             if not frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
                 return None
-            if frame.f_back is None or _package(frame.f_back) not in _FOR_OTHERS:
+            if frame.f_back is None or _package(frame.f_back) not in _SETUP_PACKAGES:
                 return frame
         frame = frame.f_back
     return None
 
 
 def _package(frame: FrameType) -> str:
-    """The name of the package that the code of a frame belongs to."""
+    """Return the name of the package that the code of a frame belongs to."""
     return str(frame.f_globals.get("__name__")).partition(".")[0]
 
 
 def _task() -> asyncio.Task[object] | None:
-    """The asyncio task that runs in this thread, None where none does."""
+    """Return the asyncio task that runs in this thread, None where none does."""
     try:
         return asyncio.current_task()
     except RuntimeError:
@@ -157,25 +158,26 @@ def _task() -> asyncio.Task[object] | None:
 
 
 def _overlap(what: str) -> SteeringError:
+    """Make the error of blocks that overlap."""
     return SteeringError(
-        f"{what}: the blocks overlap, and what runs would be steered by one, by both, then by the other",
+        f"{what}, so that the blocks overlap: passes would be steered by one, by both, then by the other",
         "blocks that nest, the inner one left first",
-        _INSTEAD,
+        _ALTERNATIVE,
     )
 
 
 def is_claimed(model: nn.Module) -> bool:
-    """Whether any steer block is open on the model."""
+    """Tell whether any steer block is open on the model."""
     return id(decoder_of(model)) in _open
 
 
 def backward_pass() -> int:
-    """The number of the backward pass that runs in this thread, -1 where none does."""
+    """Return the number of the backward pass that runs in this thread, -1 where none does."""
     return torch._C._current_graph_task_id()
 
 
 def _waits_for_backward(thread: int) -> bool:
-    """Whether a thread stands in a call of autograd's engine, and so runs no pass itself."""
+    """Tell whether a thread is inside a call of autograd's engine, and so runs no pass itself."""
     frame = sys._current_frames().get(thread)
     while frame is not None and frame.f_code is not _engine_run_backward.__code__:
         frame = frame.f_back

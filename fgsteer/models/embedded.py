@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fgsteer.errors import (
-    FormatError,
-)
+from fgsteer.errors import FormatError
 from fgsteer.storage.json_files import read_json
 
 DEFAULT = "default"
 
 
 def pretrained_dir() -> Path:
-    """Folder of the embedded default: inside the package, or in a checkout beside it.
+    """Return the folder of the embedded default: inside the package, or in a checkout beside it.
 
     Raises FormatError when neither exists.
     """
@@ -22,25 +20,25 @@ def pretrained_dir() -> Path:
         if (folder / "index.json").is_file():
             return folder
     raise FormatError(
-        "the embedded default is not installed",
+        "The embedded default is not installed.",
         "fgsteer/_pretrained/default in the package or pretrained/default in a checkout",
         "reinstall fgsteer, or run pretrained/build.py",
     )
 
 
 def embedded_sae_dir(sae_id: str | None = None) -> Path:
-    """Folder of an embedded SAE, such as layer_2; the default one without an id.
+    """Return the folder of an embedded SAE, such as layer_2; without an id that of the default one.
 
-    Raises FormatError that names those there are.
+    Raises FormatError for an unknown id, naming those that exist.
     """
     folder = pretrained_dir()
     name = sae_id or str(read_json(folder / "index.json")["sae"])
     known = sorted(path.parent.name for path in (folder / "sae").glob("*/cfg.json"))
     if name not in known:
-        raise FormatError(f"no embedded SAE {name!r}", f"one of {', '.join(known)}")
+        raise FormatError(f"There is no embedded SAE {name!r}.", f"one of {', '.join(known)}", "pass another sae_id")
     return folder / "sae" / name
 
 
 def model_name() -> str:
-    """The name that the embedded default carries in vectors and SAEs."""
+    """Return the name of the embedded default in vectors and SAEs."""
     return "fgsteer/default"

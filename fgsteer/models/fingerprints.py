@@ -1,11 +1,11 @@
-"""What a run is made of: all that its results depend on, noted when it begins, compared when it goes on.
+"""Fingerprints: all that the results of a run depend on, noted when it begins, compared when it goes on.
 
-Model (every weight, dtype, config), tokenizer, SAE, effects, texts and settings by content, not by name; versions of
-fgsteer (whole) and of torch, transformers and tokenizers (major.minor: a patch does not part a run). Where a model
-runs, on which device and in how many processes, is no part of it.
+Model (every weight, dtype, config), tokenizer, SAE, effects, texts and settings count by content, not by name, and
+so do the full version of fgsteer and major.minor of torch, transformers and tokenizers: a patch release does not end
+a run. Where a model runs, on which device and in how many processes, does not count.
 
-    noted = {**made_of(model, tokenizer), "sae": sae_identity(sae), "texts": text_sha256(texts)}
-    check_same(folder, read_json(folder / "plan.json"), noted)
+    plan = {**run_fingerprint(model, tokenizer), "sae": sae_identity(sae), "texts": text_sha256(texts)}
+    check_same_plan(folder, read_json(folder / "plan.json"), plan)
 """
 
 from __future__ import annotations
@@ -32,81 +32,76 @@ if TYPE_CHECKING:
 
 
 LIBRARIES = ("torch", "transformers", "tokenizers")
-
-
 # what a config holds besides how the model computes: where it came from, and what a call may set
-_NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
-
-
-_SOURCE = ("name", "revision")  # of a model: the same one may lie in another folder
-
-
-_PROBE = "The 12 old\u00a0kings' naïve ﬁlms:\n\tWar?! <s>[INST]</s> \u200b東京 🙂"  # that tells tokenizers apart
+_IGNORED_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+_SOURCE_KEYS = ("name", "revision")  # of a model: the same one may be in another folder
+_PROBE_TEXT = "The 12 old\u00a0kings' naïve ﬁlms:\n\tWar?! <s>[INST]</s> \u200b東京 🙂"  # tells tokenizers apart
 
 
 def run_fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What every run depends on, as plain JSON. Raises SteeringError inside a steer block, which is not told in it."""
+    """Return what every run depends on, as plain JSON. Raises SteeringError inside a steer block, which it lacks."""
     if is_claimed(model):
         raise SteeringError(
-            "a run that can be gone on with, of a model inside a steer block",
-            "a model as its weights have it: what was steered when the run was begun is not noted",
-            "leave the block; fg.fold(model, …) gives a model with additions in its weights",
+            "a model inside a steer block, whose steering a resumable run does not note",
+            "a model that computes by its weights alone",
+            "leave the block, or fold additions into the weights with fg.fold(model, …)",
         )
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
-    about = {"dtype": ", ".join(sorted(dtypes)), "config": _config_sha256(model), "weights": weights_sha256(model)}
+    content = {"dtype": ", ".join(sorted(dtypes)), "config": _config_sha256(model), "weights": weights_sha256(model)}
     return {
         "versions": {"fgsteer": _version("fgsteer"), **{name: _minor(_version(name)) for name in LIBRARIES}},
-        "model": {**{key: value for key, value in model_identity(model).items() if key not in _SOURCE}, **about},
+        "model": {**{key: value for key, value in model_identity(model).items() if key not in _SOURCE_KEYS}, **content},
         "tokenizer": tokenizer_sha256(tokenizer),
     }
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Hash of all that the model's state dict holds, whole, with names, shapes and dtypes; shared tensors once.
+    """Hash all that the model's state dict holds, with names, shapes and dtypes; shared tensors are read once.
 
     A gigabyte takes a second or two, on as many threads as torch has. What accelerate keeps elsewhere is
-    brought in, a module at a time. Nothing is remembered: weights may change in ways that no counter shows.
+    loaded, a module at a time. Nothing is cached: weights may change in ways that no counter shows.
     """
     state = dict(model.state_dict())
     if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
         state |= _offloaded(model)
     tensors: dict[tuple[Any, ...], Tensor] = {}
 
-    def placed(value: Any) -> Any:
-        """A value as plain JSON, a tensor as the key under which it is hashed."""
+    def to_key(value: Any) -> Any:
+        """Return a value as plain JSON, a tensor as the key under which it is hashed."""
         if isinstance(value, Tensor):
             key = (value.data_ptr(), str(value.device), *value.shape, *value.stride(), str(value.dtype))
             tensors.setdefault(key, value)
             return key
         if isinstance(value, list | tuple):
-            return [placed(entry) for entry in value]
+            return [to_key(entry) for entry in value]
         return value if isinstance(value, str | int | float | None) else type(value).__name__
 
-    layout = {name: placed(value) for name, value in state.items()}
+    layout = {name: to_key(value) for name, value in state.items()}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         hashes = dict(zip(tensors, pool.map(stored_sha256, tensors.values()), strict=True))
 
-    def told(value: Any) -> Any:
-        return [told(entry) for entry in value] if isinstance(value, list) else hashes.get(value, value)
+    def to_hash(value: Any) -> Any:
+        """Replace each key by the hash of its tensor."""
+        return [to_hash(entry) for entry in value] if isinstance(value, list) else hashes.get(value, value)
 
-    return text_sha256({name: told(value) for name, value in layout.items()})
+    return text_sha256({name: to_hash(value) for name, value in layout.items()})
 
 
 def _offloaded(model: nn.Module) -> dict[str, str]:
-    """Hashes, by name, of what accelerate keeps on another device or on disk."""
+    """Hash, by name, what accelerate keeps on another device or on disk."""
     from accelerate.utils import align_module_device
 
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for prefix, module in model.named_modules():
         away = [name for name, tensor in module._parameters.items() if tensor is not None and tensor.is_meta]
         away += [name for name, tensor in module._buffers.items() if tensor is not None and tensor.is_meta]
         with align_module_device(module) if away else contextlib.nullcontext():
-            found |= {f"{prefix}.{name}".lstrip("."): stored_sha256(getattr(module, name)) for name in away}
-    return found
+            hashes |= {f"{prefix}.{name}".lstrip("."): stored_sha256(getattr(module, name)) for name in away}
+    return hashes
 
 
 def stored_sha256(tensor: Tensor) -> str:
-    """Hash of a tensor's bytes, shape and dtype."""
+    """Hash a tensor's bytes, shape and dtype."""
     values = tensor.detach().dequantize() if tensor.is_quantized else tensor.detach()
     digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
     if values.numel() and not values.is_meta:
@@ -115,43 +110,43 @@ def stored_sha256(tensor: Tensor) -> str:
 
 
 def _config_sha256(model: nn.Module) -> str:
-    """Hash of how the model computes: its config, and which adapters act."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_COMPUTED}  # type: ignore[operator, union-attr]
+    """Hash how the model computes: its config, and which adapters act."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _IGNORED_CONFIG}  # type: ignore[operator, union-attr]
     adapters = [
         (name, str(module.active_adapters), str(module.disable_adapters))
         for name, module in model.named_modules()
         if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters")
     ]
-    return text_sha256(json.loads(json.dumps([config, adapters], default=_named)))
+    return text_sha256(json.loads(json.dumps([config, adapters], default=_name)))
 
 
-def _named(value: Any) -> str:
-    """A value that JSON lacks, the same in every process: a dtype by its name, an object by its type's."""
+def _name(value: Any) -> str:
+    """Name a value that JSON cannot hold, the same in every process: a dtype by its name, an object by its type."""
     return str(value) if isinstance(value, torch.dtype) else type(value).__name__
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of how a tokenizer turns texts into ids and ids into texts.
+    """Hash how a tokenizer turns texts into ids and ids into texts.
 
-    The state of a fast one without the padding and truncation of its last call, the vocabulary files of another,
-    special tokens, sides and templates of both, and the ids of a text that tells tokenizers apart.
+    Hashed are the state of a fast tokenizer without the padding and truncation of its last call, or the vocabulary
+    files of a slow one; special tokens, sides and templates; and the ids of a text that tells tokenizers apart.
     """
     names = ("padding_side", "truncation_side", "chat_template", "clean_up_tokenization_spaces", "add_prefix_space")
     state: dict[str, Any] = {name: getattr(tokenizer, name, None) for name in names}
     state["class"] = type(tokenizer).__name__
     state["special"] = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
-    state["probe"] = list(tokenizer(_PROBE)["input_ids"])
+    state["probe"] = list(tokenizer(_PROBE_TEXT)["input_ids"])
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         core = json.loads(backend.to_str())
         state["core"] = {name: value for name, value in core.items() if name not in ("padding", "truncation")}
     else:
         state["core"] = _vocabulary(tokenizer)
-    return text_sha256(json.loads(json.dumps(state, default=_named)))
+    return text_sha256(json.loads(json.dumps(state, default=_name)))
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The content of a slow tokenizer's files, or its vocabulary where it writes none."""
+    """Return the hashes of a slow tokenizer's files, or its vocabulary where it writes none."""
     with TemporaryDirectory() as folder, contextlib.suppress(NotImplementedError, AttributeError):
         tokenizer.save_vocabulary(folder)
         if files := sorted(Path(folder).iterdir()):
@@ -160,6 +155,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _version(name: str) -> str:
+    """Return the version of an installed package."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -167,5 +163,5 @@ def _version(name: str) -> str:
 
 
 def _minor(text: str) -> str:
-    """The first two numbers of a version."""
+    """Return the first two numbers of a version."""
     return ".".join(text.split(".")[:2])

@@ -1,14 +1,11 @@
-"""Directions read through what follows them: the output projection of attention, the final norm and the unembedding."""
+"""What directions do further on: through attention's output projection, the final norm and the unembedding."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from fgsteer.errors import (
-    DataError,
-    HookpointError,
-)
+from fgsteer.errors import DataError, HookpointError
 from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import a
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve
@@ -29,10 +26,20 @@ FINAL_NORMS = (
 @checked
 @torch.no_grad()
 def residual_direction(model: nn.Module, hookpoint: Hookpoint, directions: torch.Tensor) -> torch.Tensor:
-    """What directions (..., width) at a hookpoint add to the residual stream, (..., d_model).
+    """Compute what directions at a hookpoint add to the residual stream.
 
-    ``v W_O`` at z, v itself at resid_pre, resid_post, attn_out and mlp_out. Raises
-    HookpointError where that is not linear: at mlp_in, and at z before a post-norm.
+    That is ``v W_O`` at z, and v itself at resid_pre, resid_post, attn_out and mlp_out.
+
+    Args:
+        model: A Hugging Face causal language model.
+        hookpoint: Where the directions are.
+        directions: Directions (..., width).
+
+    Returns:
+        What they add, (..., d_model).
+
+    Raises:
+        HookpointError: The effect is not linear: at mlp_in, and at z before a post-norm.
     """
     module, _ = resolve(model, hookpoint)
     if hookpoint.site not in ("z", "mlp_in"):
@@ -41,7 +48,7 @@ def residual_direction(model: nn.Module, hookpoint: Hookpoint, directions: torch
     if hookpoint.site == "mlp_in" or all(part is not module for part in sublayer.modules()):
         raise HookpointError(
             f"a direction at {hookpoint} of {a(type(model).__name__)}",
-            "one whose effect on the residual stream is linear",
+            "a direction whose effect on the residual stream is linear",
             "steer with it at its own hookpoint, or read an SAE on resid_post, attn_out or mlp_out",
         )
     embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -52,19 +59,33 @@ def residual_direction(model: nn.Module, hookpoint: Hookpoint, directions: torch
 @checked
 @torch.no_grad()
 def logit_lens(model: nn.Module, directions: torch.Tensor) -> torch.Tensor:
-    """Logits (n, vocabulary) that directions (n, d_model) add, read through final norm and head.
+    """Compute the logits that directions add, read through the final norm and the head.
 
-    ``U(norm(v) − norm(0))``: the norm's gain acts, its bias does not. Raises DataError
-    for a wrong width, HookpointError for a decoder whose final norm is not known.
+    That is ``U(norm(v) − norm(0))``: the norm's gain acts, its bias does not (the logit lens, nostalgebraist 2020).
+
+    Args:
+        model: A Hugging Face causal language model.
+        directions: Directions (n, d_model) in the residual stream.
+
+    Returns:
+        Logits (n, vocabulary), float32.
+
+    Raises:
+        DataError: The directions are of another width.
+        HookpointError: The final norm of the decoder is not known.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     if directions.ndim != 2 or directions.shape[1] != d_model(model):
-        raise DataError(f"directions of shape {tuple(directions.shape)}", f"(n, {d_model(model)})")
+        raise DataError(f"directions of shape {tuple(directions.shape)}", f"directions of shape (n, {d_model(model)})")
     decoder = decoder_of(model)
-    named = [name for name in FINAL_NORMS if hasattr(decoder, name)]
-    if not named:
-        raise HookpointError(f"decoder {type(decoder).__name__}", f"a final norm named {', '.join(FINAL_NORMS)}")
-    norm = getattr(decoder, named[0])  # None in OPT-350m
+    names = [name for name in FINAL_NORMS if hasattr(decoder, name)]
+    if not names:
+        raise HookpointError(
+            f"a decoder {type(decoder).__name__} without one",
+            f"a decoder with a final norm named {' or '.join(FINAL_NORMS)}",
+            "this architecture is not supported yet",
+        )
+    norm = getattr(decoder, names[0])  # None in OPT-350m
     weight: torch.Tensor = head.weight
     rows: torch.Tensor = directions.to(weight.device, weight.dtype)
     if norm is not None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import save
@@ -30,6 +30,7 @@ _CANARY_TOKENS = 2  # one from the prompt's pass, one from a decoding pass
 _CANARY_NATS = 0.01  # by how much a log-probability must change; rounding of a repeated bfloat16 pass stays far below
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What ``Control`` needs of a vLLM engine, offline or serving."""
 

@@ -29,7 +29,8 @@ from fgsteer.activations.tokens import (
     Triple,
     split_into_chunks,
 )
-from fgsteer.data.contrasts import Contrastable, ContrastSet, as_contrast
+from fgsteer.data.contrast_files import Contrastable, as_contrast
+from fgsteer.data.contrasts import ContrastSet
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked, is_whole_number

@@ -12,8 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fgsteer.activations.tokens import encode_prompts
-from fgsteer.data.chat import Text
-from fgsteer.data.contrasts import check_text
+from fgsteer.data.chat import Text, check_text
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_range, checked, describe_value
 from fgsteer.errors.limits import MAX_COUNT

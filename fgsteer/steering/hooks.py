@@ -24,6 +24,7 @@ from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states,
 from fgsteer.activations.prompt_ends import pass_key
 from fgsteer.errors import SteeringError, UntouchedWarning
 from fgsteer.errors.checks import checked, warn
+from fgsteer.errors.wording import count
 from fgsteer.interventions.kinds import Intervention
 from fgsteer.models.claims import Claim
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
@@ -152,7 +153,7 @@ class SteeringHooks:
         batch = tokens.shape[0]
         if self.rows > 1 and (batch % self.rows if self.positions.generating else batch != self.rows):
             raise SteeringError(
-                f"{self.rows} entries for a batch of {batch} rows",
+                f"{count(self.rows, 'entry')} for a batch of {count(batch, 'row')}",
                 "one entry per row",
                 "pass as many entries as rows, with None for a row that is not steered",
             )
@@ -250,7 +251,7 @@ class SteeringHooks:
             return 1, None
         if self.rows > 1 and len(tokens) != self.rows:
             raise SteeringError(
-                f"{self.rows} entries for {len(tokens)} prompts",
+                f"{count(self.rows, 'entry')} for {count(len(tokens), 'prompt')}",
                 "one entry per prompt",
                 "pass as many entries as prompts, with None for a prompt that is not steered",
             )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fgsteer.activations.prompt_ends import noted_prompt_ends
 from fgsteer.errors import SteeringError
+from fgsteer.errors.wording import count
 from fgsteer.interventions import Scope
 
 
@@ -213,7 +214,7 @@ class Positions:
         assert self.lengths is not None
         if len(self.lengths) != self.batch:
             raise SteeringError(
-                f"{len(self.lengths)} prompt_lengths for a batch of {self.batch} rows",
+                f"{len(self.lengths)} prompt_lengths for a batch of {count(self.batch, 'row')}",
                 "one prompt length for each row of the forward pass",
                 "count the rows after padding and batching",
             )
@@ -221,7 +222,7 @@ class Positions:
             return
         if (longest := int(self.lengths.max())) > columns:
             raise SteeringError(
-                f"{longest} in a pass of {columns} columns",
+                f"{longest} in a pass of {count(columns, 'column')}",
                 f"prompt lengths of at most {columns}",
                 "a prompt length counts the columns, padding included, before the row's first completion token",
             )

@@ -12,8 +12,7 @@ Every table calls ``load_plugins`` before it is read, so that a name that a plug
 from __future__ import annotations
 
 import threading
-from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from fgsteer.errors import PluginError
 
@@ -41,18 +40,18 @@ def load_plugins() -> None:
         _Loading.begun = True
         try:
             for entry in entry_points(group=GROUP):
-                _load(entry.name, entry.value)
+                _load(entry)
         except BaseException:
             _Loading.begun = False
             raise
 
 
-def _load(name: str, module: str) -> None:
+def _load(entry: EntryPoint) -> None:
     try:
-        import_module(module)
+        entry.load()
     except Exception as error:
         raise PluginError(
-            f"The plugin {name!r} cannot be imported: its module {module} raised {type(error).__name__}: {error}.",
+            f"The plugin {entry.name!r} cannot be imported: {entry.value} raised {type(error).__name__}: {error}.",
             f"a module that can be imported (it is named in the entry-point group {GROUP!r})",
             "Mend the package that the plugin belongs to, or uninstall it",
         ) from error

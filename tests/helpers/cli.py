@@ -22,6 +22,11 @@ def invoke(*arguments):
     return result
 
 
+def invoke_on_cpu(*arguments):
+    """``invoke`` of a command that loads a model, on the CPU."""
+    return invoke(*arguments, "--device", "cpu")
+
+
 def run_on_console(monkeypatch, encoding, *arguments):
     """(status, standard output, standard error) of the command line on a console of an encoding."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]

@@ -22,3 +22,9 @@ number: int = fg.generate(model, tokenizer, ["a"])  # mistake
 fg.SteeringVector(torch.zeros(3), 2.5)  # mistake
 fg.Hookpoint("2")  # mistake
 print(fg.export.gguff)  # mistake
+vector.ablate(2.0)  # mistake
+vector.clamp(2.0, scop="prompt")  # mistake
+fg.Add(hookpoint=2.5, direction=vector.direction)  # mistake
+fg.Clamp(hookpoint=2, direction=vector.direction)  # mistake
+fg.Ablate(hookpoint=2, direction=vector.direction, target=1.0)  # mistake
+fg.EffectApproximator.measure(model, tokenizer, sae, rollout=2)  # mistake

@@ -21,6 +21,7 @@ def vectors(concept: str, folder: Path) -> dict[str, fg.SteeringVector]:
         "by name": fg.build("caa", stats=stats),
         "bare": fg.SteeringVector(torch.randn(192), "blocks.2.hook_resid_post"),
         "at a layer": fg.SteeringVector(torch.randn(192), fg.Hookpoint(2)),
+        "by number": fg.SteeringVector(torch.randn(192), 2),
     }
     for name, vector in made.items():
         vector.save(folder / f"{name}.safetensors")
@@ -29,6 +30,13 @@ def vectors(concept: str, folder: Path) -> dict[str, fg.SteeringVector]:
 
 def texts(vector: fg.SteeringVector) -> list[str]:
     model, tokenizer = fg.load_model()
+    direction = torch.randn(192)
+    by_hand: list[fg.Intervention] = [
+        fg.Add(hookpoint=2, direction=direction, coefficient=8.0, scope="generated"),
+        fg.Clamp(hookpoint="blocks.2.hook_resid_post", direction=direction, target=2.0, bos=True),
+        fg.Affine(hookpoint=fg.Hookpoint(2), direction=direction, reference=direction, alpha=torch.tensor(1.0)),
+    ]
+    fg.generate(model, tokenizer, "I think", steering=[by_hand])
     entries: list[fg.Intervention | None] = [vector.add(8.0, scope="generated"), None, vector.clamp(2.0)]
     steered: list[str] = fg.generate(model, tokenizer, ["I think"] * 3, steering=entries, max_new_tokens=8)
     single: list[str] = fg.generate(model, tokenizer, ["I think"], steering=vector.ablate())
@@ -56,6 +64,8 @@ def features() -> list[str]:
     model, tokenizer = fg.load_model()
     sae: fg.SAE = fg.load_sae("default", "layer_3")
     density = fg.measure_density(model, tokenizer, sae, ["A text.", "Another."])
+    effects = fg.EffectApproximator.measure(model, tokenizer, sae, vectors=100, rollouts=2, rows=128)
+    fg.EffectApproximator(effects.M, effects.b, "blocks.3.hook_resid_post", sae.sha256).check(sae)
     rows = fg.describe_features(model, tokenizer, sae, [1, 2], examples=fg.load_examples(sae))
     clamp = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={1: 2.0})
     fg.generate(model, tokenizer, "A text", steering=clamp)

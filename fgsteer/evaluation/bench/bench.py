@@ -23,13 +23,15 @@ from typing import Any
 
 from torch import Tensor
 
-from fgsteer.data.contrasts import ContrastSet, load_contrast, load_neutral, shipped_contrasts
+from fgsteer.data.contrast_files import load_contrast
+from fgsteer.data.contrasts import ContrastSet
+from fgsteer.data.shipped import load_neutral, shipped_contrasts
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import warn
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.evaluation.bench.conditions import ConceptArms, bench_methods, steers
+from fgsteer.evaluation.bench.conditions import ConceptConditions, bench_methods, steers
 from fgsteer.evaluation.bench.generators import Generator, TransformersGenerator
 from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.bench.run_files import (
@@ -99,7 +101,7 @@ class Bench(OneLineRepr):
     contrasts: Sequence[ContrastSet] = ()
     coherence: CoherenceJudge | None = None
     writer: InitVar[Generator | None] = None
-    _concepts: dict[str, ConceptArms] = field(default_factory=dict)
+    _concepts: dict[str, ConceptConditions] = field(default_factory=dict)
 
     def __post_init__(self, writer: Generator | None) -> None:
         if writer is not None:
@@ -123,10 +125,10 @@ class Bench(OneLineRepr):
             )
         return load_contrast(name)
 
-    def concept(self, name: str) -> ConceptArms:
+    def concept(self, name: str) -> ConceptConditions:
         """The vectors of a concept, which are built once."""
         if name not in self._concepts:
-            self._concepts[name] = ConceptArms(
+            self._concepts[name] = ConceptConditions(
                 self.model, self.tokenizer, self.contrast(name), self.saes, self.effects, self.plan.settings
             )
         return self._concepts[name]

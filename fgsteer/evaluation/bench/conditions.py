@@ -1,14 +1,14 @@
 """The conditions of a benchmark: methods of the table, each as a function from a strength to an intervention.
 
-arms = ConceptArms(model, tokenizer, fg.load_contrast("wedding"), saes, effects, settings={})
-arms.make("fgaa", layer=2)(8.0)
+conditions = ConceptConditions(model, tokenizer, fg.load_contrast("wedding"), saes, effects, settings={})
+conditions.make("fgaa", layer=2)(8.0)
 """
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -46,7 +46,7 @@ def steers(method: str | MethodSpec) -> bool:
     return (spec(method, "bench") if isinstance(method, str) else method).needs != "nothing"
 
 
-class ConceptArms:
+class ConceptConditions:
     """The vectors of one concept by method and layer, each built once from statistics that are collected once a layer.
 
     Args:
@@ -111,7 +111,8 @@ class ConceptArms:
     def vector(self, method: str, layer: int) -> SteeringVector:
         """Build the method's vector at a layer; as ``features`` it gets the one that Welch's t ranks first."""
         row = spec(method, "bench")
-        self._check_layer(row, layer)
+        names = _inputs(row)
+        self._check_layer(row, names, layer)
         offers: dict[str, Callable[[int], Any]] = {
             "stats": self.stats,
             "sae": self.saes.__getitem__,
@@ -123,16 +124,17 @@ class ConceptArms:
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SelectionWarning)  # 40 texts a side: said in the report's plan
-            inputs = {name: offers[name](layer) for name in _inputs(row) if name in offers}
+            inputs = {name: offers[name](layer) for name in names if name in offers}
             return row.build(**{**inputs, **self.settings.get(method, {})})
 
-    def _check_layer(self, row: MethodSpec, layer: int) -> None:
+    def _check_layer(self, row: MethodSpec, inputs: Collection[str], layer: int) -> None:
         """Raise DataError for a layer without the SAE or the effects that a method needs."""
-        for what, needs, by_layer, change in (
-            ("an SAE", ("sae", "effects"), self.saes, f"Pass an SAE of layer {layer}"),
-            ("measured effects", ("effects",), self.effects, "Measure them with fgsteer effects"),
+        needs_sae = row.needs != "layer" or "sae" in inputs or "features" in inputs
+        for what, needed, by_layer, change in (
+            ("an SAE", needs_sae, self.saes, f"Pass an SAE of layer {layer}"),
+            ("measured effects", "effects" in inputs, self.effects, "Measure them with fgsteer effects"),
         ):
-            if row.needs in needs and layer not in by_layer:
+            if needed and layer not in by_layer:
                 raise DataError(
                     f"{row.label} needs {what}, and layer {layer} has none.",
                     f"one of the layers that have: {', '.join(map(str, sorted(by_layer)))}" if by_layer else "",

@@ -140,9 +140,7 @@ class RayWorkers:
             import ray
             from ray.util import ActorPool
         except ImportError as error:
-            raise DataError(
-                "Ray cannot be imported.", "Ray, to spread the work", "install it with pip install 'fgsteer[ray]'"
-            ) from error
+            raise DataError("Ray cannot be imported.", "", "install it with pip install 'fgsteer[ray]'") from error
         import torch
 
         if not ray.is_initialized():

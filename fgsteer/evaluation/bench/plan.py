@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fgsteer.data.contrasts import check_name, load_bench_prompts
+from fgsteer.data.contrasts import check_name
+from fgsteer.data.shipped import load_bench_prompts
 from fgsteer.effects.rollouts import Sampling
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_range

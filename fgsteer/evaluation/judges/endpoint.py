@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.data.contrasts import SHIPPED, shipped_contrasts
+from fgsteer.data.shipped import SHIPPED, shipped_contrasts
 from fgsteer.errors import JudgeError
 from fgsteer.errors.checks import describe_value, is_whole_number
 from fgsteer.errors.escaping import json_text

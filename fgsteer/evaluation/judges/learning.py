@@ -16,7 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.data.chat import Text
-from fgsteer.data.contrasts import ContrastSet, load_contrast, load_neutral, shipped_contrasts
+from fgsteer.data.contrast_files import load_contrast
+from fgsteer.data.contrasts import ContrastSet
+from fgsteer.data.shipped import load_neutral, shipped_contrasts
 from fgsteer.errors import DataError
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.judges.protocols import Judge

@@ -1,6 +1,6 @@
-"""Figures of a model's answers and texts: cross-entropy by text, A/B probability, steerability.
+"""Measures of a model's answers and texts: cross-entropy by text, probabilities of answers, steerability.
 
-Cross-entropy and KL of whole sets of texts, which calibration needs too, are in ``fgsteer.likelihood``.
+Cross-entropy and KL divergence of whole sets of texts, which calibration needs too, are in ``fgsteer.likelihood``.
 
     text_cross_entropies(model, tokenizer, texts)                         nats a token, (texts,)
     answer_probabilities(model, tokenizer, questions, [None, vec.add(4.0)]).share
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fgsteer.activations.tokens import TokenReader
 from fgsteer.data.chat import Text
-from fgsteer.data.contrasts import ContrastPair, ContrastSet, as_contrast
+from fgsteer.data.contrast_files import as_contrast
+from fgsteer.data.contrasts import ContrastPair, ContrastSet
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.errors.checks import checked, describe_value
 from fgsteer.errors.reprs import OneLineRepr
@@ -43,45 +44,72 @@ def text_cross_entropies(
     joint: str | None = None,
     batch_tokens: int | None = None,
 ) -> Float[Tensor, " texts"]:
-    """Cross-entropy of each text under the unsteered model, in nats per predicted token, (texts,) float64.
+    """Cross-entropy of each text under the unsteered model.
 
-    With ``prompts``, one per text, a text is the continuation of its prompt, joined by ``joint`` (see
-    ``log_probabilities``; "" for what a model generated): the prompt is context and is not scored. nan for a
-    text without a token to score, such as an empty continuation: generated texts may be
-    that, the others still have a figure, and nan is not mistaken for one. Raises DataError
-    for another number of prompts than texts.
+    ``CE(text) = −mean_t log p(token_t | tokens before)``.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        texts: The texts.
+        prompts: A prompt for each text, which continues it: the prompt is context and is not scored.
+        joint: What joins prompt and text, as in ``log_probabilities``; "" for what a model generated.
+        batch_tokens: Padded tokens of a batch.
+
+    Returns:
+        Nats a predicted token, (texts,), float64. A text without a token to score, such as an empty continuation,
+        has nan, which is not mistaken for a value.
+
+    Raises:
+        DataError: There is another number of prompts than texts.
     """
     pairs = with_prompts(texts, prompts)
-    found = log_probabilities(model, tokenizer, pairs, joint=joint, skip_empty=True, batch_tokens=batch_tokens)
-    return found.cross_entropy[0]
+    scored = log_probabilities(model, tokenizer, pairs, joint=joint, skip_empty=True, batch_tokens=batch_tokens)
+    return scored.cross_entropy[0]
 
 
 @checked
 def perplexities(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: object
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    prompts: Sequence[Text] | None = None,
+    joint: str | None = None,
+    batch_tokens: int | None = None,
 ) -> Float[Tensor, " texts"]:
-    """``exp(text_cross_entropies)``: perplexity of each text under the unsteered model, (texts,).
+    """Perplexity of each text under the unsteered model, ``exp(CE(text))``.
 
-    Options as there. The perplexity of a whole set, every token counting alike, is ``exp(cross_entropy)``.
+    Arguments and errors are those of ``text_cross_entropies``. The perplexity of a whole set of texts, in which every
+    token counts alike, is ``exp(cross_entropy(...))``.
+
+    Returns:
+        Perplexities, (texts,), float64.
     """
-    return text_cross_entropies(model, tokenizer, texts, **options).exp()  # type: ignore[arg-type]
+    losses = text_cross_entropies(model, tokenizer, texts, prompts=prompts, joint=joint, batch_tokens=batch_tokens)
+    return losses.exp()
 
 
 def with_prompts(texts: Sequence[str], prompts: Sequence[Text] | None) -> list[tuple[Text, Text]]:
     """(prompt, text) pairs. Raises DataError for a single string, or another number of prompts."""
     if isinstance(texts, str):
-        raise DataError(f"texts {texts!r:.40}", "a list of texts")
+        raise DataError(f"one text, {texts!r:.40}", "a list of texts", "pass [text]")
     if isinstance(prompts, str) or (prompts is not None and len(prompts) != len(texts)):
         raise DataError(
             f"{count(len(prompts), 'prompt')} for {count(len(texts), 'text')}",
-            "a list with one for each text",
+            "a list with one prompt for each text",
         )
     return list(zip(prompts or [""] * len(texts), texts, strict=True))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AnswerProbabilities(OneLineRepr):
-    """Log-probabilities (interventions, questions), nats, of the two answers, each summed over its tokens; float64."""
+    """Log-probabilities of the two answers to each question, each summed over the answer's tokens.
+
+    Args:
+        positive: Those of the positive answers, (interventions, questions), nats, float64.
+        negative: Those of the negative answers, likewise.
+    """
 
     positive: Float[Tensor, "interventions questions"]
     negative: Float[Tensor, "interventions questions"]
@@ -114,18 +142,32 @@ def answer_probabilities(
 ) -> AnswerProbabilities:
     """How probable each question's positive and negative answer is under each intervention.
 
-    A question is a pair with a prompt: ``ContrastPair(" A", " B", prompt="…\\nAnswer:")``. An answer's
-    log-probability is the sum over its tokens, ``Σ_t log p(token_t | prompt, tokens before)``, by softmax over
-    the full vocabulary; longer answers are less probable and nothing corrects for it. Entries
-    of ``steering`` and ``joint`` are those of ``log_probabilities``. A/B evaluation of CAA
-    (arXiv 2312.06681).
+    An answer's log-probability is the sum over its tokens, ``Σ_t log p(token_t | prompt, tokens before)``, by softmax
+    over the full vocabulary. Longer answers are less probable, and nothing corrects for it. This is the A/B evaluation
+    of CAA (arXiv 2312.06681).
 
-    Raises DataError without pairs, or for answers that do not part at their first token: "(A" and "(B" may
-    begin with the same "(", which says nothing of the choice.
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        questions: A contrast set of pairs with prompts, such as ``ContrastPair(" A", " B", prompt="…\\nAnswer:")``.
+        steering: What is compared, as in ``log_probabilities``: interventions, lists of them, or None.
+        joint: What joins prompt and answer, as in ``log_probabilities``.
+        batch_tokens: Padded tokens of a batch.
+
+    Returns:
+        The two answers' log-probabilities, (interventions, questions).
+
+    Raises:
+        DataError: There are no pairs, or two answers do not part at their first token: "(A" and "(B" may begin with
+            the same "(", which says nothing of the choice.
     """
     pairs = as_contrast(questions).pairs
     if not pairs:
-        raise DataError("questions without pairs", "pairs of a prompt and two answers")
+        raise DataError(
+            "questions without pairs",
+            "pairs of two answers",
+            "pass ContrastPair(positive, negative, prompt=...) entries",
+        )
     answers = [(pair.prompt, text) for pair in pairs for text in (pair.positive, pair.negative)]
     _check_parting(tokenizer, answers, joint)
     sums = log_probabilities(model, tokenizer, answers, steering, joint=joint, batch_tokens=batch_tokens).sums
@@ -142,9 +184,9 @@ def _check_parting(tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[T
         same = [x == y for x, y in zip(a.ids, b.ids, strict=False)]
         parting = same.index(False) if False in same else len(same)
         if not a.selected[0] == b.selected[0] == parting:
-            shown = [answer for _, answer in answers[index : index + 2]]
+            both = [answer for _, answer in answers[index : index + 2]]
             raise DataError(
-                f"question {index // 2}: answers {shown!r:.80} whose tokens part at {parting}, scored from "
+                f"question {index // 2}, whose answers {both!r:.80} part at token {parting} but are scored from tokens "
                 f"{a.selected[0]} and {b.selected[0]}",
                 "answers that differ in their first token, after the same prompt",
                 'move what the answers share to the end of the prompt, with joint="" if no space belongs between',
@@ -153,7 +195,11 @@ def _check_parting(tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[T
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Steerability(OneLineRepr):
-    """``slopes (samples,)``: by how much a unit of the coefficient moves each sample's difference, in nats."""
+    """How steerable samples are.
+
+    Args:
+        slopes: By how many nats a unit of the coefficient moves each sample's ``log p(y⁺) − log p(y⁻)``, (samples,).
+    """
 
     slopes: Float[Tensor, " samples"]
 
@@ -174,18 +220,30 @@ def steerability(
 ) -> Steerability:
     """Least-squares slope, by sample, of ``d = log p(y⁺) − log p(y⁻)`` on the coefficient c.
 
-    ``slope_i = Σ_k (c_k − c̄)(d_ki − d̄_i) / Σ_k (c_k − c̄)²`` (Tan et al. 2024, arXiv 2407.12404). ``differences``
-    (coefficients, samples) in nats. Raises DataError for shapes that do not agree, no sample,
-    coefficients that are all the same, or values that are not finite.
+    ``slope_i = Σ_k (c_k − c̄)(d_ki − d̄_i) / Σ_k (c_k − c̄)²`` (Tan et al. 2024, arXiv 2407.12404).
+
+    Args:
+        coefficients: The coefficients, (k,).
+        differences: The differences d, (k, samples), in nats.
+
+    Returns:
+        The slopes, (samples,).
+
+    Raises:
+        DataError: The shapes do not agree, there is no sample, all coefficients are the same, or a value is not
+            finite.
     """
     c = torch.as_tensor(coefficients, dtype=torch.float64).cpu()
     d = differences.detach().cpu().double()
     if c.ndim != 1 or d.ndim != 2 or len(c) != len(d) or not d.numel():
-        raise DataError(f"coefficients {tuple(c.shape)} and differences {tuple(d.shape)}", "(k,) and (k, samples)")
+        raise DataError(
+            f"coefficients of shape {tuple(c.shape)} and differences of shape {tuple(d.shape)}",
+            "shapes (k,) and (k, samples), with one sample at least",
+        )
     if not c.isfinite().all() or not c.min() < c.max():
-        raise DataError(f"coefficients {c.tolist()}", "finite numbers, at least two of them different")
+        raise DataError(f"coefficients {c.tolist()}", "finite numbers of which at least two differ")
     if not d.isfinite().all():
-        raise DataError("differences that are not finite", "finite log-probabilities", "steer with less")
+        raise DataError("differences that are not finite", "finite log-probabilities", "use smaller coefficients")
     centred = c - c.mean()
     return Steerability(centred @ (d - d.mean(0)) / centred.square().sum())
 
@@ -201,14 +259,29 @@ def measure_steerability(
     joint: str | None = None,
     batch_tokens: int | None = None,
 ) -> Steerability:
-    """``steerability`` towards the questions' positive answers, by ``make(c)`` for each coefficient c (``vec.add``).
+    """``steerability`` towards the questions' positive answers, measured at several coefficients.
 
-    Questions and ``joint`` as for ``answer_probabilities``, whose errors it raises, and those of
-    ``steerability``.
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        make: The function from a coefficient to an intervention, such as ``vec.add``.
+        questions: Questions as for ``answer_probabilities``.
+        coefficients: At least two different coefficients.
+        joint: What joins prompt and answer, as in ``log_probabilities``.
+        batch_tokens: Padded tokens of a batch.
+
+    Returns:
+        The slopes of the questions.
+
+    Raises:
+        SteeringError: ``make`` returns something else than an intervention.
+        DataError: As ``answer_probabilities`` and ``steerability`` raise it.
     """
     entries = [make(float(c)) for c in coefficients]
     for c, entry in zip(coefficients, entries, strict=True):
         if not isinstance(entry, Intervention):
-            raise SteeringError(f"make({c}) is {describe_value(entry)}", "an intervention", "pass vec.add itself")
-    found = answer_probabilities(model, tokenizer, questions, entries, joint=joint, batch_tokens=batch_tokens)
-    return steerability(coefficients, found.difference)
+            raise SteeringError(
+                f"{describe_value(entry)} from make({c})", "an intervention", "pass vec.add itself, without a call"
+            )
+    answers = answer_probabilities(model, tokenizer, questions, entries, joint=joint, batch_tokens=batch_tokens)
+    return steerability(coefficients, answers.difference)

@@ -1,4 +1,4 @@
-"""Coherence of generated texts without a judge: what the unsteered model makes of them, and whether they loop.
+"""Coherence of generated texts by the unsteered model: how probable it finds them, and whether they repeat themselves.
 
 judge = Coherence.fit(model, tokenizer, unsteered_samples)
 judge.score(texts)                                                       (texts,), 0 to 1
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 def distinct_share(bigrams: Sequence[Any], window: int) -> float:
     """Share of distinct ones among ``window`` consecutive bigrams, averaged over all such windows of a text.
 
-    The moving-average type-token ratio (Covington & McFall 2010) of bigrams: unlike the share in a
-    whole text it does not fall with the text's length. ``1 ≤ window ≤ len(bigrams)``.
+    This is the moving-average type-token ratio of bigrams (Covington & McFall 2010): unlike the share in a whole text
+    it does not fall with the text's length. ``1 ≤ window ≤ len(bigrams)``.
     """
     starts = len(bigrams) - window + 1
     before: dict[Any, int] = {}
@@ -48,7 +48,13 @@ def distinct_share(bigrams: Sequence[Any], window: int) -> float:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CoherenceScores(OneLineRepr):
-    """Of each text, (texts,) float64: coherence, cross-entropy in nats a token, and the repetition penalty."""
+    """Coherence of texts, and the two measures that it is made of.
+
+    Args:
+        coherence: Coherence of each text in [0, 1], (texts,), float64.
+        cross_entropy: Cross-entropy under the unsteered model in nats a token, (texts,), float64.
+        repetition: The repetition penalty in [0, 1], (texts,), float64.
+    """
 
     coherence: Float[Tensor, " texts"]
     cross_entropy: Float[Tensor, " texts"]
@@ -57,15 +63,22 @@ class CoherenceScores(OneLineRepr):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Coherence(OneLineRepr):
-    """Scores texts against unsteered samples of the same model; made by ``fit``.
+    """Scores texts against unsteered samples of the same model; ``fit`` makes it.
 
-    ``coherence = exp(−max(0, CE(text) − CE₀)) · min(1, D_w(text) / D_w)²``, in [0, 1]. CE is in nats a token under
-    the unsteered model, ``CE₀`` its mean over the samples. ``D_w`` is ``distinct_share`` in windows of w
-    bigrams of tokens, ``distinct[w − 1]`` its mean over the samples; w is as many as the text has,
-    at most the samples' median. So a text of any length is compared with
-    unsteered text of the same length, and a longer one by windows of the samples' length.
-    Squared, because a text said twice over has half the distinct bigrams and should not pass:
-    it scores about 0.3, one said three times about 0.1. Period beyond the samples' length goes unseen.
+    ``coherence = exp(−max(0, CE(text) − CE₀)) · min(1, D_w(text) / D_w)²``, in [0, 1]. CE is in nats a token under the
+    unsteered model, and ``CE₀`` is its mean over the samples. ``D_w`` is ``distinct_share`` in windows of w bigrams of
+    tokens, and ``distinct[w − 1]`` is its mean over the samples; w is the number of the text's bigrams, at most the
+    samples' median. So a text of any length is compared with unsteered text of the same length, and a longer one by
+    windows of the samples' length. The share is squared because a text that is said twice over has half the distinct
+    bigrams and should not pass: it scores about 0.3, and one said three times about 0.1. A repetition after more
+    tokens than the samples have is not noticed.
+
+    Args:
+        model: The unsteered model.
+        tokenizer: Its tokenizer.
+        cross_entropy: ``CE₀``, in nats a token.
+        distinct: ``D_w`` of the samples for w = 1, 2, …, (window,).
+        joint: What joins prompt and text, as in ``log_probabilities``; "" for what a model generated.
     """
 
     model: Any
@@ -85,26 +98,43 @@ class Coherence(OneLineRepr):
         prompts: Sequence[Text] | None = None,
         joint: str | None = "",
     ) -> Coherence:
-        """From unsteered samples, drawn as the texts to be scored: the same prompts, length and sampling.
+        """Fit to unsteered samples, which are drawn as the texts to be scored: same prompts, length and sampling.
 
-        With ``prompts`` samples are continuations, whose prompts are context. Greedy samples may loop, and loops
-        would then pass: sample. Samples with nothing to score are left out. Raises DataError when no
-        sample has two tokens to score, or for another number of prompts than samples.
+        Draw the samples, do not decode greedily: greedy texts may loop, and loops would then pass.
+
+        Args:
+            model: The unsteered model.
+            tokenizer: Its tokenizer.
+            samples: The samples; those with nothing to score are left out.
+            prompts: A prompt for each sample, which continues it: prompts are context.
+            joint: What joins prompt and sample, as in ``log_probabilities``.
+
+        Raises:
+            DataError: No sample has two tokens to score, or there is another number of prompts than samples.
         """
         losses = text_cross_entropies(model, tokenizer, samples, prompts=prompts, joint=joint)
-        found = [b for b in _bigrams(model, tokenizer, samples, prompts, joint) if b]
-        if not found:
-            raise DataError(f"{count(len(samples), 'sample')} without a bigram", "generated texts of several tokens")
-        window = statistics.median_low([len(b) for b in found])
-        shares = [[distinct_share(b, n) for b in found if len(b) >= n] for n in range(1, window + 1)]
+        bigrams = [row for row in _bigrams(model, tokenizer, samples, prompts, joint) if row]
+        if not bigrams:
+            raise DataError(
+                f"{count(len(samples), 'sample')} without two tokens to score", "generated texts of several tokens"
+            )
+        window = statistics.median_low([len(row) for row in bigrams])
+        shares = [[distinct_share(row, n) for row in bigrams if len(row) >= n] for n in range(1, window + 1)]
         distinct = torch.tensor([statistics.fmean(share) for share in shares], dtype=torch.float64)
         return cls(model, tokenizer, float(losses.nanmean()), distinct, joint)
 
     def measure(self, texts: Sequence[str], prompts: Sequence[Text] | None = None) -> CoherenceScores:
-        """Coherence of each text and the two figures that it is made of; see the class.
+        """Coherence of each text, and the two measures that it is made of.
 
-        A text without a token to score has cross-entropy nan and coherence 0: it says nothing. One
-        without two tokens cannot repeat and has penalty 1.
+        A text without a token to score has cross-entropy nan and coherence 0. One without two tokens cannot repeat
+        itself and has penalty 1.
+
+        Args:
+            texts: The texts.
+            prompts: A prompt for each text, which continues it.
+
+        Raises:
+            DataError: There is another number of prompts than texts.
         """
         losses = text_cross_entropies(self.model, self.tokenizer, texts, prompts=prompts, joint=self.joint)
         penalty = torch.ones(len(texts), dtype=torch.float64)
@@ -137,14 +167,14 @@ def _bigrams(
     prompts: Sequence[Text] | None,
     joint: str | None,
 ) -> list[list[tuple[int, int]]]:
-    """Neighbours among the tokens of every text that are scored."""
+    """The pairs of neighbouring tokens that are scored, of every text."""
     triples = ((prompt, text, True) for prompt, text in with_prompts(texts, prompts))
-    found: list[list[tuple[int, int]]] = [[] for _ in texts]
+    bigrams: list[list[tuple[int, int]]] = [[] for _ in texts]
     reader = TokenReader(
         tokenizer, rule="answer", window=context_window(model), joint=joint, skip_empty=True, scored=True
     )
     for rows in reader.rows(triples):
         for row in rows:
             ids = [row.ids[place] for place in row.selected]
-            found[row.index] = list(pairwise(ids))
-    return found
+            bigrams[row.index] = list(pairwise(ids))
+    return bigrams

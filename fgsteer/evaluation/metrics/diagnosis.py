@@ -1,7 +1,7 @@
 """How reliable a vector will be, from contrast statistics, before anything is steered.
 
-Where differences point every way, or the two sides overlap along a vector, steering with it is
-unreliable (arXiv 2505.22637). Both can be read at every layer from one pass over the data.
+Where differences point every way, or the two sides overlap along a vector, steering with it is unreliable (arXiv
+2505.22637). Both can be measured at every layer in one pass over the data.
 
     stats = collect(model, tokenizer, pairs, hookpoints="blocks.2.hook_resid_post", keep_pooled=True)
     diagnose(stats).agreement
@@ -27,10 +27,17 @@ from fgsteer.vector import SteeringVector
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis(OneLineRepr):
-    """What ``diagnose`` found; ``agreement`` and ``d_prime`` are nan where the examples were not kept.
+    """How reliable a vector will be; see ``diagnose`` for the formulas.
 
-    ``norm`` is that of the difference of the sides' means, in residual-stream units. ``pairs`` is how
-    many pairs ``agreement`` is over, 0 if it is over single examples.
+    Args:
+        hookpoint: Where the activations were collected.
+        positives: Number of positive examples.
+        negatives: Number of negative examples.
+        pairs: Number of pairs that ``agreement`` is over; 0 where it is over single examples.
+        norm: Norm of the difference of the sides' means, in units of the residual stream.
+        rms_agreement: Agreement of the differences along the vector, from the moments alone.
+        agreement: Mean cosine of the differences to the vector; nan where the examples were not kept.
+        d_prime: Separation of the sides along the vector, in standard deviations; nan likewise.
     """
 
     hookpoint: Hookpoint
@@ -52,28 +59,42 @@ class Diagnosis(OneLineRepr):
 def diagnose(
     stats: ContrastStatistics, vector: SteeringVector | None = None, *, hookpoint: Hookpoint | str | None = None
 ) -> Diagnosis:
-    """Geometric predictors of how well v steers: by default the difference of means ``Δ = μ⁺ − μ⁻``, which is CAA's.
+    """Geometric predictors of how well a vector v steers (arXiv 2505.22637).
 
-    From the moments: ``rms_agreement = v̂·Δ / √(‖Δ‖² + tr Σ⁺ + tr Σ⁻)``, the mean of the differences of any positive and
-    any negative example along v over their root mean square norm; Σ divides by n.
+    From the moments: ``rms_agreement = v̂·Δ / √(‖Δ‖² + tr Σ⁺ + tr Σ⁻)``, where ``Δ = μ⁺ − μ⁻``. It is the mean, over
+    all pairs of a positive and a negative example, of their difference along v, divided by the root mean square norm
+    of these differences; Σ divides by n.
 
-    From the examples, where ``collect(..., keep_pooled=True)`` kept them: ``agreement``, the mean cosine
-    to v of the pairs' differences ``hᵢ⁺ − hᵢ⁻``, or without pairs of every example's difference to the
-    other side's mean, ``hᵢ⁺ − μ⁻`` and ``μ⁺ − hᵢ⁻`` (larger numbers: not to be compared with those
-    of pairs), a difference of 0 counting 0; and ``d_prime = (μ⁺ − μ⁻) / √((σ⁺² + σ⁻²)/2)`` of the
-    projections on v, σ² unbiased (arXiv 2505.22637).
+    From the examples, where ``collect(..., keep_pooled=True)`` kept them: ``agreement`` is the mean cosine to v of the
+    pairs' differences ``hᵢ⁺ − hᵢ⁻``. Without pairs it is that of every example's difference to the other side's mean,
+    ``hᵢ⁺ − μ⁻`` and ``μ⁺ − hᵢ⁻``, which gives larger numbers: do not compare the two. A difference of 0 counts 0.
+    ``d_prime = (μ⁺ − μ⁻) / √((σ⁺² + σ⁻²)/2)`` of the projections on v, where σ² is unbiased.
 
-    All flatter a vector built from the same examples, most where they are few: diagnose it on
-    others (``vector``, at its hookpoint). Raises PairingError for a hookpoint that was not
-    collected or a vector of another width, SelectionError for a direction of norm 0.
+    All of these flatter a vector that was built from the same examples, most where they are few: diagnose a vector on
+    other texts than those that it was built from.
+
+    Args:
+        stats: Statistics of a contrast set.
+        vector: The vector, at its hookpoint; by default the difference of means Δ, which is CAA's vector.
+        hookpoint: Where, without a vector; by default the one hookpoint of the statistics.
+
+    Raises:
+        PairingError: The hookpoint was not collected, or the vector has another width.
+        SelectionError: The direction has norm 0.
     """
     at, contrast = stats.at("residual", vector.hookpoint if vector is not None else hookpoint)
     difference = contrast.difference
     direction = difference if vector is None else vector.direction.detach().cpu().double()
     if direction.shape != difference.shape:
-        raise PairingError(f"a vector of width {len(direction)}", f"{len(difference)}, that of the statistics at {at}")
+        raise PairingError(
+            f"a vector of width {len(direction)}",
+            f"width {len(difference)}, that of the statistics at {at}",
+            "collect statistics on the model that the vector was made for",
+        )
     if not direction.norm() > 0:
-        raise SelectionError("a direction of norm 0", "sides that differ", "check the contrast set")
+        raise SelectionError(
+            "a direction of norm 0", "two sides whose means differ", "check that the contrast set's sides differ"
+        )
     unit = direction / direction.norm()
     pooled = stats.pooled.get(at)
     return Diagnosis(

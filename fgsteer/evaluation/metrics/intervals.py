@@ -1,8 +1,8 @@
 """Intervals of means and of paired differences over texts that come in clusters, such as those of one prompt.
 
-A stratum is one concept's {unit: value}, a unit a text's (prompt, seed). An average over concepts is a mean of
-stratum means: the concepts stay as they are, and what another sample would change are the prompts. Texts of
-one prompt resemble each other and move all concepts together, so the prompts are what is counted.
+A stratum is one concept's {unit: value}, and a unit is a text's (prompt, seed). An average over concepts is the mean
+of the strata's means: the concepts stay as they are, and the prompts are what another sample would change. Texts of
+one prompt resemble each other and move all concepts together, so prompts are what is counted.
 
     mean_interval([paired_differences(fgaa[c], caa[c]) for c in concepts], lambda unit: unit.prompt)
 """
@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fgsteer.errors import DataError, PairingError
+from fgsteer.errors.wording import count
 
-LEVEL = 0.95
+LEVEL = 0.95  # coverage of intervals
 COMPLETE = "let the run finish, or leave out what is incomplete with run.only(...)"
 NEWTON_STEPS = 50
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
@@ -29,10 +30,15 @@ Cells = dict[Hashable, list[float]]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the two ends of its interval, in the values' units; unpacked it is these three.
+    """A mean and the two ends of its interval; it unpacks to these three.
 
-    ``clusters`` is the number of prompts (or of texts, where each stands for itself) and ``units`` that of texts;
-    ``effective`` is how many independent texts would tell as much, ``units / (1 + (m − 1)·ICC)``.
+    Args:
+        mean: The mean, in the units of the values.
+        low: The lower end of the interval.
+        high: The upper end of the interval.
+        clusters: Number of prompts, or of texts where each stands for itself.
+        units: Number of texts.
+        effective: How many independent texts would tell as much, ``units / (1 + (m − 1)·ICC)``.
     """
 
     mean: float
@@ -67,28 +73,38 @@ def mean_interval(
 
     The effective number of units comes from the intraclass correlation of the analysis of variance, kept within
     [0, 1], and m, the mean size of a unit's cluster: ``N / (1 + (m − 1)·ICC)`` (Kish 1965).
-    ``cluster`` gives a unit's cluster, ``level`` is the coverage. Raises DataError for no stratum, one of fewer
-    than two clusters, or values that are not finite.
+
+    Args:
+        strata: For each concept, {unit: value}.
+        cluster: The cluster of a unit, such as its prompt.
+        level: Coverage of the interval.
+
+    Returns:
+        The mean with its interval.
+
+    Raises:
+        DataError: There is no stratum, one has fewer than two clusters, or a value is not finite.
     """
     if not strata:
-        raise DataError("no values to take an interval of", "at least one concept")
+        raise DataError("no concepts", "values of at least one concept, to take an interval of")
     means: list[float] = []
     deviations: dict[Any, float] = {}
     blocks: list[set[Hashable]] = []
     for stratum in strata:
-        mine = {cluster(unit) for unit in stratum}
-        if len(mine) < 2 or not all(map(math.isfinite, stratum.values())):
+        clusters = {cluster(unit) for unit in stratum}
+        if len(clusters) < 2 or not all(map(math.isfinite, stratum.values())):
             raise DataError(
-                f"{len(stratum)} values of {len(mine)} prompts, such as {next(iter(stratum.items()), None)}",
+                f"{count(len(stratum), 'value')} of {count(len(clusters), 'prompt')}, such as "
+                f"{next(iter(stratum.items()), None)}",
                 "finite values of at least two prompts",
-                "an interval needs several prompts: texts of one prompt do not say how another would do",
+                "measure more prompts: texts of one prompt do not tell how another one would do",
             )
         means.append(math.fsum(stratum.values()) / len(stratum))
         for unit, value in stratum.items():
             share = (value - means[-1]) / (len(stratum) * len(strata))
             deviations[unit] = deviations.get(unit, 0.0) + share
-        joined = mine.union(*(block for block in blocks if block & mine))
-        blocks = [*(block for block in blocks if not block & mine), joined]
+        joined = clusters.union(*(block for block in blocks if block & clusters))
+        blocks = [*(block for block in blocks if not block & clusters), joined]
     cells: Cells = {}
     for unit, deviation in deviations.items():
         cells.setdefault(cluster(unit), []).append(deviation)
@@ -98,7 +114,7 @@ def mean_interval(
 
 
 def _half_width(cells: Cells, blocks: Sequence[set[Hashable]], level: float) -> float:
-    """Half the width of the t interval, of what units add to the mean by cluster; blocks share no cluster."""
+    """Half the width of the t interval of what units add to the mean, by cluster; blocks share no cluster."""
     variances = []
     for block in blocks:
         squares = math.fsum(math.fsum(cells[name]) ** 2 for name in block)
@@ -111,7 +127,7 @@ def _half_width(cells: Cells, blocks: Sequence[set[Hashable]], level: float) -> 
 
 
 def _effective(cells: Cells, blocks: int) -> float:
-    """The effective number of units, of what they add to the mean by cluster."""
+    """The effective number of units, from what they add to the mean, by cluster."""
     sizes = [len(cell) for cell in cells.values()]
     units = sum(sizes)
     size = math.fsum(n * n for n in sizes) / units
@@ -134,25 +150,30 @@ def t_quantile(level: float, freedom: float) -> float:
     concave in θ, so that Newton's method from the normal quantile, which is smaller, rises to it.
     """
     logarithm = math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2)
-    wanted = level * math.sqrt(math.pi) / 2 * math.exp(logarithm)
+    target = level * math.sqrt(math.pi) / 2 * math.exp(logarithm)
     angle = math.atan(NormalDist().inv_cdf((1 + level) / 2) / math.sqrt(freedom))
     for _ in range(NEWTON_STEPS):
-        found = angle / 2 * float(_WEIGHTS @ np.cos((_NODES + 1) * angle / 2) ** (freedom - 1))
-        step = (wanted - found) / math.cos(angle) ** (freedom - 1)
+        integral = angle / 2 * float(_WEIGHTS @ np.cos((_NODES + 1) * angle / 2) ** (freedom - 1))
+        step = (target - integral) / math.cos(angle) ** (freedom - 1)
         angle += step
         if abs(step) <= 1e-14 * angle:
             break
     return math.sqrt(freedom) * math.tan(angle)
 
 
-def paired_differences(of: Mapping[Key, float], to: Mapping[Key, float], what: str = "two methods") -> dict[Key, float]:
-    """``of − to``, unit by unit. Raises PairingError, naming one, for units that only one side has."""
-    alone = of.keys() ^ to.keys()
-    if alone:
+def paired_differences(
+    first: Mapping[Key, float], second: Mapping[Key, float], what: str = "two methods"
+) -> dict[Key, float]:
+    """Differences ``first − second``, unit by unit; ``what`` is being compared stands in the error.
+
+    Raises PairingError for units that only one of them has.
+    """
+    unpaired = first.keys() ^ second.keys()
+    if unpaired:
         raise PairingError(
-            f"{what}: {len(alone)} of {len(of.keys() | to.keys())} (prompt, seed) units on one side only, "
-            f"such as {min(alone, key=str)}",
-            "the same prompts and seeds on both",
+            f"{what}, of which {len(unpaired)} of {len(first.keys() | second.keys())} (prompt, seed) units are on one "
+            f"side only, such as {min(unpaired, key=str)}",
+            "the same prompts and seeds for both methods",
             COMPLETE,
         )
-    return {unit: of[unit] - to[unit] for unit in of}
+    return {unit: first[unit] - second[unit] for unit in first}

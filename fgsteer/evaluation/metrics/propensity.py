@@ -1,4 +1,4 @@
-"""How much more a model says one side of a contrast than the other, text by text, and its interval.
+"""How much more probable a model finds one side of a contrast than the other, text by text, with an interval.
 
 propensity = Propensity(load_contrast("wedding"))
 values, unit = propensity.values(model, tokenizer, [None, vec.add(4.0)])
@@ -43,8 +43,12 @@ class Propensity:
         self.texts = [*contrast.side(True), *contrast.side(False)]
         self.groups = (self.pairs, self.positives - self.pairs, self.negatives - self.pairs)
         if 1 in self.groups:
-            told = "{} pairs, {} more positives and {} more negatives".format(*self.groups)
-            raise DataError(f"{contrast.name!r} has {told}", "at least two of what it has, for an interval")
+            numbers = "{} pairs, {} more positives and {} more negatives".format(*self.groups)
+            raise DataError(
+                f"the contrast set {contrast.name!r} with {numbers}",
+                "none or at least two of each of these, to take an interval over",
+                "add texts to the contrast set, or leave the single one out",
+            )
 
     @property
     def numbers(self) -> dict[str, int]:
@@ -63,11 +67,11 @@ class Propensity:
         Nats a token; but nats an answer, sums, where all are pairs with a prompt whose two completions
         have equally many tokens. Of unequal ones, sums would charge the longer with what steering costs every token.
         """
-        found = log_probabilities(model, tokenizer, self.texts, entries, batch_tokens=batch_tokens)
+        scored = log_probabilities(model, tokenizer, self.texts, entries, batch_tokens=batch_tokens)
         answers = self.groups[1:] == (0, 0) and all(pair.prompt for pair in self.contrast.pairs)
-        if answers and torch.equal(found.counts[: self.pairs], found.counts[self.pairs :]):
-            return found.sums, "nats an answer"
-        return found.sums / found.counts, "nats a token"
+        if answers and torch.equal(scored.counts[: self.pairs], scored.counts[self.pairs :]):
+            return scored.sums, "nats an answer"
+        return scored.sums / scored.counts, "nats a token"
 
     def shares(self, values: Float[Tensor, " texts"]) -> Shares:
         """What each unit adds to ``mean⁺ − mean⁻`` of values by text."""

@@ -170,7 +170,12 @@ def parse_record(row: Any) -> EvalRecord:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run(OneLineRepr):
-    """A run's header (plan, versions, hashes, command) and its records."""
+    """A run of a benchmark.
+
+    Args:
+        header: What was run: plan, versions, hashes and the command.
+        records: Every text with its scores.
+    """
 
     header: Mapping[str, Any]
     records: Sequence[EvalRecord]
@@ -206,19 +211,19 @@ class Run(OneLineRepr):
         )
 
     def layers(self, method: str | None = None) -> list[int]:
-        """Layers that were steered on the coefficient grid by a method, or by any, of more than one coefficient."""
+        """The layers that a method, or any method, steered with a grid of several coefficients."""
         grid = {(s.layer, s.method) for s in self.settings if s.coefficient and s.matched is None}
-        wanted = self.swept if method is None else [m for m in self.swept if m == method]
-        return sorted({layer for layer, found in grid if layer is not None and found in wanted})
+        methods = self.swept if method is None else [m for m in self.swept if m == method]
+        return sorted({layer for layer, steered_by in grid if layer is not None and steered_by in methods})
 
     @property
     def swept(self) -> list[str]:
         """Methods with a grid of several coefficients."""
-        seen: dict[str, set[float]] = {}
+        coefficients: dict[str, set[float]] = {}
         for setting in self.settings:
             if setting.matched is None:
-                seen.setdefault(setting.method, set()).add(setting.coefficient)
-        return [method for method in self.methods if len(seen.get(method, ())) > 1]
+                coefficients.setdefault(setting.method, set()).add(setting.coefficient)
+        return [method for method in self.methods if len(coefficients.get(method, ())) > 1]
 
     @property
     def targets(self) -> list[float]:
@@ -230,7 +235,7 @@ class Run(OneLineRepr):
         if (setting, half) not in self.cells:
             raise DataError(
                 f"no record of {setting.describe()} in the half {half!r}",
-                "both halves of every setting",
+                "records of every setting in both halves",
                 COMPLETE,
             )
         return {unit: getattr(record, measure) for unit, record in self.cells[setting, half].items()}
@@ -240,13 +245,13 @@ class Run(OneLineRepr):
         return mean(self.values(setting, half, measure).values())
 
     def only(self, *, concepts: Collection[str] | None = None, methods: Collection[str] | None = None) -> Run:
-        """The run without other concepts and methods."""
-        kept = [
+        """The run of these concepts and methods alone; None takes all of them."""
+        records = [
             r
             for r in self.records
             if (concepts is None or r.concept in concepts) and (methods is None or r.method in methods)
         ]
-        return Run(self.header, kept)
+        return Run(self.header, records)
 
 
 def load_run(path: str | Path) -> Run:

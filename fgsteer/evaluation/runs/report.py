@@ -86,8 +86,8 @@ def write_report(run: Run, path: str | Path, features: Features | None = None) -
         FormatError: The file cannot be written.
     """
     page = html_report(run, features=features)
-    with atomic_write(path) as beside:
-        beside.write_bytes(page.encode("utf-8", "replace"))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(page.encode("utf-8", "replace"))
 
 
 def html_report(run: Run, samples: int = 2, features: Features | None = None) -> str:
@@ -157,8 +157,8 @@ def _measured(run: Run) -> str:
         "concepts": ", ".join(run.concepts),
         "methods": ", ".join(map(method_name, run.methods)),
         "layers": ", ".join(map(str, run.layers())) or "one",
-        "tuning half": f"{_units(units['tune'])}: choose the coefficient and the layer",
-        "report half": f"{_units(units['report'])}: every figure on this page",
+        "tuning half": f"{_units(units['tune'])}, on which the coefficient and the layer are chosen",
+        "report half": f"{_units(units['report'])}, from which every figure on this page comes",
         "behavior": "how much a text shows the concept, in [0, 1]",
         "coherence": _coherence(run),
         "BCS": "behavior × coherence of a text; averages are over texts, then over concepts",
@@ -167,7 +167,7 @@ def _measured(run: Run) -> str:
     }
     if run.targets:
         targets = ", ".join(f"{t:g}" for t in run.targets)
-        facts["matched"] = f"coefficient calibrated until neutral texts cost {targets} nats a token more"
+        facts["matched"] = f"the coefficient at which neutral texts cost {targets} nats a token more"
     facts["intervals"] = (
         "95 %, Student's t over prompts: the texts of a prompt resemble each other and move every concept together, so "
         "prompts are what is counted; concepts stay as they are. Differences are paired by prompt and seed. n_eff is "

@@ -1,7 +1,7 @@
-"""What a sweep answers: where steering works best, how it fades, and whether its negative is stronger.
+"""What a sweep answers: where steering works best, how it fades, and whether the negative sign is stronger.
 
-Every answer is a rule over curves, one a layer and sign, and compares at equal cost. Its interval
-is over texts, which all layers and signs share.
+Every answer is a rule over curves, one for each layer and sign, which compares at equal cost. Its interval is over
+texts, which all layers and signs share.
 
     best_layer(curves, sign=1, cost=0.5, interval=interval).lead.clear
 """
@@ -28,9 +28,15 @@ IntervalOf = Callable[[Shares], Interval]
 class Curve:
     """One layer and sign, by rising strength: the push of each step, and what it costs.
 
-    Push is the effect in the direction asked for, ``sign · effect``, in nats; ``pushes (steps, units)`` are the units'
-    shares, which add up to it. ``costs`` are measured, in nats a token; ``nominal`` is what steps are matched
-    by: the cost asked for where there was one, which calibration meets within its tolerance.
+    Args:
+        layer: The layer.
+        sign: +1 or −1.
+        coefficients: The coefficient of each step.
+        nominal: What steps are matched by: the cost that was asked for, which calibration meets within its
+            tolerance, or else the measured cost.
+        costs: Measured costs, in nats a token.
+        pushes: The units' shares of each step's push, which add up to it, (steps, units). Push is the effect in the
+            direction that was asked for, ``sign · effect``, in nats.
     """
 
     layer: int
@@ -41,9 +47,9 @@ class Curve:
     pushes: Float[np.ndarray, "steps units"]
 
     def at(self, cost: float) -> tuple[float, Shares] | None:
-        """(coefficient, pushes) where the curve first reaches a cost, on straight lines between steps from no steering.
+        """(coefficient, pushes) where the curve first reaches a cost; None where it does not.
 
-        None where it does not reach it.
+        Between steps, and from no steering to the first step, the curve is a straight line.
         """
         costs, coefficients = (0.0, *self.nominal), (0.0, *self.coefficients)
         pushes = np.concatenate([np.zeros_like(self.pushes[:1]), self.pushes])
@@ -59,9 +65,9 @@ class Curve:
 class BestLayer:
     """The layer of the largest push at the matched cost, for one sign.
 
-    ``lead`` is what it is ahead of ``runner_up`` by, None for one layer; ``level_with`` are the layers whose distance
-    to it has an interval that includes 0. The layer was chosen on the texts that the intervals are over,
-    so where many layers are close the lead is somewhat too large.
+    ``lead`` is by how much it is ahead of ``runner_up``; both are None where there is one layer. ``level_with`` are the
+    layers whose distance to it has an interval that includes 0. The layer was chosen on the same texts that intervals
+    are over, so where many layers are close the lead is somewhat too large.
     """
 
     sign: int
@@ -77,9 +83,9 @@ class BestLayer:
 class Fade:
     """How one layer and sign fades as strength grows.
 
-    ``per_nat`` is push over cost of each step, nan where steering costs nothing; to begin with, push grows as c
-    and cost about as c², so that this falls early. ``peak_cost`` is the measured cost of the step of the largest
-    push, and ``fall`` by how much the dearest step is below it, None where that is the peak.
+    ``per_nat`` is push divided by cost of each step, nan where steering costs nothing. At first push grows as c and
+    cost about as c², so that it falls early. ``peak_cost`` is the measured cost of the step with the largest push,
+    and ``fall`` is by how much the push of the dearest step is below that, None where the dearest step is the peak.
     """
 
     layer: int
@@ -97,12 +103,13 @@ class Fade:
 
 @dataclass(frozen=True)
 class SignDifference:
-    """``push(−) − push(+)`` of a layer at the matched cost, above 0 where negative is stronger; layer None: the mean.
+    """``push(−) − push(+)`` of a layer at the matched cost, above 0 where the negative sign is stronger.
 
-    It is ``−effect(−) − effect(+)``, not ``|effect(−)| − effect(+)``: a negative that moves the
-    model the wrong way is weak, not strong, and a mean of absolute values of noise is above 0. Any change of the
-    model may cost one side of the contrast more, which makes a sign look strong: ``net`` is
-    ``difference + 2·damage``, less what random directions of equal cost do; None where that is not known.
+    With ``layer`` None it is the mean over layers. It is ``−effect(−) − effect(+)``, not ``|effect(−)| − effect(+)``: a
+    negative sign that moves the model the wrong way is weak, not strong, and a mean of absolute values of noise is
+    above 0. Any change of the model may cost one side of the contrast more, which makes a sign look strong: ``net`` is
+    ``difference + 2·damage``, from which the effect of random directions of equal cost is taken away; None where that
+    is not known.
     """
 
     layer: int | None
@@ -112,12 +119,12 @@ class SignDifference:
 
 def best_layer(curves: Sequence[Curve], sign: int, cost: float, interval: IntervalOf) -> BestLayer | None:
     """The layer of the largest push at a cost, among those that reach it; None where none does."""
-    found = {curve.layer: at for curve in curves if curve.sign == sign and (at := curve.at(cost)) is not None}
-    if not found:
+    by_layer = {curve.layer: at for curve in curves if curve.sign == sign and (at := curve.at(cost)) is not None}
+    if not by_layer:
         return None
-    layer, *others = sorted(found, key=lambda name: (-found[name][1].sum(), name))
-    coefficient, pushes = found[layer]
-    leads = {other: interval(pushes - found[other][1]) for other in others}
+    layer, *others = sorted(by_layer, key=lambda name: (-by_layer[name][1].sum(), name))
+    coefficient, pushes = by_layer[layer]
+    leads = {other: interval(pushes - by_layer[other][1]) for other in others}
     level = tuple(sorted(other for other in others if not leads[other].clear))
     second, lead = next(iter(leads.items()), (None, None))
     return BestLayer(sign, layer, coefficient, interval(pushes), second, lead, level)
@@ -139,11 +146,11 @@ def sign_differences(
 
     ``damage`` are the units' shares in the effect of random directions, by layer.
     """
-    found = {(curve.layer, curve.sign): at[1] for curve in curves if (at := curve.at(cost)) is not None}
-    layers = sorted(layer for layer, sign in found if sign > 0 and (layer, -1) in found)
+    pushes = {(curve.layer, curve.sign): at[1] for curve in curves if (at := curve.at(cost)) is not None}
+    layers = sorted(layer for layer, sign in pushes if sign > 0 and (layer, -1) in pushes)
     if not layers:
         return ()
-    raw = {layer: found[layer, -1] - found[layer, 1] for layer in layers}
+    raw = {layer: pushes[layer, -1] - pushes[layer, 1] for layer in layers}
     net = {layer: raw[layer] + 2 * damage[layer] for layer in layers if layer in damage}
     rows = [SignDifference(n, interval(raw[n]), interval(net[n]) if n in net else None) for n in layers]
     mean_net = interval(np.mean(list(net.values()), axis=0)) if len(net) == len(layers) else None
@@ -160,15 +167,15 @@ def in_words(
 
 
 def _best_in_words(best: BestLayer, unit: str) -> str:
-    told = (
+    text = (
         f"({best.sign:+d}) works best at layer {best.layer} with coefficient {best.coefficient:.3g}, "
-        f"{_told(best.push)} {unit}"
+        f"{_in_figures(best.push)} {unit}"
     )
     if best.lead is not None:
-        told += f", {_told(best.lead)} ahead of layer {best.runner_up}"
+        text += f", {_in_figures(best.lead)} ahead of layer {best.runner_up}"
     if best.level_with:
-        told += f"; not told apart from layer {_listed(best.level_with)}"
-    return f"{told}."
+        text += f"; it cannot be told apart from {_named(best.level_with)}"
+    return f"{text}."
 
 
 def _fades_in_words(fades: Sequence[Fade]) -> str:
@@ -188,26 +195,30 @@ def _signs_in_words(signs: Sequence[SignDifference], unit: str) -> str:
     if not signs:
         return "no layer reaches this cost with both signs."
     *rows, mean = signs
-    told = f"{_stronger([(row.layer, row.difference) for row in rows])}. "
-    told += f"On average negative less positive is {_told(mean.difference)} {unit}."
+    text = f"{_stronger([(row.layer, row.difference) for row in rows])}. "
+    text += f"On average negative less positive is {_in_figures(mean.difference)} {unit}."
     net = [(row.layer, row.net) for row in rows if row.net is not None]
     if mean.net is not None:
-        told += f" Net of what random directions of equal cost do: {_stronger(net)}; on average {_told(mean.net)}."
-    return told
+        text += (
+            f" Net of what random directions of equal cost do: {_stronger(net)}; on average {_in_figures(mean.net)}."
+        )
+    return text
 
 
 def _stronger(rows: Sequence[tuple[int | None, Interval]]) -> str:
     by = {
-        "negative is stronger at layer": [layer for layer, difference in rows if difference.low > 0],
-        "positive at layer": [layer for layer, difference in rows if difference.high < 0],
-        "not told apart at layer": [layer for layer, difference in rows if not difference.clear],
+        "negative is stronger at": [layer for layer, difference in rows if difference.low > 0],
+        "positive is stronger at": [layer for layer, difference in rows if difference.high < 0],
+        "they cannot be told apart at": [layer for layer, difference in rows if not difference.clear],
     }
-    return "; ".join(f"{what} {_listed(layers)}" for what, layers in by.items() if layers)
+    return "; ".join(f"{what} {_named(layers)}" for what, layers in by.items() if layers)
 
 
-def _told(value: Interval) -> str:
+def _in_figures(value: Interval) -> str:
     return f"{value.mean:.3g} [{value.low:.3g}, {value.high:.3g}]"
 
 
-def _listed(layers: Sequence[int | None]) -> str:
-    return ", ".join(map(str, layers))
+def _named(layers: Sequence[int | None]) -> str:
+    """Layers in words: "layer 1", or "layers 1, 2 and 3"."""
+    *before, last = map(str, layers)
+    return f"layers {', '.join(before)} and {last}" if before else f"layer {last}"

@@ -28,7 +28,7 @@ from fgsteer.evaluation.drawing import (
     save_each,
 )
 from fgsteer.evaluation.sweep.answers import SIGNS
-from fgsteer.evaluation.sweep.sweep import Sweep, SweepCell
+from fgsteer.evaluation.sweep.results import Sweep, SweepCell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

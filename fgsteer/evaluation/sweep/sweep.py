@@ -1,8 +1,9 @@
-"""Layer × coefficient × sign without generation: where steering works best, how it fades, whether negative is stronger.
+"""The sweep over layers, strengths and signs, which generates nothing.
 
-What a vector does is read from log-probabilities of texts that show the behavior and texts that
-do not, what it costs from the cross-entropy of neutral texts. Strengths are those that cost the same
-everywhere, so that layers and signs are compared at equal cost (questions of arXiv 2507.11771).
+It tells where steering works best, how it fades as strength grows, and whether the negative sign is stronger. The
+effect of a vector is measured on log-probabilities of texts that show the behavior and of texts that do not, its cost
+on the cross-entropy of neutral texts. Strengths are those that cost the same everywhere, so that layers and signs are
+compared at equal cost (the questions are those of arXiv 2507.11771).
 
     print(*sweep(model, tokenizer, load_contrast("wedding")).answers, sep="\\n")
 """
@@ -11,37 +12,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from fgsteer.activations.tokens import TokenRule
-from fgsteer.data.contrasts import ContrastPair, ContrastSet, as_contrast, load_neutral
+from fgsteer.data.contrast_files import as_contrast
+from fgsteer.data.contrasts import ContrastPair, ContrastSet
+from fgsteer.data.shipped import load_neutral
 from fgsteer.display.progress import Progress, Report, reporting
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_number, checked
-from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.evaluation.metrics.propensity import Propensity, Shares
 from fgsteer.evaluation.sweep.answers import (
     SIGNS,
-    BestLayer,
     Curve,
-    Fade,
-    SignDifference,
     best_layer,
     fade,
-    in_words,
     sign_differences,
 )
+from fgsteer.evaluation.sweep.results import Sweep, SweepCell
 from fgsteer.interventions import Add, Intervention
 from fgsteer.likelihood.calibration import CE_RISE, calibrate_grid
 from fgsteer.likelihood.scoring import cross_entropies
 from fgsteer.methods import spec
-from fgsteer.methods.provenance import library_version
 from fgsteer.models.hookpoints import Hookpoint, blocks_of
 from fgsteer.models.pairing import model_identity
 from fgsteer.statistics.collecting import collect
@@ -51,89 +48,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CE_RISES = (0.05, 0.1, 0.25, 0.5, 1.0)
-OFF_TARGET = 0.1  # a calibrated cost further than this from the one asked for, relative, is noted
+OFF_TARGET_SHARE = 0.1  # a cost that differs from the one asked for by more than this share of it is noted
+
+UNHELD = "there are no held-out texts: effects are measured on the contrast set itself, which flatters the vector"
 
 Contrasts = ContrastSet | str | Path | Sequence[ContrastPair]
 Step = tuple[int, int, float, float | None]  # layer, sign, coefficient that bears it, rise asked for
-
-
-@dataclass(frozen=True, repr=False)
-class SweepCell(OneLineRepr):
-    """One layer, sign and strength: ``vector.add(coefficient)``, which bears the sign.
-
-    ``effect`` is the change of propensity, ``cost`` the measured rise of neutral text's cross-entropy in nats a
-    token, ``target`` the rise that was asked for, None for coefficients that were given.
-    """
-
-    layer: int
-    sign: int
-    coefficient: float
-    target: float | None
-    cost: float
-    effect: Interval
-
-    @property
-    def push(self) -> float:
-        """The effect in the direction asked for."""
-        return self.sign * self.effect.mean
-
-    @property
-    def step(self) -> float:
-        """The cell's place along the grid: the rise asked for, or the size of the coefficient."""
-        return abs(self.coefficient) if self.target is None else self.target
-
-
-@dataclass(frozen=True, repr=False)
-class Sweep(OneLineRepr):
-    """What ``sweep`` measured, and its answers.
-
-    ``unit`` is that of effects; ``texts`` are numbers of positives, negatives, and pairs among them, ``measured_on``
-    which they are. ``propensity`` and ``cross_entropy`` are the unsteered model's. ``matched`` is the cost at
-    which ``best`` and ``signs`` compare, and ``damage`` by layer the mean effect of random directions of that cost:
-    what steering does whichever way it goes. ``notes`` say what is missing or weaker than it looks.
-    """
-
-    contrast: str
-    method: str
-    model: Mapping[str, Any]
-    hookpoints: Mapping[int, str]
-    norms: Mapping[int, float]
-    measured_on: str
-    texts: Mapping[str, int]
-    unit: str
-    propensity: Interval
-    cross_entropy: float
-    matched: float
-    cells: tuple[SweepCell, ...]
-    damage: Mapping[int, Interval]
-    best: tuple[BestLayer, ...]
-    fades: tuple[Fade, ...]
-    signs: tuple[SignDifference, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def answers(self) -> tuple[str, str, str]:
-        """Where it works best, how it fades, which sign is stronger, in words."""
-        return in_words(self.best, self.fades, self.signs, self.matched, self.unit)
-
-    @property
-    def steps(self) -> tuple[float, ...]:
-        """The grid: costs asked for, or sizes of coefficients, rising."""
-        return tuple(sorted({cell.step for cell in self.cells}))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON; what is not finite is null."""
-        return {"fgsteer": "sweep", "version": library_version(), **_plain(self), "answers": list(self.answers)}
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @checked
@@ -154,37 +74,52 @@ def sweep(
     batch_tokens: int | None = None,
     progress: Progress = None,
 ) -> Sweep:
-    """Effect and cost of ``h + c·v`` at every layer, strength and sign, and what they answer; nothing is generated.
+    """Measure effect and cost of ``h + c·v`` at every layer, strength and sign, without generating anything.
 
     Propensity is ``mean⁺ − mean⁻`` of the two sides' log-probabilities a token, and an effect is its change from
-    c = 0, in nats. Of pairs that all have a prompt and two answers of equally many tokens, as letters are,
-    log-probabilities are sums: the difference of ``answer_probabilities``. Cost is the rise of the mean
-    cross-entropy of ``neutral`` texts, in nats a token.
+    c = 0, in nats. Where all pairs have a prompt and two answers of equally many tokens, as letters are,
+    log-probabilities are sums: the difference of ``answer_probabilities``. Cost is the rise of the mean cross-entropy
+    of neutral texts, in nats a token. Intervals (95 %, Student's t) are over the texts that effects are measured on,
+    with pairs and the pairs of one prompt kept together; the neutral texts and the vectors are taken as they are.
 
-    ``vectors`` are one a layer, or the name of a method that needs no SAE, such as caa, to build them from the
-    contrast, reading ``tokens``, at resid_post of ``layers`` (all); they are not scaled: c = 1 adds v. Strengths are
-    those at which each layer and sign costs ``ce_rises`` (rising; by default .05, .1, .25, .5, 1), or
-    ``coefficients`` ≥ 0, tried with both signs.
-    ``matched`` is the cost at which layers and signs are compared: .5, or less where the grid ends before; between
-    given coefficients it is interpolated. ``controls`` random directions a layer (0: none) show what any change of
-    that cost does to the two sides, which is no effect of the vector and would pass for a stronger sign.
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        contrast: The contrast set that vectors are built from.
+        vectors: One vector for each layer, or the name of a method that needs no SAE, such as "caa", which builds
+            them. Vectors are not scaled: c = 1 adds v.
+        layers: The layers whose resid_post is steered; by default all.
+        ce_rises: Rising costs in nats a token, at which strengths are set for each layer and sign; by default 0.05,
+            0.1, 0.25, 0.5 and 1.
+        coefficients: Rising strengths of at least 0 in place of costs, tried with both signs.
+        matched: The cost at which layers and signs are compared; by default 0.5, or less where the grid ends before.
+            Between coefficients it is interpolated.
+        held_out: The contrast set that effects are measured on; by default the held-out part of ``contrast``, or,
+            with a note, ``contrast`` itself.
+        neutral: Texts that cost is measured on; by default the shipped ones.
+        controls: Number of random directions for each layer. They show what any change of that cost does to the two
+            sides, which is no effect of the vector and would pass for a stronger sign.
+        tokens: Which tokens the vectors are built from, as in ``collect``.
+        batch_tokens: Padded tokens of a batch.
+        progress: As in ``collect``; a function is called with (steps done, steps in all).
 
-    Effects are measured on ``held_out``, else the contrast's held-out part, else, with a note, on the contrast
-    itself. Intervals (95 %, Student's t) are over these texts, pairs and the pairs of one prompt kept together;
-    the neutral texts and the vectors are taken as they are. ``progress`` as in ``collect``; a
-    function gets (steps done, steps in all).
+    Returns:
+        What was measured, and its answers.
 
-    Raises DataError for a grid that is not rising, fewer than two texts a side, or two vectors at a layer;
-    HookpointError for a layer that does not exist; what ``collect`` and the methods raise.
+    Raises:
+        DataError: The grid does not rise, a side has fewer than two texts, or two vectors have one layer.
+        HookpointError: A layer does not exist.
+
+    Raises what ``collect`` and the methods raise besides.
     """
-    given = as_contrast(contrast)
+    contrast_set = as_contrast(contrast)
     grid, matched = _grid(ce_rises, coefficients, matched)
     by_cost = coefficients is None
-    held = given.held_out if held_out is None else as_contrast(held_out)
-    propensity = Propensity(given if held is None else held)
+    held = contrast_set.held_out if held_out is None else as_contrast(held_out)
+    propensity = Propensity(contrast_set if held is None else held)
     meter = _Meter(model, tokenizer, propensity, load_neutral()[0] if neutral is None else neutral, batch_tokens)
     with reporting(progress, "sweeping") as report:
-        by_layer = _vectors(model, tokenizer, given, vectors, layers, tokens)
+        by_layer = _vectors(model, tokenizer, contrast_set, vectors, layers, tokens)
         tick = _Ticker(report, len(by_layer) + by_cost + (controls > 0))
         if by_cost:
             steps = _calibrated(meter, by_layer, grid)
@@ -194,26 +129,26 @@ def sweep(
         shares: dict[SweepCell, Shares] = {}
         for layer, vector in by_layer.items():
             mine = [step for step in steps if step[0] == layer]
-            read = meter.read([vector.add(coefficient) for _, _, coefficient, _ in mine])
-            for step, share, cost in zip(mine, read.changes, read.costs, strict=True):
+            measured = meter.measure([vector.add(coefficient) for _, _, coefficient, _ in mine])
+            for step, share, cost in zip(mine, measured.changes, measured.costs, strict=True):
                 if math.isfinite(cost) and np.isfinite(share).all():
                     shares[SweepCell(*step, cost, propensity.interval(share))] = share
             tick()
         damage = _damage(meter, by_layer, matched, controls, tick) if controls > 0 else {}
     curves = _curves(shares)
-    notes = [] if held is not None else ["no held-out texts: effects are measured on the set itself, which flatters"]
+    notes = [] if held is not None else [UNHELD]
     interval = propensity.interval
     return Sweep(
-        contrast=given.name,
+        contrast=contrast_set.name,
         method=", ".join(dict.fromkeys(str(v.provenance.get("method", "bare")) for v in by_layer.values())),
         model=model_identity(model),
         hookpoints={layer: str(vector.hookpoint) for layer, vector in by_layer.items()},
         norms={layer: vector.norm for layer, vector in by_layer.items()},
         measured_on=propensity.contrast.name,
         texts=propensity.numbers,
-        unit=read.unit,
-        propensity=interval(read.base),
-        cross_entropy=read.entropy,
+        unit=measured.unit,
+        propensity=interval(measured.base),
+        cross_entropy=measured.entropy,
         matched=matched,
         cells=tuple(shares),
         damage={layer: interval(share) for layer, share in damage.items()},
@@ -224,7 +159,7 @@ def sweep(
     )
 
 
-class _Read(NamedTuple):
+class _Measured(NamedTuple):
     """The unsteered model's shares and cross-entropy, their changes by intervention, and the shares' unit."""
 
     base: Shares
@@ -236,7 +171,7 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Meter:
-    """Reads effect and cost of interventions on one model and set of texts."""
+    """Measures effect and cost of interventions on one model and one set of texts."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -244,15 +179,15 @@ class _Meter:
     neutral: Sequence[str]
     batch_tokens: int | None
 
-    def read(self, interventions: Sequence[Intervention]) -> _Read:
-        """Effects and costs against the unsteered model, which runs in the same passes."""
+    def measure(self, interventions: Sequence[Intervention]) -> _Measured:
+        """Effects and costs against the unsteered model, which is run in the same passes."""
         entries = [None, *interventions]
         values, unit = self.propensity.values(self.model, self.tokenizer, entries, self.batch_tokens)
         base, *raised = cross_entropies(
             self.model, self.tokenizer, self.neutral, entries, batch_tokens=self.batch_tokens
         )
         changes = [self.propensity.shares(value - values[0]) for value in values[1:]]
-        return _Read(self.propensity.shares(values[0]), base, changes, [value - base for value in raised], unit)
+        return _Measured(self.propensity.shares(values[0]), base, changes, [value - base for value in raised], unit)
 
     def calibrate(self, makes: Sequence[Callable[[float], Intervention]], rises: Sequence[float]) -> list[list[float]]:
         """The coefficients of each that cost the ``rises``; nan where none does."""
@@ -262,14 +197,14 @@ class _Meter:
 
 
 class _Ticker:
-    """Counts steps, and tells of each."""
+    """Counts steps, and reports each."""
 
-    def __init__(self, tell: Report, total: int) -> None:
-        self.tell, self.total, self.done = tell, total, 0
+    def __init__(self, report: Report, total: int) -> None:
+        self.report, self.total, self.done = report, total, 0
 
     def __call__(self) -> None:
         self.done += 1
-        self.tell(self.done, self.total)
+        self.report(self.done, self.total)
 
 
 def _grid(
@@ -277,18 +212,20 @@ def _grid(
 ) -> tuple[tuple[float, ...], float]:
     """The rising grid, and the cost to compare at. Raises DataError."""
     if ce_rises is not None and coefficients is not None:
-        raise DataError("ce_rises and coefficients", "one of them")
+        raise DataError("both ce_rises and coefficients", "one of them", "leave out ce_rises= or coefficients=")
     given = coefficients if coefficients is not None else CE_RISES if ce_rises is None else ce_rises
     for value in (*given, *([] if matched is None else [matched])):
         check_number("a cost or coefficient", value)
     grid = tuple(float(value) for value in given)
     rising = bool(grid) and list(grid) == sorted(set(grid)) and math.isfinite(grid[-1])
     if not rising or not (grid[0] > 0 or (grid[0] == 0 and coefficients is not None)):
-        raise DataError(f"a grid of {', '.join(f'{v:g}' for v in grid) or 'nothing'}", "rising numbers > 0")
+        listed = ", ".join(f"{value:g}" for value in grid) or "nothing"
+        raise DataError(f"a grid of {listed}", "rising numbers above 0", "sort them, each one once")
     dearest = math.inf if coefficients is not None else grid[-1]
     matched = min(CE_RISE, dearest) if matched is None else float(matched)
     if not 0 < matched <= dearest or math.isinf(matched):
-        raise DataError(f"matched = {matched:g}", f"a cost > 0{f', at most {dearest:g}' if dearest < math.inf else ''}")
+        most = f", at most {dearest:g}, the last of ce_rises" if dearest < math.inf else ""
+        raise DataError(f"matched = {matched:g}", f"a cost above 0{most}")
     return grid, matched
 
 
@@ -305,18 +242,22 @@ def _vectors(
         by_layer = {vector.hookpoint.layer: vector for vector in vectors}
         if layers is not None or not by_layer or len(by_layer) < len(vectors):
             listed = ", ".join(str(vector.hookpoint) for vector in vectors) or "none"
-            raise DataError(f"vectors at {listed}, layers {layers}", "vectors alone, one a layer")
+            raise DataError(
+                f"vectors at {listed} and layers {layers}",
+                "vectors without layers, one for each layer",
+                "leave out layers=: a vector has its own layer",
+            )
         return dict(sorted(by_layer.items()))
     method = spec(vectors, "sweep")
     places = sorted(set(map(Hookpoint, range(len(blocks_of(model))) if layers is None else layers)))
     if not places:
-        raise DataError("no layers", "at least one")
+        raise DataError("no layers", "at least one layer", "pass layers=[...], or leave it out for all layers")
     stats = collect(model, tokenizer, contrast, hookpoints=places, tokens=tokens, keep_pooled=method.pooled)
     return {at.layer: method.build(stats=stats, hookpoint=at) for at in places}
 
 
 def _calibrated(meter: _Meter, vectors: Mapping[int, SteeringVector], rises: Sequence[float]) -> list[Step]:
-    """Steps at which every layer and sign costs the rises, where one does."""
+    """The steps at which each layer and sign costs the rises, as far as it can."""
     places = [(layer, sign) for layer in sorted(vectors) for sign in SIGNS]
     found = meter.calibrate([_scaled(vectors[layer], float(sign)) for layer, sign in places], rises)
     return [
@@ -341,12 +282,12 @@ def random_like(vector: SteeringVector, number: int) -> SteeringVector:
 def _damage(
     meter: _Meter, vectors: Mapping[int, SteeringVector], cost: float, controls: int, tick: Callable[[], None]
 ) -> dict[int, Shares]:
-    """By layer, the mean change under random directions that cost as much."""
+    """By layer, the mean change under random directions of the same cost."""
     random = [random_like(vector, number) for vector in vectors.values() for number in range(controls)]
     found = zip(random, meter.calibrate([vector.add for vector in random], [cost]), strict=True)
     reached = [vector.add(coefficient) for vector, (coefficient,) in found if not math.isnan(coefficient)]
     changes: dict[int, list[Shares]] = {}
-    for entry, share in zip(reached, meter.read(reached).changes, strict=True):
+    for entry, share in zip(reached, meter.measure(reached).changes, strict=True):
         changes.setdefault(entry.hookpoint.layer, []).append(share)
     tick()
     means = {layer: np.mean(found, axis=0) for layer, found in changes.items()}
@@ -378,16 +319,19 @@ def _missing(
     curves: Sequence[Curve],
     matched: float,
 ) -> Iterator[str]:
-    """What the grid asked for and is not there, or is not as asked."""
+    """Notes on steps of the grid that are missing, or whose cost is not as asked for."""
     there = {(cell.layer, cell.sign, cell.step) for cell in cells}
     compared = {(curve.layer, curve.sign) for curve in curves if curve.at(matched) is not None}
     for layer in layers:
         for sign in SIGNS:
             lacking = [f"{step:g}" for step in grid if (layer, sign, step) not in there]
             if lacking:
-                yield f"layer {layer} ({sign:+d}): {', '.join(lacking)} not reached, or not finite"
+                yield f"layer {layer} ({sign:+d}) does not reach {', '.join(lacking)}, or is not finite there"
             if (layer, sign) not in compared:
                 yield f"layer {layer} ({sign:+d}) does not reach {matched:g} nats and is not compared"
     for cell in cells:
-        if cell.target is not None and abs(cell.cost - cell.target) > OFF_TARGET * cell.target:
-            yield f"layer {cell.layer} ({cell.sign:+d}): {cell.cost:.3g} nats, not the {cell.target:g} asked for"
+        if cell.target is not None and abs(cell.cost - cell.target) > OFF_TARGET_SHARE * cell.target:
+            yield (
+                f"layer {cell.layer} ({cell.sign:+d}) costs {cell.cost:.3g} nats, not the {cell.target:g} that were "
+                "asked for"
+            )

@@ -1,4 +1,4 @@
-"""Steering vectors: a direction at a hookpoint, what it is made of, and where it came from.
+"""Steering vectors: a direction at a hookpoint, its interventions, its arithmetic and its files.
 
 A vector has no strength of its own: ``.add``, ``.affine``, ``.ablate`` and ``.clamp`` give the interventions that
 apply it. Vectors at one hookpoint add, subtract and scale: ``(a + b) / 2``, ``-a``, ``sum([a, b, c])``.
@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -30,12 +30,13 @@ from fgsteer.interventions.values import Scalar, check_equal_width, finite_numbe
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import check_pairing
 from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
+from fgsteer.vector.provenance import FEATURE_FACTS, model_name, parse_provenance, same_sae, sum_provenance
 
 FILE_NAME = "vector.safetensors"  # the name of a vector's file in a folder or a repository
-OF_FEATURES = ("feature_density", "feature_labels")  # what a provenance may hold by feature id
 TOP_FEATURES = 10  # features that a notebook shows of a vector
 
 
+@runtime_checkable
 class MeasuredRun(Protocol):
     """A run of ``bench`` that ``load_run`` loaded: what a model card tells of how well a vector steered."""
 
@@ -199,10 +200,9 @@ class SteeringVector:
     @property
     def _origin(self) -> dict[str, Any]:
         """What every intervention of this vector remembers of it."""
-        model = self.provenance.get("model")
         return {
             "hookpoint": self.hookpoint,
-            "model_name": (model.get("name") or "") if isinstance(model, Mapping) else "",
+            "model_name": model_name(self.provenance),
             "method": str(self.provenance.get("method") or ""),
         }
 
@@ -216,7 +216,7 @@ class SteeringVector:
     def _repr_html_(self) -> str:
         facts: dict[str, Cell] = {
             "method": str(self.provenance.get("method", "")),
-            "model": self._origin["model_name"],
+            "model": model_name(self.provenance),
             "hookpoint": str(self.hookpoint),
             "d_model": self.d_model,
             "norm": self.norm,
@@ -285,34 +285,14 @@ class SteeringVector:
                 "two vectors at one hookpoint",
                 "vectors of two places do not add up: steer with both interventions in a list instead",
             )
-        same_sae = self._sae_sha256 == other._sae_sha256
-        features = dict(self.features) if same_sae else {}
-        for feature, weight in other.features.items() if same_sae else ():
+        shares_features = same_sae(self.provenance, other.provenance)
+        features = dict(self.features) if shares_features else {}
+        for feature, weight in other.features.items() if shares_features else ():
             features[feature] = features.get(feature, 0.0) + sign * weight
-        origin = {key: self.provenance.get(key) for key in ("model", "sae")}
-        shared = {key: value for key, value in origin.items() if value and value == other.provenance.get(key)}
-        if features:  # of one SAE, so that what is known of a feature holds for both
-            for key in OF_FEATURES:
-                known = {**(other.provenance.get(key) or {}), **(self.provenance.get(key) or {})}
-                shared |= {key: known} if known else {}
+        provenance = sum_provenance(self.provenance, other.provenance, sign, with_features=bool(features))
         return SteeringVector(
-            self.direction + sign * other.direction,
-            self.hookpoint,
-            features=features,
-            provenance={**shared, "method": "sum", "terms": [*self._terms(1.0), *other._terms(sign)]},
+            self.direction + sign * other.direction, self.hookpoint, features=features, provenance=provenance
         )
-
-    def _terms(self, sign: float) -> list[dict[str, Any]]:
-        """What a sum remembers of this vector: its provenance with a sign or, of a sum, its terms."""
-        terms = self.provenance.get("terms")
-        if self.provenance.get("method") != "sum" or "scale" in self.provenance or not isinstance(terms, list):
-            return [{**self.provenance, "sign": sign}]
-        return [{**term, "sign": sign * term.get("sign", 1.0)} for term in terms]
-
-    @property
-    def _sae_sha256(self) -> str | None:
-        sae = self.provenance.get("sae")
-        return sae.get("sha256") if isinstance(sae, Mapping) else None
 
     @checked
     def top_features(self, n: int = 20) -> Table[FeatureWeight]:
@@ -323,7 +303,7 @@ class SteeringVector:
         Args:
             n: The number of features.
         """
-        densities, labels = (self.provenance.get(key) or {} for key in OF_FEATURES)
+        densities, labels = (self.provenance.get(key) or {} for key in FEATURE_FACTS)
         order = sorted(self.features.items(), key=lambda item: (-abs(item[1]), item[0]))
         return Table(FeatureWeight(j, w, densities.get(str(j)), labels.get(str(j), "")) for j, w in order[:n])
 
@@ -338,7 +318,7 @@ class SteeringVector:
             PairingError: The model has another width at the vector's hookpoint.
             HookpointError: The model does not have the vector's hookpoint.
         """
-        check_pairing(model, self.hookpoint, self.d_model, self._origin["model_name"], "vector")
+        check_pairing(model, self.hookpoint, self.d_model, model_name(self.provenance), "vector")
 
     def save(self, path: str | Path) -> None:
         """Write the vector to one file: its tensors as safetensors, the rest as JSON in the header.
@@ -453,7 +433,7 @@ class SteeringVector:
                 Hookpoint.from_name(header["hookpoint"]),
                 tensors.get("reference"),
                 {int(j): float(w) for j, w in header["features"].items()},
-                _parse_provenance(header["provenance"]),
+                parse_provenance(header["provenance"]),
             )
         if model is not None:
             vector.check(model)
@@ -470,17 +450,3 @@ def _factor(value: object, what: str) -> float:
         "a finite number",
         "a strength that is trained is a coefficient: write vector.add(c)" if trained else "",
     )
-
-
-def _parse_provenance(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Provenance from a file, with its numbers as floats. Raises TypeError, ValueError, OverflowError."""
-    provenance, model = dict(value), value.get("model")
-    if isinstance(model, Mapping) and not isinstance(model.get("name"), str | None):
-        raise ValueError(f"model {model!r:.80}")
-    if "scale" in provenance:
-        provenance["scale"] = float(provenance["scale"])
-    if "feature_density" in provenance:
-        provenance["feature_density"] = {str(j): float(share) for j, share in provenance["feature_density"].items()}
-    if "feature_labels" in provenance:
-        provenance["feature_labels"] = {str(j): str(label) for j, label in provenance["feature_labels"].items()}
-    return provenance
