@@ -112,7 +112,7 @@ def _shown(cell: Cell) -> str:
     if cell is None:
         return ""
     if isinstance(cell, Share):
-        return f"{float(cell):.2%}" if cell == 0 or cell >= LEAST_SHARE else f"<{LEAST_SHARE:.2%}"
+        return f"{float(cell):.2%}" if not 0 < cell < LEAST_SHARE else f"<{LEAST_SHARE:.2%}"
     if isinstance(cell, float):
         return f"{cell:.4g}"
     return escape_text(cell, keep="\n") if isinstance(cell, str) else f"{cell}"
