@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from fgsteer.evaluation.bench.bench import Bench
 
 
-@app.command()
+@app.command(short_help="Measure methods against CAA on generated texts.")
 def bench(
     out: Annotated[
         Path,

@@ -32,7 +32,7 @@ from fgsteer.errors.wording import count
 from fgsteer.storage.ranks import Ranks
 
 
-@app.command()
+@app.command(short_help="Collect activation statistics of both sides of a contrast.")
 def collect(
     contrast: Annotated[
         str, typer.Argument(help="The contrast: the name of a shipped contrast set, or a .json or .jsonl file.")

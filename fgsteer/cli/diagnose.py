@@ -25,7 +25,7 @@ from fgsteer.errors import DataError
 from fgsteer.errors.wording import count
 
 
-@app.command()
+@app.command(short_help="Tell how reliable a vector will be before steering.")
 def diagnose(
     source: Annotated[
         str,

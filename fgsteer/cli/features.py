@@ -27,7 +27,7 @@ from fgsteer.errors import DataError
 from fgsteer.errors.limits import MAX_COUNT
 
 
-@app.command()
+@app.command(short_help="Show the features of a vector, of ids, or of a word.")
 def features(
     file: Annotated[Path | None, typer.Argument(help="A vector that fgsteer build wrote.")] = None,
     feature: Annotated[

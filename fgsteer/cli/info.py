@@ -21,7 +21,7 @@ MAX_CHARACTERS = 88  # of a value in a summary
 MAX_TENSORS = 8  # that a summary lists
 
 
-@app.command()
+@app.command(short_help="Say what a file holds and where it came from.")
 def info(
     file: Annotated[
         Path | None, typer.Argument(help="A file that fgsteer wrote. Without one, this installation is described.")

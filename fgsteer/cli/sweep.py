@@ -30,7 +30,7 @@ from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.limits import MAX_COUNT
 
 
-@app.command()
+@app.command(short_help="Find the best layer, strength and sign for steering.")
 def sweep(
     contrast: Annotated[
         str, typer.Argument(help="The name of a shipped contrast set, or a .json or .jsonl file of one.")
