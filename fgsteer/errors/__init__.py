@@ -2,7 +2,7 @@
 
     FgsteerError
     ├── ArgumentError      an argument of another type, or in another's place
-    ├── DataError          a text, row or file of contrast data
+    ├── DataError          an argument or data that cannot be used
     ├── HookpointError     a layer, site or architecture that does not exist
     ├── PairingError       two things that do not belong together (shapes, hashes)
     ├── SelectionError     nothing left to steer with
@@ -53,7 +53,7 @@ class ArgumentError(FgsteerError, TypeError):
 
 
 class DataError(FgsteerError, ValueError):
-    """A text, row or file of contrast data cannot be used."""
+    """An argument or data cannot be used."""
 
 
 class HookpointError(FgsteerError, ValueError):
