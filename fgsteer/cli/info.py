@@ -100,9 +100,9 @@ def describe_installation() -> dict[str, Any]:
 
     from fgsteer.data.shipped import shipped_contrasts
     from fgsteer.methods import METHODS
-    from fgsteer.methods.provenance import library_version
     from fgsteer.models.embedded import pretrained_dir
     from fgsteer.storage.json_files import read_json
+    from fgsteer.storage.version import library_version
 
     folder = pretrained_dir()
     figures = read_json(folder / "figures.json")
