@@ -50,8 +50,9 @@ TokensOption = Annotated[
     typer.Option(
         "--tokens",
         autocompletion=completion("token rules"),
-        help="Which tokens of each text are read: {token rules}, or an index such as -1. The tail is what a chat "
-        "template writes after the last message.",
+        help="Which tokens of each text are read: {token rules}, or an index such as -1. All are every token of "
+        "prompt, content and chat tail, without the special token before the text. The tail is what a chat template "
+        "writes after the last message.",
     ),
 ]
 FieldOption = Annotated[

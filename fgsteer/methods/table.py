@@ -53,7 +53,7 @@ class MethodSpec:
             takes the keyword ``hookpoint``.
         operation: How the benchmark applies the vector: "add" (``h + c·v``) or "affine" (``α`` is the strength).
         unit: Whether the benchmark scales the vector to norm 1 first.
-        pooled: Whether it reads the single examples, which ``collect(keep_pooled=True)`` keeps.
+        pooled: Whether it reads the pooled activations of each text, which ``collect(keep_pooled=True)`` keeps.
         in_context: Whether the benchmark puts examples of the behavior before each prompt.
         paper: Where the method was published, such as "arXiv 2312.06681".
 

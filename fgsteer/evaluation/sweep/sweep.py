@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from fgsteer.activations.tokens import TokenRule
+from fgsteer.activations.token_rules import TokenRule
 from fgsteer.data.contrast_files import as_contrast
 from fgsteer.data.contrasts import ContrastPair, ContrastSet
 from fgsteer.data.shipped import load_neutral
