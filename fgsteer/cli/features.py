@@ -80,7 +80,7 @@ def features(
             chosen or "neither a vector nor --feature nor --search", "one of a vector, --feature and --search"
         )
     if corpus is not None and examples is not None:
-        raise DataError("--corpus and --examples", "one of the two", "both say where excerpts come from: leave one out")
+        raise DataError("both", "either --corpus or --examples", "both say where excerpts come from: leave one out")
     check_unicode(search)
     vector = None if file is None else fg.SteeringVector.load(file)
     ids = None if feature is None else _feature_ids(feature)

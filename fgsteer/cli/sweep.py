@@ -106,9 +106,7 @@ def sweep(
 
     vectors = [fg.SteeringVector.load(path) for path in vector or []]
     if vectors and method != "caa":
-        raise DataError(
-            f"both --vector and --method {method}", "one of them", "leave out --method: a vector has its own"
-        )
+        raise DataError("both", f"either --vector or --method {method}", "leave out --method: a vector has its own")
     spec(method, "sweep")
     pairs, rule = fg.load_contrast(contrast), token_rule(tokens)
     measured_on = None if held_out is None else fg.load_contrast(held_out)
