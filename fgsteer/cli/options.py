@@ -9,6 +9,7 @@ import typer
 
 from fgsteer.cli.choices import completion
 from fgsteer.cli.values import fillable, finite, writable
+from fgsteer.data.corpora import CONTRAST_KINDS
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.table import describe_operations
 
@@ -58,7 +59,7 @@ TokensOption = Annotated[
 FieldOption = Annotated[
     str,
     typer.Option(
-        "--field", help="The field or column that holds the text, in .jsonl, .json, .csv, .tsv and .parquet files."
+        "--field", help=f"The field or column that holds the text, where the corpus is a {CONTRAST_KINDS} file."
     ),
 ]
 PrependBosOption = Annotated[

@@ -25,6 +25,7 @@ from fgsteer.cli.options import (
 )
 from fgsteer.cli.printing import console, progress_bar, say, show
 from fgsteer.cli.values import fillable, finite, token_rule
+from fgsteer.data.corpora import CONTRAST_KINDS
 from fgsteer.errors import DataError
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.limits import MAX_COUNT
@@ -33,7 +34,7 @@ from fgsteer.errors.limits import MAX_COUNT
 @app.command(short_help="Find the best layer, strength and sign for steering.")
 def sweep(
     contrast: Annotated[
-        str, typer.Argument(help="The name of a shipped contrast set, or a .json or .jsonl file of one.")
+        str, typer.Argument(help=f"The name of a shipped contrast set, or a {CONTRAST_KINDS} file of one.")
     ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", callback=fillable, help="The folder for sweep.json and the pictures.")
