@@ -263,7 +263,9 @@ def test_no_command_takes_the_defaults_sae_for_another_model(tmp_path, monkeypat
     Path("c.txt").write_text("the king\n")
     result, told = command(*words, "-m", "nobody/no-model")
     assert result.exit_code
-    assert re.search(r"no --sae for 'nobody/no-model'.*saes --model no-model.*--sae RELEASE --sae-id ID", told, re.S)
+    assert re.search(
+        r"no --sae for the model 'nobody/no-model'.*saes --model no-model.*--sae RELEASE --sae-id ID", told, re.S
+    )
 
 
 def test_build_does_not_take_the_defaults_sae_for_statistics_of_another_model(tmp_path, llama, tokenizer):
