@@ -2,6 +2,7 @@
 # make test   creates .venv, installs, runs ruff, mypy and the tests
 # make coverage  runs the tests and tells which lines of fgsteer they reach; fails below the floor in pyproject.toml
 # make docs   creates .venv, installs what the documentation needs, builds the site into build/site without the network
+# make notebooks  executes the tutorials in docs/tutorials anew and keeps what they show
 # make slow   the tests that take longer, make gpu those that need a CUDA device
 # make test-lowest  creates .venv-lowest with the lowest versions of every dependency, tests models and loading in it:
 #                   to be run by whoever changes a minimum in pyproject.toml or what is used of a dependency
@@ -13,7 +14,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test coverage docs slow gpu test-vllm soak test-llama-cpp test-lowest lint lock clean
+.PHONY: demo test coverage docs notebooks slow gpu test-vllm soak test-llama-cpp test-lowest lint lock clean
 
 demo: .venv/installed
 	$(BIN)/fgsteer demo
@@ -32,6 +33,9 @@ coverage: .venv/tested
 # the variable leaves out an announcement of MkDocs Material's that is printed like a warning
 docs: .venv/documented
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: .venv/documented
+	$(BIN)/python docs/tools/notebooks.py
 
 slow: .venv/tested
 	$(BIN)/python -m pytest -m slow

@@ -75,7 +75,7 @@ def test_info_of_a_file_fits_on_a_screen(tmp_path):
     assert facts["data"] == "name: love, count: 40; 41"
     assert facts["direction"] == "8"
     assert facts["feature_labels"].startswith(r"0: label 0\x1b[2J, ")
-    assert max(map(len, lines[1:-1])) < 120
+    assert max(map(len, lines[1:-1])) < 130
     assert lines[-1] == f"fgsteer info {path} --json tells everything"
     assert len(json.loads(invoke("info", path, "--json").stdout)["features"]) == 900
 

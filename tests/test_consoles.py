@@ -110,7 +110,7 @@ def test_messages_have_articles_and_plurals(llama):
     wide = fg.SteeringVector(torch.ones(20), "model.layers.1")
     with pytest.raises(fg.PairingError, match=r"got an Add of d_model 20"), fg.steer(llama, wide.add(1.0)):
         pass
-    with pytest.raises(fg.SteeringError, match="by a SteeringVector"), fg.steer(llama, bare):
+    with pytest.raises(fg.SteeringError, match="got a SteeringVector"), fg.steer(llama, bare):
         pass
     with pytest.raises(fg.PairingError, match="got an SAE"):
         fg.collect(llama, word_tokenizer(), {"positive": ["a"], "negative": ["the"]}, sae=fg.load_sae("default"))

@@ -60,7 +60,7 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
     assert list(read_documents(path)) == STORIES
     assert list(read_documents(str(path), field="story")) == [row["story"] for row in ROWS]
     with pytest.raises(
-        fg.DataError, match=rf"{re.escape(name)}, (row|line) 1 has no field 'body'.*'id', 'text', 'story'"
+        fg.DataError, match=rf"{re.escape(name)}, (row|line) 1, which has the fields 'id', 'text', 'story'"
     ):
         list(read_documents(path, field="body"))
 
@@ -109,7 +109,7 @@ def test_other_suffixes_are_refused_at_once(tmp_path, name):
         ("c.json", b'{"text": "a"}\n{"text": "b"}\n', r"is not JSON: Extra data.*\.jsonl"),
         ("c.json", b'{"text": {"0": "a"}}', r"holds no list"),
         ("c.json", b'"a"', r"holds no list"),
-        ("c.json", b'[{"text": "a"}, {"body": "b"}]', r"row 2 has no field 'text'"),
+        ("c.json", b'[{"text": "a"}, {"body": "b"}]', r"field 'text', got .*row 2, which has the fields 'body'"),
         ("c.csv", b"id,text\n1,a\n2,b, and c\n", r"row 2 has 3 cells under the header \['id', 'text'\].*quotes"),
         ("c.csv", b"id,text\n1,a\n2\n", r"row 2 has 1 cells"),
         ("c.csv", b"text,text\na,b\n", r"header of different names"),

@@ -98,9 +98,9 @@ def test_a_list_of_rows_prints_as_a_table():
 
 
 def test_cells_of_a_table():
-    markup = table_html(["", "share"], [["a", Share(0.5)], ["b", None]])
-    assert "50.00%" in Page(markup).text
-    assert markup.count("text-align:right") == 3  # the second column, with its heading
+    markup = table_html(["", "share"], [["a", Share(0.5)], ["b", None], ["c", Share(1e-6)], ["d", Share(0.0)]])
+    assert "50.00%\nb\nc\n<0.01%\nd\n0.00%\n" in Page(markup).text
+    assert markup.count("text-align:right") == 5  # the second column, with its heading
     assert "<thead>" not in table_html(["", ""], [["a", "b"]])
     assert "color" not in markup.replace("border-bottom:1px solid rgba(128,128,128,.35)", "")
 

@@ -366,7 +366,7 @@ def test_a_folder_of_another_run_is_refused(llama, tokenizer, texts, tmp_path):
         with pytest.raises(fg.PairingError, match=rf"{differing} was [0-9a-f]{{12}} and is"):
             measure(model, words, sae, texts, tmp_path)
     part.write_bytes(next_.read_bytes())
-    with pytest.raises(fg.PairingError, match="another part"):
+    with pytest.raises(fg.PairingError, match="another shard"):
         measure(llama, tokenizer, sae, texts, tmp_path)
     tensors, header = read_tensors(next_, kind="effects part")
     for wrong in ({"odd": tensors["odd"][:2]}, {"more": torch.ones(1)}):
@@ -393,7 +393,7 @@ def test_measure_reports_and_serves_the_methods(llama, tokenizer, texts):
     assert set(effects.about) >= {"r2", "ceiling", "shuffled", "explained", "explained_by_bias", "cosine_to_decoder"}
     vec = fg.sae_ts(sae, [3], effects)
     assert vec.norm == pytest.approx(1.0, abs=1e-6)
-    with pytest.raises(fg.PairingError, match="Measure it again with fgsteer effects"):
+    with pytest.raises(fg.PairingError, match="Measure again with fgsteer effects"):
         fg.sae_ts(make_sae(d_sae=24, seed=5), [3], effects)
 
 

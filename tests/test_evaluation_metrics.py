@@ -152,7 +152,7 @@ def test_strengths_cost_the_target_kl(llama, tokenizer, vector):
     assert fg.calibrate(llama, tokenizer, vector.add, TEXTS, target_kl=0.03) == pytest.approx(found[0], rel=0.05)
     null = fg.SteeringVector(torch.zeros(32), AT).add
     assert math.isnan(fg.calibrate_many(llama, tokenizer, [null], TEXTS, target_kl=0.03)[0])
-    with pytest.raises(fg.SteeringError, match="a vector that changes what the model says"):
+    with pytest.raises(fg.SteeringError, match="changes what the model says"):
         fg.calibrate(llama, tokenizer, null, TEXTS, target_kl=0.03)
     for calibrate, make in ((fg.calibrate, vector.add), (fg.calibrate_many, [vector.add])):
         with pytest.raises(fg.SteeringError, match="one target"):

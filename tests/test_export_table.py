@@ -31,8 +31,8 @@ def write_norms(interventions, path, inputs):
             raise SteeringError(type(item).__name__, "an Add")
         norm = float(item.coefficient * item.direction.norm())
         lines.append(f"{item.hookpoint} {norm:.{inputs.options['digits']}f}")
-    with atomic_write(path) as beside:
-        beside.write_text("\\n".join(lines))
+    with atomic_write(path) as temporary:
+        temporary.write_text("\\n".join(lines))
     return [path]
 
 
@@ -145,7 +145,7 @@ def test_options_have_defaults_and_types(tmp_path):
     for wrong in ({"n": 0.5}, {"n": True}, {"t": "warm"}, {"where": 1}, {"other": 1}):
         with pytest.raises(fg.DataError, match="--set"):
             toy.write([], tmp_path / "x", ExportInputs(options=wrong))
-    with pytest.raises(fg.DataError, match="has none of its own"):
+    with pytest.raises(fg.DataError, match="has no options of its own"):
         row(exporter=exporter).write([], tmp_path / "x", ExportInputs(options={"n": 1}))
 
 

@@ -71,8 +71,8 @@ def write_all(folder, n):
     for kind, thing in things(n, WIDTH).items():
         thing.save(folder / kind)
     json_files.write_json(folder / "json", [n] * WIDTH)
-    with atomic.atomic_write(folder / "page") as beside:
-        beside.write_text(f"{n} " * WIDTH)
+    with atomic.atomic_write(folder / "page") as temporary:
+        temporary.write_text(f"{n} " * WIDTH)
 
 
 def numbers(folder):
@@ -155,9 +155,9 @@ def test_kill_leaves_records_to_go_on_from(tmp_path):
 
 
 def test_every_writer_goes_through_atomic_writes():
-    """No other module opens a file to write, or writes to anything but the path that ``whole`` lends."""
+    """No other module opens a file to write, or writes to anything but the path that ``atomic_write`` gives."""
     writes = re.compile(
-        r"""open\([^)]*["'][rwax]?b?[wax+]b?\+?["']|(?<!beside)\.write_(?:text|bytes)\(|save_file\(|"""
+        r"""open\([^)]*["'][rwax]?b?[wax+]b?\+?["']|(?<!temporary)\.write_(?:text|bytes)\(|save_file\(|"""
         r"""torch\.save\((?!vector|[^)]*buffer)|json\.dump\(|savefig\((?!buffer)|os\.(?:replace|rename)\(|mkstemp\("""
     )
     for path in (ROOT / "fgsteer").rglob("*.py"):
@@ -196,13 +196,13 @@ def test_full_disk_keeps_the_old_file(how, tmp_path, monkeypatch):
         with full_disk(how, monkeypatch) as reason, pytest.raises(fg.FormatError) as told:
             write(tmp_path / kind)
         assert f"Cannot write {tmp_path / kind}: {reason}" in str(told.value)
-        assert "make room, or write elsewhere" in str(told.value)
+        assert "Make room, or write elsewhere" in str(told.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept  # and nothing beside them
 
 
 def save_tokenizer(path, tokenizer):
-    with atomic.atomic_folder(path) as beside:
-        tokenizer.save_pretrained(beside)
+    with atomic.atomic_folder(path) as temporary:
+        tokenizer.save_pretrained(temporary)
 
 
 @pytest.mark.parametrize("how", ["limit", "sync"])
@@ -294,7 +294,7 @@ def test_overflowing_coefficient_is_refused_in_float16(tokenizer):
     model = tiny_model("llama", dtype=torch.float16)
     for too_much in (vec.add(1e5), vec.clamp(-1e6), [None, vec.affine(2e5)]):
         with (
-            pytest.raises(fg.SteeringError, match=r"blocks\.1\.hook_resid_post.*32752 in float16"),
+            pytest.raises(fg.SteeringError, match=r"at most 32752, .*in float16.*blocks\.1\.hook_resid_post"),
             fg.steer(model, too_much),
         ):
             pass
@@ -582,7 +582,7 @@ def test_interrupt_ends_a_command_with_status_130(tmp_path, monkeypatch):
     pid = start(work)
     os.kill(pid, signal.SIGINT)
     assert ended(pid) == 130
-    assert (tmp_path / "stderr").read_text() == "interrupted; every file is whole\n"
+    assert (tmp_path / "stderr").read_text() == "Interrupted. Every file was written completely or not at all.\n"
     assert [path.name for path in tmp_path.iterdir()] == ["stderr"]
 
 
@@ -600,7 +600,7 @@ def test_interrupted_bench_goes_on(tmp_path):
     _, error = run.communicate()
     assert run.returncode == 130
     assert "Traceback" not in error
-    assert error.endswith("interrupted; every file is whole\n")
+    assert error.endswith("Interrupted. Every file was written completely or not at all.\n")
     before = len(fg.load_run(path).records)
     assert subprocess.run(command, check=True, capture_output=True).returncode == 0
     assert len(fg.load_run(path).records) > before

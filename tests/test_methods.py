@@ -189,7 +189,7 @@ def test_statistics_and_effects_of_another_sae_are_refused(case):
     with pytest.raises(fg.PairingError, match="other"):
         fg.sta(bound, sae)
     effects = fg.EffectApproximator(torch.ones(D, K), torch.ones(K), sae.hookpoint, other.sha256)
-    with pytest.raises(fg.PairingError, match="measured on SAE"):
+    with pytest.raises(fg.PairingError, match="measured on the SAE"):
         fg.sae_ts(sae, [1], effects)
 
 

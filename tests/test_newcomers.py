@@ -199,7 +199,7 @@ def test_what_is_no_hookpoint_is_named(llama, tokenizer, given):
 
 def test_the_command_line_takes_the_number_of_a_block(tmp_path):
     arguments = ["collect", "love", "-o", str(tmp_path / "s"), "--no-sae", "--hookpoint", "0", "--device", "cpu"]
-    assert "40 + 40 texts at blocks.0.hook_resid_post" in CliRunner().invoke(app, arguments).stdout
+    assert "40 positive and 40 negative texts at blocks.0.hook_resid_post" in CliRunner().invoke(app, arguments).stdout
 
 
 def test_contrasts_in_memory(llama, tokenizer, sae):
@@ -249,7 +249,7 @@ def test_a_prompt_without_a_token_is_named(llama, tokenizer):
     assert fg.generate(llama, tokenizer, "", max_new_tokens=2)  # after BOS
     nonsense: Any
     for nonsense in (None, 3):
-        with pytest.raises(fg.DataError, match="prompts is"):
+        with pytest.raises(fg.DataError, match="prompts that are a text"):
             fg.generate(llama, tokenizer, nonsense)
     with pytest.raises(fg.DataError, match=r"Put the message into a list"):
         fg.generate(llama, tokenizer, [{"role": "user", "content": "a"}])
@@ -357,7 +357,7 @@ def test_a_search_without_a_hit_ends_with_1():
     result = CliRunner().invoke(app, ["features", "--search", "zzzzz", "--json", "--device", "cpu"])
     assert result.exit_code == 1
     assert json.loads(result.stdout)["features"] == []
-    assert "no feature found" in result.stderr
+    assert "No feature was found" in result.stderr
 
 
 # ---------------------------------------------------------------- before a model is loaded
@@ -392,10 +392,13 @@ def made(tmp_path_factory):
     ("command", "told"),
     [
         ("generate hi -v {0}/none", "no file"),
-        ("generate hi -v {0}/gemma -c 1", "made for google/gemma-2-2b.*pass the vector's model: --model google/gem"),
+        (
+            "generate hi -v {0}/gemma -c 1",
+            "made for google/gemma-2-2b.*Name the model that the vector was made for: --model google/gem",
+        ),
         ("generate hi -v {0}/vector -c 1 --op push", "--op push"),
-        ("generate hi -v {0}/vector -c 1 -c 2", "2 coefficients for 1 vector;"),
-        ("generate hi -v {0}/vector -c 1 --scope al", "scope 'al'"),
+        ("generate hi -v {0}/vector -c 1 -c 2", "2 coefficients for 1 vector"),
+        ("generate hi -v {0}/vector -c 1 --scope al", "got .*'al'"),
         ("generate hi --dtype float31", "--dtype"),
         ("generate hi --device gpu", "--device gpu"),
         ("generate hi --prefill Yes", "--prefill without --chat"),
@@ -406,21 +409,21 @@ def made(tmp_path_factory):
         ("features {0}/gemma", "made for google/gemma-2-2b"),
         ("features --feature 99999", "99999"),
         ("features --feature 1 --labels {0}/none", "none"),
-        ("features --feature 1 --corpus {0}/none.txt", "Cannot read"),
+        ("features --feature 1 --corpus {0}/none.txt", "(?i)cannot read"),
         ("features --feature 1 --sae {0}/none", "no SAE"),
         ("collect nothing -o {0}/s", "no contrast set"),
         ("collect love -o {0}/s --tokens lst", "--tokens lst"),
         ("collect love -o {0}/s --hookpoint nowhere", "hookpoint = 'nowhere'"),
         ("collect love -o {0}/s --no-sae", "--no-sae without --hookpoint"),
-        ("collect love -o {0}/s --sae {0}/none", "no SAE"),
+        ("collect love -o {0}/s --sae {0}/none", "There is no SAE"),
         ("collect love -o {0}/full", "Cannot write"),
-        ("density {0}/none.txt -o {0}/d", "Cannot read"),
+        ("density {0}/none.txt -o {0}/d", "(?i)cannot read"),
         ("density {0}/corpus.txt -o {0}/d --sae {0}/none", "no SAE"),
-        ("examples {0}/none.txt -o {0}/e", "Cannot read"),
-        ("effects -o {0}/m --prompts {0}/none.txt", "Cannot read"),
+        ("examples {0}/none.txt -o {0}/e", "(?i)cannot read"),
+        ("effects -o {0}/m --prompts {0}/none.txt", "(?i)cannot read"),
         ("effects -o {0}/m --top-p 2", "top_p"),
         ("effects -o {0}/m --ce-rise 0", "--ce-rise 0"),
-        ("effects -o {0}/m --rows-of {0}/none", "no SAE"),
+        ("effects -o {0}/m --rows-of {0}/none", "There is no SAE"),
         ("diagnose nothing", "no contrast set"),
         ("diagnose wedding --tokens lst", "--tokens lst"),
         ("diagnose wedding --hookpoint nowhere", "hookpoint = 'nowhere'"),
@@ -428,7 +431,7 @@ def made(tmp_path_factory):
         ("sweep nothing", "no contrast set"),
         ("sweep wedding --method fga", r"one of caa, ace, pca .*got the method 'fga'"),
         ("sweep wedding --held-out nothing", "no contrast set"),
-        ("sweep wedding --neutral {0}/none.txt", "Cannot read"),
+        ("sweep wedding --neutral {0}/none.txt", "(?i)cannot read"),
         ("sweep wedding -v {0}/gemma", "made for google/gemma-2-2b"),
         ("bench -o {0}/b --concept nothing", "no contrast set"),
         ("bench -o {0}/b --method fga", "fga"),
@@ -459,7 +462,7 @@ def test_statistics_are_told_by_their_content(tmp_path, stats):
 
 def test_a_missing_coefficient_is_said(made):
     arguments = ["generate", "I think", "-v", str(made / "vector"), "--max-new-tokens", "1", "--device", "cpu"]
-    assert "no --coefficient given: 1 is used, of a vector of norm 1" in CliRunner().invoke(app, arguments).stderr
+    assert "No --coefficient is given, so it is 1, for a vector of norm 1." in CliRunner().invoke(app, arguments).stderr
     for more in (["-c", "2"], ["--op", "ablate"]):
         assert "note" not in CliRunner().invoke(app, [*arguments, *more]).stderr
 

@@ -127,7 +127,7 @@ def test_excerpts_save_whole_and_refuse_damage(llama, tokenizer, sae, tmp_path):
     read = fg.FeatureExamples.load(path).check(sae)
     assert read.corpus == {"name": "c"}
     assert [read.of(j, tokenizer) for j in range(24)] == [made.of(j, tokenizer) for j in range(24)]
-    with pytest.raises(fg.PairingError, match="measured on SAE"):
+    with pytest.raises(fg.PairingError, match="measured on the SAE"):
         read.check(make_sae(seed=1))
     tensors, header = read_tensors(path, kind="examples")
     peak = tensors["tokens"].shape[2] // 2
@@ -193,17 +193,17 @@ def test_labels_of_every_form(tmp_path):
         ("a.jsonl", b'{"index": "1", "description": "x"}\n{"index":', "line 2 is not JSON"),
         ("a.jsonl", b"\xff\xfe\n", "line 1 is not JSON"),
         ("a.jsonl", b"[" * 100000, "line 1 is not JSON"),
-        ("a.jsonl", b'{"index": "-1", "description": "x"}', "line 1 is "),
-        ("a.jsonl", b'{"index": "99999999999", "description": "x"}', "line 1 is "),
-        ("a.jsonl", b'{"index": "1", "description": 5}', "line 1 is "),
-        ("a.jsonl", b"[]\n", "line 1 is "),
+        ("a.jsonl", b'{"index": "-1", "description": "x"}', "line 1."),
+        ("a.jsonl", b'{"index": "99999999999", "description": "x"}', "line 1."),
+        ("a.jsonl", b'{"index": "1", "description": 5}', "line 1."),
+        ("a.jsonl", b"[]\n", "line 1."),
         ("a.jsonl.gz", b"not gzip", "Cannot read"),
         ("a.jsonl.gz", gzip.compress(b'{"index": "1", "description": "x"}\n' * 99)[:-20], "Cannot read"),
         ("a.jsonl.gz", gzip.compress(b" " * (3 << 20)), "line 1 is longer than"),
-        ("a.json", b"[]", "holds"),
-        ("a.json", b'{"one": "x"}', "holds 'one'"),
-        ("a.json", b'{"1": 2}', "holds '1'"),
-        ("a.json", b'[{"index": 1}, 5]', "row 2 is 5"),
+        ("a.json", b"[]", "Expected explanations, or an object"),
+        ("a.json", b'{"one": "x"}', "got 'one': 'x' in"),
+        ("a.json", b'{"1": 2}', "got '1': 2 in"),
+        ("a.json", b'[{"index": 1}, 5]', "got 5 in"),
         ("a.json", b"{", "line 1"),
     ],
 )
@@ -226,13 +226,13 @@ def test_labels_belong_to_the_sae(tmp_path):
     path.write_text(json.dumps(export_row(3, "weddings")))
     assert fg.load_labels(path, named_sae("gemma-2-2b/12-gemmascope-res-16k")) == {3: "weddings"}
     assert fg.load_labels(path, named_sae("")) == {3: "weddings"}
-    with pytest.raises(fg.PairingError, match=r"12-gemmascope-res-16k.*gpt2-small/5-res"):
+    with pytest.raises(fg.PairingError, match=r"gpt2-small/5-res.*12-gemmascope-res-16k"):
         fg.load_labels(path, named_sae("gpt2-small/5-res"))
     path.write_text(json.dumps(export_row(24, "x")))
     with pytest.raises(fg.PairingError, match="feature 24"):
         fg.load_labels(path, make_sae())
     path.write_text(json.dumps(export_row(1, "x")) + "\n" + json.dumps(export_row(1, "x", layer="13-other")))
-    with pytest.raises(fg.PairingError, match="line 2 is of gemma-2-2b/13-other"):
+    with pytest.raises(fg.PairingError, match=r"one of gemma-2-2b/13-other in .*line 2"):
         fg.load_labels(path)
 
 
@@ -401,7 +401,7 @@ def test_command_line_reads_features(tmp_path):
     for wrong in ((), ("--feature", "1", "--search", "x"), ("--feature", "x")):
         with pytest.raises(fg.DataError):
             invoke("features", *wrong)
-    with pytest.raises(fg.DataError, match="one of them"):
+    with pytest.raises(fg.DataError, match="one of the two"):
         invoke("features", "--feature", "1", "--corpus", corpus, "--examples", kept)
 
 
@@ -411,6 +411,6 @@ def test_a_search_without_a_hit_ends_with_1(monkeypatch):
     result = invoke("features", "--search", "nothing", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["features"] == []
-    assert "no feature found" in result.stderr
+    assert "No feature was found" in result.stderr
     monkeypatch.undo()
     fg.__dict__.pop("find_features", None)

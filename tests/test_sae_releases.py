@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.models.pairing import bare_name
+from fgsteer.models.names import bare_name
 from fgsteer.saes.registry import find_row, registry
 from tests.helpers.hub import Hub, run_script
 from tests.helpers.sae_files import write_releases

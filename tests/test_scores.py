@@ -270,7 +270,7 @@ def test_output_scores_refuse_what_they_cannot_score(llama, tokenizer):
         ({"prompt": " "}, "empty"),
         ({"features": [99]}, "feature 99"),
         ({"top_tokens": 0}, "top_tokens = 0"),
-        ({"top_tokens": 10**6}, "80 tokens"),
+        ({"top_tokens": 10**6}, "from 1 to 80"),
         ({"batch_size": 0}, "batch_size = 0"),
     ):
         with pytest.raises((fg.DataError, fg.SelectionError), match=match):

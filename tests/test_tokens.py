@@ -197,7 +197,7 @@ def test_contexts_are_those_that_the_sae_was_trained_on(models):
     # what is asked for goes before what the SAE says
     stats = fg.collect(model, bare, contrast, sae=replace(sae, prepend_bos=True), prepend_bos=False)
     assert stats.reading["prepend_bos"] is False
-    with pytest.raises(fg.ArgumentError, match="prepend_bos is 'no'"):
+    with pytest.raises(fg.ArgumentError, match=r"'no'.* for prepend_bos"):
         fg.collect(model, bare, contrast, sae=sae, prepend_bos="no")
 
 
@@ -243,17 +243,17 @@ def test_rows_are_those_of_sae_lens(models, prepend):
 
 
 def test_what_saes_were_trained_with_is_read_from_their_configs(tmp_path):
-    from fgsteer.saes.formats import canonical
+    from fgsteer.saes.formats.sae_lens import parse_sae_lens
 
     tensors = {"W_enc": torch.ones(4, 6), "W_dec": torch.ones(6, 4), "b_enc": torch.zeros(6), "b_dec": torch.zeros(4)}
     config = {"architecture": "standard", "d_in": 4, "d_sae": 6, "normalize_activations": "none"}
     place = {"hook_name": "blocks.1.hook_resid_post"}
     for told in (True, False):
-        assert canonical(config, tensors, {**place, "prepend_bos": told}, source="x").prepend_bos is told
-        assert canonical({**config, **place, "prepend_bos": told}, tensors, {}, source="x").prepend_bos is told
-    assert canonical(config, tensors, place, source="x").prepend_bos is None
+        assert parse_sae_lens(config, tensors, {**place, "prepend_bos": told}, source="x").prepend_bos is told
+        assert parse_sae_lens({**config, **place, "prepend_bos": told}, tensors, {}, source="x").prepend_bos is told
+    assert parse_sae_lens(config, tensors, place, source="x").prepend_bos is None
     with pytest.raises(fg.FormatError, match="prepend_bos = 'yes'"):
-        canonical(config, tensors, {**place, "prepend_bos": "yes"}, source="x")
+        parse_sae_lens(config, tensors, {**place, "prepend_bos": "yes"}, source="x")
     assert fg.load_sae("default").prepend_bos is True
 
 
@@ -274,7 +274,7 @@ def test_texts_beyond_the_window_are_cut_with_one_warning(models, tokenizer):
             fg.cross_entropies(model, tokenizer, [long, "the tea"], [None])
         with pytest.warns(fg.FgsteerWarning, match="1 of 2 texts"):
             fg.measure_density(model, tokenizer, make_sae(), [long, "tea"])
-        with pytest.raises(fg.DataError, match="prompt 1 has 121 tokens; expected at most 64"):
+        with pytest.raises(fg.DataError, match="at most 64 tokens, the model's window, got prompt 1 with 121 tokens"):
             fg.generate(model, tokenizer, ["tea", long], max_new_tokens=2)
     for wrong in (0, -1, 2.5, True):
         with pytest.raises(fg.FgsteerError, match="max_tokens"):
@@ -300,7 +300,7 @@ def test_wrong_rules_are_named(llama, tokenizer):
     for rule in ("first", True, None, 1.5):
         with pytest.raises(fg.DataError, match="tokens = "):
             fg.collect(llama, tokenizer, contrast, hookpoints=AT, tokens=rule)
-    with pytest.raises(fg.ArgumentError, match="bos is 'no'"):
+    with pytest.raises(fg.ArgumentError, match=r"'no'.* for bos"):
         fg.collect(llama, tokenizer, contrast, hookpoints=AT, bos="no")
 
 
@@ -338,7 +338,7 @@ def test_prompts_beyond_learned_positions_are_refused_before_any_work(models, to
     with pytest.raises(fg.DataError, match="a row of 70 tokens"):
         fg.record(gpt2, torch.zeros(1, 70, dtype=torch.long), None, [1])
     assert fg.record(gpt2, torch.zeros(1, 64, dtype=torch.long), None, [1])[at].shape == (1, 64, D_MODEL)
-    with pytest.raises(fg.DataError, match="at most 64, the model's window"):
+    with pytest.raises(fg.DataError, match="at most 64 tokens, the model's window"):
         fg.output_scores(gpt2, tokenizer, make_sae(), [1], prompt=f"{long} {long}")
     with pytest.raises(fg.DataError, match="cut before what is read"):
         fg.log_probabilities(gpt2, tokenizer, [(f"{long} {long}", "yes")])

@@ -137,8 +137,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path.write_text("old")
 
     def fail():
-        with atomic_write(path) as beside:
-            beside.write_text("half")
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -190,7 +190,7 @@ def test_contrast_files(tmp_path):
     two = fg.load_contrast(write("t.json", json.dumps({"positive": ["a", "b"], "negative": ["c"]})))
     assert (two.count(True), two.count(False)) == (2, 1)
     for name, text, match in (
-        ("a.jsonl", '{"positive": "a"}', r"line 1 has no field 'negative'"),
+        ("a.jsonl", '{"positive": "a"}', r"line 1, which has no field 'negative'"),
         (
             "b.jsonl",
             '{"positive": "a", "negative": "b"}\n{"prompt": "p", "chosen": 3, "rejected": "x"}',

@@ -1,4 +1,4 @@
-"""The command line: one subcommand per stage, composing through files.
+"""The command line: one command for each stage, each in a file of its name; files lead from one stage to the next.
 
     fgsteer collect wedding -o stats.safetensors
     fgsteer build fgaa --stats stats.safetensors -o wedding.safetensors
@@ -47,33 +47,33 @@ for command in app.registered_commands:
 
 
 def main() -> None:
-    """Run the command line; errors of fgsteer and of files end with one message and status 2, Ctrl-C with 130."""
+    """Run the command line. An error of fgsteer or of files ends it with one message and status 2, Ctrl-C with 130."""
     prepare_streams()
-    named = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    command_name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
 
-    def plainly(message: object) -> str:
-        command = getattr(typer.main.get_command(app), "commands", {}).get(named)
-        # no line of a message can pass for one of ours
+    def for_terminal(message: object) -> str:
+        command = getattr(typer.main.get_command(app), "commands", {}).get(command_name)
+        # indented, so that no line within a message looks like a message of fgsteer
         return with_options(str(message), options_of(command)).replace("\n", "\n  ")
 
     def note(message: Any, category: Any, *_: Any, **__: Any) -> None:
         if issubclass(category, FgsteerWarning):
-            say(f"note: {plainly(message)}", err=True)
+            say(f"note: {for_terminal(message)}", err=True)
 
     warnings.showwarning = note
     try:
         app()
-    except (FgsteerError, OSError) as error:  # OSError: a model that is not there, a folder that is not writable
-        say(f"error: {plainly(error)}", err=True)
+    except (FgsteerError, OSError) as error:  # OSError: a model that does not exist, a folder that cannot be written
+        say(f"error: {for_terminal(error)}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # what typer makes of Ctrl-C
+        if end.code == INTERRUPTED:  # what typer turns Ctrl-C into
             _interrupted()
         raise
 
 
 def _interrupted() -> NoReturn:
-    say("interrupted; every file is whole", err=True)
+    say("Interrupted. Every file was written completely or not at all.", err=True)
     sys.exit(INTERRUPTED)

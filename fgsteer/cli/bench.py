@@ -26,7 +26,6 @@ from fgsteer.cli.bench_setup import (
 from fgsteer.cli.choices import completion
 from fgsteer.cli.loading import ModelOptions
 from fgsteer.cli.options import (
-    SEEDS,
     DeviceOption,
     DtypeOption,
     FieldOption,
@@ -38,7 +37,7 @@ from fgsteer.cli.options import (
     TrustOption,
 )
 from fgsteer.cli.printing import console, progress_bar, say, show
-from fgsteer.cli.values import fillable, finite, parse_settings
+from fgsteer.cli.values import fillable, finite, parse_settings, seed_in_range
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import count
 
@@ -129,7 +128,7 @@ def bench(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, max=MAX_COUNT, help="Number of tokens of each generated text.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(**SEEDS, help="Seed from which all samples are drawn.")] = None,
+    seed: Annotated[int | None, typer.Option(callback=seed_in_range, help="The seed of all samples.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A parameter of a method, such as fgaa.n_positive=8.")
     ] = None,
@@ -223,8 +222,8 @@ def _report(made: Bench, out: Path) -> dict[str, Any]:
 
     run = fg.load_run(out / "bench.jsonl")
     table = markdown(run)
-    with atomic_write(out / "table.md") as beside:
-        beside.write_text(table, encoding="utf-8")
+    with atomic_write(out / "table.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
     layers = sorted(made.saes)
     features = partial(fg.seen_features, made.model, made.tokenizer, made.saes[layers[len(layers) // 2]])
     fg.write_report(run, out / "report.html", features=features)

@@ -5,6 +5,7 @@ typer.Option(help="One of {bench methods}.", autocompletion=completion("bench me
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.core import TyperCommand
 
 from fgsteer import export
 from fgsteer.cli.values import TOKEN_RULES
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.evaluation.judges.table import judge_names
 from fgsteer.interventions.scopes import SCOPES
 from fgsteer.interventions.table import OPERATIONS
@@ -44,11 +46,12 @@ class CommandWithChoices(TyperCommand):
     """A command whose help lists what is in tables where it says ``{key}``, a key of CHOICES or DESCRIPTIONS."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help, with the lists filled in."""
+        """Write the help, with the lists filled in, and without upper bounds that nobody reaches."""
         self.help = with_choices(self.help or "")
         for parameter in self.params:
             parameter.help = with_choices(getattr(parameter, "help", None) or "")  # type: ignore[attr-defined]
         super().format_help(ctx, formatter)
+        formatter.buffer = [re.sub(rf"(\d+)<=x<={MAX_COUNT}", r"at least \1", text) for text in formatter.buffer]
 
 
 def with_choices(text: str) -> str:

@@ -34,26 +34,38 @@ from fgsteer.storage.ranks import Ranks
 
 @app.command()
 def collect(
-    contrast: Annotated[str, typer.Argument(help="A shipped contrast set, or a .json or .jsonl file.")],
+    contrast: Annotated[
+        str, typer.Argument(help="The contrast: the name of a shipped contrast set, or a .json or .jsonl file.")
+    ],
     out: OutOption,
     model: ModelOption = "default",
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
-    no_sae: Annotated[bool, typer.Option("--no-sae", help="Residual statistics only (with --hookpoint).")] = False,
+    no_sae: Annotated[
+        bool, typer.Option("--no-sae", help="Collect without an SAE, at the hookpoints of --hookpoint.")
+    ] = False,
     hookpoint: Annotated[
-        list[str] | None, typer.Option("--hookpoint", help="More hookpoints, such as blocks.2.hook_resid_post.")
+        list[str] | None,
+        typer.Option("--hookpoint", help="A hookpoint besides the SAE's, such as blocks.2.hook_resid_post; repeat."),
     ] = None,
     tokens: TokensOption = "all",
-    bos: Annotated[bool, typer.Option("--bos", help="Read the special token before a text too.")] = False,
+    bos: Annotated[bool, typer.Option("--bos", help="Also read the special token that begins a text.")] = False,
     prepend_bos: PrependBosOption = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            "--max-tokens", min=1, max=MAX_COUNT, help="Tokens read of each text. Default: the model's window."
+            "--max-tokens",
+            min=1,
+            max=MAX_COUNT,
+            help="How many tokens of each text are read. By default as many as fit in the model's window.",
         ),
     ] = None,
     pooled: Annotated[
-        bool, typer.Option("--pooled/--no-pooled", help="Keep every text's mean activations, for fgsteer diagnose.")
+        bool,
+        typer.Option(
+            "--pooled/--no-pooled",
+            help="Whether to keep the mean activation of every text, which fgsteer diagnose needs.",
+        ),
     ] = True,
     work: WorkOption = None,
     fresh: FreshOption = False,
@@ -64,17 +76,19 @@ def collect(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Read both sides of a contrast through the model and the SAE; write statistics.
+    """Read both sides of a contrast through the model and the SAE, and write the statistics of their activations.
 
     Under torchrun (torchrun … -m fgsteer collect …) the processes share the texts.
     """
     import fgsteer as fg
 
     pairs = fg.load_contrast(contrast)
-    wanted, rule = hookpoints(hookpoint), token_rule(tokens)
-    if no_sae and not wanted:
+    at_hookpoints, rule = hookpoints(hookpoint), token_rule(tokens)
+    if no_sae and not at_hookpoints:
         raise DataError(
-            "--no-sae without --hookpoint", "a place to read", "such as --hookpoint blocks.2.hook_resid_post"
+            "--no-sae without --hookpoint",
+            "a hookpoint to collect at",
+            "add one, such as --hookpoint blocks.2.hook_resid_post",
         )
     check_device(device, dtype)
     autoencoder = None if no_sae else load_sae(sae, sae_id, model)
@@ -86,7 +100,7 @@ def collect(
             tokenizer,
             pairs,
             sae=autoencoder,
-            hookpoints=wanted,
+            hookpoints=at_hookpoints,
             tokens=rule,
             bos=bos,
             prepend_bos=prepend_bos,
@@ -99,10 +113,11 @@ def collect(
         )
     if not Ranks.from_env().rank:
         stats.save(out)
-    told = {"out": str(out), "hookpoints": [str(at) for at in stats.residual], "data": [dict(d) for d in stats.data]}
-    show(told, as_json, _print_collected)
+    result = {"out": str(out), "hookpoints": [str(at) for at in stats.residual], "data": [dict(d) for d in stats.data]}
+    show(result, as_json, _print_collected)
 
 
-def _print_collected(told: dict[str, Any]) -> None:
-    positive, negative = told["data"][0]["count"]
-    say(f"{told['out']}: {positive} + {count(negative, 'text')} at {', '.join(told['hookpoints'])}")
+def _print_collected(result: dict[str, Any]) -> None:
+    positive, negative = result["data"][0]["count"]
+    texts = f"{positive} positive and {count(negative, 'negative text')}"
+    say(f"{result['out']}: {texts} at {', '.join(result['hookpoints'])}")

@@ -34,7 +34,8 @@ from fgsteer.storage.ranks import Ranks
 @app.command()
 def density(
     corpus: Annotated[
-        Path, typer.Argument(help="A .txt (a document a line), .jsonl, .json, .csv, .tsv or .parquet file.")
+        Path,
+        typer.Argument(help="The corpus: a .txt (one document a line), .jsonl, .json, .csv, .tsv or .parquet file."),
     ],
     out: OutOption,
     field: FieldOption = "text",
@@ -52,9 +53,10 @@ def density(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure on which share of a corpus's tokens each feature fires; write it beside the SAE.
+    """Measure on which share of a corpus's tokens each feature fires, and write it to a file.
 
-    A file density.safetensors in an SAE's folder is loaded with it. Under torchrun the processes share the texts.
+    A file named density.safetensors in an SAE's folder is loaded with the SAE. Under torchrun the processes share the
+    texts.
     """
     import fgsteer as fg
     from fgsteer.data.corpora import read_documents
@@ -80,7 +82,7 @@ def density(
     if not Ranks.from_env().rank:
         measured.save(out)
     shares = measured.density
-    told = {
+    result = {
         "out": str(out),
         "tokens": measured.tokens,
         "l0": float(shares.sum()),
@@ -88,7 +90,7 @@ def density(
         "bos_features": measured.bos_features().nonzero()[:, 0].tolist(),
     }
     show(
-        told,
+        result,
         as_json,
         lambda v: say(
             f"{v['out']}: {count(v['tokens'], 'token')}, L0 {v['l0']:.1f}, {count(v['dead'], 'feature')} never fired, "

@@ -31,12 +31,15 @@ from fgsteer.errors.wording import count
 @app.command()
 def examples(
     corpus: Annotated[
-        Path, typer.Argument(help="A .txt (a document a line), .jsonl, .json, .csv, .tsv or .parquet file.")
+        Path,
+        typer.Argument(help="The corpus: a .txt (one document a line), .jsonl, .json, .csv, .tsv or .parquet file."),
     ],
     out: OutOption,
     field: FieldOption = "text",
-    top: Annotated[int, typer.Option(min=1, max=1 << 16, help="Excerpts kept of each feature.")] = 8,
-    window: Annotated[int, typer.Option(min=0, max=1 << 16, help="Tokens kept on either side of a peak.")] = 12,
+    top: Annotated[int, typer.Option(min=1, max=1 << 16, help="How many excerpts of each feature to keep.")] = 8,
+    window: Annotated[
+        int, typer.Option(min=0, max=1 << 16, help="How many tokens to keep on either side of the strongest one.")
+    ] = 12,
     model: ModelOption = "default",
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
@@ -49,7 +52,7 @@ def examples(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Find where in a corpus each feature fires most; write the excerpts for fgsteer features --examples."""
+    """Find where in a corpus each feature fires most, and write these excerpts for fgsteer features --examples."""
     count_documents(corpus, field)
     check_device(device, dtype)
     autoencoder = load_sae(sae, sae_id, model)
@@ -58,9 +61,9 @@ def examples(
     measured = measure_excerpts(corpus, field, parts, as_json, prepend_bos=prepend_bos, **sizes)
     measured.save(out)
     fired = int((measured.documents >= 0).any(1).sum())
-    told = {"out": str(out), "texts": measured.corpus["texts"], "features": len(measured.features), "fired": fired}
+    result = {"out": str(out), "texts": measured.corpus["texts"], "features": len(measured.features), "fired": fired}
     show(
-        told,
+        result,
         as_json,
         lambda v: say(
             f"{v['out']}: {v['fired']} of {count(v['features'], 'feature')} fired in {count(v['texts'], 'text')}"

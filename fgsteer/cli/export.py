@@ -30,8 +30,8 @@ from fgsteer.export import ExportInputs, spec
 
 @app.command()
 def export(
-    vectors: Annotated[list[Path], typer.Argument(help="Vectors by fgsteer build, to apply together.")],
-    to: Annotated[str, typer.Option("--to", autocompletion=completion("exports"), help="One of {exports}.")],
+    vectors: Annotated[list[Path], typer.Argument(help="The vectors, which fgsteer build wrote, to apply together.")],
+    to: Annotated[str, typer.Option("--to", autocompletion=completion("exports"), help="The format: {exports}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file, or the new folder, to write.")],
     coefficient: CoefficientOption = None,
     operation: OperationOption = "add",
@@ -100,5 +100,5 @@ def _print_export(result: dict[str, Any]) -> None:
     tokens = {"all": "every token"}.get(result["scope"], result["scope"])
     position_0 = ", position 0 too" if result["bos"] else ", position 0 left alone"
     for hookpoint, strength in zip(result["hookpoints"], result["coefficients"], strict=True):
-        what = result["operation"] + ("" if result["operation"] == "ablate" else f" {strength:g}")
-        say(f"  {what} at {hookpoint}, {tokens}{'' if result['scope'] == 'generated' else position_0}")
+        operation = result["operation"] + ("" if result["operation"] == "ablate" else f" {strength:g}")
+        say(f"  {operation} at {hookpoint}, {tokens}{'' if result['scope'] == 'generated' else position_0}")

@@ -29,20 +29,34 @@ from fgsteer.errors.limits import MAX_COUNT
 
 @app.command()
 def features(
-    file: Annotated[Path | None, typer.Argument(help="A vector written by fgsteer build.")] = None,
-    feature: Annotated[str | None, typer.Option("--feature", help="Ids such as 12,40 instead of a vector.")] = None,
-    search: Annotated[str | None, typer.Option("--search", help="A word, to find features for it.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="A vector that fgsteer build wrote.")] = None,
+    feature: Annotated[
+        str | None, typer.Option("--feature", help="Ids of features, such as 12,40, instead of a vector.")
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option("--search", help="A word for which features are sought, instead of a vector.")
+    ] = None,
     corpus: Annotated[
-        Path | None, typer.Option(help="Show excerpts of this corpus, as fgsteer examples reads it.")
+        Path | None, typer.Option(help="Show excerpts of this corpus, a file as fgsteer examples reads it.")
     ] = None,
     field: FieldOption = "text",
     examples: Annotated[
-        Path | None, typer.Option(help="Excerpts by fgsteer examples; default: those beside the SAE.")
+        Path | None,
+        typer.Option(help="A file of excerpts that fgsteer examples wrote. By default the one beside the SAE."),
     ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Labels: a Neuronpedia export or its folder.")] = None,
-    html: Annotated[Path | None, typer.Option(callback=writable, help="Write feature cards as one HTML page.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Labels of features: an export of Neuronpedia, or the folder of one.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(callback=writable, help="A file to write the features to, as one HTML page.")
+    ] = None,
     top: Annotated[
-        int, typer.Option(min=1, max=MAX_COUNT, help="How many features, by absolute weight or by --search's score.")
+        int,
+        typer.Option(
+            min=1,
+            max=MAX_COUNT,
+            help="How many features to show: those with the largest weights, or found best by --search.",
+        ),
     ] = 20,
     model: ModelOption = "default",
     sae: SaeOption = None,
@@ -52,17 +66,21 @@ def features(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show features, of a vector, by id or for a word: density, label, the tokens they raise, excerpts.
+    """Show the features of a vector, of ids, or of a word: density, label, the tokens they raise, and excerpts.
 
     A search that finds nothing ends with exit status 1.
     """
     import fgsteer as fg
     from fgsteer.features.cards import print_features, write_page
 
-    if sum(given is not None for given in (file, feature, search)) != 1:
-        raise DataError("none or several of a vector file, --feature and --search", "one of them")
+    if sum(value is not None for value in (file, feature, search)) != 1:
+        names = {"a vector": file, "--feature": feature, "--search": search}
+        chosen = " and ".join(name for name, value in names.items() if value is not None)
+        raise DataError(
+            chosen or "neither a vector nor --feature nor --search", "one of a vector, --feature and --search"
+        )
     if corpus is not None and examples is not None:
-        raise DataError("--corpus and --examples", "one of them")
+        raise DataError("--corpus and --examples", "one of the two", "both say where excerpts come from: leave one out")
     check_unicode(search)
     vector = None if file is None else fg.SteeringVector.load(file)
     ids = None if feature is None else _feature_ids(feature)
@@ -77,41 +95,41 @@ def features(
         autoencoder = load_sae(sae, sae_id, model)
         if labels is not None:
             autoencoder = replace(autoencoder, labels=fg.load_labels(labels, autoencoder))
-        for one in ids or []:
-            autoencoder.direction(one)  # refuses an id that the SAE lacks
+        for feature_id in ids or []:
+            autoencoder.direction(feature_id)  # raises for an id that the SAE does not have
         known = fg.load_examples(autoencoder) if known is None else known.check(autoencoder)
     language_model, tokenizer = load_model(ModelOptions(model, device, None, revision, trust_remote_code))
-    told: dict[str, Any] = {"heading": "Features" if search is None else f"Features for {search!r}"}
+    result: dict[str, Any] = {"heading": "Features" if search is None else f"Features for {search!r}"}
     if vector is not None:
-        told = _describe_direction(vector, language_model, tokenizer)
-    told.update(sae=None, corpus=None)
+        result = _describe_direction(vector, language_model, tokenizer)
+    result.update(sae=None, corpus=None)
     rows = []
     if autoencoder is not None:
         parts = (language_model, tokenizer, autoencoder)
-        if corpus is not None:  # a search reads the excerpts of every feature
+        if corpus is not None:  # for a search, ids is None: the excerpts of every feature are needed
             shown = ids if vector is None else [row.id for row in vector.top_features(top)]
             known = measure_excerpts(corpus, field, parts, as_json, features=shown)
         rows = _feature_rows(vector or ids, search, parts, known, top)
-        told.update(sae=autoencoder.source, corpus=None if known is None else known.corpus)
-    told["features"] = [row.as_dict() for row in rows]
+        result.update(sae=autoencoder.source, corpus=None if known is None else known.corpus)
+    result["features"] = [row.as_dict() for row in rows]
     if html is not None:
-        about = {"SAE": told["sae"], "Excerpts from": (told["corpus"] or {}).get("name")}
-        about |= {f"{name}:": " ".join(told[name]) for name in ("raises", "lowers") if name in told}
-        write_page(html, told["heading"], rows, [f"{name} {value}" for name, value in about.items() if value])
-    show(told, as_json, lambda it: print_features(it, console()))
+        about = {"SAE": result["sae"], "Excerpts from": (result["corpus"] or {}).get("name")}
+        about |= {f"{name}:": " ".join(result[name]) for name in ("raises", "lowers") if name in result}
+        write_page(html, result["heading"], rows, [f"{name} {value}" for name, value in about.items() if value])
+    show(result, as_json, lambda described: print_features(described, console()))
     if search is not None and not rows:
-        say(f"no feature found for {search!r}: try another word, --corpus or --labels", err=True)
+        say(f"No feature was found for {search!r}. Try another word, --corpus or --labels.", err=True)
         raise typer.Exit(1)
 
 
 def _feature_ids(text: str) -> list[int]:
-    """Ids of "12,40". Raises DataError."""
+    """Parse ids such as "12,40". Raises DataError."""
     try:
         ids = [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise DataError(f"--feature {text}", "ids, such as 12,40") from error
+        raise DataError(f"--feature {text:.80}", "ids of features after --feature, such as 12,40") from error
     if len(set(ids)) < len(ids):
-        raise DataError(f"--feature {text}", "each id once")
+        raise DataError(f"--feature {text:.80}", "each id once after --feature")
     return ids
 
 
@@ -134,14 +152,14 @@ def _describe_direction(vector: Any, model: Any, tokenizer: Any) -> dict[str, An
 
 
 def _feature_rows(chosen: Any, search: str | None, parts: tuple[Any, Any, Any], known: Any, top: int) -> list[Any]:
-    """Facts on the features of a vector, on ids, or on what a search finds."""
+    """What is known of the features of a vector, of ids, or of those that a search finds."""
     import fgsteer as fg
 
     model, tokenizer, sae = parts
     why = {}
     if search is not None:
-        found = fg.find_features(model, tokenizer, sae, search, examples=known, top=top)
-        why = {entry.id: entry.why for entry in found}
+        hits = fg.find_features(model, tokenizer, sae, search, examples=known, top=top)
+        why = {hit.id: hit.why for hit in hits}
         chosen = list(why)
     rows: list[Any] = fg.describe_features(model, tokenizer, sae, chosen, top=top, examples=known, why=why)
     return rows

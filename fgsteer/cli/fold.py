@@ -16,11 +16,16 @@ from fgsteer.cli.values import finite, unused
 
 @app.command()
 def fold(
-    vector: Annotated[list[Path], typer.Option("--vector", "-v", help="A vector to add; repeat.")],
-    out: Annotated[Path, typer.Option("--out", "-o", callback=unused, help="New folder for the checkpoint.")],
+    vector: Annotated[list[Path], typer.Option("--vector", "-v", help="A vector to add; repeat for several.")],
+    out: Annotated[Path, typer.Option("--out", "-o", callback=unused, help="A new folder for the checkpoint.")],
     coefficient: Annotated[
         list[float] | None,
-        typer.Option("--coefficient", "-c", callback=finite, help="One per vector, in the same order; default: 1."),
+        typer.Option(
+            "--coefficient",
+            "-c",
+            callback=finite,
+            help="The coefficient of a vector; repeat for several, in the same order. By default 1.",
+        ),
     ] = None,
     model: ModelOption = "default",
     dtype: DtypeOption = None,
@@ -28,22 +33,25 @@ def fold(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint with vectors inside, added to every token: plain transformers loads it, no hooks run."""
+    """Write a checkpoint with vectors inside, which are added to every token.
+
+    Plain transformers loads it and runs it without hooks.
+    """
     from fgsteer.export import checkpoint
 
     steering = interventions(load_vectors(vector, coefficient, model=model, revision=revision), "add", "all", bos=True)
     folded = checkpoint.write(
         steering, out, *load_model(ModelOptions(model, "cpu", dtype, revision, trust_remote_code)), copy=False
     )
-    told = {"out": str(out), "model": model, "dtype": str(folded.dtype).removeprefix("torch.")}
-    show({**told, **(getattr(folded.config, "fgsteer", None) or {"folded": []})}, as_json, _print_folded)
+    result = {"out": str(out), "model": model, "dtype": str(folded.dtype).removeprefix("torch.")}
+    show({**result, **(getattr(folded.config, "fgsteer", None) or {"folded": []})}, as_json, _print_folded)
 
 
-def _print_folded(told: dict[str, Any]) -> None:
-    for term in told["folded"]:
+def _print_folded(result: dict[str, Any]) -> None:
+    for term in result["folded"]:
         say(
             f"{term['coefficient']:g} x {term['method'] or 'a vector'} (norm {term['norm']:.3f}) "
             f"at {term['hookpoint']} in {term['bias']}"
         )
-    lost = f", rounded by {told['rounding']:.1g} of the change" if told["folded"] else ", nothing to fold"
-    say(f"{told['out']}: {told['model']} in {told['dtype']}{lost}; every token is steered, position 0 too")
+    rounding = f"rounded by {result['rounding']:.1g} of the change" if result["folded"] else "with nothing to fold"
+    say(f"{result['out']}: {result['model']} in {result['dtype']}, {rounding}; every token is steered, position 0 too")

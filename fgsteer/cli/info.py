@@ -53,13 +53,16 @@ def _print_file(path: Path, description: dict[str, Any]) -> None:
     facts = {key: value for key, value in description.items() if key != "tensors"}
     facts |= facts.pop("provenance", {})
     tensors = description["tensors"]
-    say(f"{path}: {facts.pop('kind', 'tensors')}, written by fgsteer")
+    say(escape_text(f"{path}: {facts.pop('kind', 'tensors')}, written by fgsteer", keep=""))
     rows = [
-        (name, escape_text(_summarize(value), keep=""))
+        (escape_text(name, keep=""), escape_text(_summarize(value), keep=""))
         for name, value in facts.items()
         if value not in (None, "", {}, [])
     ]
-    rows += [(name, " x ".join(map(str, shape)) or "one number") for name, shape in [*tensors.items()][:MAX_TENSORS]]
+    rows += [
+        (escape_text(name, keep=""), " x ".join(map(str, shape)) or "one number")
+        for name, shape in [*tensors.items()][:MAX_TENSORS]
+    ]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         say(f"  {name:<{width}}  {text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS].rstrip(' ,') + ' …'}")

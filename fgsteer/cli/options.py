@@ -12,70 +12,104 @@ from fgsteer.cli.values import fillable, finite, writable
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.table import describe_operations
 
-SEEDS = {"min": -(2**63), "max": 2**63 - 1}  # what torch takes
-ModelOption = Annotated[str, typer.Option("--model", "-m", help='"default", or a Hugging Face id or path.')]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help='The model: "default", or a Hugging Face id or path.')]
 SaeOption = Annotated[
     str | None,
     typer.Option(
-        "--sae", help='"default" (taken where the model is), a folder, or a sae-lens release (with --sae-id).'
+        "--sae",
+        help='The SAE: a folder, or a sae-lens release with --sae-id. Without it, the default model takes "default".',
     ),
 ]
-SaeIdOption = Annotated[str | None, typer.Option("--sae-id", help="The id within a sae-lens release.")]
-OutOption = Annotated[Path, typer.Option("--out", "-o", callback=writable, help="File to write (safetensors).")]
-VectorOption = Annotated[list[Path] | None, typer.Option("--vector", "-v", help="Vectors to apply together.")]
+SaeIdOption = Annotated[str | None, typer.Option("--sae-id", help="The id of the SAE within a sae-lens release.")]
+OutOption = Annotated[
+    Path, typer.Option("--out", "-o", callback=writable, help="The file to write, in the safetensors format.")
+]
+VectorOption = Annotated[
+    list[Path] | None, typer.Option("--vector", "-v", help="A vector to steer with; repeat to apply several together.")
+]
 CoefficientOption = Annotated[
     list[float] | None,
-    typer.Option("--coefficient", "-c", callback=finite, help="One per vector: add's c, affine's α, clamp's t."),
+    typer.Option(
+        "--coefficient",
+        "-c",
+        callback=finite,
+        help="The strength of a vector: add's coefficient, affine's alpha or clamp's target; repeat for several "
+        "vectors, in the same order. It is 1 where none is given.",
+    ),
 ]
 OperationOption = Annotated[
     str,
-    typer.Option("--op", autocompletion=completion("operations"), help=f"How the vectors act. {describe_operations()}"),
+    typer.Option("--op", autocompletion=completion("operations"), help=f"What the vectors do. {describe_operations()}"),
 ]
 ScopeOption = Annotated[
-    str, typer.Option("--scope", autocompletion=completion("scopes"), help="all, prompt, generated or last_prompt_on.")
+    str, typer.Option("--scope", autocompletion=completion("scopes"), help="Which tokens are steered: {scopes}.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value, for scripts.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value, for scripts.")]
 TokensOption = Annotated[
     str,
     typer.Option(
         "--tokens",
         autocompletion=completion("token rules"),
-        help="all, last, answer, letter, tail (of a chat template), or an index.",
+        help="Which tokens of each text are read: {token rules}, or an index such as -1. The tail is what a chat "
+        "template writes after the last message.",
     ),
 ]
 FieldOption = Annotated[
-    str, typer.Option("--field", help="Field or column of the text in .jsonl, .json, .csv, .tsv and .parquet.")
+    str,
+    typer.Option(
+        "--field", help="The field or column that holds the text, in .jsonl, .json, .csv, .tsv and .parquet files."
+    ),
 ]
 PrependBosOption = Annotated[
     bool | None,
     typer.Option(
         "--prepend-bos/--no-prepend-bos",
-        help="Put BOS before every text, or leave it away; default: as the SAE was trained, else the tokenizer.",
+        help="Whether each text begins with BOS. By default as in the SAE's training, or as the tokenizer does.",
     ),
 ]
 MaxTokensOption = Annotated[
-    int, typer.Option("--max-tokens", min=2, max=MAX_COUNT, help="Tokens read of each document.")
+    int, typer.Option("--max-tokens", min=2, max=MAX_COUNT, help="How many tokens of each document are read.")
 ]
 BatchTokensOption = Annotated[
     int | None,
     typer.Option(
-        "--batch-tokens", min=1, max=MAX_COUNT, help="Padded tokens in a batch; default: what suits the device."
+        "--batch-tokens",
+        min=1,
+        max=MAX_COUNT,
+        help="How many tokens a batch has, with padding. By default what suits the device.",
     ),
 ]
 WorkOption = Annotated[
     Path | None,
     typer.Option(
-        "--work", callback=fillable, help="Folder of finished parts, to go on from; under torchrun OUT.parts."
+        "--work",
+        callback=fillable,
+        help="A folder for finished parts, from which a run that was stopped goes on. Under torchrun it is OUT.parts "
+        "if none is given.",
     ),
 ]
 FreshOption = Annotated[
-    bool, typer.Option("--fresh", help="Start over: remove what a killed run, or one of something else, left.")
+    bool,
+    typer.Option("--fresh", help="Start over: remove what an earlier run, stopped or of something else, has left."),
 ]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, auto …; default: cuda if any.")]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 …; default: the checkpoint's.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="The device: cpu, cuda, cuda:1, …, or auto, which spreads the model over all of them. By default a GPU, "
+        "where there is one.",
+    ),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="The dtype of the model: float32, bfloat16, float16 or float64. By default the checkpoint's."
+    ),
+]
 RevisionOption = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of a model of the hub; default: main.")
+    str | None, typer.Option("--revision", help="The branch, tag or commit of a model on the hub. By default main.")
 ]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings: read it before.")
+    bool,
+    typer.Option("--trust-remote-code", help="Run the Python code that comes with the model. Read that code first."),
 ]

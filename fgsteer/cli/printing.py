@@ -1,4 +1,4 @@
-"""What reaches the terminal: results as text or JSON, progress, and text that any console can show."""
+"""Printing to the terminal: results as text or as JSON, progress, and text that any console can show."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fgsteer.storage.ranks import Ranks
 
 
 def prepare_streams() -> None:
-    """Let standard output and error write what their encoding lacks as escapes, such as \\u2603, instead of failing."""
+    """Make standard output and error write characters that their encoding lacks as escapes, such as \\u2603."""
     for stream in (sys.stdout, sys.stderr):
         if callable(reconfigure := getattr(stream, "reconfigure", None)):
             reconfigure(errors="backslashreplace")
 
 
 def say(text: str = "", *, err: bool = False) -> None:
-    """Print a line, of an error to standard error; control characters in it come out as escapes."""
+    """Print a line to standard output, or to standard error; control characters are printed as escapes."""
     print(escape_text(text), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def json_text(value: object, indent: int | None = None) -> str:
-    """JSON as readable as the console can show it: what it cannot encode or should not act on is escaped as in JSON."""
+    """JSON in which only those characters are escaped that the console cannot encode or would act on."""
     text = escaping.json_text(value, indent=indent)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -35,18 +35,18 @@ def json_text(value: object, indent: int | None = None) -> str:
     return text
 
 
-def show(value: Any, as_json: bool, text: Callable[[Any], None]) -> None:
-    """Print a result as JSON or for a reader; of several processes, the first does."""
+def show(value: Any, as_json: bool, print_text: Callable[[Any], None]) -> None:
+    """Print a result as JSON, or as text for a reader. Of several processes only the first prints."""
     if Ranks.from_env().rank:
         return
     if as_json:
         say(json_text(value))
     else:
-        text(value)
+        print_text(value)
 
 
 def console(**options: Any) -> Any:
-    """A terminal that prints text as it is, but control characters as escapes."""
+    """A terminal of rich that prints text as it is, without markup, and control characters as escapes."""
     from rich.console import Console
     from rich.segment import Segment
 

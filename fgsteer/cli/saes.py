@@ -16,33 +16,36 @@ from fgsteer.errors.limits import MAX_COUNT
 @app.command()
 def saes(
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Only SAEs of this model, or part of its name.")
+        str | None,
+        typer.Option("--model", "-m", help="List only SAEs of this model, or of models with this part of a name."),
     ] = None,
     layer: Annotated[
-        int | None, typer.Option("--layer", min=0, max=MAX_COUNT, help="Only SAEs of this 0-based layer.")
+        int | None, typer.Option("--layer", min=0, max=MAX_COUNT, help="List only SAEs of this layer, counted from 0.")
     ] = None,
-    search: Annotated[str, typer.Option("--search", help="Words that release, id or hookpoint must have.")] = "",
+    search: Annotated[
+        str, typer.Option("--search", help="List only SAEs with all of these words in their release, id or hookpoint.")
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """List the pretrained SAEs of sae-lens's registry, for --sae RELEASE --sae-id ID."""
+    """List the pretrained SAEs in the registry of sae-lens, which --sae RELEASE --sae-id ID takes."""
     from fgsteer.saes.registry import models_like, models_named, registry
 
     if model is not None and not models_named(model):
         near = ", ".join(models_like(model))
         raise DataError(
-            f"no SAE of a model {model!r} in the registry of the installed sae-lens",
-            f"a model's name or a part of it, such as {near}" if near else "a model's name or a part of it",
-            "fgsteer saes --search TEXT looks in the releases' names",
+            f"The registry of the installed sae-lens has no SAE of a model {model!r}.",
+            f"the name of a model or a part of it, such as {near}" if near else "the name of a model or a part of it",
+            "look for it in the names of releases with fgsteer saes --search TEXT",
         )
     show([row.as_dict() for row in registry(model, layer, search)], as_json, _print_saes)
 
 
 def _print_saes(rows: list[dict[str, Any]]) -> None:
-    """A block per release, a line per SAE, never folded: ids are there to be copied."""
+    """Print a paragraph for each release and a line for each SAE, which is never wrapped, so that ids can be copied."""
     from itertools import groupby
 
     if not rows:
-        say("none in the registry of the installed sae-lens; --search takes words of its releases")
+        say("The registry of the installed sae-lens has none. --search finds words of releases, ids and hookpoints.")
     for (release, model), members in groupby(rows, key=lambda row: (row["release"], row["model"])):
         lines = [
             (r["sae_id"], r["hookpoint"], r["width"], "" if r["l0"] is None else f"L0 {r['l0']:g}", r["neuronpedia"])

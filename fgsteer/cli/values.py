@@ -1,4 +1,4 @@
-"""What the values of options mean, checked before a model is loaded."""
+"""Checks and meanings of the values of options, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def unused(path: Path) -> Path:
 
 
 def fillable(path: Path | None) -> Path | None:
-    """The path, if it is a folder that can be written to, or can be made in one. Raises FormatError."""
+    """The path, if it is a folder that can be written to or made. Raises FormatError."""
     if path is not None:
         folder_target(path)
     return path
@@ -40,51 +40,61 @@ def fillable(path: Path | None) -> Path | None:
 def finite(option: typer.CallbackParam, value: Any) -> Any:
     """The number or numbers of an option. Raises BadParameter for nan and inf."""
     if value is None and getattr(option, "multiple", False):
-        return []  # of which typer makes None again; its oldest version makes nothing of None
+        return []  # typer turns this into None again; its oldest version cannot handle None here
     for number in value if isinstance(value, list | tuple) else [value]:
         if number is not None and not math.isfinite(number):
             raise typer.BadParameter(f"{number} is not a finite number")
     return value
 
 
-def check_unicode(*given: str | None) -> None:
-    """Raises DataError for a text that is not Unicode: bytes that the terminal's encoding has no characters for."""
+def seed_in_range(value: int | None) -> int | None:
+    """The seed. Raises BadParameter for one that torch does not take."""
+    if value is not None and not -(2**63) <= value < 2**63:
+        raise typer.BadParameter(f"{value} is not in the range from -2^63 to 2^63 - 1")
+    return value
+
+
+def check_unicode(*texts: str | None) -> None:
+    """Raises DataError for a text with bytes that the terminal's encoding has no characters for."""
     from fgsteer.data.chat import check_text
 
-    for text in given:
+    for text in texts:
         if text is not None:
-            check_text(text, "a text of the command line", empty=True)
+            check_text(text, "a text on the command line", empty=True)
 
 
 def token_rule(tokens: str) -> Any:
-    """The token rule of --tokens: a word, or an index. Raises DataError."""
+    """Parse --tokens, which is a word or an index. Raises DataError."""
     if re.fullmatch(r"-?\d{1,9}", tokens):
         return int(tokens)
     if tokens not in TOKEN_RULES:
-        raise DataError(f"--tokens {tokens:.100}", f"{', '.join(TOKEN_RULES)}, or an index")
+        raise DataError(f"--tokens {tokens:.100}", f"{', '.join(TOKEN_RULES)}, or an index such as -1, after --tokens")
     return tokens
 
 
 def hookpoints(names: Iterable[str] | None) -> list[Any] | None:
-    """Hookpoints of --hookpoint: names, or blocks' numbers. Raises HookpointError for a name that is none."""
+    """Parse --hookpoint: names, or numbers of blocks. Raises HookpointError for a name that is not a hookpoint's."""
     from fgsteer.models.hookpoints import Hookpoint
 
     return None if names is None else [Hookpoint.parse(int(n) if re.fullmatch(r"\d{1,9}", n) else n) for n in names]
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """key=value options as Python values: JSON where it parses, "inf" as a number. Raises DataError."""
+    """Parse key=value pairs: JSON where it parses, "inf" as a number, else the text itself. Raises DataError."""
     from fgsteer.storage.json_files import parse_json
 
     settings = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key.isidentifier():
-            raise DataError(f"--set {pair}", "key=value, such as --set n_positive=8")
+            raise DataError(f"--set {pair:.80}", "a name, = and a value after --set, such as --set n_positive=8")
         try:
             settings[key] = parse_json(value)
         except json.JSONDecodeError:
             settings[key] = math.inf if value == "inf" else value
         except ValueError as error:
-            raise DataError(f"--set {pair:.80}: {error}", "key=value, such as --set n_positive=8") from error
+            reason = str(error).rstrip(".")
+            raise DataError(
+                f"--set {pair:.80} cannot be read: {reason}.", "a name, = and a value, such as --set n_positive=8"
+            ) from error
     return settings

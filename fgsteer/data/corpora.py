@@ -224,7 +224,9 @@ def _texts(rows: Iterable[Row], field: str) -> Iterator[str]:
             text, place = row.get(field), f"{where}, field {field!r}"
             if field not in row:
                 fields = ", ".join(map(repr, row)) or "none"
-                raise DataError(f"{where} has no field {field!r}.", f"one of its fields: {fields}", _PASS_FIELD)
+                raise DataError(
+                    f"{where}, which has the fields {fields}", f"a row with the field {field!r}", _PASS_FIELD
+                )
         if not isinstance(text, str):
             value = "null" if text is None else f"{a(type(text).__name__)}, {text!r:.40},"
             raise DataError(f"{value} in {place}", "a text", _PASS_FIELD)

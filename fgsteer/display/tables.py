@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from fgsteer.errors.escaping import escape_text
 
+LEAST_SHARE = 0.0001  # that is shown as a number
 MOST_ROWS = 50  # rows that a table shows; how many there are besides is said below it
 _STYLE = "padding:.15em .7em;vertical-align:top;white-space:normal;border-bottom:1px solid rgba(128,128,128,.35)"
 
@@ -111,7 +112,7 @@ def _shown(cell: Cell) -> str:
     if cell is None:
         return ""
     if isinstance(cell, Share):
-        return f"{float(cell):.2%}"
+        return f"{float(cell):.2%}" if not 0 < cell < LEAST_SHARE else f"<{LEAST_SHARE:.2%}"
     if isinstance(cell, float):
         return f"{cell:.4g}"
     return escape_text(cell, keep="\n") if isinstance(cell, str) else f"{cell}"

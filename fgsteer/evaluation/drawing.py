@@ -105,8 +105,8 @@ def save(figure: Figure, path: str | Path) -> None:
     kind = Path(path).suffix.lstrip(".").lower()
     if kind not in ("png", "svg"):
         raise DataError(f"a picture named {path}", "a name that ends with .png or .svg")
-    with atomic_write(path) as beside:
-        beside.write_bytes(rendered(figure, kind))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(rendered(figure, kind))
 
 
 def save_each(pictures: Iterable[Picture], folder: str | Path) -> list[Path]:

@@ -48,10 +48,10 @@ def write(
     if tokenizer is not None:
         tokenizer = _as_saved(tokenizer, model)
     folded = fold(model, listed(interventions), copy=copy)
-    with atomic_folder(folder) as beside:
-        folded.save_pretrained(beside)
+    with atomic_folder(folder) as temporary:
+        folded.save_pretrained(temporary)
         if tokenizer is not None:
-            tokenizer.save_pretrained(beside)
+            tokenizer.save_pretrained(temporary)
     return folded
 
 

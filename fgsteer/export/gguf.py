@@ -125,8 +125,8 @@ def write_directions(
         parts.append(data + bytes(-len(data) % ALIGNMENT))
         offset += len(parts[-1])
     head = MAGIC + struct.pack("<IQQ", VERSION, len(rows), len(metadata)) + b"".join(metadata) + infos
-    with atomic_write(path) as beside:
-        beside.write_bytes(head + bytes(-len(head) % ALIGNMENT) + b"".join(parts))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(head + bytes(-len(head) % ALIGNMENT) + b"".join(parts))
 
 
 def _sha256(rows: Mapping[int, Tensor]) -> str:

@@ -65,8 +65,8 @@ def write(interventions: Interventions, path: str | Path, model: nn.Module) -> N
         config[name] = {"head_index": None, **_operation(item)}
     buffer = io.BytesIO()
     torch.save(config, buffer)  # in memory first: torch words a full disk in its own way
-    with atomic_write(path) as beside:
-        beside.write_bytes(buffer.getvalue())
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
 def export(interventions: Sequence[Intervention], path: Path, inputs: ExportInputs) -> list[Path]:

@@ -38,8 +38,8 @@ def html_page(heading: str, rows: Sequence[FeatureRow], notes: Iterable[str] = (
 
 def write_page(path: str | Path, heading: str, rows: Sequence[FeatureRow], notes: Iterable[str] = ()) -> None:
     """Write ``html_page`` to a file. Raises FormatError where it cannot be written."""
-    with atomic_write(path) as beside:
-        beside.write_bytes(html_page(heading, rows, notes).encode("utf-8", "replace"))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(html_page(heading, rows, notes).encode("utf-8", "replace"))
 
 
 def _card(row: FeatureRow) -> str:

@@ -79,7 +79,7 @@ def _times(x: Float[Tensor, "batch tokens n"], matrices: Float[Tensor, "rows n m
 
 
 def apply(h: Float[Tensor, "batch tokens d_model"], update: Update, where: Tensor | None = None) -> Tensor:
-    """``h`` plus the update's change, cast to h's dtype; a new tensor, h is not written to.
+    """Add the update's change, cast to h's dtype, to ``h``: a new tensor, as h is not written to.
 
     A mask ``where (batch, tokens)`` limits the change; elsewhere h comes back bit for bit.
     """

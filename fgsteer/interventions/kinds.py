@@ -130,7 +130,7 @@ class DirectionIntervention(Intervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Add(DirectionIntervention):
-    """``h' = h + c·v``: adds a direction (CAA, arXiv 2312.06681).
+    """Adds a direction to an activation: ``h' = h + c·v`` (CAA, arXiv 2312.06681).
 
     Args:
         direction: The direction v, (d_model,).
@@ -183,7 +183,7 @@ class ProjectionIntervention(DirectionIntervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Clamp(ProjectionIntervention):
-    """``h' = h + (t − r̂·h) r̂``: sets the projection on a direction.
+    """Sets the projection on a direction: ``h' = h + (t − r̂·h) r̂``.
 
     Args:
         direction: The direction r, (d_model,), of which only r̂ = r/‖r‖ matters.
@@ -213,7 +213,7 @@ class Clamp(ProjectionIntervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Ablate(ProjectionIntervention):
-    """``h' = h − (r̂·h) r̂``: removes the projection on a direction (arXiv 2406.11717).
+    """Removes the projection on a direction: ``h' = h − (r̂·h) r̂`` (arXiv 2406.11717).
 
     Args:
         direction: The direction r, (d_model,), of which only r̂ = r/‖r‖ matters.
@@ -236,7 +236,7 @@ class Ablate(ProjectionIntervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Affine(ProjectionIntervention):
-    """``h' = h − proj_r(h) + proj_r(r⁻) + α·r``: affine concept editing, ACE (arXiv 2411.09003).
+    """Edits a concept affinely (ACE, arXiv 2411.09003): ``h' = h − proj_r(h) + proj_r(r⁻) + α·r``.
 
     Hence ``r̂·h' = r̂·r⁻ + α‖r‖`` for every h.
 
@@ -274,7 +274,7 @@ class Affine(ProjectionIntervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ClampFeature(Intervention):
-    """``h' = h + Σⱼ (tⱼ − fⱼ(h)) W_dec[j]``: sets feature activations, and keeps the SAE's reconstruction error.
+    """Sets feature activations, and keeps the SAE's reconstruction error: ``h' = h + Σⱼ (tⱼ − fⱼ(h)) W_dec[j]``.
 
     Every fⱼ is read from the same h, so that a clamp of several features is joint.
 

@@ -81,7 +81,7 @@ def check_equal_width(reference: Tensor, direction: Tensor) -> None:
 
 
 def unit_and_norm(direction: Tensor) -> tuple[Tensor, Tensor]:
-    """(unit vector, norm) in float32. Raises SteeringError for a direction whose norm is 0, or beyond float32."""
+    """The unit vector and the norm of a direction, in float32. Raises SteeringError for norm 0, or beyond float32."""
     direction = direction.float()
     norm = direction.norm()
     if not torch.compiler.is_compiling() and not 0 < norm < math.inf:

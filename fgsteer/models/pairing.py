@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import nn
@@ -11,10 +10,8 @@ from fgsteer.errors import HookpointError, PairingError, PairingWarning
 from fgsteer.errors.checks import warn
 from fgsteer.errors.wording import a
 from fgsteer.models.hookpoints import Hookpoint, blocks_of, resolve
+from fgsteer.models.names import bare_name
 from fgsteer.models.properties import d_model
-
-_ALIASES = {"gpt2-small": "gpt2", "mistral-7b": "mistral-7b-v0.1"}  # TransformerLens's names
-_SNAPSHOT = re.compile(r"models--[^/]*?--([^/]+)/snapshots/[^/]+")  # a folder of the Hugging Face cache
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
@@ -74,9 +71,3 @@ def width_at(model: nn.Module, hookpoint: Hookpoint) -> int:
         return d_model(model)
     width = getattr(module, "in_features", None)  # a Conv1D, as in GPT-2, has none, and weight (in, out)
     return int(module.weight.shape[0] if width is None else width)  # type: ignore[index]
-
-
-def bare_name(model: str) -> str:
-    """Return a model's name without organisation, folder or snapshot, in lower case: the same for all spellings."""
-    name = _SNAPSHOT.sub(r"\1", model.replace("\\", "/").rstrip("/")).rsplit("/", 1)[-1].lower()
-    return _ALIASES.get(name, name).removeprefix("meta-")

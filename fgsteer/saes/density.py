@@ -1,6 +1,6 @@
-"""Feature density: on which share of ordinary tokens a feature fires, and whether only on BOS.
+"""Feature density: on which share of ordinary tokens each feature fires, and whether only on BOS.
 
-Streamed once per SAE over a generic corpus, token by token, and kept with the SAE.
+It is measured once per SAE over a generic corpus, token by token, and kept with the SAE.
 
     density = measure_density(model, tokenizer, sae, texts)
     density.save("density.safetensors")
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -21,21 +21,21 @@ from fgsteer.errors.wording import count
 from fgsteer.saes.pairing import Identified, check_measured_on
 from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 
-if TYPE_CHECKING:
-    pass
-
-
 COUNTS = ("fired", "documents", "first")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FeatureDensity(OneLineRepr):
-    """Token-level firing counts of every feature over a corpus; two of them add up.
+    """Counts of how often each feature fires over a corpus; two of them add up.
 
-    ``fired (d_sae,)``: tokens besides the special one before a text on which the feature is > 0, of ``tokens``.
-    ``documents (d_sae,)``: documents in which it fires at all, position 0 included;
-    ``first (d_sae,)``: those in which its largest activation is at position 0.
-    ``max_density``: the θ of FGAA's filter recommended for this SAE, where one was tuned.
+    Attributes:
+        fired: On how many tokens each feature is above 0, (d_sae,). Special tokens before a text do not count.
+        documents: In how many documents it fires at all, position 0 included, (d_sae,).
+        first: In how many of these its largest activation is at position 0, (d_sae,).
+        tokens: How many tokens were read, special ones before a text not counted.
+        sae_sha256: Hash of the SAE.
+        max_density: The θ of FGAA's filter that is recommended for this SAE, where one was tuned.
+        corpus: What was read.
     """
 
     fired: Float[Tensor, " d_sae"]
@@ -59,24 +59,24 @@ class FeatureDensity(OneLineRepr):
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:
-        """Share of tokens (the special one before a text aside) on which each feature fires, (d_sae,)."""
+        """Share of tokens on which each feature fires, (d_sae,); special tokens before a text do not count."""
         return self.fired / max(1, self.tokens)
 
     def bos_features(self, share: float = 0.99) -> Bool[Tensor, " d_sae"]:
-        """Mask (d_sae,) of features that peak on position 0 in at least this share of their documents.
+        """Return a mask (d_sae,) of the features that peak on position 0 in at least this share of their documents.
 
-        FGAA step 3 (arXiv 2501.09929).
+        This is step 3 of FGAA's filter (arXiv 2501.09929).
         """
         return (self.documents > 0) & (self.first >= share * self.documents)
 
     def check(self, sae: Identified) -> FeatureDensity:
-        """Itself, when it was measured on this SAE. Raises PairingError otherwise."""
+        """Return the density itself, if it was measured on this SAE. Raises PairingError otherwise."""
         check_measured_on(sae, self.sae_sha256, len(self.fired) == sae.d_sae, "density", "fgsteer density")
         return self
 
     def __add__(self, other: FeatureDensity) -> FeatureDensity:
         if self.sae_sha256 != other.sae_sha256:
-            raise PairingError("densities of two SAEs", "of one SAE")
+            raise PairingError("densities of two SAEs", "two densities of one SAE", "measure both on the same SAE")
         return FeatureDensity(
             self.fired + other.fired,
             self.documents + other.documents,
@@ -88,7 +88,7 @@ class FeatureDensity(OneLineRepr):
         )
 
     def save(self, path: str | Path) -> None:
-        """Write as safetensors, whole."""
+        """Write the counts as safetensors, atomically. Raises FormatError where the file cannot be written."""
         header = {
             "tokens": self.tokens,
             "sae_sha256": self.sae_sha256,
@@ -100,13 +100,14 @@ class FeatureDensity(OneLineRepr):
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureDensity:
-        """Read a file that ``save`` wrote. Raises FormatError."""
+        """Load a file that ``save`` wrote. Raises FormatError for any other, or a damaged one."""
         tensors, header = read_tensors(path, kind="density")
         with refuse_damaged(path, "a file written by FeatureDensity.save"):
             if len({tuple(tensors[name].shape) for name in COUNTS}) != 1:
-                raise ValueError("counts of unequal widths")
+                raise ValueError("its counts are of unequal widths")
             if tensors["fired"].ndim != 1 or not 0 <= int(header["tokens"]) < 2**53:
-                raise ValueError(f"counts of {header['tokens']} tokens, of shape {tuple(tensors['fired'].shape)}")
+                shape = tuple(tensors["fired"].shape)
+                raise ValueError(f"it has counts of shape {shape} over {header['tokens']} tokens")
             return cls(
                 tensors["fired"].double(),
                 tensors["documents"].double(),

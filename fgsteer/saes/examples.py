@@ -1,6 +1,6 @@
-"""Excerpts: where in a corpus each feature fires most, a few tokens around each peak.
+"""Excerpts: where in a corpus each feature fires most, with a few tokens around each peak.
 
-Streamed once over a corpus with memory for the excerpts kept, never for the corpus.
+They are measured in one pass over a corpus, with memory for the excerpts alone.
 
     examples = measure_examples(model, tokenizer, sae, texts)
     for excerpt in examples.of(42, tokenizer): print(excerpt)
@@ -34,7 +34,14 @@ _TENSORS = ("features", "tokens", "activations", "documents")
 
 @dataclass(frozen=True, repr=False)
 class Excerpt(OneLineRepr):
-    """Tokens of one document around a feature's peak: their texts, the activation on each, the peak's index."""
+    """Tokens of one document around a feature's peak.
+
+    Attributes:
+        tokens: The text of each token.
+        activations: The feature's activation on each.
+        peak: The index of the peak among them.
+        document: The number of the document.
+    """
 
     tokens: tuple[str, ...]
     activations: tuple[float, ...]
@@ -46,7 +53,7 @@ class Excerpt(OneLineRepr):
         return f"{self.activations[self.peak]:.2f}  {escape_text(''.join(marked))}"
 
     def peaks_on(self, pattern: re.Pattern[str]) -> bool:
-        """Whether a match of the pattern overlaps the peak's token, white space aside."""
+        """Tell whether a match of the pattern overlaps the peak's token, white space around it not counted."""
         before = "".join(self.tokens[: self.peak])
         text = self.tokens[self.peak]
         start = len(before) + len(text) - len(text.lstrip())
@@ -56,11 +63,16 @@ class Excerpt(OneLineRepr):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FeatureExamples(OneLineRepr):
-    """The top excerpts of n features, strongest first, at most one a document.
+    """The top excerpts of n features, strongest first, at most one from each document.
 
-    ``features (n,)``: their ids. ``tokens (n, top, 2·window + 1)``: token ids with the peak in the
-    middle, −1 outside the text. ``activations``: the feature's on each of them, 0 on a special token before
-    the text, which is never read. ``documents (n, top)``: numbers of the texts, −1 where no excerpt is.
+    Attributes:
+        features: Ids of the features, (n,).
+        tokens: Token ids with the peak in the middle, −1 outside the text, (n, top, 2·window + 1).
+        activations: The feature's activation on each of them, (n, top, 2·window + 1). It is 0 on a special token
+            before the text, which is never read.
+        documents: Numbers of the documents, −1 where there is no excerpt, (n, top).
+        sae_sha256: Hash of the SAE.
+        corpus: What was read.
     """
 
     features: Int[Tensor, " n"]
@@ -71,25 +83,25 @@ class FeatureExamples(OneLineRepr):
     corpus: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        kept = int((self.documents >= 0).sum())
+        excerpts = int((self.documents >= 0).sum())
         about = f" of {short_repr(str(self.corpus['name']))}" if self.corpus.get("name") else ""
-        return f"FeatureExamples({count(kept, 'excerpt')} for {count(len(self.features), 'feature')}{about})"
+        return f"FeatureExamples({count(excerpts, 'excerpt')} for {count(len(self.features), 'feature')}{about})"
 
     @cached_property
     def rows(self) -> dict[int, int]:
-        """Where each feature stands: {feature id: row}."""
+        """The row of each feature: {feature id: row}."""
         return {feature: row for row, feature in enumerate(self.features.tolist())}
 
     def of(self, feature: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Excerpt, ...]:
-        """A feature's excerpts, strongest first; none for one that never fired or was not measured."""
+        """Return a feature's excerpts, strongest first; none for one that never fired or was not measured."""
         row = self.rows.get(feature)
         if row is None:
             return ()
-        found = (self.documents[row] >= 0).nonzero()[:, 0].tolist()
-        return tuple(self.excerpt(row, slot, tokenizer) for slot in found)
+        slots = (self.documents[row] >= 0).nonzero()[:, 0].tolist()
+        return tuple(self.excerpt(row, slot, tokenizer) for slot in slots)
 
     def excerpt(self, row: int, slot: int, tokenizer: PreTrainedTokenizerBase) -> Excerpt:
-        """The excerpt in one slot of a row."""
+        """Return the excerpt in one slot of a row."""
         inside = self.tokens[row, slot] >= 0
         return Excerpt(
             token_texts(tokenizer, self.tokens[row, slot][inside].tolist()),
@@ -99,52 +111,52 @@ class FeatureExamples(OneLineRepr):
         )
 
     def largest(self, d_sae: int) -> Float[Tensor, " d_sae"]:
-        """Each feature's largest activation in the corpus; for those without an excerpt, the largest of all."""
+        """Return each feature's largest activation in the corpus, (d_sae,); without an excerpt, the largest of all."""
         peaks = self.activations[:, 0, self.tokens.shape[2] // 2]
-        found = torch.zeros(d_sae).index_copy_(0, self.features, peaks)
-        return found.where(found > 0, peaks.max())
+        largest = torch.zeros(d_sae).index_copy_(0, self.features, peaks)
+        return largest.where(largest > 0, peaks.max())
 
     def check(self, sae: Identified) -> FeatureExamples:
-        """Themselves, when they were measured on this SAE. Raises PairingError otherwise."""
+        """Return the excerpts themselves, if they were measured on this SAE. Raises PairingError otherwise."""
         fits = max(self.rows, default=0) < sae.d_sae
         check_measured_on(sae, self.sae_sha256, fits, "excerpts", "fgsteer examples")
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write as safetensors, whole."""
+        """Write the excerpts as safetensors, atomically. Raises FormatError where the file cannot be written."""
         header = {"sae_sha256": self.sae_sha256, "corpus": self.corpus}
         write_tensors(path, {name: getattr(self, name) for name in _TENSORS}, kind="examples", header=header)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureExamples:
-        """Read a file that ``save`` wrote. Raises FormatError."""
+        """Load a file that ``save`` wrote. Raises FormatError for any other, or a damaged one."""
         tensors, header = read_tensors(path, kind="examples")
         with refuse_damaged(path, "a file written by FeatureExamples.save"):
             features, tokens, activations, documents = (tensors[name] for name in _TENSORS)
             n, top, width = tokens.shape
             if (features.shape, activations.shape, documents.shape) != ((n,), tokens.shape, (n, top)) or width % 2 == 0:
-                raise ValueError("excerpts of unequal shapes")
+                raise ValueError("its excerpts are of unequal shapes")
             if features.is_floating_point() or tokens.is_floating_point() or documents.is_floating_point():
-                raise ValueError("ids that are not integers")
+                raise ValueError("its ids are not integers")
             if bool((features < 0).any()) or len(set(features.tolist())) < n:
-                raise ValueError("feature ids that are negative or given twice")
+                raise ValueError("its feature ids are negative or not unique")
             if not bool(activations.isfinite().all()) or bool((tokens[documents >= 0][:, width // 2] < 0).any()):
-                raise ValueError("excerpts without a peak")
+                raise ValueError("it has an excerpt without a peak, or activations that are not finite")
             sha256, corpus = str(header["sae_sha256"]), dict(header["corpus"])
             return cls(features.long(), tokens.int(), activations.float(), documents.int(), sha256, corpus)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
-    """What each token adds to the decoded text of them all; together they are that text.
+    """Return what each token adds to the decoded text of all of them; joined, they are that text.
 
-    A character whose bytes are split over tokens stands with the last of them, "" with the others.
+    A character whose bytes are split over several tokens belongs to the last of them; the others add "".
     """
     texts: list[str] = []
-    shown = ""
+    decoded = ""
     for end in range(1, len(ids) + 1):
         text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
         if end < len(ids):
             text = text.rstrip("\ufffd")  # an unfinished character
-        texts.append(text[len(shown) :])
-        shown = max(shown, text, key=len)
+        texts.append(text[len(decoded) :])
+        decoded = max(decoded, text, key=len)
     return tuple(texts)

@@ -1,20 +1,19 @@
-"""Hashes of what an SAE computes and of its density."""
+"""Fingerprints of SAEs and densities, for the plans of resumable runs."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fgsteer.models.fingerprints import stored_sha256
 from fgsteer.storage.json_files import text_sha256
 
 if TYPE_CHECKING:
     from fgsteer.saes.density import FeatureDensity
     from fgsteer.saes.sae import SAE
 
-from fgsteer.models.fingerprints import stored_sha256
-
 
 def sae_identity(sae: SAE | None) -> dict[str, Any] | None:
-    """What an SAE is: its tensors as they are used, how it activates, reads and writes; its density aside."""
+    """Return what an SAE computes with: its tensors, how it activates, reads and writes; not its density."""
     if sae is None:
         return None
     names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "gate_bias", "gate_scale", "W_skip")
@@ -25,7 +24,7 @@ def sae_identity(sae: SAE | None) -> dict[str, Any] | None:
 
 
 def density_sha256(density: FeatureDensity | None) -> str | None:
-    """Hash of what filters of features read."""
+    """Hash what the filters of features read."""
     if density is None:
         return None
     counts = [stored_sha256(getattr(density, name)) for name in ("fired", "documents", "first")]

@@ -1,4 +1,4 @@
-"""From every way that people keep SAEs to the one canonical ``SAE``.
+"""Load SAEs from everywhere that people keep them, as the one canonical ``SAE``.
 
 load_sae("default")                                         the embedded one at the middle layer
 load_sae("default", "layer_1")                              another embedded one
@@ -6,12 +6,13 @@ load_sae("path/to/folder")                                  a saved sae-lens or 
 load_sae("gemma-scope-2b-pt-res-canonical", "layer_12/width_16k/canonical")
 load_sae("EleutherAI/sae-pythia-160m-32k", "layers.5")      a folder of a Hugging Face repository
 load_sae(my_sae_lens_sae)                                   a live object
+
+The formats are the rows of ``formats.table.FORMATS``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -21,7 +22,6 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from fgsteer.errors import FgsteerError, FormatError, MissingError, PairingError
 from fgsteer.errors.wording import a
@@ -29,26 +29,21 @@ from fgsteer.models.embedded import DEFAULT, embedded_sae_dir
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.density import FeatureDensity
 from fgsteer.saes.examples import FeatureExamples
-from fgsteer.saes.formats import (
-    canonical,
-    gemma_scope_2,
-    is_sparsify,
-    refuse,
-    refuse_place,
-    refuse_unread,
-    sparsify,
-)
+from fgsteer.saes.formats.base import CONFIG_FILE, LoadOptions, Source
+from fgsteer.saes.formats.places import refuse_unreachable
+from fgsteer.saes.formats.sae_lens import refuse_architecture
+from fgsteer.saes.formats.table import find_format
 from fgsteer.saes.labels import load_labels
-from fgsteer.saes.registry import RegistryRow, find_row, need_sae_lens
+from fgsteer.saes.registry import RegistryRow, find_row
 from fgsteer.saes.sae import SAE
-from fgsteer.storage.files import check_names
 from fgsteer.storage.json_files import read_json
 from fgsteer.storage.network import describe_unreachable, hub_is_reachable
 
 DENSITY_FILE = "density.safetensors"
 LABELS_FILE = "labels.json"
 EXAMPLES_FILE = "examples.safetensors"
-_DAMAGE = (
+# what a config and weights that do not fit together raise
+_DAMAGE_ERRORS = (
     OSError,
     RuntimeError,
     LookupError,
@@ -59,7 +54,7 @@ _DAMAGE = (
     UnpicklingError,
     SafetensorError,
 )
-_hub = threading.RLock()
+_hub_lock = threading.RLock()
 T = TypeVar("T")
 
 
@@ -71,100 +66,41 @@ def load_sae(
     norm_scaling_factor: float | None = None,
     device: torch.device | str = "cpu",
 ) -> SAE:
-    """An ``SAE`` from "default", a folder, a sae-lens release and id, a hub repository and folder, or a live object.
+    """Load an ``SAE``, with weights in float32.
 
-    Weights come in float32. Folders are those of sae-lens or of sparsify; ``fgsteer saes``
-    lists the releases. A transcoder reads at ``sae.reads`` and steers at ``sae.hookpoint``;
-    an SAE on hook_z reads and steers the input of the output projection.
-    ``hookpoint`` says where an SAE was trained that does not say so itself;
-    ``norm_scaling_factor`` is the factor f on the input of an expected_average_only_in SAE
-    that was saved without it. In a local folder, ``density.safetensors`` becomes
-    ``sae.density`` and ``labels.json`` ({"id": "label"}) ``sae.labels``. A repository may be pinned to a branch,
-    tag or commit: "me/saes@v2".
+    What is in the Hugging Face cache is read without a request, so a release whose files have changed since is not
+    refreshed: delete it from the cache for that. Some releases are pickles: they are read as weights only, which
+    runs no code. In a local folder, ``density.safetensors`` becomes ``sae.density`` and ``labels.json``
+    ({"id": "label"}) becomes ``sae.labels``. A transcoder reads at ``sae.reads`` and steers at ``sae.hookpoint``; an
+    SAE on hook_z reads and steers the input of the output projection.
 
-    What is in the Hugging Face cache is read without a request, so a release whose files
-    changed since is not refreshed: delete it from the cache for that. Some releases are
-    pickles: they are read as weights only, which runs no code.
+    Args:
+        source: "default" for the embedded one; a folder of sae-lens or sparsify; a release of sae-lens's registry,
+            which ``fgsteer saes`` lists; a Hugging Face repository, which may be pinned to a branch, tag or commit, as
+            in "me/saes@v2"; a live ``sae_lens.SAE``; or an SAE of fgsteer.
+        sae_id: Which SAE of a release, a repository or a folder of several.
+        hookpoint: Where an SAE was trained that does not say so itself.
+        norm_scaling_factor: The factor f on the input of an expected_average_only_in SAE that was saved without it.
+        device: Where the weights go.
 
-    Raises FormatError when nothing is there or it is damaged, PairingError for a kind
-    that has no exact canonical form, HookpointError for an unknown hook name.
+    Returns:
+        The SAE, in its canonical form.
+
+    Raises:
+        FormatError: Nothing is there, or it is damaged.
+        PairingError: It is of a kind that has no exact canonical form.
+        HookpointError: Its hook name is unknown.
     """
     if isinstance(source, SAE):
         return source.to(device)
     if sae_id is not None and not isinstance(sae_id, str):
-        raise FormatError(f"sae_id {sae_id!r}", "a text, such as blocks.5.hook_resid_pre")
-    given: dict[str, Any] = {
-        "hookpoint": None if hookpoint is None else Hookpoint.parse(hookpoint),
-        "norm_scaling_factor": norm_scaling_factor,
-    }
-    return _finite(_load(source, sae_id, given)).to(device)
-
-
-def _finite(sae: SAE) -> SAE:
-    """The SAE. Raises FormatError for weights with nan or inf."""
-    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
-        if not bool(getattr(sae, name).isfinite().all()):
-            raise FormatError(f"{name} of {sae.source} holds nan or inf", "finite weights", "get the files again")
-    return sae
-
-
-def _load(source: Any, sae_id: str | None, given: dict[str, Any]) -> SAE:
-    """The SAE by the reader of what ``source`` is."""
-    if not isinstance(source, str | Path):
-        return _from_live(source, given)
-    if str(source) == DEFAULT:
-        folder = embedded_sae_dir(sae_id)
-        return replace(_from_folder(folder, given), source=f"{DEFAULT}/{folder.name}")
-    folder = Path(source) / (sae_id or "")
-    if sae_id is not None and not (folder / "cfg.json").is_file():
-        return _from_release(str(source), sae_id, given)
-    if not (folder / "cfg.json").is_file():
-        raise FormatError(
-            f"no SAE at {str(source)!r}{_subfolders(folder)}",
-            'a folder with cfg.json and its weights, or "default"',
-            "for a sae-lens release or a folder of a run pass its sae_id too",
-        )
-    return _from_folder(folder, given)
-
-
-def _subfolders(folder: Path) -> str:
-    """The SAEs one level below a folder, as part of a message."""
-    found = sorted(path.parent.name for path in folder.glob("*/cfg.json"))
-    return f", which holds several: {', '.join(found)}" if found else ""
-
-
-def _from_folder(folder: Path, given: Mapping[str, Any]) -> SAE:
-    """A folder of sparsify or of sae-lens 6 (read directly), or of an earlier sae-lens (read by it)."""
-    config = read_json(folder / "cfg.json")
-    if not isinstance(config, Mapping):
-        raise FormatError(f"{folder / 'cfg.json'} holds {type(config).__name__}", "an object")
-    metadata = config.get("metadata") or {}
-    if not isinstance(metadata, Mapping) or not (is_sparsify(config) or {"architecture", "d_sae"} & set(config)):
-        raise FormatError(
-            f"{folder / 'cfg.json'} with fields {', '.join(config) or 'none'}", "a sae-lens config or a sparsify config"
-        )
-    with _damage(f"the SAE in {folder}"):
-        if is_sparsify(config):
-            sae = _read_sparsify(folder, config, given)
-        elif metadata.get("sae_lens_version"):
-            state = _read_state(folder / "sae_weights.safetensors")
-            sae = canonical(config, state, metadata, source=str(folder), **given)
-        else:
-            need_sae_lens(f"The SAE in {folder}, as sae-lens wrote them before its version 6,")
-            import sae_lens
-
-            refuse_unread(config)
-            sae = replace(_from_live(sae_lens.SAE.load_from_disk(folder), given), source=str(folder))
-    if (folder / DENSITY_FILE).is_file():
-        density = FeatureDensity.load(folder / DENSITY_FILE)
-        sae = replace(sae, density=density.check(sae))
-    if (folder / LABELS_FILE).is_file():
-        sae = replace(sae, labels=load_labels(folder / LABELS_FILE, sae))
-    return sae
+        raise FormatError(f"sae_id = {sae_id!r}", "a text, such as blocks.5.hook_resid_pre")
+    options = LoadOptions(None if hookpoint is None else Hookpoint.parse(hookpoint), norm_scaling_factor)
+    return _check_finite(_load(source, sae_id, options)).to(device)
 
 
 def load_examples(sae: SAE) -> FeatureExamples | None:
-    """The excerpts kept in the folder that an SAE was loaded from, as ``examples.safetensors``; None without.
+    """Load the excerpts kept in the folder that an SAE was loaded from, as ``examples.safetensors``; None without.
 
     Raises FormatError for a damaged file, PairingError for excerpts of another SAE.
     """
@@ -174,138 +110,135 @@ def load_examples(sae: SAE) -> FeatureExamples | None:
     return FeatureExamples.load(path).check(sae) if sae.source and path.is_file() else None
 
 
+def _check_finite(sae: SAE) -> SAE:
+    """Return the SAE. Raises FormatError for weights with nan or inf."""
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        if not bool(getattr(sae, name).isfinite().all()):
+            raise FormatError(f"{name} of {sae.source} with nan or inf", "finite weights", "get the files again")
+    return sae
+
+
+def _load(source: Any, sae_id: str | None, options: LoadOptions) -> SAE:
+    """Load the SAE from what ``source`` is."""
+    if not isinstance(source, str | Path):
+        return _load_live(source, options)
+    if str(source) == DEFAULT:
+        folder = embedded_sae_dir(sae_id)
+        return replace(_load_folder(folder, options), source=f"{DEFAULT}/{folder.name}")
+    folder = Path(source) / (sae_id or "")
+    if (folder / CONFIG_FILE).is_file():
+        return _load_folder(folder, options)
+    if sae_id is not None:
+        return _load_release(str(source), sae_id, options)
+    raise FormatError(
+        f"There is no SAE at {str(source)!r}{_list_subfolders(folder)}.",
+        f'a folder with {CONFIG_FILE} and its weights, or "default"',
+        "for a release of sae-lens or a folder of several SAEs pass sae_id too",
+    )
+
+
+def _list_subfolders(folder: Path) -> str:
+    """List the SAEs one level below a folder, as part of a message."""
+    names = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+    return f", which holds several: {', '.join(names)}" if names else ""
+
+
+def _load_live(sae: Any, options: LoadOptions) -> SAE:
+    """Load a live ``sae_lens.SAE``. Raises PairingError for any other object."""
+    if not hasattr(sae, "cfg") or not hasattr(sae, "state_dict"):
+        raise PairingError(a(type(sae).__name__), "a name, a folder, an SAE of fgsteer or a sae_lens.SAE")
+    source = Source(live=sae)
+    return find_format(source).load(source, options)
+
+
+def _load_folder(folder: Path, options: LoadOptions) -> SAE:
+    """Load a local folder, with the density and the labels in it."""
+    config = read_json(folder / CONFIG_FILE)
+    if not isinstance(config, Mapping):
+        raise FormatError(f"{a(type(config).__name__)} in {folder / CONFIG_FILE}", "an object")
+    source = Source(folder=folder, config=config)
+    sae_format = find_format(source)
+    with _as_format_errors(f"The SAE in {folder}"):
+        sae = sae_format.load(source, options)
+    return _add_companions(sae, folder)
+
+
+def _add_companions(sae: SAE, folder: Path) -> SAE:
+    """Return the SAE with the density and the labels that are kept in a folder."""
+    if (folder / DENSITY_FILE).is_file():
+        density = FeatureDensity.load(folder / DENSITY_FILE)
+        sae = replace(sae, density=density.check(sae))
+    if (folder / LABELS_FILE).is_file():
+        sae = replace(sae, labels=load_labels(folder / LABELS_FILE, sae))
+    return sae
+
+
 @contextlib.contextmanager
-def _damage(what: str) -> Iterator[None]:
-    """Errors of a config and weights that do not fit together, as FormatError."""
+def _as_format_errors(what: str) -> Iterator[None]:
+    """Raise FormatError for the errors of a config and weights that do not fit together."""
     try:
         yield
     except FgsteerError:
         raise
-    except _DAMAGE as error:
-        raise FormatError(f"{what} cannot be read: {error}", "a config and weights that fit it") from error
+    except _DAMAGE_ERRORS as error:
+        raise FormatError(
+            f"{what} cannot be read: {str(error).removesuffix('.')}.",
+            "a config and weights that fit it",
+            "get the files again from where they came",
+        ) from error
 
 
-def _read_sparsify(folder: Path, config: Mapping[str, Any], given: Mapping[str, Any]) -> SAE:
-    """A sparsify folder; the run's config.json beside it names the model."""
-    run = folder.resolve().parent / "config.json"
-    told = read_json(run) if run.is_file() else {}
-    return sparsify(
-        config,
-        _read_state(folder / "sae.safetensors"),
-        folder.name,
-        source=str(folder),
-        model_name=str(told.get("model") or "") if isinstance(told, Mapping) else "",
-        hookpoint=given["hookpoint"],
-    )
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(path)
-        check_names(path)
-        return state
-    except (OSError, SafetensorError, ValueError) as error:
-        raise FormatError(f"{path} is not readable: {error}", "safetensors weights beside cfg.json") from error
-
-
-def _from_live(sae: Any, given: Mapping[str, Any]) -> SAE:
-    """A live ``sae_lens.SAE``. Raises PairingError for any other object."""
-    if not hasattr(sae, "cfg") or not hasattr(sae, "state_dict"):
-        raise PairingError(f"{a(type(sae).__name__)}", "a name, a folder, an fgsteer SAE or a sae_lens.SAE")
-    config = sae.cfg.to_dict()
-    return canonical(config, sae.state_dict(), config.get("metadata") or {}, source="sae_lens", **given)
-
-
-def _from_release(release: str, sae_id: str, given: dict[str, Any]) -> SAE:
-    """A release of sae-lens's registry, or a folder of any Hugging Face repository, of a revision if one is named."""
+def _load_release(release: str, sae_id: str, options: LoadOptions) -> SAE:
+    """Load an entry of sae-lens's registry, or a folder of a Hugging Face repository, of a revision if one is named."""
     repo_id, at, revision = release.partition("@")
     row = find_row(repo_id, sae_id)
     if at and (row is not None or not revision):
         raise FormatError(f"{release!r:.100}", "a repository and its revision, such as me/saes@main")
     row = row or RegistryRow(release, sae_id, model="", repo_id=repo_id, path=sae_id)
-    refuse(row.conversion, f"{release}/{sae_id}")
-    refuse_place(row.hookpoint)
-    if given["norm_scaling_factor"] is None:
-        given = {**given, "norm_scaling_factor": row.norm_scaling_factor}
-    sae = _cached_first(lambda: _read_release(row, given, revision or None), f"{release}/{sae_id}")
-    return replace(sae, source=f"{release}/{sae_id}", neuronpedia=row.neuronpedia or sae.neuronpedia)
+    name = f"{release}/{sae_id}"
+    refuse_architecture(row.conversion, name)
+    refuse_unreachable(row.hookpoint)
+    if options.norm_scaling_factor is None:
+        options = replace(options, norm_scaling_factor=row.norm_scaling_factor)
+    sae = _try_cache_first(lambda: _load_row(row, options, revision or None), name)
+    return replace(sae, source=name, neuronpedia=row.neuronpedia or sae.neuronpedia)
 
 
-def _read_release(row: RegistryRow, given: Mapping[str, Any], revision: str | None) -> SAE:
-    """The files of a row, from the cache or the hub, by the reader of their layout; sae-lens's knows no revisions."""
+def _load_row(row: RegistryRow, options: LoadOptions, revision: str | None) -> SAE:
+    """Load the files of an entry from the cache or the hub; where they include a config, it decides the format."""
     from huggingface_hub import hf_hub_download
 
-    if row.conversion == "gemma_3":  # sae-lens's reader asks the hub for shapes, cached or not
-        path = hf_hub_download(row.repo_id, f"{row.path}/params.safetensors")
-        config, state = gemma_scope_2(row, _read_state(Path(path)))
-        return canonical(config, state, {}, source="", **given)
+    folder: Path | None = None
+    config: Mapping[str, Any] = {}
     if row.conversion in ("sae_lens", "sparsify"):
-        path = hf_hub_download(row.repo_id, f"{row.path}/cfg.json", revision=revision)
-        told = read_json(path)
-        if isinstance(told, Mapping) and is_sparsify(told):  # sae-lens's reader transposes W_dec
-            _download_if_there(row.repo_id, "config.json", revision)  # names the model, where a run kept it
-            hf_hub_download(row.repo_id, f"{row.path}/sae.safetensors", revision=revision)
-            return _read_sparsify(Path(path).parent, told, given)
-        if revision is not None:
-            hf_hub_download(row.repo_id, f"{row.path}/sae_weights.safetensors", revision=revision)
-            return _from_folder(Path(path).parent, given)
-    config, state = _by_sae_lens(row)
-    return canonical(config, state, config.get("metadata") or {}, source="", **given)
+        path = Path(hf_hub_download(row.repo_id, f"{row.path}/{CONFIG_FILE}", revision=revision))
+        value = read_json(path)
+        folder, config = path.parent, value if isinstance(value, Mapping) else {}
+    source = Source(folder=folder, config=config, row=row, revision=revision)
+    return find_format(source).load(source, options)
 
 
-def _download_if_there(repo_id: str, name: str, revision: str | None) -> None:
-    """A file into the cache, if the repository has it; what the cache knows to be missing is not asked for."""
-    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    if try_to_load_from_cache(repo_id, name, revision=revision) is _CACHED_NO_EXIST:
-        return
-    try:
-        hf_hub_download(repo_id, name, revision=revision)
-    except LocalEntryNotFoundError:  # not known without a request
-        raise
-    except EntryNotFoundError:
-        return
-
-
-def _by_sae_lens(row: RegistryRow) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, state) by sae-lens's own reader of the layout; its pickles as weights only. Raises FormatError."""
-    need_sae_lens(f"The layout {row.conversion!r} of {row.release}")
-    from sae_lens.loading import pretrained_sae_loaders as loaders
-
-    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
-        raise FormatError(
-            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, under which a downloaded pickle may run code", "it unset"
-        )
-    read = loaders.NAMED_PRETRAINED_SAE_LOADERS.get(row.conversion)
-    if read is None:
-        raise FormatError(f"{row.release} in layout {row.conversion!r}", "one that the installed sae-lens reads")
-    overrides = {**row.overrides, "device": "cpu", "dtype": "float32"}
-    config, state, _ = read(row.repo_id, row.path, "cpu", False, overrides)
-    refuse_unread(config)
-    return loaders.handle_config_defaulting(config), state
-
-
-def _cached_first(read: Callable[[], T], what: str) -> T:
-    """What ``read`` gives from the Hugging Face cache alone, without a request; else with the hub.
+def _try_cache_first(load: Callable[[], T], what: str) -> T:
+    """Return what ``load`` gives from the Hugging Face cache alone, without a request; else with the hub.
 
     Raises FormatError.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    with _damage(what), _hub:
+    with _as_format_errors(what), _hub_lock:
         offline = constants.HF_HUB_OFFLINE
         try:
             constants.HF_HUB_OFFLINE = True
-            return read()
+            return load()
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             if offline:
-                raise FormatError(f"{what} is not in the Hugging Face cache", change="unset HF_HUB_OFFLINE") from error
+                raise FormatError(
+                    f"{what} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set.",
+                    change="unset HF_HUB_OFFLINE, or download the files first",
+                ) from error
         finally:
             constants.HF_HUB_OFFLINE = offline
         if not hub_is_reachable():
-            raise MissingError(f"no SAE {what!r}", "a folder, or an SAE of the hub", describe_unreachable())
-        return read()
+            raise MissingError(f"There is no SAE {what!r}.", "a folder, or an SAE of the hub", describe_unreachable())
+        return load()

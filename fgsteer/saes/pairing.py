@@ -1,4 +1,4 @@
-"""What was measured on an SAE goes with that SAE alone: one check for density, excerpts and effects."""
+"""One check that density, excerpts and effects are used with the SAE that they were measured on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fgsteer.errors import PairingError
 
 @runtime_checkable
 class Identified(Protocol):
-    """An SAE, as far as the check looks at it."""
+    """The properties of an SAE that the check needs."""
 
     @property
     def sha256(self) -> str:
@@ -39,7 +39,7 @@ def check_measured_on(sae: Identified, sha256: str, fits: bool, what: str, comma
     """
     if sha256 != sae.sha256 or not fits:
         raise PairingError(
-            f"{what} measured on SAE {sha256[:12]}",
-            f"{what} of this SAE {sae.sha256[:12]} ({sae.source})",
-            f"measure it again with {command}, or load the SAE that it was measured on",
+            f"{what} measured on the SAE {sha256[:12]}",
+            f"{what} of the SAE {sae.sha256[:12]}{f' ({sae.source})' if sae.source else ''}",
+            f"measure again with {command}, or load the SAE that was measured",
         )

@@ -1,9 +1,9 @@
-"""What pretrained SAEs there are: sae-lens's registry, read without importing sae-lens.
+"""Which pretrained SAEs there are: sae-lens's registry, read without importing sae-lens.
 
     for row in registry(model="gemma-2-2b", layer=12): print(row.release, row.sae_id)
 
-Releases name layer, site and width in their ids, each in its own way: what cannot be told
-from the names is left empty, and is known once the SAE is loaded.
+Releases name layer, site and width in their ids, each in its own way. What the names do not tell is left empty, and
+is known once the SAE is loaded.
 """
 
 from __future__ import annotations
@@ -20,18 +20,12 @@ from typing import Any
 from fgsteer.display.tables import Cell, Table
 from fgsteer.errors import FormatError
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.models.pairing import bare_name
+from fgsteer.models.names import bare_name
 
 _HOOK = re.compile(r"blocks\.\d+\.(?:attn\.)?hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|z)(?![a-z])")
-
-
 _LAYER = re.compile(r"(?:blocks\.|layer_?|^l)(\d+)")
-
-
 _WIDTH = re.compile(r"width[_-](\d+[km]|2pow\d+)|[-_]w?(\d+k)(?![a-z0-9])")
-
-
-# (conversion, pattern in repository or path, hook written); the first that matches decides
+# (conversion, pattern in repository or path, hook that the SAE writes); the first that matches decides
 _SITES: tuple[tuple[str, str, str], ...] = (
     ("gemma_2", r"-res/(?!.*embedding)", "hook_resid_post"),
     ("gemma_2", r"-mlp/", "hook_mlp_out"),
@@ -54,10 +48,22 @@ _SITES: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True, repr=False)
 class RegistryRow(OneLineRepr):
-    """One pretrained SAE: what ``load_sae(release, sae_id)`` takes, and what its names tell.
+    """One pretrained SAE: the arguments of ``load_sae(release, sae_id)``, and what its names tell.
 
-    ``hookpoint`` is where it writes, "" when the names do not say; ``width`` is as named
-    ("16k", "2pow14"); ``l0`` mean active features per token; ``neuronpedia`` its id there.
+    Attributes:
+        release: The release.
+        sae_id: The SAE in the release.
+        model: The model that it was trained on.
+        hookpoint: Where it writes, "" where the names do not tell.
+        layer: Its 0-based layer, None where the names do not tell.
+        width: Its number of features as it is named ("16k", "2pow14").
+        l0: Mean number of active features on a token.
+        neuronpedia: Its id on Neuronpedia.
+        repo_id: Its Hugging Face repository.
+        path: Its folder there.
+        conversion: The layout of its files, by sae-lens's name.
+        norm_scaling_factor: The factor on its input, where the registry has one.
+        overrides: Fields of its config that the registry sets.
     """
 
     release: str
@@ -75,27 +81,35 @@ class RegistryRow(OneLineRepr):
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """Return the row as plain JSON."""
         return asdict(self)
 
     def cells(self) -> dict[str, Cell]:
-        """What a table shows of it."""
+        """Return what a table shows of the row."""
         names = ("release", "sae_id", "model", "hookpoint", "width")
         return {**{name: getattr(self, name) for name in names}, "L0": self.l0}
 
 
 def registry(model: str | None = None, layer: int | None = None, search: str = "") -> Table[RegistryRow]:
-    """The registry's SAEs, of a model, of a 0-based layer, and with every word of ``search`` in their names.
+    """List the pretrained SAEs of sae-lens's registry.
 
-    Models match by name whatever the organisation or the spelling (gpt2 and gpt2-small), else by a part of it
-    (qwen3: every Qwen 3). Sorted by release, layer and id, numbers as numbers. Raises FormatError when sae-lens
-    is not installed.
+    Args:
+        model: Only those of this model. Names match whatever the organisation or the spelling (gpt2 and gpt2-small),
+            or else by a part (qwen3: every Qwen 3).
+        layer: Only those of this 0-based layer.
+        search: Only those with every word of it in their names.
+
+    Returns:
+        Rows sorted by release, layer and id, numbers as numbers.
+
+    Raises:
+        FormatError: sae-lens is not installed.
     """
-    words, named = search.lower().split(), None if model is None else models_named(model)
+    words, models = search.lower().split(), None if model is None else models_named(model)
     rows = [
         row
         for name, release in _releases().items()
-        if named is None or bare_name(str(release["model"])) in named
+        if models is None or bare_name(str(release["model"])) in models
         for row in _rows(name, release)
         if (layer is None or row.layer == layer)
         and all(word in f"{row.release} {row.sae_id} {row.hookpoint} {row.neuronpedia}".lower() for word in words)
@@ -104,25 +118,25 @@ def registry(model: str | None = None, layer: int | None = None, search: str = "
 
 
 def models_named(model: str) -> set[str]:
-    """Bare names of the registry's models that a name means: the one of this name, else those that it is a part of."""
+    """Return the bare names of models that a name means: the one of this name, else those that it is a part of."""
     known = {bare_name(str(release["model"])) for release in _releases().values()}
-    asked = bare_name(model)
-    return {asked} & known or {name for name in known if _letters(asked) in _letters(name)}
+    bare = bare_name(model)
+    return {bare} & known or {name for name in known if _letters(bare) in _letters(name)}
 
 
 def models_like(model: str) -> list[str]:
-    """Bare names of the registry's models that are spelt nearly so, the nearest first."""
+    """Return the bare names of models that are spelt similarly, the nearest first."""
     known = {bare_name(str(release["model"])) for release in _releases().values()}
     return get_close_matches(bare_name(model), sorted(known), 5, 0.4)
 
 
 def _letters(name: str) -> str:
-    """A name without what separates its words: qwen3 and Qwen-3 are one."""
+    """Return a name without what separates its words: qwen3 and Qwen-3 become the same."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def find_row(release: str, sae_id: str) -> RegistryRow | None:
-    """The row of a release and id; None for a release outside the registry that may be a repository.
+    """Find the row of a release and id; None for a release outside the registry that may be a repository.
 
     Raises FormatError naming the nearest releases, or ids of the release.
     """
@@ -132,32 +146,34 @@ def find_row(release: str, sae_id: str) -> RegistryRow | None:
             return None
         near = get_close_matches(release, releases, 5, 0.5)
         raise FormatError(
-            f"no release {release!r} in sae-lens's registry",
-            f"one such as {', '.join(near)}" if near else "a release or a Hugging Face repository",
-            "fgsteer saes --search TEXT lists them",
+            f"There is no release {release!r} in sae-lens's registry.",
+            f"a release such as {', '.join(near)}" if near else "a release or a Hugging Face repository",
+            "list the releases with fgsteer saes --search TEXT",
         )
     rows = {row.sae_id: row for row in _rows(release, releases[release])}
     if sae_id not in rows:
         near = get_close_matches(sae_id, rows, 5, 0.0)
         raise FormatError(
-            f"no SAE {sae_id!r} in release {release}",
+            f"There is no SAE {sae_id!r} in the release {release}.",
             f"one of its {len(rows)} ids, such as {', '.join(near)}",
-            f"fgsteer saes --search {release} lists them",
+            f"list them with fgsteer saes --search {release}",
         )
     return rows[sae_id]
 
 
 def need_sae_lens(what: str) -> Path:
-    """The folder of the installed package sae-lens, which alone reads ``what``. Raises FormatError without it."""
+    """Return the folder of the package sae-lens, which alone reads ``what``. Raises FormatError without it."""
     spec = find_spec("sae_lens")
     if spec is None or not spec.origin:
-        raise FormatError(f"{what} is read by sae-lens, which is not installed.", "", "Run pip install sae-lens")
+        raise FormatError(
+            f"{what} is read by sae-lens, which is not installed.", change="install it with pip install sae-lens"
+        )
     return Path(spec.origin).parent
 
 
 @cache
 def _releases() -> dict[str, dict[str, Any]]:
-    """The registry file of the installed sae-lens. Raises FormatError without one."""
+    """Load the registry file of the installed sae-lens. Raises FormatError without one."""
     import yaml
 
     path = need_sae_lens("The registry of pretrained SAEs") / "pretrained_saes.yaml"
@@ -168,6 +184,7 @@ def _releases() -> dict[str, dict[str, Any]]:
 
 
 def _rows(name: str, release: Mapping[str, Any]) -> Iterator[RegistryRow]:
+    """Yield the rows of a release."""
     for entry in release["saes"]:
         sae_id, path, repo_id = str(entry["id"]), str(entry["path"]), str(release["repo_id"])
         conversion = str(release.get("conversion_func") or "sae_lens")
@@ -193,7 +210,7 @@ def _rows(name: str, release: Mapping[str, Any]) -> Iterator[RegistryRow]:
 
 
 def _hookpoint(conversion: str, sae_id: str, place: str, layer: int | None) -> str:
-    """Name of the hookpoint written, where id, repository and path tell it."""
+    """Return the name of the hookpoint that an SAE writes, where id, repository and path tell it, else ""."""
     if layer is None:
         return ""
     if match := _HOOK.search(sae_id):
@@ -205,5 +222,5 @@ def _hookpoint(conversion: str, sae_id: str, place: str, layer: int | None) -> s
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
-    """Sort key under which layer_9 comes before layer_10."""
+    """Return a sort key under which layer_9 comes before layer_10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]

@@ -98,7 +98,7 @@ def read_tensors(path: str | Path, *, kind: str | None) -> tuple[dict[str, Tenso
     if kind not in (stored_kind, None):
         raise FormatError(f"{path}, {a(stored_kind)} file", f"{a(kind)} file", "pass the file to what it was made for")
     if not is_intact:
-        raise damage_error(path, "its hash is not that of what it holds", "what was written there")
+        raise damage_error(path, "its hash is not that of what it holds", "the content that was written")
     return tensors, {key: value for key, value in header.items() if key != _HASH}
 
 
@@ -106,7 +106,7 @@ GET_AGAIN = "get it again from where it came, or delete it and make it again"  #
 
 
 def damage_error(path: str | Path, reason: object, expected: str, change: str = GET_AGAIN) -> FormatError:
-    """The error to raise of a file whose content is not what it should be."""
+    """Make the error of a file whose content is not what it should be."""
     return FormatError(f"{path} is damaged: {str(reason).removesuffix('.')}.", expected, change)
 
 

@@ -149,18 +149,18 @@ class Shards:
             source = "other texts or vectors" if {**stored, "of": name} == expected else "another run, or another shard"
             raise PairingError(
                 f"{path} was made of {source}.",
-                "what this run writes there",
+                "a shard of this run",
                 "start over with fresh=True, which removes what is there; or name another folder",
             )
         return tensors
 
     def damage_error(self, number: int, reason: object) -> FormatError:
-        """The error to raise of a shard whose tensors are not what its plan asks for."""
-        return damage_error(self.path(number), reason, "what this run writes there", "delete it")
+        """Make the error of a shard whose tensors are not what its plan asks for."""
+        return damage_error(self.path(number), reason, "a shard of this run", "delete it")
 
     def refuse_damaged(self, number: int) -> AbstractContextManager[None]:
-        """A block that interprets the tensors of a shard; its errors become a FormatError that names the file."""
-        return refuse_damaged(self.path(number), "what this run writes there", "delete it")
+        """Turn the errors of a block that interprets the tensors of a shard into a FormatError that names the file."""
+        return refuse_damaged(self.path(number), "a shard of this run", "delete it")
 
     def _header(self, number: int, name: str) -> dict[str, Any]:
         """Return the header that a shard is written with."""

@@ -110,8 +110,8 @@ def join_concepts(bench: Bench, path: str | Path, command: str = "") -> None:
         records.append(_record_lines(file))
         conditions |= read_json(strengths_path(file))["arms"]
     write_json(strengths_path(path), {"identity": bench.identity, "arms": conditions})
-    with atomic_write(path) as beside:
-        beside.write_bytes(as_line(header) + b"".join(records))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(as_line(header) + b"".join(records))
 
 
 def _record_lines(path: Path) -> bytes:

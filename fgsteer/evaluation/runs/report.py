@@ -86,8 +86,8 @@ def write_report(run: Run, path: str | Path, features: Features | None = None) -
         FormatError: The file cannot be written.
     """
     page = html_report(run, features=features)
-    with atomic_write(path) as beside:
-        beside.write_bytes(page.encode("utf-8", "replace"))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(page.encode("utf-8", "replace"))
 
 
 def html_report(run: Run, samples: int = 2, features: Features | None = None) -> str:
