@@ -404,7 +404,7 @@ def test_command_line_diagnoses(tmp_path):
     (bare,) = json.loads(invoke("diagnose", stats, "--json"))["rows"]
     assert (bare["agreement"], bare["rms_agreement"]) == (None, pytest.approx(row["rms_agreement"]))
     assert "--no-pooled" in invoke("diagnose", stats)
-    with pytest.raises(fg.DataError, match="one target"):
+    with pytest.raises(fg.DataError, match="one of them"):
         invoke("diagnose", stats, "--vector", vec, "--hookpoint", at)
     with pytest.raises(fg.PairingError, match=r"blocks\.0"):
         invoke("diagnose", stats, "--hookpoint", "blocks.0.hook_resid_post")
