@@ -366,7 +366,7 @@ def test_a_folder_of_another_run_is_refused(llama, tokenizer, texts, tmp_path):
         with pytest.raises(fg.PairingError, match=rf"{differing} was [0-9a-f]{{12}} and is"):
             measure(model, words, sae, texts, tmp_path)
     part.write_bytes(next_.read_bytes())
-    with pytest.raises(fg.PairingError, match="another part"):
+    with pytest.raises(fg.PairingError, match="another shard"):
         measure(llama, tokenizer, sae, texts, tmp_path)
     tensors, header = read_tensors(next_, kind="effects part")
     for wrong in ({"odd": tensors["odd"][:2]}, {"more": torch.ones(1)}):

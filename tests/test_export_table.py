@@ -145,7 +145,7 @@ def test_options_have_defaults_and_types(tmp_path):
     for wrong in ({"n": 0.5}, {"n": True}, {"t": "warm"}, {"where": 1}, {"other": 1}):
         with pytest.raises(fg.DataError, match="--set"):
             toy.write([], tmp_path / "x", ExportInputs(options=wrong))
-    with pytest.raises(fg.DataError, match="has none of its own"):
+    with pytest.raises(fg.DataError, match="has no options of its own"):
         row(exporter=exporter).write([], tmp_path / "x", ExportInputs(options={"n": 1}))
 
 

@@ -196,7 +196,7 @@ def test_full_disk_keeps_the_old_file(how, tmp_path, monkeypatch):
         with full_disk(how, monkeypatch) as reason, pytest.raises(fg.FormatError) as told:
             write(tmp_path / kind)
         assert f"Cannot write {tmp_path / kind}: {reason}" in str(told.value)
-        assert "make room, or write elsewhere" in str(told.value)
+        assert "Make room, or write elsewhere" in str(told.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept  # and nothing beside them
 
 

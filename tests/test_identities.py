@@ -288,7 +288,7 @@ def test_a_run_of_an_earlier_version_is_refused_and_can_be_started_over(begun, t
         del header["identity"]
         (own / "run.jsonl").write_bytes(json.dumps(header).encode() + b"\n" + lines[1])
         assert fg.load_run(own / "run.jsonl").records  # reports read it
-    with pytest.raises(fg.PairingError, match="is a run of an earlier version"):
+    with pytest.raises(fg.PairingError, match="holds a run of an earlier version"):
         run(own, **parts)
     run(own, **parts, fresh=True)
     assert state(own) == state(folder)
@@ -351,7 +351,7 @@ def test_a_plan_that_is_damaged_is_not_started_over(llama, tokenizer, tmp_path):
     texts = {"positive": ["the king"], "negative": ["the sea"]}
     (tmp_path / "plan.json").write_text("{")
     for fresh in (False, True):
-        with pytest.raises(fg.FormatError, match="plan.json.*delete the folder" if fresh else "plan.json"):
+        with pytest.raises(fg.FormatError, match="plan.json.*Delete the folder" if fresh else "plan.json"):
             fg.collect(llama, tokenizer, texts, hookpoints=1, work=tmp_path, fresh=fresh)
     assert (tmp_path / "plan.json").read_text() == "{"
 

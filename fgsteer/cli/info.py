@@ -54,12 +54,18 @@ def _print_file(path: Path, description: dict[str, Any]) -> None:
     facts |= facts.pop("provenance", {})
     tensors = description["tensors"]
     say(escape_text(f"{path}: {facts.pop('kind', 'tensors')}, written by fgsteer", keep=""))
-    rows = [(name, _summarize(value)) for name, value in facts.items() if value not in (None, "", {}, [])]
-    rows += [(name, " x ".join(map(str, shape)) or "one number") for name, shape in [*tensors.items()][:MAX_TENSORS]]
+    rows = [
+        (escape_text(name, keep=""), escape_text(_summarize(value), keep=""))
+        for name, value in facts.items()
+        if value not in (None, "", {}, [])
+    ]
+    rows += [
+        (escape_text(name, keep=""), " x ".join(map(str, shape)) or "one number")
+        for name, shape in [*tensors.items()][:MAX_TENSORS]
+    ]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        shown = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS].rstrip(' ,')} …"
-        say(escape_text(f"  {name:<{width}}  {shown}", keep=""))  # on one line, whatever the file holds
+        say(f"  {name:<{width}}  {text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS].rstrip(' ,') + ' …'}")
     more = len(tensors) - MAX_TENSORS
     say(f"{f'and {more} more tensors; ' if more > 0 else ''}fgsteer info {path} --json tells everything")
 

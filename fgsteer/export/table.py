@@ -81,7 +81,7 @@ class ExportOption:
         fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
         if isinstance(value, bool) or not fits:
             kinds = {str: "a text", int: "a whole number", float: "a number"}
-            raise DataError(f"--set {self.name}={value}", f"{kinds[kind]}, {self.summary}")
+            raise DataError(f"--set {self.name}={value}", f"{kinds[kind]} as {self.name} ({self.summary})")
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,11 @@ class ExportSpec:
         known = {option.name: option for option in self.options}
         for name, value in inputs.options.items():
             if name not in known:
-                own = f"one of {', '.join(known)}" if known else "no option: this export has none of its own"
-                raise DataError(f"--set {name}={value} for the export {self.name}", own)
+                raise DataError(
+                    f"--set {name}={value} for the export {self.name}",
+                    f"one of {', '.join(known)} after --set" if known else "no --set",
+                    "" if known else "this export has no options of its own",
+                )
             known[name].check(value)
         options = {option.name: option.default for option in self.options} | dict(inputs.options)
         filled = ExportInputs(inputs.vectors, inputs.load_model, inputs.load_sae, options)
