@@ -178,15 +178,25 @@ def errors_table() -> str:
     )
 
 
+# What a method needs, in words.
+NEEDS = {
+    "nothing": "nothing",
+    "layer": "statistics of a layer",
+    "sae": "statistics or feature ids, and an SAE of the layer",
+    "effects": "statistics or feature ids, an SAE of the layer, and the effects measured on it",
+}
+
+
 def methods_table() -> str:
     """Every method and condition of the benchmark."""
     return markdown(
-        "name | what it does | needs | offered by | paper",
+        "name | in tables and plots | what it does | needs | offered by | paper",
         (
             (
                 f"`{row.name}`",
-                f"{row.label}. {cell(row.summary)}",
-                row.needs,
+                row.label,
+                cell(row.summary),
+                NEEDS[row.needs],
                 ", ".join(f"`{command}`" for command in row.offered),
                 row.paper,
             )
