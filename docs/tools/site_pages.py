@@ -178,12 +178,12 @@ def errors_table() -> str:
     )
 
 
-# What a method needs, in words.
+# What a method needs besides statistics or feature ids, in words.
 NEEDS = {
     "nothing": "nothing",
-    "layer": "statistics of a layer",
-    "sae": "statistics or feature ids, and an SAE of the layer",
-    "effects": "statistics or feature ids, an SAE of the layer, and the effects measured on it",
+    "layer": "a layer",
+    "sae": "an SAE of the layer",
+    "effects": "an SAE of the layer, and its effects",
 }
 
 
