@@ -8,6 +8,7 @@ locks.py       one writer at a time
 shards.py      long work in pieces, from which a killed run goes on
 plans.py       whether a run that goes on is the same run
 ranks.py       which of several processes this one is
-plugins.py     what other packages add to the tables
+plugins.py     what other packages add to the tables, and how rows are added and their functions imported
+version.py     the installed version of fgsteer
 network.py     whether the Hugging Face hub can be reached
 """
