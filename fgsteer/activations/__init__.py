@@ -3,6 +3,7 @@
 In the order in which data flows:
 
     tokens.py       texts as token ids, and which of these are read; ``steering/positions.py`` finds those to steer
+    token_rules.py  the names of the rules by which tokens are selected
     prompt_ends.py  where prompts end in the passes that run now, for the scopes of ``steer``
     batches.py      token rows padded into batches
     prefixes.py     what several texts begin with, run once
