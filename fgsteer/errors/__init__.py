@@ -2,7 +2,7 @@
 
     FgsteerError
     ├── ArgumentError      an argument of another type, or in another's place
-    ├── DataError          a text, row or file of contrast data
+    ├── DataError          an argument or data that cannot be used
     ├── HookpointError     a layer, site or architecture that does not exist
     ├── PairingError       two things that do not belong together (shapes, hashes)
     ├── SelectionError     nothing left to steer with
@@ -17,7 +17,13 @@
     ├── SelectionWarning   a selection that is weaker than it looks
     └── UntouchedWarning   a steered run in which no token was steered, or a module that was is replaced
 
-An error says what was expected, what came, the likely cause, and what to change.
+An error says what was expected, what came, the likely cause, and what to change. The files beside this one:
+
+    checks.py    checks the types and ranges of arguments before any work
+    wording.py   articles and plurals for messages
+    reprs.py     one-line reprs
+    escaping.py  texts that are not trusted, made safe for a terminal, JSON and Markdown
+    limits.py    limits of numbers
 """
 
 from __future__ import annotations
@@ -53,7 +59,7 @@ class ArgumentError(FgsteerError, TypeError):
 
 
 class DataError(FgsteerError, ValueError):
-    """A text, row or file of contrast data cannot be used."""
+    """An argument or data cannot be used."""
 
 
 class HookpointError(FgsteerError, ValueError):
