@@ -3,9 +3,9 @@
     import fgsteer as fg
     model, tokenizer = fg.load_model("default")
     sae = fg.load_sae("default")
-    stats = fg.collect(model, tokenizer, fg.load_contrast("wedding"), sae=sae)
+    stats = fg.collect(model, tokenizer, fg.load_contrast("love"), sae=sae)
     vec = fg.fgaa(stats, sae)
-    print(fg.generate(model, tokenizer, ["I think"], steering=[vec.add(8.0)], max_new_tokens=32))
+    print(fg.generate(model, tokenizer, ["I think"], steering=[vec.add(200.0)], max_new_tokens=32))
 
 The public names stand in ``__init__.pyi``, where type checkers and editors find them with their types. Each is
 loaded when it is first used, so that importing fgsteer costs nothing.

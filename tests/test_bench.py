@@ -382,8 +382,8 @@ def test_the_command_writes_records_report_and_pictures(tmp_path, monkeypatch):
         ("--prompts-from nowhere.txt", "Cannot read nowhere.txt"),
         ("--neutral my.json", "field 'text'"),
         ("--prompts-from two.txt", "two.txt with 2 prompts"),
-        ("--prompts-from none.txt", "none.txt has no document"),
-        ("--neutral none.txt", "none.txt has no document"),
+        ("--prompts-from none.txt", "none.txt holds no documents"),
+        ("--neutral none.txt", "none.txt holds no documents"),
         ("--prompts-from twice.txt", "'At dawn' twice"),
     ],
 )

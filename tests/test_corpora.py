@@ -181,7 +181,7 @@ def test_rows_of_the_datasets_library_are_texts(llama, tokenizer):
         assert torch.equal(fg.measure_density(llama, tokenizer, sae, texts, field=field).fired, wanted.fired)
     excerpts = fg.measure_examples(llama, tokenizer, sae, data, top=1)
     assert torch.equal(excerpts.tokens, fg.measure_examples(llama, tokenizer, sae, STORIES, top=1).tokens)
-    with pytest.raises(fg.DataError, match="no field 'body'"):
+    with pytest.raises(fg.DataError, match="a row with the field 'body'"):
         fg.measure_density(llama, tokenizer, sae, data, field="body")
     with pytest.raises(fg.DataError, match=r"one split.*'train', 'test'"):
         fg.measure_density(llama, tokenizer, sae, datasets.DatasetDict(train=data, test=data))
@@ -263,7 +263,9 @@ def test_no_command_takes_the_defaults_sae_for_another_model(tmp_path, monkeypat
     Path("c.txt").write_text("the king\n")
     result, told = command(*words, "-m", "nobody/no-model")
     assert result.exit_code
-    assert re.search(r"no --sae for 'nobody/no-model'.*saes --model no-model.*--sae RELEASE --sae-id ID", told, re.S)
+    assert re.search(
+        r"no --sae for the model 'nobody/no-model'.*saes --model no-model.*--sae RELEASE --sae-id ID", told, re.S
+    )
 
 
 def test_build_does_not_take_the_defaults_sae_for_statistics_of_another_model(tmp_path, llama, tokenizer):
@@ -273,4 +275,4 @@ def test_build_does_not_take_the_defaults_sae_for_statistics_of_another_model(tm
     named.save(tmp_path / "s.safetensors")
     result, told = command("build", "sta", "--stats", tmp_path / "s.safetensors", "-o", tmp_path / "v.safetensors")
     assert result.exit_code
-    assert "no --sae for 'nobody/other'" in told
+    assert "no --sae for the model 'nobody/other'" in told

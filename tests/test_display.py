@@ -70,7 +70,7 @@ def test_html_shows_everything_and_does_nothing(parts, stats):
         "features": (vector.top_features(), "feature", "label", "weight", "weddings"),
         "described": (fg.describe_features(model, tokenizer, sae, vector), "raises", "lowers", "weddings"),
         "sae": (parts[2], "relu", "d_sae", "2 features", r"</script>\x1b[2J"),
-        "statistics": (stats, "blocks.0.hook_resid_post", "positive texts", "feature", r"</script>\x1b[2J"),
+        "statistics": (stats, "blocks.0.hook_resid_post", "1 + 1", "Features that differ most: ", r"</script>\x1b[2J"),
         "comparison": (comparison, "unsteered", "steered", "one\ntwo", r"</script>\x1b[2J\u202e& "),
         "seen": (Table([fg.SeenFeature(3, ACTING, 0.5, ACTING)]), "activation", r"\x1b[2J"),
         "found": (Table([fg.FoundFeature(3, 0.5, (ACTING,))]), "found because", r"\x1b[2J"),

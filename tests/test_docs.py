@@ -31,6 +31,7 @@ import fgsteer as fg
 from fgsteer.evaluation.judges import table as judges
 from fgsteer.export import table as exports
 from fgsteer.methods import table as methods
+from fgsteer.saes.formats import table as sae_formats
 from tests.helpers.cli import app, click_group
 
 ROOT = Path(__file__).parent.parent
@@ -156,6 +157,7 @@ def run(page, quickstart, tmp_path, monkeypatch, remarks):
     monkeypatch.chdir(tmp_path)
     for table in (methods, judges, exports):  # a row that a page registers ends with the page
         monkeypatch.setattr(table, "_rows", dict(table._rows))
+    monkeypatch.setattr(sae_formats, "_registered", {})
     torch.manual_seed(0)
     for example, remark in examples_of(page):
         if remark in remarks:

@@ -178,15 +178,25 @@ def errors_table() -> str:
     )
 
 
+# What a method needs besides statistics or feature ids, in words.
+NEEDS = {
+    "nothing": "nothing",
+    "layer": "a layer",
+    "sae": "an SAE of the layer",
+    "effects": "an SAE of the layer, and its effects",
+}
+
+
 def methods_table() -> str:
     """Every method and condition of the benchmark."""
     return markdown(
-        "name | what it does | needs | offered by | paper",
+        "name | in tables and plots | what it does | needs | offered by | paper",
         (
             (
                 f"`{row.name}`",
-                f"{row.label}. {cell(row.summary)}",
-                row.needs,
+                row.label,
+                cell(row.summary),
+                NEEDS[row.needs],
                 ", ".join(f"`{command}`" for command in row.offered),
                 row.paper,
             )

@@ -1,11 +1,22 @@
 """The command line: one command for each stage, each in a file of its name; files lead from one stage to the next.
 
-    fgsteer collect wedding -o stats.safetensors
-    fgsteer build fgaa --stats stats.safetensors -o wedding.safetensors
-    fgsteer features wedding.safetensors
-    fgsteer generate "I think" --vector wedding.safetensors --coefficient 8
+    fgsteer collect love -o stats.safetensors
+    fgsteer build fgaa --stats stats.safetensors -o love.safetensors
+    fgsteer features love.safetensors
+    fgsteer generate "I think" --vector love.safetensors --coefficient 200
 
-Nothing heavy is imported before a command runs: ``fgsteer --help`` needs no torch.
+Nothing heavy is imported before a command runs: ``fgsteer --help`` needs no torch. Besides the commands:
+
+    app.py              the application, and what happens before every command
+    options.py          options that several commands share
+    values.py           checks of their values before a model is loaded
+    choices.py          lists from tables, in help texts and shell completion
+    loading.py          models, SAEs, vectors and texts as the options name them
+    method_settings.py  the settings of a method, checked against its signature
+    bench_setup.py      what ``bench`` makes of its options
+    outputs.py          what commands write, apart from what they read
+    printing.py         results, as text or JSON, and progress
+    messages.py         messages with options of the command line in place of arguments
 """
 
 from __future__ import annotations

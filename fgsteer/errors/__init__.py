@@ -17,7 +17,13 @@
     ├── SelectionWarning   a selection that is weaker than it looks
     └── UntouchedWarning   a steered run in which no token was steered, or a module that was is replaced
 
-An error says what was expected, what came, the likely cause, and what to change.
+An error says what was expected, what came, the likely cause, and what to change. The files beside this one:
+
+    checks.py    checks the types and ranges of arguments before any work
+    wording.py   articles and plurals for messages
+    reprs.py     one-line reprs
+    escaping.py  texts that are not trusted, made safe for a terminal, JSON and Markdown
+    limits.py    limits of numbers
 """
 
 from __future__ import annotations

@@ -1,10 +1,20 @@
 """Interventions in the formats of other engines, and vectors from the files of other libraries.
 
     import fgsteer as fg
-    fg.export.gguf.write([vec.add(8.0, bos=True)], "love.gguf")      # llama-cli --control-vector love.gguf …
+    fg.export.gguf.write([vec.add(200.0, bos=True)], "love.gguf")      # llama-cli --control-vector love.gguf …
 
 Each format is a module, and a row of the table in ``table.py``, which ``fgsteer export`` reads; ``register`` adds one.
 A writer refuses what its engine cannot express, and names what can. A reader unpickles nothing.
+
+    table.py             the rows, one for each format
+    requirements.py      what most engines require of interventions
+    gguf.py              control vectors for llama.cpp, repeng and EasySteer, written and read
+    lm_eval.py           the steered model of lm-evaluation-harness
+    easysteer.py         EasySteer
+    neuronpedia.py       Neuronpedia's steering API
+    checkpoint.py        a checkpoint with the steering inside
+    folding.py           ``fold``: steering as biases of a model
+    steering_vectors.py  reads vectors of the steering-vectors library
 """
 
 from importlib import import_module

@@ -8,6 +8,7 @@ and replace what they read.
     table.py     one row for each kind of intervention: its name, its argument, its sentence of help
     scopes.py    the tokens that an intervention is for
     kinds.py     the kinds themselves
+    values.py    their numbers and vectors, checked and turned into tensors
     kernel.py    the one update that all of them become, and how it is applied to activations
     stacking.py  one intervention for each row of a batch, as few updates
 

@@ -2,6 +2,16 @@
 
 vec = build("fgaa", stats=stats, sae=sae)        # the same as fg.fgaa(stats, sae)
 register(MethodSpec("mine", "Mine", "What it does.", function=my_method, needs="layer", offered=("build", "bench")))
+
+table.py         the rows, ``build`` and ``register``
+difference.py    from the residual stream alone: CAA, ACE, PCA
+sae_methods.py   through an SAE: FGAA, SAE-TS, chosen features
+target_atoms.py  steering target atoms (STA)
+selection.py     which features are chosen: filters, a score, and their weights
+scores.py        the scores by which features are ranked
+projection.py    from feature weights to a direction
+controls.py      directions that the benchmark compares methods with
+provenance.py    how a vector was made, as it is written down
 """
 
 from fgsteer.methods.table import METHODS, MethodSpec, build, method_name, register, spec, specs

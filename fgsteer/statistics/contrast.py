@@ -103,17 +103,19 @@ class ContrastStatistics(OneLineRepr):
 
     def _repr_html_(self) -> str:
         rows: list[list[Cell]] = []
+        largest = ""
         for space, table in (("residual", self.residual), ("feature", self.feature)):
-            for at, contrast in table.items():
+            for hookpoint, contrast in table.items():
                 difference = contrast.difference
-                largest = difference.abs().topk(min(TOP_DIFFERENCES, len(difference))).indices.tolist()
-                top = ", ".join(f"{j}: {float(difference[j]):+.3g}" for j in largest) if space == "feature" else ""
-                counts = contrast.positive.count, contrast.negative.count
-                rows.append([str(at), space, *counts, len(difference), float(difference.norm()), top])
-        headings = ["hookpoint", "space", "positive texts", "negative texts", "width", "‖mean⁺ − mean⁻‖"]
+                texts = f"{contrast.positive.count} + {contrast.negative.count}"
+                rows.append([str(hookpoint), space, texts, len(difference), float(difference.norm())])
+                if space == "feature":
+                    top = difference.abs().topk(min(TOP_DIFFERENCES, len(difference))).indices.tolist()
+                    largest = ", ".join(f"{j} by {float(difference[j]):+.3g}" for j in top)
         names = ", ".join(dict.fromkeys(str(entry.get("name") or "") for entry in self.data))
         title = f"ContrastStatistics of {names}" if names else "ContrastStatistics"
-        return title_html(title) + table_html([*headings, "largest differences by feature"], rows)
+        note = f"Features that differ most: {largest}." if largest else ""
+        return title_html(title) + table_html(["hookpoint", "space", "texts", "width", "‖mean⁺ − mean⁻‖"], rows, note)
 
     def __add__(self, other: ContrastStatistics) -> ContrastStatistics:
         ours, theirs = _identify_sae_by_hash(self.reading), _identify_sae_by_hash(other.reading)
