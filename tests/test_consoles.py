@@ -129,6 +129,7 @@ def test_the_command_line_speaks_of_options():
         ("pass max_new_tokens=8", generate, "pass --max-new-tokens 8"),
         ("statistics of collect(keep_pooled=True)", build, "statistics of fgsteer collect without --no-pooled"),
         ("load it: fg.load_model('google/gemma-2-2b')", generate, "load it: --model google/gemma-2-2b"),
+        ("got the option model='x'", build, "got --set model='x'"),
         ("--set n_positive=8, http://x/?model=2", generate, "--set n_positive=8, http://x/?model=2"),
     ):
         assert with_options(message, options) == expected

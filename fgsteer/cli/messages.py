@@ -16,6 +16,7 @@ PHRASES = (
     (r"\bfg\.load_sae\(['\"]([^'\"]*)['\"]\)", r"--sae \1"),
     (r"\bset tokenizer\.chat_template, or pass strings", "name a chat model with --model, or leave out --chat"),
     (r"\bsae_id(?==| too)", "--sae-id"),
+    (r"\bthe option (?=[\w.{}]+=)", "--set "),
 )
 _ALIASES = {"hookpoints": "hookpoint", "target_ce_rise": "ce_rise", "keep_pooled": "pooled"}
 _ARGUMENT = re.compile(r"(?<![-\w.?&/])([a-z_]+)=(\"[^\"]*\"|'[^']*'|[^\s,;)]*)")

@@ -80,7 +80,7 @@ class ExportOption:
         fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
         if isinstance(value, bool) or not fits:
             kinds = {str: "a text", int: "a whole number", float: "a number"}
-            raise DataError(f"--set {self.name}={value}", f"{kinds[kind]} as {self.name} ({self.summary})")
+            raise DataError(f"the option {self.name}={value!r:.80}", f"{kinds[kind]} as {self.name} ({self.summary})")
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class ExportSpec:
         for name, value in inputs.options.items():
             if name not in known:
                 raise DataError(
-                    f"--set {name}={value} for the export {self.name}",
-                    f"one of {', '.join(known)} after --set" if known else "no --set",
+                    f"the option {name}={value!r:.80} for the export {self.name}",
+                    f"one of the options {', '.join(known)}" if known else "no option",
                     "" if known else "this export has no options of its own",
                 )
             known[name].check(value)
