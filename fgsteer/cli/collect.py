@@ -26,7 +26,7 @@ from fgsteer.cli.options import (
 )
 from fgsteer.cli.printing import progress_bar, say, show
 from fgsteer.cli.values import hookpoints, token_rule
-from fgsteer.data.corpora import CONTRAST_KINDS
+from fgsteer.data.file_kinds import CONTRAST_KINDS
 from fgsteer.errors import DataError
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import count

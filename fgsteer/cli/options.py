@@ -9,7 +9,7 @@ import typer
 
 from fgsteer.cli.choices import completion
 from fgsteer.cli.values import fillable, finite, writable
-from fgsteer.data.corpora import CONTRAST_KINDS
+from fgsteer.data.file_kinds import CONTRAST_KINDS
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.table import describe_operations
 

@@ -25,7 +25,7 @@ from fgsteer.cli.options import (
 )
 from fgsteer.cli.printing import console, progress_bar, say, show
 from fgsteer.cli.values import fillable, finite, token_rule
-from fgsteer.data.corpora import CONTRAST_KINDS
+from fgsteer.data.file_kinds import CONTRAST_KINDS
 from fgsteer.errors import DataError
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.limits import MAX_COUNT

@@ -12,7 +12,8 @@ from typing import Any
 
 from fgsteer.data.chat import check_text
 from fgsteer.data.contrasts import ContrastPair, ContrastSet
-from fgsteer.data.corpora import CONTRAST_KINDS, ROW_KINDS, file_kind, read_rows
+from fgsteer.data.corpora import file_kind, read_rows
+from fgsteer.data.file_kinds import CONTRAST_KINDS, ROW_KINDS
 from fgsteer.data.shipped import SHIPPED, shipped_contrasts
 from fgsteer.errors import DataError, FormatError
 from fgsteer.errors.checks import describe_value
