@@ -26,7 +26,7 @@ __all__ = sorted(_MODULE_OF.keys() - {"export"})  # noqa: PLE0605
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from fgsteer.methods.provenance import library_version
+        from fgsteer.storage.version import library_version
 
         return library_version()
     if name == "export":  # one module for each format: fgsteer.export.gguf.write

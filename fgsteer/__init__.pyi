@@ -112,7 +112,7 @@ from fgsteer.steering.comparison import compare as compare
 from fgsteer.steering.generation import generate as generate
 from fgsteer.steering.hooks import steer as steer
 from fgsteer.steering.streaming import stream as stream
-from fgsteer.vector.steering_vector import FeatureWeight as FeatureWeight
+from fgsteer.vector.feature_weight import FeatureWeight as FeatureWeight
 from fgsteer.vector.steering_vector import SteeringVector as SteeringVector
 
 __version__: str

@@ -17,7 +17,7 @@ from fgsteer.errors import DataError, FormatError
 from fgsteer.errors.escaping import escape_markdown, markdown_code, redact
 from fgsteer.evaluation.drawing import rendered
 from fgsteer.evaluation.runs.plots import setting_curves
-from fgsteer.models.embedded import model_name
+from fgsteer.models.embedded import embedded_model_name
 from fgsteer.storage.atomic import atomic_folder, atomic_write
 from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_or_cache
 from fgsteer.vector import FEATURE_FACTS, FILE_NAME, MeasuredRun, SteeringVector
@@ -163,7 +163,7 @@ def card(vector: SteeringVector, settings: Sequence[Setting] = (), run: Measured
     import yaml
 
     model = str(part_of(vector.provenance, "model").get("name") or "")
-    embedded = model == model_name()
+    embedded = model == embedded_model_name()
     hub_model = model if _HUB_ID.fullmatch(model) and not embedded else ""
     best = max(settings, key=lambda s: run.mean(s, "tune"), default=None) if run is not None else None
     head: dict[str, Any] = {"library_name": "fgsteer", **({"base_model": hub_model} if hub_model else {})}

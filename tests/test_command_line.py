@@ -51,6 +51,12 @@ def test_shells_complete_commands_and_names(line, words):
     assert '"density"' not in shown  # another command, which none of the lines begins
 
 
+def test_the_list_of_commands_cuts_no_sentence_short():
+    commands = invoke("--help").stdout.partition("Commands:")[2].strip().splitlines()
+    assert len(commands) > 10
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands), commands
+
+
 def test_completion_can_be_installed():
     assert "--install-completion" in invoke("--help").stdout
 

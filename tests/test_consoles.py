@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import fgsteer as fg
+from fgsteer.cli import messages
 from fgsteer.cli.messages import options_of, with_options
 from fgsteer.cli.printing import json_text
 from fgsteer.errors.wording import a, count
@@ -127,9 +129,16 @@ def test_the_command_line_speaks_of_options():
         ("pass max_new_tokens=8", generate, "pass --max-new-tokens 8"),
         ("statistics of collect(keep_pooled=True)", build, "statistics of fgsteer collect without --no-pooled"),
         ("load it: fg.load_model('google/gemma-2-2b')", generate, "load it: --model google/gemma-2-2b"),
+        ("got the option model='x'", build, "got --set model='x'"),
         ("--set n_positive=8, http://x/?model=2", generate, "--set n_positive=8, http://x/?model=2"),
     ):
         assert with_options(message, options) == expected
+
+
+def test_every_phrase_that_is_replaced_is_one_of_the_package():
+    package = Path(fg.__file__).parent
+    code = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "messages.py")
+    assert [pattern for pattern, _ in messages.PHRASES if not re.search(pattern, code, re.IGNORECASE)] == []
 
 
 def test_an_error_of_a_command_names_its_options(tmp_path, monkeypatch):

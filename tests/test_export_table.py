@@ -143,7 +143,7 @@ def test_options_have_defaults_and_types(tmp_path):
     toy.write([], tmp_path / "x", ExportInputs(options={"n": 4, "t": 1, "where": "here"}))
     assert received == [{"n": 3, "t": 0.5, "where": None}, {"n": 4, "t": 1, "where": "here"}]
     for wrong in ({"n": 0.5}, {"n": True}, {"t": "warm"}, {"where": 1}, {"other": 1}):
-        with pytest.raises(fg.DataError, match="--set"):
+        with pytest.raises(fg.DataError, match="got the option "):
             toy.write([], tmp_path / "x", ExportInputs(options=wrong))
     with pytest.raises(fg.DataError, match="has no options of its own"):
         row(exporter=exporter).write([], tmp_path / "x", ExportInputs(options={"n": 1}))

@@ -274,10 +274,13 @@ def test_entries_by_row_around_functions_that_make_batches_are_refused(llama, to
         lambda: fg.kl_divergences(llama, tokenizer, texts, [None]),
     )
     for call in around:
-        with pytest.raises(fg.SteeringError, match="one entry a row around a function"), fg.steer(llama, [add(), None]):
+        with pytest.raises(fg.SteeringError, match="entries cannot be matched to rows"), fg.steer(llama, [add(), None]):
             call()
         lengths = {"prompt_lengths": [3, 3]}
-        with pytest.raises(fg.SteeringError, match="prompt_lengths around a"), fg.steer(llama, add(), **lengths):
+        with (
+            pytest.raises(fg.SteeringError, match="prompt_lengths cannot be matched"),
+            fg.steer(llama, add(), **lengths),
+        ):
             call()
         with fg.steer(llama, [add(), add("last_prompt_on")]):
             call()

@@ -401,7 +401,7 @@ def test_command_line_reads_features(tmp_path):
     for wrong in ((), ("--feature", "1", "--search", "x"), ("--feature", "x")):
         with pytest.raises(fg.DataError):
             invoke("features", *wrong)
-    with pytest.raises(fg.DataError, match="one of the two"):
+    with pytest.raises(fg.DataError, match="either --corpus or --examples"):
         invoke("features", "--feature", "1", "--corpus", corpus, "--examples", kept)
 
 

@@ -335,7 +335,7 @@ def test_held_out_texts_are_used_where_there_are_any(llama, tokenizer):
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
-        ({"ce_rises": [0.1], "coefficients": [1.0]}, DataError, "one of them"),
+        ({"ce_rises": [0.1], "coefficients": [1.0]}, DataError, "either ce_rises or coefficients"),
         ({"ce_rises": [0.5, 0.1]}, DataError, "rising"),
         ({"ce_rises": [0.0, 0.1]}, DataError, "rising"),
         ({"ce_rises": []}, DataError, "nothing"),
@@ -414,7 +414,7 @@ def test_command_line_sweeps(tmp_path):
     again = json.loads(invoke("wedding", "--vector", tmp_path / "v.safetensors", *common[3:], "-c", 1, "--json"))
     same = json.loads(invoke(*common, "-c", 1, "--json"))
     assert again["cells"] == same["cells"]
-    with pytest.raises(DataError, match="one of them"):
+    with pytest.raises(DataError, match="either --vector or --method pca, got both"):
         invoke("wedding", "--vector", tmp_path / "v.safetensors", "--method", "pca")
     with pytest.raises(fg.FormatError, match="Cannot write"):
         invoke("wedding", "--out", plain)

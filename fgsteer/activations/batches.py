@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fgsteer.activations.prompt_ends import note_prompt_ends
 from fgsteer.activations.recording import record
-from fgsteer.activations.tokens import TokenReader, TokenRow, Triple, pad
+from fgsteer.activations.tokens import LabelledText, TokenReader, TokenRow, pad
 from fgsteer.errors import DataError
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import check_pairing
@@ -98,7 +98,7 @@ def batch_rows(
 def batch_texts(
     model: nn.Module,
     reader: TokenReader,
-    texts: Iterable[Triple],
+    texts: Iterable[LabelledText],
     *,
     batch_tokens: int | None = None,
     first: int = 0,
@@ -119,7 +119,7 @@ def batch_texts_with(
     batching: Batching[B_co],
     model: nn.Module,
     reader: TokenReader,
-    texts: Iterable[Triple],
+    texts: Iterable[LabelledText],
     *,
     batch_tokens: int | None = None,
     first: int = 0,

@@ -1,6 +1,8 @@
 """What each token of a text is: everything that turns texts into token ids is here.
 
-A row of ids is made of spans, in this order:
+Which tokens of a forward pass are steered is decided in ``fgsteer/steering/positions.py``.
+
+A row of ids is made of these parts, in this order:
 
     start     special tokens before the text: BOS, or EOS in its place
     prompt    what comes before the completion
@@ -26,6 +28,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from fgsteer.activations.token_rules import TOKEN_RULES, TokenRule
 from fgsteer.data.chat import Text, check_text
 from fgsteer.data.rendering import Rendered, render, render_prompt
 from fgsteer.errors import DataError, FgsteerWarning
@@ -35,8 +38,7 @@ from fgsteer.errors.wording import count
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TokenRule = Literal["all", "last", "answer", "letter", "tail"] | int
-Triple = tuple[Text, Text, bool]  # prompt, completion, and whether it is a positive
+LabelledText = tuple[Text, Text, bool]  # prompt, completion, and whether it is a positive example
 T = TypeVar("T")
 TEXTS_PER_CHUNK = 1024  # tokenised and sorted by length together: bounds memory, not results
 
@@ -52,9 +54,8 @@ class TokenRow:
         positive: Whether the text is a positive example.
         where: How messages name the text.
         start: How many special tokens stand before the text.
-        prompt_length: How many tokens come before its completion, at least one: what ``generate`` would have been
-            given. A text without a prompt counts as a prompt from beginning to end. Where its tokens are scored, only
-            the special tokens before it do, or its first word where there are none.
+        prompt_length: Number of tokens before the completion, at least 1. Without a prompt: the length of the whole
+            row or, when its tokens are scored, the number of special tokens before the text (1 where there are none).
     """
 
     ids: Sequence[int]
@@ -67,12 +68,19 @@ class TokenRow:
 
 
 @dataclass(frozen=True)
-class Spans:
-    """Token ids, and the indices at which the text, its completion (None where not known) and its tail begin."""
+class TokenizedText:
+    """A text as token ids, with the indices at which its parts begin.
+
+    Attributes:
+        ids: The token ids.
+        start: Where the text begins, after the special tokens.
+        completion_start: Where its completion begins; None where that is not known.
+        tail: Where what a chat template writes after the content begins.
+    """
 
     ids: list[int]
     start: int
-    answer: int | None
+    completion_start: int | None
     tail: int
 
 
@@ -84,7 +92,7 @@ def split_into_chunks(items: Iterable[T]) -> Iterator[list[T]]:
 
 
 def special_starts(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that are no word where a text begins with them: all special tokens but that of unknown words."""
+    """Return the special-token ids, without that of the unknown token."""
     return frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
 
@@ -101,7 +109,7 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 class _Encoder:
-    """Turns strings into ids with their spans; ``prepend_bos`` None leaves BOS to the tokenizer."""
+    """Turns strings into ids, with the parts that they consist of; ``prepend_bos`` None leaves BOS to the tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | None) -> None:
         if prepend_bos not in (None, True, False):
@@ -113,9 +121,9 @@ class _Encoder:
         words = [index for index, special in enumerate(mask) if not special] or [len(mask)]
         self.before, self.after = words[0], len(mask) - 1 - words[-1]  # special tokens that the tokenizer adds
 
-    def spans(self, texts: Sequence[Rendered]) -> list[Spans]:
-        """Return the spans of each text, in their order."""
-        spans: dict[int, Spans] = {}
+    def encode(self, texts: Sequence[Rendered]) -> list[TokenizedText]:
+        """Return the ids and the parts of each text, in their order."""
+        tokenized: dict[int, TokenizedText] = {}
         for special in (True, False):
             indices = [index for index, text in enumerate(texts) if text.special == special]
             if not indices:
@@ -129,11 +137,11 @@ class _Encoder:
             )
             for row, index in enumerate(indices):
                 offsets = encoded["offset_mapping"][row] if self.fast else None
-                spans[index] = self._spans(texts[index], list(encoded["input_ids"][row]), offsets)
-        return [spans[index] for index in range(len(texts))]
+                tokenized[index] = self._find_parts(texts[index], list(encoded["input_ids"][row]), offsets)
+        return [tokenized[index] for index in range(len(texts))]
 
-    def _spans(self, text: Rendered, ids: list[int], offsets: list[tuple[int, int]] | None) -> Spans:
-        """Find the spans of one text in its ids."""
+    def _find_parts(self, text: Rendered, ids: list[int], offsets: list[tuple[int, int]] | None) -> TokenizedText:
+        """Find the parts of one text in its ids."""
         ids, offsets, added = self._adjust_bos_and_eos(ids, offsets, text.special)
         start = added or int(bool(ids) and ids[0] in self.specials)
 
@@ -143,9 +151,9 @@ class _Encoder:
                 return self._count_shared(ids, text.text[:character], text.special, 1 - edge)
             return next((i for i in range(added, len(ids)) if offsets[i][edge] >= character + edge), len(ids))
 
-        answer = text.answer and first(text.answer, 1)
+        completion_start = text.completion_start and first(text.completion_start, 1)
         tail = len(ids) if text.end == len(text.text) else first(text.end, 0)
-        return Spans(ids, start, start if answer == 0 else answer, tail)
+        return TokenizedText(ids, start, start if completion_start == 0 else completion_start, tail)
 
     def _adjust_bos_and_eos(
         self, ids: list[int], offsets: list[tuple[int, int]] | None, special: bool
@@ -199,7 +207,7 @@ def encode_prompts(
     """
     if isinstance(prompts, str) or not len(prompts):
         raise DataError(f"prompts = {prompts!r:.40}", "a list of at least one prompt")
-    rows = _Encoder(tokenizer, prepend_bos).spans([render_prompt(tokenizer, prompt) for prompt in prompts])
+    rows = _Encoder(tokenizer, prepend_bos).encode([render_prompt(tokenizer, prompt) for prompt in prompts])
     for number, row in enumerate(rows):
         if not row.ids:
             raise DataError(
@@ -226,9 +234,9 @@ def pad(
     return ids, (place < lengths if side == "right" else place >= ids.shape[1] - lengths).long()
 
 
-def _letter_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], answer: int, where: str) -> int:
+def _letter_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], completion_start: int, where: str) -> int:
     """Return the index of the one completion token that is a single letter. Raises DataError."""
-    pieces = [tokenizer.decode([i]) for i in ids[answer:]]
+    pieces = [tokenizer.decode([i]) for i in ids[completion_start:]]
     letters = [n for n, piece in enumerate(pieces) if len(piece.strip()) == 1 and piece.strip().isalpha()]
     if len(letters) != 1:
         raise DataError(
@@ -236,7 +244,7 @@ def _letter_token(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], answer
             "exactly one token that is a single letter",
             'use tokens="answer", or rows whose letter is a token of its own',
         )
-    return answer + letters[0]
+    return completion_start + letters[0]
 
 
 @dataclass(eq=False)
@@ -245,9 +253,7 @@ class TokenReader:
 
     Attributes:
         tokenizer: The model's tokenizer.
-        rule: Which tokens are read: "all", "last" (of the content), "answer" (the completion's content), "letter"
-            (its one token that is a single letter), "tail" (what a chat template writes after the content), or an
-            index into the row, special tokens included.
+        rule: Which tokens are read, as in ``collect``; an index counts special tokens too.
         bos: Whether the special token before a text is read too.
         prepend_bos: True puts BOS (EOS where there is none) before every text, False takes the tokenizer's away,
             None leaves it to the tokenizer.
@@ -274,8 +280,8 @@ class TokenReader:
 
     def __post_init__(self) -> None:
         rule, limit = self.rule, self.max_tokens
-        if isinstance(rule, bool) or not (rule in ("all", "last", "answer", "letter", "tail") or isinstance(rule, int)):
-            raise DataError(f"tokens = {rule!r}", "all, last, answer, letter, tail or the index of a token")
+        if isinstance(rule, bool) or not (rule in TOKEN_RULES or isinstance(rule, int)):
+            raise DataError(f"tokens = {rule!r}", f"{', '.join(TOKEN_RULES)} or the index of a token")
         if not isinstance(self.bos, bool):
             raise DataError(f"bos = {self.bos!r}", "True or False")
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
@@ -296,7 +302,7 @@ class TokenReader:
     def _encoder(self) -> _Encoder:
         return _Encoder(self.tokenizer, self.prepend_bos)
 
-    def rows(self, texts: Iterable[Triple], first: int = 0) -> Iterator[list[TokenRow]]:
+    def rows(self, texts: Iterable[LabelledText], first: int = 0) -> Iterator[list[TokenRow]]:
         """Yield chunks of rows sorted by length.
 
         Args:
@@ -309,17 +315,17 @@ class TokenReader:
         for chunk in split_into_chunks(enumerate(texts, first)):
             rendered = [self._render(index, prompt, completion) for index, (prompt, completion, _) in chunk]
             rows = []
-            for (index, (_, _, positive)), text, spans in zip(
-                chunk, rendered, self._encoder.spans(rendered), strict=True
+            for (index, (_, _, positive)), string, text in zip(
+                chunk, rendered, self._encoder.encode(rendered), strict=True
             ):
-                where = f"text {index} ({'positive' if positive else 'negative'}) {text.text!r:.60}"
-                full_length, spans = len(spans.ids), self._cut(spans)
-                selected = self.select(spans, where)
+                where = f"text {index} ({'positive' if positive else 'negative'}) {string.text!r:.60}"
+                full_length, text = len(text.ids), self._cut(text)
+                selected = self.select(text, where)
                 if selected:
-                    length = self._prompt_length(spans)
-                    rows.append(TokenRow(spans.ids, selected, index, positive, where, spans.start, length))
+                    length = self._prompt_length(text)
+                    rows.append(TokenRow(text.ids, selected, index, positive, where, text.start, length))
                 elif not self.skip_empty:
-                    raise self._nothing_to_read(where, len(spans.ids), full_length)
+                    raise self._nothing_to_read(where, len(text.ids), full_length)
             self.texts += len(chunk)
             rows.sort(key=lambda row: (len(row.ids), row.index))
             yield rows
@@ -345,32 +351,31 @@ class TokenReader:
         prompt = check_text(prompt, f"the prompt of {where}", empty=True)
         return render(self.tokenizer, prompt, check_text(completion, where, empty=True), self.joint)
 
-    def _cut(self, spans: Spans) -> Spans:
-        """Return the spans without what is past ``max_tokens`` or the window."""
-        length = len(spans.ids)
+    def _cut(self, text: TokenizedText) -> TokenizedText:
+        """Return the text without what is past ``max_tokens`` or the window."""
+        length = len(text.ids)
         limit = min(length, self.max_tokens or length)
         if self.window is not None and limit > self.window:
             limit = self.window
             self.too_long += 1
-        return Spans(spans.ids[:limit], spans.start, spans.answer, min(limit, spans.tail))
+        return TokenizedText(text.ids[:limit], text.start, text.completion_start, min(limit, text.tail))
 
-    def _prompt_length(self, spans: Spans) -> int:
+    def _prompt_length(self, text: TokenizedText) -> int:
         """Count the tokens before the completion, as ``TokenRow.prompt_length`` has them."""
-        answer = spans.answer if spans.answer != spans.start else None
-        if answer is None:
-            return max(1, spans.start) if self.scored else len(spans.ids)
-        return min(answer, len(spans.ids))
+        if text.completion_start in (None, text.start):
+            return max(1, text.start) if self.scored else len(text.ids)
+        return min(text.completion_start, len(text.ids))
 
-    def select(self, spans: Spans, where: str) -> list[int]:
+    def select(self, text: TokenizedText, where: str) -> list[int]:
         """Return the indices of the tokens that the rule selects, maybe none. Raises DataError."""
-        length, rule = len(spans.ids), self.rule
-        first = max(0 if self.bos else spans.start, int(self.scored))
+        length, rule = len(text.ids), self.rule
+        first = max(0 if self.bos else text.start, int(self.scored))
         if rule == "all":
             return list(range(first, length))
         if rule == "tail":
-            return list(range(max(first, spans.tail), length))
+            return list(range(max(first, text.tail), length))
         if rule == "last":
-            return [spans.tail - 1] if spans.tail > first else []
+            return [text.tail - 1] if text.tail > first else []
         if isinstance(rule, int):
             index = rule if rule >= 0 else length + rule
             if 0 <= index < first:
@@ -380,13 +385,16 @@ class TokenReader:
                     "pass bos=True to read the special token",
                 )
             return [index] if first <= index < length else []
-        if spans.answer is None:
+        completion_start = text.completion_start
+        if completion_start is None:
             raise DataError(
                 f"The chat template rewrites the earlier turns of {where}, so that its answer cannot be told apart.",
                 "a template under which a conversation begins with its prompt",
                 'use tokens="last", or pass the prompt and the answer as strings',
             )
         if rule == "letter":
-            ids = spans.ids[: spans.tail]
-            return [_letter_token(self.tokenizer, ids, spans.answer, where)] if spans.answer < len(ids) else []
-        return list(range(max(first, 0 if self.bos and spans.answer == spans.start else spans.answer), spans.tail))
+            ids = text.ids[: text.tail]
+            return [_letter_token(self.tokenizer, ids, completion_start, where)] if completion_start < len(ids) else []
+        return list(
+            range(max(first, 0 if self.bos and completion_start == text.start else completion_start), text.tail)
+        )

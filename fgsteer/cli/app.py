@@ -10,8 +10,8 @@ import typer
 from fgsteer.cli.choices import CommandWithChoices
 from fgsteer.cli.outputs import check_apart, lock_output, may_be_path
 from fgsteer.cli.printing import say
-from fgsteer.methods.provenance import library_version
 from fgsteer.storage.ranks import Ranks
+from fgsteer.storage.version import library_version
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from fgsteer.evaluation.bench.bench import Bench
 
 
-@app.command()
+@app.command(short_help="Measure methods against CAA on generated texts.")
 def bench(
     out: Annotated[
         Path,
@@ -100,7 +100,8 @@ def bench(
         list[float] | None,
         typer.Option(
             callback=finite,
-            help="A cost at which strength is set: nats a token by which neutral text gets dearer. Repeat for several.",
+            help="A cost at which strength is set: the rise in cross-entropy of neutral text, in nats a token. Repeat "
+            "for several.",
         ),
     ] = None,
     matched: Annotated[

@@ -18,7 +18,7 @@ from fgsteer.errors.wording import count
 from fgsteer.methods import spec
 
 
-@app.command()
+@app.command(short_help="Build a steering vector by a method's name.")
 def build(
     method: Annotated[
         str, typer.Argument(help="The method: {build methods}.", autocompletion=completion("build methods"))

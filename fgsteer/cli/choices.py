@@ -12,7 +12,7 @@ from typing import Any
 from typer.core import TyperCommand
 
 from fgsteer import export
-from fgsteer.cli.values import TOKEN_RULES
+from fgsteer.activations.token_rules import TOKEN_RULES
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.evaluation.judges.table import judge_names
 from fgsteer.interventions.scopes import SCOPES

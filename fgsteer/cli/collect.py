@@ -26,16 +26,17 @@ from fgsteer.cli.options import (
 )
 from fgsteer.cli.printing import progress_bar, say, show
 from fgsteer.cli.values import hookpoints, token_rule
+from fgsteer.data.corpora import CONTRAST_KINDS
 from fgsteer.errors import DataError
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import count
 from fgsteer.storage.ranks import Ranks
 
 
-@app.command()
+@app.command(short_help="Collect activation statistics of both sides of a contrast.")
 def collect(
     contrast: Annotated[
-        str, typer.Argument(help="The contrast: the name of a shipped contrast set, or a .json or .jsonl file.")
+        str, typer.Argument(help=f"The contrast: the name of a shipped contrast set, or a {CONTRAST_KINDS} file.")
     ],
     out: OutOption,
     model: ModelOption = "default",

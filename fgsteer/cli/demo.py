@@ -33,7 +33,7 @@ EFFECTS = {"mu": 0.1, "bias_weight": 0.0}  # of the projection through effects
 CE_RISE = 0.3  # nats per token of neutral text that every method is allowed to cost
 
 
-@app.command()
+@app.command(short_help="Steer the embedded default towards two concepts.")
 def demo(
     concepts: Annotated[list[str] | None, typer.Argument(help="Shipped concepts; two by default.")] = None,
     as_json: JsonOption = False,

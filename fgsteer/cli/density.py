@@ -31,7 +31,7 @@ from fgsteer.errors.wording import count
 from fgsteer.storage.ranks import Ranks
 
 
-@app.command()
+@app.command(short_help="Measure how often each feature fires on a corpus.")
 def density(
     corpus: Annotated[
         Path,

@@ -25,7 +25,7 @@ from fgsteer.errors import DataError
 from fgsteer.errors.wording import count
 
 
-@app.command()
+@app.command(short_help="Tell how reliable a vector will be before steering.")
 def diagnose(
     source: Annotated[
         str,
@@ -61,7 +61,7 @@ def diagnose(
 
     chosen = None if vector is None else fg.SteeringVector.load(vector)
     if chosen is not None and hookpoint:
-        raise DataError("both --vector and --hookpoint", "one of them", "leave out --hookpoint: a vector has its own")
+        raise DataError("both", "either --vector or --hookpoint", "leave out --hookpoint: a vector has its own")
     places_asked = hookpoints(hookpoint)
     if is_tensors(source):
         stats = {"collected": fg.ContrastStatistics.load(source)}

@@ -31,7 +31,7 @@ from fgsteer.errors.wording import count
 from fgsteer.storage.ranks import Ranks
 
 
-@app.command()
+@app.command(short_help="Measure how vectors change features of generated text.")
 def effects(
     out: OutOption,
     model: ModelOption = "default",

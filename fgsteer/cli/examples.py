@@ -28,7 +28,7 @@ from fgsteer.cli.printing import progress_bar, say, show
 from fgsteer.errors.wording import count
 
 
-@app.command()
+@app.command(short_help="Find where in a corpus each feature fires most.")
 def examples(
     corpus: Annotated[
         Path,

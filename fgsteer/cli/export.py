@@ -28,7 +28,7 @@ from fgsteer.errors import DataError
 from fgsteer.export import ExportInputs, spec
 
 
-@app.command()
+@app.command(short_help="Write vectors in the format of another engine.")
 def export(
     vectors: Annotated[list[Path], typer.Argument(help="The vectors, which fgsteer build wrote, to apply together.")],
     to: Annotated[str, typer.Option("--to", autocompletion=completion("exports"), help="The format: {exports}.")],

@@ -27,7 +27,7 @@ from fgsteer.errors import DataError
 from fgsteer.errors.limits import MAX_COUNT
 
 
-@app.command()
+@app.command(short_help="Show the features of a vector, of ids, or of a word.")
 def features(
     file: Annotated[Path | None, typer.Argument(help="A vector that fgsteer build wrote.")] = None,
     feature: Annotated[
@@ -80,7 +80,7 @@ def features(
             chosen or "neither a vector nor --feature nor --search", "one of a vector, --feature and --search"
         )
     if corpus is not None and examples is not None:
-        raise DataError("--corpus and --examples", "one of the two", "both say where excerpts come from: leave one out")
+        raise DataError("both", "either --corpus or --examples", "both say where excerpts come from: leave one out")
     check_unicode(search)
     vector = None if file is None else fg.SteeringVector.load(file)
     ids = None if feature is None else _feature_ids(feature)

@@ -14,7 +14,7 @@ from fgsteer.cli.printing import say, show
 from fgsteer.cli.values import finite, unused
 
 
-@app.command()
+@app.command(short_help="Write a checkpoint with vectors inside.")
 def fold(
     vector: Annotated[list[Path], typer.Option("--vector", "-v", help="A vector to add; repeat for several.")],
     out: Annotated[Path, typer.Option("--out", "-o", callback=unused, help="A new folder for the checkpoint.")],

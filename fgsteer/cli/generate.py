@@ -26,7 +26,7 @@ from fgsteer.errors import DataError
 from fgsteer.errors.limits import MAX_COUNT
 
 
-@app.command()
+@app.command(short_help="Continue prompts, without and with steering.")
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="The texts to continue.")],
     vector: VectorOption = None,

@@ -21,7 +21,7 @@ MAX_CHARACTERS = 88  # of a value in a summary
 MAX_TENSORS = 8  # that a summary lists
 
 
-@app.command()
+@app.command(short_help="Say what a file holds and where it came from.")
 def info(
     file: Annotated[
         Path | None, typer.Argument(help="A file that fgsteer wrote. Without one, this installation is described.")
@@ -100,9 +100,9 @@ def describe_installation() -> dict[str, Any]:
 
     from fgsteer.data.shipped import shipped_contrasts
     from fgsteer.methods import METHODS
-    from fgsteer.methods.provenance import library_version
     from fgsteer.models.embedded import pretrained_dir
     from fgsteer.storage.json_files import read_json
+    from fgsteer.storage.version import library_version
 
     folder = pretrained_dir()
     figures = read_json(folder / "figures.json")

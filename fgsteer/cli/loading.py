@@ -132,9 +132,9 @@ def check_fit(vectors: Mapping[Path, Any], model: str, revision: str | None = No
 
 def sae_name(name: str | None, model: str) -> str:
     """The name of the SAE: that of --sae, else that of the default model. Raises DataError for another model."""
-    from fgsteer.models.embedded import DEFAULT, model_name
+    from fgsteer.models.embedded import DEFAULT, embedded_model_name
 
-    if name is None and model not in ("", DEFAULT, model_name()):
+    if name is None and model not in ("", DEFAULT, embedded_model_name()):
         raise DataError(
             f"no --sae for the model {model!r}",
             "an SAE that was trained on this model",

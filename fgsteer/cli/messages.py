@@ -8,14 +8,15 @@ from functools import partial
 from typing import Any
 
 # What messages say to users of Python, and what they say here, where the rule for arguments does not do.
-_PHRASES = (
+PHRASES = (
     (r"\bcollect\(keep_pooled=True\)", "fgsteer collect without --no-pooled"),
     (r"\bcollect again with sae=", "collect again without --no-sae, and with --sae"),
     (r"\bcollect again with hookpoints=", "collect again with --hookpoint"),
     (r"\bfg\.load_model\(['\"]([^'\"]*)['\"]\)", r"--model \1"),
     (r"\bfg\.load_sae\(['\"]([^'\"]*)['\"]\)", r"--sae \1"),
-    (r"\bset tokenizer\.chat_template or pass strings", "name a chat model with --model, or leave out --chat"),
+    (r"\bset tokenizer\.chat_template, or pass strings", "name a chat model with --model, or leave out --chat"),
     (r"\bsae_id(?==| too)", "--sae-id"),
+    (r"\bthe option (?=[\w.{}]+=)", "--set "),
 )
 _ALIASES = {"hookpoints": "hookpoint", "target_ce_rise": "ce_rise", "keep_pooled": "pooled"}
 _ARGUMENT = re.compile(r"(?<![-\w.?&/])([a-z_]+)=(\"[^\"]*\"|'[^']*'|[^\s,;)]*)")
@@ -26,7 +27,7 @@ def with_options(message: str, options: Mapping[str, tuple[str, str]]) -> str:
 
     ``options`` is {parameter: (its option, the option that turns it off)}.
     """
-    for pattern, words in _PHRASES:
+    for pattern, words in PHRASES:
         message = re.sub(pattern, partial(_in_same_case, words), message, flags=re.IGNORECASE)
 
     def option(match: re.Match[str]) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from fgsteer.cli.choices import completion
 from fgsteer.cli.values import fillable, finite, writable
+from fgsteer.data.corpora import CONTRAST_KINDS
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.table import describe_operations
 
@@ -50,14 +51,15 @@ TokensOption = Annotated[
     typer.Option(
         "--tokens",
         autocompletion=completion("token rules"),
-        help="Which tokens of each text are read: {token rules}, or an index such as -1. The tail is what a chat "
-        "template writes after the last message.",
+        help="Which tokens of each text are read: {token rules}, or an index such as -1. All are every token of "
+        "prompt, content and chat tail, without the special token before the text. The tail is what a chat template "
+        "writes after the last message.",
     ),
 ]
 FieldOption = Annotated[
     str,
     typer.Option(
-        "--field", help="The field or column that holds the text, in .jsonl, .json, .csv, .tsv and .parquet files."
+        "--field", help=f"The field or column that holds the text, where the corpus is a {CONTRAST_KINDS} file."
     ),
 ]
 PrependBosOption = Annotated[

@@ -13,7 +13,7 @@ from fgsteer.errors import DataError
 from fgsteer.errors.limits import MAX_COUNT
 
 
-@app.command()
+@app.command(short_help="List the pretrained SAEs that sae-lens knows.")
 def saes(
     model: Annotated[
         str | None,

@@ -13,7 +13,10 @@ from fgsteer.errors import DataError
 from fgsteer.errors.limits import MAX_COUNT
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    short_help="Serve a model with vLLM, steered request by request.",
+)
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help='The model: "default", or a Hugging Face id or path.')],

@@ -25,15 +25,16 @@ from fgsteer.cli.options import (
 )
 from fgsteer.cli.printing import console, progress_bar, say, show
 from fgsteer.cli.values import fillable, finite, token_rule
+from fgsteer.data.corpora import CONTRAST_KINDS
 from fgsteer.errors import DataError
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.limits import MAX_COUNT
 
 
-@app.command()
+@app.command(short_help="Find the best layer, strength and sign for steering.")
 def sweep(
     contrast: Annotated[
-        str, typer.Argument(help="The name of a shipped contrast set, or a .json or .jsonl file of one.")
+        str, typer.Argument(help=f"The name of a shipped contrast set, or a {CONTRAST_KINDS} file of one.")
     ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", callback=fillable, help="The folder for sweep.json and the pictures.")
@@ -106,9 +107,7 @@ def sweep(
 
     vectors = [fg.SteeringVector.load(path) for path in vector or []]
     if vectors and method != "caa":
-        raise DataError(
-            f"both --vector and --method {method}", "one of them", "leave out --method: a vector has its own"
-        )
+        raise DataError("both", f"either --vector or --method {method}", "leave out --method: a vector has its own")
     spec(method, "sweep")
     pairs, rule = fg.load_contrast(contrast), token_rule(tokens)
     measured_on = None if held_out is None else fg.load_contrast(held_out)

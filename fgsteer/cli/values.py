@@ -11,10 +11,9 @@ from typing import Any
 
 import typer
 
+from fgsteer.activations.token_rules import TOKEN_RULES
 from fgsteer.errors import DataError
 from fgsteer.storage.targets import file_target, folder_target, new_folder_target
-
-TOKEN_RULES = ("all", "last", "answer", "letter", "tail")
 
 
 def writable(path: Path | None) -> Path | None:

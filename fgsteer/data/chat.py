@@ -31,6 +31,12 @@ def check_unicode(text: str, where: str) -> str:
     return text
 
 
+def refuse_one_text(texts: object) -> None:
+    """Raise DataError for one string in the place of a list of texts."""
+    if isinstance(texts, str):
+        raise DataError(f"one text, {texts!r:.40}", "a list of texts", "pass [text]")
+
+
 def check_text(value: object, where: str, *, empty: bool = False) -> Text:
     """Return a value as a text or as messages of one text each.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fgsteer.data.chat import check_text
 from fgsteer.data.contrasts import ContrastPair, ContrastSet
-from fgsteer.data.corpora import file_kind, read_rows
+from fgsteer.data.corpora import CONTRAST_KINDS, ROW_KINDS, file_kind, read_rows
 from fgsteer.data.shipped import SHIPPED, shipped_contrasts
 from fgsteer.errors import DataError, FormatError
 from fgsteer.errors.checks import describe_value
@@ -57,15 +57,13 @@ def load_contrast(source: Contrastable) -> ContrastSet:
     if not path.is_file():
         raise DataError(
             f"There is no contrast set or file {name!r}.",
-            f"a .json or .jsonl file, or one of {', '.join(shipped_contrasts())}",
+            f"a {CONTRAST_KINDS} file, or one of {', '.join(shipped_contrasts())}",
         )
     kind = file_kind(path)
-    if kind in (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"):
+    if kind in ROW_KINDS:
         return ContrastSet(path.stem, pairs=[_row_pair(row, where) for where, row in read_rows(path)])
     if kind != ".json":
-        raise DataError(
-            f"{path}", "a .json, .jsonl, .ndjson, .csv, .tsv or .parquet file", "rename or convert the file"
-        )
+        raise DataError(f"{path}", f"a {CONTRAST_KINDS} file", "rename or convert the file")
     if path.suffix.lower() != kind:
         raise DataError(
             f"{path}, which is compressed",

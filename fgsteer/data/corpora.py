@@ -123,6 +123,8 @@ def _parquet(path: Path, fields: Collection[str]) -> Iterator[Row]:
         raise DataError(f"Cannot read {path} after row {number}: {error}.", "a Parquet file") from error
 
 
+ROW_KINDS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # suffixes of files whose rows are objects
+CONTRAST_KINDS = f".json, {', '.join(ROW_KINDS[:-1])} or {ROW_KINDS[-1]}"  # what a contrast set may be read from
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".txt": _lines,
     ".jsonl": _json_lines,

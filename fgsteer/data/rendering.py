@@ -21,13 +21,13 @@ class Rendered:
 
     Attributes:
         text: The string.
-        answer: Where the completion begins; None where the chat template does not let the prompt be told apart.
+        completion_start: Where the completion begins; None where the template does not let the prompt be told apart.
         end: Where the content ends.
         special: Whether the tokenizer is still to add its special tokens.
     """
 
     text: str
-    answer: int | None
+    completion_start: int | None
     end: int
     special: bool
 
@@ -72,11 +72,13 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, j
     opens = bool(before) and after[0]["role"] == "assistant"
     head = apply_template(tokenizer, before, add_generation_prompt=opens) if before else ""
     rendered = _render_conversation(tokenizer, before + after, head)
-    if opens and rendered.answer:  # a template may write into the assistant's turn, as Qwen 3 its <think></think>
+    if (
+        opens and rendered.completion_start
+    ):  # a template may write into the assistant's turn, as Qwen 3 its <think></think>
         # what it writes may hold the message's own words; a single message is what the content ends with
         find = rendered.text.rfind if len(after) == 1 else rendered.text.find
-        begin = find(after[0]["content"].strip(), rendered.answer, rendered.end)
-        rendered = replace(rendered, answer=max(begin, rendered.answer))
+        begin = find(after[0]["content"].strip(), rendered.completion_start, rendered.end)
+        rendered = replace(rendered, completion_start=max(begin, rendered.completion_start))
     return rendered
 
 

@@ -103,7 +103,7 @@ class ShardSums:
         if len(sums) < 5 or sums["held_out"].count < 2:
             raise DataError(
                 "too few vectors that change what the model says",
-                "at least twenty of them, as a tenth is held out",
+                "at least twenty vectors that do, as a tenth is held out",
                 "measure more vectors, or set a smaller target_ce_rise",
             )
         return cls(**sums), skipped

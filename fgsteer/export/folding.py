@@ -20,12 +20,12 @@ from fgsteer.errors import SteeringError
 from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import a
 from fgsteer.interventions import Ablate, Add, Intervention
-from fgsteer.methods.provenance import library_version
 from fgsteer.models.hookpoints import Hookpoint, Site, blocks_of, resolve, why_not_added
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.unembedding import residual_direction
 from fgsteer.steering.ranges import check_amount
 from fgsteer.storage.files import tensor_sha256
+from fgsteer.storage.version import library_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

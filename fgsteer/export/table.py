@@ -12,12 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from fgsteer.errors import ArgumentError, DataError, PluginError, SteeringError
-from fgsteer.storage.plugins import load_plugins
+from fgsteer.errors import ArgumentError, DataError, SteeringError
+from fgsteer.storage.plugins import add_row, import_function, load_plugins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +80,7 @@ class ExportOption:
         fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
         if isinstance(value, bool) or not fits:
             kinds = {str: "a text", int: "a whole number", float: "a number"}
-            raise DataError(f"--set {self.name}={value}", f"{kinds[kind]} as {self.name} ({self.summary})")
+            raise DataError(f"the option {self.name}={value!r:.80}", f"{kinds[kind]} as {self.name} ({self.summary})")
 
 
 @dataclass(frozen=True)
@@ -132,14 +131,7 @@ class ExportSpec:
         """The exporter, imported if need be. Raises PluginError where it cannot be imported."""
         if not isinstance(self.exporter, str):
             return self.exporter
-        module, _, attribute = self.exporter.partition(":")
-        try:
-            exporter: Exporter = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise PluginError(
-                f"The exporter {self.exporter!r} of the export {self.name!r} cannot be imported: {error}.",
-                '"module:name" of a function',
-            ) from error
+        exporter: Exporter = import_function(self.exporter, f"the export {self.name!r}")
         return exporter
 
     def write(
@@ -164,8 +156,8 @@ class ExportSpec:
         for name, value in inputs.options.items():
             if name not in known:
                 raise DataError(
-                    f"--set {name}={value} for the export {self.name}",
-                    f"one of {', '.join(known)} after --set" if known else "no --set",
+                    f"the option {name}={value!r:.80} for the export {self.name}",
+                    f"one of the options {', '.join(known)}" if known else "no option",
                     "" if known else "this export has no options of its own",
                 )
             known[name].check(value)
@@ -227,9 +219,9 @@ _BUILT_IN = (
         needs=("sae",),
         options=(
             ExportOption("prompt", "I think", "the text to continue"),
-            ExportOption("n_tokens", 48, "how many to generate"),
-            ExportOption("temperature", 0.5, "of sampling"),
-            ExportOption("seed", 16, "of sampling"),
+            ExportOption("n_tokens", 48, "the number of tokens to generate"),
+            ExportOption("temperature", 0.5, "the sampling temperature"),
+            ExportOption("seed", 16, "the sampling seed"),
         ),
         checked_by="written after Neuronpedia's source, not run against it",
     ),
@@ -247,13 +239,7 @@ def register(row: ExportSpec, *, replace: bool = False) -> None:
     Raises:
         PluginError: The table has another export of that name.
     """
-    if not replace and _rows.get(row.name, row) != row:
-        raise PluginError(
-            f"An export named {row.name!r} is in the table already.",
-            "a name that is not taken",
-            "Rename the export, or pass replace=True to register",
-        )
-    _rows[row.name] = row
+    add_row(_rows, row.name, row, f"An export named {row.name!r}", replace=replace)
 
 
 def specs() -> list[ExportSpec]:

@@ -17,6 +17,7 @@ from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
+from fgsteer.methods.selection import PAPER_MAX_DENSITY
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import context_window
 from fgsteer.saes.examples import token_texts
@@ -24,8 +25,6 @@ from fgsteer.saes.sae import SAE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-MAX_DENSITY = 0.01  # features that fire on more tokens say little of one text (FGAA's filter, arXiv 2501.09929)
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,7 +95,7 @@ def seen_features(
         values = record_batch(model, batch, [hookpoint])[hookpoint][batch.selected]
         activations = sae.to(values.device, torch.float32).encode(values.float())
         if sae.density is not None:
-            activations = activations * (sae.density.density <= MAX_DENSITY).to(activations.device)
+            activations = activations * (sae.density.density <= PAPER_MAX_DENSITY).to(activations.device)
         peaks, positions = activations.max(0)
         tokens = token_texts(tokenizer, batch.ids[batch.selected].tolist())
         best = peaks.topk(min(top, int((peaks > 0).sum()))).indices.tolist()

@@ -181,9 +181,9 @@ def _cost(
     """What is counted, its target, and the function that counts it for many interventions. Raises SteeringError."""
     if ce_rise is not None and kl is not None:
         raise SteeringError(
-            f"both target_ce_rise = {ce_rise} and target_kl = {kl}",
-            "one target",
-            "leave out the one or the other",
+            "both",
+            f"either target_ce_rise = {ce_rise} or target_kl = {kl}",
+            "leave out one of them",
         )
     name, target = ("target_kl", kl) if kl is not None else ("target_ce_rise", CE_RISE if ce_rise is None else ce_rise)
     _check_target(name, target)

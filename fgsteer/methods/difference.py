@@ -89,13 +89,13 @@ def pca(stats: ContrastStatistics, *, hookpoint: Hookpoint | str | int | None = 
         The vector (d_model,), of norm 1.
 
     Raises:
-        PairingError: The statistics do not hold this hookpoint, or no single examples there.
+        PairingError: The statistics do not hold this hookpoint, or no pooled activations there.
         SelectionError: All examples are equal.
     """
     at, contrast = stats.at("residual", hookpoint)
     if at not in stats.pooled:
         raise PairingError(
-            f"statistics without single examples at {at}",
+            f"statistics without pooled activations at {at}",
             "statistics that keep the examples' mean activations",
             "Use collect(keep_pooled=True)",
         )

@@ -32,7 +32,7 @@ def decode_weights(weights: Float[Tensor, " d_sae"], sae: SAE) -> Float[Tensor, 
     direction = weights[features].double() @ rows
     if not direction.norm() > 0:
         raise SelectionError(
-            "decoder rows that cancel to zero", "a sum of decoder rows above zero", "Choose other features or weights"
+            "decoder rows that cancel to zero", "decoder rows whose sum is not zero", "Choose other features or weights"
         )
     return direction
 

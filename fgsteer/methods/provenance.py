@@ -1,22 +1,15 @@
-"""What a vector remembers of how it was made."""
+"""The provenance that methods write into the vectors that they build; ``fgsteer.vector`` reads and keeps it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from fgsteer.storage.version import library_version
 
 if TYPE_CHECKING:
     from fgsteer.saes.sae import SAE
     from fgsteer.statistics.contrast import ContrastStatistics
-
-
-def library_version() -> str:
-    """Return the installed version of fgsteer, or "unknown" where it is not installed."""
-    try:
-        return version("fgsteer")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def provenance(

@@ -12,11 +12,10 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fgsteer.errors import ArgumentError, DataError, FgsteerError, PluginError, SelectionError
-from fgsteer.storage.plugins import load_plugins
+from fgsteer.errors import ArgumentError, DataError, FgsteerError, SelectionError
+from fgsteer.storage.plugins import add_row, import_function, load_plugins
 
 if TYPE_CHECKING:
     from fgsteer.interventions import Intervention
@@ -54,7 +53,7 @@ class MethodSpec:
             takes the keyword ``hookpoint``.
         operation: How the benchmark applies the vector: "add" (``h + c·v``) or "affine" (``α`` is the strength).
         unit: Whether the benchmark scales the vector to norm 1 first.
-        pooled: Whether it reads the single examples, which ``collect(keep_pooled=True)`` keeps.
+        pooled: Whether it reads the pooled activations of each text, which ``collect(keep_pooled=True)`` keeps.
         in_context: Whether the benchmark puts examples of the behavior before each prompt.
         paper: Where the method was published, such as "arXiv 2312.06681".
 
@@ -106,15 +105,7 @@ class MethodSpec:
         """The function, imported if need be. Raises PluginError where it cannot be imported."""
         if callable(self.function):
             return self.function
-        module, _, attribute = self.function.partition(":")
-        try:
-            function: Callable[..., SteeringVector] = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise PluginError(
-                f"The function {self.function!r} of the method {self.name!r} cannot be imported: {error}.",
-                '"module:name" of a function',
-                "Install what the module needs, or correct the method's row",
-            ) from error
+        function: Callable[..., SteeringVector] = import_function(self.function, f"the method {self.name!r}")
         return function
 
     @property
@@ -277,13 +268,7 @@ def register(row: MethodSpec, *, replace: bool = False) -> None:
     Raises:
         PluginError: The table has another method of that name.
     """
-    if not replace and _rows.get(row.name, row) != row:
-        raise PluginError(
-            f"A method named {row.name!r} is in the table already.",
-            "a name that is not taken",
-            "Rename the method, or pass replace=True to register",
-        )
-    _rows[row.name] = row
+    add_row(_rows, row.name, row, f"A method named {row.name!r}", replace=replace)
 
 
 def specs(command: Command | None = None) -> list[MethodSpec]:

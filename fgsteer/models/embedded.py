@@ -39,6 +39,6 @@ def embedded_sae_dir(sae_id: str | None = None) -> Path:
     return folder / "sae" / name
 
 
-def model_name() -> str:
+def embedded_model_name() -> str:
     """Return the name of the embedded default in vectors and SAEs."""
     return "fgsteer/default"

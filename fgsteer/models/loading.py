@@ -18,7 +18,7 @@ import torch
 from fgsteer.errors import DataError, FgsteerError, FormatError, MissingError
 from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import a, count
-from fgsteer.models.embedded import DEFAULT, model_name, pretrained_dir
+from fgsteer.models.embedded import DEFAULT, embedded_model_name, pretrained_dir
 from fgsteer.storage.network import describe_unreachable, hub_or_cache
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def load_model(
                 f"There is no model {str(source)!r}.", '"default", a folder, or a Hugging Face id', reason
             ) from error
     if embedded:
-        model.config._name_or_path = model_name()
+        model.config._name_or_path = embedded_model_name()
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -63,7 +63,7 @@ class SAE(OneLineRepr):
         hookpoint: Where its output belongs, and for an SAE its input.
         activation: "relu"; "jumprelu", active where the pre-activation exceeds ``threshold``; "topk", the ``k``
             largest pre-activations; or "gated".
-        threshold: Of a jumprelu SAE, (d_sae,).
+        threshold: Thresholds of a jumprelu SAE, (d_sae,).
         k: Of a topk SAE.
         gate_bias: Bias on the gate of a gated SAE, (d_sae,).
         gate_scale: Scale of the magnitude of a gated SAE, (d_sae,).

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fgsteer.errors import SteeringError
-from fgsteer.methods.provenance import library_version
 from fgsteer.models.embedded import DEFAULT, pretrained_dir
 from fgsteer.serving.control import Control, attach
 from fgsteer.serving.rows import Source, TableRows, rows_by_name
+from fgsteer.storage.version import library_version
 
 DEFAULT_ROWS = 32
 CANARY_PROMPT = (2, 3, 5, 7)  # token ids that every vocabulary has

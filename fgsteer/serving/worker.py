@@ -49,9 +49,8 @@ def check_supported(config: Any) -> None:
     for setting, is_on in unsupported.items():
         if is_on:
             raise SteeringError(
-                setting,
-                "an engine without this",
-                "to be steered, every token must pass every block at its position: turn it off, or take another model",
+                f"Steering does not work with {setting}.",
+                change="every token must pass every block at its position: turn it off, or take another model",
             )
 
 

@@ -21,12 +21,12 @@ from fgsteer.activations.batches import Batch, Batching, batch_rows, batch_texts
 from fgsteer.activations.memory import map_with_oom_backoff
 from fgsteer.activations.pooling import pool, pool_features
 from fgsteer.activations.prefixes import SharedBatch, choose_batching, record_selected
+from fgsteer.activations.token_rules import TokenRule
 from fgsteer.activations.tokens import (
     TEXTS_PER_CHUNK,
+    LabelledText,
     TokenReader,
     TokenRow,
-    TokenRule,
-    Triple,
     split_into_chunks,
 )
 from fgsteer.data.contrast_files import Contrastable, as_contrast
@@ -83,10 +83,11 @@ def collect(
             that it writes, and are encoded from the one that it reads.
         hookpoints: Where the residual stream is collected, besides the SAE's hookpoint. Names are parsed, and 2 is
             the end of block 2.
-        tokens: Which tokens are averaged: "all"; "last" (of the content); "answer" (the completion's content, after
-            its prompt); "letter" (the answer token that is a single letter); "tail" (what a chat template writes
-            after the last message's content); or an index into all tokens. Padding and an EOS token after a text
-            are never read.
+        tokens: Which tokens are averaged: "all" (every token of prompt, content and chat tail, without the special
+            token before the text); "last" (of the content); "answer" (the completion's content, after its prompt);
+            "letter" (the completion's token that is a single letter); "tail" (what a chat template writes after the
+            last message's content); or an index into all tokens. Padding and an EOS token after a text are never
+            read.
         bos: Whether a special token that stands before a text is read too.
         prepend_bos: True puts BOS (EOS where a tokenizer has none) before every text, False takes the tokenizer's
             away. By default texts begin as those that the SAE was trained on, and without an SAE as the
@@ -131,14 +132,16 @@ def collect(
     }
     batching: Batching[Batch | SharedBatch] = choose_batching(model) if share_prefixes else batch_rows
     chunks = split_into_chunks(_interleave(contrast))
-    rows = TokenReader(
+    token_reader = TokenReader(
         tokenizer, rule=tokens, bos=bos, prepend_bos=prepend, max_tokens=max_tokens, window=context_window(model)
     )
     total = contrast.count(True) + contrast.count(False)
-    with reporting(progress, "collecting texts", total) as report, rows:
-        reader = ChunkReader(model, rows, sae, residual_hookpoints, keep_pooled, batching, batch_tokens, report)
+    with reporting(progress, "collecting texts", total) as report, token_reader:
+        chunk_reader = ChunkReader(
+            model, token_reader, sae, residual_hookpoints, keep_pooled, batching, batch_tokens, report
+        )
         if work is None:
-            sums = join_sums(reader.sum_chunk(number, chunk) for number, chunk in enumerate(chunks))
+            sums = join_sums(chunk_reader.sum_chunk(number, chunk) for number, chunk in enumerate(chunks))
         else:
             plan = {
                 **reading,
@@ -151,7 +154,7 @@ def collect(
                 "share_prefixes": batching is not batch_rows,
             }
             shards = Shards(work, "collected texts", plan, fresh=fresh)
-            sums = join_sums(_sum_in_shards(shards, chunks, reader, contrast.count(True) + contrast.count(False)))
+            sums = join_sums(_sum_in_shards(shards, chunks, chunk_reader, total))
     return _statistics(sums, contrast, reading)
 
 
@@ -160,31 +163,31 @@ class ChunkReader:
     """Reads chunks of texts with one model, SAE and token rule, and sums them up."""
 
     model: nn.Module
-    rows: TokenReader
+    token_reader: TokenReader
     sae: SAE | None
     hookpoints: Sequence[Hookpoint]
-    keep_examples: bool
+    keep_pooled: bool
     batching: Batching[Batch | SharedBatch] = batch_rows
     batch_tokens: int | None = None
     progress: Callable[[int], None] | None = None
     sae_on: dict[torch.device, SAE] = field(default_factory=dict)  # the SAE in float32, on each device that it is used
 
-    def sum_chunk(self, number: int, texts: Sequence[Triple]) -> Sums:
+    def sum_chunk(self, number: int, texts: Sequence[LabelledText]) -> Sums:
         """Sum up one chunk; ``number`` is its place among all."""
         sums, first = Sums(), number * TEXTS_PER_CHUNK
         done = 0
         batches = batch_texts_with(
-            self.batching, self.model, self.rows, texts, batch_tokens=self.batch_tokens, first=first
+            self.batching, self.model, self.token_reader, texts, batch_tokens=self.batch_tokens, first=first
         )
         for batch, means in map_with_oom_backoff(batches, self.mean_activations):
             positive = torch.tensor([row.positive for row in batch.rows])
-            for space, hookpoint, rows in means:
+            for space, hookpoint, activations in means:
                 for side in (True, False):
                     if (positive == side).any():
-                        sums.add((space, hookpoint, side), Moments.of(rows[positive == side]))
-                if self.keep_examples and space == "residual":
-                    examples = sums.examples.setdefault(hookpoint, torch.empty(len(texts), rows.shape[1]))
-                    examples[[row.index - first for row in batch.rows]] = rows.cpu()
+                        sums.add((space, hookpoint, side), Moments.of(activations[positive == side]))
+                if self.keep_pooled and space == "residual":
+                    pooled = sums.pooled.setdefault(hookpoint, torch.empty(len(texts), activations.shape[1]))
+                    pooled[[row.index - first for row in batch.rows]] = activations.cpu()
             done += len(batch.rows)
             if self.progress is not None:
                 self.progress(first + done)
@@ -198,10 +201,10 @@ class ChunkReader:
         recorded = self.hookpoints if sae is None else [*self.hookpoints, sae.input_hookpoint]
         acts, index = record_selected(self.model, batch, recorded)
         for hookpoint, values in acts.items():
-            rows = pool(values, index)
-            _check_finite(rows, f"activations at {hookpoint}", batch.rows)
+            residuals = pool(values, index)
+            _check_finite(residuals, f"activations at {hookpoint}", batch.rows)
             if hookpoint in self.hookpoints:
-                means.append(("residual", hookpoint, rows))
+                means.append(("residual", hookpoint, residuals))
             if sae is not None and hookpoint == sae.input_hookpoint:
                 if values.device not in self.sae_on:
                     self.sae_on[values.device] = sae.to(values.device, torch.float32)
@@ -219,16 +222,18 @@ def sums_of_shards(shards: Shards, stored: Iterable[Mapping[str, Tensor]]) -> It
         yield sums
 
 
-def _sum_in_shards(shards: Shards, chunks: Iterable[list[Triple]], reader: ChunkReader, total: int) -> Iterator[Sums]:
+def _sum_in_shards(
+    shards: Shards, chunks: Iterable[list[LabelledText]], chunk_reader: ChunkReader, total: int
+) -> Iterator[Sums]:
     """Sum up every chunk, each kept in a shard. Raises FormatError for a damaged shard."""
-    progress, reader.progress = reader.progress, None
+    progress, chunk_reader.progress = chunk_reader.progress, None
 
     def report(shards_done: int) -> None:
         if progress is not None:
             progress(min(shards_done * TEXTS_PER_CHUNK, total))
 
-    def make(number: int, chunk: list[Triple]) -> dict[str, Tensor]:
-        return reader.sum_chunk(number, chunk).to_tensors()
+    def make(number: int, chunk: list[LabelledText]) -> dict[str, Tensor]:
+        return chunk_reader.sum_chunk(number, chunk).to_tensors()
 
     return sums_of_shards(shards, shards.each(chunks, make, text_sha256, report))
 
@@ -245,7 +250,7 @@ def _statistics(sums: Sums, contrast: ContrastSet, reading: Mapping[str, Any]) -
         "sha256": contrast.sha256,
         "count": [contrast.count(True), contrast.count(False)],
     }
-    pooled = {hookpoint: _pool_sides(examples, contrast) for hookpoint, examples in sums.examples.items()}
+    pooled = {hookpoint: _split_sides(activations, contrast) for hookpoint, activations in sums.pooled.items()}
     return ContrastStatistics(tables["residual"], tables["feature"], reading, (data,), pooled)
 
 
@@ -260,7 +265,7 @@ def _check_finite(means: Tensor, what: str, rows: Sequence[TokenRow]) -> None:
         )
 
 
-def _interleave(contrast: ContrastSet) -> Iterator[Triple]:
+def _interleave(contrast: ContrastSet) -> Iterator[LabelledText]:
     """Yield pairs first, both sides of each together, so that what they share is found within one chunk."""
     positives, negatives = list(contrast.side(True)), list(contrast.side(False))
     pairs = len(contrast.pairs)
@@ -271,11 +276,11 @@ def _interleave(contrast: ContrastSet) -> Iterator[Triple]:
     yield from ((*text, False) for text in negatives[pairs:])
 
 
-def _pool_sides(examples: Tensor, contrast: ContrastSet) -> Pooled:
-    """Take examples in the order of ``_interleave`` apart into the two sides."""
+def _split_sides(pooled: Tensor, contrast: ContrastSet) -> Pooled:
+    """Split pooled activations, in the order of ``_interleave``, into the two sides."""
     pairs, unpaired = len(contrast.pairs), len(contrast.pairs) + contrast.count(True)
-    positive = torch.cat([examples[: 2 * pairs : 2], examples[2 * pairs : unpaired]])
-    negative = torch.cat([examples[1 : 2 * pairs : 2], examples[unpaired:]])
+    positive = torch.cat([pooled[: 2 * pairs : 2], pooled[2 * pairs : unpaired]])
+    negative = torch.cat([pooled[1 : 2 * pairs : 2], pooled[unpaired:]])
     return Pooled(positive, negative, pairs)
 
 

@@ -82,7 +82,7 @@ class ContrastStatistics(OneLineRepr):
         feature: The contrast of the SAE's feature activations, at the SAE's hookpoint.
         reading: How the texts were read: model, SAE, token rule. It must agree when two are added.
         data: What was read, an entry for each contrast set.
-        pooled: The residual examples themselves, where they were kept. A sum has them where both had them.
+        pooled: The pooled residual activations of each text, where they were kept. A sum has them where both had them.
 
     Adding two merges statistics of disjoint data. Raises PairingError for statistics that were read differently.
     """

@@ -14,10 +14,10 @@ from fgsteer.statistics.moments import Key, Moments, key_name, load_moments, mom
 
 @dataclass
 class Sums:
-    """Moments of both sides in every space, and the examples that are kept, in the order of the texts."""
+    """Moments of both sides in every space, and pooled activations where they are kept, in the order of the texts."""
 
     moments: dict[Key, Moments] = field(default_factory=dict)
-    examples: dict[Hookpoint, Tensor] = field(default_factory=dict)
+    pooled: dict[Hookpoint, Tensor] = field(default_factory=dict)
 
     def add(self, key: Key, moments: Moments) -> None:
         """Merge moments into those of their key."""
@@ -25,7 +25,7 @@ class Sums:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return all of it as named tensors, to be stored in a shard."""
-        tensors = {f"kept/{hookpoint}": rows for hookpoint, rows in self.examples.items()}
+        tensors = {f"kept/{hookpoint}": rows for hookpoint, rows in self.pooled.items()}
         for key, moments in self.moments.items():
             tensors[f"{key_name(key)}/count"] = torch.tensor(moments.count)
             tensors |= moment_tensors(key_name(key), moments)
@@ -38,7 +38,7 @@ class Sums:
         for name, tensor in tensors.items():
             head, _, rest = name.partition("/")
             if head == "kept":
-                sums.examples[Hookpoint.parse(rest)] = tensor
+                sums.pooled[Hookpoint.parse(rest)] = tensor
             elif name.endswith("/count"):
                 if tensor.numel() != 1:
                     raise ValueError(f"{name} has the shape {tuple(tensor.shape)}")
@@ -50,11 +50,11 @@ class Sums:
 def join_sums(chunks: Iterable[Sums]) -> Sums:
     """Merge the sums of all chunks, in their order."""
     total = Sums()
-    examples: dict[Hookpoint, list[Tensor]] = {}
+    pooled: dict[Hookpoint, list[Tensor]] = {}
     for sums in chunks:
         for key, moments in sums.moments.items():
             total.add(key, moments)
-        for hookpoint, rows in sums.examples.items():
-            examples.setdefault(hookpoint, []).append(rows)
-    total.examples = {hookpoint: torch.cat(rows) for hookpoint, rows in examples.items()}
+        for hookpoint, rows in sums.pooled.items():
+            pooled.setdefault(hookpoint, []).append(rows)
+    total.pooled = {hookpoint: torch.cat(rows) for hookpoint, rows in pooled.items()}
     return total

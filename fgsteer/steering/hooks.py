@@ -180,7 +180,7 @@ class SteeringHooks:
     def _apply(self, groups: Sequence[UpdateGroup], h: Tensor) -> Tensor:
         """Apply the groups in order to hidden states of any layout."""
         self.recomputation.check()  # a pass may have begun before the hooks were set
-        batch, length = self.positions.batch, self.positions.length
+        batch, length = self.positions.batch, self.positions.pass_columns
         repeats = 1 if self.rows == 1 else batch // self.rows
         changed = h if h.shape[:-1] == (batch, length) else reshape_by_token(h, batch, length)
         for group in groups:

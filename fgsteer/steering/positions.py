@@ -95,37 +95,37 @@ class Positions:
         key: tuple[int, int] = (0, 0),
     ) -> None:
         self.masks, self.is_start_token, self.rows = masks, is_start_token, rows
-        self.prompt_lengths, self.key = prompt_lengths, key
+        self.given_prompt_lengths, self.key = prompt_lengths, key
         self.outer_ends = noted_prompt_ends(key)  # those in which the block was opened
-        self.lengths: Tensor | None = None  # the prompt lengths of the running pass
+        self.pass_prompt_lengths: Tensor | None = None  # the prompt lengths of the running pass
         self.generating = False
         self.prompt_is_cached = False  # of the running call of generate
         self.prompt_mask: Tensor | None = None  # (rows, prompt columns), 1 where real: that of generate
-        self.prompt_length: int | None = None  # columns of the prompt
-        self.batch = self.start = self.length = 0
+        self.prompt_columns: int | None = None  # of the prompt at most, with virtual ones
+        self.batch = self.columns_before = self.pass_columns = 0
         self.virtual = 0  # leading columns that hold no text
         self.mask: Tensor | None = None  # (batch, columns so far) of this pass, 1 where real
 
-    def begin_generate(self, prompt_length: int, prompt_mask: Tensor | None, virtual: int = 0) -> None:
+    def begin_generate(self, prompt_columns: int, prompt_mask: Tensor | None, virtual: int = 0) -> None:
         """Note that a call of ``generate`` begins, on a prompt of so many columns after ``virtual`` ones without text.
 
         Raises SteeringError where the caller named prompt lengths.
         """
-        if self.prompt_lengths is not None:
+        if self.given_prompt_lengths is not None:
             raise SteeringError(
                 "a call of generate in a block of steer(…, prompt_lengths=…)",
                 "only forward passes over prompt and completion in such a block",
                 "leave prompt_lengths out: generate knows where its prompts end",
             )
         self.generating, self.prompt_is_cached = True, False
-        self.start = self.length = 0
-        self.virtual, self.prompt_length = virtual, virtual + prompt_length
+        self.columns_before = self.pass_columns = 0
+        self.virtual, self.prompt_columns = virtual, virtual + prompt_columns
         self.prompt_mask = prompt_mask if prompt_mask is None else _after_virtual(prompt_mask, virtual)
 
     def end_generate(self) -> None:
         """Note that a call of ``generate`` ends."""
         self.generating = False
-        self.prompt_length = self.prompt_mask = None
+        self.prompt_columns = self.prompt_mask = None
 
     def begin_pass(
         self, tokens: Tensor, cache: Any, attention_mask: Any, position_ids: Any = None, virtual: int = 0
@@ -135,25 +135,25 @@ class Positions:
         ``virtual`` columns of a plain pass or its cache come before all text. Raises SteeringError where the prompt
         lengths that the caller named do not fit the pass.
         """
-        self.lengths = None if self.generating else self._plain_prompt_lengths()
+        self.pass_prompt_lengths = None if self.generating else self._plain_prompt_lengths()
         self._check_batch()
         start = cached_columns(cache)
         if isinstance(start, Tensor):  # a static cache's: to look at it waits for the device, and breaks a graph
             if self.generating and self.prompt_is_cached:
-                self.batch, self.length = tokens.shape[:2]
+                self.batch, self.pass_columns = tokens.shape[:2]
                 self._mask_generated()
                 return
             start = int(start)
         if start is None:
             start = self._uncounted_columns(tokens, attention_mask)
-        self.start, self.batch, self.length = start, *tokens.shape[:2]
+        self.columns_before, self.batch, self.pass_columns = start, *tokens.shape[:2]
         if not self.generating:
             # a pass over ids from the start is not one of a model that puts virtual tokens in front
             self.virtual = virtual if start or tokens.is_floating_point() else 0
             self._note_plain_pass(attention_mask)
-        assert self.prompt_length is not None
-        self.prompt_is_cached = start + self.length >= self.prompt_length
-        if start >= max(1, self.prompt_length) and (self.generating or self.mask is None):
+        assert self.prompt_columns is not None
+        self.prompt_is_cached = start + self.pass_columns >= self.prompt_columns
+        if start >= max(1, self.prompt_columns) and (self.generating or self.mask is None):
             self._mask_generated()
             return
         if self.generating:  # beams and several sequences of a prompt share its mask
@@ -166,25 +166,27 @@ class Positions:
 
     def _plain_prompt_lengths(self) -> Tensor | None:
         """The prompt lengths of a pass outside ``generate``, where they are known."""
-        return noted_prompt_ends(self.key) if self.prompt_lengths is None else self.prompt_lengths
+        return noted_prompt_ends(self.key) if self.given_prompt_lengths is None else self.given_prompt_lengths
 
     def _check_batch(self) -> None:
         """Raises SteeringError for entries or lengths by row around a function that puts texts into rows itself."""
         ends = noted_prompt_ends(self.key)
-        if ends is not None and ends is not self.outer_ends and (self.rows > 1 or self.prompt_lengths is not None):
-            what = "one entry a row" if self.rows > 1 else "prompt_lengths"
+        by_row = self.rows > 1 or self.given_prompt_lengths is not None
+        if ends is not None and ends is not self.outer_ends and by_row:
+            what = "entries" if self.rows > 1 else "prompt_lengths"
             raise SteeringError(
-                f"a steer block with {what} around a function that makes batches of texts, in an order of its own",
+                "Inside this steer block a function batches and reorders its texts, so that "
+                f"{what} cannot be matched to rows.",
                 "one intervention, or a composition, for all rows",
                 "pass the entries to the function where it takes steering=, or call it once for each",
             )
 
     def _uncounted_columns(self, tokens: Tensor, attention_mask: Any) -> int:
         """The number of columns before a pass that goes on from a state which does not count them."""
-        length, before = tokens.shape[1], self.start + self.length
-        if self.lengths is not None:
+        length, before = tokens.shape[1], self.columns_before + self.pass_columns
+        if self.pass_prompt_lengths is not None:
             raise SteeringError(
-                "prompt_lengths for a pass that goes on from a state",
+                "prompt_lengths for a pass that goes on from a recurrent state",
                 "one pass over prompt and completion",
                 "feed both at once, without a state",
             )
@@ -192,35 +194,35 @@ class Positions:
             mask = _plain_mask(attention_mask)
             return max(1, before if mask is None else mask.shape[1] - length)
         if not before:  # the state came with the call, and its tokens are of the prompt
-            return max(0, (self.prompt_length or 0) - length)
+            return max(0, (self.prompt_columns or 0) - length)
         return 0 if length > before else before  # all of it again, or what comes next
 
     def _note_plain_pass(self, attention_mask: Any) -> None:
         """Note the mask and the prompt of a pass outside ``generate``. Raises SteeringError."""
-        total = self.start + self.length
+        total = self.columns_before + self.pass_columns
         self.mask = _plain_mask(attention_mask, total)
         if self.mask is not None and self.virtual:
             self.mask = _after_virtual(self.mask[:, self.virtual :], self.virtual)
-        if self.lengths is not None:
+        if self.pass_prompt_lengths is not None:
             self._check_lengths(total - self.virtual)
-            self.prompt_length = total  # at most
-        elif self.start <= self.virtual:
-            self.prompt_length = total
-        elif self.prompt_length is None or self.prompt_length > self.start:
-            self.prompt_length = self.start  # the prompt was read before steering began
+            self.prompt_columns = total  # at most
+        elif self.columns_before <= self.virtual:
+            self.prompt_columns = total
+        elif self.prompt_columns is None or self.prompt_columns > self.columns_before:
+            self.prompt_columns = self.columns_before  # the prompt was read before steering began
 
     def _check_lengths(self, columns: int) -> None:
         """Raises SteeringError where the lengths that the caller named are not those of this pass."""
-        assert self.lengths is not None
-        if len(self.lengths) != self.batch:
+        assert self.pass_prompt_lengths is not None
+        if len(self.pass_prompt_lengths) != self.batch:
             raise SteeringError(
-                f"{len(self.lengths)} prompt_lengths for a batch of {count(self.batch, 'row')}",
+                f"{len(self.pass_prompt_lengths)} prompt_lengths for a batch of {count(self.batch, 'row')}",
                 "one prompt length for each row of the forward pass",
                 "count the rows after padding and batching",
             )
         if torch.compiler.is_compiling():  # a compiled graph cannot look at values
             return
-        if (longest := int(self.lengths.max())) > columns:
+        if (longest := int(self.pass_prompt_lengths.max())) > columns:
             raise SteeringError(
                 f"{longest} in a pass of {count(columns, 'column')}",
                 f"prompt lengths of at most {columns}",
@@ -234,7 +236,7 @@ class Positions:
 
     def _mask_tokens(self, tokens: Tensor, landmarks: Landmarks) -> None:
         """Tell each mask which of ``tokens`` it holds."""
-        after_prompt = self.start >= max(1, self.prompt_length or 0)
+        after_prompt = self.columns_before >= max(1, self.prompt_columns or 0)
         start_tokens = None
         for mask in self.masks:
             if mask.scope == "prompt" and after_prompt:
@@ -260,10 +262,10 @@ class Positions:
 
     def _landmarks(self, device: torch.device) -> Landmarks:
         """Where the rows and their prompts begin and end."""
-        at = torch.arange(self.start, self.start + self.length, device=device)[None]
-        end: Any = self.prompt_length
-        if self.lengths is not None:
-            end = self.lengths.to(device)[:, None] + self.virtual
+        at = torch.arange(self.columns_before, self.columns_before + self.pass_columns, device=device)[None]
+        end: Any = self.prompt_columns
+        if self.pass_prompt_lengths is not None:
+            end = self.pass_prompt_lengths.to(device)[:, None] + self.virtual
         first: Tensor | int = self.virtual
         if self.mask is None:
             real, last = at >= self.virtual, end - 1
@@ -282,7 +284,7 @@ class Positions:
             return landmarks
         real = landmarks.real.expand_as(positions)
         first = real & (landmarks.first | (positions == 0))
-        if self.lengths is not None:
+        if self.pass_prompt_lengths is not None:
             if not torch.compiler.is_compiling() and bool((first.sum(1) > 1).any()):
                 raise SteeringError(
                     "several sequences packed in a row (position_ids that begin again at 0)",
@@ -291,9 +293,10 @@ class Positions:
                 )
             return landmarks
         # the last token of a sequence is the one before the next one's first
-        column = torch.arange(self.length, device=real.device).expand_as(positions)
-        ahead = torch.where(real, column, self.length).flip(1).cummin(1).values.flip(1)  # the next real one, or itself
-        ahead = torch.nn.functional.pad(ahead[:, 1:], (0, 1), value=self.length)
+        column = torch.arange(self.pass_columns, device=real.device).expand_as(positions)
+        # that next one: of each column the first real one from it on
+        ahead = torch.where(real, column, self.pass_columns).flip(1).cummin(1).values.flip(1)
+        ahead = torch.nn.functional.pad(ahead[:, 1:], (0, 1), value=self.pass_columns)
         begins = torch.nn.functional.pad(first, (0, 1), value=True)
         return Landmarks(landmarks.prompt, real, first, real & begins.gather(1, ahead), packed=True)
 

@@ -49,8 +49,8 @@ class Recomputation:
         self.claim.check()
         if backward_pass() != self.backward:
             raise SteeringError(
-                "A layer is computed again for gradients, of a pass that ran outside this steer block or that "
-                "other code than transformers checkpointed, so that its tokens are not known.",
+                "A layer is recomputed for gradients, but its forward pass ran outside this steer block or was "
+                "checkpointed by code other than transformers, so fgsteer cannot tell which tokens it holds.",
                 "forward and backward pass in one block, with model.gradient_checkpointing_enable() called before it",
                 "move both into the block, or train without gradient checkpointing",
             )

@@ -96,7 +96,7 @@ class Shards:
         if kind != self.kind:
             raise PairingError(
                 f"{self.folder} holds {kind or 'something else'}, not {self.kind}.",
-                "a folder of the run to start over",
+                "a folder that holds this kind of run",
                 "name another folder",
             )
         for path in self.folder.glob("*.safetensors"):

@@ -10,68 +10,33 @@ apply it. Vectors at one hookpoint add, subtract and scale: ``(a + b) / 2``, ``-
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.display.tables import Cell, Share, Table, facts_html
+from fgsteer.display.tables import Cell, Table, facts_html
 from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
 from fgsteer.errors.checks import checked, describe_value, is_number, is_whole_number
 from fgsteer.errors.escaping import escape_text
-from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, MAX_TEXT_CHARACTERS, OneLineRepr
+from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, MAX_TEXT_CHARACTERS
 from fgsteer.errors.wording import a, count
 from fgsteer.interventions.kinds import Ablate, Add, Affine, Clamp
 from fgsteer.interventions.scopes import Scope
-from fgsteer.interventions.values import Scalar, check_equal_width, finite_number, finite_vector
+from fgsteer.interventions.values import Scalar, check_equal_width, finite_vector
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import check_pairing
 from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
-from fgsteer.vector.provenance import FEATURE_FACTS, model_name, parse_provenance, same_sae, sum_provenance
+from fgsteer.vector.arithmetic import finite_factor, not_a_vector, same_sae, sum_features, sum_provenance
+from fgsteer.vector.feature_weight import FeatureWeight
+from fgsteer.vector.measured_run import MeasuredRun
+from fgsteer.vector.provenance import FEATURE_FACTS, model_name, parse_provenance
 
 FILE_NAME = "vector.safetensors"  # the name of a vector's file in a folder or a repository
 TOP_FEATURES = 10  # features that a notebook shows of a vector
-
-
-@runtime_checkable
-class MeasuredRun(Protocol):
-    """A run of ``bench`` that ``load_run`` loaded: what a model card tells of how well a vector steered."""
-
-    @property
-    def header(self) -> Mapping[str, Any]:
-        """The plan of the run, and what it was made of."""
-
-    @property
-    def settings(self) -> Sequence[Any]:
-        """Every setting that was measured, once."""
-
-    def mean(self, setting: Any, half: str = ..., measure: str = ...) -> float:
-        """The mean of a measure over the texts of a setting."""
-
-
-@dataclass(frozen=True, repr=False)
-class FeatureWeight(OneLineRepr):
-    """One feature of a vector.
-
-    Args:
-        id: The feature's number in its SAE.
-        weight: Its weight in the vector, in units of feature activation.
-        density: The share of tokens on which it fires, where known.
-        label: What it is said to mean, "" where no label is known.
-    """
-
-    id: int
-    weight: float
-    density: float | None = None
-    label: str = ""
-
-    def cells(self) -> dict[str, Cell]:
-        """What a table shows of it."""
-        density = None if self.density is None else Share(self.density)
-        return {"feature": self.id, "label": self.label, "weight": float(self.weight), "fires on": density}
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -240,7 +205,7 @@ class SteeringVector:
     __array_ufunc__ = None  # tells numpy's numbers and arrays to leave arithmetic with a vector to the vector
 
     def __mul__(self, factor: float) -> SteeringVector:
-        factor = _factor(factor, "times")
+        factor = finite_factor(factor, "times")
         return replace(
             self,
             direction=self.direction * factor,
@@ -251,7 +216,7 @@ class SteeringVector:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> SteeringVector:
-        divisor = _factor(divisor, "divided by")
+        divisor = finite_factor(divisor, "divided by")
         if not divisor:
             raise ArgumentError(f"a vector divided by {describe_value(divisor)}", "a divisor other than 0")
         return self * (1 / divisor)
@@ -265,30 +230,23 @@ class SteeringVector:
     def __radd__(self, other: object) -> SteeringVector:
         if is_number(other) and not other:  # what sum() starts from
             return self
-        raise ArgumentError(
-            f"a vector added to {describe_value(other)}", "two vectors to add", "for strength, write vector.add(2.0)"
-        )
+        raise not_a_vector(other)
 
     def __sub__(self, other: SteeringVector) -> SteeringVector:
         return self._plus(other, -1.0)
 
     def _plus(self, other: SteeringVector, sign: float) -> SteeringVector:
         if not isinstance(other, SteeringVector):
-            raise ArgumentError(
-                f"a vector and {describe_value(other)}",
-                "two vectors to add or subtract",
-                "for strength, write vector.add(2.0)",
-            )
+            raise not_a_vector(other)
         if (self.hookpoint, self.d_model) != (other.hookpoint, other.d_model):
             raise PairingError(
                 f"vectors at {self.hookpoint} (d_model {self.d_model}) and {other.hookpoint} (d_model {other.d_model})",
                 "two vectors at one hookpoint",
                 "vectors of two places do not add up: steer with both interventions in a list instead",
             )
-        shares_features = same_sae(self.provenance, other.provenance)
-        features = dict(self.features) if shares_features else {}
-        for feature, weight in other.features.items() if shares_features else ():
-            features[feature] = features.get(feature, 0.0) + sign * weight
+        features: Mapping[int, float] = {}
+        if same_sae(self.provenance, other.provenance):
+            features = sum_features(self.features, other.features, sign)
         provenance = sum_provenance(self.provenance, other.provenance, sign, with_features=bool(features))
         return SteeringVector(
             self.direction + sign * other.direction, self.hookpoint, features=features, provenance=provenance
@@ -438,15 +396,3 @@ class SteeringVector:
         if model is not None:
             vector.check(model)
         return vector
-
-
-def _factor(value: object, what: str) -> float:
-    """A finite float. Raises SteeringError, or ArgumentError, also for what is trained, which no vector keeps."""
-    trained = getattr(value, "requires_grad", False)
-    if is_number(value) and not trained:
-        return finite_number("a factor", value)  # type: ignore[arg-type]
-    raise ArgumentError(
-        f"a vector {what} {describe_value(value)}",
-        "a finite number",
-        "a strength that is trained is a coefficient: write vector.add(c)" if trained else "",
-    )

@@ -1,11 +1,11 @@
 """The benchmark: methods × concepts × layers × strengths, every text a record.
 
-Strength is set by cost: each method's coefficients are those at which neutral text becomes a given number of nats a
-token dearer, so that every method is tried over its own useful range and all can be compared at one cost. Prompts
-and seeds are in two halves, one to choose on, one to report. A run that was killed goes on where its last whole
-batch ended, to the same file. What a benchmark composes stands in modules of its own: what is asked (``plan``), what
-is generated (``conditions``), who generates (``generators``), what scores (``judges``), what is written
-(``run_files``); who spreads the work (``distributors``) runs benchmarks.
+Strength is set by cost: each method's coefficients are those at which the cross-entropy of neutral text rises by a
+given number of nats a token, so that every method is tried over its own useful range and all can be compared at one
+cost. Prompts and seeds are in two halves, one to choose on, one to report. A run that was killed goes on where its
+last whole batch ended, to the same file. What a benchmark composes stands in modules of its own: what is asked
+(``plan``), what is generated (``conditions``), who generates (``generators``), what scores (``judges``), what is
+written (``run_files``); who spreads the work (``distributors``) runs benchmarks.
 
     bench = Bench(model, tokenizer, saes, effects, judge, BenchPlan(concepts=("love",)))
     bench.run("bench.jsonl")
@@ -140,10 +140,10 @@ class Bench(OneLineRepr):
 
     def conditions(self, concept: str) -> list[Condition]:
         """Every condition of a concept, its strengths calibrated. Raises what the methods raise."""
-        plan, vectors = self.plan, self.concept(concept)
+        plan, built = self.plan, self.concept(concept)
         plain = [method for method in bench_methods() if method in plan.methods and not steers(method)]
         conditions = [Condition(concept, method) for method in plain]
-        makes = [vectors.make(method, layer) for method, layer in plan.method_layers]
+        makes = [built.make(method, layer) for method, layer in plan.method_layers]
         grids = calibrate_grid(self.model, self.tokenizer, makes, self.neutral, target_ce_rises=plan.ce_rises)
         for number, rise in enumerate(plan.ce_rises):
             for (method, layer), coefficients in zip(plan.method_layers, grids, strict=True):
@@ -174,16 +174,16 @@ class Bench(OneLineRepr):
         generator = self.generator or TransformersGenerator(self.model, self.tokenizer)
         return generator(prompts, steering, self.plan.sampling, number)
 
-    def texts(self, batch: Batch) -> list[str]:
-        """What is generated under the batch's conditions, by condition, then prompt."""
-        prompts, vectors = self.plan.prompts_of(batch.half), self.concept(batch.conditions[0].concept)
+    def generate_texts(self, batch: Batch) -> list[str]:
+        """Generate the texts of the batch's conditions, by condition, then prompt."""
+        prompts, built = self.plan.prompts_of(batch.half), self.concept(batch.conditions[0].concept)
         with_same_prompts: dict[tuple[str, ...], list[Condition]] = {}
         for condition in batch.conditions:
-            own_prompts = tuple(vectors.prompts(condition.method, prompts))
+            own_prompts = tuple(built.prompts(condition.method, prompts))
             with_same_prompts.setdefault(own_prompts, []).append(condition)
         texts_of: dict[Condition, list[str]] = {}
         for own_prompts, conditions in with_same_prompts.items():
-            steering = [None if c.layer is None else vectors.make(c.method, c.layer)(c.coefficient) for c in conditions]
+            steering = [None if c.layer is None else built.make(c.method, c.layer)(c.coefficient) for c in conditions]
             texts = self._generate(own_prompts, steering, batch.seed)
             for place, condition in enumerate(conditions):
                 texts_of[condition] = texts[place * len(prompts) : (place + 1) * len(prompts)]
@@ -195,7 +195,7 @@ class Bench(OneLineRepr):
         Raises DataError for a score that is not a number in its range, as of an empty text.
         """
         prompts = self.plan.prompts_of(batch.half)
-        texts = self.texts(batch)
+        texts = self.generate_texts(batch)
         prompt_of_text = prompts * len(batch.conditions)
         coherence, cross_entropy = self._coherence(texts, prompt_of_text)
         whole_texts = [prompt + text for prompt, text in zip(prompt_of_text, texts, strict=True)]
@@ -311,7 +311,7 @@ class Bench(OneLineRepr):
         """
         path = Path(path)
         file_target(path)
-        with exclusive_lock(path), reporting(progress, "writing texts") as report:
+        with exclusive_lock(path), reporting(progress, "generating texts") as report:
             check_run(path, self.identity, fresh=fresh)
             header = self.header(command)
             conditions = self._kept_conditions(strengths_path(path))

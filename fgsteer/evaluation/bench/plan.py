@@ -40,7 +40,7 @@ class BenchPlan(OneLineRepr):
         halves: Which halves are run.
         prompts: Number of prompts of each half.
         seeds: Number of seeds of each half, for every prompt.
-        texts: How many of the neutral texts strength is set on.
+        texts: The number of neutral texts on which strength is set, the first ones of them.
         max_new_tokens: Tokens of each generated text.
         temperature: Sampling temperature.
         top_k: Tokens are drawn from this many most probable ones.

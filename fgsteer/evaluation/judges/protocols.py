@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.data.chat import check_unicode
+from fgsteer.data.chat import check_unicode, refuse_one_text
 from fgsteer.errors import DataError
 from fgsteer.errors.wording import a
 
@@ -48,8 +48,7 @@ class CoherenceJudge(Protocol):
 
 def check_texts(texts: Sequence[str]) -> list[str]:
     """The texts as a list. Raises DataError for one string, or for an entry that is not a string."""
-    if isinstance(texts, str):
-        raise DataError(f"one text, {texts!r:.40}", "a list of texts", "pass [text]")
+    refuse_one_text(texts)
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"{a(type(text).__name__)} as texts[{number}]", "a text")

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fgsteer.errors import DataError, PluginError
-from fgsteer.storage.plugins import load_plugins
+from fgsteer.errors import DataError
+from fgsteer.storage.plugins import add_row, import_function, load_plugins
 
 if TYPE_CHECKING:
     from fgsteer.data.contrasts import ContrastSet
@@ -72,14 +71,7 @@ class JudgeSpec:
         """The function that makes the judge, imported if need be. Raises PluginError where it cannot be imported."""
         if callable(self.make):
             return self.make
-        module, _, attribute = self.make.partition(":")
-        try:
-            make: Callable[[JudgeOptions], Any] = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise PluginError(
-                f"The function {self.make!r} of the judge {self.name!r} cannot be imported: {error}.",
-                '"module:name" of a function',
-            ) from error
+        make: Callable[[JudgeOptions], Any] = import_function(self.make, f"the judge {self.name!r}")
         return make
 
     @property
@@ -144,14 +136,8 @@ def register(row: JudgeSpec, *, replace: bool = False) -> None:
     Raises:
         PluginError: The table has another judge of that name.
     """
-    key = row.scores, row.name
-    if not replace and _rows.get(key, row) != row:
-        raise PluginError(
-            f"A judge of {row.scores} named {row.name!r} is in the table already.",
-            "a name that is not taken",
-            "Rename the judge, or pass replace=True to register",
-        )
-    _rows[key] = row
+    what = f"A judge of {row.scores} named {row.name!r}"
+    add_row(_rows, (row.scores, row.name), row, what, replace=replace)
 
 
 def specs(scores: Scores = "behavior") -> list[JudgeSpec]:

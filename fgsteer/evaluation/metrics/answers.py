@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.activations.tokens import TokenReader
-from fgsteer.data.chat import Text
+from fgsteer.data.chat import Text, refuse_one_text
 from fgsteer.data.contrast_files import as_contrast
 from fgsteer.data.contrasts import ContrastPair, ContrastSet
 from fgsteer.errors import DataError, SteeringError
@@ -92,8 +92,7 @@ def perplexities(
 
 def with_prompts(texts: Sequence[str], prompts: Sequence[Text] | None) -> list[tuple[Text, Text]]:
     """(prompt, text) pairs. Raises DataError for a single string, or another number of prompts."""
-    if isinstance(texts, str):
-        raise DataError(f"one text, {texts!r:.40}", "a list of texts", "pass [text]")
+    refuse_one_text(texts)
     if isinstance(prompts, str) or (prompts is not None and len(prompts) != len(texts)):
         raise DataError(
             f"{count(len(prompts), 'prompt')} for {count(len(texts), 'text')}",

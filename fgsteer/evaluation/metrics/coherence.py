@@ -53,7 +53,7 @@ class CoherenceScores(OneLineRepr):
     Args:
         coherence: Coherence of each text in [0, 1], (texts,), float64.
         cross_entropy: Cross-entropy under the unsteered model in nats a token, (texts,), float64.
-        repetition: The repetition penalty in [0, 1], (texts,), float64.
+        repetition: The factor for repetition in [0, 1], 1 for none, (texts,), float64.
     """
 
     coherence: Float[Tensor, " texts"]

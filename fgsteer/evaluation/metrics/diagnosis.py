@@ -33,7 +33,7 @@ class Diagnosis(OneLineRepr):
         hookpoint: Where the activations were collected.
         positives: Number of positive examples.
         negatives: Number of negative examples.
-        pairs: Number of pairs that ``agreement`` is over; 0 where it is over single examples.
+        pairs: Number of pairs that ``agreement`` is over; 0 where it is over single texts.
         norm: Norm of the difference of the sides' means, in units of the residual stream.
         rms_agreement: Agreement of the differences along the vector, from the moments alone.
         agreement: Mean cosine of the differences to the vector; nan where the examples were not kept.

@@ -10,7 +10,7 @@ from typing import Any
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.evaluation.sweep.answers import BestLayer, Fade, SignDifference, in_words
-from fgsteer.methods.provenance import library_version
+from fgsteer.storage.version import library_version
 
 
 @dataclass(frozen=True, repr=False)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from fgsteer.activations.tokens import TokenRule
+from fgsteer.activations.token_rules import TokenRule
 from fgsteer.data.contrast_files import as_contrast
 from fgsteer.data.contrasts import ContrastPair, ContrastSet
 from fgsteer.data.shipped import load_neutral
@@ -53,7 +53,7 @@ OFF_TARGET_SHARE = 0.1  # a cost that differs from the one asked for by more tha
 UNHELD = "there are no held-out texts: effects are measured on the contrast set itself, which flatters the vector"
 
 Contrasts = ContrastSet | str | Path | Sequence[ContrastPair]
-Step = tuple[int, int, float, float | None]  # layer, sign, coefficient that bears it, rise asked for
+Step = tuple[int, int, float, float | None]  # layer, sign, signed coefficient, target cost or None
 
 
 @checked
@@ -126,6 +126,7 @@ def sweep(
             tick()
         else:
             steps = [(layer, sign, sign * size, None) for layer in by_layer for sign in SIGNS for size in grid]
+        unsteered = meter.measure([])
         shares: dict[SweepCell, Shares] = {}
         for layer, vector in by_layer.items():
             mine = [step for step in steps if step[0] == layer]
@@ -146,9 +147,9 @@ def sweep(
         norms={layer: vector.norm for layer, vector in by_layer.items()},
         measured_on=propensity.contrast.name,
         texts=propensity.numbers,
-        unit=measured.unit,
-        propensity=interval(measured.base),
-        cross_entropy=measured.entropy,
+        unit=unsteered.unit,
+        propensity=interval(unsteered.base),
+        cross_entropy=unsteered.entropy,
         matched=matched,
         cells=tuple(shares),
         damage={layer: interval(share) for layer, share in damage.items()},
@@ -212,7 +213,7 @@ def _grid(
 ) -> tuple[tuple[float, ...], float]:
     """The rising grid, and the cost to compare at. Raises DataError."""
     if ce_rises is not None and coefficients is not None:
-        raise DataError("both ce_rises and coefficients", "one of them", "leave out ce_rises= or coefficients=")
+        raise DataError("both", "either ce_rises or coefficients", "leave out ce_rises= or coefficients=")
     given = coefficients if coefficients is not None else CE_RISES if ce_rises is None else ce_rises
     for value in (*given, *([] if matched is None else [matched])):
         check_number("a cost or coefficient", value)
@@ -220,7 +221,8 @@ def _grid(
     rising = bool(grid) and list(grid) == sorted(set(grid)) and math.isfinite(grid[-1])
     if not rising or not (grid[0] > 0 or (grid[0] == 0 and coefficients is not None)):
         listed = ", ".join(f"{value:g}" for value in grid) or "nothing"
-        raise DataError(f"a grid of {listed}", "rising numbers above 0", "sort them, each one once")
+        least = "above 0" if coefficients is None else "of at least 0"
+        raise DataError(f"a grid of {listed}", f"rising numbers {least}", "sort them, each one once")
     dearest = math.inf if coefficients is not None else grid[-1]
     matched = min(CE_RISE, dearest) if matched is None else float(matched)
     if not 0 < matched <= dearest or math.isinf(matched):

@@ -190,7 +190,7 @@ def refuse_unsupported_fields(config: Mapping[str, Any]) -> None:
     if unsupported:
         raise PairingError(
             f"an SAE with {', '.join(f'{name} {value!r}' for name, value in unsupported.items())}",
-            "an SAE with relu, or topk with its k, of a complete activation",
+            "an SAE that reads the whole activation and uses relu, or topk with k",
             "take another SAE: encoded otherwise, its features would be others",
         )
 

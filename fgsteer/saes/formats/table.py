@@ -19,7 +19,7 @@ from fgsteer.saes.formats.sae_lens import (
     load_release,
 )
 from fgsteer.saes.formats.sparsify import is_sparsify, load_sparsify
-from fgsteer.storage.plugins import load_plugins
+from fgsteer.storage.plugins import add_row, load_plugins
 
 # The first row that recognises a source loads it.
 FORMATS: tuple[SAEFormat, ...] = (
@@ -46,14 +46,13 @@ def register(row: SAEFormat, *, replace: bool = False) -> None:
     Raises:
         PluginError: The table has another format of that name.
     """
-    others = {other.name: other for other in (*FORMATS, *([] if replace else _registered.values()))}
-    if others.get(row.name, row) != row:
+    if any(built_in.name == row.name and built_in != row for built_in in FORMATS):
         raise PluginError(
-            f"An SAE format named {row.name!r} is in the table already.",
+            f"An SAE format named {row.name!r} is in the table already, as one of fgsteer's own.",
             "a name that is not taken",
-            "rename the format, or pass replace=True to register",
+            "rename the format",
         )
-    _registered[row.name] = row
+    add_row(_registered, row.name, row, f"An SAE format named {row.name!r}", replace=replace)
 
 
 def specs() -> list[SAEFormat]:
