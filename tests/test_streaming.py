@@ -189,7 +189,7 @@ def test_a_stream_that_is_never_read_runs_nothing(llama, tokenizer, item):
 def test_what_a_stream_refuses_before_it_runs(llama, tokenizer, item):
     wide = fg.SteeringVector(torch.ones(7), AT).add()
     for error, match, prompt, options in [
-        (fg.DataError, "prompt is int 3", 3, {}),
+        (fg.DataError, "got an int, 3, in prompt", 3, {}),
         (fg.DataError, "message 0", ["a", "b"], {}),
         (fg.DataError, "num_beams = 2", PROMPT, {"num_beams": 2}),
         (
