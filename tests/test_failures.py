@@ -38,6 +38,12 @@ WIDTH = 20_000  # of what is written while it is killed: a write takes a while
 DATA = fg.ContrastSet("x", positives=["the bride wore a ring", "the groom"], negatives=["a dog sat", "the old cat ran"])
 
 
+@pytest.fixture(scope="module")
+def llama():
+    """A model of its own: transformers leaves hooks in those that were asked for hidden states."""
+    return tiny_model("llama")
+
+
 def start(work):
     """A child process that runs ``work(ready)``; returns its id once it is ready, or has ended."""
     read, write = os.pipe()
