@@ -183,7 +183,7 @@ def added(model, inputs, steering, **options):
     return {name: count // 4 for name, count in more.items() if count and name.startswith("aten::")}
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.slow), "static"])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_an_addition_is_one_operation_a_layer(llama, inputs, cache, dtype):
     model = copy.deepcopy(llama).to(dtype)
@@ -236,6 +236,7 @@ def test_generated_code(llama, inputs):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_chunked_prefill_is_compiled_too(llama, inputs, graphs):
     item = vector().add(2.0, scope="last_prompt_on")
     model = copy.deepcopy(llama)

@@ -380,6 +380,7 @@ def test_values_that_do_not_require_grad_are_copied_and_detached(llama):
         fg.Add(hookpoint=AT, direction=direction, coefficient=nn.Parameter(torch.tensor(torch.inf)))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_same_gradients():
     torch._dynamo.reset()
     model = training("llama").requires_grad_(False)
