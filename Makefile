@@ -1,5 +1,8 @@
 # make demo   creates .venv, installs, shows the main job on the embedded default
 # make test   creates .venv, installs, runs ruff, mypy and the tests
+# make coverage  runs the tests and tells which lines of fgsteer they reach; fails below the floor in pyproject.toml
+# make docs   creates .venv, installs what the documentation needs, builds the site into build/site without the network
+# make notebooks  executes the tutorials in docs/tutorials anew and keeps what they show
 # make slow   the tests that take longer, make gpu those that need a CUDA device
 # make test-lowest  creates .venv-lowest with the lowest versions of every dependency, tests models and loading in it:
 #                   to be run by whoever changes a minimum in pyproject.toml or what is used of a dependency
@@ -11,7 +14,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow gpu test-vllm soak test-llama-cpp test-lowest lint lock clean
+.PHONY: demo test coverage docs notebooks slow gpu test-vllm soak test-llama-cpp test-lowest lint lock clean
 
 demo: .venv/installed
 	$(BIN)/fgsteer demo
@@ -23,6 +26,16 @@ lint: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+coverage: .venv/tested
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+# the variable leaves out an announcement of MkDocs Material's that is printed like a warning
+docs: .venv/documented
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: .venv/documented
+	$(BIN)/python docs/tools/notebooks.py
 
 slow: .venv/tested
 	$(BIN)/python -m pytest -m slow
@@ -41,6 +54,10 @@ gpu: .venv/tested
 
 .venv/tested: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+.venv/documented: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 test-vllm: .venv-vllm/installed
@@ -79,7 +96,7 @@ lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -q torch
-	.venv-lock/bin/python -m pip install -q '.[test]'
+	.venv-lock/bin/python -m pip install -q '.[test,docs]'
 	{ grep '^#' constraints.txt; .venv-lock/bin/python -m pip freeze --all --exclude pip --exclude fgsteer \
 		| sed 's/+[^+]*$$//'; } > .venv-lock/constraints.txt
 	mv .venv-lock/constraints.txt constraints.txt

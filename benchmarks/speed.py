@@ -8,7 +8,7 @@ Why: times of two runs, or of two machines, tell little; ratios within one run d
     python benchmarks/speed.py              writes results/speed.json, about twenty-five minutes on two cores
     python benchmarks/speed.py --only step  the same for one section, in place of what results/speed.json has of it
     python benchmarks/speed.py --quick      tiny models, two turns, writes nothing
-    python benchmarks/speed.py --readme     puts the tables of results/speed.json into README.md
+    python benchmarks/speed.py --docs       puts the tables of results/speed.json into docs/benchmarks.md
     sh benchmarks/peers.sh build/peers      makes an environment with the peers; build/peers/bin/python runs this in it
 
 Parts: timing/clock.py (turns), subjects.py (models, texts), peers.py, reading.py, steering.py, processes.py.
@@ -32,11 +32,11 @@ from timing.bench import Bench
 from timing.clock import Clock, Row, facts
 from timing.subjects import MODELS
 
-from fgsteer.files import read_json, write_json
+from fgsteer.storage.json_files import read_json, write_json
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "speed.json"
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
 MARK = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.S)
 
 SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
@@ -69,7 +69,7 @@ def line(row: Row) -> str:
 
 
 def cell(row: dict[str, Any], first: bool) -> str:
-    """A cell of a README table: a case's first contender by its speed, others by ratio ± half the quartile range."""
+    """A cell of a table: a case's first contender by its speed, others by ratio ± half the quartile range."""
     low, middle, high = row["ratio"]
     if row["peak_mib"]:
         return f"{number(row['seconds'][1])} s, {row['peak_mib']:,.0f} MiB"
@@ -95,7 +95,7 @@ def added(document: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The README's tables, one a section: contenders down, cases across."""
+    """The page's tables, one a section: contenders down, cases across."""
     facts = [run["facts"] for run in document["runs"]]
     machines = (f["cpu"] if f["device"] == "cpu" else f["device"] for f in facts)
     told = zip(machines, facts, strict=True)
@@ -137,7 +137,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the models")
     parser.add_argument("--threads", type=int, help="CPU threads, by default what torch takes")
     parser.add_argument("--out", type=Path, help="by default results/speed.json")
-    parser.add_argument("--readme", action="store_true", help="only put the tables into README.md")
+    parser.add_argument("--docs", action="store_true", help="only put the tables into docs/benchmarks.md")
     return parser.parse_args(argv)
 
 
@@ -145,9 +145,9 @@ def main(argv: Sequence[str]) -> int:
     """Time, print, write; 1 where results differ."""
     options = parse(argv)
     out = options.out or (None if options.quick else RESULTS)
-    if options.readme:
+    if options.docs:
         table = markdown(read_json(options.out or RESULTS))
-        README.write_text(MARK.sub(lambda m: m[1] + table + m[2], README.read_text("utf-8")), "utf-8")
+        PAGE.write_text(MARK.sub(lambda m: m[1] + table + m[2], PAGE.read_text("utf-8")), "utf-8")
         return 0
     if options.threads:
         torch.set_num_threads(options.threads)

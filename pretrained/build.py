@@ -35,8 +35,8 @@ from recipe import Recipe
 from saes import KINDS, quality, store_activations, train_sae
 
 import fgsteer as fg
-from fgsteer.files import write_json
-from fgsteer.rollouts import Sampling
+from fgsteer.effects.rollouts import Sampling
+from fgsteer.storage.json_files import write_json
 
 HERE = Path(__file__).resolve().parent
 QUALITY_TEXTS = 40  # held-out documents of each source that an SAE's quality is measured on

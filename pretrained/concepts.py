@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fgsteer as fg
-from fgsteer.evaluation.judges import auc
+from fgsteer.evaluation.judges.learning import auc
 
 THETAS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
 KNOWN = 0.8  # held-out AUC at which one feature is said to carry a concept

@@ -19,12 +19,13 @@ from corpus import split_corpus, train_tokenizer
 from recipe import Recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fgsteer.files import whole, write_json
+from fgsteer.storage.atomic import atomic_write
+from fgsteer.storage.json_files import write_json
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write an .npy file whole."""
-    with whole(path) as beside, open(beside, "wb") as file:
+    with atomic_write(path) as beside, open(beside, "wb") as file:
         np.save(file, array)
 
 
@@ -114,7 +115,7 @@ def train_lm(work: Path, recipe: Recipe) -> None:
             print(f"step {step} loss {loss.item():.4f} {seen / (time.time() - began):.0f} tokens/s", flush=True)
         if (step + 1) % 100 == 0:
             states = [optimizer.state_dict() for optimizer in optimizers]
-            with whole(checkpoint) as beside:
+            with atomic_write(checkpoint) as beside:
                 torch.save({"model": model.state_dict(), "optimizers": states, "step": step + 1}, beside)
     model.to(torch.bfloat16).save_pretrained(work / "lm.part")
     os.replace(work / "lm.part", work / "lm")

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,32 +33,34 @@ import numpy as np
 import torch
 
 import fgsteer as fg
-from fgsteer.collecting import _Reader, _sums_of
-from fgsteer.corpora import read_documents
-from fgsteer.data import check_name as check_file_name
-from fgsteer.evaluation.chat import BrokenAnswerError, completion
-from fgsteer.evaluation.endpoint import AnswerCache, read_score
-from fgsteer.evaluation.records import best_settings
-from fgsteer.evaluation.run_files import check_run, line, read_arms, resume
-from fgsteer.evaluation.shared import begun_design
-from fgsteer.files import text_sha256, write_json, write_tensors
-from fgsteer.identities import made_of, sae_identity
-from fgsteer.info import describe_file
-from fgsteer.locks import _holder
-from fgsteer.measuring import _check_shapes
-from fgsteer.parts import Parts
-from fgsteer.ranks import Ranks
+from fgsteer.activations.tokens import TokenReader
+from fgsteer.cli.info import describe_file
+from fgsteer.data.contrasts import check_name as check_file_name
+from fgsteer.data.corpora import read_documents
+from fgsteer.effects.measuring import check_shapes
+from fgsteer.evaluation.bench.concept_runs import begun_design
+from fgsteer.evaluation.bench.run_files import as_line, check_run, load_conditions, resume
+from fgsteer.evaluation.judges.answer_cache import AnswerCache, parse_score
+from fgsteer.evaluation.judges.chat_client import BrokenAnswerError, completion
+from fgsteer.evaluation.runs.settings import best_settings
+from fgsteer.models.fingerprints import run_fingerprint
+from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.serving import save_clamp, steering
 from fgsteer.serving.control import Control
-from fgsteer.serving.http import asking, load
+from fgsteer.serving.http import asks_for_steering, load_upload
 from fgsteer.serving.request import PLAN
-from fgsteer.serving.served import check_name, read_served
+from fgsteer.serving.rows import check_name, load_rows
 from fgsteer.serving.tables import Batch
-from fgsteer.tokens import TokenReader
-from tests import engine, runs
-from tests.conftest import make_sae
-from tests.sae_files import K, config_of, folder_of, sparsify_files, state_of
-from tests.tiny import word_tokenizer
+from fgsteer.statistics.collecting import ChunkReader, sums_of_shards
+from fgsteer.storage.files import write_tensors
+from fgsteer.storage.json_files import text_sha256, write_json
+from fgsteer.storage.locks import _describe_holder
+from fgsteer.storage.ranks import Ranks
+from fgsteer.storage.shards import Shards
+from tests.helpers import engine, runs
+from tests.helpers.sae_files import K, config_of, folder_of, sparsify_files, state_of
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import word_tokenizer
 
 MEMORY = 512 << 20  # bytes that a reader may take besides what the process holds
 AT = "blocks.1.hook_resid_post"
@@ -127,24 +130,24 @@ def sae(path):
 
 def piece(path):
     tensors = part(path, "effects part")
-    _check_shapes(tensors, {"vectors": (2, 6), "strengths": (2,)}, path)
+    check_shapes(tensors, {"vectors": (2, 6), "strengths": (2,)}, path)
     return tensors
 
 
 def part(path, kind):
     with tempfile.TemporaryDirectory() as folder:
-        parts = Parts(folder, kind, PARTS, Ranks())
+        parts = Shards(folder, kind, PARTS, Ranks())
         parts.path(0).write_bytes(path.read_bytes())
         return parts.read(0, "0")
 
 
 def collected(path):
     with tempfile.TemporaryDirectory() as folder:
-        return list(_sums_of(Parts(folder, "", PARTS, Ranks()), [part(path, "collected texts")]))
+        return list(sums_of_shards(Shards(folder, "", PARTS, Ranks()), [part(path, "collected texts")]))
 
 
 def clamp(path):
-    return read_served(path).sha256
+    return load_rows(path).sha256
 
 
 def cache(path):
@@ -154,19 +157,19 @@ def cache(path):
 
 
 def answer(path):
-    return read_score(completion(path.read_bytes()) or "")
+    return parse_score(completion(path.read_bytes()) or "")
 
 
 def upload(path):
     """A body, loaded by a server's engine; what it accepts is asked for."""
     control = Control(engine.FakeEngine([1]), [1])
-    load(control, "sent", path.read_bytes())
+    load_upload(control, "sent", path.read_bytes())
     return [asked(control, {"steer": "sent", "steer_scale": scale}) for scale in (1.0, -1e3, 1e6)]
 
 
 def wish(path):
     """A body that asks for steering, as the server reads it."""
-    asks, refusal = asking(path.read_bytes())
+    asks, refusal = asks_for_steering(path.read_bytes())
     try:
         body = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
@@ -184,7 +187,7 @@ def asked(control, extra):
     batch = Batch(8, torch.device("cpu"))
     table.tokens, batch.plans = batch.tokens, {"r": tuple(made.sampling_params.extra_args[PLAN])}
     hidden = 3 * engine.normal(0, 8, engine.WIDTH)
-    batch.place(["r", "other"], np.array([0, 4, 8]), torch.arange(4).repeat(2))
+    batch.write_plan(["r", "other"], np.array([0, 4, 8]), torch.arange(4).repeat(2))
     out = table(hidden, hidden)
     assert (out[:4] + hidden[:4]).square().sum(1).isfinite().all()
     assert torch.equal(out[4:], hidden[4:])
@@ -235,7 +238,7 @@ def saved_files(folder: Path) -> dict[str, Reader]:
         "sae": {"sha256": SAE.sha256},
         "feature_density": {"1": 0.1},
     }
-    made = {
+    made: dict[str, Any] = {
         "vector": fg.SteeringVector(torch.randn(6, generator=g), AT, torch.ones(6), {1: 2.0, 3: -1.0}, provenance),
         "statistics": fg.collect(model, TOKENIZER, data, sae=SAE, keep_pooled=True),
         "density": fg.measure_density(model, TOKENIZER, SAE, ["the man sat", "a cat ran"]),
@@ -250,9 +253,9 @@ def saved_files(folder: Path) -> dict[str, Reader]:
     header = {"plan": text_sha256({"run": "effects part", **PARTS}), "part": 0, "of": "0"}
     write_tensors(folder / "effects part", parts, kind="effects part", header=header)
     at = fg.Hookpoint.parse(AT)
-    sums = _Reader(model, TokenReader(TOKENIZER), None, [at], True, {}).window(0, TEXTS)
+    sums = ChunkReader(model, TokenReader(TOKENIZER), None, [at], True).sum_chunk(0, TEXTS)
     header["plan"] = text_sha256({"run": "collected texts", **PARTS})
-    write_tensors(folder / "collected part", sums.tensors(), kind="collected texts", header=header)
+    write_tensors(folder / "collected part", sums.to_tensors(), kind="collected texts", header=header)
     relu = make_sae(d_model=6, d_sae=12)
     save_clamp(fg.ClampFeature(hookpoint=relu.hookpoint, sae=relu, targets={1: 2.0}), folder / "clamp")
     read = {
@@ -297,7 +300,7 @@ def records(folder: Path) -> dict[str, Reader]:
     """What a benchmark keeps, and what its judge answers."""
     settings = {"concepts": ("sea",), "methods": {"caa": (0.6, 1.0)}, "layers": (1,), "coefficients": (2.0, 4.0)}
     made = lines(*runs.rows(**settings, prompts=2, seeds=1))
-    resumed = line(HEADER) + lines(*({"row": n} for n in range(6)))
+    resumed = as_line(HEADER) + lines(*({"row": n} for n in range(6)))
     arms = {"sea": [{"concept": "sea", "method": "caa", "layer": 1, "coefficient": 2.0, "ce_rise": 0.5}]}
     write_json(folder / "arms", {"identity": HEADER, "arms": arms})
     scores = lines({"key": "a" * 8, "score": 7}, {"key": "b" * 8, "score": 3})
@@ -305,7 +308,9 @@ def records(folder: Path) -> dict[str, Reader]:
     return {
         "run": Reader({"f.jsonl": made}, run),
         "run to go on with": Reader({"f.jsonl": resumed}, lambda path: resume(path, HEADER, [2, 3])),
-        "strengths of a run": Reader({"f.json": (folder / "arms").read_bytes()}, lambda path: read_arms(path, HEADER)),
+        "strengths of a run": Reader(
+            {"f.json": (folder / "arms").read_bytes()}, lambda path: load_conditions(path, HEADER)
+        ),
         "judge's cache": Reader({"f.jsonl": scores}, cache),
         "judge's answer": Reader({"f.json": told}, answer),
     }
@@ -313,7 +318,7 @@ def records(folder: Path) -> dict[str, Reader]:
 
 def identities(folder: Path) -> dict[str, Reader]:
     """What a run notes of what it is made of, and who holds it; names that files are called by."""
-    made = {**made_of(tiny(), TOKENIZER), "sae": sae_identity(SAE), "prompts": ["one", "two"], "mu": 0.5}
+    made = {**run_fingerprint(tiny(), TOKENIZER), "sae": sae_identity(SAE), "prompts": ["one", "two"], "mu": 0.5}
     plan = {"run": "sums", **made}
     header = {"plan": text_sha256(plan), "part": 0, "of": "0"}
     write_tensors(folder / "identity part", {"x": torch.ones(2)}, kind="sums", header=header)
@@ -327,7 +332,9 @@ def identities(folder: Path) -> dict[str, Reader]:
     sides = {"positive": list("abcdef"), "negative": list("ghijkl")}
 
     def go_on(path: Path, fresh: bool = False) -> object:
-        steps = Parts(path.parent, "sums", made, Ranks(), fresh=fresh).each(["0"], lambda *_: {"x": torch.ones(2)}, str)
+        steps = Shards(path.parent, "sums", made, Ranks(), fresh=fresh).each(
+            ["0"], lambda *_: {"x": torch.ones(2)}, str
+        )
         return list(steps)
 
     def start_over(path: Path) -> object:
@@ -335,8 +342,8 @@ def identities(folder: Path) -> dict[str, Reader]:
         return go_on(path, fresh=True)
 
     def holder(path: Path) -> str:
-        with mock.patch("fgsteer.locks.NOTE_SECONDS", -1):
-            who = _holder(path)
+        with mock.patch("fgsteer.storage.locks.NOTE_SECONDS", -1):
+            who = _describe_holder(path)
         assert who.isprintable()
         return who
 
@@ -353,7 +360,7 @@ def identities(folder: Path) -> dict[str, Reader]:
         "run to start over": Reader({"f.jsonl": run_header}, lambda path: check_run(path, identity, fresh=True)),
         "design of a run": Reader({"f.jsonl": run_header}, begun_design),
         "strengths with identity": Reader(
-            {"f.json": as_json({"identity": identity, "arms": arms})}, lambda path: read_arms(path, identity)
+            {"f.json": as_json({"identity": identity, "arms": arms})}, lambda path: load_conditions(path, identity)
         ),
         "holder of a lock": Reader({"f.lock": note}, holder),
         "contrast of one's own": Reader({"f.json": as_json({"name": "n", "description": "d", **sides})}, own),
@@ -525,7 +532,8 @@ def in_json(data: bytes, rng: random.Random) -> bytes:
 
 def changed_value(value: object, rng: random.Random) -> object:
     """A JSON value with one of the values in it replaced, removed, renamed or scaled."""
-    places: list[tuple[dict | list, object]] = []
+    node: Any
+    places: list[tuple[Any, Any]] = []
     waiting = [value]
     while waiting:
         node = waiting.pop()

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, LlamaConfig
 
 import fgsteer as fg
-from fgsteer.activations import primary, with_primary
-from fgsteer.hookpoints import blocks_of, decoder_of
-from tests.tiny import D_MODEL, FAMILIES, HYBRIDS, LAYERS, MORE_FAMILIES, ODD_FAMILIES, VOCAB, tiny_model
+from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states
+from fgsteer.models.hookpoints import blocks_of, decoder_of
+from tests.helpers.tiny import (
+    D_MODEL,
+    FAMILIES,
+    HYBRIDS,
+    LAYERS,
+    MORE_FAMILIES,
+    ODD_FAMILIES,
+    VOCAB,
+    model_of,
+)
 
 ROWS = [[0, 5, 9, 40, 7, 12, 33, 21], [0, 33, 4], [0, 6, 50, 17, 22]]
 NEW = 5
-model_of = functools.cache(tiny_model)
 
 
 def direction():
@@ -122,12 +128,12 @@ def test_a_block_that_returns_a_list_still_does():
 
 def test_outputs_keep_their_form_and_others_are_refused():
     old, new = torch.zeros(1), torch.ones(1)
-    assert with_primary(old, new) is new
-    assert with_primary((old, "weights"), new) == (new, "weights")
-    assert with_primary([old, "weights"], new) == [new, "weights"]
+    assert replace_hidden_states(old, new) is new
+    assert replace_hidden_states((old, "weights"), new) == (new, "weights")
+    assert replace_hidden_states([old, "weights"], new) == [new, "weights"]
     for output in ({"hidden": old}, [], None):
-        with pytest.raises(fg.HookpointError, match="a tensor, or one first in a tuple"):
-            primary(output)
+        with pytest.raises(fg.HookpointError, match="a tensor, or a tuple that begins with one"):
+            hidden_states_of(output)
 
 
 def tiny_config(model_type, **extra):
@@ -168,7 +174,7 @@ def refused(model, told):
 @pytest.mark.parametrize("kind", ["t5", "bart", "mbart", "marian", "pegasus", "blenderbot", "mt5"])
 def test_encoder_decoders_are_refused(kind):
     model = AutoModelForSeq2SeqLM.from_config(tiny_config(kind))
-    refused(model, rf"{type(model).__name__}, an encoder–decoder model.*causal LM.*decoder-only")
+    refused(model, rf"causal LM.*{type(model).__name__}, an encoder–decoder model.*decoder-only")
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert", "electra"])
@@ -214,7 +220,7 @@ class SequenceFirst(nn.Module):
 def test_tokens_before_rows_are_refused():
     model, at = SequenceFirst().eval(), fg.Hookpoint(1)
     ids = torch.tensor([[0, 5, 9], [0, 33, 4]])
-    with pytest.raises(fg.HookpointError, match=r"\(3, 2, 32\), tokens before rows.*\(2, 3, width\)"):
+    with pytest.raises(fg.HookpointError, match=r"\(2, 3, width\), got .*\(3, 2, 32\), with tokens before rows"):
         fg.record(model, ids, torch.ones_like(ids), [at])
     with (
         pytest.raises(fg.HookpointError, match="tokens before rows"),

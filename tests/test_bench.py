@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,16 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
-from fgsteer.data import check_name
-from fgsteer.evaluation import shared
-from fgsteer.evaluation.arms import BENCH_METHODS, ConceptArms
-from fgsteer.evaluation.bench import Bench, BenchPlan
-from fgsteer.evaluation.run_files import append, resume, strengths_path
+from fgsteer.cli.bench_setup import choose_engine, make_judge
+from fgsteer.data.contrasts import check_name
+from fgsteer.evaluation.bench.bench import Bench
+from fgsteer.evaluation.bench.concept_runs import concepts_folder
+from fgsteer.evaluation.bench.conditions import ConceptConditions, bench_methods
+from fgsteer.evaluation.bench.distributors import RayWorkers, Torchrun
+from fgsteer.evaluation.bench.generators import Generator, TransformersGenerator
+from fgsteer.evaluation.bench.plan import BenchPlan
+from fgsteer.evaluation.bench.run_files import append, resume, strengths_path
+from tests.helpers.cli import app
 
 PLAN = BenchPlan(
     concepts=("love", "war"),
@@ -62,7 +67,8 @@ def parts():
 
 def make(parts, judge, **changes):
     layers = tuple(parts[2])
-    return Bench(*parts, judge, replace(PLAN, **{"layers": layers, **changes}))
+    model, tokenizer, saes, effects = parts
+    return Bench(model, tokenizer, saes, effects, judge, replace(PLAN, **{"layers": layers, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +80,10 @@ def unbroken(parts, tmp_path_factory):
 
 def test_every_arm_is_written_for_every_prompt_and_seed(unbroken):
     run = fg.load_run(unbroken)
-    assert set(run.methods) == set(BENCH_METHODS)
+    assert set(run.methods) == set(bench_methods())
     counts = Counter((r.concept, r.method, r.ce_rise, r.matched, r.half) for r in run.records)
     assert set(counts.values()) == {PLAN.prompts * PLAN.seeds}
-    steered = len(BENCH_METHODS) - 2
+    steered = len(bench_methods()) - 2
     assert len(counts) == 2 * 2 * (2 + steered * (len(PLAN.ce_rises) + 1))
     halves = {half: {r.unit for r in run.records if r.half == half} for half in ("tune", "report")}
     assert not {u.prompt for u in halves["tune"]} & {u.prompt for u in halves["report"]}
@@ -88,12 +94,12 @@ def test_strengths_cost_what_they_say(parts, unbroken):
     model, tokenizer, saes, effects = parts
     texts = fg.load_neutral()[0][: PLAN.texts]
     base = fg.cross_entropy(model, tokenizer, texts)
-    arms = ConceptArms(model, tokenizer, fg.load_contrast("love"), saes, effects, {})
+    conditions = ConceptConditions(model, tokenizer, fg.load_contrast("love"), saes, effects, {})
     (layer,) = saes
     found = {(r.method, r.ce_rise): r.coefficient for r in fg.load_run(unbroken).records if r.concept == "love"}
     for method in ("random", "caa", "ace", "fgaa_effects"):
         for rise in PLAN.ce_rises:
-            steering = arms.make(method, layer)(found[method, rise])
+            steering = conditions.make(method, layer)(found[method, rise])
             got = fg.cross_entropy(model, tokenizer, texts, steering=steering) - base
             assert got == pytest.approx(rise, rel=0.03)  # calibration's tolerance is 2 %
 
@@ -128,24 +134,24 @@ def as_rank(monkeypatch, rank, world):
 def test_processes_that_share_a_run_write_the_same_file(parts, unbroken, tmp_path, monkeypatch):
     path = tmp_path / "run.jsonl"
     as_rank(monkeypatch, 1, 2)
-    assert not shared.run_shared(make(parts, LengthJudge()), path)
-    assert [p.name for p in sorted(shared.parts_folder(path).iterdir())] == ["war.jsonl", "war.strengths.json"]
+    assert not Torchrun().run(make(parts, LengthJudge()), path)
+    assert [p.name for p in sorted(concepts_folder(path).iterdir())] == ["war.jsonl", "war.strengths.json"]
     as_rank(monkeypatch, 0, 2)
     with pytest.raises(KeyboardInterrupt):
-        shared.run_shared(make(parts, LengthJudge(fail_at=6)), path)
+        Torchrun().run(make(parts, LengthJudge(fail_at=6)), path)
     assert not path.exists()
-    assert shared.run_shared(make(parts, LengthJudge()), path)
+    assert Torchrun().run(make(parts, LengthJudge()), path)
     assert path.read_bytes() == unbroken.read_bytes()
     before = strengths_path(unbroken).read_bytes()
     assert json.loads(strengths_path(path).read_bytes()) == json.loads(before)
     make(parts, LengthJudge()).run(path)  # complete: nothing is added
     assert path.read_bytes() == unbroken.read_bytes()
     with pytest.raises(fg.PairingError, match=r"run\.jsonl holds a run of something else: .*seeds was 1 and is 2"):
-        shared.run_shared(make(parts, LengthJudge(), concepts=("love",), seeds=2), path)
+        Torchrun().run(make(parts, LengthJudge(), concepts=("love",), seeds=2), path)
 
 
 class Echo:
-    """A writer that says what it was asked for."""
+    """A generator that says what it was asked for."""
 
     name = "echo 1"
 
@@ -153,9 +159,12 @@ class Echo:
         return [f"{prompt} {item is not None} {how.seed} {number}" for item in steering for prompt in prompts]
 
 
-def test_another_engine_writes_and_is_named(parts, unbroken, tmp_path):
+def test_another_generator_generates_and_is_named(parts, unbroken, tmp_path):
+    assert isinstance(Echo(), Generator)
+    assert isinstance(TransformersGenerator(None, None), Generator)
     bench = make(parts, LengthJudge(), concepts=("love",))
-    bench.writer = Echo()
+    with pytest.warns(DeprecationWarning, match=r"writer is now called Bench\.generator"):
+        bench.writer = Echo()
     bench.run(tmp_path / "run.jsonl")
     run = fg.load_run(tmp_path / "run.jsonl")
     assert run.header["plan"]["engine"] == "echo 1"
@@ -163,29 +172,110 @@ def test_another_engine_writes_and_is_named(parts, unbroken, tmp_path):
         assert f" {record.method not in ('unsteered', 'prompt')} 0 {record.seed}" in record.text
     with pytest.raises(fg.PairingError, match=r"plan\.engine was echo 1 and is null"):
         make(parts, LengthJudge(), concepts=("love",)).run(tmp_path / "run.jsonl")
+    model, tokenizer, saes, effects = parts
+    with pytest.warns(DeprecationWarning, match="generator="):
+        former = Bench(model, tokenizer, saes, effects, LengthJudge(), bench.plan, writer=Echo())
+    assert former.identity == bench.identity
+
+
+class Vowels:
+    """Judges coherence by the share of vowels, and notes what it was asked."""
+
+    name = "vowels"
+
+    def __init__(self):
+        self.asked = []
+
+    def coherence(self, texts, prompts):
+        self.asked += zip(texts, prompts, strict=True)
+        return torch.tensor([sum(c in "aeiou" for c in text) / max(1, len(text)) for text in texts])
+
+
+def test_another_judge_scores_coherence_and_all_else_stays(parts, unbroken, tmp_path):
+    bench, vowels = make(parts, LengthJudge(), concepts=("love",)), Vowels()
+    bench.coherence = vowels
+    bench.run(tmp_path / "run.jsonl")
+    run = fg.load_run(tmp_path / "run.jsonl")
+    before = [record for record in fg.load_run(unbroken).records if record.concept == "love"]
+    prompts = run.header["plan"]["prompts"]
+    for record, other in zip(run.records, before, strict=True):
+        assert replace(record, coherence=other.coherence) == other
+        share = sum(c in "aeiou" for c in record.text) / len(record.text)
+        assert record.coherence == pytest.approx(share, abs=1e-6)  # rounded to six digits
+        assert (record.text, prompts[record.prompt]) in vowels.asked
+    assert run.header["plan"]["coherence"] == "vowels"
+    with pytest.raises(fg.PairingError, match=r"coherence was vowels and is null"):
+        make(parts, LengthJudge(), concepts=("love",)).run(tmp_path / "run.jsonl")
+
+
+def test_scores_out_of_range_are_refused_before_they_are_written(parts, tmp_path):
+    class Loud(LengthJudge):
+        def score(self, texts, concept):
+            return 2 + super().score(texts, concept)
+
+    with pytest.raises(fg.DataError, match="a number from 0 to 1, got behavior 2"):
+        make(parts, Loud(), concepts=("love",)).run(tmp_path / "run.jsonl")
+    assert len((tmp_path / "run.jsonl").read_bytes().splitlines()) == 1  # the header
+    bench = make(parts, LengthJudge(), concepts=("love",))
+    bench.generator = Echo()
+    bench.generator.__class__ = type("Mute", (Echo,), {"__call__": lambda self, p, s, *_: [""] * len(p) * len(s)})
+    bench.coherence = Vowels()
+    with pytest.raises(fg.DataError, match="a finite number, got ce nan"):
+        bench.run(tmp_path / "other.jsonl")
 
 
 @pytest.mark.slow
 def test_ray_spreads_concepts_over_two_workers(tmp_path):
     pytest.importorskip("ray")
     command = [sys.executable, "-m", "fgsteer", "bench", "--quick", "--judge", "keyword", "--device", "cpu", "--json"]
-    for name, more in (("one", []), ("two", ["--engine", "ray", "--workers", "2"])):
+    for name, more in (("one", []), ("two", ["--distribute", "ray", "--workers", "2"])):
         subprocess.run([*command, *more, "--out", str(tmp_path / name)], check=True, capture_output=True)
     one, two = (fg.load_run(tmp_path / name / "bench.jsonl") for name in ("one", "two"))
     assert [r.text for r in two.records] == [r.text for r in one.records]
     assert two.records == one.records
 
 
-def test_engines_that_cannot_be_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(fg.DataError, match="hf, vllm, ray"):
-        CliRunner().invoke(app, ["bench", "--engine", "tgi", "-o", str(tmp_path)], catch_exceptions=False)
-    as_rank(monkeypatch, 0, 2)
-    with pytest.raises(fg.DataError, match="under torchrun"):
-        CliRunner().invoke(app, ["bench", "--engine", "ray", "-o", str(tmp_path)], catch_exceptions=False)
-    monkeypatch.undo()
+@pytest.mark.parametrize(
+    ("options", "world", "message"),
+    [
+        ("--generator tgi", 1, "transformers or vllm, got --generator tgi"),
+        ("--distribute mpi", 1, "none, torchrun, ray, got --distribute mpi"),
+        ("--distribute ray", 2, "--distribute ray under torchrun"),
+        ("--distribute none", 2, "--distribute none under torchrun"),
+        ("--distribute torchrun", 1, "torchrun --nproc-per-node"),
+        ("--generator vllm --distribute ray", 1, "tensor_parallel_size"),
+        ("--generator vllm", 2, "--generator vllm with --distribute torchrun"),
+        ("--engine tgi", 1, "one of hf, vllm, ray, got --engine tgi"),
+        ("--engine ray", 2, "--distribute ray under torchrun"),
+    ],
+)
+def test_engines_that_cannot_be_are_refused(options, world, message, tmp_path, monkeypatch):
+    as_rank(monkeypatch, 0, world)
+    with pytest.raises(fg.DataError, match=message):
+        CliRunner().invoke(app, ["bench", *options.split(), "-o", str(tmp_path)], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world", "chosen", "note"),
+    [
+        (("transformers", None, None), 1, ("transformers", "none"), ""),
+        (("transformers", None, None), 2, ("transformers", "torchrun"), ""),
+        (("vllm", None, None), 1, ("vllm", "none"), ""),
+        (("transformers", None, "hf"), 2, ("transformers", "torchrun"), "--generator transformers"),
+        (("transformers", None, "vllm"), 1, ("vllm", "none"), "--generator vllm"),
+        (("transformers", None, "ray"), 1, ("transformers", "ray"), "--distribute ray"),
+    ],
+)
+def test_engines_are_two_choices(arguments, world, chosen, note, monkeypatch, capsys):
+    as_rank(monkeypatch, 0, world)
+    assert choose_engine(*arguments) == chosen
+    assert capsys.readouterr().err.strip().endswith(f"is now called {note}" if note else "")
+
+
+def test_ray_must_be_installed(parts, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(fg.DataError, match=r"fgsteer\[ray\]"):
-        shared.with_ray(lambda: None, ("love",), tmp_path, workers=2)
+        RayWorkers(lambda: pytest.fail("made"), 2).run(make(parts, LengthJudge()), tmp_path / "run.jsonl")
 
 
 def test_a_file_of_another_plan_is_left_alone(parts, unbroken):
@@ -207,7 +297,7 @@ def test_resume_keeps_whole_batches_only(tmp_path):
     assert json.loads(path.read_text()) == header
     for text in ("not a run\n", "a file without an end of line", "[]\n"):
         (tmp_path / "notes.txt").write_text(text)
-        with pytest.raises(fg.FormatError, match="line 1"):
+        with pytest.raises(fg.FormatError, match="Line 1 of "):
             resume(tmp_path / "notes.txt", header, [2])
         assert (tmp_path / "notes.txt").read_text() == text
 
@@ -221,7 +311,7 @@ def test_resume_keeps_whole_batches_only(tmp_path):
         ({"ce_rises": ()}, "rising"),
         ({"matched": 0.3}, "matched 0.3"),
         ({"concepts": ()}, "no concepts"),
-        ({"prompts": 1}, "intervals are over prompts"),
+        ({"prompts": 1}, "Intervals are over prompts"),
         ({"layers": ()}, "no layer for ace, caa"),
         ({"methods": ("caa", "fgaa"), "layers": {"caa": (1,)}}, "no layer for fgaa"),
     ],
@@ -287,13 +377,13 @@ def test_the_command_writes_records_report_and_pictures(tmp_path, monkeypatch):
         ("--concept my.json --concept copy/my.json", "two contrast sets named 'my love'"),
         ("--concept love --concept copy/Love.jsonl", "two contrast sets named 'Love'"),
         ("--concept path.json", r"named '\.\./love'"),
-        ("--concept nowhere.json", "no contrast set 'nowhere.json'"),
-        ("--concept few.json --judge keyword", "'few' with 3 texts on a side, and no held_out part"),
-        ("--prompts-from nowhere.txt", "cannot read nowhere.txt"),
+        ("--concept nowhere.json", "no contrast set or file 'nowhere.json'"),
+        ("--concept few.json --judge keyword", "'few' with 3 texts on a side and no held_out part"),
+        ("--prompts-from nowhere.txt", "Cannot read nowhere.txt"),
         ("--neutral my.json", "field 'text'"),
         ("--prompts-from two.txt", "two.txt with 2 prompts"),
-        ("--prompts-from none.txt", "none.txt has no document"),
-        ("--neutral none.txt", "none.txt has no document"),
+        ("--prompts-from none.txt", "none.txt holds no documents"),
+        ("--neutral none.txt", "none.txt holds no documents"),
         ("--prompts-from twice.txt", "'At dawn' twice"),
     ],
 )
@@ -317,18 +407,22 @@ def test_own_files_that_cannot_be_used_are_refused_before_a_model_is_loaded(opti
     assert not (tmp_path / "out").exists()
 
 
-def test_a_chat_model_judges_by_what_a_file_says_of_its_behavior(tmp_path):
-    from fgsteer.cli.bench import _judged
+def identity_of(made):
+    _, judge = made
+    return judge.identity
 
+
+def test_a_chat_model_judges_by_what_a_file_says_of_its_behavior(tmp_path):
     own_files(tmp_path)
     sets = [fg.load_contrast(tmp_path / "my.json"), fg.load_contrast("war")]
-    kept, judge = _judged(sets, "gpt", "http://localhost:1/v1", tmp_path)
+    judge: Any
+    kept, judge = make_judge(sets, "gpt", "http://localhost:1/v1", tmp_path)
     assert kept == sets  # nothing is held out for a judge that learns nothing
     assert "tenderness" in judge._behavior("my love")
     assert "war" in judge._behavior("war")
-    assert judge.identity == _judged(sets, "gpt", "http://localhost:1/v1", tmp_path)[1].identity
-    assert judge.identity != _judged(sets, "gpt", "http://localhost:2/v1", tmp_path)[1].identity
-    assert judge.identity != _judged(sets[1:], "gpt", "http://localhost:1/v1", tmp_path)[1].identity
+    assert judge.identity == identity_of(make_judge(sets, "gpt", "http://localhost:1/v1", tmp_path))
+    assert judge.identity != identity_of(make_judge(sets, "gpt", "http://localhost:2/v1", tmp_path))
+    assert judge.identity != identity_of(make_judge(sets[1:], "gpt", "http://localhost:1/v1", tmp_path))
     assert "localhost" not in str(judge.identity)
 
 
@@ -340,7 +434,7 @@ def test_every_third_text_is_held_out():
     assert (parted.positives, parted.held_out.positives, parted.negatives) == (("u", "v"), ("w",), ("z",))
     assert (parted.name, parted.description) == ("x", "d")
     assert parted.hold_out() is parted
-    with pytest.raises(fg.DataError, match=r"5 texts on a side.*six|6 texts a side"):
+    with pytest.raises(fg.DataError, match="at least 6 texts on either side"):
         fg.ContrastSet("x", pairs[:5]).hold_out()
 
 
@@ -364,12 +458,12 @@ def test_names_that_files_cannot_have(name):
     ("changes", "told"),
     [
         ({"own_prompts": ("a", "b", "c", "c")}, "own_prompts with 'c' twice"),
-        ({"own_prompts": ("a", "b", "c", " ")}, "own_prompts with an entry that is no text, or empty"),
+        ({"own_prompts": ("a", "b", "c", " ")}, "own_prompts with an entry that is empty or is not a text"),
         ({"own_prompts": ("a", "b", "c")}, "2 prompts a half"),
         ({"own_prompts": "abcd"}, "own_prompts with an entry"),
         ({"neutral": ("a", 3)}, "neutral with an entry"),
         ({"neutral": ("a", "a")}, "neutral with 'a' twice"),
-        ({"concepts": ("love", "Love")}, "each name once, in any case"),
+        ({"concepts": ("love", "Love")}, "each name once, in upper or lower case"),
     ],
 )
 def test_own_texts_of_a_plan_are_checked(changes, told):
@@ -383,16 +477,17 @@ def test_a_concept_that_is_nowhere_is_refused_with_what_to_do(parts, tmp_path):
     with pytest.raises(fg.DataError, match=r"no contrast set 'my\.json'.*contrasts="):
         bench.run(tmp_path / "run.jsonl")
     assert not (tmp_path / "run.jsonl").exists()
+    model, tokenizer, saes, effects = parts
     twice = [fg.load_contrast(tmp_path / "my.json")] * 2
     with pytest.raises(fg.DataError, match="each name once"):
-        Bench(*parts, LengthJudge(), PLAN, contrasts=twice)
+        Bench(model, tokenizer, saes, effects, LengthJudge(), PLAN, contrasts=twice)
 
 
 def test_examples_in_a_prompt_are_text_where_a_set_has_messages(llama, tokenizer):
     chats = [
         fg.ContrastPair([{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}], "he said")
     ]
-    assert ConceptArms(llama, tokenizer, fg.ContrastSet("x", chats), {}, {}, {}).prefix == "yes\n"
+    assert ConceptConditions(llama, tokenizer, fg.ContrastSet("x", chats), {}, {}, {}).prefix == "yes\n"
 
 
 @pytest.mark.slow
@@ -440,7 +535,7 @@ def test_the_command_killed_ten_times_ends_with_the_same_file(tmp_path):
 
 def test_methods_without_their_sae_are_refused_before_anything_is_written(parts, tmp_path):
     model, tokenizer, saes, _ = parts
-    for given, told in (({}, "without an SAE"), (saes, "without effects")):
+    for given, told in (({}, "needs an SAE"), (saes, "needs measured effects")):
         bench = Bench(model, tokenizer, given, {}, LengthJudge(), replace(PLAN, layers=tuple(saes)))
         with pytest.raises(fg.DataError, match=told):
             bench.run(tmp_path / "run.jsonl")
@@ -452,7 +547,7 @@ def test_pca_equals_the_top_eigenvector(llama, tokenizer, paired):
     positives = ["the bride wore a ring", "a king was good", "the sea is old and sad", "tea and bread"]
     negatives = ["a cat ran", "the man said no", "a ship", "is the dog happy ?"]
     data = [fg.ContrastPair(p, n) for p, n in zip(positives, negatives, strict=True)]
-    contrast = data if paired else {"positive": positives, "negative": negatives[:3]}
+    contrast: Any = data
     if not paired:
         contrast = fg.ContrastSet("unpaired", positives=tuple(positives), negatives=tuple(negatives[:3]))
     stats = fg.collect(llama, tokenizer, contrast, hookpoints=fg.Hookpoint(1), keep_pooled=True)

@@ -45,7 +45,7 @@ def _scripts_are_importable(monkeypatch):
 
 
 def test_auc_equals_counting_pairs():
-    from concepts import auc
+    from fgsteer.evaluation.judges.learning import auc
 
     g = np.random.default_rng(0)
     up, down = g.integers(0, 4, (7, 5)), g.integers(0, 4, (9, 5))  # few values: many ties

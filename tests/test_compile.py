@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from transformers import CompileConfig
 
 import fgsteer as fg
 from fgsteer.interventions import SCOPES
-from tests.conftest import make_sae
-from tests.tiny import D_MODEL, LAYERS
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL, LAYERS
 
 PROMPTS = ["the man", "a dog sat on the bread", "she took the ring"]
 NEW = 5
@@ -30,7 +32,11 @@ def clamp(target):
     return fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={j: target + j for j in range(8)})
 
 
-STRUCTURES = {
+def in_scope(scope):
+    return lambda c: vector().add(c, scope=scope)
+
+
+STRUCTURES: dict[str, Callable[[float], Any]] = {
     "add": lambda c: vector().add(c),
     "every layer and site": lambda c: [
         vector(n, n, site).add(c) for n in range(LAYERS) for site in ("resid_pre", "mlp_out", "resid_post")
@@ -39,7 +45,7 @@ STRUCTURES = {
     "ablate and add": lambda c: [vector(1).ablate(), vector(2).add(c)],
     "clamp": clamp,
     "per row": lambda c: [vector(1).add(c), None, [clamp(c), vector(2, 0).affine(c)]],
-    **{scope: lambda c, scope=scope: vector().add(c, scope=scope) for scope in SCOPES[1:]},
+    **{scope: in_scope(scope) for scope in SCOPES[1:]},
 }
 
 
@@ -144,6 +150,7 @@ def test_models_that_the_user_compiled(llama, inputs, graphs, compile_, when):
         if when == "before":
             model = compile_(model, backend)
             assert torch.allclose(model(**inputs).logits, plain, atol=1e-5)
+        counts = []
         for number, coefficient in enumerate((1.0, -2.0)):
             with fg.steer(llama, item(coefficient)):
                 expected = llama(**inputs).logits
@@ -152,8 +159,8 @@ def test_models_that_the_user_compiled(llama, inputs, graphs, compile_, when):
                     model = compile_(model, backend)
                 got = model(**inputs).logits
             assert torch.allclose(got, expected, atol=1e-5)  # the same float32 operations
-            count = len(found) if number == 0 else count
-        assert len(found) == count
+            counts.append(len(found))
+        assert counts[0] == counts[1]
         assert torch.allclose(model(**inputs).logits, plain, atol=1e-5)
 
 
@@ -176,7 +183,7 @@ def added(model, inputs, steering, **options):
     return {name: count // 4 for name, count in more.items() if count and name.startswith("aten::")}
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.slow), "static"])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_an_addition_is_one_operation_a_layer(llama, inputs, cache, dtype):
     model = copy.deepcopy(llama).to(dtype)
@@ -229,6 +236,7 @@ def test_generated_code(llama, inputs):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_chunked_prefill_is_compiled_too(llama, inputs, graphs):
     item = vector().add(2.0, scope="last_prompt_on")
     model = copy.deepcopy(llama)

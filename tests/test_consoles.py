@@ -6,21 +6,21 @@ import ast
 import io
 import json
 import os
+import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 
 import fgsteer as fg
-from fgsteer import cli
-from fgsteer.cli.common import app
-from fgsteer.cli.terminal import in_words, json_text, options_of
-from fgsteer.wording import a, count
-from tests.tiny import tiny_model, word_tokenizer
+from fgsteer.cli import messages
+from fgsteer.cli.messages import options_of, with_options
+from fgsteer.cli.printing import json_text
+from fgsteer.errors.wording import a, count
+from tests.helpers.cli import click_group, run_on_console
+from tests.helpers.tiny import tiny_model, word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "Über ☃ 王 😀"
@@ -31,23 +31,6 @@ def vector(tmp_path_factory):
     path = tmp_path_factory.mktemp("consoles") / "vector.safetensors"
     fg.from_features(fg.load_sae("default"), {2588: 1.0}).save(path)
     return path
-
-
-def run(monkeypatch, encoding, *arguments):
-    """(status, standard output, standard error) of the command line on a console of an encoding."""
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
-    with monkeypatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(sys, "argv", ["fgsteer", *map(str, arguments)])
-        patch.setattr(sys, "stdout", streams[0])
-        patch.setattr(sys, "stderr", streams[1])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-    for stream in streams:
-        stream.flush()
-    return (status, *(stream.buffer.getvalue().decode(encoding) for stream in streams))
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
@@ -61,10 +44,10 @@ def test_every_command_prints_on_any_console(encoding, vector, tmp_path, monkeyp
         ("diagnose", "王"),
         *([] if encoding == "ascii" else [("generate", "--help")]),  # click writes its help there as UTF-8
     ):
-        status, out, err = run(monkeypatch, encoding, *arguments)
+        status, out, err = run_on_console(monkeypatch, encoding, *arguments)
         assert "Traceback" not in out + err
         assert status == (2 if any("☃.s" in str(x) or x == "王" for x in arguments) else 0), (arguments, err)
-    status, out, err = run(monkeypatch, encoding, "generate", PROMPT, "--max-new-tokens", 2, "--json")
+    status, out, err = run_on_console(monkeypatch, encoding, "generate", PROMPT, "--max-new-tokens", 2, "--json")
     assert status == 0
     assert json.loads(out)["prompts"] == [PROMPT]  # nothing is lost: what the console lacks is escaped
 
@@ -127,16 +110,16 @@ def test_messages_have_articles_and_plurals(llama):
     one = fg.SteeringVector(torch.ones(32), "model.layers.1", features={3: 1.0})
     assert repr(one).endswith("1 feature {3: 1})")
     wide = fg.SteeringVector(torch.ones(20), "model.layers.1")
-    with pytest.raises(fg.PairingError, match=r"^an Add of d_model 20"), fg.steer(llama, wide.add(1.0)):
+    with pytest.raises(fg.PairingError, match=r"got an Add of d_model 20"), fg.steer(llama, wide.add(1.0)):
         pass
-    with pytest.raises(fg.SteeringError, match="by a SteeringVector"), fg.steer(llama, bare):
+    with pytest.raises(fg.SteeringError, match="got a SteeringVector"), fg.steer(llama, bare):
         pass
-    with pytest.raises(fg.PairingError, match=r"^an SAE"):
+    with pytest.raises(fg.PairingError, match="got an SAE"):
         fg.collect(llama, word_tokenizer(), {"positive": ["a"], "negative": ["the"]}, sae=fg.load_sae("default"))
 
 
 def test_the_command_line_speaks_of_options():
-    commands = typer.main.get_command(app).commands
+    commands = click_group().commands
     collect, generate, build = (options_of(commands[name]) for name in ("collect", "generate", "build"))
     for message, options, expected in (
         ("pass sae=, or hookpoints=", collect, "pass --sae, or --hookpoint"),
@@ -146,9 +129,16 @@ def test_the_command_line_speaks_of_options():
         ("pass max_new_tokens=8", generate, "pass --max-new-tokens 8"),
         ("statistics of collect(keep_pooled=True)", build, "statistics of fgsteer collect without --no-pooled"),
         ("load it: fg.load_model('google/gemma-2-2b')", generate, "load it: --model google/gemma-2-2b"),
+        ("got the option model='x'", build, "got --set model='x'"),
         ("--set n_positive=8, http://x/?model=2", generate, "--set n_positive=8, http://x/?model=2"),
     ):
-        assert in_words(message, options) == expected
+        assert with_options(message, options) == expected
+
+
+def test_every_phrase_that_is_replaced_is_one_of_the_package():
+    package = Path(fg.__file__).parent
+    code = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "messages.py")
+    assert [pattern for pattern, _ in messages.PHRASES if not re.search(pattern, code, re.IGNORECASE)] == []
 
 
 def test_an_error_of_a_command_names_its_options(tmp_path, monkeypatch):
@@ -156,7 +146,7 @@ def test_an_error_of_a_command_names_its_options(tmp_path, monkeypatch):
     data = {"positive": ["the bride"], "negative": ["a dog"]}
     fg.collect(tiny_model("llama"), tokenizer, data, hookpoints=1).save(tmp_path / "bare")
     arguments = ("build", "fgaa", "--stats", tmp_path / "bare", "-o", tmp_path / "v")
-    status, _, err = run(monkeypatch, "utf-8", *arguments)
+    status, _, err = run_on_console(monkeypatch, "utf-8", *arguments)
     assert status == 2
     assert "collected without an SAE" in err
     assert "--sae" in err

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.rendering import render, render_prompt
-from fgsteer.tokens import TokenReader
-from tests.tiny import word_tokenizer
+from fgsteer.activations.tokens import TokenReader
+from fgsteer.data.rendering import render, render_prompt
+from tests.helpers.tiny import word_tokenizer
 
 
 def user(text):
@@ -96,7 +96,7 @@ def test_a_message_that_the_assistant_has_begun_is_continued(llama):
     for completion, text in (("said yes", "said yes"), ([assistant("said yes")], "said yes . ")):
         rendered = render(tokenizer, begun, completion)
         assert rendered.text == f"user is it war ? . assistant the man {text}"
-        assert rendered.text[rendered.answer : rendered.end] == "said yes"
+        assert rendered.text[rendered.completion_start : rendered.end] == "said yes"
     pair = fg.ContrastPair("said yes", "said no", begun)
     assert read(tokenizer, fg.ContrastSet("x", pairs=[pair])) == ["said yes"]
     options = {"max_new_tokens": 5, "do_sample": False}

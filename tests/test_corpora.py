@@ -16,9 +16,9 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
-from fgsteer.corpora import as_documents, read_documents
-from tests.conftest import make_sae
+from fgsteer.data.corpora import as_documents, read_documents
+from tests.helpers.cli import app
+from tests.helpers.saes import make_sae
 
 STORIES = ["the king said yes", 'a dog, "the" cat\nran', "she wore ï white"]
 ROWS = [{"id": n, "text": text, "story": text.upper()} for n, text in enumerate(STORIES)]
@@ -60,7 +60,7 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
     assert list(read_documents(path)) == STORIES
     assert list(read_documents(str(path), field="story")) == [row["story"] for row in ROWS]
     with pytest.raises(
-        fg.DataError, match=rf"{re.escape(name)}, (row|line) 1 has no field 'body'.*'id', 'text', 'story'"
+        fg.DataError, match=rf"{re.escape(name)}, (row|line) 1, which has the fields 'id', 'text', 'story'"
     ):
         list(read_documents(path, field="body"))
 
@@ -79,7 +79,7 @@ def test_compressed_files_are_read(tmp_path, kind, suffix, pack):
         list(read_documents(packed)) == list(read_documents(plain)) == (["one", "two"] if kind == ".txt" else STORIES)
     )
     packed.write_bytes(packed.read_bytes()[:-9])
-    with pytest.raises(fg.DataError, match="cannot read"):
+    with pytest.raises(fg.DataError, match="Cannot read"):
         list(read_documents(packed))
 
 
@@ -103,13 +103,13 @@ def test_other_suffixes_are_refused_at_once(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "data", "told"),
     [
-        ("c.jsonl", b'{"text": "a"}\n{"text": null}\n', r"line 2, field 'text' is null"),
-        ("c.jsonl", b'{"text": "a"}\n{"text": 3}\n', r"line 2, field 'text' is int 3"),
-        ("c.jsonl", b'{"text": "a"}\n[1]\n', r"line 2 is list"),
+        ("c.jsonl", b'{"text": "a"}\n{"text": null}\n', r"null in .*line 2, field 'text'"),
+        ("c.jsonl", b'{"text": "a"}\n{"text": 3}\n', r"an int, 3, in .*line 2, field 'text'"),
+        ("c.jsonl", b'{"text": "a"}\n[1]\n', r"a list, .* in .*line 2"),
         ("c.json", b'{"text": "a"}\n{"text": "b"}\n', r"is not JSON: Extra data.*\.jsonl"),
         ("c.json", b'{"text": {"0": "a"}}', r"holds no list"),
         ("c.json", b'"a"', r"holds no list"),
-        ("c.json", b'[{"text": "a"}, {"body": "b"}]', r"row 2 has no field 'text'"),
+        ("c.json", b'[{"text": "a"}, {"body": "b"}]', r"field 'text', got .*row 2, which has the fields 'body'"),
         ("c.csv", b"id,text\n1,a\n2,b, and c\n", r"row 2 has 3 cells under the header \['id', 'text'\].*quotes"),
         ("c.csv", b"id,text\n1,a\n2\n", r"row 2 has 1 cells"),
         ("c.csv", b"text,text\na,b\n", r"header of different names"),
@@ -117,8 +117,8 @@ def test_other_suffixes_are_refused_at_once(tmp_path, name):
         ("c.csv", b'id,text\n1,"a"b\n', r"row 1 is damaged"),
         ("c.csv", "id,text\n1,é\n".encode("utf-16"), r"UTF-8"),
         ("c.txt", b"\xff\xfea", r"UTF-8"),
-        ("c.parquet", b"PAR1 no", r"cannot read .* after row 0.*Parquet"),
-        ("c.jsonl.gz", b'{"text": "a"}\n', r"cannot read .*c\.jsonl\.gz"),
+        ("c.parquet", b"PAR1 no", r"Cannot read .* after row 0.*Parquet"),
+        ("c.jsonl.gz", b'{"text": "a"}\n', r"Cannot read .*c\.jsonl\.gz"),
     ],
 )
 def test_damage_names_file_and_row(tmp_path, name, data, told):
@@ -154,7 +154,7 @@ def test_parquet_reads_the_column_alone_and_names_a_null(tmp_path, monkeypatch):
         "iter_batches",
         lambda *a, columns=None, **k: (asked.append(columns), reader(*a, columns=columns, **k))[1],
     )
-    with pytest.raises(fg.DataError, match=r"c\.parquet, row 4, field 'text' is null"):
+    with pytest.raises(fg.DataError, match=r"null in .*c\.parquet, row 4, field 'text'"):
         list(read_documents(path))
     assert asked == [["text"]]
 
@@ -181,9 +181,9 @@ def test_rows_of_the_datasets_library_are_texts(llama, tokenizer):
         assert torch.equal(fg.measure_density(llama, tokenizer, sae, texts, field=field).fired, wanted.fired)
     excerpts = fg.measure_examples(llama, tokenizer, sae, data, top=1)
     assert torch.equal(excerpts.tokens, fg.measure_examples(llama, tokenizer, sae, STORIES, top=1).tokens)
-    with pytest.raises(fg.DataError, match="no field 'body'"):
+    with pytest.raises(fg.DataError, match="a row with the field 'body'"):
         fg.measure_density(llama, tokenizer, sae, data, field="body")
-    with pytest.raises(fg.DataError, match=r"'train', 'test'.*one split"):
+    with pytest.raises(fg.DataError, match=r"one split.*'train', 'test'"):
         fg.measure_density(llama, tokenizer, sae, datasets.DatasetDict(train=data, test=data))
 
 
@@ -215,14 +215,14 @@ def test_contrast_files_of_other_suffixes_are_refused(tmp_path, name):
 
 def test_a_compressed_json_contrast_is_refused_as_such(tmp_path):
     (tmp_path / "c.json.gz").write_bytes(gzip.compress(json.dumps(PAIRS).encode()))
-    with pytest.raises(fg.DataError, match=r"c\.json\.gz is compressed.*unpack it"):
+    with pytest.raises(fg.DataError, match=r"c\.json\.gz, which is compressed.*Unpack it"):
         fg.load_contrast(tmp_path / "c.json.gz")
 
 
 def test_contrast_damage_names_the_row(tmp_path):
     path = tmp_path / "c.CSV"
     path.write_text("positive,negative\na,b\nc,\n", encoding="utf-8")
-    with pytest.raises(fg.DataError, match=r"c\.CSV, row 2, field 'negative' is empty"):
+    with pytest.raises(fg.DataError, match=r"an empty text in .*c\.CSV, row 2, field 'negative'"):
         fg.load_contrast(path)
 
 
@@ -263,7 +263,9 @@ def test_no_command_takes_the_defaults_sae_for_another_model(tmp_path, monkeypat
     Path("c.txt").write_text("the king\n")
     result, told = command(*words, "-m", "nobody/no-model")
     assert result.exit_code
-    assert re.search(r"no --sae for 'nobody/no-model'.*saes --model no-model.*--sae RELEASE --sae-id ID", told, re.S)
+    assert re.search(
+        r"no --sae for the model 'nobody/no-model'.*saes --model no-model.*--sae RELEASE --sae-id ID", told, re.S
+    )
 
 
 def test_build_does_not_take_the_defaults_sae_for_statistics_of_another_model(tmp_path, llama, tokenizer):
@@ -273,4 +275,4 @@ def test_build_does_not_take_the_defaults_sae_for_statistics_of_another_model(tm
     named.save(tmp_path / "s.safetensors")
     result, told = command("build", "sta", "--stats", tmp_path / "s.safetensors", "-o", tmp_path / "v.safetensors")
     assert result.exit_code
-    assert "no --sae for 'nobody/other'" in told
+    assert "no --sae for the model 'nobody/other'" in told

@@ -17,17 +17,19 @@ import torch
 from transformers import GenerationConfig
 
 import fgsteer as fg
-from fgsteer import measuring
-from fgsteer.calibration import calibrate_many
-from fgsteer.files import read_tensors, write_tensors
-from fgsteer.hookpoints import blocks_of
-from fgsteer.measuring import Agreement, Plan, decoder_directions, fit_parts
-from fgsteer.ridge import LinearMoments, best_ridge, ridge_path
-from fgsteer.rollouts import Sampling, choose, rollout, rollout_features
-from fgsteer.tokens import encode_prompts
-from tests.conftest import make_sae
+from fgsteer.activations.tokens import encode_prompts
+from fgsteer.effects import measuring
+from fgsteer.effects.fitting import Agreement, fit_shards
+from fgsteer.effects.measuring import EffectPlan, EffectShard, decoder_directions
+from fgsteer.effects.ridge import LinearMoments, best_ridge, ridge_path
+from fgsteer.effects.rollouts import Sampling, choose, rollout, rollout_features
+from fgsteer.likelihood.calibration import calibrate_many
+from fgsteer.likelihood.scoring import cross_entropies
+from fgsteer.models.hookpoints import blocks_of
+from fgsteer.storage.files import read_tensors, write_tensors
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model, word_tokenizer
 from tests.reference import effects as reference
-from tests.tiny import tiny_model, word_tokenizer
 
 PROMPTS = ["the man sat", "a queen", "the old king took the ship"]
 HOW = Sampling(max_new_tokens=5, top_k=12, top_p=0.8, seed=3)
@@ -45,13 +47,13 @@ def texts(models, tokenizer):
 
 def plan(sae, texts, count=40, **options):
     given = {"prompts": PROMPTS, "texts": texts, "rollouts": 2, "sampling": HOW, "rows": 24, **options}
-    return Plan(decoder_directions(sae, count), **given)
+    return EffectPlan(decoder_directions(sae, count), **given)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_measured_effects_equal_one_row_at_a_time(family, models, tokenizer, sae, tmp_path):
     model = models[family]
-    part = next(plan(sae, own_texts(model, tokenizer)).parts(model, tokenizer, sae, tmp_path))
+    part = next(plan(sae, own_texts(model, tokenizer)).measure_shards(model, tokenizer, sae, tmp_path))
     ids = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     for number in range(3):
         for half, rollouts in ((part.even, [0]), (part.odd, [1])):
@@ -130,7 +132,7 @@ def test_strengths_cost_the_target(llama, tokenizer, sae, texts):
 
 def test_a_grid_of_costs_is_met_with_fewer_passes(llama, tokenizer, texts, monkeypatch):
     """Each target within its tolerance, for every vector; the passes are fewer than for one target at a time."""
-    from fgsteer import calibration
+    from fgsteer.likelihood import calibration
 
     targets = (0.4, 0.1, 0.2)  # in no order
     makes = [
@@ -139,7 +141,7 @@ def test_a_grid_of_costs_is_met_with_fewer_passes(llama, tokenizer, texts, monke
     ]
     makes.append(fg.SteeringVector(torch.zeros(32), fg.Hookpoint(1)).add)  # no cost, whatever the coefficient
     asked = []
-    measured = calibration.cross_entropies
+    measured = cross_entropies
 
     def counted(model, tokenizer, texts, given, **kwargs):
         asked.append(len(given))
@@ -230,12 +232,12 @@ def test_figures_tell_effect_from_noise():
         strengths = torch.ones(len(x))
         strengths[::7] = torch.nan
         parts = [
-            measuring.Part(
+            EffectShard(
                 torch.tensor(x[i : i + 100]).float(), strengths[i : i + 100], even[i : i + 100], odd[i : i + 100], i
             )
             for i in range(0, len(x), 100)
         ]
-        _, _, figures = fit_parts(parts)
+        _, _, figures = fit_shards(parts)
         assert figures["skipped"] == len(strengths[::7])
         assert figures["vectors"] + figures["skipped"] == 2000
         assert figures["ceiling"] == pytest.approx(ceiling, abs=0.06)
@@ -249,10 +251,10 @@ def test_figures_tell_effect_from_noise():
 def test_effects_are_dealt_to_other_vectors_in_parts_of_any_size(size):
     x, _, y = (torch.tensor(a) for a in planted(noise=0.0))
     parts = [
-        measuring.Part(x[i : i + size], torch.ones(len(x[i : i + size])), y[i : i + size], y[i : i + size], i)
+        EffectShard(x[i : i + size], torch.ones(len(x[i : i + size])), y[i : i + size], y[i : i + size], i)
         for i in range(0, len(x), size)
     ]
-    figures = fit_parts(parts)[2]
+    figures = fit_shards(parts)[2]
     assert figures["r2"] > 0.99
     assert figures["shuffled"] < 0.3  # of 20 dealt at random one stays in its place
 
@@ -282,12 +284,12 @@ def test_processes_that_share_the_vectors_measure_the_same(llama, tokenizer, tex
         waited.append(maker)
         if not path.exists():
             monkeypatch.setenv("RANK", "1")
-            monkeypatch.setattr("fgsteer.parts.wait_for", lambda *_: 1 / 0)
+            monkeypatch.setattr("fgsteer.storage.shards.wait_for_file", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 measure(llama, tokenizer, sae, texts, tmp_path / "parts")
-            monkeypatch.setattr("fgsteer.parts.wait_for", other)
+            monkeypatch.setattr("fgsteer.storage.shards.wait_for_file", other)
 
-    monkeypatch.setattr("fgsteer.parts.wait_for", other)
+    monkeypatch.setattr("fgsteer.storage.shards.wait_for_file", other)
     monkeypatch.setenv("RANK", "0")
     measure(llama, tokenizer, sae, texts, tmp_path / "parts").save(tmp_path / "shared")
     assert waited[:3] == [0, 1, 0]
@@ -298,7 +300,7 @@ def test_killed_at_any_write_it_ends_the_same(llama, tokenizer, texts, tmp_path,
     sae = make_sae(d_sae=24)
     unbroken = measure(llama, tokenizer, sae, texts, None)
     unbroken.save(tmp_path / "whole.safetensors")
-    lottery, kills, original = random.Random(1), 0, measuring.write_tensors
+    lottery, kills, original = random.Random(1), 0, write_tensors
 
     def write(path, *args, **kwargs):
         if lottery.random() < 0.5:
@@ -308,7 +310,7 @@ def test_killed_at_any_write_it_ends_the_same(llama, tokenizer, texts, tmp_path,
             raise KeyboardInterrupt
 
     monkeypatch.setattr(measuring, "write_tensors", write)
-    monkeypatch.setattr("fgsteer.parts.write_tensors", write)
+    monkeypatch.setattr("fgsteer.storage.shards.write_tensors", write)
     for _ in range(100):
         try:
             broken = measure(llama, tokenizer, sae, texts, tmp_path / "parts")
@@ -364,7 +366,7 @@ def test_a_folder_of_another_run_is_refused(llama, tokenizer, texts, tmp_path):
         with pytest.raises(fg.PairingError, match=rf"{differing} was [0-9a-f]{{12}} and is"):
             measure(model, words, sae, texts, tmp_path)
     part.write_bytes(next_.read_bytes())
-    with pytest.raises(fg.PairingError, match="another part"):
+    with pytest.raises(fg.PairingError, match="another shard"):
         measure(llama, tokenizer, sae, texts, tmp_path)
     tensors, header = read_tensors(next_, kind="effects part")
     for wrong in ({"odd": tensors["odd"][:2]}, {"more": torch.ones(1)}):
@@ -391,7 +393,7 @@ def test_measure_reports_and_serves_the_methods(llama, tokenizer, texts):
     assert set(effects.about) >= {"r2", "ceiling", "shuffled", "explained", "explained_by_bias", "cosine_to_decoder"}
     vec = fg.sae_ts(sae, [3], effects)
     assert vec.norm == pytest.approx(1.0, abs=1e-6)
-    with pytest.raises(fg.PairingError, match="measure effects on this SAE"):
+    with pytest.raises(fg.PairingError, match="Measure again with fgsteer effects"):
         fg.sae_ts(make_sae(d_sae=24, seed=5), [3], effects)
 
 
@@ -440,7 +442,7 @@ def test_refusals(llama, tokenizer, sae, texts):
         ({"target_ce_rise": 0.0}, "nats"),
         ({"prompts": []}, "0 prompts"),
         ({"texts": []}, "0 texts"),
-        ({"vectors": -2}, "-2 vectors"),
+        ({"vectors": -2}, "number of vectors, at least one, got -2"),
         ({"vectors": 5}, "too few vectors"),
     ):
         given = {"prompts": PROMPTS, "texts": texts, "sampling": HOW, "rows": 6, "rollouts": 2, **options}

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import unicodedata
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -23,9 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgsteer as fg
-from fgsteer.evaluation.chat import BrokenAnswerError, ChatClient, _seconds
-from fgsteer.evaluation.endpoint import _prompt, read_score
-from tests.chat import Chat, Reply
+from fgsteer.evaluation.judges.answer_cache import parse_score
+from fgsteer.evaluation.judges.chat_client import BrokenAnswerError, ChatClient, _seconds
+from fgsteer.evaluation.judges.endpoint import _prompt
+from tests.helpers.chat import Chat, Reply
+from tests.helpers.errors import chain
 
 KEY = "sk-a-secret-key-0123456789"
 TEXTS = [f"text number {i}" for i in range(6)]
@@ -164,16 +165,6 @@ def test_retry_after_as_a_date():
         assert _seconds(nothing) == 0
 
 
-def chain(error):
-    """All that an error carries along: of itself, its causes and contexts, what str, repr and a traceback show."""
-    seen = []
-    while error is not None:
-        seen += [str(error), repr(error), *map(repr, error.args)]
-        seen += traceback.format_exception(error)
-        error = error.__cause__ or error.__context__
-    return "\n".join(seen)
-
-
 ECHOES = {
     "plain": KEY,
     "a header of it": f"Authorization: Bearer {KEY}",
@@ -273,6 +264,7 @@ def test_nothing_is_unpacked():
     assert chat.requests[0][2]["Accept-Encoding"] == "identity"
 
 
+DRIPS = 400  # pieces of an answer that takes 20 s
 SLOW = {
     "status": (b"HTTP/1.1 ", b"2"),
     "headers": (OK + b"X-Slow: ", b"x"),
@@ -286,13 +278,12 @@ SLOW = {
 @pytest.mark.parametrize("kind", SLOW)
 def test_an_answer_that_drips_ends_at_the_time_limit(kind):
     head, piece = SLOW[kind]
-    reply = Reply(raw=endless(head, 0.05, piece, total=100 * len(piece)))
+    reply = Reply(raw=endless(head, 0.05, piece, total=DRIPS * len(piece)))
     with Chat(lambda text, n: reply) as chat:
         made = judge(chat, timeout=0.3, attempts=1)
-        began = time.monotonic()
         with pytest.raises(fg.JudgeError, match="imed out"):
             made.coherence(["one"])
-    assert 0.25 < time.monotonic() - began < 2.5  # the whole drip takes 5 s
+    assert reply.sent < len(head) + DRIPS * len(piece) // 2  # it did not wait for the rest
 
 
 STUCK = """
@@ -307,7 +298,7 @@ def test_an_interrupt_ends_at_once(tmp_path):
 
     def reply(text, n):
         if int(text.split()[-1]) >= 4:
-            released.wait(30)
+            released.wait()
         return Reply()
 
     with Chat(reply) as chat:
@@ -316,13 +307,13 @@ def test_an_interrupt_ends_at_once(tmp_path):
         )
         while chat.open < 8 or len(chat.requests) < 12:
             time.sleep(0.01)
-        began = time.monotonic()
         run.send_signal(signal.SIGINT)
-        _, told = run.communicate(timeout=60)
-        took = time.monotonic() - began
-        released.set()
+        try:
+            _, told = run.communicate(timeout=50)  # the server answers nothing more, and a time-out is 60 s
+        finally:
+            run.kill()
+            released.set()
     assert b"KeyboardInterrupt" in told
-    assert took < 5  # a time-out is 60 s, and the server would have answered after 30 s
     assert len(chat.requests) == 12
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 4  # what was answered is kept
 
@@ -333,7 +324,7 @@ def test_what_asking_again_cannot_mend_is_raised_at_once(status, body):
     with Chat(lambda text, n: refusal) as chat, pytest.raises(fg.JudgeError, match=message) as caught:
         judge(chat).coherence(["one"])
     assert len(chat.requests) == 1
-    error = caught.value
+    error: BaseException | None = caught.value
     while error is not None:
         assert KEY not in str(error)
         error = error.__cause__ or error.__context__
@@ -395,13 +386,13 @@ BROKEN = [
 
 
 def test_scores_are_read_from_what_models_write():
-    assert {answer: read_score(answer) for answer in ANSWERS} == ANSWERS
+    assert {answer: parse_score(answer) for answer in ANSWERS} == ANSWERS
 
 
 @pytest.mark.parametrize("answer", BROKEN, ids=range(len(BROKEN)))
 def test_no_score_is_made_up(answer):
     with pytest.raises(BrokenAnswerError):
-        read_score(answer)
+        parse_score(answer)
 
 
 NO_COMPLETION = [Reply(None), *(Reply(body=body) for body in ("<html>", "[]", "", '{"choices": []}'))]
@@ -433,11 +424,9 @@ def test_a_failure_ends_the_rest_soon():
     def reply(text, n):
         return Reply(status=401) if text == "text 0" else Reply(status=429, headers={"Retry-After": "300"}, delay=0.02)
 
-    began = time.monotonic()
     with Chat(reply) as chat, pytest.raises(fg.JudgeError, match=r"text 0.*HTTP 401"):
         judge(chat, concurrency=4).coherence([f"text {i}" for i in range(50)])
-    assert time.monotonic() - began < 60  # not the 300 s that the others were told to wait
-    assert len(chat.requests) <= 8
+    assert len(chat.requests) <= 8  # none of the others came again after the 300 s that it was told to wait
 
 
 def test_what_was_answered_is_not_asked_again(tmp_path):
@@ -482,7 +471,7 @@ def test_only_a_cache_is_added_to(tmp_path):
                 judge(chat, cache=path)
         (tmp_path / "file").write_text("")
         for folder, told in (("file", "is no folder"), ("typo", "there is no folder")):
-            with pytest.raises(fg.FormatError, match=f"cannot write .*{told}"):  # before anything is asked
+            with pytest.raises(fg.FormatError, match=f"Cannot write .*{told}"):  # before anything is asked
                 judge(chat, cache=tmp_path / folder / "answers.jsonl")
 
 
@@ -545,7 +534,7 @@ def test_an_endpoint_at_an_ipv6_address():
 def test_no_texts_no_request():
     with Chat(lambda text, n: Reply()) as chat:
         assert judge(chat).coherence([]).shape == (0,)
-        with pytest.raises(fg.DataError, match="one string"):
+        with pytest.raises(fg.DataError, match="a list of texts, got one text"):
             judge(chat).coherence("one")
     assert not chat.requests
 

@@ -9,6 +9,7 @@ import json
 import sys
 import unicodedata
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from urllib.parse import quote
 
@@ -22,16 +23,16 @@ from rich.table import Table
 from rich.text import Text
 
 import fgsteer as fg
-from fgsteer.cards import html_page
-from fgsteer.cli.common import console, progress_bar
-from fgsteer.cli.terminal import json_text as terminal_json
-from fgsteer.cli.terminal import say
-from fgsteer.escaping import escaped, json_text, markdown, markdown_code, without
-from fgsteer.examples import Excerpt
-from fgsteer.files import write_tensors
-from fgsteer.reading import FeatureRow
-from tests.conftest import make_sae
-from tests.test_consoles import run
+from fgsteer.cli.printing import console, say
+from fgsteer.cli.printing import json_text as terminal_json
+from fgsteer.errors.escaping import escape_markdown, escape_text, json_text, markdown_code, redact
+from fgsteer.features.cards import html_page
+from fgsteer.features.description import FeatureRow
+from fgsteer.saes.examples import Excerpt
+from fgsteer.storage.files import write_tensors
+from tests.helpers.cli import run_on_console
+from tests.helpers.pages import MARKS
+from tests.helpers.saes import make_sae
 
 # an escape sequence, a bell, a carriage return, C1's CSI, directions, an end of line, half a character, tags
 ACTING = "\x1b[2J \x1b]0;title\x07 a\rb \x9b31m \u202eabc\u2066 \u2028 \udc80 \U000e0041 \x7f \x00"
@@ -48,17 +49,17 @@ def acts(text):
 @FEW
 @given(st.text())
 def test_escaped_text_acts_on_nothing_and_tells_all(text):
-    shown = escaped(text)
+    shown = escape_text(text)
     assert not acts(shown)
-    assert escaped(shown) == shown
+    assert escape_text(shown) == shown
     if not acts(text):
         assert shown == text
-    assert "\n" not in escaped(text, keep="")
+    assert "\n" not in escape_text(text, keep="")
 
 
 def test_what_is_escaped_and_what_is_not():
-    assert escaped("\x1b[2Ja\rb\x9b\u202e\x07") == r"\x1b[2Ja\rb\x9b\u202e\x07"
-    assert escaped(ENGLISH) == ENGLISH
+    assert escape_text("\x1b[2Ja\rb\x9b\u202e\x07") == r"\x1b[2Ja\rb\x9b\u202e\x07"
+    assert escape_text(ENGLISH) == ENGLISH
 
 
 @settings(FEW, max_examples=25)
@@ -71,51 +72,24 @@ def test_json_stays_json(value):
         assert "indent" in options or "\n" not in text
 
 
-MARKS = ["# a", "a\n# b", "<script>alert(1)</script>", "[a](http://b.c)", "![a](b)", "**a**", "`a`", "```\n# b", "a|b"]
-MARKS += [
-    "http://evil.example",
-    "<http://evil.example>",
-    "&lt;",
-    "- a",
-    "1. a",
-    "> a",
-    "a\n---",
-    "===",
-    "\\",
-    "a\\",
-    " ",
-]
-MARKS += [
-    "[a]: http://b.c",
-    "~~a~~",
-    "| a |",
-    "$x$",
-    "_a_",
-    "``",
-    "` `",
-    "\u2028# b",
-    "a\r# b",
-    "    a",
-    "@b",
-    "a\x00b",
-]
-
-
 @FEW
 @given(st.text() | st.sampled_from(MARKS) | st.text("#*_`[]<>()!|\\~&: a\n-"))
 def test_markdown_reads_back_as_the_text_alone(text):
     parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
-    for made, expected in ((markdown(text), " ".join(escaped(text).split())), (markdown_code(text), escaped(text, ""))):
+    for made, expected in (
+        (escape_markdown(text), " ".join(escape_text(text).split())),
+        (markdown_code(text), escape_text(text, "")),
+    ):
         heading, inline, _ = parser.parse(f"# x{made}x")
         assert heading.tag == "h1"
         assert {token.type for token in inline.children} <= {"text", "text_special", "code_inline"}
         assert "".join(token.content for token in inline.children) == f"x{expected or ' ' * bool(made)}x"
-    cells = [t for t in parser.parse(f"| x |\n|---|\n| {markdown(text)} |\n") if t.type == "td_open"]
+    cells = [t for t in parser.parse(f"| x |\n|---|\n| {escape_markdown(text)} |\n") if t.type == "td_open"]
     assert len(cells) == 1
 
 
 KEYS = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=12, max_size=60)
-WAYS = {
+WAYS: dict[str, Callable[[str], str]] = {
     "plain": lambda key: key,
     "JSON": json.dumps,
     "JSON in JSON": lambda key: json.dumps(json.dumps({"authorization": f"Bearer {key}"})),
@@ -133,7 +107,7 @@ WAYS = {
 @given(KEYS, st.text(max_size=20), st.text(max_size=20))
 def test_a_secret_is_found_however_it_is_told(way, key, before, after):
     told = WAYS[way](key)
-    left = without(key, f"{before} {told} {after}")
+    left = redact(key, f"{before} {told} {after}")
     assert told not in left
     assert key not in left
 
@@ -141,9 +115,9 @@ def test_a_secret_is_found_however_it_is_told(way, key, before, after):
 def test_texts_without_the_secret_stay():
     key = "sk-proj-0123456789abcdef"
     for text in ("model not found: sk-proj-****cdef", "{'error': 'aGVsbG8gd29ybGQ='}", ""):
-        assert without(key, text) == text
-    assert without(key, f"bad {key}!") == "bad (key)!"
-    assert without("", "a") == without("x", "a") == "a"  # servers without keys are given none, or an x
+        assert redact(key, text) == text
+    assert redact(key, f"bad {key}!") == "bad (key)!"
+    assert redact("", "a") == redact("x", "a") == "a"  # servers without keys are given none, or an x
 
 
 def test_pages_hold_no_control_characters_and_no_markup_of_others():
@@ -169,8 +143,6 @@ def test_say_and_consoles_print_no_control_characters(capsys):
     for shown in (ACTING, Text.assemble(("dim ", "dim"), ACTING), table, Markdown(f"| {ACTING} |\n|---|\n")):
         screen.print(shown)
     screen.print("[red]as it is[/red] :smile:")
-    with progress_bar(ACTING, 2, False) as bar:
-        bar(1)
     printed = capsys.readouterr()
     assert not acts(printed.out + printed.err)
     assert r"\x1b[2J" in printed.out
@@ -216,7 +188,7 @@ def test_nothing_that_a_file_holds_reaches_the_terminal_raw(tmp_path, monkeypatc
         ("collect", tmp_path / "contrast.json", "-o", tmp_path / "out"),
         ("features", tmp_path / hostile.replace("\x00", "")),
     ):
-        status, out, err = run(monkeypatch, "utf-8", *arguments)
+        status, out, err = run_on_console(monkeypatch, "utf-8", *arguments)
         assert status in (0, 2), (arguments, err)
         assert not acts(out + err), arguments
         assert "\nerror: all is well" not in out + err

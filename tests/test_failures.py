@@ -17,19 +17,20 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer import files
-from fgsteer.evaluation.endpoint import AnswerCache
-from fgsteer.evaluation.run_files import append, resume
+from fgsteer.evaluation.bench.run_files import append, resume
+from fgsteer.evaluation.judges.answer_cache import AnswerCache
 from fgsteer.export import checkpoint, lm_eval
-from fgsteer.statistics import Contrast, Moments
-from tests.conftest import make_sae
+from fgsteer.storage import atomic, json_files
 from tests.fuzz_readers import fuzz
-from tests.tiny import tiny_model
+from tests.helpers.saes import make_sae
+from tests.helpers.saved import things
+from tests.helpers.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 AT = fg.Hookpoint(1)
@@ -37,12 +38,18 @@ WIDTH = 20_000  # of what is written while it is killed: a write takes a while
 DATA = fg.ContrastSet("x", positives=["the bride wore a ring", "the groom"], negatives=["a dog sat", "the old cat ran"])
 
 
+@pytest.fixture(scope="module")
+def llama():
+    """A model of its own: transformers leaves hooks in those that were asked for hidden states."""
+    return tiny_model("llama")
+
+
 def start(work):
     """A child process that runs ``work(ready)``; returns its id once it is ready, or has ended."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        status = 1
+        status: Any = 1
         try:
             torch.set_num_threads(1)
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -66,27 +73,12 @@ def ended(pid):
 # ---------------------------------------------------------------- files
 
 
-def things(n, width=WIDTH):
-    """One thing of every kind that is saved, full of the number n."""
-    full = torch.full((width,), float(n))
-    moments = Moments(2, full.double(), full.double(), full.double())
-    tokens = torch.full((width // 10, 1, 3), n, dtype=torch.int32)
-    slots = torch.zeros(width // 10, 1, dtype=torch.int32)
-    return {
-        "vector": fg.SteeringVector(full, AT),
-        "statistics": fg.ContrastStatistics({AT: Contrast(moments, moments)}),
-        "density": fg.FeatureDensity(full.double(), full.double(), full.double(), n, "x"),
-        "examples": fg.FeatureExamples(torch.arange(width // 10), tokens, tokens.float(), slots, "x"),
-        "effects": fg.EffectApproximator(full[None], full, AT, "x"),
-    }
-
-
 def write_all(folder, n):
-    for kind, thing in things(n).items():
+    for kind, thing in things(n, WIDTH).items():
         thing.save(folder / kind)
-    files.write_json(folder / "json", [n] * WIDTH)
-    with files.whole(folder / "page") as beside:
-        beside.write_text(f"{n} " * WIDTH)
+    json_files.write_json(folder / "json", [n] * WIDTH)
+    with atomic.atomic_write(folder / "page") as temporary:
+        temporary.write_text(f"{n} " * WIDTH)
 
 
 def numbers(folder):
@@ -97,7 +89,7 @@ def numbers(folder):
         "density": lambda p: fg.FeatureDensity.load(p).first,
         "examples": lambda p: fg.FeatureExamples.load(p).activations,
         "effects": lambda p: fg.EffectApproximator.load(p).M,
-        "json": lambda p: torch.tensor(files.read_json(p)),
+        "json": lambda p: torch.tensor(json_files.read_json(p)),
         "page": lambda p: torch.tensor([int(word) for word in p.read_text().split()]),
     }
     return {kind: set(r(folder / kind).flatten().tolist()) for kind, r in read.items() if (folder / kind).exists()}
@@ -162,22 +154,22 @@ def test_kill_leaves_records_to_go_on_from(tmp_path):
         with open(path, "ab") as file:
             file.write(b'{"batch": 0, "te')  # whatever is half, is cut off
         before, done = done, resume(path, header, [batch] * 10_000)
-        rows = [files.parse_json(line) for line in path.read_bytes().splitlines()]
+        rows = [json_files.parse_json(line) for line in path.read_bytes().splitlines()]
         assert rows[0] == header
         assert [row["batch"] for row in rows[1:]] == [n for n in range(done) for _ in range(batch)]
         assert done >= before
 
 
-def test_every_writer_goes_through_files():
-    """No other module opens a file to write, or writes to anything but the path that ``whole`` lends."""
+def test_every_writer_goes_through_atomic_writes():
+    """No other module opens a file to write, or writes to anything but the path that ``atomic_write`` gives."""
     writes = re.compile(
-        r"""open\([^)]*["'][rwax]?b?[wax+]b?\+?["']|(?<!beside)\.write_(?:text|bytes)\(|save_file\(|"""
+        r"""open\([^)]*["'][rwax]?b?[wax+]b?\+?["']|(?<!temporary)\.write_(?:text|bytes)\(|save_file\(|"""
         r"""torch\.save\((?!vector|[^)]*buffer)|json\.dump\(|savefig\((?!buffer)|os\.(?:replace|rename)\(|mkstemp\("""
     )
     for path in (ROOT / "fgsteer").rglob("*.py"):
-        if path.name != "files.py":
+        if path.name != "atomic.py":
             assert not (found := writes.findall(path.read_text(encoding="utf-8"))), (path, found)
-    assert len(writes.findall((ROOT / "fgsteer" / "files.py").read_text(encoding="utf-8"))) >= 4
+    assert len(writes.findall((ROOT / "fgsteer" / "storage" / "atomic.py").read_text(encoding="utf-8"))) >= 4
 
 
 @contextlib.contextmanager
@@ -204,19 +196,19 @@ def full_disk(how, monkeypatch, limit=8000):
 def test_full_disk_keeps_the_old_file(how, tmp_path, monkeypatch):
     write_all(tmp_path, 1)
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    writes = {kind: thing.save for kind, thing in things(2).items()}
-    writes["json"] = lambda path: files.write_json(path, [2] * WIDTH)
+    writes = {kind: thing.save for kind, thing in things(2, WIDTH).items()}
+    writes["json"] = lambda path: json_files.write_json(path, [2] * WIDTH)
     for kind, write in writes.items():
         with full_disk(how, monkeypatch) as reason, pytest.raises(fg.FormatError) as told:
             write(tmp_path / kind)
-        assert f"cannot write {tmp_path / kind}: {reason}" in str(told.value)
-        assert "make room, or write elsewhere" in str(told.value)
+        assert f"Cannot write {tmp_path / kind}: {reason}" in str(told.value)
+        assert "Make room, or write elsewhere" in str(told.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept  # and nothing beside them
 
 
 def save_tokenizer(path, tokenizer):
-    with files.whole_folder(path) as beside:
-        tokenizer.save_pretrained(beside)
+    with atomic.atomic_folder(path) as temporary:
+        tokenizer.save_pretrained(temporary)
 
 
 @pytest.mark.parametrize("how", ["limit", "sync"])
@@ -232,7 +224,7 @@ def test_full_disk_leaves_nothing_of_what_libraries_save(name, how, tmp_path, mo
     }[name]
     with full_disk(how, monkeypatch, 500 if name == "lm.pt" else 2000), pytest.raises(fg.FormatError) as told:
         write(tmp_path / name)
-    assert re.match(f"cannot write {tmp_path}.*{name}.*: .*(File too large|No space left)", str(told.value))
+    assert re.match(f"Cannot write {tmp_path}.*{name}.*: .*(File too large|No space left)", str(told.value))
     assert not list(tmp_path.iterdir())
 
 
@@ -308,7 +300,7 @@ def test_overflowing_coefficient_is_refused_in_float16(tokenizer):
     model = tiny_model("llama", dtype=torch.float16)
     for too_much in (vec.add(1e5), vec.clamp(-1e6), [None, vec.affine(2e5)]):
         with (
-            pytest.raises(fg.SteeringError, match=r"blocks\.1\.hook_resid_post.*32752 in float16"),
+            pytest.raises(fg.SteeringError, match=r"at most 32752, .*in float16.*blocks\.1\.hook_resid_post"),
             fg.steer(model, too_much),
         ):
             pass
@@ -331,7 +323,7 @@ def short_of_memory(model, most, error, monkeypatch):
             raise error
         return forward(*args, input_ids=input_ids, **kwargs)
 
-    monkeypatch.setattr(model.model, "forward", limited)
+    monkeypatch.setitem(vars(model.model), "forward", limited)  # and is gone afterwards
     return sizes
 
 
@@ -382,7 +374,7 @@ def test_out_of_memory_halves_the_batch(error, shared, llama, tokenizer, monkeyp
 
 def test_a_text_too_long_for_memory_is_named(llama, tokenizer, monkeypatch):
     short_of_memory(llama, 5, SHORT[0], monkeypatch)
-    told = r"text 0 \(positive\) 'the bride wore a ring', 6 tokens long, does not fit.*max_tokens"
+    told = r"Memory does not suffice for text 0 \(positive\) 'the bride wore a ring', with 6 tokens.*max_tokens"
     with pytest.warns(fg.FgsteerWarning), pytest.raises(fg.DataError, match=told):
         fg.collect(llama, tokenizer, TEXTS, hookpoints=[AT], share_prefixes=False)
 
@@ -577,7 +569,7 @@ def test_interrupt_leaves_the_model_clean_and_files_whole(job, llama, tokenizer,
 
 
 def test_interrupt_ends_a_command_with_status_130(tmp_path, monkeypatch):
-    from fgsteer.cli import main, measure
+    from fgsteer.cli import collect, main
 
     monkeypatch.setattr(sys, "argv", ["fgsteer", "collect", "love", "-o", str(tmp_path / "stats")])
 
@@ -590,13 +582,13 @@ def test_interrupt_ends_a_command_with_status_130(tmp_path, monkeypatch):
         error = os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT)
         os.dup2(error, 2)
         sys.stderr = os.fdopen(2, "w", buffering=1)
-        monkeypatch.setattr(measure, "load_model", load)
+        monkeypatch.setattr(collect, "load_model", load)
         main()
 
     pid = start(work)
     os.kill(pid, signal.SIGINT)
     assert ended(pid) == 130
-    assert (tmp_path / "stderr").read_text() == "interrupted; every file is whole\n"
+    assert (tmp_path / "stderr").read_text() == "Interrupted. Every file was written completely or not at all.\n"
     assert [path.name for path in tmp_path.iterdir()] == ["stderr"]
 
 
@@ -614,7 +606,7 @@ def test_interrupted_bench_goes_on(tmp_path):
     _, error = run.communicate()
     assert run.returncode == 130
     assert "Traceback" not in error
-    assert error.endswith("interrupted; every file is whole\n")
+    assert error.endswith("Interrupted. Every file was written completely or not at all.\n")
     before = len(fg.load_run(path).records)
     assert subprocess.run(command, check=True, capture_output=True).returncode == 0
     assert len(fg.load_run(path).records) > before
@@ -631,9 +623,9 @@ def test_a_copy_of_a_steered_model_is_refused(llama, ids):
 # ---------------------------------------------------------------- the table
 
 
-def test_every_row_of_the_readmes_table_has_a_test():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (table,) = re.findall(r"<!-- failures -->\n(.*?)<!-- /failures -->", readme, re.S)
+def test_every_row_of_the_table_of_failures_has_a_test():
+    page = (ROOT / "docs" / "reference" / "failures.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- failures -->\n(.*?)<!-- /failures -->", page, re.S)
     rows = [row.strip("|").split("|") for row in table.splitlines()[2:]]
     sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
     assert len(rows) >= 10

@@ -1,4 +1,4 @@
-"""Real architectures: every site of every block, names, reading, steering; and the README's table of them.
+"""Real architectures: every site of every block, names, reading, steering; and the table in docs/reference/models.md.
 
 python -m tests.test_families   prints the table.
 """
@@ -6,7 +6,6 @@ python -m tests.test_families   prints the table.
 from __future__ import annotations
 
 import copy
-import functools
 import re
 import warnings
 from pathlib import Path
@@ -16,27 +15,30 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.activations import by_token, primary
-from fgsteer.hookpoints import _SUBLAYERS, blocks_of, resolve
-from fgsteer.models import d_model, identity, logit_lens
-from tests.conftest import make_sae
-from tests.reference import sparse as reference
-from tests.test_statistics import DOWN, SET, UP, naive_examples
-from tests.test_steering import batch, rows_of, run, vector
-from tests.tiny import (
+from fgsteer.activations.outputs import hidden_states_of, reshape_by_token
+from fgsteer.models.hookpoints import _SUBLAYERS, blocks_of, resolve
+from fgsteer.models.pairing import model_identity
+from fgsteer.models.properties import d_model
+from fgsteer.models.unembedding import logit_lens
+from tests.helpers.examples import DOWN, SET, UP, naive_examples
+from tests.helpers.saes import make_sae
+from tests.helpers.steering import batch, rows_of, run, vector
+from tests.helpers.tiny import (
     D_MODEL,
     FAMILIES,
     HYBRIDS,
     LAYERS,
     MORE_FAMILIES,
-    ODD_FAMILIES,
+    NO_SUBLAYERS,
     OTHER_FAMILIES,
+    SITES,
+    model_of,
     tiny_model,
     word_tokenizer,
 )
+from tests.reference import sparse as reference
 
-README = Path(__file__).parent.parent / "README.md"
-SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "models.md"
 # title and what is special about the blocks, of the families in the table
 ABOUT = {
     "llama": ("Llama", ""),
@@ -76,17 +78,8 @@ ABOUT = {
     "zamba2": ("Zamba 2", "Mamba 2, shared attention"),
     "recurrent_gemma": ("RecurrentGemma", "recurrences, which read left padding; attention"),
 }
-NO_SUBLAYERS = {
-    "opt, post-norm": "norm follows",
-    "granite": "residual_multiplier",
-    "bloom": "residual added",
-    "gemma4": "layer_scalar",
-    **dict.fromkeys([*HYBRIDS, *ODD_FAMILIES], "not known"),
-}
 STEERED = [*sorted(MORE_FAMILIES), *HYBRIDS]
 SUBLAYERED = [family for family in (*FAMILIES, *STEERED) if family not in NO_SUBLAYERS]
-
-model_of = functools.cache(tiny_model)
 
 
 def refusal(model, site):
@@ -94,7 +87,7 @@ def refusal(model, site):
     try:
         resolve(model, fg.Hookpoint(0, site))
     except fg.HookpointError as error:
-        return re.split(r"; |: ", str(error))[1]
+        return re.split(r"; |: |\. ", str(error))[1]
     return ""
 
 
@@ -131,9 +124,9 @@ def table():
     return "\n".join(lines)
 
 
-def test_the_readme_has_the_table():
-    block = re.search(r"<!-- families -->\n(.*?)\n<!-- /families -->", README.read_text(encoding="utf-8"), re.S)
-    assert block, "README.md has no families block"
+def test_the_docs_have_the_table():
+    block = re.search(r"<!-- families -->\n(.*?)\n<!-- /families -->", PAGE.read_text(encoding="utf-8"), re.S)
+    assert block, f"{PAGE} has no families block"
     assert block[1] == table(), "print the table with: python -m tests.test_families"
 
 
@@ -164,9 +157,9 @@ def test_an_unknown_block_is_refused_at_its_sublayers():
 
 def test_several_residual_streams_are_refused():
     flat = torch.randn(6, 32)
-    assert torch.equal(by_token(flat, 2, 3), flat.view(2, 3, 32))
+    assert torch.equal(reshape_by_token(flat, 2, 3), flat.view(2, 3, 32))
     with pytest.raises(fg.HookpointError, match="residual streams"):
-        by_token(torch.zeros(2, 3, 4, 32), 2, 3)  # the shape of DeepSeek-V4's
+        reshape_by_token(torch.zeros(2, 3, 4, 32), 2, 3)  # the shape of DeepSeek-V4's
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *STEERED])
@@ -184,8 +177,8 @@ def test_module_names_resolve_to_their_modules(family):
                 continue  # refused: the same name is the MLP's norm elsewhere
             for name in (names[module], f"{names[module]}.output"):
                 assert resolve(model, fg.Hookpoint.parse(name)) == (module, False)
-    assert identity(model)["layers"] == LAYERS
-    assert identity(model)["d_model"] == d_model(model) == D_MODEL
+    assert model_identity(model)["layers"] == LAYERS
+    assert model_identity(model)["d_model"] == d_model(model) == D_MODEL
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])
@@ -219,7 +212,7 @@ def test_mixed_rows_equal_the_recompute(family):
 def last_block(model, inputs):
     """Output (batch, tokens, d_model) of the last block in a plain forward pass of the whole model."""
     kept = []
-    handle = blocks_of(model)[-1].register_forward_hook(lambda _, __, out: kept.append(primary(out)))
+    handle = blocks_of(model)[-1].register_forward_hook(lambda _, __, out: kept.append(hidden_states_of(out)))
     with torch.no_grad():
         model(**inputs, use_cache=False)
     handle.remove()

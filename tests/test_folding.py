@@ -1,10 +1,13 @@
-"""Folding: what plain transformers loads equals hooks, in every family that folds; every refusal says why."""
+"""Folding: what plain transformers loads equals hooks, in every family that folds; every refusal says why.
+
+python -m tests.test_folding   prints the table in docs/reference/exports.md.
+"""
 
 from __future__ import annotations
 
-import functools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +15,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import fgsteer as fg
-from fgsteer.files import whole_folder
-from tests.conftest import make_sae
-from tests.test_default import invoke
-from tests.test_steering import batch, direction, run, vector
-from tests.tiny import D_MODEL, FAMILIES, MORE_FAMILIES, OTHER_FAMILIES, tiny_model, word_tokenizer
+from fgsteer.storage.atomic import atomic_folder
+from tests.helpers.cli import invoke
+from tests.helpers.saes import make_sae
+from tests.helpers.steering import batch, direction, run, vector
+from tests.helpers.tiny import D_MODEL, FAMILIES, MORE_FAMILIES, OTHER_FAMILIES, model_of, tiny_model, word_tokenizer
 
-NO_BIAS = "no setting of its config gives it one"
+NO_BIAS = "no flag of its config gives it one"
 NORM = "a norm without a bias follows"
 ROUTER = "a router weighs the experts"
 # Where an Add at mlp_out or resid_post goes, and one at attn_out: a layer of the block, or the reason why not.
@@ -70,7 +73,6 @@ PLACES = {
     "starcoder2": ("mlp.c_proj", "self_attn.o_proj"),
 }
 NO_Z = ("gpt_neo",)  # its output projection is a level deeper than that site is looked for
-model_of = functools.cache(tiny_model)
 
 
 def add(seed=1, layer=1, site="resid_post", coefficient=2.0):
@@ -113,6 +115,26 @@ def discrepancy(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
+def table():
+    """Which families an Add folds in, by site, in Markdown: what the tests of PLACES show."""
+    columns = ("resid_post", "resid_pre", "mlp_out", "attn_out")
+    lines = [f"| model | {' | '.join(columns)} | why not |", "|---" * (len(columns) + 2) + "|"]
+    for family in sorted(PLACES):
+        places = {site: place for site, _, place in sites_of(family)}
+        marks = ["✓" if " " not in places.get(site, " ") else "–" for site in columns]
+        reasons = dict.fromkeys(places[site] for site in columns if " " in places.get(site, ""))
+        why = "; ".join(reasons).replace("gives it one", "gives it a bias")
+        lines.append(f"| {family} | {' | '.join(marks)} | {why} |")
+    return "\n".join(lines)
+
+
+def test_the_docs_have_the_table():
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "exports.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- folding -->\n(.*?)\n<!-- /folding -->", page, re.S)
+    assert block, "docs/reference/exports.md has no folding block"
+    assert block[1] == table(), "print the table with: python -m tests.test_folding"
+
+
 def test_every_family_has_its_row():
     assert set(PLACES) == {*FAMILIES, *MORE_FAMILIES, *OTHER_FAMILIES}
 
@@ -139,7 +161,9 @@ def test_a_saved_checkpoint_equals_hooks(family, tmp_path):
     [(f, s, layer, place) for f in PLACES for s, layer, place in sites_of(f) if " " in place],
 )
 def test_what_no_bias_equals_is_refused(family, site, layer, reason):
-    with pytest.raises(fg.SteeringError, match=rf"{layer}\.hook_{site} of an? \w+: .*{reason}.*use steer\(\)"):
+    with pytest.raises(
+        fg.SteeringError, match=rf"No bias of an? \w+ .*{layer}\.hook_{site} does: .*{reason}.*fgsteer\.steer"
+    ):
         fg.fold(model_of(family), add(1, layer, site))
 
 
@@ -151,7 +175,7 @@ def test_a_dense_block_folds_where_another_has_experts(tmp_path):
 def test_a_sum_that_leaves_the_bias_out_is_refused():
     config = MORE_FAMILIES["bloom"]()
     config.update({"slow_but_exact": True, "pretraining_tp": 2})
-    with pytest.raises(fg.SteeringError, match="slow_but_exact sums leave the bias out"):
+    with pytest.raises(fg.SteeringError, match="slow_but_exact of its config leaves the bias out"):
         fg.fold(AutoModelForCausalLM.from_config(config), add())
 
 
@@ -257,26 +281,32 @@ def test_bfloat16_keeps_eight_bits(tmp_path):
 
 
 def test_an_overflow_is_refused():
-    with pytest.raises(fg.SteeringError, match=r"an Add in .* changes entries by .*32752 in float16"):
+    with pytest.raises(fg.SteeringError, match=r"at most 32752.* float16.* an Add in .* changes entries by"):
         fg.fold(tiny_model("gpt2", dtype=torch.float16), add(coefficient=1e6))
 
 
 @pytest.mark.parametrize(
     ("item", "told"),
     [
-        (vector().add(2.0), r"bos=False, which leaves position 0 alone; .*write vec.add\(coefficient, bos=True\)"),
-        (vector().add(2.0, bos=True, scope="generated"), r"scope 'generated'; expected scope \"all\".*use steer\(\)"),
-        (vector().ablate(bos=True), r"Ablate at .*depends on the activation.*orthogonalised.*expected Add"),
+        (
+            vector().add(2.0),
+            r"Expected bos=True, got .*leaves position 0 alone.*write vec.add\(coefficient, bos=True\)",
+        ),
+        (
+            vector().add(2.0, bos=True, scope="generated"),
+            r"scope=\"all\", got .*'generated'.*fgsteer\.steer",
+        ),
+        (vector().ablate(bos=True), r"Expected an Add, got an Ablate at .*depends on the activation.*orthogonalised"),
         (vector().clamp(1.0, bos=True), r"Clamp at .*depends on the activation"),
         (vector().affine(1.0, bos=True), r"Affine at .*depends on the activation"),
         (
             fg.ClampFeature(hookpoint="model.layers.1", sae=make_sae(), targets={1: 2.0}),
             r"ClampFeature at .*depends on the activation",
         ),
-        ([add(), None], "a NoneType among the interventions; .*every row alike"),
-        ([[add()], [add(2)]], "a list among the interventions; .*every row alike"),
-        (add(layer=0, site="resid_pre"), r"blocks.0.hook_resid_pre .*before block 0.*use steer\(\)"),
-        (add(site="mlp_in"), r"mlp.hook_in .*nonlinearity.*use steer\(\)"),
+        ([add(), None], "a NoneType among the interventions.*every row in the same way"),
+        ([[add()], [add(2)]], "a list among the interventions.*every row in the same way"),
+        (add(layer=0, site="resid_pre"), r"blocks.0.hook_resid_pre .*before block 0.*fgsteer\.steer"),
+        (add(site="mlp_in"), r"mlp.hook_in .*nonlinearity.*fgsteer\.steer"),
     ],
 )
 def test_what_is_not_one_constant_is_refused(item, told):
@@ -320,12 +350,12 @@ def customised(model):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (quantised, "a quantised model; .*then quantise"),
-        (with_adapters, "a model with adapters.*merge"),
+        (quantised, "a quantised model.*quantise the result"),
+        (with_adapters, "a model with adapters.*merge them"),
         (offloaded, "offloaded.*device_map"),
         (spread, "sharded.*device_map"),
         (packed, "not floating-point"),
-        (customised, "an OwnForCausalLM; expected a model that AutoModelForCausalLM loads"),
+        (customised, "AutoModelForCausalLM loads, got an OwnForCausalLM"),
     ],
 )
 def test_models_that_cannot_be_saved_whole_are_refused(change, told):
@@ -337,20 +367,23 @@ def test_models_that_cannot_be_saved_whole_are_refused(change, told):
 
 def test_a_bare_decoder_and_a_steered_model_are_refused():
     model = model_of("llama")
-    with pytest.raises(fg.SteeringError, match="a LlamaModel; expected a model that AutoModelForCausalLM loads"):
+    with pytest.raises(fg.SteeringError, match="AutoModelForCausalLM loads, got a LlamaModel"):
         fg.fold(model.model, add())
-    with pytest.raises(fg.SteeringError, match=r"being steered.*leave the steer"), fg.steer(model, add()):
+    with (
+        pytest.raises(fg.SteeringError, match=r"being steered.*Leave the block of fgsteer.steer"),
+        fg.steer(model, add()),
+    ):
         fg.fold(model, add())
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     target = tmp_path / "deep" / "out"
-    with pytest.raises(fg.FormatError, match=f"there is no folder {target.parent};"), whole_folder(target):
+    with pytest.raises(fg.FormatError, match=f"(?i)there is no folder {target.parent}"), atomic_folder(target):
         pass
     target.parent.mkdir()
 
     def fill(text):
-        with whole_folder(target) as folder:
+        with atomic_folder(target) as folder:
             (folder / "a").write_text(text)
             (folder / "a").chmod(0o600)
             if text == "broken":
@@ -365,9 +398,9 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert (target / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     for path in (target, target / "a"):
-        with pytest.raises(fg.FormatError, match="exists; expected a new or an empty folder"), whole_folder(path):
+        with pytest.raises(fg.FormatError, match=r"(?i)a new or an empty folder"), atomic_folder(path):
             pass
-    with pytest.raises(fg.FormatError, match="cannot write"), whole_folder(target / "a" / "b"):
+    with pytest.raises(fg.FormatError, match=r"(?i)cannot write"), atomic_folder(target / "a" / "b"):
         pass
     assert (target / "a").read_text() == "one"
 
@@ -417,6 +450,10 @@ def test_a_command_that_fails_writes_nothing(tmp_path, king):
     fg.SteeringVector(torch.ones(D_MODEL), "model.layers.1").save(narrow)
     with pytest.raises(fg.SteeringError, match=NO_BIAS):
         invoke("fold", "-m", str(refused), "-v", narrow, "-c", "4", "-o", str(tmp_path / "out"))
-    with pytest.raises(fg.DataError, match="2 coefficients for 1 vector;"):
+    with pytest.raises(fg.DataError, match="2 coefficients for 1 vector"):
         invoke("fold", "-v", narrow, "-c", "4", "-c", "5", "-o", str(tmp_path / "out"))
     assert {path.name for path in tmp_path.iterdir()} == {"king.safetensors", "model", "narrow.safetensors"}
+
+
+if __name__ == "__main__":
+    print(table())

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.measuring import decoder_directions
-from fgsteer.rollouts import Sampling
-from tests.conftest import make_sae
-from tests.tiny import D_MODEL, tiny_model, word_tokenizer
+from fgsteer.effects.measuring import decoder_directions
+from fgsteer.effects.rollouts import Sampling
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL, tiny_model, word_tokenizer
 
 NOT_NUMBERS = ["1", True, [1], "\udcff"]
 LARGE = [2**63, 2**70, 1.5, 1e300]

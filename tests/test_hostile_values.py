@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ from typer.models import OptionInfo
 
 import fgsteer as fg
 from fgsteer import cli
-from fgsteer.cli.common import app
-from tests.conftest import make_sae
-from tests.tiny import D_MODEL
+from tests.helpers.cli import click_group
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL
 
 HUGE = str(10**400)
 INTEGERS = [
@@ -37,7 +37,7 @@ INTEGERS = [
 ]
 FLOATS = ["nan", "inf", "-inf", HUGE, "9" * 5000, "1e999", "", "\udcff", "1,5"]
 RELEASES = {"r": {"model": "m", "repo_id": "me/r", "saes": [{"id": "layer_1", "path": "layer_1"}]}}
-COMMAND = typer.main.get_command(app)
+COMMAND = click_group()
 COMMANDS = COMMAND.commands
 
 
@@ -78,22 +78,22 @@ def run(monkeypatch, capsys):
     """Runs the command line with no model to load: (status, lines of standard error)."""
 
     def refuse(*_, **__):
-        raise Loaded("a model is loaded")
+        raise Loaded("A model is loaded.")
 
     monkeypatch.setattr(cli, "app", COMMAND)  # built once
     monkeypatch.setattr(typer.main, "get_command", lambda _: COMMAND)
     for name in ("load_model", "run_tasks"):
         monkeypatch.setattr(fg, name, refuse)
     monkeypatch.setattr(fg, "load_sae", lambda *_, **__: make_sae())
-    monkeypatch.setattr("fgsteer.cli.common.check_fit", lambda *_: None)
-    monkeypatch.setattr("fgsteer.cli.harness.find_spec", lambda _: True)
-    monkeypatch.setattr("fgsteer.demo.run", refuse)
-    monkeypatch.setattr("fgsteer.sae_registry._releases", lambda: RELEASES)
+    monkeypatch.setattr("fgsteer.cli.loading.check_fit", lambda *_: None)
+    monkeypatch.setattr("fgsteer.cli.eval.find_spec", lambda _: True)
+    monkeypatch.setattr("fgsteer.cli.demo.run", refuse)
+    monkeypatch.setattr("fgsteer.saes.registry._releases", lambda: RELEASES)
     monkeypatch.setattr("fgsteer.serving.server.need_vllm", refuse)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["fgsteer", *arguments])
-        status = 0
+        status: Any = 0
         with warnings.catch_warnings():
             try:
                 cli.main()
@@ -133,27 +133,28 @@ def test_what_is_right_comes_as_far_as_the_model(files, run):
         if name in ("build", "info", "saes"):
             assert run(name, *arguments, "--json")[0] == 0, name
         else:
-            assert refused(run, name, *arguments) == "error: a model is loaded", name
+            assert refused(run, name, *arguments) == "error: A model is loaded.", name
 
 
 def fine(value, least):
-    """Whether a number of the lists above is one that the option may have."""
-    return value == "-2" and least is not None and least <= -2
+    """Whether a number of the lists above is one that the option may have; a seed has no least value."""
+    return value == "-2" and (least is None or least <= -2)
 
 
 @pytest.mark.parametrize(("command", "option", "least", "most"), options(int))
 def test_whole_numbers_of_every_command(files, run, command, option, least, most):
-    assert least is not None, "an option without a least value"
-    assert most is not None, "an option without a greatest value"
+    if option != "--seed":  # whose range a callback checks
+        assert least is not None, "an option without a least value"
+        assert most is not None, "an option without a greatest value"
     for value in INTEGERS:
         if not fine(value, least):
-            assert "a model is loaded" not in refused(run, command, *files[command], f"{option}={value}"), value
+            assert "A model is loaded" not in refused(run, command, *files[command], f"{option}={value}"), value
 
 
 @pytest.mark.parametrize(("command", "option"), [found[:2] for found in options(float)])
 def test_numbers_of_every_command(files, run, command, option):
     for value in FLOATS:
-        assert "a model is loaded" not in refused(run, command, *files[command], f"{option}={value}"), value
+        assert "A model is loaded" not in refused(run, command, *files[command], f"{option}={value}"), value
 
 
 TEXTS = [
@@ -189,7 +190,7 @@ def test_texts_of_every_command(files, run, command, option):
 )
 def test_paths_of_every_command(files, run, command, option):
     for value in ("x" * 5000, "/dev/null/x"):
-        assert "a model is loaded" not in refused(run, command, *files[command], f"{option}={value}"), value
+        assert "A model is loaded" not in refused(run, command, *files[command], f"{option}={value}"), value
 
 
 @pytest.mark.parametrize(
@@ -197,14 +198,14 @@ def test_paths_of_every_command(files, run, command, option):
     [
         ("collect sea -o {0}/s --sae s --tokens=--5", "--tokens --5"),
         ("collect sea -o {0}/s --sae s --tokens=" + "9" * 5000, "--tokens 999"),
-        ("diagnose sea --hookpoint " + "9" * 5000, "hookpoint '999"),
-        ("diagnose sea --hookpoint blocks." + "9" * 5000 + ".hook_resid_post", "hookpoint 'blocks.999"),
-        ("generate hi --dtype int8", "--dtype int8; expected one of float32"),
+        ("diagnose sea --hookpoint " + "9" * 5000, "hookpoint = '999"),
+        ("diagnose sea --hookpoint blocks." + "9" * 5000 + ".hook_resid_post", "hookpoint = 'blocks.999"),
+        ("generate hi --dtype int8", "Expected one of float32, bfloat16, float16, float64, got --dtype int8"),
         ("generate hi --dtype complex64", "--dtype complex64"),
         ("generate hi --dtype float8_e4m3fn", "--dtype float8_e4m3fn"),
         ("generate hi --dtype bool", "--dtype bool"),
         ("generate hi --dtype __name__", "--dtype __name__"),
-        ("generate hi --device meta", "--device meta, which keeps no numbers"),
+        ("generate hi --device meta", "--device meta, which stores no numbers"),
         ("generate hi --device cuda:-1", "--device cuda:-1"),
         ("generate hi --device \udcff", "--device"),
         ("generate hi --temperature 1e-300", "temperature = 1e-300"),
@@ -212,8 +213,8 @@ def test_paths_of_every_command(files, run, command, option):
         ("generate hi --temperature -1", "'--temperature'"),
         ("generate hi --seed " + str(2**70), "'--seed'"),
         ("generate hi --max-new-tokens " + str(10**30), "'--max-new-tokens'"),
-        ("generate \udcff", "prompt 0 holds half a character"),
-        ("generate hi --system \udcff", "prompt 0, message 0 holds half a character"),
+        ("generate \udcff", "half a character, '\\udcff' at 0, in prompt 0"),
+        ("generate hi --system \udcff", "half a character, '\\udcff' at 6, in prompt 0, message 0"),
         ("features --search \udcff --sae s", "half a character"),
         ("effects -o {0}/e --sae s --top-p 2", "top_p = 2.0"),
         ("effects -o {0}/e --sae s --top-p 0", "top_p = 0.0"),
@@ -227,10 +228,10 @@ def test_paths_of_every_command(files, run, command, option):
         ("bench -o {0}/b --judge x --judge-url http://a..b", "base_url"),
         ("serve m --layers " + "9" * 5000, "--layers"),
         ("serve m --layers -1", "--layers"),
-        ("export {0}/v --to gguf -o /", "cannot write /"),
-        ("sweep sea --neutral {0}/none.txt", "none.txt has no document"),
-        ("effects -o {0}/e --sae s --prompts {0}/none.txt", "none.txt has no document"),
-        ("effects -o {0}/e --sae s --texts {0}/none.txt", "none.txt has no document"),
+        ("export {0}/v --to gguf -o /", "Cannot write /"),
+        ("sweep sea --neutral {0}/none.txt", "none.txt holds no documents"),
+        ("effects -o {0}/e --sae s --prompts {0}/none.txt", "none.txt holds no documents"),
+        ("effects -o {0}/e --sae s --texts {0}/none.txt", "none.txt holds no documents"),
     ],
 )
 def test_values_that_cannot_be(arguments, told, run, tmp_path):

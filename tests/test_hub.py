@@ -6,6 +6,7 @@ import ast
 import json
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ import yaml
 from markdown_it import MarkdownIt
 
 import fgsteer as fg
-from fgsteer.escaping import markdown
-from fgsteer.evaluation.records import Run
+from fgsteer.errors.escaping import escape_markdown
+from fgsteer.evaluation.runs.records import Run
 from fgsteer.hub import card
-from tests.conftest import make_sae
-from tests.hub import COMMIT, TOKEN, Hub
-from tests.test_endpoint import chain
-from tests.test_escaping import MARKS
-from tests.test_sae_releases import run as in_process
+from tests.helpers.errors import chain
+from tests.helpers.hub import COMMIT, TOKEN, Hub
+from tests.helpers.hub import run_script as in_process
+from tests.helpers.pages import MARKS
+from tests.helpers.saes import make_sae
 
 PUSH = """
 import sys
@@ -113,6 +114,7 @@ def read(text):
     code = ast.parse(fences["python"])
     (load,) = [n for n in ast.walk(code) if isinstance(n, ast.Call) and "load_model" in ast.unparse(n.func)]
     (named,) = load.args
+    assert isinstance(named, ast.Constant)
     load.args = []
     return yaml.safe_load(head), headings, named.value, ast.unparse(code), json.loads(fences["json"])
 
@@ -138,7 +140,7 @@ def test_no_name_writes_the_card(vector, measured):
         judged = Run({**run.header, "plan": {"judge": {"name": name}}}, run.records)
         found = read(card(hostile, points, judged))
         assert found[0] == {key: value for key, value in head.items() if key != "base_model"}
-        assert found[1] == [markdown(name) or "Steering vector", *headings[1:]]
+        assert found[1] == [escape_markdown(name) or "Steering vector", *headings[1:]]
         assert found[2:] == ("…", code, provenance)
 
 
@@ -152,7 +154,7 @@ def test_the_cards_code_runs(vector, tmp_path):
     """The snippet as printed, with the repository named where it leaves a gap."""
     fg.from_features(fg.load_sae("default"), [2588]).save_pretrained(tmp_path / "bare")
     code = (tmp_path / "bare" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     here = repr(str(tmp_path / "bare"))
     exec(code.replace("'…'", here), scope)
     assert scope["vector"].norm == pytest.approx(1.0, rel=1e-5)
@@ -161,7 +163,7 @@ def test_the_cards_code_runs(vector, tmp_path):
 
 def test_a_run_without_the_vector_is_refused(vector, measured, tmp_path):
     run = fg.load_run(measured)
-    with pytest.raises(fg.DataError, match="has fgaa at layer 1"):
+    with pytest.raises(fg.DataError, match="got a run that has fgaa at layer 1"):
         vector.save_pretrained(tmp_path / "x", run=run, method="caa")
     with pytest.raises(fg.DataError, match="other concepts"):
         vector.save_pretrained(tmp_path / "x", run=Run(run.header, []))
@@ -176,7 +178,7 @@ def test_what_the_hub_says_is_told_without_the_token(named, vector, monkeypatch)
         raise OSError(f"401 for Authorization: Bearer {token}\nmore")
 
     monkeypatch.setattr("fgsteer.hub.hub_is_reachable", lambda: True)
-    monkeypatch.setattr("fgsteer.network.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("fgsteer.storage.network.hub_is_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
@@ -200,7 +202,7 @@ def test_pushed_to_a_hub_and_read_back(vector, measured, tmp_path):
         assert in_process(*arguments, token=TOKEN).strip() == f"{hub.url}/me/sea/commit/{COMMIT}"
         assert sum("/commit/" in path for _, path in hub.requests) == 1
         told = in_process(PULL, hub.url, tmp_path / "home", str(tmp_path / "again.safetensors"))
-        assert "no vector.safetensors in me/other" in told
+        assert "There is no vector.safetensors in me/other" in told
         told = in_process(PULL, hub.url, tmp_path / "home", str(tmp_path / "again.safetensors"), offline="1")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "v.safetensors").read_bytes()
     assert (tmp_path / "hub" / "me" / "sea" / "curve.png").exists()

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fgsteer as fg
-from fgsteer import identities
-from fgsteer.evaluation import shared
-from fgsteer.evaluation.bench import Bench, BenchPlan
-from fgsteer.evaluation.run_files import strengths_path
-from fgsteer.files import read_json, read_tensors, write_json
-from fgsteer.identities import check_same, made_of, tokenizer_sha256, weights_sha256
-from fgsteer.rollouts import Sampling
-from tests.conftest import make_sae
-from tests.tiny import LAYERS, tiny_model, word_tokenizer
-
-TEXTS = ["the man sat on a ship", "a dog ran to the sea", "the king said no", "she took the bread and tea"]
-SIDES = {
-    "positives": ["the bride wore a ring", "the groom", "a wedding"],
-    "negatives": ["a dog sat", "a cat", "the ship"],
-}
-
+from fgsteer.evaluation.bench.run_files import strengths_path
+from fgsteer.models import fingerprints as identities
+from fgsteer.models.fingerprints import run_fingerprint, tokenizer_sha256, weights_sha256
+from fgsteer.storage.files import read_tensors
+from fgsteer.storage.json_files import read_json, write_json
+from fgsteer.storage.plans import check_same_plan
+from tests.helpers.resumable import (
+    PARTS,
+    RUNS,
+    SIDES,
+    TEXTS,
+    LengthJudge,
+    bench,
+    collect,
+    contrast,
+    density,
+    effects,
+    shared_bench,
+)
+from tests.helpers.tiny import LAYERS, tiny_model, word_tokenizer
 
 # ---------------------------------------------------------------- hashes
 
@@ -61,10 +67,10 @@ def test_every_weight_counts(llama):
 
 
 def test_a_shared_tensor_is_read_once(monkeypatch):
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model: Any = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     apart = weights_sha256(model)
-    read, original = [], identities._sha256
-    monkeypatch.setattr(identities, "_sha256", lambda tensor: read.append(tensor) or original(tensor))
+    read, original = [], identities.stored_sha256
+    monkeypatch.setattr(identities, "stored_sha256", lambda tensor: read.append(tensor) or original(tensor))
     model[1].weight = model[0].weight
     tied = weights_sha256(model)
     assert len(read) == 1
@@ -103,7 +109,7 @@ def test_how_a_model_computes_counts_and_its_name_does_not(llama):
     other.config.use_cache = not other.config.use_cache
     assert identities._config_sha256(other) == identities._config_sha256(llama)
     tokenizer = word_tokenizer()
-    assert identities.made_of(other, tokenizer) == identities.made_of(llama, tokenizer)
+    assert identities.run_fingerprint(other, tokenizer) == identities.run_fingerprint(llama, tokenizer)
     other.config.rms_norm_eps *= 10
     assert identities._config_sha256(other) != identities._config_sha256(llama)
 
@@ -155,83 +161,25 @@ def test_a_slow_tokenizers_files_count(tmp_path):
 def test_differences_are_told_short_and_exact():
     kept = {"versions": {"torch": "2.12"}, "weights": "a" * 64, "prompts": ["x", "y" * 100 + "1"], "plan": {"n": [1]}}
     now = {"versions": {"torch": "2.13"}, "weights": "b" * 64, "prompts": ["x", "y" * 100 + "2"], "plan": {"n": [1, 2]}}
-    check_same("run", kept, kept)
+    check_same_plan("run", kept, kept)
     with pytest.raises(fg.PairingError) as told:
-        check_same("run", kept, now)
+        check_same_plan("run", kept, now)
     for words in ("versions.torch was 2.12 and is 2.13", f"weights was {'a' * 12} and is {'b' * 12}",
                   "prompts[1] was …yyyyyyyyyyyyyyyyyyyy1 and is …yyyyyyyyyyyyyyyyyyyy2", "plan.n was [1] and is [1, 2]",
                   "fresh=True"):  # fmt: skip
         assert words in str(told.value)
     for old in ({"plan": {}}, [], None, "x"):
         with pytest.raises(fg.PairingError, match="of an earlier version"):
-            check_same("run", old, now)
+            check_same_plan("run", old, now)
     many = {f"n{n}": n for n in range(9)}
     with pytest.raises(fg.PairingError, match=r"n3 was 3 and is null, and 5 more"):
-        check_same("run", {**kept, **many}, kept)
+        check_same_plan("run", {**kept, **many}, kept)
     with pytest.raises(fg.PairingError) as told:
-        check_same("run", {**kept, "a\x1b[2J": "\x1b]0;x\x07"}, kept)
+        check_same_plan("run", {**kept, "a\x1b[2J": "\x1b]0;x\x07"}, kept)
     assert str(told.value).isprintable()
 
 
 # ---------------------------------------------------------------- runs
-
-
-class LengthJudge:
-    name = "length"
-
-    def score(self, texts, concept):
-        return torch.tensor([min(1.0, len(text) / 100) for text in texts], dtype=torch.float64)
-
-
-def contrast(**changes):
-    sides = {name: tuple(texts) for name, texts in {**SIDES, **changes}.items()}
-    return fg.ContrastSet("own", **sides, held_out=fg.ContrastSet("held", positives=["a ring"], negatives=["a cat"]))
-
-
-PARTS = {"model": None, "tokenizer": word_tokenizer(), "sae": make_sae(d_sae=24), "contrast": contrast()}
-PLAN = {
-    "methods": ("unsteered", "caa"),
-    "layers": (1,),
-    "ce_rises": (0.05,),
-    "matched": None,
-    "prompts": 2,
-    "max_new_tokens": 3,
-    "own_prompts": ("the man", "a dog", "the old king", "she took"),
-    "neutral": tuple(TEXTS),
-}
-
-
-SHORT = {"sampling": Sampling(max_new_tokens=2), "target_ce_rise": 0.05}
-
-
-def bench_of(model, tokenizer, sae, contrast, judge=None, effects=None, **plan):
-    plan = BenchPlan(concepts=("own",), **{**PLAN, **plan})
-    return Bench(model, tokenizer, {1: sae}, {1: effects} if effects else {}, judge or LengthJudge(), plan,
-                 contrasts=[contrast])  # fmt: skip
-
-
-def collect(where, model, tokenizer, sae, contrast, fresh=False, **options):
-    fg.collect(model, tokenizer, contrast, sae=sae, work=where, fresh=fresh, **options)
-
-
-def density(where, model, tokenizer, sae, contrast, fresh=False, **options):
-    fg.measure_density(model, tokenizer, sae, contrast.positives, work=where, fresh=fresh, **options)
-
-
-def effects(where, model, tokenizer, sae, contrast, fresh=False, **options):
-    plan = {"prompts": TEXTS[:2], "texts": contrast.positives, "vectors": None, "rollouts": 2, "rows": 24, **SHORT}
-    fg.EffectApproximator.measure(model, tokenizer, sae, work=where, fresh=fresh, **{**plan, **options})
-
-
-def bench(where, model, tokenizer, sae, contrast, fresh=False, **options):
-    bench_of(model, tokenizer, sae, contrast, **options).run(where / "run.jsonl", fresh=fresh)
-
-
-def shared_bench(where, model, tokenizer, sae, contrast, fresh=False, **options):
-    shared.run_shared(bench_of(model, tokenizer, sae, contrast, **options), where / "run.jsonl", fresh=fresh)
-
-
-RUNS = {"collect": collect, "density": density, "effects": effects, "bench": bench, "shared": shared_bench}
 
 
 @pytest.fixture(scope="module", params=sorted(RUNS))
@@ -272,7 +220,7 @@ def test_a_run_of_something_else_is_refused_by_name(begun, monkeypatch):
         prompts = ("the man", "a dog", "the queen", "she took")
         held_out = fg.ContrastSet("held", positives=["a ring"], negatives=["tea"])
         fit = fg.EffectApproximator(torch.ones(32, 24), torch.ones(24), sae.hookpoint, sae.sha256)
-        judge = LengthJudge()
+        judge: Any = LengthJudge()
         judge.identity = {"asks": 1}
         cases += [
             ({"contrast": replace(parts["contrast"], held_out=held_out)}, r"contrasts\.own\.held_out was"),
@@ -304,7 +252,7 @@ def test_a_run_of_something_else_is_refused_by_name(begun, monkeypatch):
 
 def test_a_patch_of_a_library_parts_no_run(begun, monkeypatch):
     run, folder, parts = begun
-    original = identities.version
+    original = importlib.metadata.version
     monkeypatch.setattr(identities, "version", lambda n: original(n) + (".post7" if n != "fgsteer" else ""))
     run(folder, **parts)
 
@@ -340,7 +288,7 @@ def test_a_run_of_an_earlier_version_is_refused_and_can_be_started_over(begun, t
         del header["identity"]
         (own / "run.jsonl").write_bytes(json.dumps(header).encode() + b"\n" + lines[1])
         assert fg.load_run(own / "run.jsonl").records  # reports read it
-    with pytest.raises(fg.PairingError, match="is a run of an earlier version"):
+    with pytest.raises(fg.PairingError, match="holds a run of an earlier version"):
         run(own, **parts)
     run(own, **parts, fresh=True)
     assert state(own) == state(folder)
@@ -363,7 +311,7 @@ def test_strengths_of_something_else_are_refused_before_the_next_are_set(models,
     parts = {**PARTS, "model": models["llama"]}
     bench(tmp_path, **parts)
     (tmp_path / "run.jsonl").unlink()
-    monkeypatch.setattr("fgsteer.evaluation.bench.calibrate_grid", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("fgsteer.evaluation.bench.bench.calibrate_grid", lambda *_, **__: 1 / 0)
     bench(tmp_path, **parts)
     kept = strengths_path(tmp_path / "run.jsonl").read_bytes()
     for there in (True, False):
@@ -403,13 +351,13 @@ def test_a_plan_that_is_damaged_is_not_started_over(llama, tokenizer, tmp_path):
     texts = {"positive": ["the king"], "negative": ["the sea"]}
     (tmp_path / "plan.json").write_text("{")
     for fresh in (False, True):
-        with pytest.raises(fg.FormatError, match="plan.json.*delete the folder" if fresh else "plan.json"):
+        with pytest.raises(fg.FormatError, match="plan.json.*Delete the folder" if fresh else "plan.json"):
             fg.collect(llama, tokenizer, texts, hookpoints=1, work=tmp_path, fresh=fresh)
     assert (tmp_path / "plan.json").read_text() == "{"
 
 
 def test_what_a_run_is_made_of_is_plain_json(llama, tokenizer):
-    found = made_of(llama, tokenizer)
+    found = run_fingerprint(llama, tokenizer)
     assert json.loads(json.dumps(found)) == found
     assert found["model"]["dtype"] == "float32"
     assert found["versions"]["torch"] == ".".join(torch.__version__.split(".")[:2])
@@ -418,6 +366,6 @@ def test_what_a_run_is_made_of_is_plain_json(llama, tokenizer):
 def test_texts_that_differ_are_told_as_they_are_on_one_line():
     kept = {"versions": {}, "prompts": ["At dawn", "Now"], "text": "one\nline"}
     with pytest.raises(fg.PairingError) as caught:
-        check_same("run", kept, {**kept, "prompts": ["At dawn", "Now", "Then"], "text": "one\nword"})
+        check_same_plan("run", kept, {**kept, "prompts": ["At dawn", "Now", "Then"], "text": "one\nword"})
     assert 'prompts was ["At dawn", "Now"] and is ["At dawn", "Now", "Then"]' in str(caught.value)
     assert r"text was one\nline and is one\nword" in str(caught.value)

@@ -5,34 +5,36 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
 import fgsteer as fg
-from fgsteer import files
-from fgsteer.corpora import read_documents
-from fgsteer.evaluation.chat import completion
-from fgsteer.evaluation.endpoint import AnswerCache
-from fgsteer.evaluation.run_files import line, read_arms
+from fgsteer.data.corpora import read_documents
+from fgsteer.evaluation.bench.run_files import as_line, load_conditions
+from fgsteer.evaluation.judges.answer_cache import AnswerCache
+from fgsteer.evaluation.judges.chat_client import completion
 from fgsteer.export import gguf
-from fgsteer.models import pretrained_dir
-from fgsteer.parts import Parts
-from fgsteer.serving.served import read_served, save_clamp
-from tests import runs
-from tests.conftest import make_sae
-from tests.sae_files import config_of, folder_of, state_of
-from tests.test_failures import things
+from fgsteer.models.embedded import pretrained_dir
+from fgsteer.serving.rows import load_rows, save_clamp
+from fgsteer.storage import files, json_files
+from fgsteer.storage.shards import Shards
+from tests.helpers import runs
+from tests.helpers.sae_files import config_of, folder_of, state_of
+from tests.helpers.saes import make_sae
+from tests.helpers.saved import things
 
 AT = "blocks.1.hook_resid_post"
-LOADS = {
+LOADS: dict[str, Callable[[Path], object]] = {
     "vector": fg.SteeringVector.load,
     "statistics": fg.ContrastStatistics.load,
     "density": fg.FeatureDensity.load,
     "examples": fg.FeatureExamples.load,
     "effects": fg.EffectApproximator.load,
-    "clamp": read_served,
+    "clamp": load_rows,
 }
 
 
@@ -131,7 +133,7 @@ def test_shipped_files_load():
 
 def test_a_flip_in_a_part_is_refused(tmp_path):
     """Resuming takes no part that is not what was written."""
-    parts = Parts(tmp_path, "x", {"p": 1})
+    parts = Shards(tmp_path, "x", {"p": 1})
 
     def values():
         return [
@@ -163,8 +165,8 @@ def test_a_header_that_could_not_be_read_is_not_written(tmp_path):
     half = "caf\udce9"  # as a name in another encoding comes from the command line
     files.write_tensors(tmp_path / "f", {}, kind="x", header={"name": half})
     assert files.read_tensors(tmp_path / "f", kind="x")[1]["name"] == "caf?"
-    files.write_json(tmp_path / "j", {"name": half})
-    assert files.read_json(tmp_path / "j") == {"name": "caf?"}
+    json_files.write_json(tmp_path / "j", {"name": half})
+    assert json_files.read_json(tmp_path / "j") == {"name": "caf?"}
 
 
 # ---------------------------------------------------------------- keys that stand twice
@@ -185,7 +187,7 @@ def cfg(path):
 @pytest.mark.parametrize(
     ("name", "text", "key", "read"),
     [
-        ("f.json", '{"a": [{"b": 1, "c": {"d": 1, "d": 1}}]}', "d", files.read_json),
+        ("f.json", '{"a": [{"b": 1, "c": {"d": 1, "d": 1}}]}', "d", json_files.read_json),
         ("f.json", TWICE, "positive", fg.load_contrast),
         ("f.json", f"[{ROW}]", "positive", fg.load_contrast),
         ("f.jsonl", ROW, "positive", fg.load_contrast),
@@ -196,7 +198,7 @@ def cfg(path):
         ("f.json", '{"1": "a", "1": "b"}', "1", fg.load_labels),
         ("f.jsonl", LABEL, "description", fg.load_labels),
         ("f.jsonl", '{"fgsteer": "bench", "plan": {"a": 1, "a": 2}}\n', "a", fg.load_run),
-        ("f.json", '{"plan": 1, "arms": {}, "arms": {"a": []}}', "arms", lambda path: read_arms(path, {})),
+        ("f.json", '{"plan": 1, "arms": {}, "arms": {"a": []}}', "arms", lambda path: load_conditions(path, {})),
         ("f.jsonl", SCORE + "\n", "", AnswerCache),
         ("f.json", "", "k", cfg),
     ],
@@ -204,14 +206,14 @@ def cfg(path):
 def test_a_key_that_stands_twice_is_refused(name, text, key, read, tmp_path):
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
-    told = f"key '{key}' stands twice in one object" if key else "no line of a score|cannot"
+    told = f"key '{key}' stands twice in one object" if key else "holds no scores|Cannot|cannot"
     with pytest.raises((fg.FormatError, fg.DataError), match=told) as error:
         read(path)
     assert str(tmp_path) in str(error.value)
 
 
 def test_a_last_line_that_says_a_key_twice_is_not_taken_for_one_that_breaks_off(tmp_path):
-    whole = b"".join(line(row) for row in runs.rows(concepts=("sea",), layers=(1,), seeds=1))
+    whole = b"".join(as_line(row) for row in runs.rows(concepts=("sea",), layers=(1,), seeds=1))
     path = tmp_path / "run.jsonl"
     path.write_bytes(whole + whole.splitlines()[-1][:-5])
     records = len(fg.load_run(path).records)
@@ -227,7 +229,7 @@ def test_a_judge_that_answers_twice_gave_no_answer():
 
 
 def test_a_setting_that_holds_a_key_twice_is_refused():
-    from fgsteer.cli.vectors import parse_settings
+    from fgsteer.cli.values import parse_settings
 
     assert parse_settings(['a={"x": 1}', "b=word", "c=inf"]) == {"a": {"x": 1}, "b": "word", "c": float("inf")}
     for value in ('{"x": 1, "x": 2}', "[" * 100_000, "7" * 5000):
@@ -298,5 +300,5 @@ def test_a_column_that_is_named_twice_is_refused(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     parquet.write_table(table, tmp_path / "f.parquet")
-    with pytest.raises(fg.DataError, match="twice"):
+    with pytest.raises(fg.DataError, match="several columns named text"):
         list(read_documents(tmp_path / "f.parquet"))

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
 import fgsteer as fg
-from fgsteer.cli.bench import QUICK
-from fgsteer.data import load_bench_prompts
+from fgsteer.cli.bench_setup import QUICK
+from fgsteer.data.shipped import load_bench_prompts
 from fgsteer.errors import DataError, PairingError
-from fgsteer.evaluation.bench import BenchPlan
-from fgsteer.evaluation.intervals import Interval, mean_interval, paired_differences, t_quantile
-from fgsteer.evaluation.propensity import Propensity
-from fgsteer.evaluation.records import HALVES, Unit
-from fgsteer.evaluation.shared import begun_design
-from fgsteer.evaluation.tables import average_table, over_prompts
-from tests import runs
+from fgsteer.evaluation.bench.concept_runs import begun_design
+from fgsteer.evaluation.bench.plan import BenchPlan
+from fgsteer.evaluation.metrics.intervals import Interval, mean_interval, paired_differences, t_quantile
+from fgsteer.evaluation.metrics.propensity import Propensity
+from fgsteer.evaluation.runs.records import HALVES, Unit
+from fgsteer.evaluation.runs.tables import average_table, over_prompts
+from tests.helpers import runs
 from tests.reference import tables as naive
 
 # sums in another order: a few ulps of float64
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
+EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 # the reference's t quantile steps by a hundred-thousandth
-ENDS = {"rtol": 1e-4, "atol": 1e-12}
+ENDS: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-12}
 
 
 def values(x):
@@ -126,12 +127,12 @@ def test_intervals_of_skewed_scores_cover_nearly_as_often():
 
 
 def test_intervals_refuse_what_has_none():
-    nothing = [[], [{}], [{Unit(0, 0): 1.0}], [{Unit(0, 0): 1.0, Unit(1, 0): math.nan}]]
+    nothing: list[list[dict[Unit, float]]] = [[], [{}], [{Unit(0, 0): 1.0}], [{Unit(0, 0): 1.0, Unit(1, 0): math.nan}]]
     one_prompt = [{Unit(0, seed): float(seed) for seed in range(8)}]
     for strata in [*nothing, one_prompt]:
         with pytest.raises(DataError):
             over_prompts(strata)
-    with pytest.raises(DataError, match="8 values of 1 prompts"):
+    with pytest.raises(DataError, match="8 values of 1 prompt,"):
         over_prompts(one_prompt)
     with pytest.raises(PairingError, match=r"2 of 3 .*\(0, 0\)"):
         paired_differences({(0, 0): 1.0, (0, 1): 1.0}, {(0, 1): 1.0, (1, 0): 1.0})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +12,8 @@ from hypothesis import strategies as st
 
 import fgsteer as fg
 from fgsteer.interventions import apply, stack
-from tests.conftest import make_sae
+from fgsteer.interventions.table import INTERVENTIONS, OPERATIONS, intervention_spec, spec_of
+from tests.helpers.saes import make_sae
 from tests.reference import apply as reference
 
 AT = fg.Hookpoint(1)
@@ -103,3 +107,50 @@ def test_refusals():
         fg.Affine(hookpoint=AT, direction=v, reference=torch.ones(3), alpha=1.0)
     with pytest.raises(fg.SelectionError):
         fg.ClampFeature(hookpoint=AT, sae=make_sae(), targets={99: 1.0})
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_every_kind_of_intervention_has_a_row():
+    public = {name: getattr(fg, name) for name in dir(fg)}
+    kinds = {name for name, value in public.items() if isinstance(value, type) and issubclass(value, fg.Intervention)}
+    kinds -= {"Intervention"}
+    assert {spec.kind for spec in INTERVENTIONS} == kinds
+    for spec in INTERVENTIONS:
+        assert spec.summary.endswith(".")
+        assert spec.equation.startswith("h ")
+        assert not spec.amount or spec.amount in getattr(fg, spec.kind).__dataclass_fields__
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_row_makes_what_the_vectors_method_makes(name):
+    v, reference_mean, h = tensors(5, (8,), (8,), (2, 3, 8))
+    vector = fg.SteeringVector(v, AT, reference_mean)
+    spec = intervention_spec(name)
+    made = spec.make(vector, 0.5, scope="generated", bos=True)
+    by_hand = getattr(vector, name)(*([0.5] if spec.amount else []), scope="generated", bos=True)
+    assert type(made) is type(by_hand) is getattr(fg, spec.kind)
+    assert (made.scope, made.bos, spec_of(made)) == ("generated", True, spec)
+    assert torch.equal(run(h, made), run(h, by_hand))
+    assert not torch.equal(run(h, made), h)
+
+
+def test_names_and_kinds_that_are_not_in_the_table_are_refused():
+    class Turn(fg.Intervention):
+        d_model = 8
+
+        def update(self):
+            raise NotImplementedError
+
+    with pytest.raises(fg.SteeringError, match=r"add, affine, ablate, clamp, clamp_feature, got .* 'turn'"):
+        intervention_spec("turn")
+    with pytest.raises(fg.SteeringError, match="add, affine, ablate, clamp, got clamp_feature of a vector"):
+        intervention_spec("clamp_feature").make(fg.SteeringVector(torch.ones(8), AT), 1.0)
+    with pytest.raises(fg.SteeringError, match="Turn, an intervention of your own"):
+        spec_of(Turn(hookpoint=AT))
+
+
+def test_the_table_is_read_without_torch():
+    code = "import sys, fgsteer.interventions.table as t; assert t.OPERATIONS and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

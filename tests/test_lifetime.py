@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import fgsteer as fg
-from tests.tiny import D_MODEL, tiny_model
+from tests.helpers.tiny import D_MODEL, tiny_model
 
 AT = fg.Hookpoint(1)
 IDS = torch.tensor([[0, 5, 6, 7, 8, 9]])
@@ -498,7 +498,7 @@ def test_a_steered_module_that_is_replaced_inside_the_block_is_warned_of(name, r
                 logits(model)
     (told,) = (warning for warning in caught if issubclass(warning.category, fg.FgsteerWarning))
     assert told.category is fg.errors.UntouchedWarning
-    assert "inside the steer block: what runs there now is not steered" in str(told.message)
+    assert "inside the steer block, so that what runs there now is not steered" in str(told.message)
 
 
 @pytest.mark.parametrize(

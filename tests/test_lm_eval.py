@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.cli import app
+from tests.helpers.cli import app
 
 ROWS = [
     ("The day of the wedding she wore a white", ["dress", "ship", "war of the king", "king"], 0),
@@ -136,7 +136,8 @@ def test_lm_evals_own_steered_model_gives_the_numbers_of_hooks(loaded, folder):
 
 @pytest.mark.slow
 def test_the_command_line_runs_tasks(loaded, folder):
-    first = vectors(loaded[0])[0]
+    model, tokenizer = loaded
+    first = vectors(model)[0]
     first.save(folder / "v.safetensors")
     options = ["--tasks", "choices", "--include-path", folder, "--limit", 3, "--device", "cpu"]
     steered = ["--vector", folder / "v.safetensors", "--coefficient", 20]
@@ -144,7 +145,7 @@ def test_the_command_line_runs_tasks(loaded, folder):
     assert result.exit_code == 0, result.exception
     told = json.loads(result.stdout.splitlines()[-1])
     assert told["samples"]["choices"]["effective"] == 3
-    pairs = list(zip(own_sums(*loaded, [first.add(20.0)]), ROWS, strict=True))[:3]
+    pairs = list(zip(own_sums(model, tokenizer, [first.add(20.0)]), ROWS, strict=True))[:3]
     right = [max(range(len(s)), key=s.__getitem__) == row[2] for s, row in pairs]
     assert told["results"]["choices"]["acc,none"] == pytest.approx(sum(right) / 3)
     shown = CliRunner().invoke(app, ["eval", *map(str, options)]).stdout

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import fgsteer as fg
-from fgsteer import models
-from tests.tiny import VOCAB, tiny_model, word_tokenizer
+from fgsteer.models import loading as models
+from tests.helpers.tiny import VOCAB, tiny_model, word_tokenizer
 
 TEXTS = ["the king said", "a dog"]
 HUB = {
@@ -60,7 +60,7 @@ def test_every_argument_of_the_hub_is_shared():
     known = set(inspect.signature(hub.cached_files).parameters)
     names = {"cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder"}
     assert names <= known
-    assert names <= set(models._OF_BOTH)
+    assert names <= set(models._SHARED_WITH_TOKENIZER)
 
 
 def test_a_subfolder_holds_model_and_tokenizer(tmp_path):

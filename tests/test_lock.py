@@ -1,4 +1,4 @@
-"""constraints.txt locks what make demo and make test install: whole, within pyproject's bounds, and installed here."""
+"""constraints.txt locks what make demo, test and docs install: whole, within pyproject's bounds, and installed here."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-# pyarrow: a typed error says what to install; accelerate: asked only of models that it moved; starlette: vLLM's own
-UNDECLARED = {"pyarrow", "accelerate", "starlette"}
+# pyarrow: a typed error says what to install; accelerate: asked only of models that it moved; starlette: vLLM's own;
+# IPython: asked only in notebooks, which it runs
+UNDECLARED = {"pyarrow", "accelerate", "starlette", "ipython"}
 # what torch brings on a platform with GPUs, and nowhere else
 OF_A_BUILD = ("nvidia-", "cuda-", "triton", "pytorch-triton")
 
@@ -48,7 +49,7 @@ def test_every_line_is_one_version_of_a_package():
 
 def test_every_dependency_is_locked_within_its_bounds():
     pins = locked()
-    for wanted in map(Requirement, [*PROJECT["dependencies"], *EXTRAS["test"]]):
+    for wanted in map(Requirement, [*PROJECT["dependencies"], *EXTRAS["test"], *EXTRAS["docs"]]):
         assert version(pins[name_of(wanted)]) in wanted.specifier, wanted
 
 

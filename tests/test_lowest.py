@@ -8,7 +8,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("mypy", "ruff")  # run once, with the newest
+TOOLS = ("basedpyright", "mypy", "ruff")  # run once, with the newest
 
 
 def pinned():

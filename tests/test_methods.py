@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
 import fgsteer as fg
-from tests.conftest import make_sae
+from tests.helpers.saes import make_sae
 from tests.reference import methods as reference
 
 D, K = 32, 24
@@ -116,7 +118,7 @@ def test_fgaa(case, n_positive, n_negative, through):
 
 def test_fgaa_refuses_when_everything_is_filtered_and_warns_without_density(case):
     sae, *_, stats = case
-    with pytest.raises(fg.SelectionError, match="raise max_density"):
+    with pytest.raises(fg.SelectionError, match="Raise max_density"):
         fg.fgaa(stats, sae, density=density_of(sae, np.full(K, 0.5)))
     with pytest.warns(fg.SelectionWarning, match="no density"):
         fg.fgaa(stats, sae)
@@ -151,14 +153,33 @@ def test_given_features(case):
 
 def test_build_is_the_method_by_name(case):
     sae, *_, stats = case
-    for name in ("caa", "ace", "sta"):
-        assert torch.equal(
-            fg.build(name, stats=stats, sae=sae).direction, fg.build(name, stats=stats, sae=sae).direction
-        )
+    for name, arguments in (("caa", (stats,)), ("ace", (stats,)), ("sta", (stats, sae))):
+        built, called = fg.build(name, stats=stats, sae=sae), fg.METHODS[name](*arguments)
+        assert torch.equal(built.direction, called.direction)
+        assert built.provenance["method"] == name
     assert torch.equal(fg.build("sta", stats=stats, sae=sae, p=0.5).direction, fg.sta(stats, sae, p=0.5).direction)
-    for wrong in ({"name": "steer"}, {"name": "caa"}, {"name": "caa", "stats": stats, "p": 1}):
-        with pytest.raises(fg.SelectionError):
-            fg.build(**wrong)
+    for message, name, inputs in (
+        ("Expected one of caa, ace, .*got the method 'steer'", "steer", {}),
+        ("Expected stats= .* for the method 'caa', got none", "caa", {}),
+        ("Expected the parameters of 'caa': stats, hookpoint, got p", "caa", {"stats": stats, "p": 1}),
+    ):
+        with pytest.raises(fg.SelectionError, match=message):
+            fg.build(name, **inputs)
+
+
+def test_defaults_of_the_methods_are_those_of_the_papers():
+    """Written out: a default that changes changes what users get."""
+    selection = {"score": "mean_difference", "n_positive": 16, "n_negative": 0}
+    selection |= {"density": None, "max_density": None, "bos_share": 0.99}
+    projection = {"bias_weight": 1.0, "mu": np.inf, "unit_effects": False, "decoder_weight": 0.0, "normalize": True}
+    for method, expected in (
+        (fg.fgaa, {"effects": None, **selection, **projection}),
+        (fg.select_features, selection),
+        (fg.sae_ts, projection),
+        (fg.from_features, {"normalize": True}),
+    ):
+        defaults = {name: p.default for name, p in inspect.signature(method).parameters.items()}
+        assert {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty} == expected
 
 
 def test_statistics_and_effects_of_another_sae_are_refused(case):
@@ -168,7 +189,7 @@ def test_statistics_and_effects_of_another_sae_are_refused(case):
     with pytest.raises(fg.PairingError, match="other"):
         fg.sta(bound, sae)
     effects = fg.EffectApproximator(torch.ones(D, K), torch.ones(K), sae.hookpoint, other.sha256)
-    with pytest.raises(fg.PairingError, match="measured on SAE"):
+    with pytest.raises(fg.PairingError, match="measured on the SAE"):
         fg.sae_ts(sae, [1], effects)
 
 

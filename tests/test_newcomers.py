@@ -7,6 +7,7 @@ import json
 import socket
 import time
 import warnings
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,13 +15,13 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer import network
-from fgsteer.chat import apply_template
-from fgsteer.cli.common import app
-from fgsteer.rendering import render_prompt
-from fgsteer.search import forms_pattern
-from tests.conftest import make_sae
-from tests.tiny import tiny_model, word_tokenizer
+from fgsteer.data.chat import apply_template
+from fgsteer.data.rendering import render_prompt
+from fgsteer.features.search import forms_pattern
+from fgsteer.storage import network
+from tests.helpers.cli import app
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model, word_tokenizer
 
 DATA = fg.ContrastSet("x", positives=["the bride wore a ring", "the groom"], negatives=["a dog sat", "a cat"])
 TEMPLATE = (
@@ -89,10 +90,10 @@ def test_a_processor_is_taken_for_its_tokenizer(llama, tokenizer, sae, stats):
 def test_other_things_in_the_places_of_model_and_tokenizer_are_named(llama, tokenizer, sae, stats):
     for name, call in calls(llama, tokenizer, sae, stats).items():
         for model, given, told in (
-            (llama, None, "tokenizer is None"),
-            (llama, llama, "tokenizer is a LlamaForCausalLM"),
-            (tokenizer, llama, "model is a Tokeni"),
-            ("default", tokenizer, r"model is 'default' \(str\).*load_model"),
+            (llama, None, "None for tokenizer"),
+            (llama, llama, "a LlamaForCausalLM for tokenizer"),
+            (tokenizer, llama, "a Tokeni.* for model"),
+            ("default", tokenizer, r"'default' \(str\) for model.*load_model"),
         ):
             with pytest.raises(fg.ArgumentError, match=told) as caught:
                 call(model, given)
@@ -102,7 +103,7 @@ def test_other_things_in_the_places_of_model_and_tokenizer_are_named(llama, toke
 def test_one_order_of_arguments():
     """Public functions begin with model, tokenizer and sae, those of them that they take, in this order."""
     order = ("model", "tokenizer", "sae")
-    for name in fg.__all__:
+    for name in vars(fg)["__all__"]:
         value = getattr(fg, name)
         if inspect.isfunction(value):
             first = [p.name for p in inspect.signature(value).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -113,7 +114,7 @@ def test_one_order_of_arguments():
 
 def test_former_orders_still_work_and_warn(llama, tokenizer, sae):
     texts = ["the man sat", "a cat ran"]
-    pairs = [
+    pairs: list[tuple[Any, Any, Any]] = [
         (fg.find_features, ("cat", sae, llama, tokenizer), (llama, tokenizer, sae, "cat")),
         (fg.describe_features, ([1], llama, tokenizer, sae), (llama, tokenizer, sae, [1])),
     ]
@@ -121,18 +122,18 @@ def test_former_orders_still_work_and_warn(llama, tokenizer, sae):
         with pytest.warns(DeprecationWarning, match=r"is now \w+\(model, tokenizer, sae, ") as caught:
             assert function(*former) == function(*now)
         assert caught[0].filename == __file__  # the line that is to change
-    with pytest.warns(DeprecationWarning, match="order of measure_density"):
-        former = fg.measure_density(llama, tokenizer, texts, sae)
-    assert torch.equal(former.fired, fg.measure_density(llama, tokenizer, sae, texts).fired)
-    with pytest.warns(DeprecationWarning, match="order of measure_examples"):
-        former = fg.measure_examples(llama, tokenizer, texts, sae)
-    assert torch.equal(former.tokens, fg.measure_examples(llama, tokenizer, sae, texts).tokens)
+    with pytest.warns(DeprecationWarning, match="order of arguments.*measure_density"):
+        density = fg.measure_density(llama, tokenizer, texts, sae)
+    assert torch.equal(density.fired, fg.measure_density(llama, tokenizer, sae, texts).fired)
+    with pytest.warns(DeprecationWarning, match="order of arguments.*measure_examples"):
+        examples = fg.measure_examples(llama, tokenizer, texts, sae)
+    assert torch.equal(examples.tokens, fg.measure_examples(llama, tokenizer, sae, texts).tokens)
     with pytest.raises(fg.ArgumentError, match=r"find_features\(model, tokenizer, sae, word, …\)"):
         fg.find_features(llama, tokenizer, "cat", sae)
 
 
 def test_statistics_and_saes_are_what_methods_work_on(sae, stats):
-    path = "love.stats"
+    path, fgaa = "love.stats", cast(Any, fg.fgaa)  # without its type, which refuses some of these
     for make in (
         lambda: fg.caa(path),
         lambda: fg.ace(DATA),
@@ -145,12 +146,12 @@ def test_statistics_and_saes_are_what_methods_work_on(sae, stats):
         with pytest.raises(fg.ArgumentError, match=r"statistics.*ContrastStatistics\.load\(path\)"):
             make()
     for make, told in (
-        (lambda: fg.fgaa(stats, "default"), r"sae is 'default'.*fg\.load_sae"),
-        (lambda: fg.fgaa(stats, sae, "default"), r"effects is 'default'.*fg\.load_effects"),
-        (lambda: fg.fgaa(stats, sae, density="d"), r"density is 'd'.*FeatureDensity\.load"),
-        (lambda: fg.fgaa(stats), r"missing.*'sae'; expected fgaa\(stats, sae, effects"),
-        (lambda: fg.fgaa(stats, sae, nonsense=1), "unexpected keyword argument 'nonsense'"),
-        (lambda: fg.from_features([1], sae), "sae is a list"),
+        (lambda: fg.fgaa(stats, "default"), r"'default' \(str\) for sae.*fg\.load_sae"),
+        (lambda: fg.fgaa(stats, sae, "default"), r"'default' \(str\) for effects.*fg\.load_effects"),
+        (lambda: fg.fgaa(stats, sae, density="d"), r"'d' \(str\) for density.*FeatureDensity\.load"),
+        (lambda: fgaa(stats), r"missing.*'sae'. Expected fgaa\(stats, sae, effects"),
+        (lambda: fgaa(stats, sae, nonsense=1), "unexpected keyword argument 'nonsense'"),
+        (lambda: fg.from_features([1], sae), "a list for sae"),
     ):
         with pytest.raises(fg.ArgumentError, match=told):
             make()
@@ -159,15 +160,15 @@ def test_statistics_and_saes_are_what_methods_work_on(sae, stats):
 def test_plain_values_are_checked_at_the_door(llama, tokenizer, sae):
     vec = fg.SteeringVector(torch.ones(32), 1)
     for make, told in (
-        (lambda: fg.collect(llama, tokenizer, DATA, sae=sae, bos="no"), "bos is 'no'.*True or False"),
-        (lambda: fg.collect(llama, tokenizer, DATA, sae=sae, max_tokens="3"), "max_tokens is '3'.*whole number"),
-        (lambda: fg.measure_density(llama, tokenizer, sae, "the man"), "texts is 'the man'"),
+        (lambda: fg.collect(llama, tokenizer, DATA, sae=sae, bos="no"), "True or False, got 'no'.*for bos"),
+        (lambda: fg.collect(llama, tokenizer, DATA, sae=sae, max_tokens="3"), "whole number.*'3'.*for max_tokens"),
+        (lambda: fg.measure_density(llama, tokenizer, sae, "the man"), "'the man'.*for texts"),
         (lambda: fg.calibrate(llama, tokenizer, vec, ["the man"], target_kl=0.1), "vec.add itself"),
-        (lambda: fg.calibrate(llama, tokenizer, vec.add, ["the man"], target_kl="0.1"), "target_kl is '0.1'"),
-        (lambda: fg.kl_divergences(llama, tokenizer, ["the man"], None), "steering is None"),
-        (lambda: fg.logit_lens(llama, vec), "directions is a SteeringVector"),
+        (lambda: fg.calibrate(llama, tokenizer, vec.add, ["the man"], target_kl="0.1"), r"'0\.1'.*for target_kl"),
+        (lambda: fg.kl_divergences(llama, tokenizer, ["the man"], None), "None for steering"),
+        (lambda: fg.logit_lens(llama, vec), "a SteeringVector for directions"),
         (lambda: fg.fold(llama, vec), r"a SteeringVector.*\.add\(coefficient\)"),
-        (lambda: fg.steer(vec.add(1.0), llama), r"model is an Add.*steer\(model, steering, …\)"),
+        (lambda: fg.steer(vec.add(1.0), llama), r"an Add for model.*steer\(model, steering, …\)"),
     ):
         with pytest.raises(fg.ArgumentError, match=told):
             make()
@@ -177,7 +178,7 @@ def test_features_of_statistics_without_an_sae_are_named(llama, tokenizer, sae):
     bare = fg.collect(llama, tokenizer, DATA, hookpoints=1)
     for make in (fg.fgaa, fg.sta):
         with pytest.raises(
-            fg.PairingError, match=r"without features.*collected without an SAE.*collect again with sae="
+            fg.PairingError, match=r"without features.*collected without an SAE.*Collect again with sae="
         ):
             make(bare, sae)
 
@@ -198,12 +199,13 @@ def test_what_is_no_hookpoint_is_named(llama, tokenizer, given):
 
 def test_the_command_line_takes_the_number_of_a_block(tmp_path):
     arguments = ["collect", "love", "-o", str(tmp_path / "s"), "--no-sae", "--hookpoint", "0", "--device", "cpu"]
-    assert "40 + 40 texts at blocks.0.hook_resid_post" in CliRunner().invoke(app, arguments).stdout
+    assert "40 positive and 40 negative texts at blocks.0.hook_resid_post" in CliRunner().invoke(app, arguments).stdout
 
 
 def test_contrasts_in_memory(llama, tokenizer, sae):
     expected = fg.collect(llama, tokenizer, DATA, sae=sae).at("residual")[1].difference
     two_sided = {"positive": list(DATA.positives), "negative": list(DATA.negatives)}
+    given: Any
     for given in (two_sided, {"positives": DATA.positives, "negatives": DATA.negatives}, fg.load_contrast(two_sided)):
         assert torch.equal(fg.collect(llama, tokenizer, given, sae=sae).at("residual")[1].difference, expected)
     rows = [{"positive": "the bride", "negative": "a dog"}]
@@ -212,9 +214,9 @@ def test_contrasts_in_memory(llama, tokenizer, sae):
         assert fg.load_contrast(given).pairs == tuple(pairs)
     for given, told in (
         ({"positive": ["a"]}, "no field 'negative'"),
-        (["a"], r"pairs\[0\] of the contrast is 'a'"),
-        (None, "contrast is None"),
-        (3, r"contrast is 3 \(int\)"),
+        (["a"], r"'a' \(str\) in pairs\[0\] of the contrast"),
+        (None, "None for contrast"),
+        (3, r"3 \(int\) for contrast"),
         ([{"role": "user", "content": "a"}], "fields 'role', 'content'"),
     ):
         with pytest.raises(fg.DataError, match=told):
@@ -226,7 +228,7 @@ def test_a_vector_of_another_model_names_both(llama):
     llama.config._name_or_path = "fgsteer/default"
     try:
         deep = fg.SteeringVector(torch.ones(32), 15, provenance=made)
-        told = r"made for google/gemma-2-2b at blocks\.15.*loaded, fgsteer/default: 0 to 2.*load_model\('google/gemma-2"
+        told = r"default has: a layer from 0 to 2.*made for google/gemma-2-2b at blocks\.15.*load_model\('google/gemma"
         with pytest.raises(fg.HookpointError, match=told), fg.steer(llama, deep.add(1.0)):
             pass
         wide = fg.SteeringVector(torch.ones(20), 1, provenance=made)
@@ -241,14 +243,15 @@ def test_a_vector_of_another_model_names_both(llama):
 
 def test_a_prompt_without_a_token_is_named(llama, tokenizer):
     bare = word_tokenizer(bos=False)
-    for prompts, told in (("", "prompt 0"), (["the king", ""], "prompt 1")):
+    for prompts, told in (("", "Prompt 0"), (["the king", ""], "Prompt 1")):
         with pytest.raises(fg.DataError, match=f"{told} is empty, and this tokenizer puts no BOS before a text"):
             fg.generate(llama, bare, prompts, max_new_tokens=2)
     assert fg.generate(llama, tokenizer, "", max_new_tokens=2)  # after BOS
-    for prompts in (None, 3):
-        with pytest.raises(fg.DataError, match="prompts is"):
-            fg.generate(llama, tokenizer, prompts)
-    with pytest.raises(fg.DataError, match=r"put the message into a list"):
+    nonsense: Any
+    for nonsense in (None, 3):
+        with pytest.raises(fg.DataError, match="prompts that are a text"):
+            fg.generate(llama, tokenizer, nonsense)
+    with pytest.raises(fg.DataError, match=r"Put the message into a list"):
         fg.generate(llama, tokenizer, [{"role": "user", "content": "a"}])
 
 
@@ -277,7 +280,7 @@ def test_content_parts_are_texts(llama, chatty):
         ({"type": "audio"}, "type 'audio'"),
         ("text", "type 'str'"),
     ):
-        with pytest.raises(fg.DataError, match=f"prompt 0, message 0 has a content part of {told}"):
+        with pytest.raises(fg.DataError, match=f"a content part of {told} in prompt 0, message 0"):
             fg.generate(llama, chatty, [[{"role": "user", "content": [part]}]])
 
 
@@ -354,7 +357,7 @@ def test_a_search_without_a_hit_ends_with_1():
     result = CliRunner().invoke(app, ["features", "--search", "zzzzz", "--json", "--device", "cpu"])
     assert result.exit_code == 1
     assert json.loads(result.stdout)["features"] == []
-    assert "no feature found" in result.stderr
+    assert "No feature was found" in result.stderr
 
 
 # ---------------------------------------------------------------- before a model is loaded
@@ -368,7 +371,7 @@ def no_loading(monkeypatch):
         raise AssertionError("a model is loaded")
 
     fg.load_model("default")  # fills the module's names
-    monkeypatch.setattr("fgsteer.models.load_model", refuse)
+    monkeypatch.setattr("fgsteer.models.loading.load_model", refuse)
     monkeypatch.setattr(fg, "load_model", refuse)
 
 
@@ -389,10 +392,13 @@ def made(tmp_path_factory):
     ("command", "told"),
     [
         ("generate hi -v {0}/none", "no file"),
-        ("generate hi -v {0}/gemma -c 1", "made for google/gemma-2-2b.*pass the vector's model: --model google/gem"),
+        (
+            "generate hi -v {0}/gemma -c 1",
+            "made for google/gemma-2-2b.*Name the model that the vector was made for: --model google/gem",
+        ),
         ("generate hi -v {0}/vector -c 1 --op push", "--op push"),
-        ("generate hi -v {0}/vector -c 1 -c 2", "2 coefficients for 1 vector;"),
-        ("generate hi -v {0}/vector -c 1 --scope al", "scope 'al'"),
+        ("generate hi -v {0}/vector -c 1 -c 2", "2 coefficients for 1 vector"),
+        ("generate hi -v {0}/vector -c 1 --scope al", "got .*'al'"),
         ("generate hi --dtype float31", "--dtype"),
         ("generate hi --device gpu", "--device gpu"),
         ("generate hi --prefill Yes", "--prefill without --chat"),
@@ -403,38 +409,38 @@ def made(tmp_path_factory):
         ("features {0}/gemma", "made for google/gemma-2-2b"),
         ("features --feature 99999", "99999"),
         ("features --feature 1 --labels {0}/none", "none"),
-        ("features --feature 1 --corpus {0}/none.txt", "cannot read"),
+        ("features --feature 1 --corpus {0}/none.txt", "(?i)cannot read"),
         ("features --feature 1 --sae {0}/none", "no SAE"),
         ("collect nothing -o {0}/s", "no contrast set"),
         ("collect love -o {0}/s --tokens lst", "--tokens lst"),
-        ("collect love -o {0}/s --hookpoint nowhere", "hookpoint 'nowhere'"),
+        ("collect love -o {0}/s --hookpoint nowhere", "hookpoint = 'nowhere'"),
         ("collect love -o {0}/s --no-sae", "--no-sae without --hookpoint"),
-        ("collect love -o {0}/s --sae {0}/none", "no SAE"),
-        ("collect love -o {0}/full", "cannot write"),
-        ("density {0}/none.txt -o {0}/d", "cannot read"),
+        ("collect love -o {0}/s --sae {0}/none", "There is no SAE"),
+        ("collect love -o {0}/full", "Cannot write"),
+        ("density {0}/none.txt -o {0}/d", "(?i)cannot read"),
         ("density {0}/corpus.txt -o {0}/d --sae {0}/none", "no SAE"),
-        ("examples {0}/none.txt -o {0}/e", "cannot read"),
-        ("effects -o {0}/m --prompts {0}/none.txt", "cannot read"),
+        ("examples {0}/none.txt -o {0}/e", "(?i)cannot read"),
+        ("effects -o {0}/m --prompts {0}/none.txt", "(?i)cannot read"),
         ("effects -o {0}/m --top-p 2", "top_p"),
         ("effects -o {0}/m --ce-rise 0", "--ce-rise 0"),
-        ("effects -o {0}/m --rows-of {0}/none", "no SAE"),
+        ("effects -o {0}/m --rows-of {0}/none", "There is no SAE"),
         ("diagnose nothing", "no contrast set"),
         ("diagnose wedding --tokens lst", "--tokens lst"),
-        ("diagnose wedding --hookpoint nowhere", "hookpoint 'nowhere'"),
+        ("diagnose wedding --hookpoint nowhere", "hookpoint = 'nowhere'"),
         ("diagnose wedding -v {0}/gemma", "made for google/gemma-2-2b"),
         ("sweep nothing", "no contrast set"),
-        ("sweep wedding --method fga", "--method fga"),
+        ("sweep wedding --method fga", r"one of caa, ace, pca .*got the method 'fga'"),
         ("sweep wedding --held-out nothing", "no contrast set"),
-        ("sweep wedding --neutral {0}/none.txt", "cannot read"),
+        ("sweep wedding --neutral {0}/none.txt", "(?i)cannot read"),
         ("sweep wedding -v {0}/gemma", "made for google/gemma-2-2b"),
         ("bench -o {0}/b --concept nothing", "no contrast set"),
         ("bench -o {0}/b --method fga", "fga"),
-        ("bench -o {0}/corpus.txt", "cannot write"),
-        ("build fga -o {0}/v", "method 'fga'; expected one of caa"),
-        ("build fgaa -o {0}/v", "fgaa without --stats"),
-        ("build sae_ts -o {0}/v --features 1", "sae_ts without --effects"),
-        ("build from_features -o {0}/v", "from_features without --features"),
-        ("build fgaa -o {0}/v --stats {0}/none --set nonsense=1", "unknown nonsense"),
+        ("bench -o {0}/corpus.txt", "Cannot write"),
+        ("build fga -o {0}/v", r"one of caa.*got the method 'fga'"),
+        ("build fgaa -o {0}/v", "Expected --stats for the method fgaa, got none"),
+        ("build sae_ts -o {0}/v --features 1", "Expected --effects for the method sae_ts"),
+        ("build from_features -o {0}/v", "Expected --features for the method from_features"),
+        ("build fgaa -o {0}/v --stats {0}/none --set nonsense=1", "got --set nonsense=1"),
     ],
 )
 def test_checked_before_a_model_is_loaded(command, told, made, no_loading):
@@ -451,12 +457,12 @@ def test_statistics_are_told_by_their_content(tmp_path, stats):
         assert [row["texts"] for row in told["rows"]] == ["collected"]
     (tmp_path / "pairs.safetensors").write_text('{"positive": ["a"], "negative": []}', encoding="utf-8")
     result = CliRunner().invoke(app, ["diagnose", str(tmp_path / "pairs.safetensors")])
-    assert "ends in '.safetensors'; expected a .json" in str(result.exception)
+    assert "Expected a .json" in str(result.exception)
 
 
 def test_a_missing_coefficient_is_said(made):
     arguments = ["generate", "I think", "-v", str(made / "vector"), "--max-new-tokens", "1", "--device", "cpu"]
-    assert "no --coefficient given: 1 is used, of a vector of norm 1" in CliRunner().invoke(app, arguments).stderr
+    assert "No --coefficient is given, so it is 1, for a vector of norm 1." in CliRunner().invoke(app, arguments).stderr
     for more in (["-c", "2"], ["--op", "ablate"]):
         assert "note" not in CliRunner().invoke(app, [*arguments, *more]).stderr
 
@@ -491,8 +497,9 @@ def test_without_a_network_the_error_comes_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(network, "getproxies", dict)
-    monkeypatch.setattr(network.os, "environ", {k: v for k, v in network.os.environ.items() if k != "HF_HUB_OFFLINE"})
-    began = time.perf_counter()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    # the client itself asks again and again, with pauses that come to 23 s for each of these
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("asked again after a pause"))
     with pytest.raises(fg.MissingError, match=r"no model 'someone/something'.*cannot be reached"):
         fg.load_model("someone/something")
     with pytest.raises(OSError, match="cannot be reached"):  # what earlier versions raised
@@ -503,7 +510,6 @@ def test_without_a_network_the_error_comes_at_once(monkeypatch, tmp_path):
         fg.SteeringVector.from_pretrained("someone/love")
     with pytest.raises(fg.FormatError, match="cannot be reached"):
         fg.SteeringVector(torch.ones(4), 1).push_to_hub("someone/love")
-    assert time.perf_counter() - began < 15  # the client's own attempts take 23 s for each of them
     assert not constants.HF_HUB_OFFLINE
 
 

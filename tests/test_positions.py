@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from transformers import GenerationConfig
 
 import fgsteer as fg
 from fgsteer.interventions import SCOPES
-from fgsteer.models import start_ids
-from tests.tiny import D_MODEL, tiny_model
+from fgsteer.models.properties import start_ids
+from tests.helpers.tiny import D_MODEL, tiny_model
 
 PROMPTS = ["the man", "a dog sat on the bread", "she took the ring of the king"]
 COMPLETIONS = ["was happy", "and ran to the sea", "in"]
 # float32: one pass and several over the same tokens add in another order; logits of size ~10 and three layers
-CLOSE = {"rtol": 1e-4, "atol": 5e-4}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 5e-4}
 
 
 def vector(seed=1, layer=1):
@@ -49,9 +50,9 @@ def padded(rows, side):
         ids.append(pad + row if side == "left" else row + pad)
         mask.append([0] * len(pad) + [1] * len(row) if side == "left" else [1] * len(row) + [0] * len(pad))
         columns.append(len(prompt) + (len(pad) if side == "left" else 0))
-    mask = torch.tensor(mask)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # what GPT-2 needs under left padding
-    return {"input_ids": torch.tensor(ids), "attention_mask": mask, "position_ids": positions}, columns
+    real = torch.tensor(mask)
+    positions = (real.cumsum(1) - 1).clamp(min=0)  # what GPT-2 needs under left padding
+    return {"input_ids": torch.tensor(ids), "attention_mask": real, "position_ids": positions}, columns
 
 
 @torch.no_grad()
@@ -123,7 +124,10 @@ def test_prompt_lengths_that_cannot_be_meant_are_refused(llama, tokenizer):
     inputs, columns = padded(rows_of(tokenizer), "left")
     item = vector().add(1.0, scope="generated")
     for wrong in ([], [1.5], [-1], [True], "12", [None], torch.tensor([1.0]), torch.tensor([[1]]), 3):
-        with pytest.raises(fg.SteeringError, match="prompt_lengths"), fg.steer(llama, item, prompt_lengths=wrong):
+        with (
+            pytest.raises(fg.SteeringError, match="first completion token"),
+            fg.steer(llama, item, prompt_lengths=wrong),
+        ):
             pass
     with (
         pytest.raises(fg.SteeringError, match="3 entries and 2"),
@@ -138,7 +142,7 @@ def test_prompt_lengths_that_cannot_be_meant_are_refused(llama, tokenizer):
     with pytest.raises(fg.SteeringError, match="99 in a pass of"), fg.steer(llama, item, prompt_lengths=[1, 99, 1]):
         llama(**inputs)
     with (
-        pytest.raises(fg.SteeringError, match="leave prompt_lengths out"),
+        pytest.raises(fg.SteeringError, match="Leave prompt_lengths out"),
         fg.steer(llama, item, prompt_lengths=columns),
     ):
         llama.generate(**inputs, max_new_tokens=1)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,17 +17,16 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 import fgsteer as fg
-from fgsteer.activations import Batch, batches
-from fgsteer.hookpoints import blocks_of, resolve
-from fgsteer.prefixes import _reads, arrange_for, group, shared_batches
-from fgsteer.tokens import TokenRow
-from tests.conftest import make_sae
+from fgsteer.activations.batches import Batch, batch_rows
+from fgsteer.activations.prefixes import batch_rows_by_prefix, choose_batching, group_by_prefix, pooling_index
+from fgsteer.activations.tokens import TokenRow
+from fgsteer.models.hookpoints import blocks_of, resolve
+from tests.helpers.examples import LONG
+from tests.helpers.saes import make_sae
+from tests.helpers.steering import vector
+from tests.helpers.tiny import ALL_FAMILIES, D_MODEL, HYBRIDS, NO_SUBLAYERS, ODD_FAMILIES, SITES, model_of, tiny_model
 from tests.reference import sparse as reference
-from tests.test_families import NO_SUBLAYERS, SITES
-from tests.test_steering import vector
-from tests.tiny import _ALL, D_MODEL, HYBRIDS, ODD_FAMILIES, tiny_model
 
-LONG = "the old king and the new queen was in the church on the sea with the happy man ."
 PROMPTS = ["the man said yes and the dog sat on bread ?", LONG, f"a cat ran to {LONG}", "is it war ?"]
 PAIRS = [fg.ContrastPair("( A )", "( B )", prompt) for prompt in PROMPTS]
 PAIRS += [fg.ContrastPair("( B", "A", PROMPTS[0]), fg.ContrastPair("C", "( C ) .", PROMPTS[1])]  # groups of four
@@ -35,8 +34,6 @@ PAIRS += [fg.ContrastPair("A yes yes yes", "A yes yes yes", LONG)]  # one text o
 UNPAIRED = ["the man said A", "the film is B"], [f"{LONG} A", "the ship was B", "C dog sat on bread"]
 SET = fg.ContrastSet("answers", PAIRS, positives=UNPAIRED[0], negatives=UNPAIRED[1])
 RULES = ("all", "last", "answer", "letter", 3, -2)
-
-model_of = functools.cache(tiny_model)
 
 
 def sites_of(family):
@@ -82,6 +79,7 @@ def naive_sides(model, tokenizer, hookpoints, rules, sae=None):
     """{(rule, hookpoint or "feature", positive): one mean a text}, every text run alone."""
     found = {}
     for positive in (True, False):
+        prompt: Any
         for prompt, completion in SET.side(positive):
             words = f"{prompt} {completion}".split()
             acts = alone(model, tokenizer, " ".join(words), hookpoints)
@@ -116,14 +114,14 @@ def check(model, tokenizer, family, rules, sae=None):
                     assert np.allclose(got.m2.numpy(), m2, rtol=1e-3, atol=1e-4 * size**2), (rule, at, side)
 
 
-@pytest.mark.parametrize("family", sorted(_ALL))
+@pytest.mark.parametrize("family", sorted(ALL_FAMILIES))
 def test_every_family_equals_one_text_at_a_time(family, tokenizer):
     """Sliding windows shorter than the prefix, ALiBi, learned positions and experts among them."""
     if family in ("nemotron_h", "zamba2") and Version(transformers.__version__) < Version("5.20"):
         pytest.skip("before 5.20 their scan in chunks itself differs by 1e-4 with the padding after a text")
     model = model_of(family)
     unknown = family in HYBRIDS or family in ODD_FAMILIES
-    assert arrange_for(model) is (batches if unknown else shared_batches)
+    assert choose_batching(model) is (batch_rows if unknown else batch_rows_by_prefix)
     check(model, tokenizer, family, [("all", False), ("last", False)])
 
 
@@ -138,7 +136,7 @@ def test_every_rule_equals_one_text_at_a_time(family, attention, tokenizer):
 @pytest.mark.parametrize("activation", ["topk", "jumprelu", "gated"])
 def test_features_of_shared_tokens_count_for_every_text(activation, tokenizer, monkeypatch):
     check(model_of("llama"), tokenizer, "llama", [("all", True)], make_sae(activation))
-    monkeypatch.setattr("fgsteer.pooling.ENCODE_ELEMENTS", 24 * 7)  # seven tokens are encoded at a time
+    monkeypatch.setattr("fgsteer.activations.pooling.ENCODE_ELEMENTS", 24 * 7)  # seven tokens are encoded at a time
     check(model_of("llama"), tokenizer, "llama", [("all", False)], make_sae(activation))
 
 
@@ -172,7 +170,7 @@ def test_answers_to_a_prompt_cost_half(llama, tokenizer):
 
 
 def test_pairs_meet_although_windows_are_short(llama, tokenizer, monkeypatch):
-    monkeypatch.setattr("fgsteer.tokens.WINDOW", 4)
+    monkeypatch.setattr("fgsteer.activations.tokens.TEXTS_PER_CHUNK", 4)
     data = [fg.ContrastPair("A", "B", f"{word} {LONG}") for word in LONG.split()[:10]]
     shared, _ = tokens_run(llama, tokenizer, data)
     apart, _ = tokens_run(llama, tokenizer, data, share_prefixes=False)
@@ -199,7 +197,7 @@ def test_batches_hold_every_row_once_and_keep_the_bound(drawn, batch_tokens, ran
         ids = [*range(kind * 20, kind * 20 + 3 * kind), *tail]
         rows.append(TokenRow(ids, sorted(random.sample(range(len(ids)), random.randint(1, len(ids)))), index))
     seen = []
-    for batch in shared_batches(rows, batch_tokens=batch_tokens, pad_id=99, device="cpu"):
+    for batch in batch_rows_by_prefix(rows, batch_tokens=batch_tokens, pad_id=99, device="cpu"):
         seen += [row.index for row in batch.rows]
         if isinstance(batch, Batch):
             assert batch.ids.numel() <= batch_tokens or len(batch.rows) == 1
@@ -207,7 +205,7 @@ def test_batches_hold_every_row_once_and_keep_the_bound(drawn, batch_tokens, ran
         before, after = batch.prefixes, batch.rest
         assert before.ids.numel() + after.ids.numel() <= batch_tokens
         assert len(batch.rows) * (before.ids.shape[1] + after.ids.shape[1]) <= 2 * batch_tokens
-        reads = _reads(batch)
+        reads = pooling_index(batch)
         told = [
             (number, number_in) for part in (before, after) for number, number_in in part.selected.nonzero().tolist()
         ]
@@ -230,7 +228,7 @@ def test_groups_share_half_of_each_row():
     rows = [
         TokenRow(ids, [0], n) for n, ids in enumerate([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 9, 9, 9], [7], [7]])
     ]
-    assert [([row.index for row in g.rows], g.shared, g.saved) for g in group(rows)] == [
+    assert [([row.index for row in g.rows], g.shared, g.saved) for g in group_by_prefix(rows)] == [
         ([0, 1], 4, 4),
         ([2], 4, 0),
         ([3], 0, 0),
@@ -242,27 +240,27 @@ def test_groups_share_half_of_each_row():
 def test_steered_reading_is_not_shared(scope, llama, tokenizer):
     """A scope tells the prompt by the first pass: in two passes it would end with the prefix."""
     item = vector(1, layer=0).add(4.0, scope=scope)
-    compiled = torch.compile(llama, backend="eager")
+    compiled: Any = torch.compile(llama, backend="eager")
     with fg.steer(llama, item):
-        assert arrange_for(llama) is batches
-        assert arrange_for(compiled) is batches  # whose generate the block does not set
-    assert arrange_for(llama) is arrange_for(compiled) is shared_batches
+        assert choose_batching(llama) is batch_rows
+        assert choose_batching(compiled) is batch_rows  # whose generate the block does not set
+    assert choose_batching(llama) is choose_batching(compiled) is batch_rows_by_prefix
 
 
 def test_models_where_it_might_not_hold_are_not_shared():
     other, rotary = copy.deepcopy(model_of("llama")), copy.deepcopy(model_of("llama"))
     for block in blocks_of(other):
         block.__class__ = type("OtherDecoderLayer", (type(block),), {})
-    assert arrange_for(other) is batches
+    assert choose_batching(other) is batch_rows
     rotary.model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    assert arrange_for(rotary) is batches
+    assert choose_batching(rotary) is batch_rows
 
 
 MEMORY = """
 import resource, sys
 import fgsteer as fg
-from tests.conftest import make_sae
-from tests.tiny import WORDS, tiny_model, word_tokenizer
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import WORDS, tiny_model, word_tokenizer
 
 model, tokenizer, sae = tiny_model("llama"), word_tokenizer(), make_sae(d_sae=4096)
 def peak(texts):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.evaluation.propensity import Propensity
-from fgsteer.hookpoints import resolve
+from fgsteer.activations.tokens import encode_prompts
+from fgsteer.evaluation.metrics.propensity import Propensity
 from fgsteer.interventions import SCOPES
-from fgsteer.tokens import encode_prompts
-from tests.tiny import D_MODEL, word_tokenizer
+from fgsteer.models.hookpoints import resolve
+from tests.helpers.tiny import D_MODEL, word_tokenizer
 
 AT = fg.Hookpoint(1)
 V = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(3))
@@ -24,7 +26,7 @@ PAIRS = [
 ]
 QUESTIONS = [fg.ContrastPair("yes", "no", prompt="the man said"), fg.ContrastPair("tea", "war", prompt="I think")]
 # float32 logits of other batch shapes and of a cache, sums of up to five tokens, in nats
-CLOSE = {"rel": 1e-4, "abs": 1e-4}
+CLOSE: dict[str, Any] = {"rel": 1e-4, "abs": 1e-4}
 
 
 def add(scope="all", coefficient=2.0, **options):
@@ -163,7 +165,7 @@ def test_costs_know_the_boundary(llama, tokenizer):
         assert fg.cross_entropies(llama, tokenizer, texts, [add(scope)])[0] == pytest.approx(loss, **CLOSE)
         kl = sum(float((p.exp() * (p - q)).sum()) for (p, _), (q, _) in zip(plain, steered, strict=True)) / count
         assert fg.kl_divergences(llama, tokenizer, texts, [add(scope)])[0] == pytest.approx(kl, **CLOSE)
-        c = fg.calibrate(llama, tokenizer, lambda c, s=scope: add(s, c), texts, target_kl=0.05)
+        c = fg.calibrate(llama, tokenizer, functools.partial(add, scope), texts, target_kl=0.05)
         assert fg.kl_divergences(llama, tokenizer, texts, [add(scope, c)])[0] == pytest.approx(0.05, rel=0.021)
     # a text without a prompt: its first token stands for the prompt, as where generate begins from BOS
     whole = ["the king of the old sea", "tea and bread"]
@@ -183,7 +185,9 @@ def test_propensity_knows_the_boundary(llama, tokenizer):
     contrast = fg.ContrastSet("x", pairs=QUESTIONS)
     values, _ = Propensity(contrast).values(llama, tokenizer, [add("last_prompt_on")])
     expected = [
-        total(llama, tokenizer, *text, "last_prompt_on") for side in (True, False) for text in contrast.side(side)
+        total(llama, tokenizer, prompt, text, "last_prompt_on")
+        for side in (True, False)
+        for prompt, text in contrast.side(side)
     ]
     assert values[0].tolist() == pytest.approx(expected, **CLOSE)
 
@@ -244,7 +248,7 @@ def test_the_default_model_by_hand():
 @pytest.mark.parametrize("scope", SCOPES)
 def test_harness_answers_know_the_boundary(llama, tokenizer, scope):
     """What lm-evaluation-harness's answers are scored by, one and several to a pass; the harness is not needed."""
-    from fgsteer.evaluation.harness import _score
+    from fgsteer.evaluation.tasks import _score
 
     pairs = PAIRS[:3]
     lengths = [len(tokenizer(prompt)["input_ids"]) for prompt, _ in pairs]
@@ -270,10 +274,13 @@ def test_entries_by_row_around_functions_that_make_batches_are_refused(llama, to
         lambda: fg.kl_divergences(llama, tokenizer, texts, [None]),
     )
     for call in around:
-        with pytest.raises(fg.SteeringError, match="one entry a row around a function"), fg.steer(llama, [add(), None]):
+        with pytest.raises(fg.SteeringError, match="entries cannot be matched to rows"), fg.steer(llama, [add(), None]):
             call()
         lengths = {"prompt_lengths": [3, 3]}
-        with pytest.raises(fg.SteeringError, match="prompt_lengths around a"), fg.steer(llama, add(), **lengths):
+        with (
+            pytest.raises(fg.SteeringError, match="prompt_lengths cannot be matched"),
+            fg.steer(llama, add(), **lengths),
+        ):
             call()
         with fg.steer(llama, [add(), add("last_prompt_on")]):
             call()

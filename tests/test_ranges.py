@@ -11,14 +11,15 @@ import torch
 
 import fgsteer as fg
 from fgsteer import export
-from fgsteer.ranges import largest
 from fgsteer.serving.control import Control
 from fgsteer.serving.request import PLAN, steering
-from fgsteer.serving.served import read_served, serve
+from fgsteer.serving.rows import load_rows, rows_of
 from fgsteer.serving.tables import Batch, Table
-from tests.conftest import make_sae
-from tests.engine import WIDTH, FakeEngine, clamp, normal, request, vector
-from tests.tiny import tiny_model
+from fgsteer.steering.ranges import max_change
+from fgsteer.storage.files import write_tensors
+from tests.helpers.engine import WIDTH, FakeEngine, clamp, normal, request, vector
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model
 
 AT = "blocks.1.hook_resid_post"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -26,9 +27,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @pytest.mark.parametrize("width", [8, 320, 16384])
 def test_the_bound_leaves_room_for_norms_and_for_the_model(width):
-    assert largest(torch.float16, width) == 65504 / 2
+    assert max_change(torch.float16, width) == 65504 / 2
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        most = largest(dtype, width)
+        most = max_change(dtype, width)
         assert 1e6 < most < 1e8  # above the massive activations of every known model
         fourth = torch.full((width,), most) ** 4
         assert (fourth.sum() * 1e6).isfinite()
@@ -60,7 +61,7 @@ def test_hooks_refuse_what_would_become_nan(dtype, tokenizer):
     assert not model.model.layers[1]._forward_hooks
     ids = tokenizer("the man sat", return_tensors="pt")["input_ids"]
     for item in (v.clamp, v.add):
-        with torch.no_grad(), fg.steer(model, item(0.9 * largest(dtype, 32))) as steered:
+        with torch.no_grad(), fg.steer(model, item(0.9 * max_change(dtype, 32))) as steered:
             assert steered(ids).logits.isfinite().all()
 
 
@@ -87,7 +88,7 @@ def test_a_strength_that_no_amount_reaches_is_nan_before_activations_overflow(to
     makes = [lambda c: v.add(c * 1e-30), v.add]
     far, found = fg.calibrate_many(model, tokenizer, makes, texts, target_kl=0.01)
     assert math.isnan(far)
-    assert 0 < found < largest(torch.float16, 32)
+    assert 0 < found < max_change(torch.float16, 32)
     assert all(math.isnan(c) for c in fg.calibrate_many(model, tokenizer, makes, texts, target_kl=1e6))
     with pytest.raises(fg.SteeringError, match="changes entries"):
         fg.calibrate_many(model, tokenizer, [v.add], texts, start=1e30)
@@ -106,7 +107,7 @@ def test_exports_refuse_what_their_engines_cannot_hold(coefficient, tmp_path, ll
         "n.json": lambda path: export.neuronpedia.write(feature, path, sae, coefficient=coefficient),
     }
     for name, write in writes.items():
-        with pytest.raises(fg.SteeringError, match=r"changes entries by .*float32"):
+        with pytest.raises(fg.SteeringError, match=r"float32 do not overflow, got .* that changes entries by"):
             write(tmp_path / name)
         assert not list(tmp_path.iterdir()), name
     with pytest.raises(fg.SteeringError, match="changes entries"):
@@ -118,7 +119,7 @@ def test_exports_refuse_what_their_engines_cannot_hold(coefficient, tmp_path, ll
 
 def tensors(**changed):
     """The rows of a clamp of two features, some of them changed."""
-    found = serve(fg.ClampFeature(hookpoint=AT, sae=make_sae("relu"), targets={3: 2.0, 7: 0.5})).tensors
+    found = rows_of(fg.ClampFeature(hookpoint=AT, sae=make_sae("relu"), targets={3: 2.0, 7: 0.5})).tensors
     return found | {name: change(found[name]) for name, change in changed.items()}
 
 
@@ -135,11 +136,11 @@ def test_files_of_huge_entries_are_refused_when_they_are_loaded(size, dtype, tmp
     fg.SteeringVector(torch.full((WIDTH,), size), AT).save(tmp_path / "v.safetensors")
     fg.SteeringVector(normal(0, WIDTH), AT, torch.full((WIDTH,), size)).save(tmp_path / "r.safetensors")
     for name in ("read", "write", "bias", "target"):
-        fg.files.write_tensors(
+        write_tensors(
             tmp_path / f"{name}.safetensors", tensors(**{name: huge(size)}), kind="clamp", header={"hookpoint": AT}
         )
     both = tensors(read=huge(1e6 * size**0), write=huge(1e6))  # neither is, and what one does to the other is
-    fg.files.write_tensors(tmp_path / "both.safetensors", both, kind="clamp", header={"hookpoint": AT})
+    write_tensors(tmp_path / "both.safetensors", both, kind="clamp", header={"hookpoint": AT})
     for path in tmp_path.iterdir():
         with pytest.raises(fg.SteeringError, match=r"changes entries|norm inf"):
             control.load("x", path)
@@ -164,7 +165,7 @@ def test_admission_holds_amounts_against_the_engines_dtype(dtype):
     v = vector()
     control.load("v", v)
     control.load("c", clamp("relu"))
-    most = largest(dtype, WIDTH)
+    most = max_change(dtype, WIDTH)
     edge = most / float(v.unit().direction.abs().max())  # the largest entry of the change is then the bound
     for op, scale in (("add", edge / v.norm), ("clamp", edge), ("affine", edge / v.norm)):
         control.admit(request(steering("v", op=op, scale=0.9 * scale)))
@@ -180,7 +181,7 @@ def test_admission_holds_amounts_against_the_engines_dtype(dtype):
 def step(table, batch, plans, hidden, residual):
     batch.plans = plans
     starts = np.arange(len(plans) + 1, dtype=np.int32) * (len(hidden) // len(plans))
-    batch.place(list(plans), starts, torch.arange(len(hidden) // len(plans)).repeat(len(plans)))
+    batch.write_plan(list(plans), starts, torch.arange(len(hidden) // len(plans)).repeat(len(plans)))
     return table(hidden, residual)
 
 
@@ -198,7 +199,7 @@ def test_the_table_lets_nothing_overflow_and_unsteered_tokens_alone(dtype, const
     assert out.dtype == dtype
     stream = out[:6].float() + residual[:6].float()
     assert stream.isfinite().all()
-    assert stream.abs().max() <= 1.01 * largest(dtype, WIDTH)  # bfloat16 keeps 8 bits
+    assert stream.abs().max() <= 1.01 * max_change(dtype, WIDTH)  # bfloat16 keeps 8 bits
     square = (out + residual)[:6].float() ** 2
     assert square.sum(1).isfinite().all()
     assert torch.equal(out[6:], hidden[6:])
@@ -209,7 +210,7 @@ def test_an_entry_that_the_model_itself_makes_large_is_kept(monkeypatch):
     batch = Batch(64, torch.device("cpu"))
     table = Table(1, WIDTH, batch.tokens)
     v = vector()
-    table.fill(1.0, serve(v).tensors)
+    table.fill(1.0, rows_of(v).tensors)
     hidden = normal(3, 4, WIDTH)
     hidden[:, 5] = 1e9
     out = step(table, batch, {"a": (1.0, 2.0 * v.norm, 0.0, 0.0, 99.0)}, hidden, None)
@@ -237,7 +238,7 @@ def test_the_table_compiles_to_one_graph_whatever_it_holds():
     hidden = normal(4, 6, WIDTH)
     with torch.no_grad():
         assert torch.equal(compiled(hidden, hidden), hidden)
-        table.fill(1.0, serve(vector()).tensors)
+        table.fill(1.0, rows_of(vector()).tensors)
         batch.tokens[:2] = 1.0
         assert not torch.allclose(compiled(hidden, hidden), hidden)
         batch.tokens[1] = math.inf
@@ -247,13 +248,14 @@ def test_the_table_compiles_to_one_graph_whatever_it_holds():
 
 def test_a_plan_is_the_one_of_its_request():
     """What admission writes is what the table does: an accepted request at the bound stays within it."""
-    control = Control(FakeEngine([1]), [1])
+    engine = FakeEngine([1])
+    control = Control(engine, [1])
     v = vector()
     control.load("v", v)
-    most = largest(torch.float32, WIDTH)
+    most = max_change(torch.float32, WIDTH)
     made = request(steering("v", scale=0.99 * most / float(v.direction.abs().max()), bos=True))
     control.admit(made)
-    table = control.engine.tables[1]
+    table = engine.tables[1]
     batch = Batch(7, torch.device("cpu"))
     table.tokens = batch.tokens
     hidden = normal(5, 4, WIDTH)
@@ -266,10 +268,10 @@ def test_served_rows_are_numbers(tmp_path):
         for bad in (1e300, math.inf):
             rows = tensors()
             rows[name] = torch.full(rows[name].shape, bad, dtype=torch.float64)
-            fg.files.write_tensors(tmp_path / "c", rows, kind="clamp", header={"hookpoint": AT})
+            write_tensors(tmp_path / "c", rows, kind="clamp", header={"hookpoint": AT})
             with pytest.raises(fg.FormatError, match="nan or inf"):
-                read_served(tmp_path / "c")
+                load_rows(tmp_path / "c")
     none = {name: tensor[:0] for name, tensor in tensors().items()}
-    fg.files.write_tensors(tmp_path / "c", none, kind="clamp", header={"hookpoint": AT})
+    write_tensors(tmp_path / "c", none, kind="clamp", header={"hookpoint": AT})
     with pytest.raises(fg.FormatError, match="damaged"):
-        read_served(tmp_path / "c")
+        load_rows(tmp_path / "c")

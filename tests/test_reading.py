@@ -6,22 +6,22 @@ import gzip
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer import cards
-from fgsteer.cli import app
-from fgsteer.examples import token_texts
-from fgsteer.files import read_tensors, write_tensors
-from fgsteer.search import FLOOR, word_pattern
-from tests.conftest import make_sae
+from fgsteer.display import pages
+from fgsteer.features import cards
+from fgsteer.features.search import MIN_SCORE, word_pattern
+from fgsteer.saes.examples import token_texts
+from fgsteer.storage.files import read_tensors, write_tensors
+from tests.helpers.cli import invoke_on_cpu as invoke
+from tests.helpers.pages import Checker, luminance
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import WORDS, word_tokenizer
 from tests.reference.excerpts import top_excerpts
-from tests.tiny import WORDS, word_tokenizer
 
 # Lengths mixed, so that batches reorder and pad; no two begin alike, for the same beginning has the same activations.
 TEXTS = [
@@ -50,7 +50,9 @@ def naive_activations(model, tokenizer, sae, text, max_tokens):
 def test_excerpts_equal_a_loop(llama, tokenizer, activation, features, small_batches, monkeypatch):
     sae = make_sae(activation)
     if small_batches:
-        monkeypatch.setattr("fgsteer.pooling.ENCODE_ELEMENTS", 24 * 20)  # a row or two are encoded at a time
+        monkeypatch.setattr(
+            "fgsteer.activations.pooling.ENCODE_ELEMENTS", 24 * 20
+        )  # a row or two are encoded at a time
     found = fg.measure_examples(
         llama,
         tokenizer,
@@ -114,7 +116,7 @@ def test_excerpts_refuse_what_they_cannot_use(llama, tokenizer, sae):
     for bad in ({"features": [24]}, {"features": []}, {"top": 0}, {"window": -1}):
         with pytest.raises(fg.SelectionError):
             fg.measure_examples(llama, tokenizer, sae, TEXTS, **bad)
-    with pytest.raises(fg.DataError, match="text 0 are not finite"):
+    with pytest.raises(fg.DataError, match="activations of text 0"):
         fg.measure_examples(llama, tokenizer, replace(sae, b_enc=torch.full((24,), torch.inf)), ["the man"])
 
 
@@ -125,7 +127,7 @@ def test_excerpts_save_whole_and_refuse_damage(llama, tokenizer, sae, tmp_path):
     read = fg.FeatureExamples.load(path).check(sae)
     assert read.corpus == {"name": "c"}
     assert [read.of(j, tokenizer) for j in range(24)] == [made.of(j, tokenizer) for j in range(24)]
-    with pytest.raises(fg.PairingError, match="measured on SAE"):
+    with pytest.raises(fg.PairingError, match="measured on the SAE"):
         read.check(make_sae(seed=1))
     tensors, header = read_tensors(path, kind="examples")
     peak = tensors["tokens"].shape[2] // 2
@@ -191,17 +193,17 @@ def test_labels_of_every_form(tmp_path):
         ("a.jsonl", b'{"index": "1", "description": "x"}\n{"index":', "line 2 is not JSON"),
         ("a.jsonl", b"\xff\xfe\n", "line 1 is not JSON"),
         ("a.jsonl", b"[" * 100000, "line 1 is not JSON"),
-        ("a.jsonl", b'{"index": "-1", "description": "x"}', "line 1 is "),
-        ("a.jsonl", b'{"index": "99999999999", "description": "x"}', "line 1 is "),
-        ("a.jsonl", b'{"index": "1", "description": 5}', "line 1 is "),
-        ("a.jsonl", b"[]\n", "line 1 is "),
-        ("a.jsonl.gz", b"not gzip", "cannot read"),
-        ("a.jsonl.gz", gzip.compress(b'{"index": "1", "description": "x"}\n' * 99)[:-20], "cannot read"),
+        ("a.jsonl", b'{"index": "-1", "description": "x"}', "line 1."),
+        ("a.jsonl", b'{"index": "99999999999", "description": "x"}', "line 1."),
+        ("a.jsonl", b'{"index": "1", "description": 5}', "line 1."),
+        ("a.jsonl", b"[]\n", "line 1."),
+        ("a.jsonl.gz", b"not gzip", "Cannot read"),
+        ("a.jsonl.gz", gzip.compress(b'{"index": "1", "description": "x"}\n' * 99)[:-20], "Cannot read"),
         ("a.jsonl.gz", gzip.compress(b" " * (3 << 20)), "line 1 is longer than"),
-        ("a.json", b"[]", "holds"),
-        ("a.json", b'{"one": "x"}', "holds 'one'"),
-        ("a.json", b'{"1": 2}', "holds '1'"),
-        ("a.json", b'[{"index": 1}, 5]', "row 2 is 5"),
+        ("a.json", b"[]", "Expected explanations, or an object"),
+        ("a.json", b'{"one": "x"}', "got 'one': 'x' in"),
+        ("a.json", b'{"1": 2}', "got '1': 2 in"),
+        ("a.json", b'[{"index": 1}, 5]', "got 5 in"),
         ("a.json", b"{", "line 1"),
     ],
 )
@@ -224,13 +226,13 @@ def test_labels_belong_to_the_sae(tmp_path):
     path.write_text(json.dumps(export_row(3, "weddings")))
     assert fg.load_labels(path, named_sae("gemma-2-2b/12-gemmascope-res-16k")) == {3: "weddings"}
     assert fg.load_labels(path, named_sae("")) == {3: "weddings"}
-    with pytest.raises(fg.PairingError, match=r"12-gemmascope-res-16k.*gpt2-small/5-res"):
+    with pytest.raises(fg.PairingError, match=r"gpt2-small/5-res.*12-gemmascope-res-16k"):
         fg.load_labels(path, named_sae("gpt2-small/5-res"))
     path.write_text(json.dumps(export_row(24, "x")))
     with pytest.raises(fg.PairingError, match="feature 24"):
         fg.load_labels(path, make_sae())
     path.write_text(json.dumps(export_row(1, "x")) + "\n" + json.dumps(export_row(1, "x", layer="13-other")))
-    with pytest.raises(fg.PairingError, match="line 2 is of gemma-2-2b/13-other"):
+    with pytest.raises(fg.PairingError, match=r"one of gemma-2-2b/13-other in .*line 2"):
         fg.load_labels(path)
 
 
@@ -304,7 +306,7 @@ def test_search_for_no_word_finds_less_than_for_a_word():
     assert fg.find_features(model, tokenizer, sae, "xyzzyplugh frobnitz") == []  # twelve tokens
     found = fg.find_features(model, tokenizer, sae, "love")
     assert "love" in sae.labels[found[0].id]
-    assert min(entry.score for entry in found) >= FLOOR
+    assert min(entry.score for entry in found) >= MIN_SCORE
     assert len(fg.find_features(model, tokenizer, sae, "qzxwv")) < len(found)  # five tokens
 
 
@@ -323,26 +325,6 @@ def row_of(**more):
     excerpt = fg.Excerpt(("<b>", " é", "", "日\n", "\u202e x"), (0.0, 1.0, 5.0, 2.0, 0.5), 2, 7)
     fields = {"id": 12, "weight": 0.5, "density": 0.01, "tokens": ("<i>",), "lowered": ("&",), "excerpts": (excerpt,)}
     return fg.FeatureRow(**{**fields, **more})
-
-
-class Checker(HTMLParser):
-    """Tags opened, closed in order, and their attributes."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.text = [], [], [], ""
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_page_is_whole_escaped_and_stands_alone(tmp_path):
@@ -364,13 +346,7 @@ def test_page_is_whole_escaped_and_stands_alone(tmp_path):
     assert cards.html_page("none", []).count("<article") == 0
 
 
-def luminance(colour):
-    channels = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-@pytest.mark.parametrize(("plain", "scale"), [(cards.LIGHT, cards.LIGHT_SCALE), (cards.DARK, cards.DARK_SCALE)])
+@pytest.mark.parametrize(("plain", "scale"), [(pages.LIGHT, pages.LIGHT_SCALE), (pages.DARK, pages.DARK_SCALE)])
 def test_contrast_of_every_text(plain, scale):
     """WCAG AA: 4.5 to 1."""
 
@@ -378,7 +354,7 @@ def test_contrast_of_every_text(plain, scale):
         low, high = sorted((luminance(a), luminance(b)))
         return (high + 0.05) / (low + 0.05)
 
-    assert len(scale) == cards.SHADES
+    assert len(scale) == pages.SHADES
     pairs = [(plain["text"], shade) for shade in (*scale, plain["page"], plain["card"])]
     pairs += [(plain[name], plain[ground]) for name in ("quiet", "link") for ground in ("page", "card")]
     for text, ground in pairs:
@@ -405,13 +381,6 @@ def test_describe_features_by_id_and_by_vector(llama, tokenizer):
         fg.describe_features(llama, tokenizer, make_sae(seed=2), [1], examples=examples)
 
 
-def invoke(*arguments):
-    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
 def test_command_line_reads_features(tmp_path):
     corpus, kept, page = tmp_path / "c.txt", tmp_path / "e.safetensors", tmp_path / "p.html"
     corpus.write_text("The King was here.\nIt was the King himself.\nA dog sat on the mat.\n")
@@ -432,16 +401,16 @@ def test_command_line_reads_features(tmp_path):
     for wrong in ((), ("--feature", "1", "--search", "x"), ("--feature", "x")):
         with pytest.raises(fg.DataError):
             invoke("features", *wrong)
-    with pytest.raises(fg.DataError, match="one of them"):
+    with pytest.raises(fg.DataError, match="either --corpus or --examples"):
         invoke("features", "--feature", "1", "--corpus", corpus, "--examples", kept)
 
 
 def test_a_search_without_a_hit_ends_with_1(monkeypatch):
-    monkeypatch.setattr("fgsteer.search.find_features", lambda *_, **__: [])
+    monkeypatch.setattr("fgsteer.features.search.find_features", lambda *_, **__: [])
     monkeypatch.delitem(fg.__dict__, "find_features", raising=False)
     result = invoke("features", "--search", "nothing", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["features"] == []
-    assert "no feature found" in result.stderr
+    assert "No feature was found" in result.stderr
     monkeypatch.undo()
     fg.__dict__.pop("find_features", None)

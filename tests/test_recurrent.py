@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 import fgsteer as fg
-from fgsteer.hookpoints import blocks_of, resolve
 from fgsteer.interventions import SCOPES
-from fgsteer.models import d_model
-from fgsteer.steering import CACHES
-from tests.recurrent import CONFIGS, recurrent_model
+from fgsteer.models.hookpoints import blocks_of, resolve
+from fgsteer.models.properties import d_model
+from fgsteer.steering.hooks import CACHE_ARGUMENTS
+from tests.helpers.recurrent import CONFIGS, recurrent_model
 from tests.reference import apply as reference
 
 ROWS = torch.tensor([[0, 5, 6, 7, 8, 9], [15, 16, 17, 18, 19, 20]])  # the second begins with a word
@@ -20,7 +22,7 @@ SINGLE = {"rwkv"}  # transformers decodes one row at a time
 # The families that compute left-padded rows as they do rows alone, unsteered (to float32's rounding)
 PADDED = ["mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba2", "falcon_h1", "lfm2", "qwen3_next"]
 # float32: a scan over all tokens and one step a token add in another order; 1e-6 unsteered, logits up to 4
-CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 
 
 def add(model, scope="all", bos=False, layer=1, seed=1):
@@ -79,7 +81,7 @@ def fed(model, steering, prompt, completion):
         out = model(prompt[None], use_cache=True, **state)
         logits = [out.logits]
         for number, token in enumerate(completion, start=len(prompt)):
-            returned = {name: out[name] for name in CACHES if out.get(name) is not None}
+            returned = {name: out[name] for name in CACHE_ARGUMENTS if out.get(name) is not None}
             if kind == "bamba":  # counts from 0 unless told
                 place = {"position_ids": torch.tensor([[number]])}
             out = model(token.view(1, 1), use_cache=True, **(returned or state), **place)
@@ -129,12 +131,12 @@ def test_rows_that_rwkv_mixes_are_refused():
     model, item, ran = recurrent_model("rwkv"), add(recurrent_model("rwkv")), []
     with fg.steer(model, item), torch.no_grad():
         handle = blocks_of(model)[0].register_forward_pre_hook(lambda *_: ran.append(1))
-        with pytest.raises(fg.SteeringError, match=r"2 rows.*mixes the rows.*use_cache=False"):
+        with pytest.raises(fg.SteeringError, match=r"mixes the rows.*2 rows.*use_cache=False"):
             model.generate(ROWS, attention_mask=torch.ones_like(ROWS), max_new_tokens=NEW)
         assert not ran
         handle.remove()
         state = model(ROWS, use_cache=True).state  # a prompt of several tokens is read right
-        with pytest.raises(fg.SteeringError, match="one prompt at a time"):
+        with pytest.raises(fg.SteeringError, match="for one prompt at a time"):
             model(ROWS[:, :1], state=state)
     _, logits = generated(model, ROWS, item, use_cache=False)
     for row, got in zip(ROWS, logits, strict=True):
@@ -145,5 +147,5 @@ def test_prompt_lengths_need_the_whole_row():
     model = recurrent_model("mamba")
     with fg.steer(model, add(model), prompt_lengths=[2, 2]), torch.no_grad():
         state = model(ROWS[:, :4], use_cache=True).cache_params
-        with pytest.raises(fg.SteeringError, match="feed both at once"):
+        with pytest.raises(fg.SteeringError, match="Feed both at once"):
             model(ROWS[:, 4:], cache_params=state)

@@ -9,15 +9,14 @@ import warnings
 
 import pytest
 import torch
-import typer
 from transformers import AutoTokenizer, dynamic_module_utils
 
 import fgsteer as fg
 from fgsteer import cli
-from fgsteer.cli.common import app
-from fgsteer.cli.doors import check_fit
-from tests.conftest import make_sae
-from tests.tiny import D_MODEL, tiny_model, word_tokenizer
+from fgsteer.cli.loading import check_fit
+from tests.helpers.cli import click_group
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL, tiny_model, word_tokenizer
 
 MARK = "from pathlib import Path\nPath({mark!r}).write_text('it ran', encoding='utf-8')\n"
 MODEL = """
@@ -90,7 +89,7 @@ def commands(folder, at):
 
 def test_no_command_runs_code_of_a_model_unasked(own, tmp_path, monkeypatch, capsys):
     folder, mark = own
-    monkeypatch.setattr("fgsteer.cli.harness.find_spec", lambda _: True)
+    monkeypatch.setattr("fgsteer.cli.eval.find_spec", lambda _: True)
     monkeypatch.setattr(fg, "load_sae", lambda *_, **__: make_sae())
     tried = commands(folder, tmp_path)
     for arguments in tried:
@@ -98,9 +97,9 @@ def test_no_command_runs_code_of_a_model_unasked(own, tmp_path, monkeypatch, cap
         told = capsys.readouterr().err
         assert "error: " in told, arguments
         assert "brings Python code of its own" in told, told
-        assert "where you trust it pass --trust-remote-code" in told
+        assert "if you trust it pass --trust-remote-code" in told
         assert not mark.exists(), arguments
-    parameters = {name: {p.name for p in c.params} for name, c in typer.main.get_command(app).commands.items()}
+    parameters = {name: {p.name for p in c.params} for name, c in click_group().commands.items()}
     loads = {name for name, names in parameters.items() if "model" in names} - {"saes", "serve"}  # a filter; vLLM's own
     assert loads == {name for name, *_ in tried}
     assert all({"revision", "trust_remote_code"} <= parameters[name] for name in loads)

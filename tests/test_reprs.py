@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.brief import Brief, brief
-from fgsteer.evaluation.bench import Bench, BenchPlan
-from tests import runs
-from tests.conftest import make_sae
-from tests.tiny import tiny_model, word_tokenizer
+from fgsteer.errors.reprs import OneLineRepr, short_repr
+from fgsteer.evaluation.bench.bench import Bench
+from fgsteer.evaluation.bench.plan import BenchPlan
+from tests.helpers import runs
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import tiny_model, word_tokenizer
 
 LIMIT = 300
 AT = fg.Hookpoint(1)
@@ -58,7 +59,8 @@ def made(tmp_path_factory):
         fg.FeatureRow(3, 0.5, 0.01, ("word",) * 99, LONG, ("word",) * 99, "https://" + LONG, (excerpt,) * 9, (LONG,)),
         fg.FoundFeature(3, 0.5, (LONG,) * 9),
         fg.SeenFeature(3, LONG, 0.5, "word"),
-        fg.FeatureWeight(3, 1 / 3, 1 / 7),
+        fg.FeatureWeight(3, 1 / 3, 1 / 7, LONG),
+        fg.Comparison((LONG,) * 9, (LONG,) * 9, (LONG,) * 9),
         pair,
         fg.ContrastSet("x" * 500, pairs=[pair] * 400, held_out=fg.load_contrast("love")),
         fg.LogProbabilities(torch.randn(9, 400), torch.ones(400)),
@@ -83,7 +85,7 @@ def test_every_public_repr_is_one_short_line(made):
         assert "tensor(" not in repr(value), type(value)
         assert repr(value).startswith(type(value).__name__), type(value)
     known = {type(value) for value in made}
-    public = {value for value in (getattr(fg, name) for name in fg.__all__) if dataclasses.is_dataclass(value)}
+    public = {value for value in (getattr(fg, name) for name in vars(fg)["__all__"]) if dataclasses.is_dataclass(value)}
     assert {kind for kind in public if not inspect.isabstract(kind)} <= known
 
 
@@ -109,18 +111,18 @@ class Untold:
 
 
 def test_values_in_brief():
-    assert brief(torch.zeros(2, 3)) == "float32 (2, 3)"
-    assert brief(np.zeros(4)) == "float64 (4,)"
-    assert (brief(1 / 3), brief(8), brief(True), brief(None)) == ("0.3333", "8", "True", "None")
-    assert brief("x" * 99) == f"'{'x' * 39}…'"
-    assert brief({1: 2.0}) == "{1: 2}"
-    assert (brief({}), brief(()), brief([1] * 9)) == ("{}", "()", "(9 entries)")
-    assert brief((torch.zeros(2),)) == "(1 entry)"
-    assert brief(torch.nn.Linear(2, 2)) == "Linear"  # which prints its sizes
-    assert brief([Untold()] * 9) == "(9 entries)"  # nothing is rendered that is not shown
+    assert short_repr(torch.zeros(2, 3)) == "float32 (2, 3)"
+    assert short_repr(np.zeros(4)) == "float64 (4,)"
+    assert (short_repr(1 / 3), short_repr(8), short_repr(True), short_repr(None)) == ("0.3333", "8", "True", "None")
+    assert short_repr("x" * 99) == f"'{'x' * 39}…'"
+    assert short_repr({1: 2.0}) == "{1: 2}"
+    assert (short_repr({}), short_repr(()), short_repr([1] * 9)) == ("{}", "()", "(9 entries)")
+    assert short_repr((torch.zeros(2),)) == "(1 entry)"
+    assert short_repr(torch.nn.Linear(2, 2)) == "Linear"  # which prints its sizes
+    assert short_repr([Untold()] * 9) == "(9 entries)"  # nothing is rendered that is not shown
 
     @dataclasses.dataclass(frozen=True, repr=False)
-    class Kept(Brief):
+    class Kept(OneLineRepr):
         value: int
         other: int = 2
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import fgsteer as fg
-from tests.sae_files import D, K, config_of, folder_of, inputs, naive, sparsify_files, state_of
+from fgsteer.saes.formats import table
+from fgsteer.saes.formats.base import SAEFormat, Source
+from fgsteer.saes.registry import RegistryRow
+from tests.helpers.sae_files import D, K, config_of, folder_of, inputs, naive, sparsify_files, state_of
+from tests.helpers.saes import make_sae
 
 AVERAGE = {"normalize_activations": "expected_average_only_in"}
 HOOK_Z = {"metadata": {"hook_name": "blocks.1.attn.hook_z"}}
@@ -58,7 +63,7 @@ REFUSED = [
     ("AbsTopK", "abstopk", {}, "negative activations"),
     ("BatchTopK, training form", "batchtopk", {}, "save_inference_model"),
     ("Matryoshka, training form", "matryoshka_batchtopk", {}, "save_inference_model"),
-    ("unknown architecture", "crosscoder", {}, "one of standard"),
+    ("unknown architecture", "crosscoder", {}, "one of the architectures standard"),
     ("resid_mid", "standard", hook("blocks.1.hook_resid_mid"), "between attention and MLP"),
     ("before the norm's gain", "jumprelu_transcoder", hook("blocks.1.ln2.hook_normalized"), "before its gain"),
     ("before the norm", "transcoder", hook("blocks.1.hook_mlp_in"), "before the MLP's norm"),
@@ -168,7 +173,7 @@ def test_small_inputs_are_reconstructed_in_sae_lens_units(norm, scale, tmp_path)
     x = inputs() * scale
     expected = theirs(x).detach()
     # float32 sums in another order, relative to the largest entry
-    tolerance = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
+    tolerance: dict[str, Any] = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
     assert torch.allclose(ours.reconstruct(x), expected, **tolerance)
     # what a feature's activation adds to the reconstruction: input_scale, which ClampFeature multiplies by
     acts = ours.encode(x)
@@ -181,12 +186,12 @@ def test_small_inputs_are_reconstructed_in_sae_lens_units(norm, scale, tmp_path)
 def test_weights_that_a_config_does_not_use_are_refused(tmp_path):
     """As sae-lens does: a config that says standard beside jumprelu's weights would lose the threshold."""
     folder_of(tmp_path / "a", config_of("standard", {}), state_of("jumprelu"))
-    with pytest.raises(fg.PairingError, match="a standard SAE with weights threshold"):
+    with pytest.raises(fg.PairingError, match="a standard SAE with the weights threshold"):
         fg.load_sae(tmp_path / "a")
     sparsify_files(tmp_path / "layers.1", skip_connection=True)
     config = json.loads((tmp_path / "layers.1" / "cfg.json").read_text())
     (tmp_path / "layers.1" / "cfg.json").write_text(json.dumps({**config, "skip_connection": False}))
-    with pytest.raises(fg.PairingError, match="a sparsify SAE with weights W_skip"):
+    with pytest.raises(fg.PairingError, match="a sparsify SAE with the weights W_skip"):
         fg.load_sae(tmp_path / "layers.1")
     for field, value in (("normalize_io", True), ("n_targets", 3), ("coalesce_topk", "concat"), ("signed", True)):
         sparsify_files(tmp_path / "layers.2", **{field: value})
@@ -231,13 +236,13 @@ def test_given_hookpoint_fills_a_gap_and_never_contradicts(tmp_path):
         fg.load_sae(tmp_path)
     assert fg.load_sae(tmp_path, hookpoint="model.layers.4").hookpoint == fg.Hookpoint(4)
     folder_of(tmp_path, config_of("standard", {}), state_of("standard"))
-    with pytest.raises(fg.PairingError, match="leave it out"):
+    with pytest.raises(fg.PairingError, match="Leave hookpoint out"):
         fg.load_sae(tmp_path, hookpoint="model.layers.4")
     folder_of(tmp_path, config_of("standard", hook("blocks.1.hook_resid_mid")), state_of("standard"))
     with pytest.raises(fg.HookpointError, match="between attention and MLP"):
         fg.load_sae(tmp_path, hookpoint="model.layers.1")
     sparsify_files(tmp_path / "layers.3")
-    with pytest.raises(fg.PairingError, match="leave it out"):
+    with pytest.raises(fg.PairingError, match="Leave hookpoint out"):
         fg.load_sae(tmp_path / "layers.3", hookpoint="model.layers.4")
 
 
@@ -277,3 +282,36 @@ def test_sparsify_places_and_refusals(tmp_path):
     (tmp_path / "gemma" / "config.json").write_text('{"model": "google/gemma-2-2b"}')
     with pytest.raises(fg.PairingError, match="post-norm"):
         fg.load_sae(tmp_path / "gemma" / "layers.1.mlp")
+
+
+def test_a_format_from_outside_is_one_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "_registered", {})
+    (tmp_path / "cfg.json").write_text(json.dumps({"toy_seed": 3}))
+    with pytest.raises(fg.FormatError, match="toy_seed"):
+        fg.load_sae(tmp_path)
+    table.register(SAEFormat("toy", "a toy", lambda source: "toy_seed" in source.config, load_toy))
+    assert fg.load_sae(tmp_path).sha256 == make_sae(seed=3).sha256
+    assert table.specs()[0].name == "toy"
+    with pytest.raises(fg.PluginError, match="named 'sparsify'"):
+        table.register(SAEFormat("sparsify", "another", lambda source: True, load_toy))
+
+
+def load_toy(source, options):
+    return make_sae(seed=source.config["toy_seed"])
+
+
+def test_every_kind_of_source_has_its_format(tmp_path):
+    sae_lens = config_of("standard", {})
+    early = {name: value for name, value in sae_lens.items() if name != "metadata"}
+    row = RegistryRow("r", "s", "m", repo_id="me/r", path="s")
+    for name, source in {
+        "live object": Source(live=object()),
+        "Gemma Scope 2": Source(row=replace(row, conversion="gemma_3")),
+        "sparsify": Source(folder=tmp_path, config={"d_in": 2, "k": 1}),
+        "sae-lens": Source(folder=tmp_path, config={**sae_lens, "metadata": {"sae_lens_version": "6"}}),
+        "sae-lens before 6": Source(folder=tmp_path, config=early),
+        "sae-lens release": Source(folder=tmp_path, config=sae_lens, row=row),
+    }.items():
+        assert table.find_format(source).name == name
+    of_revision = Source(folder=tmp_path, config=early, row=row, revision="v2")  # which sae-lens cannot ask for
+    assert table.find_format(of_revision).name == "sae-lens before 6"

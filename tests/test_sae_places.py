@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.models import width_at
-from tests.conftest import make_sae
+from fgsteer.models.pairing import width_at
+from tests.helpers.saes import make_sae
 
 
 def test_z_steers_through_the_output_projection(family_model, tokenizer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +11,16 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.sae_registry import bare_name, find_row, registry
-from tests.hub import Hub
-from tests.sae_files import write_releases
+from fgsteer.models.names import bare_name
+from fgsteer.saes.registry import find_row, registry
+from tests.helpers.hub import Hub, run_script
+from tests.helpers.sae_files import write_releases
 
 LOAD_ALL = """
 import json, sys, torch
 import fgsteer as fg
 from huggingface_hub import constants
-from tests.sae_files import inputs
+from tests.helpers.sae_files import inputs
 cases = json.load(open(sys.argv[1]))
 for name, case in cases.items():
     sae = fg.load_sae(*name.split("|"))
@@ -58,41 +58,23 @@ class Ran:
         return Path.touch, (self.path,)
 
 
-def run(code, url, home, *arguments, offline="0", token=""):
-    """Output of a script that knows no hub but the one at ``url``."""
-    env = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": offline}
-    env |= {
-        "HF_TOKEN": token,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True, env=env,
-        cwd=Path(__file__).parent.parent, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 @pytest.mark.slow
 def test_releases_of_the_registry_from_a_hub_then_without_a_request(tmp_path):
     cases = write_releases(tmp_path / "hub")
     expected = tmp_path / "cases.json"
     expected.write_text(json.dumps(cases))
     with Hub(tmp_path / "hub") as hub:
-        assert "gemma-2-2b/12-gemmascope-res-16k" in run(LOAD_ALL, hub.url, tmp_path / "home", str(expected))
+        assert "gemma-2-2b/12-gemmascope-res-16k" in run_script(LOAD_ALL, hub.url, tmp_path / "home", str(expected))
         assert len(hub.requests) >= 2 * len(cases)
         hub.requests.clear()
-        run(LOAD_ALL, hub.url, tmp_path / "home", str(expected))
+        run_script(LOAD_ALL, hub.url, tmp_path / "home", str(expected))
         assert hub.requests == []
-        run(LOAD_ALL, hub.url, tmp_path / "home", str(expected), "offline", offline="1")
+        run_script(LOAD_ALL, hub.url, tmp_path / "home", str(expected), "offline", offline="1")
         release, sae_id = "sae_bench_gemma-2-2b_topk_width-2pow12_date-1109", "blocks.12.hook_resid_post__trainer_0"
         row = find_row(release, sae_id)
         mark = tmp_path / "ran"
         torch.save({"encoder.weight": Ran(mark)}, tmp_path / "hub" / row.repo_id / row.path / "ae.pt")
-        told = run(REFUSE_PICKLE, hub.url, tmp_path / "other home", release, sae_id).splitlines()
+        told = run_script(REFUSE_PICKLE, hub.url, tmp_path / "other home", release, sae_id).splitlines()
         assert "cannot be read" in told[0]
         assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" in told[-1]
         assert not mark.exists()

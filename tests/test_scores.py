@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import fgsteer as fg
-from fgsteer.hookpoints import decoder_of, resolve
-from tests.conftest import make_sae
+from fgsteer.models.hookpoints import decoder_of, resolve
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import word_tokenizer
 from tests.reference import scores as reference
-from tests.tiny import word_tokenizer
 
 K = 24
 NAMES = ("mean_difference", "frequency", "welch_t", "f_statistic", "pearson", "mutual_information")
@@ -150,7 +151,8 @@ def test_a_score_of_the_other_sign_is_no_candidate():
     pos, neg = np.zeros((4, K)), np.zeros((4, K))
     pos[:3, 0], neg[:1, 0] = 1.0, 8.0  # fires more often on the positive side, more strongly on the negative
     pos[:2, 1] = 1.0
-    density = fg.FeatureDensity(*(torch.zeros(K).double() for _ in range(3)), 1, sae.sha256)
+    zeros = torch.zeros(K).double()
+    density = fg.FeatureDensity(zeros, zeros, zeros, 1, sae.sha256)
     contrast = contrast_of(pos, neg)
     assert fg.SCORES["frequency"](contrast)[0] == 2
     weights, _ = fg.select_features(contrast, sae, score="frequency", n_negative=5, density=density)
@@ -182,10 +184,10 @@ def test_fgaa_by_score_name_by_tensor_and_by_build(case):
     ("score", "match"),
     [
         ("t", "one of mean_difference, amplitude, .*mutual_information"),
-        (torch.ones(K + 1), rf"shape \({K + 1},\).*tensor \({K},\)"),
-        (torch.full((K,), float("nan")), "without nan"),
-        ([1.0] * K, "a score of list"),
-        (torch.zeros(K), "no feature left by given"),
+        (torch.ones(K + 1), rf"shape \({K},\) without nan, got a tensor of shape \({K + 1},\)"),
+        (torch.full((K,), float("nan")), r"got a tensor of shape \(\d+,\) with nan"),
+        ([1.0] * K, "got a list"),
+        (torch.zeros(K), "got none by the score given"),
     ],
 )
 def test_scores_that_cannot_select_are_refused(case, score, match):
@@ -205,7 +207,7 @@ def naive_output_score(model, tokenizer, sae, feature, prompt, coefficient, k):
         h[:, -1] += coefficient * acts.max() * scale * sae.W_dec[feature]
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
-    decoder = decoder_of(model)
+    decoder: Any = decoder_of(model)
     norm = getattr(decoder, "norm", None) or getattr(decoder, "ln_f", None) or decoder.final_layer_norm
     row = sae.W_dec[feature][None]
     with torch.no_grad():
@@ -268,7 +270,7 @@ def test_output_scores_refuse_what_they_cannot_score(llama, tokenizer):
         ({"prompt": " "}, "empty"),
         ({"features": [99]}, "feature 99"),
         ({"top_tokens": 0}, "top_tokens = 0"),
-        ({"top_tokens": 10**6}, "80 tokens"),
+        ({"top_tokens": 10**6}, "from 1 to 80"),
         ({"batch_size": 0}, "batch_size = 0"),
     ):
         with pytest.raises((fg.DataError, fg.SelectionError), match=match):
@@ -293,22 +295,22 @@ def test_feature_ids_may_be_any_integers(features):
 @pytest.mark.parametrize(
     ("features", "match"),
     [
-        ({True: 1.0}, r"feature id True \(bool\); expected an integer"),
+        ({True: 1.0}, r"Expected an integer as a feature id, got True \(bool\)"),
         (False, "bool"),
-        ({"3": 1.0}, r"feature id '3' \(str\)"),
+        ({"3": 1.0}, r"got '3' \(str\)"),
         ("3", "str"),
-        ([3.0], r"feature id 3.0 \(float\)"),
+        ([3.0], r"got 3.0 \(float\)"),
         (torch.tensor([3.0]), "float"),
         (torch.tensor([True]), "bool"),
         ([None], "NoneType"),
-        ([1, K], rf"feature {K}; expected an id from 0 to {K - 1}"),
+        ([1, K], rf"Expected an id from 0 to {K - 1}, the last feature of this SAE, got feature {K}\."),
         ([-1], "feature -1"),
         (10**30, "feature 1000000"),
         ([4, 5, 4], "feature 4 twice"),
-        ([], "no feature"),
-        ({3: float("nan")}, "weight nan of feature 3"),
-        ({3: "2"}, "weight '2' of feature 3"),
-        ({3: True}, "weight True"),
+        ([], "at least one feature id, got none"),
+        ({3: float("nan")}, "as the weight of feature 3, got nan"),
+        ({3: "2"}, "as the weight of feature 3, got '2'"),
+        ({3: True}, "as the weight of feature 3, got True"),
     ],
 )
 def test_features_that_are_none_are_refused_by_name(features, match):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.density import FeatureDensity
-from fgsteer.evaluation.seen import MAX_DENSITY
+from fgsteer.methods.selection import PAPER_MAX_DENSITY
+from fgsteer.saes.density import FeatureDensity
 
 PROMPT, TEXT = "the old king", " took the ship and the queen sat"
 
@@ -33,7 +33,7 @@ def naive(model, tokenizer, sae, prompt, text, allowed):
 def test_features_are_those_of_the_largest_activation(llama, tokenizer, sae, prompt, dense):
     allowed = set(range(sae.d_sae))
     if dense:  # every other feature fires too often
-        fired = torch.tensor([1000 * MAX_DENSITY * (1 + j % 2) for j in range(sae.d_sae)], dtype=torch.float64)
+        fired = torch.tensor([1000 * PAPER_MAX_DENSITY * (1 + j % 2) for j in range(sae.d_sae)], dtype=torch.float64)
         zero = torch.zeros(sae.d_sae, dtype=torch.float64)
         counts = FeatureDensity(fired=fired, tokens=1000, documents=zero, first=zero, sae_sha256=sae.sha256)
         sae, allowed = replace(sae, density=counts), set(range(0, sae.d_sae, 2))

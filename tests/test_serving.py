@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -15,16 +16,17 @@ import torch
 
 import fgsteer as fg
 from fgsteer.cli import main
-from fgsteer.rollouts import Sampling
+from fgsteer.effects.rollouts import Sampling
 from fgsteer.serving import VllmWriter, save_clamp, steered_llm, steering
-from fgsteer.serving.control import Control, refuse_unplanned
+from fgsteer.serving.control import Control, check_planned
 from fgsteer.serving.offline import engine_settings
-from fgsteer.serving.request import PLAN, Wanted, parse
-from fgsteer.serving.served import read_served, serve, sources
-from fgsteer.serving.server import settle
+from fgsteer.serving.request import PLAN, RequestedSteering, parse_request
+from fgsteer.serving.rows import load_rows, rows_by_name, rows_of
+from fgsteer.serving.server import set_engine_options
 from fgsteer.serving.tables import Batch, Table, blocks_of, steer_block
-from fgsteer.serving.writer import request_of
-from tests.engine import WIDTH, FakeEngine, clamp, normal, request, vector
+from fgsteer.serving.writer import servable
+from fgsteer.storage.files import write_tensors
+from tests.helpers.engine import WIDTH, FakeEngine, clamp, normal, request, vector
 from tests.reference import apply as reference
 
 PROMPT, LENGTH = 3, 6
@@ -40,21 +42,21 @@ def run(items, hidden, residual):
             batch.plans[str(tag)] = (tag, *served.amounts(operation, scale), *wanted.span(PROMPT, True))
     count = len(hidden) // len(items)
     starts = np.arange(len(items) + 3, dtype=np.int32) * count  # longer than the batch, as vLLM's is
-    batch.place([str(tag) for tag in range(1, len(items) + 1)], starts, torch.arange(count).repeat(len(items)))
+    batch.write_plan([str(tag) for tag in range(1, len(items) + 1)], starts, torch.arange(count).repeat(len(items)))
     return table(hidden, residual)
 
 
 @pytest.mark.parametrize("scope", reference.SCOPES)
 @pytest.mark.parametrize("bos", [False, True])
 def test_one_batch_equals_the_loops_token_by_token(scope, bos):
-    wanted = Wanted("x", None, 1.0, scope, bos)
+    wanted = RequestedSteering("x", None, 1.0, scope, bos)
     v, clamps = vector(), [clamp(kind) for kind in ("relu", "jumprelu", "gated")]
     items = [
         (None, None, 1.0, wanted),
-        *((serve(v), op, scale, wanted) for op, scale in (("add", -0.5), ("ablate", 1.0), ("clamp", 2.0))),
-        (serve(v), "affine", 1.5, wanted),
+        *((rows_of(v), op, scale, wanted) for op, scale in (("add", -0.5), ("ablate", 1.0), ("clamp", 2.0))),
+        (rows_of(v), "affine", 1.5, wanted),
     ]
-    items += [(serve(item), None, 1.0, wanted) for item in clamps[:1]]
+    items += [(rows_of(item), None, 1.0, wanted) for item in clamps[:1]]
     hidden, residual = normal(5, LENGTH * len(items), WIDTH), normal(6, LENGTH * len(items), WIDTH)
     out = run(items, hidden, residual)
     assert torch.equal(out[:LENGTH], hidden[:LENGTH])  # unsteered: bit for bit
@@ -86,7 +88,9 @@ def test_feature_clamps_equal_the_hooks_kernel(kind, scale, tmp_path):
     save_clamp(item, tmp_path / "c.safetensors")
     hidden = normal(8, 40, WIDTH)
     out = run(
-        [(read_served(tmp_path / "c.safetensors"), None, scale, Wanted("c", None, scale, "all", True))], hidden, None
+        [(load_rows(tmp_path / "c.safetensors"), None, scale, RequestedSteering("c", None, scale, "all", True))],
+        hidden,
+        None,
     )
     scaled = fg.ClampFeature(
         hookpoint=item.hookpoint, sae=item.sae, targets={j: t * scale for j, t in item.targets.items()}
@@ -107,17 +111,17 @@ def test_hooked_blocks_equal_steer(llama, tokenizer):
     block.steering = Table(2, WIDTH, batch.tokens)
     handle = block.register_forward_hook(steer_block)
     try:
-        block.steering.fill(4.0, serve(v).tensors)
+        block.steering.fill(4.0, rows_of(v).tensors)
         batch.plans["r"] = (
             4.0,
-            *serve(v).amounts("affine", 1.0),
-            *Wanted("v", None, 1.0, "prompt", False).span(99, True),
+            *rows_of(v).amounts("affine", 1.0),
+            *RequestedSteering("v", None, 1.0, "prompt", False).span(99, True),
         )
         starts, places = np.array([0, ids.shape[1]]), torch.arange(ids.shape[1])
-        batch.place(["r"], starts, places)
+        batch.write_plan(["r"], starts, places)
         steered = llama(ids).logits
         batch.plans.clear()
-        batch.place(["r"], starts, places)  # gone: nothing of it is left in the plan
+        batch.write_plan(["r"], starts, places)  # gone: nothing of it is left in the plan
         after = llama(ids).logits
     finally:
         handle.remove()
@@ -151,13 +155,13 @@ def test_block_outputs_keep_their_form():
 
 def test_rows_are_given_and_taken_back():
     table = Table(4, WIDTH, torch.zeros(3, 8))
-    three = serve(clamp("relu")).tensors
+    three = rows_of(clamp("relu")).tensors
     table.fill(1.0, three)
-    with pytest.raises(fg.SteeringError, match=r"1 of 4 free.*more rows"):
+    with pytest.raises(fg.SteeringError, match=r"1 of 4 are free.*more rows"):
         table.fill(2.0, three)
-    with pytest.raises(fg.PairingError, match="d_model 5"):
-        table.fill(2.0, {name: t[..., :5] for name, t in serve(vector()).tensors.items()})
-    table.fill(2.0, serve(vector()).tensors)
+    with pytest.raises(fg.PairingError, match="width 5"):
+        table.fill(2.0, {name: t[..., :5] for name, t in rows_of(vector()).tensors.items()})
+    table.fill(2.0, rows_of(vector()).tensors)
     table.clear(1.0)
     assert table.owner.tolist() == [-1.0, -1.0, -1.0, 2.0]
     table.fill(3.0, three)
@@ -166,35 +170,35 @@ def test_rows_are_given_and_taken_back():
 
 def test_what_cannot_be_served_is_refused(tmp_path):
     with pytest.raises(fg.PairingError, match="topk"):
-        serve(clamp("topk"))
+        rows_of(clamp("topk"))
     with pytest.raises(fg.HookpointError, match="resid_post"):
-        serve(fg.SteeringVector(normal(0, 4), "blocks.1.hook_mlp_out"))
+        rows_of(fg.SteeringVector(normal(0, 4), "blocks.1.hook_mlp_out"))
     with pytest.raises(fg.HookpointError, match="output of a block"):
-        serve(fg.SteeringVector(normal(0, 4), "blocks.0.hook_resid_pre"))
-    assert serve(fg.SteeringVector(normal(0, 4), "blocks.2.hook_resid_pre")).layer == 1
+        rows_of(fg.SteeringVector(normal(0, 4), "blocks.0.hook_resid_pre"))
+    assert rows_of(fg.SteeringVector(normal(0, 4), "blocks.2.hook_resid_pre")).layer == 1
     with pytest.raises(fg.SteeringError, match="norm 0"):
-        serve(fg.SteeringVector(torch.zeros(4), fg.Hookpoint(0)))
-    bare = serve(fg.SteeringVector(normal(0, 4), fg.Hookpoint(0)))
+        rows_of(fg.SteeringVector(torch.zeros(4), fg.Hookpoint(0)))
+    bare = rows_of(fg.SteeringVector(normal(0, 4), fg.Hookpoint(0)))
     for operation, scale, why in (("affine", 1.0, "reference"), ("ablate", 2.0, "strength"), ("turn", 1.0, "'turn'")):
         with pytest.raises(fg.SteeringError, match=why):
             bare.amounts(operation, scale)
     with pytest.raises(fg.SteeringError, match="feature clamp"):
-        serve(clamp("relu")).amounts("add", 1.0)
+        rows_of(clamp("relu")).amounts("add", 1.0)
     with pytest.raises(fg.FormatError, match="no folder"):
-        sources(tmp_path / "none")
-    fg.files.write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, kind="stats", header={})
+        rows_by_name(tmp_path / "none")
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, kind="stats", header={})
     with pytest.raises(fg.FormatError, match="stats"):
-        sources(tmp_path)
-    fg.files.write_tensors(tmp_path / "x.safetensors", {"read": torch.zeros(1)}, kind="clamp", header={})
+        rows_by_name(tmp_path)
+    write_tensors(tmp_path / "x.safetensors", {"read": torch.zeros(1)}, kind="clamp", header={})
     with pytest.raises(fg.FormatError, match="damaged"):
-        sources(tmp_path)
+        rows_by_name(tmp_path)
 
 
 def test_requests_are_read_strictly():
     extra = steering("love", op="affine", scale=-0.5, scope="generated", bos=True)
-    assert parse({**extra, "other": 1}) == Wanted("love", "affine", -0.5, "generated", True)
-    assert parse(None) is None
-    assert parse({"other": 1}) is None
+    assert parse_request({**extra, "other": 1}) == RequestedSteering("love", "affine", -0.5, "generated", True)
+    assert parse_request(None) is None
+    assert parse_request({"other": 1}) is None
     for bad, why in (
         ({"steer": ""}, "name"),
         ({"steer_scale": 2.0}, "name"),
@@ -215,7 +219,7 @@ def test_requests_are_read_strictly():
         ({"steer": "a", "steer_x\n\u202e": 1}, r"steer_x\\n\\u202e"),
     ):
         with pytest.raises(fg.SteeringError, match=why):
-            parse(bad)
+            parse_request(bad)
 
 
 @pytest.mark.parametrize(
@@ -226,13 +230,13 @@ def test_names_are_of_a_plain_alphabet(name, tmp_path):
     with pytest.raises(fg.SteeringError, match="letters, digits"):
         control.load(name, vector())
     with pytest.raises(fg.SteeringError, match="letters, digits"):
-        sources({name: vector()})
+        rows_by_name({name: vector()})
     with pytest.raises(fg.SteeringError, match="name"):
-        parse({"steer": name})
+        parse_request({"steer": name})
     if name in ("a b", "é", "\u202eevol"):
         vector().save(tmp_path / f"{name}.safetensors")
         with pytest.raises(fg.SteeringError, match="letters, digits"):
-            sources(tmp_path)
+            rows_by_name(tmp_path)
 
 
 def test_names_of_letters_and_the_like_are_taken():
@@ -257,9 +261,9 @@ def test_names_come_and_go_while_requests_run():
     control.admit(second)
     assert second.sampling_params.extra_args[PLAN][0] != plan[0]
     control.unload("love")
-    with pytest.raises(fg.SteeringError, match="nothing is loaded as 'love'"):
+    with pytest.raises(fg.SteeringError, match="Nothing is loaded as 'love'"):
         control.admit(request(steering("love")))
-    with pytest.raises(fg.SteeringError, match="nothing is loaded"):
+    with pytest.raises(fg.SteeringError, match="Nothing is loaded"):
         control.unload("love")
     engine.live = []
     control.load("calm", vector(4, layer=2))  # the next change frees what nothing uses
@@ -315,9 +319,9 @@ def test_refused_loads_leave_nothing_behind():
     control = Control(engine, [1])
     with pytest.raises(fg.HookpointError, match="layer 2"):
         control.load("x", vector(layer=2))
-    with pytest.raises(fg.SteeringError, match="2 of 2 free"):
+    with pytest.raises(fg.SteeringError, match="2 of 2 are free"):
         control.load("x", clamp("relu"))
-    with pytest.raises(fg.SteeringError, match="d_model 4"):
+    with pytest.raises(fg.SteeringError, match="width 4"):
         control.load("x", fg.SteeringVector(normal(0, 4), fg.Hookpoint(1)))
     assert control.names == []
     assert (engine.tables[1].owner == -1).all()
@@ -330,15 +334,15 @@ def test_a_name_in_a_full_table_is_replaced_once_nothing_uses_it():
     used = request(steering("a"))
     control.admit(used)
     engine.live = [used.request_id]
-    with pytest.raises(fg.SteeringError, match="requests under way use"):
+    with pytest.raises(fg.SteeringError, match="requests that have not ended use the rows"):
         control.load("a", vector(3))
     assert engine.tables[1].owner.tolist() == [used.sampling_params.extra_args[PLAN][0]]  # theirs still
     engine.live = []
     control.load("a", vector(3))
     torch.testing.assert_close(engine.tables[1].write[0], vector(3).unit().direction)
-    with pytest.raises(fg.SteeringError, match="0 of 1 free"):
+    with pytest.raises(fg.SteeringError, match="0 of 1 are free"):
         control.load("b", vector(4))
-    with pytest.raises(fg.SteeringError, match="3 rows, with 1 of 1 free"):
+    with pytest.raises(fg.SteeringError, match="no room for 3 rows: 1 of 1 are free"):
         control.load("a", clamp("relu"))  # does not fit even alone: what was there comes back
     torch.testing.assert_close(engine.tables[1].write[0], vector(3).unit().direction)
     again = request(steering("a"))
@@ -348,13 +352,14 @@ def test_a_name_in_a_full_table_is_replaced_once_nothing_uses_it():
 
 def test_tags_stay_whole_numbers_of_float32():
     """Whatever the number of uploads: 2²⁴ + 1 would be the tag before it, and steer by another's rows."""
-    control = Control(FakeEngine([1]), [1])
+    engine = FakeEngine([1])
+    control = Control(engine, [1])
     control.load("kept", vector(0))
     for number in range(50):
         control.load("a", vector(number))
-    assert control.engine.tables[1].owner.max() <= 3
+    assert engine.tables[1].owner.max() <= 3
     control.unload("a")
-    assert (control.engine.tables[1].owner == -1).sum() == 3
+    assert (engine.tables[1].owner == -1).sum() == 3
 
 
 def test_what_admission_has_not_planned_never_reaches_the_engine():
@@ -362,16 +367,16 @@ def test_what_admission_has_not_planned_never_reaches_the_engine():
     control.load("love", vector(0))
     good = request(steering("love"))
     assert control.admit(good)
-    refuse_unplanned(good)
+    check_planned(good)
     assert not control.admit(request({"other": 1}))
-    refuse_unplanned(request({"other": 1}))
-    refuse_unplanned(request(None))
+    check_planned(request({"other": 1}))
+    check_planned(request(None))
     streamed = request(good.sampling_params.extra_args)  # a chunk of an input that is streamed
     streamed.request_id, streamed.resumable = good.request_id, True
     forged = request({PLAN: good.sampling_params.extra_args[PLAN]})
     for bad in (request(steering("love")), streamed, forged):
         with pytest.raises(fg.SteeringError, match="streamed"):
-            refuse_unplanned(bad)
+            check_planned(bad)
     pooled = request(None)
     pooled.sampling_params, pooled.pooling_params = None, SimpleNamespace(extra_kwargs=steering("love"))
     with pytest.raises(fg.SteeringError, match="generates nothing"):
@@ -383,10 +388,11 @@ def test_what_admission_has_not_planned_never_reaches_the_engine():
 def test_canary():
     engine = FakeEngine([0, 1])
     Control(engine, [0, 1]).canary()
-    control = Control(FakeEngine([0, 1], steers=False), [0, 1])
+    blind = FakeEngine([0, 1], steers=False)
+    control = Control(blind, [0, 1])
     with pytest.raises(fg.SteeringError, match=r"layer 0.*compile cache"):
         control.canary()
-    for one in (engine, control.engine):
+    for one in (engine, blind):
         assert all((table.owner == -1).all() for table in one.tables.values())
 
 
@@ -399,14 +405,14 @@ def parsed(**given):
 
 def test_options_of_the_server(tmp_path):
     vector().save(tmp_path / "love.safetensors")
-    _, _, settings = engine_settings("default", sources(tmp_path), [2], 8)
+    _, _, settings = engine_settings("default", rows_by_name(tmp_path), [2], 8)
     args = parsed(additional_config={"other": 1})
-    settle(args, "default", settings)
+    set_engine_options(args, "default", settings)
     assert args.worker_cls == "fgsteer.serving.worker.SteeringWorker"
     assert (args.additional_config["other"], args.additional_config["fgsteer"]["layers"]) == (1, [1, 2])
     assert (args.api_server_count, args.served_model_name) == (1, ["default"])
     headless = parsed(headless=True, served_model_name=["mine"])
-    settle(headless, "default", settings)
+    set_engine_options(headless, "default", settings)
     assert (headless.api_server_count, headless.served_model_name) == (None, ["mine"])
     for given, option in (
         ({"worker_cls": "x"}, "--worker-cls"),
@@ -416,7 +422,7 @@ def test_options_of_the_server(tmp_path):
         ({"data_parallel_multi_port_external_lb": True}, "multi-port"),
     ):
         with pytest.raises(fg.SteeringError, match=option):
-            settle(parsed(**given), "default", settings)
+            set_engine_options(parsed(**given), "default", settings)
 
 
 def test_command_line_of_the_server(tmp_path, monkeypatch, capsys):
@@ -434,9 +440,9 @@ def test_command_line_of_the_server(tmp_path, monkeypatch, capsys):
     assert "vllm" in capsys.readouterr().err
 
 
-def test_the_soaks_figures_are_in_the_readme():
+def test_the_soaks_figures_are_in_the_docs():
     root = Path(__file__).parents[1]
-    told = fg.files.read_json(root / "benchmarks" / "results" / "soak.json")
+    told = json.loads((root / "benchmarks" / "results" / "soak.json").read_text(encoding="utf-8"))
     honest, memory = told["honest"], told["memory"]
     assert (told["minutes"], told["clients"], honest["unequal"], told["broken"]) == (10, 8, 0, [])
     assert told["alive"]
@@ -445,7 +451,7 @@ def test_the_soaks_figures_are_in_the_readme():
         f"all {honest['answers']:,} honest answers among {told['requests']:,} requests equalled their hook-made twins, "
         f"memory {memory['growth']:+.1%}"
     )
-    assert figures in (root / "README.md").read_text(encoding="utf-8")
+    assert figures in (root / "docs" / "reference" / "failures.md").read_text(encoding="utf-8")
 
 
 def test_importing_serving_needs_no_vllm():
@@ -468,13 +474,13 @@ def test_importing_serving_needs_no_vllm():
     ids=lambda item: type(item).__name__,
 )
 def test_a_request_says_what_an_intervention_does(item):
-    served, options = request_of(item)
-    parsed = parse(steering("x", **options))
+    served, options = servable(item)
+    parsed = parse_request(steering("x", **options))
     hidden = normal(9, 20, WIDTH)
-    out = run([(served, parsed.operation, parsed.scale, Wanted("x", None, 1.0, "all", True))], hidden, None)
+    out = run([(served, parsed.operation, parsed.scale, RequestedSteering("x", None, 1.0, "all", True))], hidden, None)
     torch.testing.assert_close(out, hidden + item.update().change(hidden[None])[0], atol=1e-5, rtol=1e-5)
     moved = replace(item, scope="generated", bos=True)
-    assert (request_of(moved)[1]["scope"], request_of(moved)[1]["bos"]) == ("generated", True)
+    assert (servable(moved)[1]["scope"], servable(moved)[1]["bos"]) == ("generated", True)
 
 
 class FakeControl:

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from fgsteer.serving import http
-from fgsteer.serving.control import ASKED, Control
-from fgsteer.serving.http import Access, Door, Ready, upload_bytes
+from fgsteer.serving.control import OUTCOME, Control
+from fgsteer.serving.http import Access, StartedServer, SteeringMiddleware, upload_bytes
 from fgsteer.serving.request import steering
-from fgsteer.serving.server import admit_keys
-from tests.engine import WIDTH, FakeEngine, vector
+from fgsteer.serving.server import upload_access
+from tests.helpers.engine import WIDTH, FakeEngine, vector
 
 OPEN = Access(allow_uploads=True)
 
@@ -25,8 +25,8 @@ class Client:
     def __init__(self, access=OPEN, app=None, rows=4):
         self.engine = FakeEngine([1], rows=rows)
         self.control = Control(self.engine, [1])
-        self.ready = Ready(self.control, access, upload_bytes(rows, WIDTH))
-        self.door = Door(app or self.vllm, lambda: self.ready)
+        self.started = StartedServer(self.control, access, upload_bytes(rows, WIDTH))
+        self.door = SteeringMiddleware(app or self.vllm, lambda: self.started)
         self.seen = []
 
     async def vllm(self, scope, receive, send):
@@ -39,10 +39,10 @@ class Client:
                 break
         self.seen.append(body)
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        if b"steered" in body and (asked := ASKED.get()):
-            asked.admitted = True
-        if b"refused" in body and (asked := ASKED.get()):
-            asked.refusal = "nothing is loaded as 'refused'"
+        if b"steered" in body and (outcome := OUTCOME.get()):
+            outcome.admitted = True
+        if b"refused" in body and (outcome := OUTCOME.get()):
+            outcome.refusal = "Nothing is loaded as 'refused'."
         for piece in (b'{"said": ', b'"text"}'):
             await send({"type": "http.response.body", "body": piece, "more_body": piece[-1:] != b"}"})
 
@@ -94,7 +94,7 @@ def test_vectors_come_and_go(tmp_path):
     assert (status, told["error"]["code"], told["error"]["type"]) == (400, 400, "BadRequestError")
     for method, path in (("POST", "/v1/steering"), ("PUT", "/v1/steering"), ("GET", "/v1/steering/love")):
         assert client(method, path, b"{}")[0] == 405
-    client.ready = None
+    client.started = None
     assert client("GET", "/v1/steering")[0] == 503
 
 
@@ -110,13 +110,13 @@ def test_other_names_are_refused_before_a_body_is_read(name, tmp_path):
 def test_errors_show_no_path_of_the_server(bad):
     status, told, _ = Client()("PUT", "/v1/steering/love", bad)
     assert status == 400
-    assert "what was sent" in told["error"]["message"]
+    assert "the file that was sent" in told["error"]["message"].lower()
     assert not any(part in told["error"]["message"] for part in ("/tmp", ".safetensors", "/var"))
 
 
 def test_a_body_is_counted_while_it_comes_and_never_held_beyond_the_limit():
     client = Client()
-    most = client.ready.upload_bytes
+    most = client.started.upload_bytes
     assert most > 8 * 4 * 2 * WIDTH
     status, _, read = client("PUT", "/v1/steering/love", bytes(2 * most), chunks=64)
     assert status == 413
@@ -134,7 +134,7 @@ def test_a_body_that_is_slow_or_breaks_off_is_refused(monkeypatch):
     assert status == 408
     assert "0.2 s" in told["error"]["message"]
     status, told, _ = client("PUT", "/v1/steering/love", bytes(10), gone=True)
-    assert (status, "breaks off" in told["error"]["message"]) == (400, True)
+    assert (status, "is cut off" in told["error"]["message"]) == (400, True)
     assert client.door.uploads == 0
 
 
@@ -145,14 +145,18 @@ def test_few_uploads_at_once(tmp_path):
         return await asyncio.gather(*(client.ask("PUT", f"/v1/steering/v{n}", good, wait=0.05) for n in range(12)))
 
     statuses = [status for status, _, _ in asyncio.run(many())]
-    assert statuses.count(200) == http.UPLOADS
-    assert statuses.count(503) == 12 - http.UPLOADS
+    assert statuses.count(200) == http.MAX_UPLOADS
+    assert statuses.count(503) == 12 - http.MAX_UPLOADS
     assert client("PUT", "/v1/steering/later", good)[0] == 200  # they end
 
 
 def test_who_may_upload(tmp_path):
     good = content(tmp_path)
-    nobody, keyed, admin = Client(Access()), Client(Access(keyed=True)), Client(Access("se\u00e9cret", keyed=True))
+    nobody, keyed, admin = (
+        Client(Access()),
+        Client(Access(has_server_key=True)),
+        Client(Access("se\u00e9cret", has_server_key=True)),
+    )
     status, told, read = nobody("PUT", "/v1/steering/love", good)
     assert (status, read) == (403, 0)
     assert "--allow-uploads" in told["error"]["message"]
@@ -174,21 +178,21 @@ def test_who_may_upload(tmp_path):
 def test_the_admins_key_opens_what_the_servers_key_guards(monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     args = SimpleNamespace(api_key=None)
-    assert admit_keys(args, "a", False) == Access("a", False, False)
+    assert upload_access(args, "a", False) == Access("a", False, False)
     assert args.api_key is None  # completions stay open
     args = SimpleNamespace(api_key=["k"])
-    assert admit_keys(args, "a", False) == Access("a", True, False)
+    assert upload_access(args, "a", False) == Access("a", True, False)
     assert args.api_key == ["k", "a"]
     monkeypatch.setenv("VLLM_API_KEY", "e")
     args = SimpleNamespace(api_key=None)
-    assert admit_keys(args, "a", True) == Access("a", True, True)
+    assert upload_access(args, "a", True) == Access("a", True, True)
     assert args.api_key == ["e", "a"]
     args = SimpleNamespace(api_key=None)
-    assert admit_keys(args, None, False) == Access(None, True, False)
+    assert upload_access(args, None, False) == Access(None, True, False)
     assert args.api_key is None
 
 
-def test_the_loop_goes_on_while_a_vector_is_loaded(tmp_path):
+def test_the_loop_goes_on_while_a_vector_is_loaded(tmp_path, monkeypatch):
     client, good = Client(), content(tmp_path)
     asked, call = threading.Event(), client.engine.call
 
@@ -196,7 +200,7 @@ def test_the_loop_goes_on_while_a_vector_is_loaded(tmp_path):
         assert asked.wait(10)
         return call(method, *args)
 
-    client.engine.call = slow
+    monkeypatch.setattr(client.engine, "call", slow)
 
     async def both():
         upload = asyncio.create_task(client.ask("PUT", "/v1/steering/love", good))
@@ -262,7 +266,7 @@ def test_what_asks_and_is_not_steered_is_the_clients_error(body, stream):
 
 def test_a_refusal_says_why_in_a_stream_too():
     status, told, _ = Client()(*post(vllm_xargs={"steer": "refused"}, stream=True))
-    assert (status, told["error"]["message"]) == (400, "nothing is loaded as 'refused'")
+    assert (status, told["error"]["message"]) == (400, "Nothing is loaded as 'refused'.")
 
 
 def test_errors_of_the_server_stay():
@@ -292,7 +296,7 @@ def test_other_protocols_pass():
     async def app(scope, receive, send):
         passed.append(scope["type"])
 
-    door = Door(app, lambda: None)
+    door = SteeringMiddleware(app, lambda: None)
     for scope in ({"type": "lifespan"}, {"type": "websocket", "path": "/v1/realtime"}):
         asyncio.run(door(scope, None, None))
     assert passed == ["lifespan", "websocket"]

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fgsteer as fg
 from fgsteer.interventions import apply
-from tests.conftest import make_sae
-from tests.tiny import D_MODEL, LAYERS, VOCAB
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL, LAYERS, VOCAB
 
 PROMPTS = ["the man", "a dog sat on the bread", "she took the ring"]
 DATA = fg.ContrastSet("x", positives=["the bride wore a ring", "the groom"], negatives=["a dog sat", "a cat"])

@@ -39,7 +39,7 @@ CONTENDERS = {
         pytest.param("collect", "gpt2", marks=pytest.mark.slow),
         pytest.param("encode", "llama-100m", marks=pytest.mark.slow),
         ("step", "gpt2"),
-        ("generate", "llama"),
+        pytest.param("generate", "llama", marks=pytest.mark.slow),
         ("effects", "llama"),
     ],
 )

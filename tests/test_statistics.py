@@ -11,40 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgsteer as fg
-from fgsteer.hookpoints import resolve
-from tests.conftest import make_sae
+from tests.helpers.examples import DOWN, SET, UP, naive_examples
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import SITES
 from tests.reference import sparse as reference
-from tests.tiny import D_MODEL
-
-UP = ["the bride wore a ring", "the groom took the bride in the church", "wedding ring", "she said yes"]
-DOWN = ["the dog sat on bread", "a cat ran", "the king of the old sea ship was sad and the man is good"]
-SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
-SET = fg.ContrastSet("wedding", positives=UP, negatives=DOWN)
-
-
-def naive_examples(model, tokenizer, texts, hookpoint, sae=None):
-    """Mean activation, and mean encoding, of each text run alone without the first token."""
-    module, is_input = resolve(model, hookpoint)
-    rows = []
-    for text in texts:
-        kept = {}
-
-        def before(_, args, kwargs, kept=kept):
-            kept["h"] = args[0] if args else kwargs["hidden_states"]
-
-        def after(_, __, out, kept=kept):
-            kept["h"] = (out[0] if isinstance(out, tuple) else out).clone()  # a block may go on to change it
-
-        handle = (
-            module.register_forward_pre_hook(before, with_kwargs=True)
-            if is_input
-            else module.register_forward_hook(after)
-        )
-        model(tokenizer(text, return_tensors="pt")["input_ids"])
-        handle.remove()
-        h = kept["h"].reshape(-1, D_MODEL)[1:].detach()
-        rows.append(h.mean(0).numpy() if sae is None else np.mean([sae.encode(t).numpy() for t in h], 0))
-    return rows
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -108,7 +78,7 @@ def test_moments_merge_is_the_whole(seed, n, m):
 
 
 def test_answer_tokens_letters_and_chat(llama, tokenizer):
-    from fgsteer.tokens import TokenReader
+    from fgsteer.activations.tokens import TokenReader
 
     def selected(prompt, completion, rule):
         (rows,) = TokenReader(tokenizer, rule=rule).rows([(prompt, completion, True)])
@@ -133,7 +103,7 @@ def test_bad_texts_are_named(llama, tokenizer):
             hookpoints="blocks.1.hook_resid_post",
             tokens=2,
         )
-    with pytest.raises(fg.DataError, match="neither sae nor hookpoints"):
+    with pytest.raises(fg.DataError, match="neither an SAE nor a hookpoint"):
         fg.collect(llama, tokenizer, SET)
     with pytest.raises(fg.PairingError, match="d_model"):
         fg.collect(llama, tokenizer, SET, sae=make_sae(d_model=16))

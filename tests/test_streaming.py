@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 import fgsteer as fg
-from tests.tiny import D_MODEL, tiny_model
+from tests.helpers.tiny import D_MODEL, tiny_model
 
 AT = fg.Hookpoint(1)
 PROMPT = "the man sat"
@@ -155,7 +156,7 @@ def test_a_stream_that_is_left_ends_and_frees_the_model(llama, tokenizer, item, 
             time.sleep(0.001)
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    pieces = fg.stream(llama, tokenizer, PROMPT, steering=item, max_new_tokens=5000, stopping_criteria=[Counts()])
+    pieces: Any = fg.stream(llama, tokenizer, PROMPT, steering=item, max_new_tokens=5000, stopping_criteria=[Counts()])
     if how == "break":
         for _ in pieces:
             break
@@ -178,7 +179,7 @@ def test_a_stream_that_is_left_ends_and_frees_the_model(llama, tokenizer, item, 
 
 
 def test_a_stream_that_is_never_read_runs_nothing(llama, tokenizer, item):
-    pieces = fg.stream(llama, tokenizer, PROMPT, steering=item)
+    pieces: Any = fg.stream(llama, tokenizer, PROMPT, steering=item)
     assert is_free(llama)
     with fg.steer(llama, item):
         llama(torch.tensor([[0, 5, 6]]))
@@ -188,7 +189,7 @@ def test_a_stream_that_is_never_read_runs_nothing(llama, tokenizer, item):
 def test_what_a_stream_refuses_before_it_runs(llama, tokenizer, item):
     wide = fg.SteeringVector(torch.ones(7), AT).add()
     for error, match, prompt, options in [
-        (fg.DataError, "prompt is int 3", 3, {}),
+        (fg.DataError, "got an int, 3, in prompt", 3, {}),
         (fg.DataError, "message 0", ["a", "b"], {}),
         (fg.DataError, "num_beams = 2", PROMPT, {"num_beams": 2}),
         (
@@ -211,7 +212,7 @@ def test_what_a_stream_refuses_before_it_runs(llama, tokenizer, item):
 
 
 def test_the_model_is_the_streams_while_it_runs(llama, tokenizer, item):
-    pieces = fg.stream(llama, tokenizer, PROMPT, steering=item, max_new_tokens=5000)
+    pieces: Any = fg.stream(llama, tokenizer, PROMPT, steering=item, max_new_tokens=5000)
     next(pieces)
     with pytest.raises(fg.SteeringError, match="another thread"), fg.steer(llama, item):
         pass

@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from matplotlib.patches import Rectangle
 
 import fgsteer as fg
-from fgsteer.cli import app
 from fgsteer.errors import DataError, HookpointError, SelectionError
-from fgsteer.evaluation import sweep_plots
-from fgsteer.evaluation.intervals import Interval
-from fgsteer.evaluation.sweep import random_like
-from fgsteer.evaluation.sweep_answers import Curve, best_layer, fade, in_words, sign_differences
-from fgsteer.hookpoints import blocks_of
+from fgsteer.evaluation.metrics.intervals import Interval
+from fgsteer.evaluation.sweep import plots as sweep_plots
+from fgsteer.evaluation.sweep.answers import Curve, best_layer, fade, in_words, sign_differences
+from fgsteer.evaluation.sweep.sweep import random_like
+from fgsteer.models.hookpoints import blocks_of
+from tests.helpers.cli import invoke_on_cpu
+from tests.helpers.examples import naive_examples
+from tests.helpers.tiny import D_MODEL, LAYERS, tiny_model
 from tests.reference import methods, tables
 from tests.reference import sweep as reference
-from tests.test_statistics import naive_examples
-from tests.tiny import D_MODEL, LAYERS, tiny_model
 
 NEUTRAL = ["the dog sat on the house", "a man took the tea", "it is a new day and the cat ran"]
 SIDES = fg.ContrastSet(
@@ -42,7 +43,7 @@ LETTERS = [
 ]
 UNEQUAL = [*LETTERS, fg.ContrastPair("yes and no", "bad", prompt="he said")]
 # float32 forward passes at other batch shapes, log-probabilities of some tens of nats, differences of them
-CLOSE = {"rel": 1e-3, "abs": 2e-4}
+CLOSE: dict[str, Any] = {"rel": 1e-3, "abs": 2e-4}
 
 
 def whole(tokenizer, texts):
@@ -140,7 +141,7 @@ def test_nothing_added_does_nothing(llama, tokenizer):
     assert all(cell.effect.mean != 0 for cell in found.cells if cell.coefficient)
     asleep = fg.sweep(llama, tokenizer, SIDES, vectors=null[:1], ce_rises=[0.1, 0.2], neutral=NEUTRAL, controls=0)
     assert not asleep.cells
-    assert any("layer 0 (-1): 0.1, 0.2 not reached" in note for note in asleep.notes)
+    assert any("layer 0 (-1) does not reach 0.1, 0.2, or is not finite there" in note for note in asleep.notes)
     assert "no layer reaches this cost" in asleep.answers[0]
     with pytest.raises(DataError, match="without cells"):
         sweep_plots.pictures(asleep)
@@ -209,6 +210,7 @@ def test_random_directions_show_what_any_change_does(llama, tokenizer, own):
 def planted():
     """A model whose blocks pass the stream on as it is."""
     model = tiny_model("llama", seed=3)
+    block: Any
     for block in blocks_of(model):
         torch.nn.init.zeros_(block.self_attn.o_proj.weight)
         torch.nn.init.zeros_(block.mlp.down_proj.weight)
@@ -245,7 +247,7 @@ def test_a_planted_layer_is_found(planted, tokenizer):
         assert best.lead.low > 0
         assert best.level_with == ()
     assert {cell.layer for cell in found.cells} == {1, 2}
-    assert "layer 0 (+1): 0.05, 0.2 not reached, or not finite" in found.notes
+    assert "layer 0 (+1) does not reach 0.05, 0.2, or is not finite there" in found.notes
     assert "layer 0 (-1) does not reach 0.2 nats and is not compared" in found.notes
     assert [row.layer for row in found.signs] == [1, 2, None]
 
@@ -300,8 +302,11 @@ def test_rules_by_arithmetic():
     assert "works best at layer 1 with coefficient 2, 2.5 [2.5, 2.5] nats a token, 0.5 [0.5, 0.5] ahead" in where
     assert "3 of 4 curves peak and clearly fall after: layer 0 (-1, peak at 0.5 nats)" in fading
     assert "buys 6 at the cheapest step and 2 at the dearest" in fading  # medians of 4 8 8 2 and 3 3 1 -2
-    assert "negative is stronger at layer 0; positive at layer 1. On average negative less positive is -1 " in sign
-    assert "equal cost do: positive at layer 0, 1; on average -1.75 [" in sign
+    assert (
+        "negative is stronger at layer 0; positive is stronger at layer 1. On average negative less positive is -1 "
+        in sign
+    )
+    assert "equal cost do: positive is stronger at layers 0 and 1; on average -1.75 [" in sign
 
 
 def test_what_steering_that_costs_nothing_buys():
@@ -330,7 +335,7 @@ def test_held_out_texts_are_used_where_there_are_any(llama, tokenizer):
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
-        ({"ce_rises": [0.1], "coefficients": [1.0]}, DataError, "one of them"),
+        ({"ce_rises": [0.1], "coefficients": [1.0]}, DataError, "either ce_rises or coefficients"),
         ({"ce_rises": [0.5, 0.1]}, DataError, "rising"),
         ({"ce_rises": [0.0, 0.1]}, DataError, "rising"),
         ({"ce_rises": []}, DataError, "nothing"),
@@ -339,8 +344,8 @@ def test_held_out_texts_are_used_where_there_are_any(llama, tokenizer):
         ({"ce_rises": [0.1], "matched": 0.2}, DataError, "at most 0.1"),
         ({"coefficients": [1.0], "matched": math.nan}, DataError, "matched"),
         ({"vectors": "fgaa"}, DataError, "caa, ace, pca"),
-        ({"vectors": []}, DataError, "one a layer"),
-        ({"vectors": [fg.SteeringVector(torch.ones(D_MODEL), fg.Hookpoint(1))] * 2}, DataError, "one a layer"),
+        ({"vectors": []}, DataError, "one for each layer"),
+        ({"vectors": [fg.SteeringVector(torch.ones(D_MODEL), fg.Hookpoint(1))] * 2}, DataError, "one for each layer"),
         ({"layers": []}, DataError, "no layers"),
         ({"layers": [LAYERS]}, HookpointError, "layer 3"),
         ({"held_out": fg.ContrastSet("one", positives=["a"], negatives=["the", "it"])}, DataError, "at least two"),
@@ -354,7 +359,7 @@ def test_what_cannot_be_swept_is_refused(llama, tokenizer, options, error, told)
 
 def test_equal_sides_have_no_vector(llama, tokenizer):
     same = fg.ContrastSet("same", positives=["a cat", "the dog"], negatives=["a cat", "the dog"])
-    with pytest.raises(SelectionError, match="sides that differ"):
+    with pytest.raises(SelectionError, match="whose mean activations differ"):
         fg.sweep(llama, tokenizer, same, neutral=NEUTRAL)
 
 
@@ -362,30 +367,30 @@ def test_pictures_show_the_cells(llama, tokenizer, own, tmp_path):
     found = fg.sweep(llama, tokenizer, SIDES, ce_rises=[0.05, 0.2], neutral=own)
     figure = sweep_plots.push_map(found)
     shown = [text.get_text() for axis in figure.axes for text in axis.texts]
-    assert shown == [sweep_plots._brief(cell.push) for sign in (1, -1) for cell in found.cells if cell.sign == sign]
+    assert shown == [
+        sweep_plots._in_two_digits(cell.push) for sign in (1, -1) for cell in found.cells if cell.sign == sign
+    ]
     for axis, best in zip(figure.axes, found.best, strict=True):
         (frame,) = axis.patches
+        assert isinstance(frame, Rectangle)
         assert frame.get_xy() == (1, best.layer)
     curves = sweep_plots.fading_curves(found).axes
     assert [axis.get_title() for axis in curves] == ["layer 0", "layer 1", "layer 2"]
     row = [cell for cell in found.cells if (cell.layer, cell.sign) == (1, -1)]
     line = next(line for line in curves[1].lines if line.get_linestyle() == "--")
-    assert line.get_xydata().tolist() == [[0, 0], *([cell.cost, cell.push] for cell in row)]
+    assert np.asarray(line.get_xydata()).tolist() == [[0, 0], *([cell.cost, cell.push] for cell in row)]
     names = [path.name for path in sweep_plots.save_pictures(found, tmp_path)]
     assert names == ["sweep-map.png", "sweep-map.svg", "sweep-fading.png", "sweep-fading.svg"]
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
     given = fg.sweep(llama, tokenizer, SIDES, layers=[1], coefficients=[0.5, 20.0], neutral=NEUTRAL, controls=0)
     assert not any(axis.patches for axis in sweep_plots.push_map(given).axes)
-    assert [sweep_plots._brief(v) for v in (0.05, -0.126, 1.0, -3.14, 9.96, 120.0)] == [
+    assert [sweep_plots._in_two_digits(v) for v in (0.05, -0.126, 1.0, -3.14, 9.96, 120.0)] == [
         ".05", "−.13", "1.0", "−3.1", "10", "120",
     ]  # fmt: skip
 
 
 def invoke(*arguments):
-    result = CliRunner().invoke(app, ["sweep", *map(str, arguments), "--device", "cpu"])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.stdout
+    return invoke_on_cpu("sweep", *arguments).stdout
 
 
 def test_command_line_sweeps(tmp_path):
@@ -409,9 +414,9 @@ def test_command_line_sweeps(tmp_path):
     again = json.loads(invoke("wedding", "--vector", tmp_path / "v.safetensors", *common[3:], "-c", 1, "--json"))
     same = json.loads(invoke(*common, "-c", 1, "--json"))
     assert again["cells"] == same["cells"]
-    with pytest.raises(DataError, match="one of them"):
+    with pytest.raises(DataError, match="either --vector or --method pca, got both"):
         invoke("wedding", "--vector", tmp_path / "v.safetensors", "--method", "pca")
-    with pytest.raises(fg.FormatError, match="cannot write"):
+    with pytest.raises(fg.FormatError, match="Cannot write"):
         invoke("wedding", "--out", plain)
 
 
@@ -425,4 +430,5 @@ def test_gpu_twin_of_the_sweep(dtype, tokenizer):
         results.append(torch.tensor([value for cell in found.cells for value in (cell.cost, *cell.effect)]))
     # bfloat16 keeps 8 bits, and these logits spread over some tens of nats
     tolerance = 1e-3 if dtype == torch.float32 else 0.3
-    assert torch.allclose(*results, rtol=tolerance, atol=tolerance)
+    cpu, cuda = results
+    assert torch.allclose(cpu, cuda, rtol=tolerance, atol=tolerance)

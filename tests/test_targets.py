@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -18,36 +19,37 @@ import torch
 import typer
 
 import fgsteer as fg
-from fgsteer import files
-from fgsteer.cli import app, doors
-from fgsteer.evaluation.endpoint import AnswerCache
-from fgsteer.evaluation.plots import save_each
-from fgsteer.parts import Parts
+from fgsteer.cli import outputs
+from fgsteer.evaluation.drawing import save_each
+from fgsteer.evaluation.judges.answer_cache import AnswerCache
+from fgsteer.storage import atomic, json_files
+from fgsteer.storage.shards import Shards
+from tests.helpers.cli import app
 
 AT = "blocks.1.hook_resid_post"
 
 
 def write_folder(path):
-    with files.whole_folder(path) as beside:
+    with atomic.atomic_folder(path) as beside:
         (beside / "a").write_text("new")
 
 
 def write_page(path):
-    with files.whole(path) as beside:
+    with atomic.atomic_write(path) as beside:
         beside.write_text("new")
 
 
 WRITERS = {
     "page": write_page,
     "vector": lambda path: fg.SteeringVector(torch.ones(4), AT).save(path),
-    "json": lambda path: files.write_json(path, [1]),
-    "append": lambda path: files.append_bytes(path, b"new"),
+    "json": lambda path: json_files.write_json(path, [1]),
+    "append": lambda path: atomic.append_bytes(path, b"new"),
     "answers": lambda path: AnswerCache(path).add("key", 7),
 }
 FOLDERS = {
     "folder": write_folder,
     "vector's folder": lambda path: fg.SteeringVector(torch.ones(4), AT).save_pretrained(path),
-    "parts": lambda path: Parts(path, "x", {}),
+    "parts": lambda path: Shards(path, "x", {}),
     "pictures": lambda path: save_each([], path),
 }
 
@@ -78,11 +80,11 @@ def test_what_is_no_file_is_refused_and_stays(kind, linked, tmp_path, monkeypatc
         Path("link").symlink_to("target")
     path = Path("link" if linked else "target")
     for write in WRITERS.values():
-        with pytest.raises(fg.FormatError, match=f"cannot write {path}: it is {kind}; expected a file"):
+        with pytest.raises(fg.FormatError, match=f"Cannot write {path}: it is {kind}. Expected a file"):
             write(path)
     if kind != "a folder":
         for write in FOLDERS.values():
-            with pytest.raises(fg.FormatError, match=r"exists; expected a new|is no folder"):
+            with pytest.raises(fg.FormatError, match=r"exists. Expected a new|is no folder"):
                 write(path)
     assert os.lstat("target") == before
     assert {path.name for path in Path().iterdir()} == {"target", *(["link"] if linked else [])}
@@ -91,13 +93,13 @@ def test_what_is_no_file_is_refused_and_stays(kind, linked, tmp_path, monkeypatc
 @pytest.mark.parametrize("name", [*WRITERS, *FOLDERS])
 def test_a_folder_that_is_not_there_is_named_and_not_made(name, tmp_path):
     write = {**WRITERS, **FOLDERS}[name]
-    with pytest.raises(fg.FormatError, match=f"there is no folder {tmp_path}/ot; expected.*correct the name"):
+    with pytest.raises(fg.FormatError, match=f"there is no folder {tmp_path}/ot. Expected.*correct the name"):
         write(tmp_path / "ot" / "inner" / "x")
     (tmp_path / "file").write_text("old")
-    with pytest.raises(fg.FormatError, match=f"cannot write {tmp_path}/file/x: {tmp_path}/file is no folder"):
+    with pytest.raises(fg.FormatError, match=f"Cannot write {tmp_path}/file/x: {tmp_path}/file is no folder"):
         write(tmp_path / "file" / "x")
     for impossible in ("a\0b", "x" * 300):
-        with pytest.raises(fg.FormatError, match="cannot write"):
+        with pytest.raises(fg.FormatError, match="Cannot write"):
             write(tmp_path / impossible)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -117,7 +119,7 @@ def test_a_link_is_followed(name, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "nowhere").symlink_to(tmp_path / "none" / "target")
     for lost in ("loop", "nowhere"):
-        with pytest.raises(fg.FormatError, match="cannot write"):
+        with pytest.raises(fg.FormatError, match="Cannot write"):
             {**WRITERS, **FOLDERS}[name](tmp_path / lost)
     assert {path.name for path in tmp_path.iterdir()} == {"there", "link", "middle", "loop", "nowhere"}
 
@@ -125,7 +127,7 @@ def test_a_link_is_followed(name, tmp_path):
 def test_an_empty_folder_behind_a_link_is_taken(tmp_path):
     (tmp_path / "target").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to("target")
-    with files.whole_folder(tmp_path / "link") as beside:
+    with atomic.atomic_folder(tmp_path / "link") as beside:
         assert stat.S_IMODE(beside.stat().st_mode) == 0o700
         (beside / "a").write_text("new")
     assert (tmp_path / "link").is_symlink()
@@ -152,7 +154,7 @@ def test_a_private_file_is_never_open_to_others_while_it_is_replaced(tmp_path):
     path = tmp_path / "target"
     path.write_text("secret")
     path.chmod(0o600)
-    with files.whole(path) as beside:
+    with atomic.atomic_write(path) as beside:
         assert stat.S_IMODE(beside.stat().st_mode) == 0o600
         beside.write_text("new")
 
@@ -165,7 +167,7 @@ def test_new_files_have_what_the_umask_leaves(umask, tmp_path, monkeypatch):
         for name, write in WRITERS.items():
             write(tmp_path / name)
             assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
-        with files.whole_folder(tmp_path / "folder") as beside:
+        with atomic.atomic_folder(tmp_path / "folder") as beside:
             (beside / "inner").mkdir()
             (beside / "inner" / "a").touch(mode=0o600)
         modes = [stat.S_IMODE((tmp_path / "folder" / name).stat().st_mode) for name in ("", "inner", "inner/a")]
@@ -191,12 +193,12 @@ def test_what_is_read_only_is_refused(tmp_path):
 
 
 @contextlib.contextmanager
-def writing(path, how="whole"):
+def writing(path, how="atomic_write"):
     """Another process that has begun to write, and is killed before it ends."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        with getattr(files, how)(path) as beside:
+        with getattr(atomic, how)(path) as beside:
             (beside / "a" if beside.is_dir() else beside).write_text("half")
             os.write(write, b".")
             time.sleep(600)
@@ -213,7 +215,7 @@ def writing(path, how="whole"):
 def test_only_what_a_dead_writer_left_goes(tmp_path, monkeypatch):
     """However old it looks: a clock that is two hours off, or a write that takes a day, is no reason."""
     page, folder = tmp_path / "page", tmp_path / "folder"
-    with writing(page), writing(folder, "whole_folder"):
+    with writing(page), writing(folder, "atomic_folder"):
         beside = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
         assert len(beside) == 3
         for path in beside:
@@ -236,7 +238,7 @@ def test_writers_of_one_file_do_not_take_each_others(tmp_path):
     def work(n):
         try:
             for number in range(60):
-                with files.whole(tmp_path / "page") as beside:
+                with atomic.atomic_write(tmp_path / "page") as beside:
                     beside.write_text(f"{n} {number}")
         except BaseException as error:
             errors.append(error)
@@ -252,13 +254,13 @@ def test_writers_of_one_file_do_not_take_each_others(tmp_path):
 
 
 def test_where_nothing_can_be_locked_files_are_written_and_nothing_is_removed(tmp_path, monkeypatch):
-    left = tmp_path / f".page.{files._HERE}.12345678.part"
+    left = tmp_path / f".page.{atomic._MACHINE}.12345678.part"
     left.write_text("half")
 
     def refuse(*_):
         raise OSError("no locks here")
 
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     write_page(tmp_path / "page")
     assert (tmp_path / "page").read_text() == "new"
     assert left.exists()
@@ -274,7 +276,7 @@ def group():
 
 def commands():
     """{name: command} of every command that writes."""
-    return {name: c for name, c in group().commands.items() if {p.name for p in c.params} & set(doors.OUTPUTS)}
+    return {name: c for name, c in group().commands.items() if {p.name for p in c.params} & set(outputs.OUTPUTS)}
 
 
 @pytest.fixture
@@ -317,7 +319,7 @@ def inputs():
     for name, command in commands().items():
         for output in command.params:
             for p in command.params:
-                if output.name in doors.OUTPUTS and p.name != output.name and p.name in files_of(name):
+                if output.name in outputs.OUTPUTS and p.name != output.name and p.name in files_of(name):
                     yield name, output.name, p.name
 
 
@@ -365,7 +367,7 @@ def test_every_output_is_known_to_be_one():
                 word in (p.help or "") for word in ("to write", "Write ", "Folder for", "Folder of ", "New fold")
             )
             if writes and p.name in files_of(name) - NAMED and (name, p.name) != ("serve", "vectors"):
-                assert p.name in doors.OUTPUTS, (name, p.name)
+                assert p.name in outputs.OUTPUTS, (name, p.name)
 
 
 def test_a_word_is_no_file_that_has_its_name(tmp_path, monkeypatch):
@@ -378,7 +380,8 @@ def test_a_word_is_no_file_that_has_its_name(tmp_path, monkeypatch):
     for name in ("load_model", "load_sae", "build"):
         getattr(fg, name)
         monkeypatch.setattr(fg, name, loads)
-    fg.FeatureDensity(*[torch.ones(2, dtype=torch.float64)] * 3, 5, "x").save("density")
+    ones = torch.ones(2, dtype=torch.float64)
+    fg.FeatureDensity(ones, ones, ones, 5, "x").save("density")
     words = ("love", "default", "text", "all", "sae_ts")
     for name in words:
         Path(name).write_text("One day.\n")
@@ -390,7 +393,7 @@ def test_a_word_is_no_file_that_has_its_name(tmp_path, monkeypatch):
         "density t.txt -o text --device cpu",
         "build from_features --features 1 -o sae_ts",
     ):
-        assert refused(line.split()) == "loaded"
+        assert refused(line.split()) == "loaded."
     assert "--stats love and --out love are one file" in refused(["build", "caa", "--stats", "love", "-o", "love"])
     assert "--effects text and --out text are one file" in refused(
         ["build", "sae_ts", "--effects", "text", "-o", "text"]
@@ -409,7 +412,7 @@ def test_every_command_knows_where_it_cannot_write_before_it_loads(name, tmp_pat
     command = commands()[name]
     os.mkfifo(tmp_path / "pipe")
     for p in command.params:
-        if p.name in doors.OUTPUTS:
+        if p.name in outputs.OUTPUTS:
             for target in (tmp_path / "typo" / "x", tmp_path / "pipe"):
                 out = (
                     []
@@ -418,12 +421,12 @@ def test_every_command_knows_where_it_cannot_write_before_it_loads(name, tmp_pat
                 )
                 words = [*filled(command, {"out", p.name}), *out, max(p.opts, key=len), target]
                 told = refused([name, *words])
-                assert "cannot write" in told or (target.exists() and "exists" in told), told
+                assert "Cannot write" in told or (target.exists() and "exists" in told), told
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_a_device_stays_one(tmp_path, no_loading):
     made("a device", tmp_path / "null")
     told = refused(["collect", "love", "-o", tmp_path / "null"])
-    assert "null: it is a device; expected a file" in told
+    assert "null: it is a device. Expected a file" in told
     assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 import fgsteer as fg
-from fgsteer.tokens import TokenReader, encode_prompts
-from tests.conftest import make_sae
-from tests.tiny import D_MODEL, word_tokenizer
+from fgsteer.activations.tokens import TokenReader, encode_prompts
+from tests.helpers.saes import make_sae
+from tests.helpers.tiny import D_MODEL, word_tokenizer
 
 AT = "blocks.1.hook_resid_post"
 USER = [{"role": "user", "content": "the man said"}]
 YES = [{"role": "assistant", "content": "tea and bread"}]
 # float32 forward passes at other batch shapes
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def with_eos():
@@ -43,7 +45,7 @@ def with_tail():
     return tokenizer
 
 
-class SlowTokenizer(type(word_tokenizer())):
+class SlowTokenizer(PreTrainedTokenizerFast):
     """The same tokenizer, which does not tell where in the text its tokens stand."""
 
     is_fast = False
@@ -131,7 +133,7 @@ def test_the_last_token_is_that_of_the_content(llama):
     assert_mean(mean(llama, tokenizer, pair, tokens="all"), acts[1:])
     found = fg.log_probabilities(llama, tokenizer, [(USER, YES)])
     assert found.counts.tolist() == [3]
-    with pytest.raises(fg.DataError, match="none to read"):
+    with pytest.raises(fg.DataError, match="selects none of the"):
         mean(llama, tokenizer, "the man", tokens="tail")
 
 
@@ -169,7 +171,7 @@ def test_eos_stands_in_for_a_bos_that_is_missing(models):
     ids = [bare.eos_token_id, *bare("the man")["input_ids"]]
     assert_mean(mean(models["qwen2"], bare, "the man", prepend_bos=True), alone(models["qwen2"], ids)[1:])
     bare.eos_token = None
-    with pytest.raises(fg.DataError, match="without a BOS and an EOS"):
+    with pytest.raises(fg.DataError, match="a tokenizer with a BOS or an EOS token"):
         mean(models["qwen2"], bare, "the man", prepend_bos=True)
 
 
@@ -195,7 +197,7 @@ def test_contexts_are_those_that_the_sae_was_trained_on(models):
     # what is asked for goes before what the SAE says
     stats = fg.collect(model, bare, contrast, sae=replace(sae, prepend_bos=True), prepend_bos=False)
     assert stats.reading["prepend_bos"] is False
-    with pytest.raises(fg.ArgumentError, match="prepend_bos is 'no'"):
+    with pytest.raises(fg.ArgumentError, match=r"'no'.* for prepend_bos"):
         fg.collect(model, bare, contrast, sae=sae, prepend_bos="no")
 
 
@@ -241,17 +243,17 @@ def test_rows_are_those_of_sae_lens(models, prepend):
 
 
 def test_what_saes_were_trained_with_is_read_from_their_configs(tmp_path):
-    from fgsteer.sae_formats import canonical
+    from fgsteer.saes.formats.sae_lens import parse_sae_lens
 
     tensors = {"W_enc": torch.ones(4, 6), "W_dec": torch.ones(6, 4), "b_enc": torch.zeros(6), "b_dec": torch.zeros(4)}
     config = {"architecture": "standard", "d_in": 4, "d_sae": 6, "normalize_activations": "none"}
     place = {"hook_name": "blocks.1.hook_resid_post"}
     for told in (True, False):
-        assert canonical(config, tensors, {**place, "prepend_bos": told}, source="x").prepend_bos is told
-        assert canonical({**config, **place, "prepend_bos": told}, tensors, {}, source="x").prepend_bos is told
-    assert canonical(config, tensors, place, source="x").prepend_bos is None
+        assert parse_sae_lens(config, tensors, {**place, "prepend_bos": told}, source="x").prepend_bos is told
+        assert parse_sae_lens({**config, **place, "prepend_bos": told}, tensors, {}, source="x").prepend_bos is told
+    assert parse_sae_lens(config, tensors, place, source="x").prepend_bos is None
     with pytest.raises(fg.FormatError, match="prepend_bos = 'yes'"):
-        canonical(config, tensors, {**place, "prepend_bos": "yes"}, source="x")
+        parse_sae_lens(config, tensors, {**place, "prepend_bos": "yes"}, source="x")
     assert fg.load_sae("default").prepend_bos is True
 
 
@@ -272,7 +274,7 @@ def test_texts_beyond_the_window_are_cut_with_one_warning(models, tokenizer):
             fg.cross_entropies(model, tokenizer, [long, "the tea"], [None])
         with pytest.warns(fg.FgsteerWarning, match="1 of 2 texts"):
             fg.measure_density(model, tokenizer, make_sae(), [long, "tea"])
-        with pytest.raises(fg.DataError, match="prompt 1 has 121 tokens; expected at most 64"):
+        with pytest.raises(fg.DataError, match="at most 64 tokens, the model's window, got prompt 1 with 121 tokens"):
             fg.generate(model, tokenizer, ["tea", long], max_new_tokens=2)
     for wrong in (0, -1, 2.5, True):
         with pytest.raises(fg.FgsteerError, match="max_tokens"):
@@ -282,23 +284,23 @@ def test_texts_beyond_the_window_are_cut_with_one_warning(models, tokenizer):
 def test_prompts_of_nothing_are_refused(llama, tokenizer):
     bare = word_tokenizer(bos=False)
     for prompts in ([""], ["", "the king"], ["the king", ""]):
-        with pytest.raises(fg.DataError, match=r"prompt \d is empty"):
+        with pytest.raises(fg.DataError, match=r"Prompt \d is empty"):
             fg.generate(llama, bare, prompts, max_new_tokens=3)
         assert len(fg.generate(llama, tokenizer, prompts, max_new_tokens=3)) == len(prompts)  # from BOS
 
 
 def test_a_letter_that_is_cut_away_is_told(llama, tokenizer):
     pairs = [fg.ContrastPair("A", "B", prompt="the king " * 40)]
-    with pytest.raises(fg.DataError, match=r"82 tokens, and none of the first 64.*tokens='letter'"):
+    with pytest.raises(fg.DataError, match=r"tokens='letter' selects none of the first 64 of 82 tokens"):
         fg.collect(llama, tokenizer, pairs, hookpoints=AT, tokens="letter")
 
 
 def test_wrong_rules_are_named(llama, tokenizer):
     contrast = fg.ContrastSet("x", positives=["tea"], negatives=["dog"])
     for rule in ("first", True, None, 1.5):
-        with pytest.raises(fg.DataError, match="tokens="):
+        with pytest.raises(fg.DataError, match="tokens = "):
             fg.collect(llama, tokenizer, contrast, hookpoints=AT, tokens=rule)
-    with pytest.raises(fg.ArgumentError, match="bos is 'no'"):
+    with pytest.raises(fg.ArgumentError, match=r"'no'.* for bos"):
         fg.collect(llama, tokenizer, contrast, hookpoints=AT, bos="no")
 
 
@@ -336,7 +338,7 @@ def test_prompts_beyond_learned_positions_are_refused_before_any_work(models, to
     with pytest.raises(fg.DataError, match="a row of 70 tokens"):
         fg.record(gpt2, torch.zeros(1, 70, dtype=torch.long), None, [1])
     assert fg.record(gpt2, torch.zeros(1, 64, dtype=torch.long), None, [1])[at].shape == (1, 64, D_MODEL)
-    with pytest.raises(fg.DataError, match="at most 64, the model's window"):
+    with pytest.raises(fg.DataError, match="at most 64 tokens, the model's window"):
         fg.output_scores(gpt2, tokenizer, make_sae(), [1], prompt=f"{long} {long}")
     with pytest.raises(fg.DataError, match="cut before what is read"):
         fg.log_probabilities(gpt2, tokenizer, [(f"{long} {long}", "yes")])

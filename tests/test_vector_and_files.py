@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.corpora import read_documents
-from fgsteer.files import write_tensors
-from fgsteer.hookpoints import resolve
+from fgsteer.data.corpora import read_documents
+from fgsteer.models.hookpoints import resolve
+from fgsteer.storage.files import write_tensors
 
 AT = "blocks.1.hook_resid_post"
 
@@ -110,9 +111,14 @@ def test_hostile_statistics_density_and_effects_are_typed_errors(tmp_path):
         header = {"kind": "statistics", "reading": {}, "data": [], "counts": {key: count}}
         cases.append((fg.ContrastStatistics, tensors, header))
     cases.append((fg.ContrastStatistics, {"x": one}, {"kind": "statistics", "reading": None, "data": [], "counts": {}}))
-    density = {"kind": "density", "tokens": 5, "sae_sha256": "x", "max_density": None, "corpus": {}}
+    density: dict[str, Any] = {"kind": "density", "tokens": 5, "sae_sha256": "x", "max_density": None, "corpus": {}}
     names = ("fired", "documents", "first")
-    for extra, widths in (({"tokens": float("inf")}, (3, 3, 3)), ({"max_density": "x"}, (3, 3, 3)), ({}, (3, 2, 3))):
+    changes: list[tuple[dict[str, Any], tuple[int, ...]]] = [
+        ({"tokens": float("inf")}, (3, 3, 3)),
+        ({"max_density": "x"}, (3, 3, 3)),
+        ({}, (3, 2, 3)),
+    ]
+    for extra, widths in changes:
         tensors = {n: torch.ones(w) for n, w in zip(names, widths, strict=True)}
         cases.append((fg.FeatureDensity, tensors, {**density, **extra}))
     effects = {"kind": "effects", "hookpoint": AT, "sae_sha256": "x", "about": {}}
@@ -125,14 +131,14 @@ def test_hostile_statistics_density_and_effects_are_typed_errors(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    from fgsteer.files import whole
+    from fgsteer.storage.atomic import atomic_write
 
     path = tmp_path / "f"
     path.write_text("old")
 
     def fail():
-        with whole(path) as beside:
-            beside.write_text("half")
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -184,7 +190,7 @@ def test_contrast_files(tmp_path):
     two = fg.load_contrast(write("t.json", json.dumps({"positive": ["a", "b"], "negative": ["c"]})))
     assert (two.count(True), two.count(False)) == (2, 1)
     for name, text, match in (
-        ("a.jsonl", '{"positive": "a"}', r"line 1 has no field 'negative'"),
+        ("a.jsonl", '{"positive": "a"}', r"line 1, which has no field 'negative'"),
         (
             "b.jsonl",
             '{"positive": "a", "negative": "b"}\n{"prompt": "p", "chosen": 3, "rejected": "x"}',
@@ -226,5 +232,5 @@ def test_documents_of_windows_files(tmp_path):
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(fg.FormatError, match=r"cannot write .*v\.safetensors: "):
+    with pytest.raises(fg.FormatError, match=r"Cannot write .*v\.safetensors: "):
         write_tensors(tmp_path / "file" / "v.safetensors", {}, kind="vector", header={})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import fgsteer as fg
-from tests.conftest import make_sae
+from tests.helpers.saes import make_sae
 
 AT = "model.layers.1"
 NO_NUMBERS = ["2", None, True, np.True_, 1j, [1], np.ones(2), torch.ones(2), torch.tensor(True), {"a": 1}]
@@ -86,7 +87,7 @@ def test_what_is_no_number_is_a_typed_error(value, sae):
 
 
 def test_what_is_no_vector_or_feature_is_a_typed_error(sae):
-    vec = fg.SteeringVector(torch.ones(4), AT)
+    vec: Any = fg.SteeringVector(torch.ones(4), AT)
     for make in (lambda: vec + 1, lambda: 1 + vec, lambda: vec - None, lambda: vec + torch.ones(4)):
         with pytest.raises(fg.FgsteerError, match="vectors"):
             make()

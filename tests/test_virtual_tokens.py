@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.hookpoints import resolve
 from fgsteer.interventions import SCOPES
-from fgsteer.models import virtual_tokens
+from fgsteer.models.hookpoints import resolve
+from fgsteer.models.properties import virtual_tokens
+from tests.helpers.tiny import D_MODEL, HEADS, LAYERS, tiny_model
 from tests.reference import apply as reference
-from tests.tiny import D_MODEL, HEADS, LAYERS, tiny_model
 
 peft = pytest.importorskip("peft", reason="peft trains prompts")
 pytestmark = pytest.mark.filterwarnings("ignore:Position ids are not supported")
@@ -24,7 +25,7 @@ MASK = IDS.ne(1).long()
 KINDS = ["prompt", "p", "prefix", "cpt", "lora"]
 CASES = [*(("llama", kind) for kind in KINDS), ("gpt2", "prompt"), ("gpt2", "prefix"), ("gemma2", "p")]
 # float32: steps with a cache and whole passes add in another order; logits of size ~10
-CLOSE = {"rtol": 1e-4, "atol": 5e-4}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 5e-4}
 
 
 @functools.cache

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import fgsteer as fg
-from fgsteer.activations import text_batches
-from fgsteer.hookpoints import blocks_of, decoder_of
-from fgsteer.tokens import TokenReader
+from fgsteer.activations.batches import batch_texts
+from fgsteer.activations.tokens import TokenReader
+from fgsteer.models.hookpoints import blocks_of, decoder_of
 from timing import peers
 from timing.bench import Bench, distance
 from timing.clock import Case, Contender, Row
@@ -55,7 +55,7 @@ def _collect(bench: Bench, subject: Subject, name: str, pairs: Sequence[fg.Contr
     model, tokenizer, at = subject.model, subject.tokenizer, subject.sae.hookpoint
     joined = [tuple(f"{p.prompt} {side}".lstrip() for side in (p.positive, p.negative)) for p in pairs]
     triples = [("", text, True) for pair in joined for text in pair]
-    batches = list(text_batches(model, TokenReader(tokenizer), triples))
+    batches = list(batch_texts(model, TokenReader(tokenizer), triples))
     read = partial(fg.collect, model, tokenizer, pairs, hookpoints=at)
 
     def difference(**options: Any) -> Tensor:

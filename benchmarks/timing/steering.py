@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import fgsteer as fg
-from fgsteer.rollouts import Sampling, rollout_features
-from fgsteer.tokens import encode_prompts
+from fgsteer.activations.tokens import encode_prompts
+from fgsteer.effects.rollouts import Sampling, rollout_features
 from timing import peers
 from timing.bench import Bench, distance, unequal
 from timing.clock import Case, Contender, Row

@@ -1,11 +1,22 @@
-"""The command line: one subcommand per stage, composing through files.
+"""The command line: one command for each stage, each in a file of its name; files lead from one stage to the next.
 
-    fgsteer collect wedding -o stats.safetensors
-    fgsteer build fgaa --stats stats.safetensors -o wedding.safetensors
-    fgsteer features wedding.safetensors
-    fgsteer generate "I think" --vector wedding.safetensors --coefficient 8
+    fgsteer collect love -o stats.safetensors
+    fgsteer build fgaa --stats stats.safetensors -o love.safetensors
+    fgsteer features love.safetensors
+    fgsteer generate "I think" --vector love.safetensors --coefficient 200
 
-Nothing heavy is imported before a command runs: ``fgsteer --help`` needs no torch.
+Nothing heavy is imported before a command runs: ``fgsteer --help`` needs no torch. Besides the commands:
+
+    app.py              the application, and what happens before every command
+    options.py          options that several commands share
+    values.py           checks of their values before a model is loaded
+    choices.py          lists from tables, in help texts and shell completion
+    loading.py          models, SAEs, vectors and texts as the options name them
+    method_settings.py  the settings of a method, checked against its signature
+    bench_setup.py      what ``bench`` makes of its options
+    outputs.py          what commands write, apart from what they read
+    printing.py         results, as text or JSON, and progress
+    messages.py         messages with options of the command line in place of arguments
 """
 
 from __future__ import annotations
@@ -16,10 +27,28 @@ from typing import Any, NoReturn
 
 import typer
 
-from fgsteer.cli import bench, evaluate, export, harness, measure, read, serve, sweep, vectors  # noqa: F401  each registers its commands
-from fgsteer.cli.common import app
-from fgsteer.cli.doors import Command
-from fgsteer.cli.terminal import in_words, options_of, prepare_streams, say
+from fgsteer.cli import (  # noqa: F401  each registers its command
+    bench,
+    build,
+    collect,
+    demo,
+    density,
+    diagnose,
+    effects,
+    eval,
+    examples,
+    export,
+    features,
+    fold,
+    generate,
+    info,
+    saes,
+    serve,
+    sweep,
+)
+from fgsteer.cli.app import Command, app
+from fgsteer.cli.messages import options_of, with_options
+from fgsteer.cli.printing import prepare_streams, say
 from fgsteer.errors import FgsteerError, FgsteerWarning
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -29,33 +58,33 @@ for command in app.registered_commands:
 
 
 def main() -> None:
-    """Run the command line; errors of fgsteer and of files end with one message and status 2, Ctrl-C with 130."""
+    """Run the command line. An error of fgsteer or of files ends it with one message and status 2, Ctrl-C with 130."""
     prepare_streams()
-    named = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    command_name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
 
-    def plainly(message: object) -> str:
-        command = getattr(typer.main.get_command(app), "commands", {}).get(named)
-        # no line of a message can pass for one of ours
-        return in_words(str(message), options_of(command)).replace("\n", "\n  ")
+    def for_terminal(message: object) -> str:
+        command = getattr(typer.main.get_command(app), "commands", {}).get(command_name)
+        # indented, so that no line within a message looks like a message of fgsteer
+        return with_options(str(message), options_of(command)).replace("\n", "\n  ")
 
     def note(message: Any, category: Any, *_: Any, **__: Any) -> None:
         if issubclass(category, FgsteerWarning):
-            say(f"note: {plainly(message)}", err=True)
+            say(f"note: {for_terminal(message)}", err=True)
 
     warnings.showwarning = note
     try:
         app()
-    except (FgsteerError, OSError) as error:  # OSError: a model that is not there, a folder that is not writable
-        say(f"error: {plainly(error)}", err=True)
+    except (FgsteerError, OSError) as error:  # OSError: a model that does not exist, a folder that cannot be written
+        say(f"error: {for_terminal(error)}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # what typer makes of Ctrl-C
+        if end.code == INTERRUPTED:  # what typer turns Ctrl-C into
             _interrupted()
         raise
 
 
 def _interrupted() -> NoReturn:
-    say("interrupted; every file is whole", err=True)
+    say("Interrupted. Every file was written completely or not at all.", err=True)
     sys.exit(INTERRUPTED)

@@ -1,14 +1,16 @@
-"""The command that writes vectors for other engines."""
+"""``fgsteer export``: write vectors in the format of another engine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fgsteer.cli.common import (
+from fgsteer.cli.app import app
+from fgsteer.cli.choices import completion
+from fgsteer.cli.loading import ModelOptions, check_device, interventions, load_model, load_sae, load_vectors, model_of
+from fgsteer.cli.options import (
     CoefficientOption,
     DeviceOption,
     DtypeOption,
@@ -19,109 +21,84 @@ from fgsteer.cli.common import (
     SaeOption,
     ScopeOption,
     TrustOption,
-    app,
-    interventions,
-    load_model,
-    load_sae,
-    load_vectors,
-    model_of,
-    show,
 )
-from fgsteer.cli.doors import check_device, unused, writable
-from fgsteer.cli.terminal import say
+from fgsteer.cli.printing import say, show
+from fgsteer.cli.values import parse_settings, unused, writable
 from fgsteer.errors import DataError
-from fgsteer.wording import count
-
-TARGETS = {
-    "checkpoint": "an ordinary checkpoint of --model with the vectors inside",
-    "gguf": "a control vector for llama.cpp and repeng",
-    "lm-eval": "a file for lm-eval's steered model",
-    "easysteer": "a spec for EasySteer, with its GGUF files",
-    "neuronpedia": "a request to Neuronpedia's steering API",
-}
+from fgsteer.export import ExportInputs, spec
 
 
-@app.command()
+@app.command(short_help="Write vectors in the format of another engine.")
 def export(
-    vectors: Annotated[list[Path], typer.Argument(help="Vectors by fgsteer build, to apply together.")],
-    to: Annotated[str, typer.Option("--to", help=f"{', '.join(TARGETS)}.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, or new folder.")],
+    vectors: Annotated[list[Path], typer.Argument(help="The vectors, which fgsteer build wrote, to apply together.")],
+    to: Annotated[str, typer.Option("--to", autocompletion=completion("exports"), help="The format: {exports}.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file, or the new folder, to write.")],
     coefficient: CoefficientOption = None,
     operation: OperationOption = "add",
     scope: ScopeOption = "all",
     bos: Annotated[
         bool | None,
-        typer.Option("--bos/--no-bos", help="Act on position 0 too. Default: only where the target cannot spare it."),
+        typer.Option(
+            "--bos/--no-bos",
+            help="Steer the token at position 0 too, or leave it alone. By default it is left alone where the format "
+            "can express that.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="checkpoint: the model; lm-eval: it too, for its modules' names."),
+        typer.Option("--model", "-m", help='The model that is steered: "default", or a Hugging Face id or path.'),
     ] = None,
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
-    prompt: Annotated[str, typer.Option(help="neuronpedia: the text to continue.")] = "I think",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An option of the export, such as n_tokens=32; repeat. {export options}."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The same as --set prompt=TEXT.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write vectors, at a strength, in the format of another engine; refuse what it cannot say."""
-    from fgsteer import export as formats
-    from fgsteer.export.places import every_token
+    """Write vectors, at a strength, in the format of another engine; what the format cannot express is refused.
 
-    if to not in TARGETS:
-        raise DataError(f"--to {to}", ", ".join(TARGETS))
-    if to in ("checkpoint", "lm-eval"):
+    {what exports write}
+    """
+    row = spec(to)
+    if "model" in row.needs:
         if model is None:
-            raise DataError("no --model", f"the model that is steered: {to} needs it")
+            raise DataError(f"no --model for --to {to}", "the model that is steered", "add --model NAME")
         check_device(device, dtype)
-    (unused if to == "checkpoint" else writable)(out)
+    options = parse_settings(settings or []) | ({} if prompt is None else {"prompt": prompt})
+    (unused if row.folder else writable)(out)
     loaded = load_vectors(vectors, coefficient, operation, model, revision)
-    acts_on_first = to != "easysteer" if bos is None else bos
-    items = interventions(loaded, operation, scope, bos=acts_on_first)
-    model_type = next(filter(None, (_model_type(vector) for vector, _ in loaded)), "")
-    files = [out]
-    if to == "checkpoint":
-        formats.checkpoint.write(
-            items, out, *load_model(str(model), "cpu", dtype, revision, trust_remote_code), copy=False
-        )
-    elif to == "gguf":
-        formats.gguf.write(items, out, model_type=model_type)
-    elif to == "lm-eval":
-        formats.lm_eval.write(items, out, load_model(str(model), device, dtype, revision, trust_remote_code)[0])
-    elif to == "easysteer":
-        files = formats.easysteer.write(items, out, model_type=model_type)
-    else:
-        if operation != "add" or len(items) != 1:
-            raise DataError(f"--op {operation} of {count(len(items), 'vector')}", "add of one, as Neuronpedia does")
-        every_token(items[0], "Neuronpedia")
-        vector, strength = loaded[0]
-        formats.neuronpedia.write(
-            vector, out, load_sae(sae, sae_id, model_of(vector.provenance)), coefficient=strength, prompt=prompt
-        )
-    told = {
+    steers_position_0 = not row.spares_position_0 if bos is None else bos
+    items = interventions(loaded, operation, scope, bos=steers_position_0)
+    place = "cpu" if row.model_on_cpu else device
+    inputs = ExportInputs(
+        [vector for vector, _ in loaded],
+        lambda: load_model(ModelOptions(str(model), place, dtype, revision, trust_remote_code)),
+        lambda: load_sae(sae, sae_id, model_of(loaded[0][0].provenance)),
+        options,
+    )
+    files = row.write(items, out, inputs)
+    result = {
         "to": to,
         "files": [str(file) for file in files],
         "operation": operation,
         "coefficients": [strength for _, strength in loaded],
         "hookpoints": [str(item.hookpoint) for item in items],
         "scope": scope,
-        "bos": acts_on_first,
+        "bos": steers_position_0,
     }
-    show(told, as_json, _print_export)
+    show(result, as_json, _print_export)
 
 
-def _print_export(told: dict[str, Any]) -> None:
-    say(f"{', '.join(told['files'])}: {TARGETS[told['to']]}")
-    tokens = {"all": "every token"}.get(told["scope"], told["scope"])
-    first = "" if told["scope"] == "generated" else ", position 0 too" if told["bos"] else ", position 0 spared"
-    for hookpoint, strength in zip(told["hookpoints"], told["coefficients"], strict=True):
-        what = told["operation"] + ("" if told["operation"] == "ablate" else f" {strength:g}")
-        say(f"  {what} at {hookpoint}, {tokens}{first}")
-
-
-def _model_type(vector: Any) -> str:
-    """The Hugging Face model type that a vector remembers, or ""."""
-    made = vector.provenance.get("model")
-    return str(made.get("type") or "") if isinstance(made, Mapping) else ""
+def _print_export(result: dict[str, Any]) -> None:
+    say(f"{', '.join(result['files'])}: {spec(result['to']).writes}")
+    tokens = {"all": "every token"}.get(result["scope"], result["scope"])
+    position_0 = ", position 0 too" if result["bos"] else ", position 0 left alone"
+    for hookpoint, strength in zip(result["hookpoints"], result["coefficients"], strict=True):
+        operation = result["operation"] + ("" if result["operation"] == "ablate" else f" {strength:g}")
+        say(f"  {operation} at {hookpoint}, {tokens}{'' if result['scope'] == 'generated' else position_0}")

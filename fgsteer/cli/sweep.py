@@ -1,4 +1,4 @@
-"""The command that sweeps layers, strengths and signs."""
+"""``fgsteer sweep``: layers, strengths and signs compared without generating."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fgsteer.cli.common import (
-    MOST,
+from fgsteer.cli.app import app
+from fgsteer.cli.choices import completion
+from fgsteer.cli.loading import ModelOptions, check_device, check_fit, documents, load_model
+from fgsteer.cli.options import (
     BatchTokensOption,
     DeviceOption,
     DtypeOption,
@@ -20,46 +22,68 @@ from fgsteer.cli.common import (
     RevisionOption,
     TokensOption,
     TrustOption,
-    app,
-    console,
-    documents,
-    load_model,
-    progress_bar,
-    show,
 )
-from fgsteer.cli.doors import check_device, check_fit, fillable, finite, token_rule
-from fgsteer.cli.terminal import say
+from fgsteer.cli.printing import console, progress_bar, say, show
+from fgsteer.cli.values import fillable, finite, token_rule
+from fgsteer.data.file_kinds import CONTRAST_KINDS
 from fgsteer.errors import DataError
-from fgsteer.escaping import escaped
+from fgsteer.errors.escaping import escape_text
+from fgsteer.errors.limits import MAX_COUNT
 
 
-@app.command()
+@app.command(short_help="Find the best layer, strength and sign for steering.")
 def sweep(
-    contrast: Annotated[str, typer.Argument(help="A shipped contrast set, or a .json or .jsonl file.")],
+    contrast: Annotated[
+        str, typer.Argument(help=f"The name of a shipped contrast set, or a {CONTRAST_KINDS} file of one.")
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", callback=fillable, help="Folder for sweep.json and pictures.")
+        Path | None, typer.Option("--out", "-o", callback=fillable, help="The folder for sweep.json and the pictures.")
     ] = None,
-    method: Annotated[str, typer.Option(help="caa, ace or pca: builds a vector at each layer.")] = "caa",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="The method that builds a vector at each layer: {sweep methods}.",
+            autocompletion=completion("sweep methods"),
+        ),
+    ] = "caa",
     vector: Annotated[
-        list[Path] | None, typer.Option("--vector", "-v", help="A vector of a layer, instead of --method; repeat.")
+        list[Path] | None,
+        typer.Option("--vector", "-v", help="A file of a vector, in place of --method. Repeat for several layers."),
     ] = None,
-    layer: Annotated[list[int] | None, typer.Option(min=0, max=MOST, help="Only these layers; default: all.")] = None,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(min=0, max=MAX_COUNT, help="A layer to sweep. Repeat for several; by default all."),
+    ] = None,
     ce_rise: Annotated[
         list[float] | None,
-        typer.Option(callback=finite, help="A cost in nats a token to set strength by; default: 0.05 to 1."),
+        typer.Option(
+            callback=finite,
+            help="A cost in nats a token at which strength is set. Repeat for several; by default 0.05 to 1.",
+        ),
     ] = None,
     coefficient: Annotated[
         list[float] | None,
-        typer.Option("--coefficient", "-c", callback=finite, help="A strength, both signs, instead of costs."),
+        typer.Option(
+            "--coefficient", "-c", callback=finite, help="A strength in place of costs, tried with both signs. Repeat."
+        ),
     ] = None,
     matched: Annotated[
-        float | None, typer.Option(callback=finite, help="The cost at which layers and signs are compared.")
+        float | None,
+        typer.Option(callback=finite, help="The cost in nats a token at which layers and signs are compared."),
     ] = None,
-    held_out: Annotated[str | None, typer.Option(help="Set to measure on; default: the held-out part.")] = None,
-    neutral: Annotated[Path | None, typer.Option(help="File of texts that cost is measured on.")] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="The contrast set that effects are measured on; by default the held-out part of the other."),
+    ] = None,
+    neutral: Annotated[
+        Path | None, typer.Option(help="A file of your own neutral texts, on which costs are measured.")
+    ] = None,
     field: FieldOption = "text",
     controls: Annotated[
-        int, typer.Option(min=0, max=MOST, help="Random directions a layer, to compare signs with.")
+        int,
+        typer.Option(
+            min=0, max=MAX_COUNT, help="Number of random directions at each layer, with which signs are compared."
+        ),
     ] = 4,
     model: ModelOption = "default",
     tokens: TokensOption = "all",
@@ -70,27 +94,27 @@ def sweep(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Where does steering work best, how does it fade, is negative stronger? Layers × strengths × signs, no generation.
+    """Find where steering works best, how it fades as strength grows, and whether the negative sign is stronger.
 
-    Effects are changes of the log-probability of texts with the behavior against that of texts without it.
+    Tries every layer, strength and sign without generating. The effect is how much more probable texts with the
+    behavior become than texts without it; the cost is how much less probable neutral texts become.
     """
     import fgsteer as fg
-    from fgsteer.evaluation.sweep import METHODS
-    from fgsteer.evaluation.sweep_plots import save_pictures
-    from fgsteer.files import write_json
-    from fgsteer.targets import make_folder
+    from fgsteer.evaluation.sweep.plots import save_pictures
+    from fgsteer.methods import spec
+    from fgsteer.storage.json_files import write_json
+    from fgsteer.storage.targets import make_folder
 
     vectors = [fg.SteeringVector.load(path) for path in vector or []]
     if vectors and method != "caa":
-        raise DataError(f"--vector and --method {method}", "one of them")
-    if method not in METHODS:
-        raise DataError(f"--method {method}", f"one of {', '.join(METHODS)}")
+        raise DataError("both", f"either --vector or --method {method}", "leave out --method: a vector has its own")
+    spec(method, "sweep")
     pairs, rule = fg.load_contrast(contrast), token_rule(tokens)
     measured_on = None if held_out is None else fg.load_contrast(held_out)
     plain = None if neutral is None else documents(neutral, field)
     check_device(device, dtype)
     check_fit(dict(zip(vector or [], vectors, strict=True)), model, revision)
-    language_model, tokenizer = load_model(model, device, dtype, revision, trust_remote_code)
+    language_model, tokenizer = load_model(ModelOptions(model, device, dtype, revision, trust_remote_code))
     with progress_bar("sweeping", None, as_json) as bar:
         swept = fg.sweep(
             language_model,
@@ -108,17 +132,17 @@ def sweep(
             batch_tokens=batch_tokens,
             progress=bar,
         )
-    told = {"command": " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]])), **swept.as_dict()}
+    output = {"command": " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]])), **swept.as_dict()}
     if out is not None:
-        write_json(make_folder(out) / "sweep.json", told)
+        write_json(make_folder(out) / "sweep.json", output)
         save_pictures(swept, out)
-    show(told, as_json, lambda _: _print_sweep(swept))
+    show(output, as_json, lambda _: _print_sweep(swept))
     if out is not None and not as_json:
-        say(f"sweep.json and pictures in {out}")
+        say(f"sweep.json and the pictures are in {out}.")
 
 
 def _print_sweep(swept: Any) -> None:
-    """Effects by layer, sign and step, then the answers and the notes."""
+    """Print effects by layer, sign and step, then the answers and the notes."""
     from rich.table import Table
 
     by_cost = all(cell.target is not None for cell in swept.cells)
@@ -133,7 +157,7 @@ def _print_sweep(swept: Any) -> None:
         table.add_row(str(layer), f"{sign:+d}"[0], *(shown.get((layer, sign, step), "-") for step in swept.steps))
     console().print(table)
     columns = "cost in nats a token" if by_cost else "coefficient (cost in nats a token)"
-    say(f"{swept.method} on {escaped(swept.measured_on, keep='')}: effect in {swept.unit}, by {columns}\n")
+    say(f"{swept.method} on {escape_text(swept.measured_on, keep='')}: effect in {swept.unit}, by {columns}\n")
     for answer in swept.answers:
         say(answer)
     for note in swept.notes:

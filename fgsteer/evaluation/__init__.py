@@ -1,11 +1,10 @@
-"""Evaluation: what steering did to a model and its texts, and what could be known before.
+"""Evaluation: what steering does to a model and its texts, and what can be known before.
 
-metrics             perplexity and cross-entropy by text, A/B answer probability, steerability
-coherence           how coherent generated texts are, in [0, 1]
-diagnose            how reliable a vector will be, from contrast statistics alone
-judges, endpoint    how much of a behavior texts show, in [0, 1]
-arms, bench         methods × concepts × layers × strengths, to records
-records, tables     a run read back: settings chosen on one half, scores on the other
-intervals           t intervals over prompts, paired by prompt and seed
-plots, report       pictures, one HTML page, Markdown
+judges      how much of a behavior texts show, and how coherent they are; the table of judges
+metrics     coherence, cross-entropy and probabilities of answers, steerability, diagnosis, intervals over prompts
+bench       making a benchmark's run: plan, conditions, generators, distributors, files
+runs        a run loaded: records, settings chosen on one half, tables, pictures, the report
+sweep       layers, strengths and signs compared without generating
+drawing     the style and layouts that all pictures share
+tasks       tasks of lm-evaluation-harness under steering
 """

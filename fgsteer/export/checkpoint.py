@@ -5,13 +5,16 @@ write([vec.add(8.0, bos=True)], "steered", model, tokenizer)         vllm serve 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fgsteer.export.places import Interventions, checked
-from fgsteer.files import whole_folder
-from fgsteer.folding import fold
-from fgsteer.targets import new_folder
+from fgsteer.export.folding import fold
+from fgsteer.export.requirements import Interventions, listed
+from fgsteer.export.table import ExportInputs
+from fgsteer.interventions import Intervention
+from fgsteer.storage.atomic import atomic_folder
+from fgsteer.storage.targets import new_folder_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,33 +28,55 @@ def write(
     *,
     copy: bool = True,
 ) -> PreTrainedModel:
-    """Write ``fold(model, interventions)`` and the tokenizer whole into a new folder; returns the folded model.
+    """Write ``fold(model, interventions)`` and the tokenizer into a new folder, all of it or nothing.
 
-    Raises as ``fold`` does, FormatError for a folder that is not free or cannot be written.
+    Args:
+        interventions: The Adds to fold into the model's biases.
+        folder: The folder to make. It may be there if it is empty.
+        model: The model that is steered.
+        tokenizer: Its tokenizer, which is written as it was before it padded; None writes the model alone.
+        copy: Whether to leave ``model`` as it is, at the cost of the memory of a second one.
+
+    Returns:
+        The folded model.
+
+    Raises:
+        FormatError: The folder is not free or cannot be written.
+        SteeringError, HookpointError, PairingError: As ``fold`` raises them.
     """
-    new_folder(folder)
+    new_folder_target(folder)
     if tokenizer is not None:
-        tokenizer = _as_it_was(tokenizer, model)
-    folded = fold(model, checked(interventions), copy=copy)
-    with whole_folder(folder) as beside:
-        folded.save_pretrained(beside)
+        tokenizer = _as_saved(tokenizer, model)
+    folded = fold(model, listed(interventions), copy=copy)
+    with atomic_folder(folder) as temporary:
+        folded.save_pretrained(temporary)
         if tokenizer is not None:
-            tokenizer.save_pretrained(beside)
+            tokenizer.save_pretrained(temporary)
     return folded
 
 
-def _as_it_was(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The tokenizer before it padded: read again, at the model's revision if it is the model's own.
+def export(interventions: Sequence[Intervention], path: Path, inputs: ExportInputs) -> list[Path]:
+    """The exporter of the table of exports: ``write`` into the model that is loaded."""
+    new_folder_target(path)
+    model, tokenizer = inputs.load_model()
+    write(interventions, path, model, tokenizer, copy=False)
+    return [path]
 
-    Code of its own runs only where it has run already: the class of this one came from it.
+
+def _as_saved(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer as its files have it: loaded again, at the model's revision if it is the model's own.
+
+    Code of its own runs only where it has run already: the class of this tokenizer came from it.
     """
     from transformers import AutoTokenizer
 
     name = tokenizer.name_or_path
     if not name:
         return tokenizer
-    own = name == getattr(model.config, "_name_or_path", None)
-    ran = type(tokenizer).__module__.startswith("transformers_modules.")
-    revision = getattr(model.config, "_commit_hash", None) if own else None
-    again: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=ran)
-    return again
+    is_models_own = name == getattr(model.config, "_name_or_path", None)
+    has_own_code = type(tokenizer).__module__.startswith("transformers_modules.")
+    revision = getattr(model.config, "_commit_hash", None) if is_models_own else None
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        name, revision=revision, trust_remote_code=has_own_code
+    )
+    return loaded

@@ -3,19 +3,21 @@
     write([vec.add(8.0)], "love.json")                   love.json and love.gguf
     vllm serve … --steering-config love.json
 
-A spec selects tokens and keeps strength apart from the direction, which stays as it is.
+A spec selects tokens, and keeps the strength apart from the direction, which stays as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fgsteer.errors import FormatError, SteeringError
 from fgsteer.export import gguf
-from fgsteer.export.places import Interventions, block_output, called, checked
-from fgsteer.files import write_json
+from fgsteer.export.requirements import Interventions, block_output, kind_of, listed
+from fgsteer.export.table import ExportInputs
 from fgsteer.interventions import Ablate, Add, Intervention
+from fgsteer.storage.json_files import write_json
 
 _APPLY: dict[str, dict[str, Any]] = {
     "all": {"prompt": "all", "generation": "all"},
@@ -28,19 +30,30 @@ _APPLY: dict[str, dict[str, Any]] = {
 def write(
     interventions: Interventions, path: str | Path, *, model_type: str = "", folder: str | Path | None = None
 ) -> list[Path]:
-    """Write the spec and, beside it, one GGUF for each intervention; returns all paths, the spec first.
+    """Write a spec and, beside it, one GGUF file for each intervention.
 
-    Add is ``direct`` with its coefficient as ``scale``, Ablate is ``erase``; every scope and a spared
-    position 0 are said. EasySteer spares the token there whatever it is: pass ``bos=True`` for a model whose
-    tokenizer puts no start token before a text. ``folder`` is where the engine will find the GGUF files
-    (default: where they are now). Written after EasySteer's source, not run against it. Raises
-    SteeringError for other interventions and for other sites than the residual stream, PairingError for
-    those of two models, FormatError for a spec not named .json.
+    Add becomes ``direct`` with its coefficient as ``scale``, Ablate becomes ``erase``; every scope can be expressed,
+    and leaving position 0 alone. EasySteer leaves the token there alone whatever it is: pass ``bos=True`` for a
+    model whose tokenizer puts no start token before a text. Written after EasySteer's source, not run in it.
+
+    Args:
+        interventions: Adds and Ablates in the residual stream.
+        path: The spec, a file named .json.
+        model_type: The Hugging Face model type ("llama"), a hint in the GGUF files.
+        folder: Where the engine will find the GGUF files; None stands for where they are written.
+
+    Returns:
+        The paths of all files, the spec first.
+
+    Raises:
+        SteeringError: An intervention is of another kind, or at another site than the residual stream.
+        PairingError: The interventions are made for two models.
+        FormatError: The spec is not named .json, or cannot be written.
     """
     path = Path(path)
     if path.suffix != ".json":
-        raise FormatError(f"a spec named {path.name}", "one named .json, beside which the .gguf files go")
-    items = checked(interventions)
+        raise FormatError(f"the name {path.name}", "a name that ends in .json, for the spec beside its .gguf files")
+    items = listed(interventions)
     entries, files = [], []
     for number, item in enumerate(items, 1):
         file = path.with_name(f"{path.stem}{f'-{number}' if len(items) > 1 else ''}.gguf")
@@ -50,18 +63,24 @@ def write(
     for item, file in zip(items, files, strict=True):
         assert isinstance(item, Add | Ablate)
         directions = {block_output(item, "EasySteer"): item.direction}
-        gguf.write_directions(file, directions, model_type=model_type, model_name=item.model_name, applied=[])
+        gguf.write_directions(file, directions, model_type=model_type, model_name=item.model_name, baked=[])
     write_json(path, {"vectors": entries, "conflict": "sequential"})
     return [path, *files]
 
 
+def export(interventions: Sequence[Intervention], path: Path, inputs: ExportInputs) -> list[Path]:
+    """The exporter of the table of exports."""
+    return write(interventions, path, model_type=inputs.model_type, folder=inputs.options["folder"])
+
+
 def _entry(item: Intervention, source: Path) -> dict[str, Any]:
-    """One vector of the spec. Raises SteeringError for what it cannot say."""
+    """One vector of the spec. Raises SteeringError for what a spec cannot express."""
     if not isinstance(item, Add | Ablate):
         raise SteeringError(
-            called(item),
-            "an Add or Ablate: EasySteer sets no projection and reads no SAE",
-            "export a Clamp or Affine to lm-eval, or steer here: fgsteer.steer",
+            kind_of(item),
+            "an Add or an Ablate",
+            "EasySteer sets no projections and has no SAE: export a Clamp or an Affine to lm-eval, "
+            "or steer with fgsteer.steer",
         )
     select = dict(_APPLY[item.scope])
     if not item.bos and item.scope != "generated":

@@ -1,14 +1,15 @@
-"""Files for the ``steered`` model of lm-evaluation-harness.
+"""Files for the steered model of lm-evaluation-harness.
 
     write([vec.add(8.0, bos=True)], "love.pt", model)
     lm_eval --model steered --model_args pretrained=…,steer_path=love.pt --tasks …
 
-lm-eval unpickles such files, so trust where they come from. What they cannot say, ``fgsteer eval`` can.
+lm-eval unpickles such files, so use only files whose origin you trust. What they cannot express, ``fgsteer eval`` can.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from fgsteer.errors import FormatError, SteeringError
-from fgsteer.export.places import Interventions, called, checked, every_token
-from fgsteer.files import whole
-from fgsteer.hookpoints import Hookpoint, resolve
+from fgsteer.export.requirements import Interventions, every_token, kind_of, listed
+from fgsteer.export.table import ExportInputs
 from fgsteer.interventions import Ablate, Add, Affine, Clamp, Intervention
-from fgsteer.models import check_pairing
+from fgsteer.models.hookpoints import Hookpoint, resolve
+from fgsteer.models.pairing import check_pairing
+from fgsteer.storage.atomic import atomic_write
 
 ENGINE = "lm-eval's steered model"
 
@@ -28,33 +30,54 @@ ENGINE = "lm-eval's steered model"
 def write(interventions: Interventions, path: str | Path, model: nn.Module) -> None:
     """Write {module: operation}, by the names that modules have in ``model.base_model``.
 
-    Add is ``add``; Clamp, Ablate and Affine are ``clamp`` of the projection of ``h − bias`` to t, 0 and
-    ``α‖r‖`` (bias: none, none and ``r⁻``). Tested with lm-eval 0.4.13. Raises SteeringError for ClampFeature,
-    a scope, a spared position 0, a site that is no module's output, and two operations at one;
-    HookpointError, PairingError for another model's; FormatError for a file not named .pt or .pth.
+    Add becomes ``add``; Clamp, Ablate and Affine become ``clamp`` of the projection of ``h − bias`` to t, 0 and
+    ``α‖r‖`` (with the bias ``r⁻`` for Affine, none for the others). Tested with lm-eval 0.4.13.
+
+    Args:
+        interventions: Interventions on every token, at most one at each module.
+        path: The file, named .pt or .pth.
+        model: The model that is steered.
+
+    Raises:
+        SteeringError: An intervention is a ClampFeature, has a scope, leaves position 0 alone, acts elsewhere than on
+            the output of a module, or is the second at its module.
+        HookpointError: The model has no such hookpoint.
+        PairingError: An intervention is made for another model.
+        FormatError: The file has another name, or cannot be written.
     """
     if Path(path).suffix not in (".pt", ".pth"):
-        raise FormatError(f"a file named {Path(path).name}", "one named .pt or .pth: lm-eval goes by the name")
+        raise FormatError(
+            f"the name {Path(path).name}",
+            "a name that ends in .pt or .pth",
+            "lm-eval tells such files by their names: choose another name",
+        )
     config: dict[str, dict[str, Any]] = {}
-    for item in checked(interventions):
+    for item in listed(interventions):
         check_pairing(model, item.hookpoint, item.d_model, item.model_name, type(item).__name__)
         every_token(item, ENGINE)
         name = _module_name(item, model)
         if name in config:
             raise SteeringError(
-                f"two operations at {name}",
-                f"one: {ENGINE} keeps one for each module",
-                "add vectors up first, a + b, or run fgsteer eval, which steers with hooks",
+                f"two operations at the module {name}",
+                f"one operation at each module, which is all that {ENGINE} keeps",
+                "add the vectors up first (a + b), or run fgsteer eval, which steers with hooks",
             )
         config[name] = {"head_index": None, **_operation(item)}
     buffer = io.BytesIO()
-    torch.save(config, buffer)  # into a file it fails in words of its own where the disk is full
-    with whole(path) as beside:
-        beside.write_bytes(buffer.getvalue())
+    torch.save(config, buffer)  # in memory first: torch words a full disk in its own way
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def export(interventions: Sequence[Intervention], path: Path, inputs: ExportInputs) -> list[Path]:
+    """The exporter of the table of exports."""
+    model, _ = inputs.load_model()
+    write(interventions, path, model)
+    return [path]
 
 
 def _module_name(item: Intervention, model: nn.Module) -> str:
-    """The module whose output is acted on, within ``model.base_model``. Raises SteeringError."""
+    """The name in ``model.base_model`` of the module whose output is acted on. Raises SteeringError."""
     hookpoint = item.hookpoint
     if hookpoint.site == "resid_pre" and hookpoint.layer > 0:
         hookpoint = Hookpoint(hookpoint.layer - 1)
@@ -63,15 +86,15 @@ def _module_name(item: Intervention, model: nn.Module) -> str:
     names: list[str] = [name for name, other in base.named_modules() if other is module]
     if is_input or not names:
         raise SteeringError(
-            f"{called(item)} at {hookpoint}",
-            f"one at the output of a module of model.base_model: {ENGINE} acts on nothing else",
-            "run fgsteer eval, which steers with hooks",
+            f"{kind_of(item)} at {hookpoint}",
+            f"an intervention on the output of a module of model.base_model, which is all that {ENGINE} acts on",
+            "run fgsteer eval instead, which steers with hooks",
         )
     return names[0]
 
 
 def _operation(item: Intervention) -> dict[str, Any]:
-    """An intervention in lm-eval's words. Raises SteeringError for one that it has no words for."""
+    """An intervention as lm-eval has it. Raises SteeringError for one that lm-eval does not have."""
     if isinstance(item, Add):
         return _entry("add", item.direction, float(item.coefficient))
     if isinstance(item, Ablate):
@@ -81,7 +104,9 @@ def _operation(item: Intervention) -> dict[str, Any]:
     if isinstance(item, Affine):
         return _entry("clamp", item.direction, float(item.alpha) * float(item.direction.norm()), item.reference)
     raise SteeringError(
-        called(item), f"an Add, Ablate, Clamp or Affine: {ENGINE} reads no SAE", "run fgsteer eval, which does"
+        kind_of(item),
+        "an Add, an Ablate, a Clamp or an Affine",
+        f"run fgsteer eval instead, which encodes with SAEs as {ENGINE} does not",
     )
 
 

@@ -8,18 +8,22 @@ Neuronpedia adds decoder rows of an SAE that it hosts, at every token, and nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from fgsteer.errors import PairingError, SelectionError, SteeringError
-from fgsteer.files import write_json
-from fgsteer.ranges import check_amount
-from fgsteer.sae import SAE
+from fgsteer.errors.wording import a
+from fgsteer.export.requirements import every_token, kind_of
+from fgsteer.export.table import ExportInputs
+from fgsteer.interventions import Add, Intervention
+from fgsteer.saes.sae import SAE
+from fgsteer.steering.ranges import check_amount
+from fgsteer.storage.json_files import write_json
 from fgsteer.vector import SteeringVector
-from fgsteer.wording import a
 
-TOLERANCE = 1e-4  # of the direction's norm: float32 sums of a few hundred rows stay below
+TOLERANCE = 1e-4  # as a share of the direction's norm: float32 sums of a few hundred rows stay below it
 
 
 def write(
@@ -35,17 +39,29 @@ def write(
 ) -> None:
     """Write the request whose strengths sⱼ make ``Σⱼ sⱼ W_dec[j]/‖W_dec[j]‖`` the coefficient times the vector.
 
-    Neuronpedia scales decoder rows to norm 1, except those of TopK SAEs. Written after its source, not run
-    against it. Raises SelectionError for a vector without features, SteeringError for one that is not a sum
-    of its features' decoder rows, PairingError for another SAE's, a transcoder's, or an SAE without
-    ``neuronpedia`` ("gemma-2-2b/12-gemmascope-res-16k").
+    Neuronpedia scales decoder rows to norm 1, except those of TopK SAEs. Written after its source, not run against it.
+
+    Args:
+        vector: A vector that is a sum of decoder rows of the SAE, as ``from_features``, ``sta`` and ``fgaa`` make.
+        path: The file to write.
+        sae: The SAE, whose field ``neuronpedia`` says where it is hosted ("gemma-2-2b/12-gemmascope-res-16k").
+        coefficient: What the vector is multiplied by.
+        prompt: The text to continue.
+        n_tokens: Tokens to generate.
+        temperature: The temperature of sampling.
+        seed: The seed of sampling.
+
+    Raises:
+        SelectionError: The vector has no features.
+        SteeringError: The vector is not a sum of its features' decoder rows.
+        PairingError: The vector is of another SAE, the SAE is not hosted, or it is a transcoder.
     """
     model_id, separator, source = sae.neuronpedia.partition("/")
     if not separator or "/" in source:
         raise PairingError(
-            f"an SAE whose Neuronpedia id is {sae.neuronpedia!r}",
-            "one that Neuronpedia hosts, such as 'gemma-2-2b/12-gemmascope-res-16k'",
-            "dataclasses.replace(sae, neuronpedia=…), or export to GGUF",
+            f"an SAE whose field neuronpedia is {sae.neuronpedia!r}",
+            "an SAE that Neuronpedia hosts, such as 'gemma-2-2b/12-gemmascope-res-16k'",
+            "if Neuronpedia hosts this one, name it with dataclasses.replace(sae, neuronpedia=…); else export to GGUF",
         )
     features = [
         {"modelId": model_id, "layer": source, "index": feature, "strength": strength}
@@ -65,21 +81,39 @@ def write(
     write_json(path, request)
 
 
+def export(interventions: Sequence[Intervention], path: Path, inputs: ExportInputs) -> list[Path]:
+    """The exporter of the table of exports: one Add, of a vector whose features are known."""
+    adds = [item for item in interventions if isinstance(item, Add)]
+    if len(interventions) != 1 or len(adds) != 1 or len(inputs.vectors) != 1:
+        kinds = ", ".join(map(kind_of, interventions)) or "nothing"
+        raise SteeringError(kinds, "one Add of one vector", "Neuronpedia does nothing else: export to another engine")
+    every_token(adds[0], "Neuronpedia")
+    coefficient = float(adds[0].coefficient)
+    write(inputs.vectors[0], path, inputs.load_sae(), coefficient=coefficient, **inputs.options)
+    return [path]
+
+
 def _strengths(vector: SteeringVector, sae: SAE, coefficient: float) -> dict[int, float]:
-    """{feature: strength}, by absolute strength. Raises as ``write``."""
+    """{feature: strength}, ordered by absolute strength. Raises as ``write``."""
     method = vector.provenance.get("method", "bare")
     if not vector.features:
         raise SelectionError(
             f"{a(method)} vector, which has no features",
-            "one built from features: Neuronpedia adds nothing else",
+            "a vector that was built from features, which is all that Neuronpedia adds",
             "build it with from_features, sta or fgaa, or export to GGUF",
         )
     if sae.reads is not None:
         raise PairingError(
-            f"a transcoder, read at {sae.reads}", "an SAE: Neuronpedia steers where it reads", "export to GGUF"
+            f"a transcoder, which reads at {sae.reads} and writes at {sae.hookpoint}",
+            "an SAE, because Neuronpedia steers where it reads",
+            "export to GGUF",
         )
     if (vector.hookpoint, vector.d_model) != (sae.hookpoint, sae.d_model):
-        raise PairingError(f"a vector at {vector.hookpoint}", f"one at {sae.hookpoint}, where this SAE is")
+        raise PairingError(
+            f"a vector of width {vector.d_model} at {vector.hookpoint}",
+            f"a vector of width {sae.d_model} at {sae.hookpoint}, where this SAE is",
+            "pass the SAE that the vector was built with",
+        )
     rows = torch.stack([sae.direction(j) for j in vector.features]).double().cpu()
     weights = torch.tensor(list(vector.features.values()), dtype=torch.float64)
     decoded, direction = weights @ rows, vector.direction.detach().double().cpu()
@@ -87,12 +121,11 @@ def _strengths(vector: SteeringVector, sae: SAE, coefficient: float) -> dict[int
     if not bool((direction - scale * decoded).norm() <= TOLERANCE * direction.norm()):
         raise SteeringError(
             f"{a(method)} vector that is not the sum of its features' decoder rows",
-            "one that is: Neuronpedia adds nothing else",
-            "from_features(sae, vector.features) is its nearest, or export to GGUF",
+            "a vector that is such a sum, which is all that Neuronpedia adds",
+            "use the nearest such vector, from_features(sae, vector.features), or export to GGUF",
         )
     norms = torch.ones(len(rows)) if sae.activation == "topk" else rows.norm(dim=1)
     strengths = coefficient * scale * weights * norms
     check_amount(float(strengths.abs().amax()), torch.float32, vector.d_model, "a request")
-    found = strengths.tolist()
-    pairs = sorted(zip(vector.features, found, strict=True), key=lambda pair: (-abs(pair[1]), pair[0]))
-    return dict(pairs)
+    pairs = zip(vector.features, strengths.tolist(), strict=True)
+    return dict(sorted(pairs, key=lambda pair: (-abs(pair[1]), pair[0])))

@@ -1,61 +1,128 @@
-"""From feature weights to a direction: through decoder rows, or through an effect approximator."""
+"""From feature weights to a vector: through the decoder's rows, or through an effect approximator."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.checks import check_flags
-from fgsteer.effects import EffectApproximator
+from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import SelectionError
-from fgsteer.sae import SAE
+from fgsteer.errors.checks import check_flags
+from fgsteer.methods.provenance import provenance
+from fgsteer.saes.sae import SAE
+from fgsteer.statistics.contrast import ContrastStatistics
+from fgsteer.vector import SteeringVector
 
 
 def decode_weights(weights: Float[Tensor, " d_sae"], sae: SAE) -> Float[Tensor, " d_model"]:
-    """``Σⱼ wⱼ W_dec[j]`` (d_model,), float64: no decoder bias, no reconstruction error.
+    """Sum decoder rows: ``Σⱼ wⱼ W_dec[j]`` (d_model,), in float64, without the decoder's bias.
 
-    Raises SelectionError when no weight is left, or when the sum cancels.
+    Raises:
+        SelectionError: No weight is left, or the rows cancel.
     """
-    kept = weights.nonzero()[:, 0]
-    if not len(kept):
-        raise SelectionError("no feature with a weight", "at least one", "loosen the filters or add data")
-    rows = sae.W_dec[kept.to(sae.W_dec.device)].to("cpu", torch.float64)
-    direction = weights[kept].double() @ rows
+    _check_weights(weights)
+    features = weights.nonzero()[:, 0]
+    rows = sae.W_dec[features.to(sae.W_dec.device)].to("cpu", torch.float64)
+    direction = weights[features].double() @ rows
     if not direction.norm() > 0:
-        raise SelectionError("decoder rows that cancel", "a direction of norm > 0")
+        raise SelectionError(
+            "decoder rows that cancel to zero", "decoder rows whose sum is not zero", "Choose other features or weights"
+        )
     return direction
 
 
-def project(
+def _check_weights(weights: Tensor) -> None:
+    if not bool(weights.any()):
+        raise SelectionError(
+            "none", "at least one feature with a weight other than 0", "Loosen the filters or add contrast data"
+        )
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How feature weights t become a direction: the keywords that ``fgaa`` and ``sae_ts`` share, with their defaults.
+
+    Through effects ``p = M t/‖M t‖ − λ_b M b/‖M b‖`` (arXiv 2411.02193), mixed with ``u = Σⱼ tⱼ W_dec[j]`` to
+    ``(1 − β)·p/‖p‖ + β·u/‖u‖``; without effects u.
+
+    Args:
+        bias_weight: λ_b.
+        mu: How much off-target effects weigh; infinity leaves them alone (``EffectApproximator.project``).
+        unit_effects: Whether features count by t alone, however strong their effects are.
+        decoder_weight: β, a share from 0 to below 1.
+        normalize: Whether the direction is scaled to norm 1.
+    """
+
+    bias_weight: float = 1.0
+    mu: float = math.inf
+    unit_effects: bool = False
+    decoder_weight: float = 0.0
+    normalize: bool = True
+
+    def direction(
+        self, weights: Float[Tensor, " d_sae"], sae: SAE, effects: EffectApproximator | None
+    ) -> tuple[Float[Tensor, " d_model"], dict[str, Any]]:
+        """Project weights to a direction (d_model,), and tell the settings that made it.
+
+        Raises:
+            SelectionError: No weight is left, the direction is zero, or ``decoder_weight`` is no share below 1.
+            PairingError: The effects were measured on another SAE.
+        """
+        check_flags(unit_effects=self.unit_effects)
+        if not 0 <= self.decoder_weight < 1:
+            raise SelectionError(
+                f"decoder_weight={self.decoder_weight}",
+                "a share from 0 to below 1",
+                "Leave the effects out to project through the decoder alone",
+            )
+        if effects is None:
+            direction, settings = decode_weights(weights, sae), {"projection": "decoder"}
+        else:
+            direction, settings = self._through_effects(weights, sae, effects)
+        return self.scaled(direction), {**settings, "normalize": self.normalize}
+
+    def _through_effects(self, weights: Tensor, sae: SAE, effects: EffectApproximator) -> tuple[Tensor, dict[str, Any]]:
+        _check_weights(weights)
+        projected = effects.check(sae).project(
+            weights.float(), bias_weight=self.bias_weight, mu=self.mu, unit_effects=self.unit_effects
+        )
+        direction = projected.double()
+        if self.decoder_weight > 0:
+            decoded = decode_weights(weights, sae)
+            share = self.decoder_weight * decoded / decoded.norm()
+            direction = (1 - self.decoder_weight) * direction / direction.norm() + share
+        return direction, {
+            "projection": "effects",
+            "bias_weight": self.bias_weight,
+            "mu": None if self.mu == math.inf else self.mu,  # JSON has no infinity
+            "unit_effects": self.unit_effects,
+            "decoder_weight": self.decoder_weight,
+        }
+
+    def scaled(self, direction: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+        """Scale a direction to norm 1 where ``normalize`` asks for it."""
+        return direction / direction.norm() if self.normalize else direction
+
+
+def feature_vector(
+    method: str,
+    direction: Float[Tensor, " d_model"],
     weights: Float[Tensor, " d_sae"],
     sae: SAE,
-    effects: EffectApproximator | None,
-    bias_weight: float,
-    mu: float = math.inf,
-    unit_effects: bool = False,
-    decoder_weight: float = 0.0,
-) -> tuple[Float[Tensor, " d_model"], dict[str, Any]]:
-    """The direction of feature weights, and the settings that made it: the projection's name, and those of effects.
-
-    Through effects: ``(1 − β)·p/‖p‖ + β·u/‖u‖`` with p of ``EffectApproximator.project``, u of
-    ``decode_weights`` and β = ``decoder_weight``; p itself at β = 0.
-    """
-    check_flags(unit_effects=unit_effects)
-    if not 0 <= decoder_weight < 1:
-        raise SelectionError(f"decoder_weight = {decoder_weight}", "a share in [0, 1); without effects it is 1")
-    if effects is None:
-        return decode_weights(weights, sae), {"projection": "decoder"}
-    if not bool(weights.any()):
-        raise SelectionError("no feature with a weight", "at least one", "loosen the filters or add data")
-    through = effects.check(sae)
-    direction = through.project(weights.float(), bias_weight=bias_weight, mu=mu, unit_effects=unit_effects).double()
-    if decoder_weight > 0:
-        decoded = decode_weights(weights, sae)
-        share = decoder_weight * decoded / decoded.norm()
-        direction = (1 - decoder_weight) * direction / direction.norm() + share
-    told = {"bias_weight": bias_weight, "mu": None if mu == math.inf else mu, "unit_effects": unit_effects}
-    return direction, {"projection": "effects", **told, "decoder_weight": decoder_weight}
+    settings: Mapping[str, Any],
+    stats: ContrastStatistics | None = None,
+) -> SteeringVector:
+    """Make the vector of a direction that came from feature weights; it remembers both and the settings."""
+    features = {int(j): float(weights[j]) for j in weights.nonzero()[:, 0]}
+    return SteeringVector(
+        direction.float(),
+        sae.hookpoint,
+        features=features,
+        provenance=provenance(method, settings, stats, sae, features),
+    )

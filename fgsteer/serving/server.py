@@ -1,6 +1,7 @@
-"""vLLM's OpenAI-compatible server, steering: its own command line with our worker and one endpoint plugin.
+"""vLLM's OpenAI-compatible server with steering: vLLM's own command line, with our worker and one endpoint plugin.
 
-The plugin loads the vectors and runs the canary before the server listens, and puts ``http.Door`` around vLLM's app.
+The plugin loads the vectors and runs the canary before the server listens, and puts ``SteeringMiddleware`` around
+vLLM's app.
 
     fgsteer serve default --vectors vectors --dtype float32 --port 8000
 """
@@ -16,17 +17,25 @@ from typing import Any, ClassVar, TypeVar
 
 from fgsteer.errors import SteeringError
 from fgsteer.serving.control import Control, attach
-from fgsteer.serving.http import Access, Door, Ready, upload_bytes
-from fgsteer.serving.offline import CANARY_PROMPT, ROWS, canary_params, chosen, engine_settings, need_vllm, start
-from fgsteer.serving.served import sources
+from fgsteer.serving.http import Access, StartedServer, SteeringMiddleware, upload_bytes
+from fgsteer.serving.offline import (
+    CANARY_PROMPT,
+    DEFAULT_ROWS,
+    canary_params,
+    engine_settings,
+    generated_tokens,
+    need_vllm,
+    start_serving,
+)
+from fgsteer.serving.rows import rows_by_name
 
-PLUGIN = "fgsteer"  # the name in pyproject.toml
+PLUGIN = "fgsteer"  # the name of the entry point in pyproject.toml
 _GROUPS = ("general_plugins", "io_processor_plugins", "platform_plugins", "stat_logger_plugins")
 T = TypeVar("T")
 
 
-class _Serving:
-    """The Engine of an ``AsyncLLM``, called from threads other than its loop's."""
+class _ServingEngine:
+    """An ``AsyncLLM`` as ``Control`` needs it, called from other threads than that of its event loop."""
 
     def __init__(self, client: Any, loop: asyncio.AbstractEventLoop) -> None:
         self.client, self.loop = client, loop
@@ -43,7 +52,7 @@ class _Serving:
         return replies
 
     def live_requests(self) -> list[str]:
-        async def ids() -> list[str]:  # in the loop, where requests are admitted
+        async def ids() -> list[str]:  # in the event loop, where requests are admitted
             return list(self.client.output_processor.request_states)
 
         return self._wait(ids())
@@ -54,10 +63,10 @@ class _Serving:
             outputs = self.client.generate(prompt, canary_params(extra, tokens), f"canary-{number}")
             return [output async for output in outputs]
 
-        async def all_of_them() -> Any:
+        async def all_at_once() -> Any:
             return await asyncio.gather(*(one(number, extra) for number, extra in enumerate(extras)))
 
-        return [chosen(outputs[-1]) for outputs in self._wait(all_of_them())]
+        return [generated_tokens(outputs[-1]) for outputs in self._wait(all_at_once())]
 
 
 class Plugin:
@@ -65,51 +74,58 @@ class Plugin:
 
     name = PLUGIN
     required_tasks = ("generate",)
-    vectors: ClassVar[str | Path | None] = None  # the folder; set before the server starts, in its process
+    vectors: ClassVar[str | Path | None] = None  # the folder, which is set before the server starts in its process
     access: ClassVar[Access] = Access()
 
     def __init__(self) -> None:
-        self.ready: Ready | None = None
+        self.started: StartedServer | None = None
 
     def attach_router(self, app: Any) -> None:
-        """Stand around the app, within vLLM's own check of keys."""
-        app.add_middleware(Door, ready=lambda: self.ready)
+        """Put the middleware around the app; vLLM's own check of keys comes before it."""
+        app.add_middleware(SteeringMiddleware, started=lambda: self.started)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Attach admission, run the canary, load the folder's vectors."""
+        """Admit requests, run the canary, and load the vectors of the folder."""
         settings = (engine_client.vllm_config.additional_config or {}).get("fgsteer")
         if not settings:
-            raise SteeringError("a server without fgsteer's worker", "fgsteer serve")
-        control = Control(_Serving(engine_client, asyncio.get_running_loop()), settings["layers"])
+            raise SteeringError(
+                "a server without fgsteer's worker", "a server that fgsteer has set up", "start it with fgsteer serve"
+            )
+        control = Control(_ServingEngine(engine_client, asyncio.get_running_loop()), settings["layers"])
         attach(engine_client, control)
-        await asyncio.to_thread(start, control, sources(self.vectors or {}))
+        await asyncio.to_thread(start_serving, control, rows_by_name(self.vectors or {}))
         width = control.engine.config.model_config.get_hidden_size()
-        self.ready = Ready(control, self.access, upload_bytes(settings["rows"], width))
+        self.started = StartedServer(control, self.access, upload_bytes(settings["rows"], width))
 
 
-def settle(args: Any, model: str, settings: Mapping[str, Any]) -> None:
-    """Make vLLM's parsed options those of a steering server. Raises SteeringError for options that cannot be."""
+def set_engine_options(args: Any, model: str, settings: Mapping[str, Any]) -> None:
+    """Change vLLM's parsed options to those of a steering server. Raises SteeringError for options that conflict."""
     own = settings["additional_config"]["fgsteer"]
-    given = dict(args.additional_config or {})
+    config = dict(args.additional_config or {})
     refused = {
         "--worker-cls": args.worker_cls not in (None, "auto"),
-        "fgsteer in --additional-config": "fgsteer" in given,
+        "fgsteer in --additional-config": "fgsteer" in config,
         "--api-server-count": args.api_server_count not in (None, 1),
         "--grpc": bool(args.grpc),
         "--data-parallel-multi-port-external-lb": bool(args.data_parallel_multi_port_external_lb),
     }
-    for option, there in refused.items():
-        if there:
-            raise SteeringError(option, "vLLM's other options: one process takes requests, and knows the vectors")
-    args.worker_cls, args.additional_config = settings["worker_cls"], given | {"fgsteer": own}
+    for option, is_set in refused.items():
+        if is_set:
+            raise SteeringError(
+                f"the option {option}",
+                "other options of vLLM",
+                "a steering server sets its worker itself, and only the one process that takes requests knows the "
+                "vectors: leave this option out",
+            )
+    args.worker_cls, args.additional_config = settings["worker_cls"], config | {"fgsteer": own}
     if not args.headless:
         args.api_server_count = 1
     if not args.served_model_name:
         args.served_model_name = [model]
 
 
-def admit_keys(args: Any, admin_key: str | None, allow_uploads: bool) -> Access:
-    """Who may upload; vLLM, which asks for its own key first, takes the admin's too."""
+def upload_access(args: Any, admin_key: str | None, allow_uploads: bool) -> Access:
+    """Who may load vectors. vLLM asks for its own key before, and is told to take the admin's key too."""
     keys = [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
     if keys and admin_key:
         args.api_key = [*keys, admin_key]
@@ -121,26 +137,39 @@ def serve(
     vectors: str | Path | None = None,
     *,
     layers: Iterable[int] | None = None,
-    rows: int = ROWS,
+    rows: int = DEFAULT_ROWS,
     more: Sequence[str] = (),
     admin_key: str | None = None,
     allow_uploads: bool = False,
 ) -> None:
-    """Run vLLM's server with our worker; ``more`` are options of ``vllm serve``.
+    """Run vLLM's server with our worker, until it is stopped.
 
-    ``admin_key`` is a key for ``/v1/steering`` alone. Without it vLLM's ``--api-key`` stands before it too; without
-    either nothing can be uploaded unless ``allow_uploads``. Raises SteeringError for options that it sets
-    itself, and as ``sources`` does.
+    Args:
+        model: "default", or a Hugging Face id or path.
+        vectors: A folder of files named NAME.safetensors to load.
+        layers: Layers to steer at besides the vectors' own, for vectors that are loaded later.
+        rows: Rows of the table at each layer.
+        more: Options of ``vllm serve``.
+        admin_key: A key for ``/v1/steering`` alone. Without it vLLM's ``--api-key`` protects these addresses too.
+        allow_uploads: Whether everyone may load and unload vectors where there is no key at all.
+
+    Raises:
+        SteeringError: vLLM is not installed, there is no layer to steer at, or an option is one that fgsteer sets.
+        FormatError: A file of the folder is damaged, or of another kind.
     """
     need_vllm()
-    path, _, settings = engine_settings(model, sources(vectors or {}), layers, rows)
+    path, _, settings = engine_settings(model, rows_by_name(vectors or {}), layers, rows)
     if not any(plugin.name == PLUGIN for plugin in entry_points(group="vllm.endpoint_plugins")):
-        raise SteeringError("fgsteer on the path, but not installed", "its entry points", "pip install fgsteer")
-    # vLLM loads endpoint plugins by name only, and then no other plugin that is not named too
-    named = os.environ.get("VLLM_PLUGINS")
-    others = named.split(",") if named else [e.name for group in _GROUPS for e in entry_points(group=f"vllm.{group}")]
+        raise SteeringError(
+            "fgsteer can be imported, but is not installed, so vLLM does not find its plugin.",
+            "an installed package with entry points",
+            "pip install fgsteer, or pip install -e . in its repository",
+        )
+    # vLLM loads endpoint plugins by name only, and then no other plugin whose name is not listed too.
+    listed = os.environ.get("VLLM_PLUGINS")
+    others = listed.split(",") if listed else [e.name for group in _GROUPS for e in entry_points(group=f"vllm.{group}")]
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*others, PLUGIN]))
-    os.environ["VLLM_USE_RUST_FRONTEND"] = "0"  # it would not load the plugin
+    os.environ["VLLM_USE_RUST_FRONTEND"] = "0"  # the Rust frontend would not load the plugin
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -149,8 +178,8 @@ def serve(
 
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([path, *more])
-    settle(args, model, settings)
-    Plugin.vectors, Plugin.access = vectors, admit_keys(args, admin_key, allow_uploads)
+    set_engine_options(args, model, settings)
+    Plugin.vectors, Plugin.access = vectors, upload_access(args, admin_key, allow_uploads)
     configure_logging_from_args(args)
     command = ServeSubcommand()
     command.validate(args)

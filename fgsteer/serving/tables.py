@@ -1,8 +1,8 @@
-"""The steering of a running batch: tables of rows by layer, and a plan of which token takes which.
+"""The steering of a running batch: a table of rows for each layer, and a plan that says which token takes which rows.
 
-Both are tensors that stay where they are, so the same compiled graph, captured or not,
-steers whatever they hold. A token's plan is a tag, const and gain; a row acts on the tokens
-that bear its owner's tag. Nothing bears tag 0 or −1, so unsteered tokens keep what they are.
+Both are tensors that stay at the same address, so one compiled graph, captured or not, steers whatever they hold. The
+plan of a token is a tag, const and gain; a row acts on the tokens whose tag is its owner's. Nothing has the tag 0 or
+−1, so tokens that are not steered keep every bit.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from fgsteer.errors import HookpointError, PairingError, SteeringError
-from fgsteer.ranges import largest
-from fgsteer.wording import a
+from fgsteer.errors.wording import a
+from fgsteer.steering.ranges import max_change
 
 FREE = -1.0
 Plan = tuple[float, float, float, float, float]  # tag, const, gain, first position, end
 
 
 class Table(nn.Module):
-    """``rows`` rows at the output of one block, of width d_model, in float32."""
+    """The table of one block: ``rows`` rows of width d_model, in float32, that act on its output."""
 
     read: Tensor
     write: Tensor
@@ -43,13 +43,13 @@ class Table(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
-        """``hidden`` (tokens, d_model) plus the change of the stream ``hidden + residual``.
+        """Return ``hidden`` (tokens, d_model) plus the change of the stream ``hidden + residual``.
 
-        Unsteered tokens stay bit for bit. Whatever the tables hold, no steered entry of the stream grows beyond
-        ``ranges.largest``, or beyond what it was where the model itself goes there: requests share one cache, in
-        which nan spreads to others. Loading and admission refuse amounts beyond it, so this meets what
-        activations alone decide, such as a feature that fires thousandfold. inf becomes the bound, where a
-        strength that large would end; nan (inf − inf) adds nothing.
+        Tokens that are not steered keep every bit. Whatever the tables hold, no steered entry of the stream grows
+        beyond ``ranges.max_change``, or beyond what it was where the model itself goes further: requests share one
+        cache, in which nan would spread to others. Loading and admission refuse amounts beyond it, so what is left to
+        bound here depends on activations, such as a feature that fires a thousand times as strongly as others. An
+        infinite change becomes the bound, which is where a strength that large would end; nan (inf − inf) adds nothing.
         """
         flat = hidden.flatten(0, -2)
         stream = flat.float()
@@ -58,41 +58,45 @@ class Table(nn.Module):
         tag, const, gain = self.tokens[:, : flat.shape[0], None].unbind()
         read = torch.addmm(self.bias, stream, self.read.T)
         acts = torch.where(read > self.threshold, read, 0.0)
-        mine = tag == self.owner
-        amount = torch.where(mine, const * self.target + gain * acts, 0.0)
-        bound = stream.abs().clamp(min=largest(hidden.dtype, flat.shape[1]))
+        is_owned = tag == self.owner
+        amount = torch.where(is_owned, const * self.target + gain * acts, 0.0)
+        bound = stream.abs().clamp(min=max_change(hidden.dtype, flat.shape[1]))
         change = (amount @ self.write).nan_to_num(0.0).clamp(-bound - stream, bound - stream)
-        most = torch.finfo(hidden.dtype).max
-        steered = (flat + change.to(hidden.dtype)).clamp(-most, most)
-        return torch.where(mine.any(1, keepdim=True), steered, flat).view_as(hidden)
+        largest = torch.finfo(hidden.dtype).max
+        steered = (flat + change.to(hidden.dtype)).clamp(-largest, largest)
+        return torch.where(is_owned.any(1, keepdim=True), steered, flat).view_as(hidden)
 
     def fill(self, tag: float, tensors: Mapping[str, Tensor]) -> None:
-        """Give free rows to ``tag``. Raises PairingError for another width, SteeringError where none are left."""
+        """Give free rows to a tag. Raises PairingError for another width, SteeringError where too few rows are free."""
         count, width = tensors["read"].shape
         if width != self.read.shape[1]:
-            raise PairingError(f"a vector of d_model {width}", f"{self.read.shape[1]}, the model's")
+            raise PairingError(
+                f"a vector of width {width}",
+                f"a vector of width {self.read.shape[1]}, which is the model's d_model",
+                "load a vector that was built for the model that is served",
+            )
         free = (self.owner == FREE).nonzero().flatten()[:count]
         if len(free) < count:
             raise SteeringError(
-                f"{count} rows, with {len(free)} of {len(self.owner)} free",
-                "room in the layer's table",
-                "unload something, or start with more rows",
+                f"The table of this layer has no room for {count} rows: {len(free)} of {len(self.owner)} are free.",
+                "",
+                "unload something, or start the engine with more rows (rows=, or fgsteer serve --rows)",
             )
         for name, values in tensors.items():
             getattr(self, name)[free] = values.to(self.read)
         self.owner[free] = tag
 
     def clear(self, tag: float) -> None:
-        """Free the rows of ``tag``."""
+        """Free the rows of a tag."""
         rows = self.owner == tag
         self.owner[rows] = FREE
         self.write[rows] = 0.0
 
 
 def steer_block(block: nn.Module, _: Any, output: Any) -> Any:
-    """Forward hook: a block's output with its stream steered by the block's table.
+    """A forward hook that steers the stream in a block's output by the block's table.
 
-    vLLM's blocks return the stream, or (hidden, residual) whose sum it is; the residual is left alone.
+    vLLM's blocks return the stream, or (hidden, residual), whose sum is the stream; the residual is not changed.
     """
     table: Table = block.steering  # type: ignore[assignment]
     if isinstance(output, Tensor):
@@ -100,46 +104,50 @@ def steer_block(block: nn.Module, _: Any, output: Any) -> Any:
     if isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor):
         return table(*output), output[1]
     raise HookpointError(
-        f"{a(type(block).__name__)} that returns other than a stream", "(hidden, residual), or a tensor"
+        f"{a(type(block).__name__)} that returns {a(type(output).__name__)}",
+        "a block of vLLM that returns a tensor, or (hidden, residual)",
+        "fgsteer does not know this architecture in vLLM: steer it with transformers instead",
     )
 
 
 def blocks_of(model: nn.Module, count: int) -> nn.ModuleList:
     """The language model's one list of ``count`` blocks, in a model of vLLM. Raises HookpointError."""
-    found = {
+    lists = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == count
         and not any(other in name for other in ("vision", "visual", "audio", "encoder"))
     }
-    if len(found) != 1:
+    if len(lists) != 1:
         raise HookpointError(
-            f"{a(type(model).__name__)} with {', '.join(found) or 'no list'} of {count} blocks", "one such list"
+            f"{a(type(model).__name__)} with {'the lists ' + ', '.join(lists) if lists else 'none'}",
+            f"a model with one list of {count} blocks",
+            "fgsteer does not know this architecture in vLLM: steer it with transformers instead",
         )
-    return next(iter(found.values()))
+    return next(iter(lists.values()))
 
 
 class Batch:
-    """The plans of live requests, and the tensor (3, tokens) that says what each token of a batch takes."""
+    """The plans of all requests, and the tensor (3, tokens) with the tag, const and gain of each token of a batch."""
 
     def __init__(self, tokens: int, device: torch.device) -> None:
-        # one more than a batch holds: a slice that may be the whole is compiled as if it always were
+        # one more than a batch holds: a slice that can be the whole tensor is compiled as if it always were
         self.tokens = torch.zeros(3, tokens + 1, device=device)
         self.plans: dict[str, Plan] = {}
-        self._any = False
+        self._is_steered = False
 
-    def place(self, requests: Sequence[str], starts: np.ndarray[Any, Any], positions: Tensor) -> None:
-        """Write the plan of a batch: request r holds tokens ``starts[r]`` to ``starts[r + 1]``, at ``positions``."""
+    def write_plan(self, requests: Sequence[str], starts: np.ndarray[Any, Any], positions: Tensor) -> None:
+        """Write the plan of a batch in which request r has tokens ``starts[r]`` to ``starts[r + 1]``."""
         plans = [self.plans.get(request) for request in requests]
-        if self._any:
+        if self._is_steered:
             self.tokens.zero_()
-        self._any = any(plans)
-        if not self._any:
+        self._is_steered = any(plans)
+        if not self._is_steered:
             return
         by_request = np.array([plan or (0.0,) * 5 for plan in plans], dtype=np.float32).T
         by_token = np.repeat(by_request, np.diff(starts[: len(plans) + 1]), axis=1)
         tag, const, gain, first, end = torch.from_numpy(by_token).to(self.tokens.device)
-        here = positions[: len(tag)]
-        inside = (here >= first) & (here < end)
-        self.tokens[:, : len(tag)] = torch.stack([torch.where(inside, tag, 0.0), const, gain])
+        at = positions[: len(tag)]
+        in_span = (at >= first) & (at < end)
+        self.tokens[:, : len(tag)] = torch.stack([torch.where(in_span, tag, 0.0), const, gain])

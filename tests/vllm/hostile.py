@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import fgsteer as fg
-from fgsteer.files import write_tensors
-from fgsteer.serving.served import serve
+from fgsteer.serving.rows import rows_of
+from fgsteer.storage.files import write_tensors
 from tests.vllm.cases import served
 
 SCALES = (1e39, -1e39, 8.6e36, 1e30, 1.7e308, 1e9, 1e7, 1e6, -1e6, 3e5, 1e5, -1e5, 1e4, 1e3, 0.0, 1e-300)
@@ -40,7 +40,7 @@ def files(folder: Path) -> list[Path]:
             fg.SteeringVector(direction * size, fg.Hookpoint(2), torch.ones(width) * size).save(path)
             made.append(path)
         for part in ("read", "write", "bias", "target"):
-            rows = serve(served()["features"]).tensors
+            rows = rows_of(served()["features"]).tensors
             rows[part] = torch.full_like(rows[part], size)
             path = folder / f"clamp-{part}-{size:g}"
             write_tensors(path, rows, kind="clamp", header={"hookpoint": str(served()["features"].hookpoint)})

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import fgsteer as fg
-from fgsteer.files import write_json
 from fgsteer.serving import steering
+from fgsteer.storage.json_files import write_json
 from tests.vllm import hostile
 from tests.vllm.cases import PROMPTS, Continuation, cases, continue_with_hooks, expected, served
 from tests.vllm.server import ADMIN, call, completion, save_served, serving

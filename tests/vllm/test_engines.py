@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.models import DEFAULT, pretrained_dir
-from fgsteer.rollouts import Sampling, rollout
+from fgsteer.activations.tokens import encode_prompts
+from fgsteer.effects.rollouts import Sampling, rollout
+from fgsteer.models.embedded import DEFAULT, pretrained_dir
 from fgsteer.serving import VllmWriter, steered_llm, steering
-from fgsteer.serving.served import Served
-from fgsteer.tokens import encode_prompts
+from fgsteer.serving.rows import TableRows
 from tests.vllm import hostile
 from tests.vllm.cases import (
     PROMPTS,
@@ -107,7 +107,7 @@ def test_several_samples_of_a_request(eager):
 @pytest.mark.parametrize(
     ("extra", "why"),
     [
-        ({"steer": "nothing"}, "nothing is loaded as 'nothing'"),
+        ({"steer": "nothing"}, "Nothing is loaded as 'nothing'"),
         ({"steer": "features", "steer_op": "add"}, "feature clamp"),
         ({"steer": "middle", "steer_strength": 2.0}, "steer_strength"),
         ({"steer": "middle", "steer_plan": [1, 9, 9, 0, 99]}, "steer_plan"),
@@ -131,7 +131,7 @@ def test_loading_and_unloading_while_the_engine_runs(eager, tmp_path):
     assert run(eager, [request], 8)[0].tokens == continue_with_hooks(PROMPTS[0], vector.add(2.0), 8).tokens
     with pytest.raises(fg.HookpointError, match="layer 1"):
         eager.steering.load("elsewhere", fg.SteeringVector(vector.direction, fg.Hookpoint(1)))
-    with pytest.raises(fg.SteeringError, match="d_model 8"):
+    with pytest.raises(fg.SteeringError, match="width 8"):
         eager.steering.load("narrow", fg.SteeringVector(vector.direction[:8], fg.Hookpoint(2)))
     eager.steering.unload("new")
     with refused(match="'new'"):
@@ -188,8 +188,8 @@ def check_unharmed(llm, folder, monkeypatch):
     for checks in (True, False):
         with monkeypatch.context() as patch:
             if not checks:
-                patch.setattr(Served, "check", lambda *_: None)
-                patch.setattr(Served, "check_const", lambda *_: None)
+                patch.setattr(TableRows, "check", lambda *_: None)
+                patch.setattr(TableRows, "check_const", lambda *_: None)
             for path in hostile.files(folder):
                 names = tuple(served())
                 with suppress(fg.FgsteerError):

@@ -1,0 +1,165 @@
+"""``fgsteer features``: show the features of a vector, of ids, or of a word."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fgsteer.cli.app import app
+from fgsteer.cli.examples import measure_excerpts
+from fgsteer.cli.loading import ModelOptions, check_device, check_fit, count_documents, load_model, load_sae
+from fgsteer.cli.options import (
+    DeviceOption,
+    FieldOption,
+    JsonOption,
+    ModelOption,
+    RevisionOption,
+    SaeIdOption,
+    SaeOption,
+    TrustOption,
+)
+from fgsteer.cli.printing import console, say, show
+from fgsteer.cli.values import check_unicode, writable
+from fgsteer.errors import DataError
+from fgsteer.errors.limits import MAX_COUNT
+
+
+@app.command(short_help="Show the features of a vector, of ids, or of a word.")
+def features(
+    file: Annotated[Path | None, typer.Argument(help="A vector that fgsteer build wrote.")] = None,
+    feature: Annotated[
+        str | None, typer.Option("--feature", help="Ids of features, such as 12,40, instead of a vector.")
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option("--search", help="A word for which features are sought, instead of a vector.")
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Show excerpts of this corpus, a file as fgsteer examples reads it.")
+    ] = None,
+    field: FieldOption = "text",
+    examples: Annotated[
+        Path | None,
+        typer.Option(help="A file of excerpts that fgsteer examples wrote. By default the one beside the SAE."),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Labels of features: an export of Neuronpedia, or the folder of one.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(callback=writable, help="A file to write the features to, as one HTML page.")
+    ] = None,
+    top: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=MAX_COUNT,
+            help="How many features to show: those with the largest weights, or found best by --search.",
+        ),
+    ] = 20,
+    model: ModelOption = "default",
+    sae: SaeOption = None,
+    sae_id: SaeIdOption = None,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the features of a vector, of ids, or of a word: density, label, the tokens they raise, and excerpts.
+
+    A search that finds nothing ends with exit status 1.
+    """
+    import fgsteer as fg
+    from fgsteer.features.cards import print_features, write_page
+
+    if sum(value is not None for value in (file, feature, search)) != 1:
+        names = {"a vector": file, "--feature": feature, "--search": search}
+        chosen = " and ".join(name for name, value in names.items() if value is not None)
+        raise DataError(
+            chosen or "neither a vector nor --feature nor --search", "one of a vector, --feature and --search"
+        )
+    if corpus is not None and examples is not None:
+        raise DataError("both", "either --corpus or --examples", "both say where excerpts come from: leave one out")
+    check_unicode(search)
+    vector = None if file is None else fg.SteeringVector.load(file)
+    ids = None if feature is None else _feature_ids(feature)
+    if vector is not None:
+        check_fit({Path(str(file)): vector}, model, revision)
+    known = None if examples is None else fg.FeatureExamples.load(examples)
+    if corpus is not None:
+        count_documents(corpus, field)
+    check_device(device, None)
+    autoencoder = None
+    if vector is None or vector.features:
+        autoencoder = load_sae(sae, sae_id, model)
+        if labels is not None:
+            autoencoder = replace(autoencoder, labels=fg.load_labels(labels, autoencoder))
+        for feature_id in ids or []:
+            autoencoder.direction(feature_id)  # raises for an id that the SAE does not have
+        known = fg.load_examples(autoencoder) if known is None else known.check(autoencoder)
+    language_model, tokenizer = load_model(ModelOptions(model, device, None, revision, trust_remote_code))
+    result: dict[str, Any] = {"heading": "Features" if search is None else f"Features for {search!r}"}
+    if vector is not None:
+        result = _describe_direction(vector, language_model, tokenizer)
+    result.update(sae=None, corpus=None)
+    rows = []
+    if autoencoder is not None:
+        parts = (language_model, tokenizer, autoencoder)
+        if corpus is not None:  # for a search, ids is None: the excerpts of every feature are needed
+            shown = ids if vector is None else [row.id for row in vector.top_features(top)]
+            known = measure_excerpts(corpus, field, parts, as_json, features=shown)
+        rows = _feature_rows(vector or ids, search, parts, known, top)
+        result.update(sae=autoencoder.source, corpus=None if known is None else known.corpus)
+    result["features"] = [row.as_dict() for row in rows]
+    if html is not None:
+        about = {"SAE": result["sae"], "Excerpts from": (result["corpus"] or {}).get("name")}
+        about |= {f"{name}:": " ".join(result[name]) for name in ("raises", "lowers") if name in result}
+        write_page(html, result["heading"], rows, [f"{name} {value}" for name, value in about.items() if value])
+    show(result, as_json, lambda described: print_features(described, console()))
+    if search is not None and not rows:
+        say(f"No feature was found for {search!r}. Try another word, --corpus or --labels.", err=True)
+        raise typer.Exit(1)
+
+
+def _feature_ids(text: str) -> list[int]:
+    """Parse ids such as "12,40". Raises DataError."""
+    try:
+        ids = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise DataError(f"--feature {text:.80}", "ids of features after --feature, such as 12,40") from error
+    if len(set(ids)) < len(ids):
+        raise DataError(f"--feature {text:.80}", "each id once after --feature")
+    return ids
+
+
+def _describe_direction(vector: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What a vector is and the tokens that its direction raises and lowers. Raises PairingError."""
+    from fgsteer.features.description import top_tokens
+    from fgsteer.models.unembedding import residual_direction
+
+    vector.check(model)
+    written = residual_direction(model, vector.hookpoint, vector.direction)
+    method, hookpoint = vector.provenance.get("method"), str(vector.hookpoint)
+    tokens = [list(top_tokens(model, tokenizer, (sign * written)[None], 10)[0]) for sign in (1.0, -1.0)]
+    return {
+        "heading": f"{method} at {hookpoint}",
+        "method": method,
+        "hookpoint": hookpoint,
+        "raises": tokens[0],
+        "lowers": tokens[1],
+    }
+
+
+def _feature_rows(chosen: Any, search: str | None, parts: tuple[Any, Any, Any], known: Any, top: int) -> list[Any]:
+    """What is known of the features of a vector, of ids, or of those that a search finds."""
+    import fgsteer as fg
+
+    model, tokenizer, sae = parts
+    why = {}
+    if search is not None:
+        hits = fg.find_features(model, tokenizer, sae, search, examples=known, top=top)
+        why = {hit.id: hit.why for hit in hits}
+        chosen = list(why)
+    rows: list[Any] = fg.describe_features(model, tokenizer, sae, chosen, top=top, examples=known, why=why)
+    return rows

@@ -1,0 +1,229 @@
+"""Models, SAEs, vectors and texts, loaded as the options say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fgsteer.cli.printing import say
+from fgsteer.errors import DataError, PairingError
+from fgsteer.errors.wording import count
+from fgsteer.interventions.table import OPERATIONS, intervention_spec
+from fgsteer.storage.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A model as --model, --device, --dtype, --revision and --trust-remote-code name it."""
+
+    name: str
+    device: str | None = None
+    dtype: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def load_model(options: ModelOptions) -> tuple[Any, Any]:
+    """Load a model and its tokenizer as the options say.
+
+    Raises:
+        DataError: The dtype or the device is unknown, or a revision is given for files that have none.
+        MissingError: There is no such model.
+    """
+    import torch
+    from transformers.utils import logging
+
+    import fgsteer as fg
+    from fgsteer.models.embedded import DEFAULT
+
+    logging.disable_progress_bar()  # that of loading weights; downloads keep theirs
+    name, device, revision = options.name, options.device, options.revision
+    check_device(device, options.dtype)
+    keywords: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+    if revision is not None:
+        if name == DEFAULT or Path(name).exists():
+            raise DataError(
+                f"--revision {revision:.80} for {name}",
+                "a model on the hub",
+                "files on this machine have no revisions: leave --revision out",
+            )
+        keywords["revision"] = revision
+    model, tokenizer = fg.load_model(name, dtype=options.dtype, trust_remote_code=options.trust_remote_code, **keywords)
+    try:
+        if device != "auto":
+            model = model.to(device or _own_device(torch.cuda.device_count()))
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is unknown, missing or full
+        raise _device_error(device, error) from error
+    return model, tokenizer
+
+
+def _own_device(gpus: int) -> str:
+    """The GPU of this machine that this process takes, or the CPU where there is none."""
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else "cpu"
+
+
+def _device_error(device: str | None, error: Exception) -> DataError:
+    """The error for a device on which torch cannot put a tensor."""
+    reason = str(error).partition("\n")[0].rstrip(".")
+    return DataError(
+        f"{f'--device {device:.100}' if device else 'The GPU'} cannot be used: {reason}.",
+        "a device of this machine with room for the model",
+        "name another device with --device, such as --device cpu",
+    )
+
+
+def check_device(device: str | None, dtype: str | None) -> None:
+    """Raises DataError for a device that this machine does not have or that stores no numbers, or an unknown dtype."""
+    import torch
+
+    from fgsteer.models.loading import as_dtype
+
+    try:
+        if dtype is not None:
+            as_dtype(dtype)
+    except DataError as error:
+        raise DataError(f"--dtype {dtype:.100}", error.expected) from error
+    if device in (None, "auto"):
+        return
+    try:
+        actual = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:  # unknown, missing, full, or no name
+        raise _device_error(device, error) from error
+    if actual.type == "meta":
+        raise DataError(
+            f"--device {device}, which stores no numbers",
+            "a device of this machine",
+            "use --device cpu or --device cuda",
+        )
+
+
+def check_fit(vectors: Mapping[Path, Any], model: str, revision: str | None = None) -> None:
+    """Check that vectors fit the model of --model, by its config. Raises PairingError for those of another model.
+
+    A model passes whose config cannot be read, or only by running code of its own: loading it says why.
+    """
+    if not vectors:
+        return
+    from transformers import AutoConfig
+
+    from fgsteer.models.embedded import DEFAULT, pretrained_dir
+    from fgsteer.storage.network import hub_or_cache
+
+    folder = pretrained_dir() / "model" if model == DEFAULT else model
+    try:
+        with hub_or_cache(folder):
+            config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False).get_text_config()
+        layers, width = int(config.num_hidden_layers), int(config.hidden_size)
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, ImportError):
+        return
+    for path, vector in vectors.items():
+        if vector.hookpoint.layer < layers and (vector.hookpoint.site == "z" or vector.d_model == width):
+            continue
+        name = model_of(vector.provenance)
+        raise PairingError(
+            f"{path}, made for {name or 'another model'}, of width {vector.d_model} at {vector.hookpoint}",
+            f"a vector for the model {model!r}, which has layers 0 to {layers - 1} of width {width}",
+            f"name the model that the vector was made for: --model {name or 'NAME'}",
+        )
+
+
+def sae_name(name: str | None, model: str) -> str:
+    """The name of the SAE: that of --sae, else that of the default model. Raises DataError for another model."""
+    from fgsteer.models.embedded import DEFAULT, embedded_model_name
+
+    if name is None and model not in ("", DEFAULT, embedded_model_name()):
+        raise DataError(
+            f"no --sae for the model {model!r}",
+            "an SAE that was trained on this model",
+            f"the default SAE was trained on the default model; fgsteer saes --model {Path(model).name} lists those of "
+            "this model, which --sae RELEASE --sae-id ID names, and --sae FOLDER takes your own",
+        )
+    return name or DEFAULT
+
+
+def model_of(about: Mapping[str, Any]) -> str:
+    """The name of the model in the provenance of a vector or in the reading of statistics; "" where it is unknown."""
+    model = about.get("model")
+    return str(model.get("name") or "") if isinstance(model, Mapping) else ""
+
+
+def load_sae(name: str | None, sae_id: str | None, model: str) -> Any:
+    """Load the SAE of the options. Raises DataError where none is named for another model than the default."""
+    import fgsteer as fg
+
+    return fg.load_sae(sae_name(name, model), sae_id)
+
+
+def load_vectors(
+    paths: list[Path] | None,
+    coefficients: list[float] | None,
+    operation: str = "add",
+    model: str | None = None,
+    revision: str | None = None,
+) -> list[tuple[Any, float]]:
+    """Load vectors, each with its coefficient, which is 1 where none is given; a note then says so.
+
+    Raises:
+        DataError: There are not as many coefficients as vectors.
+        FormatError: A file is damaged, or holds no vector.
+        PairingError: A vector was made for another model.
+    """
+    import fgsteer as fg
+
+    paths = paths or []
+    strengths = coefficients or [1.0] * len(paths)
+    if len(strengths) != len(paths):
+        raise DataError(
+            f"{count(len(strengths), 'coefficient')} for {count(len(paths), 'vector')}",
+            "one coefficient for each vector, in the same order",
+            "give -c as often as vectors are given",
+        )
+    loaded = [fg.SteeringVector.load(path) for path in paths]
+    if model is not None:
+        check_fit(dict(zip(paths, loaded, strict=True)), model, revision)
+    if loaded and not coefficients and operation in OPERATIONS and intervention_spec(operation).amount:
+        norms = ", ".join(f"{vector.norm:.3g}" for vector in loaded)
+        say(f"note: No --coefficient is given, so it is 1, for a vector of norm {norms}.", err=True)
+    return list(zip(loaded, strengths, strict=True))
+
+
+def interventions(vectors: list[tuple[Any, float]], operation: str, scope: str, *, bos: bool = False) -> list[Any]:
+    """The vectors as interventions of one operation. Raises DataError, SteeringError."""
+    if operation not in OPERATIONS:
+        raise DataError(f"--op {operation:.80}", f"one of {', '.join(OPERATIONS)} after --op")
+    spec = intervention_spec(operation)
+    return [spec.make(vector, coefficient, scope=scope, bos=bos) for vector, coefficient in vectors]
+
+
+def documents(path: Path, field: str) -> list[str]:
+    """The documents of a file. Raises DataError for a file without documents, or one that cannot be read."""
+    from fgsteer.data.corpora import read_documents
+
+    texts = list(read_documents(path, field))
+    if not texts:
+        raise _no_documents(path)
+    return texts
+
+
+def _no_documents(path: Path) -> DataError:
+    """The error for a file without documents."""
+    return DataError(f"{path} holds no documents.", "at least one document", "name another file")
+
+
+def count_documents(corpus: Path, field: str) -> int:
+    """How many documents a corpus has, all of which are read. Raises DataError as ``documents`` does."""
+    from fgsteer.data.corpora import read_documents
+
+    total = sum(1 for _ in read_documents(corpus, field))
+    if not total:
+        raise _no_documents(corpus)
+    return total
+
+
+def work_folder(work: Path | None, out: Path) -> Path | None:
+    """The folder for finished parts: that of --work, else one beside the output if several processes share the work."""
+    shared = Ranks.from_env().world > 1
+    return work or (out.with_name(out.name + ".parts") if shared else None)

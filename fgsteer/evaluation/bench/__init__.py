@@ -1,0 +1,9 @@
+"""The benchmark: methods × concepts × layers × strengths, every text a record.
+
+plan            what is asked
+conditions      what is generated: each method as a function from a strength to an intervention
+generators      who generates: transformers in this process, or another engine
+distributors    who spreads the work: one process, torchrun, or Ray; by ``concept_runs``, one run for each concept
+run_files       what is written: records, and the strengths beside them
+bench           composes them, and scores the texts with judges
+"""

@@ -1,0 +1,8 @@
+"""Measures of a steered model, and intervals over prompts.
+
+answers      cross-entropy by text, probabilities of answers, steerability
+coherence    how coherent texts are, by the unsteered model
+diagnosis    how reliable a vector will be, from contrast statistics
+propensity   how much more probable one side of a contrast is than the other
+intervals    t intervals over texts that come in clusters
+"""

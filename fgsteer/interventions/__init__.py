@@ -1,0 +1,52 @@
+"""Interventions: how a vector acts on an activation, all of them one equation.
+
+    h' = h + Σⱼ (αⱼ − λⱼ · (readⱼ(h) − μⱼ)) · wⱼ
+
+with ``read`` a projection or a feature activation. Add has λ = 0; Ablate, Clamp, Affine and ClampFeature have λ = 1
+and replace what they read.
+
+    table.py     one row for each kind of intervention: its name, its argument, its sentence of help
+    scopes.py    the tokens that an intervention is for
+    kinds.py     the kinds themselves
+    values.py    their numbers and vectors, checked and turned into tensors
+    kernel.py    the one update that all of them become, and how it is applied to activations
+    stacking.py  one intervention for each row of a batch, as few updates
+
+The names below are loaded when they are first used, so that the table can be read without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fgsteer.interventions.kernel import Update as Update
+    from fgsteer.interventions.kernel import apply as apply
+    from fgsteer.interventions.kinds import Ablate as Ablate
+    from fgsteer.interventions.kinds import Add as Add
+    from fgsteer.interventions.kinds import Affine as Affine
+    from fgsteer.interventions.kinds import Clamp as Clamp
+    from fgsteer.interventions.kinds import ClampFeature as ClampFeature
+    from fgsteer.interventions.kinds import DirectionIntervention as DirectionIntervention
+    from fgsteer.interventions.kinds import Intervention as Intervention
+    from fgsteer.interventions.stacking import stack as stack
+    from fgsteer.interventions.values import Scalar as Scalar
+    from fgsteer.interventions.values import finite_number as finite_number
+    from fgsteer.interventions.values import finite_vector as finite_vector
+    from fgsteer.interventions.values import unit_and_norm as unit_and_norm
+
+from fgsteer.interventions.scopes import SCOPES as SCOPES
+from fgsteer.interventions.scopes import Scope as Scope
+
+_MODULES = ("kinds", "kernel", "stacking", "values")
+
+if not TYPE_CHECKING:  # with it, type checkers would take any name
+
+    def __getattr__(name: str) -> Any:
+        if not name.startswith("_"):
+            for module in _MODULES:
+                home = import_module(f"fgsteer.interventions.{module}")
+                if name in vars(home):
+                    return vars(home)[name]
+        raise AttributeError(f"module 'fgsteer.interventions' has no attribute {name!r}")

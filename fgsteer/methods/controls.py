@@ -1,0 +1,20 @@
+"""Directions that the benchmark compares methods with, and that no one would steer with."""
+
+from __future__ import annotations
+
+import torch
+
+from fgsteer.effects.approximator import EffectApproximator
+from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.saes.sae import SAE
+from fgsteer.vector import SteeringVector
+
+
+def random_direction(hookpoint: Hookpoint, d_model: int, seed: int) -> SteeringVector:
+    """Draw a direction (d_model,) of independent standard normal values."""
+    return SteeringVector(torch.randn(d_model, generator=torch.Generator().manual_seed(seed)), hookpoint)
+
+
+def minus_bias(sae: SAE, effects: EffectApproximator) -> SteeringVector:
+    """Return ``−M b`` (d_model,): the part of a projection through effects that does not depend on the features."""
+    return SteeringVector(-(effects.M @ effects.b).float(), sae.hookpoint)

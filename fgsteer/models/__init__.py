@@ -1,0 +1,12 @@
+"""Models: loading them, where their hookpoints are, and whether a vector or an SAE fits one.
+
+loading.py       ``load_model``: the embedded default, or a model of the hub or a folder
+embedded.py      where the files of the embedded default are
+hookpoints.py    ``Hookpoint``: its names, and the module of a model that it stands for
+properties.py    a model's width, window, device, and its special and virtual tokens
+names.py         one name for all spellings of a model's
+pairing.py       whether a vector or an SAE was made for the model that is loaded
+fingerprints.py  what the results of a resumable run depend on
+claims.py        which thread and task may run a model that is being steered
+unembedding.py   the tokens whose logits a direction raises
+"""

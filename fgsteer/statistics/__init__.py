@@ -1,0 +1,7 @@
+"""Contrast statistics: moments of both sides of a contrast, collected in one streaming pass over its texts.
+
+collecting.py  ``collect``: the pass over the texts
+sums.py        what it keeps of the texts so far, in shards
+contrast.py    ``ContrastStatistics``: what methods read, merged and stored
+moments.py     count, mean and squared deviations of examples
+"""

@@ -1,0 +1,16 @@
+"""Steering: interventions applied to a model's forward passes, and generation under them.
+
+In the order in which data flows:
+
+    entries.py        what callers pass as ``steering``, as interventions for each row
+    ranges.py         how large a strength may be before activations overflow
+    positions.py      which tokens of a pass belong to a scope
+    groups.py         the updates of a block: what acts together, at which hookpoint, for which rows and tokens
+    hooks.py          ``steer``: the hooks that apply updates, set and taken off
+    blocks.py         what ``steer`` returns, a context manager or a decorator
+    shadows.py        functions set on a module for a while, over its own
+    recomputation.py  gradient checkpointing, which runs layers again
+    generation.py     ``generate``: texts that a steered model writes
+    streaming.py      ``stream``: one text, as it is written
+    comparison.py     ``compare``: texts unsteered and steered, side by side
+"""

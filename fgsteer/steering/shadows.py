@@ -1,0 +1,68 @@
+"""Functions set on a module itself, over those of its class, and taken off in any order.
+
+shadow(model, "generate", steered, hooks)
+refuse_copies(model, hooks)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from fgsteer.errors import SteeringError
+
+
+def shadow(module: nn.Module, name: str, value: Callable[..., Any], hooks: ExitStack) -> None:
+    """Set a function on the module itself until the stack closes; what others set meanwhile stays in place."""
+    shadow_set = _Shadow(vars(module).get(name), value)
+    value.__dict__["_fgsteer_shadow"] = shadow_set
+    setattr(module, name, value)
+
+    def undo() -> None:
+        shadow_set.gone = True
+        if vars(module).get(name) is not value:  # another function lies over it, and calls through it
+            return
+        below = shadow_set.below
+        while (under := _shadow_of(below)) is not None and under.gone:
+            below = under.below
+        delattr(module, name) if below is None else setattr(module, name, below)
+
+    hooks.callback(undo)
+
+
+class _Shadow:
+    """A function that was set, what the module itself had before, and whether it was taken off."""
+
+    def __init__(self, below: Any, value: Callable[..., Any]) -> None:
+        self.below, self.value, self.gone = below, value, False
+
+
+def _shadow_of(function: Any) -> _Shadow | None:
+    """The shadow that a function is; None for one that merely wraps such a function and copied its attributes."""
+    mark = getattr(function, "_fgsteer_shadow", None)
+    return mark if isinstance(mark, _Shadow) and mark.value is function else None
+
+
+def refuse(module: nn.Module, name: str, hooks: ExitStack, got: str, expected: str, change: str) -> None:
+    """Make a method of the module raise SteeringError until the stack closes, where it has such a method."""
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise SteeringError(got, expected, change)
+
+    if callable(getattr(module, name, None)):
+        shadow(module, name, refused, hooks)
+
+
+def refuse_copies(module: nn.Module, hooks: ExitStack) -> None:
+    """Refuse to copy or pickle a module until the stack closes: ``copy`` and ``pickle`` ask it for its state."""
+    refuse(
+        module,
+        "__getstate__",
+        hooks,
+        f"a copy of a {type(module).__name__} that is being steered, by copy, pickle or torch.save",
+        "a copy that is made before or after the block",
+        "inside the block weights alone may be saved, by state_dict() or save_pretrained(folder)",
+    )

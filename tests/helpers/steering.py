@@ -1,0 +1,83 @@
+"""Steered generation of three prompts, and its naive recompute one row and one step at a time."""
+
+from __future__ import annotations
+
+import torch
+
+import fgsteer as fg
+from fgsteer.models.hookpoints import resolve
+from tests.helpers.tiny import D_MODEL
+from tests.reference import apply as reference
+
+PROMPTS = ["the man", "a dog sat on the bread", "she took the ring of the king"]
+NEW = 6
+
+
+def direction(seed=1):
+    return torch.randn(D_MODEL, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def vector(seed=1, layer=1, site="resid_post"):
+    return fg.SteeringVector(direction(seed), fg.Hookpoint(layer, site), reference=direction(seed + 50))
+
+
+def naive_change(h, item, where):
+    """One row (T, d) through the loop version of one intervention."""
+    rows = h.double().numpy()
+    if isinstance(item, fg.Add):
+        new = reference.add(rows, item.direction.double().numpy(), item.coefficient, where=where)
+    elif isinstance(item, fg.Ablate):
+        new = reference.ablate(rows, item.direction.double().numpy(), where=where)
+    elif isinstance(item, fg.Clamp):
+        new = reference.clamp(rows, item.direction.double().numpy(), item.target, where=where)
+    elif isinstance(item, fg.Affine):
+        args = (item.direction.double().numpy(), item.reference.double().numpy(), item.alpha)
+        new = reference.affine(rows, *args, where=where)
+    else:
+        sae = item.sae
+
+        def encode(x):
+            return sae.encode(torch.as_tensor(x).float()[None])[0].double().numpy()
+
+        rows_of = {j: sae.W_dec[j].double().numpy() for j in item.targets}
+        new = reference.clamp_feature(rows, encode, rows_of, dict(item.targets), where=where)
+    return torch.as_tensor(new).float()
+
+
+def naive_greedy(model, ids, items, new=NEW):
+    """Greedy tokens of one unpadded row, all of it recomputed without a cache at every step."""
+    prompt_length = len(ids)
+    ids = list(ids)
+    for _ in range(new):
+        handles = []
+        for item in items:
+            where = reference.positions(item.scope, len(ids), prompt_length, 0, bos=item.bos)
+            module, is_input = resolve(model, item.hookpoint)
+            assert not is_input
+
+            def hook(_, __, out, item=item, where=where):
+                h = out[0] if isinstance(out, tuple) else out
+                changed = naive_change(h.reshape(-1, D_MODEL), item, where).view_as(h).to(h.dtype)
+                return (changed, *out[1:]) if isinstance(out, tuple) else changed
+
+            handles.append(module.register_forward_hook(hook))
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        for handle in handles:
+            handle.remove()
+        ids.append(int(logits.argmax()))
+    return ids[prompt_length:]
+
+
+def batch(tokenizer, side="left"):
+    return tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side=side, return_token_type_ids=False)
+
+
+def rows_of(model, tokenizer, entries):
+    return [naive_greedy(model, tokenizer(p)["input_ids"], items) for p, items in zip(PROMPTS, entries, strict=True)]
+
+
+def run(model, inputs, steering, per_row=None, **options):
+    with fg.steer(model, steering, per_row=per_row):
+        out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
+    return out[:, inputs["input_ids"].shape[1] :].tolist()
