@@ -45,6 +45,7 @@ from fgsteer.cli import (  # noqa: F401  each registers its command
     saes,
     serve,
     sweep,
+    train_sae,
 )
 from fgsteer.cli.app import Command, app
 from fgsteer.cli.messages import options_of, with_options
