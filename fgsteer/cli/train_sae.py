@@ -111,7 +111,7 @@ def train_sae(
     import fgsteer as fg
 
     settings = fg.SAETraining(kind=kind, d_sae=features, k=k, tokens=tokens, batch=batch, lr=lr, seed=seed)  # type: ignore[arg-type]
-    (at,) = hookpoints([hookpoint]) or ()
+    at = (hookpoints([hookpoint]) or [])[0]
     check_device(device, dtype)
     if Ranks.from_env().world > 1:
         raise DataError(
