@@ -195,6 +195,14 @@ _BUILT_IN = (
         paper="arXiv 2310.01405",
     ),
     MethodSpec(
+        "caa_denoised",
+        "CAA denoised",
+        "CAA less what the SAE's features show to be noise: features within their standard errors are removed.",
+        function="fgsteer.methods.denoising:caa_denoised",
+        needs="sae",
+        offered=("build", "bench"),
+    ),
+    MethodSpec(
         "from_features",
         "chosen features",
         "The decoder rows of features that you name, with weights.",
@@ -236,6 +244,14 @@ _BUILT_IN = (
         needs="sae",
         offered=("build", "bench"),
         paper="arXiv 2501.09929",
+    ),
+    MethodSpec(
+        "fgaa_error",
+        "FGAA + error",
+        "FGAA with what the SAE does not reconstruct of the contrast: CAA less the features that are not chosen.",
+        function="fgsteer.methods.controls:fgaa_with_error",
+        needs="sae",
+        offered=("bench",),
     ),
     MethodSpec(
         "fgaa_effects",
