@@ -56,6 +56,7 @@ class MethodSpec:
         pooled: Whether it reads the pooled activations of each text, which ``collect(keep_pooled=True)`` keeps.
         in_context: Whether the benchmark puts examples of the behavior before each prompt.
         paper: Where the method was published, such as "arXiv 2312.06681".
+        instructs: Whether the benchmark asks for the behavior in a system message, which needs a chat template.
 
     Raises:
         ArgumentError: A field is not one of the values above.
@@ -72,6 +73,7 @@ class MethodSpec:
     pooled: bool = False
     in_context: bool = False
     paper: str = ""
+    instructs: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
@@ -163,6 +165,13 @@ _BUILT_IN = (
         "No steering, but examples of the behavior before the prompt.",
         offered=("bench",),
         in_context=True,
+    ),
+    MethodSpec(
+        "system_prompt",
+        "system prompt",
+        "No steering, but a system message that asks for the behavior; it needs a chat template.",
+        offered=("bench",),
+        instructs=True,
     ),
     MethodSpec(
         "caa",

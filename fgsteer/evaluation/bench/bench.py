@@ -23,9 +23,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fgsteer.data.chat import Text
 from fgsteer.data.contrast_files import load_contrast
 from fgsteer.data.contrasts import ContrastSet
-from fgsteer.data.shipped import load_neutral, shipped_contrasts
+from fgsteer.data.shipped import load_neutral, shipped_contrasts, shipped_path
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import DataError
@@ -117,10 +118,10 @@ class Bench(OneLineRepr):
         """The contrast set of a concept. Raises DataError for one that is neither here nor shipped."""
         if own := [contrast for contrast in self.contrasts if contrast.name == name]:
             return own[0]
-        if name not in shipped_contrasts():
+        if shipped_path(name) is None:
             raise DataError(
                 f"There is no contrast set {name!r}.",
-                f"one of {', '.join(shipped_contrasts())}, or one of Bench's own",
+                f"one of {', '.join(shipped_contrasts() + shipped_contrasts(chat=True))}, or one of Bench's own",
                 "pass contrasts=[fg.load_contrast(path)] to Bench, and to its judge",
             )
         return load_contrast(name)
@@ -169,7 +170,7 @@ class Bench(OneLineRepr):
             texts += self._generate(prompts, [None], UNSTEERED_SAMPLES + number)
         return Coherence.fit(self.model, self.tokenizer, texts, prompts=prompts * self.plan.seeds)
 
-    def _generate(self, prompts: Sequence[str], steering: Sequence[Any], number: int) -> list[str]:
+    def _generate(self, prompts: Sequence[Text], steering: Sequence[Any], number: int) -> list[str]:
         """Continuations by intervention, then prompt."""
         generator = self.generator or TransformersGenerator(self.model, self.tokenizer)
         return generator(prompts, steering, self.plan.sampling, number)
@@ -177,12 +178,12 @@ class Bench(OneLineRepr):
     def generate_texts(self, batch: Batch) -> list[str]:
         """Generate the texts of the batch's conditions, by condition, then prompt."""
         prompts, built = self.plan.prompts_of(batch.half), self.concept(batch.conditions[0].concept)
-        with_same_prompts: dict[tuple[str, ...], list[Condition]] = {}
+        with_same_prompts: dict[str, tuple[list[Text], list[Condition]]] = {}
         for condition in batch.conditions:
-            own_prompts = tuple(built.prompts(condition.method, prompts))
-            with_same_prompts.setdefault(own_prompts, []).append(condition)
+            own_prompts = built.prompts(condition.method, prompts)
+            with_same_prompts.setdefault(repr(own_prompts), (own_prompts, []))[1].append(condition)
         texts_of: dict[Condition, list[str]] = {}
-        for own_prompts, conditions in with_same_prompts.items():
+        for own_prompts, conditions in with_same_prompts.values():
             steering = [None if c.layer is None else built.make(c.method, c.layer)(c.coefficient) for c in conditions]
             texts = self._generate(own_prompts, steering, batch.seed)
             for place, condition in enumerate(conditions):
@@ -198,8 +199,7 @@ class Bench(OneLineRepr):
         texts = self.generate_texts(batch)
         prompt_of_text = prompts * len(batch.conditions)
         coherence, cross_entropy = self._coherence(texts, prompt_of_text)
-        whole_texts = [prompt + text for prompt, text in zip(prompt_of_text, texts, strict=True)]
-        behavior = self.judge.score(whole_texts, batch.conditions[0].concept)
+        behavior = self.judge.score(list(map(_judged_text, prompt_of_text, texts)), batch.conditions[0].concept)
         first_prompt = HALVES.index(batch.half) * self.plan.prompts
         records: list[EvalRecord] = []
         for place, text in enumerate(texts):
@@ -224,7 +224,7 @@ class Bench(OneLineRepr):
                 records.append(replace(record, matched=condition.ce_rise))
         return records
 
-    def _coherence(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _coherence(self, texts: Sequence[str], prompts: Sequence[Text]) -> tuple[Tensor, Tensor]:
         """Coherence and cross-entropy of texts after their prompts; ``Coherence`` measures both in one pass."""
         if self.coherence is None:
             scores = self.fitted_coherence.measure(texts, prompts)
@@ -349,6 +349,11 @@ def _set_former_writer(bench: Bench, generator: Generator | None) -> None:
 
 
 Bench.writer = property(_former_writer, _set_former_writer)  # type: ignore[attr-defined]
+
+
+def _judged_text(prompt: Text, text: str) -> str:
+    """What a judge reads of a generated text: the text that it continues with it, but of a chat the reply alone."""
+    return prompt + text if isinstance(prompt, str) else text
 
 
 def _sae_identity(sae: SAE) -> dict[str, Any]:
