@@ -20,6 +20,7 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
+import fgsteer.evaluation.bench.conditions as conditions_module
 from fgsteer.cli.bench_setup import choose_engine, make_judge
 from fgsteer.data.contrasts import check_name
 from fgsteer.data.shipped import load_bench_prompts, load_chat_prompts
@@ -92,9 +93,23 @@ def test_every_arm_is_written_for_every_prompt_and_seed(unbroken):
     assert not {u.seed for u in halves["tune"]} & {u.seed for u in halves["report"]}
 
 
+def test_a_benchmark_with_another_plan_shares_what_it_has_read(parts, tmp_path, monkeypatch):
+    first = make(parts, LengthJudge(), methods=("caa", "fgaa"), concepts=("love",), ce_rises=(0.5,))
+    first.concept("love").vector("fgaa", 2)
+    coherence = first.fitted_coherence
+    monkeypatch.setattr(conditions_module, "collect", None)  # nothing is collected again
+    other = first.with_plan(replace(first.plan, settings={"fgaa": {"n_positive": 2}}))
+    assert len(other.concept("love").vector("fgaa", 2).features) == 2
+    assert len(first.concept("love").vector("fgaa", 2).features) > 2
+    assert other.fitted_coherence is coherence
+    assert "fitted_coherence" not in vars(first.with_plan(replace(first.plan, max_new_tokens=5)))
+    assert other.identity != first.identity
+
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-    "{% if not loop.last or not continue_final_message %}\n{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% if not loop.last or not continue_final_message %}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 QUESTIONS = tuple([{"role": "user", "content": text}] for text in ("Why?", "How?", "Who said that?", "Where is it?"))
 

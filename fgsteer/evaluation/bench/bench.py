@@ -13,6 +13,7 @@ written (``run_files``); who spreads the work (``distributors``) runs benchmarks
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ from fgsteer.evaluation.bench.run_files import (
     save_conditions,
     strengths_path,
 )
-from fgsteer.evaluation.judges.learning import validation_auc
+from fgsteer.evaluation.judges.learning import plain_text, validation_auc
 from fgsteer.evaluation.judges.protocols import CoherenceJudge, Judge
 from fgsteer.evaluation.metrics.answers import text_cross_entropies
 from fgsteer.evaluation.metrics.coherence import Coherence
@@ -113,6 +114,19 @@ class Bench(OneLineRepr):
             raise DataError(
                 f"contrasts named {', '.join(names)}", "each name once", "give one of the contrast sets another name"
             )
+
+    def with_plan(self, plan: BenchPlan) -> Bench:
+        """The benchmark of another plan, which shares with this one what does not depend on the plan.
+
+        Shared are the statistics of concepts whose conditions this one has, hashes, and fitted coherence where prompts,
+        seeds and sampling are the same: for a search that runs many plans.
+        """
+        other = copy.copy(self)
+        other.plan = plan
+        other._concepts = {name: built.with_settings(plan.settings) for name, built in self._concepts.items()}
+        if _sampled(plan) != _sampled(self.plan):
+            vars(other).pop("fitted_coherence", None)
+        return other
 
     def contrast(self, name: str) -> ContrastSet:
         """The contrast set of a concept. Raises DataError for one that is neither here nor shipped."""
@@ -230,7 +244,8 @@ class Bench(OneLineRepr):
             scores = self.fitted_coherence.measure(texts, prompts)
             return scores.coherence, scores.cross_entropy
         losses = text_cross_entropies(self.model, self.tokenizer, texts, prompts=prompts, joint="")
-        return self.coherence.coherence(texts, prompts), losses
+        plain = [prompt if isinstance(prompt, str) else f"{plain_text(prompt)}\n" for prompt in prompts]
+        return self.coherence.coherence(texts, plain), losses
 
     def _is_matched(self, condition: Condition) -> bool:
         return condition.ce_rise is not None and condition.ce_rise == self.plan.matched
@@ -349,6 +364,11 @@ def _set_former_writer(bench: Bench, generator: Generator | None) -> None:
 
 
 Bench.writer = property(_former_writer, _set_former_writer)  # type: ignore[attr-defined]
+
+
+def _sampled(plan: BenchPlan) -> Any:
+    """What unsteered samples depend on."""
+    return [plan.prompts_of(half) for half in HALVES], plan.seeds, plan.sampling
 
 
 def _judged_text(prompt: Text, text: str) -> str:

@@ -6,6 +6,7 @@ conditions.make("fgaa", layer=2)(8.0)
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -78,6 +79,12 @@ class ConceptConditions:
         self.saes, self.effects, self.settings = saes, effects, settings
         self._stats: dict[int, ContrastStatistics] = {}
         self._vectors: dict[tuple[str, int], SteeringVector] = {}
+
+    def with_settings(self, settings: Mapping[str, Mapping[str, Any]]) -> ConceptConditions:
+        """The same concept with other settings: vectors are built anew, statistics are shared with this one."""
+        other = copy.copy(self)
+        other.settings, other._vectors = settings, {}
+        return other
 
     def stats(self, layer: int) -> ContrastStatistics:
         """Collect statistics at a layer: with features where it has an SAE, always of the same contexts."""
