@@ -4,9 +4,9 @@
     python benchmarks/blind.py score results/smollm2/blind.json --reader "who or what read"
 
 The first command writes the texts, each with the behavior that was looked for and its prompt, and two empty scores: 0
-to 2 for the behavior (not at all, a little, clearly) and for fluency (broken, odd, fluent). What steered a text, and what
-the judge said of it, stands in a file beside it, blind.key.json, which the reader leaves closed. The second command
-correlates the reader's ranks with the judge's and with coherence, and writes the result into blind.result.json.
+to 2 for the behavior (not at all, a little, clearly) and for fluency (broken, odd, fluent). What steered a text, and
+what the judge said of it, stands in a file beside it, blind.key.json, which the reader leaves closed. The second
+command correlates the reader's ranks with the judge's and with coherence, and writes the result into blind.result.json.
 """
 
 from __future__ import annotations
