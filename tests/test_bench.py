@@ -545,6 +545,8 @@ def test_names_that_files_cannot_have(name):
         ({"own_prompts": ("a", "b", "c", " ")}, "own_prompts with an entry that is empty or is not a text"),
         ({"own_prompts": ("a", "b", "c")}, "2 prompts a half"),
         ({"own_prompts": "abcd"}, "own_prompts with an entry"),
+        ({"own_prompts": (*QUESTIONS[:3], [])}, r"own_prompts\[3\]"),
+        ({"own_prompts": (*QUESTIONS[:3], QUESTIONS[0])}, "twice"),
         ({"neutral": ("a", 3)}, "neutral with an entry"),
         ({"neutral": ("a", "a")}, "neutral with 'a' twice"),
         ({"concepts": ("love", "Love")}, "each name once, in upper or lower case"),

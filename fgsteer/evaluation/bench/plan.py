@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fgsteer.data.chat import Text, check_text, refuse_one_text
+from fgsteer.data.chat import Text, check_text
 from fgsteer.data.contrasts import check_name
 from fgsteer.data.shipped import load_bench_prompts
 from fgsteer.effects.rollouts import Sampling
@@ -152,10 +152,10 @@ class BenchPlan(OneLineRepr):
 
 def _check_texts(name: str, texts: Sequence[Text], *, chat: bool = False) -> None:
     """Raises DataError for an entry that is not a text (or chat messages), is empty, or stands there twice."""
-    refuse_one_text(texts)
+    if isinstance(texts, str) or not all(text.strip() if isinstance(text, str) else chat for text in texts):
+        kinds = "texts, or of lists of chat messages" if chat else "texts"
+        raise DataError(f"{name} with an entry that is empty or is not a text", f"a tuple of {kinds}")
     for number, text in enumerate(texts):
-        if not isinstance(text, str) and not chat:
-            raise DataError(f"{name} with an entry that is not a text", "a tuple of texts")
         check_text(text, f"{name}[{number}]")
     if repeated := [text for text, times in Counter(map(repr, texts)).items() if times > 1]:
         raise DataError(
