@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fgsteer.errors import PairingError, SelectionError
 from fgsteer.errors.checks import check_range, checked
-from fgsteer.methods.projection import feature_vector
+from fgsteer.methods.projection import feature_vector, sum_decoder_rows
 from fgsteer.methods.scores import SCORES
 from fgsteer.methods.selection import feature_contrast
 from fgsteer.saes.sae import SAE
@@ -61,7 +61,7 @@ def caa_denoised(
     t = SCORES["welch_t"](contrast).abs()
     kept = (1 - (threshold / t).square()).clamp(min=0) if shrinkage == "soft" else (t >= threshold).double()
     weights = torch.where(difference != 0, kept * difference, 0.0)  # t is 0 where the difference is
-    direction = reconstruction_error(stats, sae, contrast) + weights @ sae.W_dec.to("cpu", torch.float64)
+    direction = reconstruction_error(stats, sae, contrast) + sum_decoder_rows(weights, sae)
     if not direction.norm() > 0:
         raise SelectionError(
             "nothing that differs between the two sides",
@@ -96,4 +96,4 @@ def reconstruction_error(stats: ContrastStatistics, sae: SAE, contrast: Contrast
             "Use an SAE that does not normalise its input, or leave the reconstruction error out (keep_error=False)",
         )
     difference = stats.at("residual", sae.hookpoint)[1].difference
-    return difference - contrast.difference @ sae.W_dec.to("cpu", torch.float64)
+    return difference - sum_decoder_rows(contrast.difference, sae)

@@ -19,6 +19,8 @@ from fgsteer.saes.sae import SAE
 from fgsteer.statistics.contrast import ContrastStatistics
 from fgsteer.vector import SteeringVector
 
+ROWS_AT_ONCE = 4096  # of a decoder, in float64: bounds memory, not results
+
 
 def decode_weights(
     weights: Float[Tensor, " d_sae"], sae: SAE, error: Float[Tensor, " d_model"] | None = None
@@ -31,9 +33,7 @@ def decode_weights(
         SelectionError: No weight is left, or the sum is zero.
     """
     _check_weights(weights)
-    features = weights.nonzero()[:, 0]
-    rows = sae.W_dec[features.to(sae.W_dec.device)].to("cpu", torch.float64)
-    direction = weights[features].double() @ rows
+    direction = sum_decoder_rows(weights, sae)
     if error is not None:
         direction = direction + error
     if not direction.norm() > 0:
@@ -41,6 +41,15 @@ def decode_weights(
             "decoder rows that cancel to zero", "decoder rows whose sum is not zero", "Choose other features or weights"
         )
     return direction
+
+
+def sum_decoder_rows(weights: Float[Tensor, " d_sae"], sae: SAE) -> Float[Tensor, " d_model"]:
+    """Return ``Σⱼ wⱼ W_dec[j]`` (d_model,), in float64, from the rows of features whose weight is not 0."""
+    total = torch.zeros(sae.W_dec.shape[1], dtype=torch.float64)
+    for features in weights.nonzero()[:, 0].split(ROWS_AT_ONCE):
+        rows = sae.W_dec[features.to(sae.W_dec.device)].to("cpu", torch.float64)
+        total += weights[features].double() @ rows
+    return total
 
 
 def _check_weights(weights: Tensor) -> None:
