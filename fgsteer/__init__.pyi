@@ -80,6 +80,7 @@ from fgsteer.likelihood.scoring import kl_divergences as kl_divergences
 from fgsteer.likelihood.scoring import log_probabilities as log_probabilities
 from fgsteer.methods import METHODS as METHODS
 from fgsteer.methods import build as build
+from fgsteer.methods.denoising import caa_denoised as caa_denoised
 from fgsteer.methods.difference import ace as ace
 from fgsteer.methods.difference import caa as caa
 from fgsteer.methods.difference import pca as pca

@@ -263,7 +263,9 @@ def test_the_tables_of_a_page_are_those_of_the_code(page, site):
 def test_every_table_stands_in_a_page_and_says_what_the_code_says(site):
     everything = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert {name for name in site.TABLES if f"<!-- table: {name} -->" not in everything} == set()
-    assert all(f"| `{name}` |" in site.contrasts_table() for name in fg.shipped_contrasts())
+    assert all(
+        f"| `{name}` |" in site.contrasts_table() for name in fg.shipped_contrasts() + fg.shipped_contrasts(chat=True)
+    )
     assert all(f"| `{name}` |" in site.methods_table() for name in fg.METHODS)
 
 

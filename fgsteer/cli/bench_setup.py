@@ -60,7 +60,7 @@ class BenchOptions:
         """The benchmark, with transformers in this process. Raises DataError for a plan that cannot be run."""
         import fgsteer as fg
         from fgsteer.evaluation.bench.concept_runs import begun_design
-        from fgsteer.evaluation.bench.conditions import bench_methods
+        from fgsteer.evaluation.bench.conditions import bench_methods, default_methods
         from fgsteer.methods import spec
 
         name = sae_name(self.sae, self.model.name)
@@ -72,7 +72,7 @@ class BenchOptions:
         effects = {one.hookpoint.layer: one for one in measured}
         methods = bench_methods()
         layers = {m: tuple(n for n in sorted(saes) if spec(m).needs != "effects" or n in effects) for m in methods}
-        fields: dict[str, Any] = {"methods": methods, "layers": layers, **(QUICK if self.quick else {})}
+        fields: dict[str, Any] = {"methods": default_methods(), "layers": layers, **(QUICK if self.quick else {})}
         fields["methods"] = tuple(method for method in fields["methods"] if layers[method])
         if not self.fresh:
             fields |= begun_design(self.out / "bench.jsonl")

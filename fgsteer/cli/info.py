@@ -110,6 +110,6 @@ def describe_installation() -> dict[str, Any]:
         "versions": {"fgsteer": library_version()} | {n: version(n) for n in ("torch", "transformers", "sae-lens")},
         "cuda": torch.cuda.device_count(),
         "methods": list(METHODS),
-        "contrast_sets": shipped_contrasts(),
+        "contrast_sets": shipped_contrasts() + shipped_contrasts(chat=True),
         "default": {key: figures[key] for key in ("parameters", "training_tokens", "bits_per_byte", "saes")},
     }
