@@ -144,9 +144,7 @@ def test_answers_and_slopes_know_the_boundary(llama, tokenizer):
         moved = (found.share[1] - found.share[0]).abs()
         # answers of one token are decided at the prompt's last token, which "generated" leaves alone
         assert bool((moved > 1e-3).all()) == (scope == "reply")
-    slopes = fg.measure_steerability(
-        llama, tokenizer, lambda c: add("reply", c), QUESTIONS, [-1.0, 0.0, 1.0]
-    ).slopes
+    slopes = fg.measure_steerability(llama, tokenizer, lambda c: add("reply", c), QUESTIONS, [-1.0, 0.0, 1.0]).slopes
     for place, pair in enumerate(QUESTIONS):
         up, down = (
             [total(llama, tokenizer, pair.prompt, side, "reply", coefficient=c) for c in (-1.0, 1.0)]
@@ -185,9 +183,7 @@ def test_propensity_knows_the_boundary(llama, tokenizer):
     contrast = fg.ContrastSet("x", pairs=QUESTIONS)
     values, _ = Propensity(contrast).values(llama, tokenizer, [add("reply")])
     expected = [
-        total(llama, tokenizer, prompt, text, "reply")
-        for side in (True, False)
-        for prompt, text in contrast.side(side)
+        total(llama, tokenizer, prompt, text, "reply") for side in (True, False) for prompt, text in contrast.side(side)
     ]
     assert values[0].tolist() == pytest.approx(expected, **CLOSE)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,6 @@ def load_model(options: ModelOptions) -> tuple[Any, Any]:
         DataError: The dtype or the device is unknown, or a revision is given for files that have none.
         MissingError: There is no such model.
     """
-    import torch
     from transformers.utils import logging
 
     import fgsteer as fg
@@ -42,7 +40,7 @@ def load_model(options: ModelOptions) -> tuple[Any, Any]:
     logging.disable_progress_bar()  # that of loading weights; downloads keep theirs
     name, device, revision = options.name, options.device, options.revision
     check_device(device, options.dtype)
-    keywords: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+    keywords: dict[str, Any] = {}
     if revision is not None:
         if name == DEFAULT or Path(name).exists():
             raise DataError(
@@ -51,34 +49,16 @@ def load_model(options: ModelOptions) -> tuple[Any, Any]:
                 "files on this machine have no revisions: leave --revision out",
             )
         keywords["revision"] = revision
-    model, tokenizer = fg.load_model(name, dtype=options.dtype, trust_remote_code=options.trust_remote_code, **keywords)
-    try:
-        if device != "auto":
-            model = model.to(device or _own_device(torch.cuda.device_count()))
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is unknown, missing or full
-        raise _device_error(device, error) from error
+    keywords |= {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    model, tokenizer = fg.load_model(name, device=device, **keywords)
     return model, tokenizer
-
-
-def _own_device(gpus: int) -> str:
-    """The GPU of this machine that this process takes, or the CPU where there is none."""
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else "cpu"
-
-
-def _device_error(device: str | None, error: Exception) -> DataError:
-    """The error for a device on which torch cannot put a tensor."""
-    reason = str(error).partition("\n")[0].rstrip(".")
-    return DataError(
-        f"{f'--device {device:.100}' if device else 'The GPU'} cannot be used: {reason}.",
-        "a device of this machine with room for the model",
-        "name another device with --device, such as --device cpu",
-    )
 
 
 def check_device(device: str | None, dtype: str | None) -> None:
     """Raises DataError for a device that this machine does not have or that stores no numbers, or an unknown dtype."""
     import torch
 
+    from fgsteer.models.devices import device_error
     from fgsteer.models.loading import as_dtype
 
     try:
@@ -91,7 +71,7 @@ def check_device(device: str | None, dtype: str | None) -> None:
     try:
         actual = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:  # unknown, missing, full, or no name
-        raise _device_error(device, error) from error
+        raise device_error(f"--device {device:.100}", error) from error
     if actual.type == "meta":
         raise DataError(
             f"--device {device}, which stores no numbers",
