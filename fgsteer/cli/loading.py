@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from fgsteer.storage.ranks import Ranks
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """A model as --model, --device, --dtype, --revision and --trust-remote-code name it."""
+    """A model as --model, --device, --dtype, --revision and --trust-remote-code name it, or only one of this machine."""
 
     name: str
     device: str | None = None
     dtype: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    only_local: bool = False
 
 
 def load_model(options: ModelOptions) -> tuple[Any, Any]:
@@ -40,7 +41,7 @@ def load_model(options: ModelOptions) -> tuple[Any, Any]:
     logging.disable_progress_bar()  # that of loading weights; downloads keep theirs
     name, device, revision = options.name, options.device, options.revision
     check_device(device, options.dtype)
-    keywords: dict[str, Any] = {}
+    keywords: dict[str, Any] = {"local_files_only": True} if options.only_local else {}
     if revision is not None:
         if name == DEFAULT or Path(name).exists():
             raise DataError(
@@ -124,6 +125,11 @@ def sae_name(name: str | None, model: str) -> str:
     return name or DEFAULT
 
 
+def loadable(name: str) -> str:
+    """The name by which a model is loaded that a vector, an SAE or statistics name: those shipped have shorter ones."""
+    return name.removeprefix("fgsteer/")
+
+
 def model_of(about: Mapping[str, Any]) -> str:
     """The name of the model in the provenance of a vector or in the reading of statistics; "" where it is unknown."""
     model = about.get("model")
@@ -151,8 +157,6 @@ def load_vectors(
         FormatError: A file is damaged, or holds no vector.
         PairingError: A vector was made for another model.
     """
-    import fgsteer as fg
-
     paths = paths or []
     strengths = coefficients or [1.0] * len(paths)
     if len(strengths) != len(paths):
@@ -161,13 +165,27 @@ def load_vectors(
             "one coefficient for each vector, in the same order",
             "give -c as often as vectors are given",
         )
+    loaded = load_vector_files(paths, model, revision)
+    if not coefficients:
+        note_default_strength(loaded, operation)
+    return list(zip(loaded, strengths, strict=True))
+
+
+def load_vector_files(paths: list[Path], model: str | None, revision: str | None) -> list[Any]:
+    """Load vectors. Raises FormatError for a file that holds none, PairingError for a vector of another model."""
+    import fgsteer as fg
+
     loaded = [fg.SteeringVector.load(path) for path in paths]
     if model is not None:
         check_fit(dict(zip(paths, loaded, strict=True)), model, revision)
-    if loaded and not coefficients and operation in OPERATIONS and intervention_spec(operation).amount:
-        norms = ", ".join(f"{vector.norm:.3g}" for vector in loaded)
+    return loaded
+
+
+def note_default_strength(vectors: Sequence[Any], operation: str) -> None:
+    """Say that vectors without a coefficient, where the operation takes one, get 1."""
+    if vectors and operation in OPERATIONS and intervention_spec(operation).amount:
+        norms = ", ".join(f"{vector.norm:.3g}" for vector in vectors)
         say(f"note: No --coefficient is given, so it is 1, for a vector of norm {norms}.", err=True)
-    return list(zip(loaded, strengths, strict=True))
 
 
 def interventions(vectors: list[tuple[Any, float]], operation: str, scope: str, *, bos: bool = False) -> list[Any]:

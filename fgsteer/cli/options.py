@@ -42,13 +42,14 @@ OperationOption = Annotated[
     str,
     typer.Option("--op", autocompletion=completion("operations"), help=f"What the vectors do. {describe_operations()}"),
 ]
+SCOPE_HELP = "Which tokens are steered: {what scopes steer}."
 ScopeOption = Annotated[
     str,
     typer.Option(
         "--scope",
         autocompletion=completion("scopes"),
         callback=present_scope,
-        help="Which tokens are steered: {what scopes steer}.",
+        help=SCOPE_HELP,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value, for scripts.")]
