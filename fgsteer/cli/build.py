@@ -97,7 +97,7 @@ def build(
         "features": len(vector.features),
     }
     if strengths:
-        options = ModelOptions(model or loadable(model_of(vector.provenance)), device, dtype, only_local=model is None)
+        options = ModelOptions(model or loadable(model_of(vector.provenance)), device, dtype, fetch=model is not None)
         described |= _strengths(vector, spec(method).operation, options)
     show(described, as_json, _print_vector)
 

@@ -16,14 +16,14 @@ from fgsteer.storage.ranks import Ranks
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """A model as --model, --device, --dtype, --revision and --trust-remote-code name it, or only one of this machine."""
+    """A model as --model, --device, --dtype, --revision and --trust-remote-code name it; ``fetch``: from the hub."""
 
     name: str
     device: str | None = None
     dtype: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
-    only_local: bool = False
+    fetch: bool = True
 
 
 def load_model(options: ModelOptions) -> tuple[Any, Any]:
@@ -41,7 +41,7 @@ def load_model(options: ModelOptions) -> tuple[Any, Any]:
     logging.disable_progress_bar()  # that of loading weights; downloads keep theirs
     name, device, revision = options.name, options.device, options.revision
     check_device(device, options.dtype)
-    keywords: dict[str, Any] = {"local_files_only": True} if options.only_local else {}
+    keywords: dict[str, Any] = {} if options.fetch else {"local_files_only": True}
     if revision is not None:
         if name == DEFAULT or Path(name).exists():
             raise DataError(
