@@ -31,6 +31,8 @@ def is_chat_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> bool:
         text = apply_template(tokenizer, messages)
     except DataError:  # a template that takes other messages than these two
         return False
-    tail = text.rpartition(_REPLY)[2]
-    ids: Any = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
+    before, _, tail = text.rpartition(_REPLY)
+    if not before or not tail:
+        return False
+    ids: Any = tokenizer(tail, add_special_tokens=False)["input_ids"]
     return not eos_ids(model).isdisjoint(ids)
