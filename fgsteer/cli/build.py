@@ -11,7 +11,6 @@ from fgsteer.cli.app import app
 from fgsteer.cli.choices import completion
 from fgsteer.cli.loading import (
     ModelOptions,
-    check_fit,
     interventions,
     load_model,
     load_sae,
@@ -110,7 +109,6 @@ def _strengths(vector: Any, operation: str, options: ModelOptions) -> dict[str, 
     try:
         if not options.name:
             raise DataError("a vector that names no model", "the model that it was made for", "name it with --model")
-        check_fit({Path("the vector"): vector}, options.name)
         parts = load_model(options)
         chat = is_chat_model(*parts)
         scope = "reply" if chat else "all"
