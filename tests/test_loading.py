@@ -53,6 +53,27 @@ def test_the_hubs_arguments_reach_model_and_tokenizer(monkeypatch):
     assert told["tokenizer"] == ("folder", {"trust_remote_code": False})
 
 
+def test_a_model_goes_to_a_gpu_where_there_is_one(monkeypatch, tmp_path):
+    save(tmp_path)
+    assert fg.load_model(tmp_path)[0].device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert fg.load_model(tmp_path, device="cpu")[0].device.type == "cpu"
+    moved = []
+    monkeypatch.setattr(LlamaForCausalLM, "to", lambda model, device: moved.append(device) or model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    fg.load_model(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "3")  # the fourth of torchrun's processes
+    fg.load_model(tmp_path)
+    fg.load_model(tmp_path, device_map="cpu")
+    assert moved == ["cuda:0", "cuda:1"]
+
+
+def test_a_device_that_cannot_be_used_is_refused(tmp_path):
+    save(tmp_path)
+    with pytest.raises(fg.DataError, match=r"device=banana cannot be used: .*device=cpu"):
+        fg.load_model(tmp_path, device="banana")
+
+
 def test_every_argument_of_the_hub_is_shared():
     """What transformers itself picks out for the files of a model, besides arguments that say what to do with them."""
     from transformers.utils import hub

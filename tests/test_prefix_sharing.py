@@ -236,7 +236,7 @@ def test_groups_share_half_of_each_row():
     ]
 
 
-@pytest.mark.parametrize("scope", ["all", "prompt", "generated", "last_prompt_on"])
+@pytest.mark.parametrize("scope", ["all", "prompt", "generated", "reply"])
 def test_steered_reading_is_not_shared(scope, llama, tokenizer):
     """A scope tells the prompt by the first pass: in two passes it would end with the prefix."""
     item = vector(1, layer=0).add(4.0, scope=scope)

@@ -42,7 +42,7 @@ def made(tmp_path_factory):
     swept = fg.sweep(model, tokenizer, fg.ContrastSet("x", positives=texts, negatives=["a dog sat", "the man"]),
                      layers=[0, 1], ce_rises=[0.01], neutral=texts)  # fmt: skip
     plan = BenchPlan(tuple(fg.shipped_contrasts()), methods=("unsteered",), settings={"fgaa": {"n_positive": 8}})
-    common = {"hookpoint": AT, "model_name": "org/" + "name" * 30, "method": "fgaa", "scope": "last_prompt_on"}
+    common = {"hookpoint": AT, "model_name": "org/" + "name" * 30, "method": "fgaa", "scope": "reply"}
     return [
         sae,
         vector,

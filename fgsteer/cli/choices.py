@@ -15,7 +15,7 @@ from fgsteer import export
 from fgsteer.activations.token_rules import TOKEN_RULES
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.evaluation.judges.table import judge_names
-from fgsteer.interventions.scopes import SCOPES
+from fgsteer.interventions.scopes import SCOPES, describe_scopes
 from fgsteer.interventions.table import OPERATIONS
 from fgsteer.methods import specs
 
@@ -34,6 +34,7 @@ CHOICES: Mapping[str, Callable[[], list[str]]] = {
 # The texts that stand for {key} likewise. The character \b keeps the lines of a paragraph as they are.
 DESCRIPTIONS: Mapping[str, Callable[[], str]] = {
     "what exports write": lambda: "\b\n" + "\n".join(f"{row.name:<12} {row.writes}" for row in export.specs()),
+    "what scopes steer": describe_scopes,
     "export options": lambda: "; ".join(
         f"{row.name}: {', '.join(f'{option.name} ({option.summary})' for option in row.options)}"
         for row in export.specs()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fgsteer.cli.choices import completion
-from fgsteer.cli.values import fillable, finite, writable
+from fgsteer.cli.values import fillable, finite, present_scope, writable
 from fgsteer.data.file_kinds import CONTRAST_KINDS
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.table import describe_operations
@@ -42,8 +42,15 @@ OperationOption = Annotated[
     str,
     typer.Option("--op", autocompletion=completion("operations"), help=f"What the vectors do. {describe_operations()}"),
 ]
+SCOPE_HELP = "Which tokens are steered: {what scopes steer}."
 ScopeOption = Annotated[
-    str, typer.Option("--scope", autocompletion=completion("scopes"), help="Which tokens are steered: {scopes}.")
+    str,
+    typer.Option(
+        "--scope",
+        autocompletion=completion("scopes"),
+        callback=present_scope,
+        help=SCOPE_HELP,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value, for scripts.")]
 TokensOption = Annotated[

@@ -18,6 +18,7 @@ import torch
 from fgsteer.errors import DataError, FgsteerError, FormatError, MissingError
 from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import a, count
+from fgsteer.models.devices import place
 from fgsteer.models.embedded import DEFAULT, embedded_model_name, pretrained_dir
 from fgsteer.storage.network import describe_unreachable, hub_or_cache
 
@@ -54,6 +55,7 @@ def load_model(
     source: str | Path = DEFAULT,
     *,
     dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
@@ -63,6 +65,9 @@ def load_model(
     Args:
         source: "default" for the embedded model; else a Hugging Face id, a folder, or the path of a GGUF file.
         dtype: By default float32 for the embedded model and for GGUF, and otherwise the checkpoint's own.
+        device: Where the model is put, such as "cpu" or "cuda:1"; "auto" spreads it over all GPUs. By default a GPU,
+            where there is one (of the processes of torchrun each takes another), unless a ``device_map`` is passed.
+            Inputs of your own go where it is: ``tokenizer(text, return_tensors="pt").to(model.device)``.
         gguf_file: The name of a file of llama.cpp's format in the folder or repository, whose weights are read into
             a plain model. It needs ``fgsteer[gguf]``.
         trust_remote_code: Whether Python code that a model brings may run. Nobody is asked on the way.
@@ -75,11 +80,13 @@ def load_model(
     Raises:
         FormatError: The embedded default, or for GGUF the package or the file, is missing; files cannot be read or
             lack weights; or the model brings code that is not trusted.
-        DataError: No model computes in this dtype.
+        DataError: No model computes in this dtype, or the device cannot be used.
         MissingError: The model is not there (an OSError too), at once where the hub cannot be reached.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if device == "auto":
+        kwargs["device_map"] = "auto"
     if gguf_file is None and Path(source).suffix.lower() == ".gguf" and Path(source).is_file():
         source, gguf_file = Path(source).parent, Path(source).name
     if gguf_file is not None:
@@ -108,6 +115,8 @@ def load_model(
             ) from error
     if embedded:
         model.config._name_or_path = embedded_model_name()
+    if "device_map" not in kwargs:
+        model = place(model, device)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

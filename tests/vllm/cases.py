@@ -119,8 +119,8 @@ def cases(source: str = DEFAULT) -> tuple[Case, ...]:
         Case(
             "from the last",
             d,
-            steering("late", scale=2.0, scope="last_prompt_on"),
-            late.add(2.0, scope="last_prompt_on"),
+            steering("late", scale=2.0, scope="reply"),
+            late.add(2.0, scope="reply"),
         ),
         Case("position 0", d, steering("first", scale=1.0, bos=True), first.add(1.0, bos=True)),
     )
