@@ -9,7 +9,7 @@ import typer
 
 from fgsteer.cli.app import app
 from fgsteer.cli.choices import completion
-from fgsteer.cli.loading import load_sae, model_of
+from fgsteer.cli.loading import load_effects, load_sae, model_of
 from fgsteer.cli.method_settings import check_inputs, check_settings, feature_weights
 from fgsteer.cli.options import JsonOption, OutOption, SaeIdOption, SaeOption
 from fgsteer.cli.printing import say, show
@@ -28,7 +28,8 @@ def build(
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     effects: Annotated[
-        str | None, typer.Option(help='The effects measured on the SAE: a file of fgsteer effects, or "default".')
+        str | None,
+        typer.Option(help="The effects measured on the SAE: a file of fgsteer effects, or {shipped models}."),
     ] = None,
     density: Annotated[
         Path | None, typer.Option(help="File of the SAE's feature density, where its folder has none.")
@@ -51,7 +52,7 @@ def build(
     if stats is not None:
         inputs["stats"] = fg.ContrastStatistics.load(stats)
     if effects is not None:
-        inputs["effects"] = fg.load_effects(effects)
+        inputs["effects"] = load_effects(effects, sae_id)
     if density is not None:
         inputs["density"] = fg.FeatureDensity.load(density)
     if features is not None:
