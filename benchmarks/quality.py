@@ -4,7 +4,7 @@ Each method's layer, then a small grid of its settings, is tried on the tuning h
 mean BCS over the concepts is kept, where every concept stands at its best strength. Then all methods run on both
 halves. The reason for two halves: a method that is tuned on the texts that it is reported on beats anything.
 
-    python benchmarks/quality.py            writes results/{tuning.json, *.jsonl, table.md, report.html, *.png, *.svg}
+    python benchmarks/quality.py            writes results/{tuning.json, *.jsonl.gz, table.md, report.html, *.png, *.svg}
     python benchmarks/quality.py --tables   makes tables, page and pictures again, of the records that are there
     python benchmarks/quality.py --docs     puts the table into docs/benchmarks.md and the sentence into README.md
 """
@@ -36,7 +36,7 @@ from fgsteer.storage.json_files import write_json
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-BENCH, NEARBY = RESULTS / "bench.jsonl", RESULTS / "same_layer.jsonl"
+BENCH, NEARBY = RESULTS / "bench.jsonl.gz", RESULTS / "same_layer.jsonl.gz"
 PAGE, README = HERE.parent / "docs" / "benchmarks.md", HERE.parent / "README.md"
 
 WIDE = {"max_density": 1.0, "n_positive": 256, "n_negative": 128}  # no density filter, many features of both signs
