@@ -4,7 +4,7 @@ Each method's layer, then a small grid of its settings, is tried on the tuning h
 mean BCS over the concepts is kept, where every concept stands at its best strength. Then all methods run on both
 halves. The reason for two halves: a method that is tuned on the texts that it is reported on beats anything.
 
-    python benchmarks/quality.py            writes results/{tuning.json, *.jsonl.gz, table.md, report.html, *.png, *.svg}
+    python benchmarks/quality.py            writes results/{tuning.json, *.gz, table.md, report.html, *.png, *.svg}
     python benchmarks/quality.py --tables   makes tables, page and pictures again, of the records that are there
     python benchmarks/quality.py --docs     puts the table into docs/benchmarks.md and the sentence into README.md
 """
