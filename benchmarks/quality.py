@@ -47,7 +47,7 @@ from fgsteer.methods import method_name, spec, specs
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.json_files import read_json, write_json
 
-RUN, NEARBY = "bench.jsonl", "same_layer.jsonl"
+RUN, NEARBY = "bench.jsonl.gz", "same_layer.jsonl.gz"
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 
 WIDE = {"max_density": 1.0, "n_positive": 256, "n_negative": 128}  # no density filter, many features of both signs

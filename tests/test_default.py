@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.cli import demo
-from fgsteer.models.embedded import pretrained_dir
+from fgsteer.models.shipped import DEFAULT, SHIPPED
 from fgsteer.storage.json_files import read_json
 from tests.helpers.cli import invoke
 
@@ -22,7 +22,7 @@ runner = CliRunner()
 
 
 def test_every_shipped_file_is_the_indexed_one():
-    folder = pretrained_dir()
+    folder = SHIPPED[DEFAULT].folder()
     index = read_json(folder / "index.json")
     found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"index.json"}
     assert found == set(index["files"])
@@ -56,8 +56,8 @@ def test_excerpts_and_labels_say_what_features_fire_on():
 
 
 def test_every_embedded_sae_loads_with_what_belongs_to_it():
-    index = read_json(pretrained_dir() / "index.json")
-    figures = read_json(pretrained_dir() / "figures.json")["saes"]
+    index = read_json(SHIPPED[DEFAULT].folder() / "index.json")
+    figures = read_json(SHIPPED[DEFAULT].folder() / "figures.json")["saes"]
     for layer in index["recipe"]["sae_layers"]:
         sae = fg.load_sae("default", f"layer_{layer}")
         assert sae.hookpoint == fg.Hookpoint(layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from typing import Any, cast
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_costs_and_norms_are_those_of_a_plain_reading(chat, llama, chatty):
     costs = [fg.cross_entropy(llama, chatty, texts, steering=steering) for steering in (None, make(-0.5))]
     assert strength.cost == pytest.approx(costs[1] - costs[0], abs=1e-5)
     norms = []
-    for prompt, text in texts:
+    for prompt, text in cast(list[tuple[Any, Any]], texts):
         head = chatty.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if chat else f"{prompt} "
         ids = [chatty(part, add_special_tokens=not chat)["input_ids"] for part in (head.strip(), head + text)]
         hidden = fg.record(llama, torch.tensor([ids[1]]), None, [fg.Hookpoint(1)])[fg.Hookpoint(1)][0]

@@ -12,6 +12,7 @@ from fgsteer.cli.choices import completion
 from fgsteer.cli.loading import (
     ModelOptions,
     interventions,
+    load_effects,
     load_model,
     load_sae,
     loadable,
@@ -36,7 +37,8 @@ def build(
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     effects: Annotated[
-        str | None, typer.Option(help='The effects measured on the SAE: a file of fgsteer effects, or "default".')
+        str | None,
+        typer.Option(help="The effects measured on the SAE: a file of fgsteer effects, or {shipped models}."),
     ] = None,
     density: Annotated[
         Path | None, typer.Option(help="File of the SAE's feature density, where its folder has none.")
@@ -77,7 +79,7 @@ def build(
     if stats is not None:
         inputs["stats"] = fg.ContrastStatistics.load(stats)
     if effects is not None:
-        inputs["effects"] = fg.load_effects(effects)
+        inputs["effects"] = load_effects(effects, sae_id)
     if density is not None:
         inputs["density"] = fg.FeatureDensity.load(density)
     if features is not None:

@@ -19,6 +19,14 @@ from fgsteer.interventions.scopes import SCOPES, describe_scopes
 from fgsteer.interventions.table import OPERATIONS
 from fgsteer.methods import specs
 
+
+def _shipped_models() -> list[str]:
+    """Return the names of the models that fgsteer ships SAEs for, from a table that --help does not load."""
+    from fgsteer.models.shipped import SHIPPED
+
+    return list(SHIPPED)
+
+
 # The names that stand for {key} in a help text. What they are read from imports no torch.
 CHOICES: Mapping[str, Callable[[], list[str]]] = {
     "build methods": lambda: [method.name for method in specs("build")],
@@ -28,6 +36,7 @@ CHOICES: Mapping[str, Callable[[], list[str]]] = {
     "coherence judges": lambda: judge_names("coherence"),
     "exports": lambda: [row.name for row in export.specs()],
     "operations": lambda: list(OPERATIONS),
+    "shipped models": _shipped_models,
     "scopes": lambda: list(SCOPES),
     "token rules": lambda: list(TOKEN_RULES),
 }

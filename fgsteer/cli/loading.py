@@ -36,20 +36,23 @@ def load_model(options: ModelOptions) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     import fgsteer as fg
-    from fgsteer.models.embedded import DEFAULT
+    from fgsteer.models.shipped import find_shipped
 
     logging.disable_progress_bar()  # that of loading weights; downloads keep theirs
     name, device, revision = options.name, options.device, options.revision
+    shipped = find_shipped(name)
     check_device(device, options.dtype)
     keywords: dict[str, Any] = {} if options.fetch else {"local_files_only": True}
     if revision is not None:
-        if name == DEFAULT or Path(name).exists():
+        if shipped is not None or Path(name).exists():
             raise DataError(
                 f"--revision {revision:.80} for {name}",
                 "a model on the hub",
                 "files on this machine have no revisions: leave --revision out",
             )
         keywords["revision"] = revision
+    if shipped is not None and shipped.is_packed():
+        say(f"note: The weights of {name} are unpacked once, which takes half a minute.", err=True)
     keywords |= {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
     model, tokenizer = fg.load_model(name, device=device, **keywords)
     return model, tokenizer
@@ -90,10 +93,11 @@ def check_fit(vectors: Mapping[Path, Any], model: str, revision: str | None = No
         return
     from transformers import AutoConfig
 
-    from fgsteer.models.embedded import DEFAULT, pretrained_dir
+    from fgsteer.models.shipped import find_shipped
     from fgsteer.storage.network import hub_or_cache
 
-    folder = pretrained_dir() / "model" if model == DEFAULT else model
+    shipped = find_shipped(model)
+    folder = model if shipped is None else shipped.model_folder()
     try:
         with hub_or_cache(folder):
             config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False).get_text_config()
@@ -112,17 +116,20 @@ def check_fit(vectors: Mapping[Path, Any], model: str, revision: str | None = No
 
 
 def sae_name(name: str | None, model: str) -> str:
-    """The name of the SAE: that of --sae, else that of the default model. Raises DataError for another model."""
-    from fgsteer.models.embedded import DEFAULT, embedded_model_name
+    """The name of the SAE: that of --sae, else that of a shipped model. Raises DataError for another model."""
+    from fgsteer.models.shipped import SHIPPED, find_shipped
 
-    if name is None and model not in ("", DEFAULT, embedded_model_name()):
+    if name is not None:
+        return name
+    shipped = find_shipped(model or "default")
+    if shipped is None:
         raise DataError(
             f"no --sae for the model {model!r}",
             "an SAE that was trained on this model",
-            f"the default SAE was trained on the default model; fgsteer saes --model {Path(model).name} lists those of "
-            "this model, which --sae RELEASE --sae-id ID names, and --sae FOLDER takes your own",
+            f"the shipped SAEs were trained on {' and '.join(SHIPPED)}; fgsteer saes --model {Path(model).name} lists "
+            "those of this model, which --sae RELEASE --sae-id ID names, and --sae FOLDER takes your own",
         )
-    return name or DEFAULT
+    return shipped.name
 
 
 def loadable(name: str) -> str:
@@ -137,10 +144,18 @@ def model_of(about: Mapping[str, Any]) -> str:
 
 
 def load_sae(name: str | None, sae_id: str | None, model: str) -> Any:
-    """Load the SAE of the options. Raises DataError where none is named for another model than the default."""
+    """Load the SAE of the options. Raises DataError where none is named for a model without shipped ones."""
     import fgsteer as fg
 
     return fg.load_sae(sae_name(name, model), sae_id)
+
+
+def load_effects(source: str, sae_id: str | None = None) -> Any:
+    """Load the effects of a file, or of a shipped model those of the SAE of --sae-id. Raises FormatError."""
+    import fgsteer as fg
+    from fgsteer.models.shipped import find_shipped
+
+    return fg.load_effects(source, None if find_shipped(source) is None else sae_id)
 
 
 def load_vectors(

@@ -41,9 +41,12 @@ from fgsteer.evaluation.bench.run_files import (
     append,
     check_run,
     load_conditions,
+    pack_run,
+    plain_path,
     resume,
     save_conditions,
     strengths_path,
+    unpack_run,
 )
 from fgsteer.evaluation.judges.learning import plain_text, validation_auc
 from fgsteer.evaluation.judges.protocols import CoherenceJudge, Judge
@@ -311,7 +314,8 @@ class Bench(OneLineRepr):
         kept beside the file.
 
         Args:
-            path: The file, such as bench.jsonl.
+            path: The file, such as bench.jsonl; one such as bench.jsonl.gz is written without .gz, and compressed when
+                the run is done.
             command: How the run was started, for its header.
             progress: As in ``collect``; a function is called with (records done, records in all) after each batch.
             fresh: Start over.
@@ -326,16 +330,19 @@ class Bench(OneLineRepr):
         """
         path = Path(path)
         file_target(path)
-        with exclusive_lock(path), reporting(progress, "generating texts") as report:
+        plain = plain_path(path)
+        with exclusive_lock(plain), reporting(progress, "generating texts") as report:
             check_run(path, self.identity, fresh=fresh)
+            unpack_run(path)
             header = self.header(command)
             conditions = self._kept_conditions(strengths_path(path))
             batches = [batch for concept in self.plan.concepts for batch in self.batches(conditions[concept])]
             counts = [self._count(batch) for batch in batches]
-            done = resume(path, header, counts)
+            done = resume(plain, header, counts)
             for number in range(done, len(batches)):
                 report(sum(counts[:number]), sum(counts))
-                append(path, [record.as_row() for record in self.records(batches[number])])
+                append(plain, [record.as_row() for record in self.records(batches[number])])
+            pack_run(path)
             report(sum(counts), sum(counts))
 
     def _count(self, batch: Batch) -> int:
