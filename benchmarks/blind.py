@@ -28,7 +28,7 @@ from fgsteer.evaluation.runs.records import EvalRecord, Run
 from fgsteer.storage.json_files import read_json, write_json
 
 TEXTS = 100
-RESAMPLES = 2000
+RESAMPLES = 1000
 HIGHEST = 2  # of a reader's scores
 ASKED = {"behavior": "behavior", "fluency": "coherence"}  # what the reader scores, and what it is compared with
 

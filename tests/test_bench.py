@@ -131,8 +131,8 @@ def test_a_chat_is_asked_and_its_replies_are_judged(parts, tmp_path):
     model, tokenizer, saes, effects = parts
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = CHAT_TEMPLATE
-    judge, methods = Reads(), ("unsteered", "prompt", "system_prompt", "caa")
-    plan = replace(PLAN, concepts=("cheerful",), methods=methods, own_prompts=QUESTIONS, ce_rises=(0.5,))
+    judge, methods = Reads(), ("unsteered", "prompt", "system_prompt")
+    plan = replace(PLAN, concepts=("cheerful",), methods=methods, own_prompts=QUESTIONS)
     bench = Bench(model, tokenizer, saes, effects, judge, plan)
     bench.run(tmp_path / "chat.jsonl")
     run = fg.load_run(tmp_path / "chat.jsonl")

@@ -50,8 +50,9 @@ def test_a_blind_reading_draws_evenly_and_hides_the_condition(run, script):
     assert len(blind.draw(run, 500, seed=0)) == 180, "no text is drawn twice"
 
 
-def test_what_was_read_is_correlated_by_rank(run, script):
+def test_what_was_read_is_correlated_by_rank(run, script, monkeypatch):
     blind = script("blind")
+    monkeypatch.setattr(blind, "RESAMPLES", 100)
     key = [{"id": n, **record.as_row()} for n, record in enumerate(blind.draw(run, 60, seed=0))]
     read = [{"id": entry["id"], "behavior": round(2 * entry["behavior"]), "fluency": entry["id"] % 3} for entry in key]
     found = blind.correlate(read, key, "behavior")
