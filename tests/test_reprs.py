@@ -74,6 +74,8 @@ def made(tmp_path_factory):
         *(plan, Bench(model, tokenizer, {1: sae}, {}, fg.KeywordJudge(), plan)),
         fg.registry(search="gemma-scope")[0],
         fg.CostEstimate(1, 2, 3, 4, 5.0),
+        fg.SAETraining(lr=1 / 3),
+        fg.SAEQuality(10**9, 10**6, *[1 / 3] * 6),
         *(AT, fg.Hookpoint.parse("model.layers.3.mlp")),
     ]
 
