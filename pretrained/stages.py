@@ -97,7 +97,7 @@ def write_effects(model: Any, tokenizer: Any, folder: Path, parts: Path, recipe:
 
 
 def pack(target: Path, folders: Mapping[str, Path], index: Mapping[str, Any], figures: Path) -> None:
-    """Copy what ships, with an index of hashes and sizes, into a folder that appears whole.
+    """Copy what ships, with an index of hashes and sizes that is written last; other files of the folder stay.
 
     Args:
         target: The folder that ships.
@@ -120,8 +120,15 @@ def pack(target: Path, folders: Mapping[str, Path], index: Mapping[str, Any], fi
         if path.is_file()
     }
     write_json(part / "index.json", {**index, "files": files})
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(part, target)
+    target.mkdir(exist_ok=True)
+    (target / "index.json").unlink(missing_ok=True)
+    for path in sorted(
+        part.iterdir(), key=lambda path: path.name == "index.json"
+    ):  # last, as it says that all is there
+        if (target / path.name).is_dir():
+            shutil.rmtree(target / path.name)
+        os.replace(path, target / path.name)
+    part.rmdir()
 
 
 def run_stages(stages: Iterable[Stage], work: Path, until: str = "") -> None:
