@@ -26,9 +26,10 @@ def introduction(figures: dict[str, Any], index: dict[str, Any]) -> str:
     what = paragraph(
         f"TopK sparse autoencoders on the residual stream of {index['model']} after blocks",
         f"{', '.join(name.removeprefix('layer_') for name in saes)} of 30: {recipe['width']:,} features",
-        f"(16 · d_model), {recipe['k']} active, float16, each trained by sae-lens on {tokens / 1e6:.2f} M tokens in steps of",
-        f"{recipe['batch']:,}; with densities, labels and excerpts, and the effect approximators that are listed",
-        f'below. `load_sae("smollm2")` gives `{index["sae"]}`, `load_sae("smollm2", "layer_N")` the others.',
+        f"(16 · d_model), {recipe['k']} active, float16, each trained by sae-lens on",
+        f"{tokens / 1e6:.2f} M tokens in steps of {recipe['batch']:,}; with densities, labels and excerpts, and the",
+        f'effect approximators that are listed below. `load_sae("smollm2")` gives `{index["sae"]}`,',
+        '`load_sae("smollm2", "layer_N")` the others.',
         f"{sum(entry['bytes'] for entry in index['files'].values()) / 1e6:.1f} MB in all.",
     )
     rebuild = paragraph(
@@ -38,7 +39,8 @@ def introduction(figures: dict[str, Any], index: dict[str, Any]) -> str:
     )
     left = paragraph(
         f"Blocks of {recipe['context']} tokens, each text on its own. Position 0, special tokens, and tokens whose",
-        f"norm is more than ten times the median ({left_out} of them, by layer) were left out of training and of the figures.",
+        f"norm is more than ten times the median ({left_out} of them, by layer) were left out of training",
+        "and of the figures.",
     )
     return f"# Sparse autoencoders for SmolLM2-135M-Instruct\n\n{what}\n{rebuild}\n{left}"
 
@@ -70,8 +72,8 @@ def quality(figures: dict[str, Any]) -> str:
     )
     density = paragraph(
         "`density.safetensors` holds token-level density and position-0 counts over held-out documents. FGAA's",
-        "threshold θ by mean AUC of 16-feature scores on the held-out sentences of the shipped concepts (which are therefore",
-        "tuning data for θ); stored is the smallest within 0.005 of the best:",
+        "threshold θ by mean AUC of 16-feature scores on the held-out sentences of the shipped concepts (which are",
+        "therefore tuning data for θ); stored is the smallest within 0.005 of the best:",
     )
     return f"""
 ## Quality, on {first["tokens"]:,} held-out tokens
@@ -90,9 +92,9 @@ def reading(figures: dict[str, Any], index: dict[str, Any]) -> str:
     ]
     text = paragraph(
         f"Features were read on the beginnings of {index['recipe']['feature_texts']:,} training documents, equally",
-        "many of each source, and on chats; those that fire in at least ten are counted live. `labels.json` labels them by",
-        "the words that their strongest documents peak on. `examples.safetensors` holds up to four excerpts a feature,",
-        "of sources whose licence allows it. Labels are counted, not judged: no one has read them all.",
+        "many of each source, and on chats; those that fire in at least ten are counted live. `labels.json` labels",
+        "them by the words that their strongest documents peak on. `examples.safetensors` holds up to four excerpts a",
+        "feature, of sources whose licence allows it. Labels are counted, not judged: no one has read them all.",
     )
     return f"\n## What the features fire on\n\n{text}\n{table(['SAE', 'live features', 'labelled'], rows)}"
 

@@ -293,6 +293,16 @@ def test_a_killed_training_goes_on_to_the_same_weights(kind, tmp_path, monkeypat
     assert steps[-1] == 60
 
 
+def test_products_in_bfloat16_learn_as_well(tmp_path):
+    """autocast, which is for devices that multiply faster in it: the same run up to its rounding."""
+    found = [
+        explained(fg.fit_sae(Directions(), AT, tmp_path / str(autocast), settings=settings), Directions().tokens)
+        for autocast in (False, True)
+        for settings in [fg.SAETraining(autocast=autocast, **SETTINGS)]
+    ]
+    assert found[1] == pytest.approx(found[0], abs=0.03)  # 8 bits of mantissa in 60 steps
+
+
 def test_a_damaged_checkpoint_is_told_as_such(tmp_path):
     work = tmp_path / "sae.work"
     work.mkdir()

@@ -62,11 +62,12 @@ class _Reconstruct(torch.autograd.Function):
         ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int, centred: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = x - b_dec if centred else x
-        pre = torch.addmm(b_enc, x, W_enc).mul_(W_dec.norm(dim=1))
+        pre = torch.addmm(b_enc, x, W_enc).to(W_dec.dtype).mul_(W_dec.norm(dim=1))
         scaled, features = pre.topk(k, dim=1, sorted=False)
         acts = scaled.relu()
         written = acts / W_dec.norm(dim=1)[features]
-        out = torch.sparse.mm(by_token(written, features, len(W_dec)), W_dec) + b_dec
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 there are no sparse products
+            out = torch.sparse.mm(by_token(written, features, len(W_dec)), W_dec) + b_dec
         ctx.save_for_backward(x, W_enc, W_dec, written, features)
         ctx.centred = centred
         ctx.mark_non_differentiable(acts, features)
