@@ -31,6 +31,7 @@ from fgsteer.evaluation.bench.distributors import RayWorkers, Torchrun
 from fgsteer.evaluation.bench.generators import Generator, TransformersGenerator
 from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.bench.run_files import append, resume, strengths_path
+from fgsteer.evaluation.judges.learning import plain_text
 from tests.helpers.cli import app
 
 PLAN = BenchPlan(
@@ -143,8 +144,10 @@ def test_a_chat_is_asked_and_its_replies_are_judged(parts, tmp_path):
 
 
 def test_examples_and_instructions_come_before_prompts(parts):
+    model, tokenizer, saes, effects = parts
+
     def conditions(name):
-        return ConceptConditions(*parts[:2], fg.load_contrast(name), *parts[2:], {})
+        return ConceptConditions(model, tokenizer, fg.load_contrast(name), saes, effects, {})
 
     cheerful, love = conditions("cheerful"), conditions("love")
     (turns,), (first, *_) = cheerful.prompts("prompt", QUESTIONS[:1]), cheerful.contrast.pairs
@@ -168,7 +171,7 @@ def test_examples_and_instructions_come_before_prompts(parts):
 def test_the_shipped_sets_of_replies(name):
     contrast = fg.load_contrast(name)
     assert (len(contrast.pairs), len(contrast.held_out.pairs)) == (40, 20)
-    questions = [pair.prompt[0]["content"] for pair in (*contrast.pairs, *contrast.held_out.pairs)]
+    questions = [plain_text(pair.prompt) for pair in (*contrast.pairs, *contrast.held_out.pairs)]
     asked = [prompt[0]["content"] for prompt in load_chat_prompts()]
     assert len({*questions, *asked}) == len(questions) + len(asked), "no question is asked twice"
     assert len(asked) == len(load_bench_prompts()) == 64
