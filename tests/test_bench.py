@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gzip
 import importlib.util
 import json
 import random
@@ -26,12 +25,13 @@ from fgsteer.cli.bench_setup import choose_engine, make_judge
 from fgsteer.data.contrasts import check_name
 from fgsteer.data.shipped import load_bench_prompts, load_chat_prompts
 from fgsteer.evaluation.bench.bench import Bench
-from fgsteer.evaluation.bench.concept_runs import begun_design, concepts_folder
+from fgsteer.evaluation.bench.concept_runs import concepts_folder
 from fgsteer.evaluation.bench.conditions import CONTINUE, ConceptConditions, bench_methods, default_methods
 from fgsteer.evaluation.bench.distributors import RayWorkers, Torchrun
 from fgsteer.evaluation.bench.generators import Generator, TransformersGenerator
 from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.bench.run_files import append, resume, strengths_path
+from fgsteer.evaluation.judges.learning import plain_text
 from tests.helpers.cli import app
 
 PLAN = BenchPlan(
@@ -144,8 +144,9 @@ def test_a_chat_is_asked_and_its_replies_are_judged(parts, tmp_path):
 
 
 def test_examples_and_instructions_come_before_prompts(parts):
+    model, tokenizer, saes, effects = parts
+
     def conditions(name):
-        model, tokenizer, saes, effects = parts
         return ConceptConditions(model, tokenizer, fg.load_contrast(name), saes, effects, {})
 
     cheerful, love = conditions("cheerful"), conditions("love")
@@ -170,8 +171,7 @@ def test_examples_and_instructions_come_before_prompts(parts):
 def test_the_shipped_sets_of_replies(name):
     contrast = fg.load_contrast(name)
     assert (len(contrast.pairs), len(contrast.held_out.pairs)) == (40, 20)
-    pairs = (*contrast.pairs, *contrast.held_out.pairs)
-    questions = [pair.prompt[0]["content"] for pair in pairs]  # type: ignore[index]
+    questions = [plain_text(pair.prompt) for pair in (*contrast.pairs, *contrast.held_out.pairs)]
     asked = [prompt[0]["content"] for prompt in load_chat_prompts()]
     assert len({*questions, *asked}) == len(questions) + len(asked), "no question is asked twice"
     assert len(asked) == len(load_bench_prompts()) == 64
@@ -211,25 +211,6 @@ def test_a_run_killed_anywhere_ends_with_the_same_file(parts, unbroken, tmp_path
     assert seen[-1][0] == seen[-1][1] == len(expected.splitlines()) - 1
     make(parts, LengthJudge(fail_at=6)).run(path)  # nothing is left to judge
     assert path.read_bytes() == expected
-
-
-def test_a_compressed_run_goes_on_and_ends_with_the_same_records(parts, unbroken, tmp_path):
-    path, plain, whole = tmp_path / "run.jsonl.gz", tmp_path / "run.jsonl", unbroken.read_bytes()
-    strengths_path(path).write_bytes(strengths_path(unbroken).read_bytes())
-    plain.write_bytes(whole[:-9])  # killed in its last line
-    make(parts, LengthJudge()).run(path)
-    packed = path.read_bytes()
-    assert gzip.decompress(packed) == whole
-    assert packed[4:8] == bytes(4)  # no time of writing
-    assert fg.load_run(path).records == fg.load_run(unbroken).records
-    make(parts, LengthJudge(fail_at=6)).run(path)  # nothing is left to judge
-    plain.write_bytes(whole)  # killed before the plain file was removed
-    make(parts, LengthJudge(fail_at=6)).run(path)
-    assert path.read_bytes() == packed
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.jsonl.gz", "run.strengths.json"]
-    assert begun_design(path) == {"prompts": PLAN.prompts, "seeds": PLAN.seeds}
-    with pytest.raises(fg.PairingError, match=r"run\.jsonl\.gz holds a run of something else: .*seeds was 1 and is 2"):
-        make(parts, LengthJudge(), seeds=2).run(path)
 
 
 def as_rank(monkeypatch, rank, world):

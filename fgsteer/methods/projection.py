@@ -46,7 +46,9 @@ def decode_weights(
 def sum_decoder_rows(weights: Float[Tensor, " d_sae"], sae: SAE) -> Float[Tensor, " d_model"]:
     """Return ``Σⱼ wⱼ W_dec[j]`` (d_model,), in float64, from the rows of features whose weight is not 0."""
     total = torch.zeros(sae.W_dec.shape[1], dtype=torch.float64)
-    for features in torch.split(weights.nonzero()[:, 0], ROWS_AT_ONCE):
+    chosen = weights.nonzero()[:, 0]
+    for start in range(0, len(chosen), ROWS_AT_ONCE):
+        features = chosen[start : start + ROWS_AT_ONCE]
         rows = sae.W_dec[features.to(sae.W_dec.device)].to("cpu", torch.float64)
         total += weights[features].double() @ rows
     return total

@@ -14,6 +14,7 @@ import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from fgsteer.errors import FormatError, MissingError
 from fgsteer.storage.atomic import atomic_folder
@@ -116,11 +117,29 @@ def _unpack(source: Path, folder: Path) -> None:
     from fgsteer.models.checkpoints import read_checkpoint  # it loads torch, which a command's help does without
 
     model, tokenizer = read_checkpoint(source.parent, source.name, dtype="float32", gguf_file=source.name)
+    put_bos_before_texts(tokenizer)
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         hashes = {path.name: _file_sha256(path) for path in sorted(temporary.iterdir())}
         write_json(temporary / HASHES_FILE, hashes)
+
+
+def put_bos_before_texts(tokenizer: Any) -> None:
+    """Let a fast tokenizer write its BOS before every text, as it stands before every chat.
+
+    Without it the first word of a text becomes the attention sink: in SmolLM2 its activation is some 150 times as
+    large as all others, so that it drowns them in every mean, and steering it changes all later tokens. With BOS in
+    that place it is a word like others, and the model finds plain text a little more probable.
+    """
+    from tokenizers import processors
+
+    core, bos = tokenizer.backend_tokenizer, tokenizer.bos_token
+    template = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    before = core.post_processor
+    core.post_processor = template if before is None else processors.Sequence([before, template])
 
 
 def _is_intact(folder: Path) -> bool:
