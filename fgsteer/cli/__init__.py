@@ -12,6 +12,7 @@ Nothing heavy is imported before a command runs: ``fgsteer --help`` needs no tor
     values.py           checks of their values before a model is loaded
     choices.py          lists from tables, in help texts and shell completion
     loading.py          models, SAEs, vectors and texts as the options name them
+    strengths.py        strengths as -c and --cost give them
     method_settings.py  the settings of a method, checked against its signature
     bench_setup.py      what ``bench`` makes of its options
     outputs.py          what commands write, apart from what they read

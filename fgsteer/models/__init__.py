@@ -3,6 +3,8 @@
 loading.py       ``load_model``: the embedded default, or a model of the hub or a folder
 embedded.py      where the files of the embedded default are
 hookpoints.py    ``Hookpoint``: its names, and the module of a model that it stands for
+devices.py       the device that a model is put on
+chat.py          whether a model chats
 properties.py    a model's width, window, device, and its special and virtual tokens
 names.py         one name for all spellings of a model's
 pairing.py       whether a vector or an SAE was made for the model that is loaded
