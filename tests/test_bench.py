@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import importlib.util
 import json
 import random
@@ -25,7 +26,7 @@ from fgsteer.cli.bench_setup import choose_engine, make_judge
 from fgsteer.data.contrasts import check_name
 from fgsteer.data.shipped import load_bench_prompts, load_chat_prompts
 from fgsteer.evaluation.bench.bench import Bench
-from fgsteer.evaluation.bench.concept_runs import concepts_folder
+from fgsteer.evaluation.bench.concept_runs import begun_design, concepts_folder
 from fgsteer.evaluation.bench.conditions import CONTINUE, ConceptConditions, bench_methods, default_methods
 from fgsteer.evaluation.bench.distributors import RayWorkers, Torchrun
 from fgsteer.evaluation.bench.generators import Generator, TransformersGenerator
@@ -211,6 +212,25 @@ def test_a_run_killed_anywhere_ends_with_the_same_file(parts, unbroken, tmp_path
     assert seen[-1][0] == seen[-1][1] == len(expected.splitlines()) - 1
     make(parts, LengthJudge(fail_at=6)).run(path)  # nothing is left to judge
     assert path.read_bytes() == expected
+
+
+def test_a_compressed_run_goes_on_and_ends_with_the_same_records(parts, unbroken, tmp_path):
+    path, plain, whole = tmp_path / "run.jsonl.gz", tmp_path / "run.jsonl", unbroken.read_bytes()
+    strengths_path(path).write_bytes(strengths_path(unbroken).read_bytes())
+    plain.write_bytes(whole[:-9])  # killed in its last line
+    make(parts, LengthJudge()).run(path)
+    packed = path.read_bytes()
+    assert gzip.decompress(packed) == whole
+    assert packed[4:8] == bytes(4)  # no time of writing
+    assert fg.load_run(path).records == fg.load_run(unbroken).records
+    make(parts, LengthJudge(fail_at=6)).run(path)  # nothing is left to judge
+    plain.write_bytes(whole)  # killed before the plain file was removed
+    make(parts, LengthJudge(fail_at=6)).run(path)
+    assert path.read_bytes() == packed
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.jsonl.gz", "run.strengths.json"]
+    assert begun_design(path) == {"prompts": PLAN.prompts, "seeds": PLAN.seeds}
+    with pytest.raises(fg.PairingError, match=r"run\.jsonl\.gz holds a run of something else: .*seeds was 1 and is 2"):
+        make(parts, LengthJudge(), seeds=2).run(path)
 
 
 def as_rank(monkeypatch, rank, world):

@@ -88,8 +88,9 @@ def test_unclear_strengths_are_refused(arguments, told):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_costs_and_norms_are_those_of_a_plain_reading(chat, llama, chatty):
-    """Cross-entropies by ``cross_entropy``, and norms by a hook on every scored token."""
+def test_costs_and_norms_are_those_of_a_plain_reading(chat, llama, chatty, monkeypatch):
+    """Cross-entropies by ``cross_entropy``, and norms of every scored token in passes of one row."""
+    monkeypatch.setattr("fgsteer.likelihood.strengths._TOGETHER", 2)  # within this model's window
     texts = neutral_texts(chat=chat)
     vector = fg.SteeringVector(torch.ones(D_MODEL), 1)
 
@@ -103,7 +104,8 @@ def test_costs_and_norms_are_those_of_a_plain_reading(chat, llama, chatty):
     norms = []
     for prompt, text in cast(list[tuple[Any, Any]], texts):
         head = chatty.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if chat else f"{prompt} "
-        ids = [chatty(part, add_special_tokens=not chat)["input_ids"] for part in (head.strip(), head + text)]
+        parts = (head.strip(), f"{head}{text}")
+        ids = [chatty(part, add_special_tokens=not chat)["input_ids"] for part in parts]
         hidden = fg.record(llama, torch.tensor([ids[1]]), None, [fg.Hookpoint(1)])[fg.Hookpoint(1)][0]
         norms += hidden[len(ids[0]) :].norm(dim=-1).tolist()
     assert meter.activation_norm == pytest.approx(sorted(norms)[(len(norms) - 1) // 2], rel=1e-4)

@@ -2,5 +2,5 @@
 
 scoring.py      log-probabilities, cross-entropies and divergences under many interventions
 calibration.py  the strength at which steering costs a text a given number of nats per token
-strengths.py    what each strength of a vector costs, and how large it is beside the activations
+strengths.py    what strengths of a vector cost neutral text, and how large they are beside the activations
 """

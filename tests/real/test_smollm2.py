@@ -85,7 +85,7 @@ def test_steering_changes_texts_and_ends_with_its_block(smollm2, wedding):
 def test_collecting_reads_the_tokens_of_the_chat_that_it_says(smollm2, rule):
     """Against one plain pass over the chat written out, and the tokens picked by the lengths of its parts."""
     model, tokenizer = smollm2
-    pair = fg.ContrastPair(*map(said, ANSWERS), prompt=QUESTION)
+    pair = fg.ContrastPair(said(ANSWERS[0]), said(ANSWERS[1]), prompt=QUESTION)
     stats = fg.collect(model, tokenizer, [pair], hookpoints=[LAYER], tokens=rule)
     expected = []
     for answer in ANSWERS:
