@@ -95,7 +95,7 @@ def stage_train(work: Path, recipe: SmolRecipe, layer: int) -> None:
         "model_name": NAME,
         "hf_hook_name": f"model.layers.{layer}",
         "context_size": recipe.context,
-        "prepend_bos": False,
+        "prepend_bos": True,
     }
     train(work / "activations", sae_folder(work, layer), layer, settings, metadata)
 

@@ -50,7 +50,7 @@ class AttentionSinks:
         warn(
             f"{count(self.massive, 'token')} of the {self.tokens:,} that were read have activations of more than "
             f"{MASSIVE:g} times the median norm (up to {largest:,.0f} against {median:,.0f} at {hookpoint}). Such "
-            "attention sinks, often the first tokens of texts without BOS, outweigh all others in a mean. Pass prepend_bos=True, "
-            "which puts BOS in their place, or read other tokens.",
+            "attention sinks, often the first tokens of texts without BOS, outweigh all others in a mean. Pass "
+            "prepend_bos=True, which puts BOS in their place, or read other tokens.",
             FgsteerWarning,
         )
