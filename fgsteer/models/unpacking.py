@@ -135,6 +135,8 @@ def put_bos_before_texts(tokenizer: Any) -> None:
     from tokenizers import processors
 
     core, bos = tokenizer.backend_tokenizer, tokenizer.bos_token
+    if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return
     template = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
     )
