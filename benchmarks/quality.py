@@ -270,18 +270,19 @@ def estimate(tuning: Tuning, methods: Sequence[str], plan: BenchPlan) -> str:
     measured = (steered + 1) * len(plan.concepts) * len(plan.ce_rises)  # one more: CAA at another layer
     texts = searched * own.prompts + (measured + (len(methods) - steered) * len(plan.concepts)) * 2 * plan.prompts
     a_text, a_cost = seconds_of(tuning.root)
-    hours = (texts * a_text + (searched + measured) * a_cost) / 3600
+    minutes = (texts * a_text + (searched + measured) * a_cost) / 60
     return (
         f"{trials} trials and {len(methods)} methods: {texts:,} texts at {a_text:.2f} s and {searched + measured:,} "
-        f"calibrations at {a_cost:.2f} s, about {hours:.1f} hours in all, and more where other programs compute"
+        f"calibrations at {a_cost:.2f} s, about {minutes:.0f} minutes in all, and more where other programs compute"
     )
 
 
 def measure(tuning: Tuning, methods: Sequence[str], plan: BenchPlan, folder: Path, command: str) -> None:
     """Tune, and write the records of all methods and of CAA at the layer of the best SAE method."""
+    for needed in (tuning.work, folder):
+        needed.mkdir(parents=True, exist_ok=True)
     steered = [method for method in methods if spec(method).needs != "nothing" and method not in CONTROLS]
     tuned = {method: tuning.tune(method) for method in steered}
-    folder.mkdir(parents=True, exist_ok=True)
     found = {method: [asdict(trial) for trial in trials] for method, trials in tuned.items()}
     write_json(folder / "tuning.json", {"concepts": list(tuning.root.plan.concepts), **found})
     best = {method: trials[0] for method, trials in tuned.items()}

@@ -161,6 +161,8 @@ def main() -> None:
         subject = load_subject(arguments.model, arguments.sae)
         layer = best_layer(folder) if arguments.layer is None else arguments.layer
         work = arguments.work or ROOT / "build" / "texts" / subject.name
+        for needed in (work, folder):
+            needed.mkdir(parents=True, exist_ok=True)
         plan = BenchPlan(
             CHOOSING + REPORTED,
             methods=("caa",),
@@ -173,7 +175,6 @@ def main() -> None:
         command = shlex.join(["python", "benchmarks/texts.py", *sys.argv[1:]])
         plain = json.loads(json.dumps(asdict(plan)))
         content = {"model": subject.name, "layer": layer, "command": command, "plan": plain, "scores": scores}
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "texts.json", content)
         (folder / "texts.md").write_text(page(content), "utf-8")
     print(page(read_json(folder / "texts.json")))
