@@ -197,6 +197,17 @@ class TextPasses:
             kept[depth] = output
         return kept[depth]
 
+    @torch.no_grad()
+    def stream_norm(self, layer: int) -> float | None:
+        """The median norm of the residual stream after a block, over the first batch's tokens; None where not known."""
+        if not (self.batches and can_skip_blocks(self.model) and layer < len(blocks_of(self.model))):
+            return None
+        output = self._output(0, self._rows_of(0, True), True, layer + 1)
+        if output is None:
+            return None
+        rows, hidden = self._rows_of(0, True), hidden_states_of(output)
+        return float(hidden[rows.attention.to(hidden.device).bool()].float().norm(dim=-1).median())
+
     def _forget(self) -> None:
         self._outputs.clear()
         self._kept_bytes = 0

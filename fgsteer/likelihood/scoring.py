@@ -180,8 +180,13 @@ def cross_entropies(
         DataError: As in ``cross_entropy``.
         SteeringError: As in ``cross_entropy``.
     """
-    pairs = scored_pairs(texts, steering)
-    scores = log_probabilities(model, tokenizer, pairs, steering, batch_tokens=batch_tokens)
+    passes = TextPasses(model, tokenizer, scored_pairs(texts, steering), batch_tokens=batch_tokens)
+    return mean_cross_entropies(passes, len(texts), steering)
+
+
+def mean_cross_entropies(passes: TextPasses, texts: int, steering: Sequence[Entry]) -> list[float]:
+    """The cross-entropies of ``cross_entropies`` on so many texts that are in batches already."""
+    scores = text_log_probabilities(passes, texts, steering)
     return (-scores.sums.sum(1) / scores.counts.sum()).tolist()
 
 
