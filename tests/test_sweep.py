@@ -17,7 +17,7 @@ from fgsteer.errors import DataError, HookpointError, SelectionError
 from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.evaluation.sweep import plots as sweep_plots
 from fgsteer.evaluation.sweep.answers import Curve, best_layer, fade, in_words, sign_differences
-from fgsteer.evaluation.sweep.sweep import random_like
+from fgsteer.evaluation.sweep.measuring import random_like
 from fgsteer.models.hookpoints import blocks_of
 from tests.helpers.cli import invoke_on_cpu
 from tests.helpers.examples import naive_examples
@@ -156,8 +156,7 @@ def own(llama, tokenizer):
 def test_strengths_cost_the_same_everywhere(llama, tokenizer, own):
     rises, ticks = (0.02, 0.05, 0.2), []
     found = fg.sweep(llama, tokenizer, SIDES, ce_rises=rises, neutral=own, progress=lambda *done: ticks.append(done))
-    total = 1 + LAYERS + 1  # strengths, layers, controls
-    assert ticks == [(n + 1, total) for n in range(total)]
+    assert ticks == [(n + 1, LAYERS) for n in range(LAYERS)]
     assert (found.matched, found.steps) == (0.2, rises)
     stats = fg.collect(llama, tokenizer, SIDES, hookpoints=[fg.Hookpoint(layer) for layer in range(LAYERS)])
     base = fg.cross_entropy(llama, tokenizer, own)
