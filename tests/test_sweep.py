@@ -405,7 +405,8 @@ def test_command_line_sweeps(tmp_path):
     ]  # fmt: skip
     assert set(told["cells"][0]["effect"]) == {"mean", "low", "high", "clusters", "units", "effective"}
     assert (told["fgsteer"], told["method"], told["measured_on"]) == ("sweep", "caa", "held")
-    assert len(list((tmp_path / "out").iterdir())) == 5
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"sweep.json", "sweep.html", *(f"sweep-{n}.{k}" for n in ("map", "fading") for k in ("png", "svg"))}
     shown = invoke(*common, "--coefficient", 0.5, "--coefficient", 1)
     assert all(word in shown for word in ("Where, at a cost of 0.5", "Fading:", "Sign,", "coefficient (cost"))
     stats = fg.collect(*fg.load_model("default"), "wedding", hookpoints=fg.Hookpoint(1))
