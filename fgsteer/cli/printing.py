@@ -68,7 +68,7 @@ def progress_bar(what: str, total: int | None, as_json: bool) -> AbstractContext
 
 @contextmanager
 def progress_lines(what: str, as_json: bool) -> Iterator[Report]:
-    """As ``progress_bar``; where standard error is no terminal, a line to it now and then, of work that takes a while."""
+    """As ``progress_bar``; where standard error is no terminal, a line to it now and then if the work takes a while."""
     if in_terminal() or Ranks.from_env().rank:
         with progress_bar(what, None, as_json) as report:
             yield report
