@@ -79,9 +79,9 @@ def test_a_known_point_is_used():
 
 
 def test_strengths_are_those_of_doubling_and_bisection(llama, tokenizer):
-    texts = [*TEXTS, *fg.generate(llama, tokenizer, ["the", "I", "king"], max_new_tokens=12)]
+    texts = fg.generate(llama, tokenizer, ["the", "I", "king"], max_new_tokens=12)  # it has a cost of every size
     makes = []
-    for number, layer in enumerate((0, 1, 2)):
+    for number, layer in enumerate((0, 2)):
         direction = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(number))
         makes.append(fg.SteeringVector(direction, fg.Hookpoint(layer)).unit().add)
     rises = (0.1, 0.3)

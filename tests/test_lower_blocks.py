@@ -139,9 +139,8 @@ def test_other_threads_run_the_whole_model(llama):
 
 def test_where_blocks_cannot_be_skipped(tokenizer):
     assert can_skip_blocks(model_of("llama"))
-    for family in (*HYBRIDS, *ODD_FAMILIES):
-        model = model_of(family)
-        assert not can_skip_blocks(model)
+    for family in (next(iter(HYBRIDS)), *ODD_FAMILIES):
+        assert not can_skip_blocks(model_of(family))
     training = tiny_model("llama").train()
     assert not can_skip_blocks(training)
     compiled = tiny_model("llama")
@@ -154,22 +153,15 @@ def test_where_blocks_cannot_be_skipped(tokenizer):
 def test_answers_of_one_token_share_their_prompt(llama, tokenizer):
     answers = [(prompt, answer) for prompt in ("the man said", "I think") for answer in ("yes", "no", "yes and no")]
     entries = [None, vector(1).add(2.0)]
-    with counted(llama) as tokens:
-        found = fg.log_probabilities(llama, tokenizer, answers, entries, batch_tokens=5)
-    # rows of 5, 5, 7, 4, 4, 6 tokens with BOS; each pair of short ones is one row less its last token
-    alone = one_at_a_time(llama, tokenizer, answers, entries)
-    assert torch.allclose(found.sums, alone, **CLOSE)
-    assert torch.allclose(
-        alone, torch.cat([fg.log_probabilities(llama, tokenizer, [a], entries).sums for a in answers], 1), **CLOSE
-    )
-    with counted(llama) as merged:
-        together = fg.log_probabilities(llama, tokenizer, answers[:2], [None])
+    found = fg.log_probabilities(llama, tokenizer, answers, entries, batch_tokens=16).sums
+    each = [fg.log_probabilities(llama, tokenizer, [answer], entries).sums for answer in answers]
+    assert torch.allclose(found, torch.cat(each, 1), **CLOSE)
+    two = answers[:2]
     with counted(llama) as single:
-        apart = fg.log_probabilities(llama, tokenizer, answers[:1], [None])
-    assert merged[0] == single[0] - 1
-    assert torch.allclose(together.sums[:, :1], apart.sums, **CLOSE)
-    assert tokens[0] > 0
-    scope = [vector(1).add(2.0, scope="generated")]
-    with counted(llama) as unmerged:  # a token that is generated is one to steer
-        fg.log_probabilities(llama, tokenizer, answers[:2], scope)
-    assert unmerged[0] == 2 * single[0]
+        fg.log_probabilities(llama, tokenizer, two[:1])
+    with counted(llama) as merged:  # the last token predicts nothing that is scored
+        fg.log_probabilities(llama, tokenizer, two)
+    assert merged == [single[0] - 1] * LAYERS
+    with counted(llama) as unmerged:  # a generated token is one to steer
+        fg.log_probabilities(llama, tokenizer, two, [vector(1).add(2.0, scope="generated")])
+    assert unmerged == [2 * single[0]] * LAYERS

@@ -40,7 +40,9 @@ class KeptCells:
             cells = stored.get("cells") if isinstance(stored, dict) else None
             if not isinstance(cells, dict) or not all(isinstance(cell, dict) for cell in cells.values()):
                 raise FormatError(
-                    f"{self.path}", "the cells of a sweep that was stopped", "delete it, or pass fresh=True"
+                    f"{self.path} without cells",
+                    "the cells of a sweep that was stopped",
+                    "delete it, or pass fresh=True",
                 )
             check_same_plan(self.path, stored.get("plan"), self.plan)
             self._cells = cells
