@@ -238,8 +238,9 @@ class CostMeter:
 
     def guess(self, item: Intervention, target: float) -> float:
         """A multiple of an intervention that may cost the target, from the size of activations; 1 where not known."""
-        update = item.update()
-        at = item.hookpoint
+        if not isinstance(item, Intervention):
+            return 1.0  # the first pass says what is wrong
+        update, at = item.update(), item.hookpoint
         if update.read is not None or update.sae is not None or at.site in ("z", "mlp_in"):
             return 1.0
         size = float((update.const.detach()[:, None].float() @ update.write.detach().float()).norm())
@@ -251,6 +252,8 @@ class CostMeter:
 
 def _changes_nothing(item: Intervention) -> bool:
     """Whether an intervention adds zero, whatever it is added to."""
+    if not isinstance(item, Intervention):
+        return False  # the first pass says what is wrong
     update = item.update()
     return update.read is None and update.sae is None and not bool(update.const.any())
 

@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states
-from fgsteer.models.hookpoints import blocks_of, decoder_of, is_known, uncompiled, why_not_added
+from fgsteer.models.hookpoints import blocks_of, decoder_of, uncompiled, why_not_added
 from fgsteer.models.properties import virtual_tokens
 from fgsteer.steering.entries import Entry, interventions_of
 from fgsteer.steering.shadows import shadow
@@ -40,19 +40,21 @@ def unchanged_blocks(entry: Entry, blocks: int) -> int:
     return min([blocks, *(at.layer + (at.site == "resid_post") for at in places)])
 
 
+def has_plain_blocks(model: nn.Module) -> bool:
+    """Whether the blocks are transformers' and of known kinds, which pass on a residual stream and no other state."""
+    blocks = [*map(uncompiled, blocks_of(model))]
+    return all(type(b).__module__.startswith("transformers.") and not why_not_added(b) for b in blocks)
+
+
 def can_skip_blocks(model: nn.Module) -> bool:
     """Whether a pass may go on from the output of a block, and nothing changes but speed.
 
-    That is in transformers' blocks of known kinds, which pass on a residual stream and no other state, without virtual
-    tokens, dropout or compiled graphs.
+    That is in plain blocks, without virtual tokens, dropout or compiled graphs.
     """
-    if not is_known(model) or model.training or virtual_tokens(model):
+    if not has_plain_blocks(model) or model.training or virtual_tokens(model):
         return False
-    blocks = blocks_of(model)
-    compiled = (model, decoder_of(model), *blocks)
-    if any(uncompiled(m) is not m or m._compiled_call_impl is not None for m in compiled):
-        return False
-    return all(not why_not_added(b) and type(b).__module__.startswith("transformers.") for b in blocks)
+    modules = (model, decoder_of(model), *blocks_of(model))
+    return not any(uncompiled(m) is not m or m._compiled_call_impl is not None for m in modules)
 
 
 def output_of_blocks(

@@ -24,7 +24,13 @@ from fgsteer.activations.outputs import hidden_states_of
 from fgsteer.activations.prompt_ends import note_prompt_ends
 from fgsteer.activations.tokens import TokenReader
 from fgsteer.data.chat import Text
-from fgsteer.likelihood.lower_blocks import can_skip_blocks, output_of_blocks, skip_blocks, unchanged_blocks
+from fgsteer.likelihood.lower_blocks import (
+    can_skip_blocks,
+    has_plain_blocks,
+    output_of_blocks,
+    skip_blocks,
+    unchanged_blocks,
+)
 from fgsteer.models.hookpoints import blocks_of, uncompiled
 from fgsteer.models.properties import context_window, input_device, virtual_tokens
 from fgsteer.steering.entries import Entry, interventions_of
@@ -96,7 +102,7 @@ class TextPasses:
             scored=scored,
         ) as reader:
             self.batches = list(batch_texts(model, reader, triples, batch_tokens=self.fits))
-        plain = not virtual_tokens(model)
+        plain = has_plain_blocks(model) and not virtual_tokens(model)
         self._picks_columns = plain and "logits_to_keep" in inspect.signature(uncompiled(model).forward).parameters
         self._rows: dict[tuple[int, bool], _Rows] = {}
         self._outputs: dict[tuple[int, bool], dict[int, Any]] = {}  # of blocks, by batch, then by depth
