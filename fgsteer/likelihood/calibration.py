@@ -17,6 +17,7 @@ from fgsteer.interventions.kinds import Intervention
 from fgsteer.likelihood.cost_curves import POWER, CostCurve
 from fgsteer.likelihood.passes import TextPasses
 from fgsteer.likelihood.scoring import Scored, mean_cross_entropies, mean_kl_divergences, scored_pairs
+from fgsteer.steering.entries import interventions_of
 from fgsteer.steering.ranges import activation_dtype, change_bound, max_change
 
 if TYPE_CHECKING:
@@ -237,9 +238,11 @@ class CostMeter:
         return self._unsteered
 
     def guess(self, item: Intervention, target: float) -> float:
-        """A multiple of an intervention that may cost the target, from the size of activations; 1 where not known."""
-        if not isinstance(item, Intervention):
-            return 1.0  # the first pass says what is wrong
+        """A multiple of an intervention that may cost the target, from the size of activations; 1 where not known.
+
+        Raises SteeringError for what is no intervention.
+        """
+        interventions_of(item)  # raises for anything else
         update, at = item.update(), item.hookpoint
         if update.read is not None or update.sae is not None or at.site in ("z", "mlp_in"):
             return 1.0
@@ -251,9 +254,8 @@ class CostMeter:
 
 
 def _changes_nothing(item: Intervention) -> bool:
-    """Whether an intervention adds zero, whatever it is added to."""
-    if not isinstance(item, Intervention):
-        return False  # the first pass says what is wrong
+    """Whether an intervention adds zero, whatever it is added to. Raises SteeringError for what is none."""
+    interventions_of(item)  # raises for anything else
     update = item.update()
     return update.read is None and update.sae is None and not bool(update.const.any())
 
