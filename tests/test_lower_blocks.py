@@ -41,7 +41,7 @@ def counted(model):
         def count(_, args, __, number=number):
             tokens[number] += args[0].shape[:-1].numel()
 
-        handles.append(block.mlp.register_forward_hook(count))
+        handles.append(block.get_submodule("mlp").register_forward_hook(count))
     try:
         yield tokens
     finally:

@@ -510,7 +510,7 @@ def test_the_page_stands_alone(llama, tokenizer, own, tmp_path):
 
 def test_progress_in_lines(monkeypatch, capsys):
     now = iter((0.0, 5.0, 20.0, 21.0, 130.0))
-    monkeypatch.setattr(printing.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr("fgsteer.cli.printing.time.monotonic", lambda: next(now))
     with printing.progress_lines("sweeping", as_json=True) as report:
         for done in (1, 2, 3, 4):
             report(done, 8)
