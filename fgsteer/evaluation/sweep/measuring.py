@@ -129,7 +129,9 @@ class Survey:
         """Measure steps of a layer and some signs, and its random directions, as far as they were not yet."""
         steps, vector = list(steps), self.vectors(layer)
         self.steps |= {(layer, sign, step) for sign in signs for step in steps}
-        parts = [_Part(_scaled(vector, sign), {_name(layer, sign, step): step for step in steps}) for sign in signs]
+        parts = [
+            _Part(_scaled(vector, float(sign)), {_name(layer, sign, step): step for step in steps}) for sign in signs
+        ]
         self._measure([self._missing_of(part) for part in parts], self.by_cost)
         if controls and self.controls:
             self.controlled.add(layer)
