@@ -33,6 +33,7 @@ from typing import Any
 from subject import RESULTS, ROOT, TUNING_CONCEPTS, Behaviors, Subject, load_behaviors, load_subject, results_folder
 
 import fgsteer as fg
+from fgsteer.errors.wording import count
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.generators import TransformersGenerator
 from fgsteer.evaluation.bench.plan import BenchPlan
@@ -176,7 +177,7 @@ def comparisons(folder: Path) -> list[str]:
     chose = read_json(folder / "tuning.json").get("concepts", run.concepts)
     if others := [concept for concept in run.concepts if concept not in chose]:
         on_others = difference(run.only(concepts=others), best, "caa")
-        lines.append(f"On the {len(others)} concepts that chose nothing: {on_others}.")
+        lines.append(f"On {count(len(others), 'concept')} that chose nothing: {on_others}.")
     return lines
 
 
