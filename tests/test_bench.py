@@ -413,7 +413,7 @@ def test_resume_keeps_whole_batches_only(tmp_path):
     ("changes", "told"),
     [
         ({"methods": ("fgaa", "magic")}, "magic"),
-        ({"prompts": 25}, "25 prompts"),
+        ({"prompts": 33}, "33 prompts"),
         ({"ce_rises": (0.5, 0.25)}, "rising"),
         ({"ce_rises": ()}, "rising"),
         ({"matched": 0.3}, "matched 0.3"),

@@ -54,6 +54,7 @@ TITLES = {
     "effects": "Effects",
     "methods": "Methods",
     "features": "Features",
+    "training": "Training of SAEs",
     "evaluation": "Evaluation",
     "export": "Exports",
     "errors": "Errors and warnings",

@@ -23,7 +23,7 @@ from fgsteer.cli.options import (
     TrustOption,
 )
 from fgsteer.cli.printing import progress_bar, say, show
-from fgsteer.cli.values import fillable, hookpoints
+from fgsteer.cli.values import fillable, hookpoints, seed_in_range
 from fgsteer.errors import DataError
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.storage.ranks import Ranks
@@ -63,7 +63,9 @@ def train_sae(
             "--lr", min=1e-9, max=10, help="The learning rate; by default 2e-3, less for more than 2,000 steps."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The seed of the first weights and of the order.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", callback=seed_in_range, help="The seed of the first weights and of the order.")
+    ] = 0,
     context: Annotated[
         int | None,
         typer.Option(
