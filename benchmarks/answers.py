@@ -134,9 +134,9 @@ def finding(content: Mapping[str, Any]) -> str:
     return (
         f"At a cost of {sweeps[0]['matched']:g} nats a token the best layer is {statistics.median(depths):g} of the "
         f"{len(layers)} tried (median of {len(best)} behaviors, from {depths[0]} to {depths[-1]}), at ‖c v‖/‖h‖ of "
-        f"{statistics.median(doses):.2f} (from {min(doses):.2f} to {max(doses):.2f}). Over layers, the strength of "
-        f"this cost differs {ratios['raw']:.1f}-fold in raw units and {ratios['relative']:.1f}-fold in relative ones "
-        f"(medians over behaviors). On average over layers the negative sign is clearly stronger for "
+        f"{statistics.median(doses):.2f} (from {min(doses):.2f} to {max(doses):.2f}). Over layers and signs, the "
+        f"strength of this cost differs {ratios['raw']:.1f}-fold in raw units and {ratios['relative']:.1f}-fold in "
+        f"relative ones (medians over behaviors). On average over layers the negative sign is clearly stronger for "
         f"{counts['difference'][0]} of {len(means)} behaviors and clearly weaker for {counts['difference'][1]}; net of "
         f"what random directions of equal cost do, for {counts['net'][0]} and {counts['net'][1]}."
     )
