@@ -36,7 +36,7 @@ CONCEPTS = ("love", "wedding")
 METHODS = ("caa", "ace", "sta", "fgaa", "fgaa_effects")
 EFFECTS = {"mu": 0.1, "bias_weight": 0.0}  # of the projection through effects
 CE_RISE = 0.3  # nats per token of neutral text that every method is allowed to cost
-TOLERANCE = 0.1  # of that cost
+TOLERANCE, NEUTRAL_TEXTS = 0.15, 2  # of that cost, and how many texts it is measured on: less exact than elsewhere
 PROMPTS = ("The next day", "I think")
 QUESTION = "What did you do yesterday?"
 NEW_TOKENS = 32
@@ -218,7 +218,7 @@ def calibrated(
         parts.model,
         parts.tokenizer,
         [at_dose(name) for name in makers],
-        meter.texts,
+        meter.texts[:NEUTRAL_TEXTS],
         target_ce_rise=ce_rise,
         start=FIRST_GUESS,
         tolerance=TOLERANCE,
