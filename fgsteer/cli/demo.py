@@ -48,7 +48,7 @@ SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 def demo(
     concepts: Annotated[
         list[str] | None,
-        typer.Argument(help="Shipped concepts; by default wedding, and with the embedded model love too."),
+        typer.Argument(help="Shipped concepts. By default wedding, and love too where the model does not chat."),
     ] = None,
     model: Annotated[
         str | None,
