@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 import fgsteer as fg
 from fgsteer.evaluation.judges import table as judges
 from fgsteer.export import table as exports
+from fgsteer.interventions.scopes import RENAMED_SCOPES, SCOPES
 from fgsteer.methods import table as methods
 from fgsteer.saes.formats import table as sae_formats
 from tests.helpers.cli import app, click_group
@@ -269,7 +270,6 @@ def test_every_table_stands_in_a_page_and_says_what_the_code_says(site):
 
 def test_every_scope_is_explained():
     page = (DOCS / "concepts" / "tokens.md").read_text(encoding="utf-8")
-    scopes = get_args(get_type_hints(fg.Add)["scope"])
-    assert set(re.findall(r'^\| `"(\w+)"` \|', page.partition("## Scopes")[2].partition("\n## ")[0], re.M)) == set(
-        scopes
-    )
+    explained = re.findall(r'^\| `"(\w+)"` \|', page.partition("## Scopes")[2].partition("\n## ")[0], re.M)
+    assert set(explained) == set(SCOPES)
+    assert {*SCOPES, *RENAMED_SCOPES} == set(get_args(get_type_hints(fg.Add)["scope"]))
