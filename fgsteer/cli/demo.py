@@ -128,7 +128,7 @@ def run(
         screen.print(
             f"\nVectors from 40 sentences a side (STA's frequencies are coarse below 80). {took:.0f} s.", style="dim"
         )
-        screen.print("\nNext, by hand:\n" + "\n".join(next_commands(concepts[0], parts)))
+        screen.print("\nNext, by hand:", *next_commands(concepts[0], parts), sep="\n", soft_wrap=True)
     return shown
 
 
