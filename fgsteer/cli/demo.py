@@ -32,20 +32,24 @@ if TYPE_CHECKING:
     from fgsteer.interventions import Intervention
 
 REAL, EMBEDDED = "smollm2", "default"  # the model that is shown where it is installed, and the one that always is
-CONCEPTS = ("love", "wedding")
+CONCEPTS = ("love", "wedding")  # of a model that chats, which takes longer, the second alone
 METHODS = ("caa", "ace", "sta", "fgaa", "fgaa_effects")
 EFFECTS = {"mu": 0.1, "bias_weight": 0.0}  # of the projection through effects
-CE_RISE = 0.3  # nats per token of neutral text that every method is allowed to cost
-TOLERANCE, NEUTRAL_TEXTS = 0.15, 2  # of that cost, and how many texts it is measured on: less exact than elsewhere
+CE_RISE = 0.5  # nats per token of neutral text that every method is allowed to cost: the rule of SAE-TS
+TOLERANCE = 0.15  # of that cost
+LEAST_DOSE = 1e-3  # of the activations' norm: a search that ends below found a cost at strength 0 already
 PROMPTS = ("The next day", "I think")
 QUESTION = "What did you do yesterday?"
 NEW_TOKENS = 32
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 
 
-@app.command(short_help="Steer a model towards two concepts by several methods.")
+@app.command(short_help="Steer a model towards concepts by several methods.")
 def demo(
-    concepts: Annotated[list[str] | None, typer.Argument(help="Shipped concepts; two by default.")] = None,
+    concepts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Shipped concepts. By default wedding, and love too where the model does not chat."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -59,10 +63,10 @@ def demo(
     sae_id: SaeIdOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Steer a model towards two concepts by several methods, side by side, as a text and in a chat."""
+    """Steer a model towards concepts by several methods, side by side, as a text and in a chat."""
     if model is None and (sae is not None or sae_id is not None):
         raise DataError("an SAE without --model", "the model that it was trained on", "name it with --model")
-    result = run(console(), concepts or CONCEPTS, model=model, sae=sae, sae_id=sae_id, as_json=as_json)
+    result = run(console(), concepts, model=model, sae=sae, sae_id=sae_id, as_json=as_json)
     show_result(result, as_json, lambda _: None)
 
 
@@ -92,7 +96,7 @@ class ConceptDemo:
 
 def run(
     screen: Console,
-    concepts: Sequence[str] = CONCEPTS,
+    concepts: Sequence[str] | None = None,
     *,
     model: str | None = None,
     sae: str | None = None,
@@ -102,6 +106,7 @@ def run(
     """The whole demo; returns it as plain JSON."""
     began = time.perf_counter()
     parts = load_parts(model, sae, sae_id)
+    concepts = concepts or (CONCEPTS[1:] if parts.chats else CONCEPTS)
     if not as_json:
         show_parts(parts, screen)
     shown = []
@@ -123,7 +128,7 @@ def run(
         screen.print(
             f"\nVectors from 40 sentences a side (STA's frequencies are coarse below 80). {took:.0f} s.", style="dim"
         )
-        screen.print("\nNext, by hand:\n" + "\n".join(next_commands(concepts[0], parts)))
+        screen.print("\nNext, by hand:", *next_commands(concepts[0], parts), sep="\n", soft_wrap=True)
     return shown
 
 
@@ -161,8 +166,7 @@ def run_concept(concept: str, parts: Parts, *, ce_rise: float = CE_RISE, seed: i
     names = ["unsteered", *steering]
     items = [None, *(item for _, item in steering.values())]
     texts = sample(parts, PROMPTS, items, seed)
-    replies = [None if item is None else replace(item, scope="reply") for item in items]
-    answers = sample(parts, [[{"role": "user", "content": QUESTION}]], replies, seed) if parts.chats else []
+    answers = sample(parts, [[{"role": "user", "content": QUESTION}]], items, seed) if parts.chats else []
     features = {name: fg.describe_features(model, tokenizer, sae, vectors[name], top=5) for name in ("sta", "fgaa")}
     return ConceptDemo(
         concept,
@@ -201,10 +205,12 @@ def calibrated(
 ) -> dict[str, tuple[float, Intervention]]:
     """The strength of each method that costs neutral text ``ce_rise`` nats a token, and its intervention there.
 
-    A method that reaches no such cost is left out. Strengths are searched in units of the activations' norm, from the
-    same first guess for all.
+    All steer from the last token of a prompt on, and so leave alone the first token of a text, whose activations are
+    in many models some hundred times the others'. Of a model that chats, one of the texts is a reply. Strengths are
+    searched in units of the activations' norm, from the same first guess for all; a method that costs too much at
+    every strength, or too little, is left out.
     """
-    from fgsteer.likelihood.strengths import FIRST_GUESS, StrengthMeter
+    from fgsteer.likelihood.strengths import FIRST_GUESS, StrengthMeter, neutral_texts
     from fgsteer.methods import spec
 
     meter = StrengthMeter(parts.model, parts.tokenizer, vectors["caa"], makers["caa"], chat=False)
@@ -212,19 +218,19 @@ def calibrated(
     units = {name: meter.activation_norm / norm for name, norm in norms.items()}
 
     def at_dose(name: str) -> Callable[[float], Intervention]:
-        return lambda dose: makers[name](dose * units[name])
+        return lambda dose: replace(makers[name](dose * units[name]), scope="reply")
 
     doses = fg.calibrate_many(
         parts.model,
         parts.tokenizer,
         [at_dose(name) for name in makers],
-        meter.texts[:NEUTRAL_TEXTS],
+        [meter.texts[0], neutral_texts(chat=parts.chats)[1]],
         target_ce_rise=ce_rise,
         start=FIRST_GUESS,
         tolerance=TOLERANCE,
     )
-    found = {name: dose * units[name] for name, dose in zip(makers, doses, strict=True) if math.isfinite(dose)}
-    return {name: (coefficient, makers[name](coefficient)) for name, coefficient in found.items()}
+    found = {name: dose for name, dose in zip(makers, doses, strict=True) if LEAST_DOSE < dose < math.inf}
+    return {name: (dose * units[name], at_dose(name)(dose)) for name, dose in found.items()}
 
 
 def sample(parts: Parts, prompts: Sequence[Any], steering: Sequence[Intervention | None], seed: int) -> list[list[str]]:
