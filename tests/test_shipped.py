@@ -225,7 +225,16 @@ def test_commands_take_the_saes_and_effects_of_a_shipped_model(checkout, tmp_pat
     contrast = {"positive": ["the bride wore a ring", "the groom"], "negative": ["a dog sat", "a cat"]}
     sides = fg.ContrastSet("wedding", positives=contrast["positive"], negatives=contrast["negative"])
     fg.collect(model, tokenizer, sides, sae=fg.load_sae("smollm2")).save(tmp_path / "s.safetensors")
-    built = ("build", "fgaa", "--stats", tmp_path / "s.safetensors", "--set", "max_density=1", "--no-strengths", "--json")
+    built = (
+        "build",
+        "fgaa",
+        "--stats",
+        tmp_path / "s.safetensors",
+        "--set",
+        "max_density=1",
+        "--no-strengths",
+        "--json",
+    )
     for more in ((), ("--effects", "smollm2"), ("--effects", "smollm2", "--sae-id", "layer_1")):
         result = json.loads(invoke(*built, *more, "-o", tmp_path / "v.safetensors").stdout)
         assert result["hookpoint"] == "blocks.1.hook_resid_post"
