@@ -166,9 +166,9 @@ def sweep(
     output = {"command": command, **swept.as_dict()}
     if out is not None:
         write_json(make_folder(out) / "sweep.json", output)
-        (out / PARTS_FILE).unlink(missing_ok=True)
         save_pictures(swept, out)
         write_page(swept, out / "sweep.html", command)
+        (out / PARTS_FILE).unlink(missing_ok=True)  # last: a command that is killed goes on from it
     show(output, as_json, lambda _: _print_sweep(swept))
     if out is not None and not as_json:
         say(f"sweep.json, the pictures and sweep.html are in {out}.")

@@ -23,6 +23,7 @@ from fgsteer.evaluation.sweep.kept import KeptCells
 from fgsteer.evaluation.sweep.results import SweepCell
 from fgsteer.interventions import Add, Intervention
 from fgsteer.likelihood.calibration import CostMeter, solve_costs
+from fgsteer.likelihood.passes import TextPasses
 from fgsteer.models.hookpoints import blocks_of
 from fgsteer.vector import SteeringVector
 
@@ -56,10 +57,10 @@ class Meter:
         self.model, self.propensity = model, propensity
         self.costs = CostMeter(model, tokenizer, neutral, "target_ce_rise", batch_tokens)
         self.passes = propensity.passes(model, tokenizer, batch_tokens)
-        began = time.perf_counter()
         self.entropy = self.costs.unsteered
+        began = time.perf_counter()  # the first pass is slower than all others
         self._values, self.unit = propensity.values_of(self.passes, [None])
-        self.seconds = time.perf_counter() - began  # of one pass over all texts
+        self.seconds_per_token = (time.perf_counter() - began) / _tokens(self.passes)
 
     @property
     def base(self) -> Shares:
@@ -75,12 +76,11 @@ class Meter:
 
     def estimate(self, evaluations: Mapping[int, float], effects: Mapping[int, int]) -> float:
         """The seconds of so many passes over neutral texts and over the others, by layer."""
-        neutral, others = (sum(batch.tokens for batch in p.batches) for p in (self.costs.passes, self.passes))
-        tokens = sum(
+        neutral, others = _tokens(self.costs.passes), _tokens(self.passes)
+        return self.seconds_per_token * sum(
             self._share_above(layer) * (evaluations.get(layer, 0.0) * neutral + effects.get(layer, 0) * others)
             for layer in {*evaluations, *effects}
         )
-        return self.seconds * tokens / (neutral + others)
 
     def _share_above(self, layer: int) -> float:
         """The share of a pass that is run for each strength: the blocks above the layer, and the head."""
@@ -222,6 +222,11 @@ def curves_of(shares: Mapping[SweepCell, Shares]) -> list[Curve]:
         )
         for (layer, sign), row in rows.items()
     ]
+
+
+def _tokens(passes: TextPasses) -> int:
+    """The tokens of a pass over all texts, with padding."""
+    return sum(batch.tokens for batch in passes.batches)
 
 
 def _name(layer: int, sign: int, step: float) -> str:
