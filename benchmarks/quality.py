@@ -1,28 +1,41 @@
-"""SAE methods against plain CAA on the embedded default: settings tuned on one half, measured on the other.
+"""SAE methods against plain CAA: settings tuned on one half of the prompts, measured on the other.
 
 Each method's layer, then a small grid of its settings, is tried on the tuning half alone. The setting with the best
-mean BCS over the concepts is kept, where every concept stands at its best strength. Then all methods run on both
+mean BCS over the tuning concepts is kept, where every concept stands at its best strength. Then all methods run on both
 halves. The reason for two halves: a method that is tuned on the texts that it is reported on beats anything.
 
-    python benchmarks/quality.py            writes results/{tuning.json, *.jsonl, table.md, report.html, *.png, *.svg}
-    python benchmarks/quality.py --tables   makes tables, page and pictures again, of the records that are there
-    python benchmarks/quality.py --docs     puts the table into docs/benchmarks.md and the sentence into README.md
+    python benchmarks/quality.py                           the embedded default, all sixteen concepts
+    python benchmarks/quality.py --model smollm2           SmolLM2, whose settings are chosen on six of them
+    python benchmarks/quality.py --model smollm2 --behaviors chat     formal, cheerful, long-winded and Spanish replies
+    python benchmarks/quality.py ... --estimate            says how long the command would take, and ends
+    python benchmarks/quality.py ... --tables              makes tables, page and pictures of the records again
+    python benchmarks/quality.py --docs                    puts the tables and the sentence into docs and README.md
+
+A smaller version is the same command with --concept, --method, --prompts and --tuning-prompts. A command that was
+killed goes on where it ended. Results lie in results/, or in a folder there by model and behaviors: tuning.json, the
+records, table.md, report.html and pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shlex
+import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from subject import RESULTS, ROOT, TUNING_CONCEPTS, Behaviors, Subject, load_behaviors, load_subject, results_folder
+
 import fgsteer as fg
+from fgsteer.errors.wording import count
 from fgsteer.evaluation.bench.bench import Bench
+from fgsteer.evaluation.bench.generators import TransformersGenerator
 from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.evaluation.runs.plots import save_all
@@ -30,20 +43,23 @@ from fgsteer.evaluation.runs.records import Run
 from fgsteer.evaluation.runs.report import markdown
 from fgsteer.evaluation.runs.settings import best_settings
 from fgsteer.evaluation.runs.tables import average_table, best_sae_method, compare
+from fgsteer.likelihood.calibration import calibrate_grid
 from fgsteer.methods import method_name, spec, specs
 from fgsteer.storage.atomic import atomic_write
-from fgsteer.storage.json_files import write_json
+from fgsteer.storage.json_files import read_json, write_json
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
-BENCH, NEARBY = RESULTS / "bench.jsonl", RESULTS / "same_layer.jsonl"
-PAGE, README = HERE.parent / "docs" / "benchmarks.md", HERE.parent / "README.md"
+RUN, NEARBY = "bench.jsonl.gz", "same_layer.jsonl.gz"
+PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 
 WIDE = {"max_density": 1.0, "n_positive": 256, "n_negative": 128}  # no density filter, many features of both signs
 MIXED = {"mu": 0.1, "bias_weight": 0.0, "unit_effects": True, "decoder_weight": 0.5}
 # tried besides the defaults, which are those of the papers
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "sta": tuple({"p": p} for p in (0.01, 0.05, 0.7)),
+    "caa_denoised": (
+        *({"threshold": threshold} for threshold in (0.5, 1.5, 2.0)),
+        *({"shrinkage": "hard", "threshold": threshold} for threshold in (1.0, 1.5, 2.0)),
+    ),
+    "sta": (*({"p": p} for p in (0.01, 0.05, 0.7)), {"keep_error": True}, {"p": 0.05, "keep_error": True}),
     "sae_ts": (
         *({"bias_weight": weight} for weight in (0.0, 0.3)),
         *({"mu": mu, "bias_weight": 0.0} for mu in (0.1, 0.3, 1.0)),
@@ -55,6 +71,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         WIDE,
         {**WIDE, "score": "welch_t"},
     ),
+    "fgaa_error": (
+        {"n_positive": 64, "n_negative": 32, "max_density": 1.0, "score": "welch_t"},
+        WIDE,
+        {**WIDE, "score": "welch_t"},
+    ),
     "fgaa_effects": (
         *({"mu": mu} for mu in (0.1, 0.3, 1.0)),
         {"mu": 1.0, "bias_weight": 0.0},
@@ -62,14 +83,16 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {**WIDE, **MIXED},
         {**WIDE, **MIXED, "score": "welch_t"},
         {**WIDE, **MIXED, "mu": 0.3},
+        {**WIDE, **MIXED, "keep_error": True},
+        {**WIDE, **MIXED, "keep_error": True, "score": "welch_t"},
         {**MIXED, "max_density": 1.0, "n_positive": 64, "n_negative": 32},
         {**MIXED, "n_positive": 64, "n_negative": 32},
     ),
 }
 CONTROLS = {"random": "caa", "minus_bias": "fgaa_effects"}  # measured at the layer of the method that they stand beside
-CE_RISES = (0.25, 0.5, 1.0)  # of the tuning runs
-TUNING_PROMPTS, PROMPTS = 8, 24  # with one seed each: intervals are over prompts
+TUNING_RISES, CE_RISES = (0.25, 0.5, 1.0), (0.125, 0.25, 0.5, 1.0)
 MATCHED = 0.5
+PROBE_PROMPTS = 16  # texts by which the time of a run is estimated
 
 
 @dataclass(frozen=True)
@@ -83,32 +106,28 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Runs methods on the tuning half of all concepts."""
+    """Runs methods on the tuning half of the tuning concepts; ``root`` has the plan that all trials share."""
 
-    parts: Mapping[str, Any]
-    concepts: tuple[str, ...]
+    subject: Subject
+    root: Bench
+    layers: Sequence[int]
     work: Path
     fresh: bool
 
-    def layers(self, method: str) -> list[int]:
+    def layers_of(self, method: str) -> list[int]:
         """Where a method can run."""
-        return sorted(self.parts["effects"] if spec(method).needs == "effects" else self.parts["saes"])
+        return self.subject.layers(spec(method).needs, self.layers)
+
+    def trials_of(self, method: str) -> int:
+        """How many settings of a method are tried."""
+        return len(self.layers_of(method)) + len(SETTINGS.get(method, ()))
 
     def trial(self, method: str, layer: int, settings: dict[str, Any]) -> Trial:
         """Measure one setting."""
-        plan = BenchPlan(
-            self.concepts,
-            methods=(method,),
-            layers=(layer,),
-            ce_rises=CE_RISES,
-            matched=None,
-            prompts=TUNING_PROMPTS,
-            halves=("tune",),
-            settings={method: settings},
-        )
+        plan = replace(self.root.plan, methods=(method,), layers=(layer,), settings={method: settings})
         name = "-".join([method, str(layer), *(f"{key}={value}" for key, value in settings.items())])
         path = self.work / f"{name}.jsonl"
-        Bench(**self.parts, plan=plan).run(path, fresh=self.fresh)
+        self.root.with_plan(plan).run(path, fresh=self.fresh)
         run = fg.load_run(path)
         chosen = [run.mean(setting, "tune") for setting in best_settings(run).values()]
         trial = Trial(layer, settings, sum(chosen) / len(chosen))
@@ -117,46 +136,59 @@ class Tuning:
 
     def tune(self, method: str) -> list[Trial]:
         """Trials of a method, the best first: its defaults at each layer, then its settings at the best of them."""
-        trials = [self.trial(method, layer, {}) for layer in self.layers(method)]
+        trials = [self.trial(method, layer, {}) for layer in self.layers_of(method)]
         layer = max(trials, key=lambda t: t.bcs).layer
         trials += [self.trial(method, layer, settings) for settings in SETTINGS.get(method, ())]
         return sorted(trials, key=lambda t: -t.bcs)
 
 
 @cache
-def bench_run() -> Run:
-    """The run of the benchmark, loaded once."""
-    return fg.load_run(BENCH)
-
-
-def compared_runs() -> dict[str, Run]:
-    """The run as it is, and with CAA at the layer of the best SAE method."""
-    run, near = bench_run(), fg.load_run(NEARBY)
+def runs_in(folder: Path = RESULTS) -> tuple[Run, Run, int]:
+    """The run of a results folder, the one with CAA at the layer of the best SAE method, and that layer."""
+    run, near = fg.load_run(folder / RUN), fg.load_run(folder / NEARBY)
     (layer,) = near.header["plan"]["layers"]["caa"]
-    records = [*(r for r in run.records if r.method != "caa"), *near.records]
+    return run, Run(run.header, [*(r for r in run.records if r.method != "caa"), *near.records]), layer
+
+
+def compared_runs(folder: Path = RESULTS) -> dict[str, Run]:
+    """The run as it is, and with CAA at the layer of the best SAE method, each with its title."""
+    run, near, layer = runs_in(folder)
     at = ", ".join(f"{method_name(method)} {layer}" for method, (layer,) in run.header["plan"]["layers"].items())
-    return {f"Each at its own best layer ({at})": run, f"CAA at layer {layer} too": Run(run.header, records)}
+    return {f"Each at its own best layer ({at})": run, f"CAA at layer {layer} too": near}
 
 
-def summary() -> str:
-    """The table of docs/benchmarks.md, and the differences beside it in words."""
-    (_, run), (title, near) = compared_runs().items()
+def difference(run: Run, one: str, other: str, matched: float | None = None) -> str:
+    """``one`` less ``other`` in BCS, with its interval."""
+    gain = compare(run, one, other, matched)
+    words = f"{method_name(one)} less {method_name(other)} {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+    return words.replace(" -", " −").replace("[-", "[−")
+
+
+def comparisons(folder: Path) -> list[str]:
+    """The differences that stand beside a table, in words."""
+    run, near, layer = runs_in(folder)
+    best = best_sae_method(run) or "fgaa"
     lines = [
-        f"{what}: {method_name(one)} less {method_name(other)} "
-        f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}].".replace("-0", "−0")
-        for what, measured, one, other, matched in (
-            (f"With {title.replace(' too', '')}", near, "fgaa_effects", "caa", None),
-            (f"All at {MATCHED} nats", run, "fgaa_effects", "caa", MATCHED),
-            ("At the best coefficient", run, "fgaa_effects", "fgaa", None),
-        )
-        for gain in [compare(measured, one, other, matched)]
+        f"With CAA at layer {layer}: {difference(near, best, 'caa')}.",
+        f"All at {MATCHED} nats: {difference(run, best, 'caa', MATCHED)}.",
     ]
-    return f"{markdown(run)}\n{chr(10).join(lines)}\n"
+    if {"fgaa", "fgaa_effects"} <= set(run.methods):
+        lines.append(f"At the best coefficient: {difference(run, 'fgaa_effects', 'fgaa')}.")
+    chose = read_json(folder / "tuning.json").get("concepts", run.concepts)
+    if others := [concept for concept in run.concepts if concept not in chose]:
+        on_others = difference(run.only(concepts=others), best, "caa")
+        lines.append(f"On {count(len(others), 'concept')} that chose nothing: {on_others}.")
+    return lines
+
+
+def summary(folder: Path = RESULTS) -> str:
+    """The table of a results folder for docs/benchmarks.md, and the differences beside it in words."""
+    return "\n".join([markdown(runs_in(folder)[0]), *comparisons(folder)]) + "\n"
 
 
 def sentence() -> str:
     """What README says of the results: wins and losses, with intervals."""
-    run = bench_run()
+    run, *_ = runs_in()
     scores = {row.method: row.bcs for row in average_table(run)}
 
     def shown(value: Interval) -> str:
@@ -182,72 +214,165 @@ def published(path: Path, mark: str, text: str) -> str:
     return marks.sub(lambda match: f"{match[1]}{text}{match[2]}", page)
 
 
+def publish_docs() -> None:
+    """Put the tables for which docs/benchmarks.md has marks, and the sentence, into docs and README.md."""
+    for name in ("default", "smollm2"):
+        for kind in ("concepts", "chat"):
+            folder = results_folder(name, kind)
+            mark = " ".join(["quality", *folder.relative_to(RESULTS).parts])
+            if f"<!-- {mark} -->" in PAGE.read_text("utf-8"):
+                PAGE.write_text(published(PAGE, mark, summary(folder)), "utf-8")
+    README.write_text(published(README, "result", sentence() + "\n"), "utf-8")
+
+
 def section(title: str, run: Run) -> str:
     """Both comparisons of a run, and what the approximator is worth, in Markdown."""
     parts = [f"## {title}\n"]
     for name, matched in (("best coefficient", None), (f"matched at {MATCHED} nats", MATCHED)):
-        gain = compare(run, "fgaa_effects", "fgaa", matched)
-        tail = f"FGAA + effects less FGAA: {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]\n".replace("-", "−")
-        parts += [f"### {name}\n", markdown(run, matched), tail]
+        parts += [f"### {name}\n", markdown(run, matched)]
+        if {"fgaa", "fgaa_effects"} <= set(run.methods):
+            parts.append(difference(run, "fgaa_effects", "fgaa", matched) + "\n")
     return "\n".join(parts)
 
 
-def publish(model: Any, tokenizer: Any, sae: Any) -> None:
-    """Write tables, page and pictures of the records."""
-    run = fg.load_run(BENCH)
-    with atomic_write(RESULTS / "table.md") as beside:
-        beside.write_text("\n".join(section(title, measured) for title, measured in compared_runs().items()), "utf-8")
-    fg.write_report(run, RESULTS / "report.html", features=partial(fg.seen_features, model, tokenizer, sae))
-    save_all(run, RESULTS)
+def publish(folder: Path, subject: Subject) -> None:
+    """Write tables, page and pictures of the records of a results folder."""
+    run, *_ = runs_in(folder)
+    best = best_sae_method(run)
+    layer = run.header["plan"]["layers"][best][0] if best else next(iter(subject.saes))
+    seen = partial(fg.seen_features, subject.model, subject.tokenizer, subject.saes[layer])
+    with atomic_write(folder / "table.md") as beside:
+        beside.write_text("\n".join(section(title, run) for title, run in compared_runs(folder).items()), "utf-8")
+    fg.write_report(run, folder / "report.html", features=seen)
+    save_all(run, folder)
+
+
+def seconds_of(bench: Bench) -> tuple[float, float]:
+    """Seconds a text, and seconds of calibration a vector and cost, of a few texts and one vector of CAA."""
+    layer = min(bench.saes)
+    concept = bench.concept(bench.plan.concepts[0])
+    make = concept.make("caa", layer)  # the statistics are collected before the clock starts
+    began = time.monotonic()
+    prompts = bench.plan.prompts_of("tune")[:PROBE_PROMPTS]
+    TransformersGenerator(bench.model, bench.tokenizer)(prompts, [make(1.0), None], bench.plan.sampling, 0)
+    generated = time.monotonic()
+    calibrate_grid(bench.model, bench.tokenizer, [make], bench.neutral, target_ce_rises=CE_RISES)
+    a_text = (generated - began) / (2 * len(prompts))
+    return a_text, (time.monotonic() - generated) / len(CE_RISES)
+
+
+def estimate(tuning: Tuning, methods: Sequence[str], plan: BenchPlan) -> str:
+    """What is left to be generated and calibrated, and about how long it takes."""
+    tuned = [method for method in methods if spec(method).needs != "nothing" and method not in CONTROLS]
+    trials = sum(tuning.trials_of(method) for method in tuned)
+    own = tuning.root.plan
+    steered = sum(spec(method).needs != "nothing" for method in methods)
+    searched = trials * len(own.concepts) * len(own.ce_rises)
+    measured = (steered + 1) * len(plan.concepts) * len(plan.ce_rises)  # one more: CAA at another layer
+    texts = searched * own.prompts + (measured + (len(methods) - steered) * len(plan.concepts)) * 2 * plan.prompts
+    a_text, a_cost = seconds_of(tuning.root)
+    minutes = (texts * a_text + (searched + measured) * a_cost) / 60
+    return (
+        f"{trials} trials and {len(methods)} methods: {texts:,} texts at {a_text:.2f} s and {searched + measured:,} "
+        f"calibrations at {a_cost:.2f} s, about {minutes:.0f} minutes in all, and more where other programs compute"
+    )
+
+
+def measure(tuning: Tuning, methods: Sequence[str], plan: BenchPlan, folder: Path, command: str) -> None:
+    """Tune, and write the records of all methods and of CAA at the layer of the best SAE method."""
+    for needed in (tuning.work, folder):
+        needed.mkdir(parents=True, exist_ok=True)
+    steered = [method for method in methods if spec(method).needs != "nothing" and method not in CONTROLS]
+    tuned = {method: tuning.tune(method) for method in steered}
+    found = {method: [asdict(trial) for trial in trials] for method, trials in tuned.items()}
+    write_json(folder / "tuning.json", {"concepts": list(tuning.root.plan.concepts), **found})
+    best = {method: trials[0] for method, trials in tuned.items()}
+    layers = {method: (trial.layer,) for method, trial in best.items()}
+    layers |= {control: layers[method] for control, method in CONTROLS.items() if control in methods and method in best}
+    settings = {method: trial.settings for method, trial in best.items() if trial.settings}
+    kept = tuple(method for method in methods if spec(method).needs == "nothing" or method in layers)
+    plan = replace(plan, methods=kept, layers=layers, settings=settings)
+    bench = tuning.root.with_plan(plan)
+    bench.run(folder / RUN, command, lambda done, of: print(done, of, flush=True), fresh=tuning.fresh)
+    near = layers[best_sae_method(fg.load_run(folder / RUN)) or "caa"]
+    other = replace(plan, methods=("caa",), layers={"caa": near}, settings={})
+    bench.with_plan(other).run(folder / NEARBY, command, fresh=tuning.fresh)
+
+
+def chosen_methods(subject: Subject, asked: Sequence[str]) -> list[str]:
+    """The methods that can be run: all of the benchmark's, or those that were asked for."""
+    rows = [row for row in specs("bench") if not asked or row.name in asked]
+    able = {"nothing": True, "layer": True, "sae": True, "effects": bool(subject.effects)}
+    return [row.name for row in rows if able[row.needs] and (subject.chats or not row.instructs)]
+
+
+def parse() -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default", help="default, smollm2, or the folder of a model, with --sae")
+    parser.add_argument("--sae", action="append", default=[], help="folder of an SAE; effects are looked for beside it")
+    parser.add_argument("--layer", type=int, action="append", default=[], help="a layer without an SAE, tried by CAA")
+    parser.add_argument("--behaviors", choices=("concepts", "chat"), default="concepts", help="what is measured")
+    parser.add_argument("--concept", action="append", default=[], help="measure these alone")
+    parser.add_argument("--tuning-concept", action="append", default=[], help="choose settings on these alone")
+    parser.add_argument("--method", action="append", default=[], help="measure these alone")
+    parser.add_argument("--prompts", type=int, help="prompts of each half: 24 of the default, 32 of other models")
+    parser.add_argument("--tuning-prompts", type=int, default=8, help="prompts on which settings are chosen")
+    parser.add_argument("--work", type=Path, help="folder of the tuning runs")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--estimate", action="store_true", help="only say how long it takes")
+    parser.add_argument("--tables", action="store_true", help="only make tables, page and pictures of the records")
+    parser.add_argument("--fresh", action="store_true", help="start over what earlier versions or settings began")
+    parser.add_argument("--docs", action="store_true", help="only put tables and the sentence into docs and README.md")
+    return parser.parse_args()
+
+
+def tuning_concepts(arguments: argparse.Namespace, behaviors: Behaviors, concepts: Sequence[str]) -> tuple[str, ...]:
+    """The concepts that settings are chosen on: those asked for, six of the sixteen, or all."""
+    dear = arguments.model != "default" and arguments.behaviors == "concepts" and not arguments.concept
+    return tuple(arguments.tuning_concept or (TUNING_CONCEPTS if dear else concepts))
 
 
 def main() -> None:
     """Tune, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "quality", help="folder of tuning runs")
-    parser.add_argument("--tables", action="store_true", help="only make tables, page and pictures of the records")
-    parser.add_argument("--fresh", action="store_true", help="start over what earlier versions or settings began")
-    parser.add_argument(
-        "--docs", action="store_true", help="only put the table and the sentence into docs and README.md"
-    )
-    arguments = parser.parse_args()
+    arguments = parse()
     if arguments.docs:
-        PAGE.write_text(published(PAGE, "quality", summary()), "utf-8")
-        README.write_text(published(README, "result", sentence() + "\n"), "utf-8")
+        publish_docs()
         return
     began = time.monotonic()
-    model, tokenizer = fg.load_model("default")
-    saes = [fg.load_sae("default", f"layer_{layer}") for layer in (1, 2, 3)]
-    effects = fg.load_effects("default")
-    by_layer = {sae.hookpoint.layer: sae for sae in saes}
+    subject, behaviors = load_subject(arguments.model, arguments.sae), load_behaviors(arguments.behaviors)
+    folder = arguments.out or results_folder(subject.name, arguments.behaviors)
     if arguments.tables:
-        publish(model, tokenizer, by_layer[effects.hookpoint.layer])
+        publish(folder, subject)
         return
-    parts = {
-        "model": model,
-        "tokenizer": tokenizer,
-        "saes": by_layer,
-        "effects": {effects.hookpoint.layer: effects},
-        "judge": fg.EmbeddingJudge(),
-    }
-    tuning = Tuning(parts, tuple(fg.shipped_contrasts()), arguments.work, arguments.fresh)
-    steered = [method.name for method in specs("bench") if method.needs != "nothing" and method.name not in CONTROLS]
-    tuned = {method: tuning.tune(method) for method in steered}
-    write_json(RESULTS / "tuning.json", {method: [asdict(t) for t in trials] for method, trials in tuned.items()})
-    best = {method: trials[0] for method, trials in tuned.items()}
-    layers = {method: (trial.layer,) for method, trial in best.items()}
-    layers |= {control: layers[method] for control, method in CONTROLS.items()}
-    settings = {method: trial.settings for method, trial in best.items() if trial.settings}
-    rises = (0.125, 0.25, 0.5, 1.0)
-    plan = BenchPlan(tuning.concepts, layers=layers, settings=settings, ce_rises=rises, prompts=PROMPTS)
-    command, fresh = "python benchmarks/quality.py", arguments.fresh
-    Bench(**parts, plan=plan).run(BENCH, command, lambda done, of: print(done, of, flush=True), fresh=fresh)
-    run = fg.load_run(BENCH)
-    near = layers[best_sae_method(run) or "fgaa_effects"]
-    other = replace(plan, methods=("caa",), layers={"caa": near})
-    Bench(**parts, plan=other).run(NEARBY, command, fresh=fresh)
-    publish(model, tokenizer, by_layer[effects.hookpoint.layer])
-    print(f"{time.monotonic() - began:.0f} s")
+    concepts = tuple(arguments.concept) or behaviors.names
+    methods = chosen_methods(subject, arguments.method)
+    prompts = arguments.prompts or (24 if arguments.model == "default" else 32)
+    chosen_on = tuning_concepts(arguments, behaviors, concepts)
+    texts: dict[str, Any] = {"max_new_tokens": behaviors.max_new_tokens}
+    if arguments.behaviors == "chat":
+        texts |= {"own_prompts": behaviors.prompts}
+    root = BenchPlan(
+        chosen_on,
+        methods=("unsteered",),
+        ce_rises=TUNING_RISES,
+        matched=None,
+        halves=("tune",),
+        prompts=arguments.tuning_prompts,
+        **texts,
+    )
+    bench = subject.bench(root)
+    for name in dict.fromkeys([*concepts, *chosen_on]):
+        print(f"{name}: the judge's area under the ROC curve is {subject.judge.validate(name):.3f}", flush=True)
+        bench.concept(name)  # so that all plans share its statistics
+    work = arguments.work or ROOT / "build" / "quality" / subject.name / arguments.behaviors
+    tuning = Tuning(subject, bench, arguments.layer, work, arguments.fresh)
+    plan = BenchPlan(concepts, methods=("unsteered",), ce_rises=CE_RISES, prompts=prompts, **texts)
+    print(estimate(tuning, methods, plan), flush=True)
+    if not arguments.estimate:
+        measure(tuning, methods, plan, folder, shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]]))
+        publish(folder, subject)
+        print(f"{time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ from fgsteer.likelihood.scoring import kl_divergences as kl_divergences
 from fgsteer.likelihood.scoring import log_probabilities as log_probabilities
 from fgsteer.methods import METHODS as METHODS
 from fgsteer.methods import build as build
+from fgsteer.methods.denoising import caa_denoised as caa_denoised
 from fgsteer.methods.difference import ace as ace
 from fgsteer.methods.difference import caa as caa
 from fgsteer.methods.difference import pca as pca
@@ -112,6 +113,13 @@ from fgsteer.steering.comparison import compare as compare
 from fgsteer.steering.generation import generate as generate
 from fgsteer.steering.hooks import steer as steer
 from fgsteer.steering.streaming import stream as stream
+from fgsteer.training.activation_store import ActivationStore as ActivationStore
+from fgsteer.training.activation_store import store_activations as store_activations
+from fgsteer.training.quality import SAEQuality as SAEQuality
+from fgsteer.training.quality import measure_sae as measure_sae
+from fgsteer.training.settings import SAETraining as SAETraining
+from fgsteer.training.train import fit_sae as fit_sae
+from fgsteer.training.train import train_sae as train_sae
 from fgsteer.vector.feature_weight import FeatureWeight as FeatureWeight
 from fgsteer.vector.steering_vector import SteeringVector as SteeringVector
 

@@ -17,7 +17,7 @@ from fgsteer.errors import DataError, FormatError
 from fgsteer.errors.escaping import escape_markdown, markdown_code, redact
 from fgsteer.evaluation.drawing import rendered
 from fgsteer.evaluation.runs.plots import setting_curves
-from fgsteer.models.embedded import embedded_model_name
+from fgsteer.models.shipped import find_shipped
 from fgsteer.storage.atomic import atomic_folder, atomic_write
 from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_or_cache
 from fgsteer.vector import FEATURE_FACTS, FILE_NAME, MeasuredRun, SteeringVector
@@ -163,15 +163,15 @@ def card(vector: SteeringVector, settings: Sequence[Setting] = (), run: Measured
     import yaml
 
     model = str(part_of(vector.provenance, "model").get("name") or "")
-    embedded = model == embedded_model_name()
-    hub_model = model if _HUB_ID.fullmatch(model) and not embedded else ""
+    shipped = find_shipped(model)
+    hub_model = shipped.original if shipped is not None else model if _HUB_ID.fullmatch(model) else ""
     best = max(settings, key=lambda s: run.mean(s, "tune"), default=None) if run is not None else None
     head: dict[str, Any] = {"library_name": "fgsteer", **({"base_model": hub_model} if hub_model else {})}
     head["tags"] = ["steering-vector", "activation-steering", "sparse-autoencoder"]
     lines = ["---", yaml.safe_dump(head, sort_keys=False) + "---", "", *_summary(vector, model), *_features(vector)]
     if run is not None and best is not None:
         lines += _table(settings, run, best)
-    lines += _use("default" if embedded else hub_model or "…", best)
+    lines += _use(hub_model or "…" if shipped is None else shipped.name, best)
     provenance = {key: value for key, value in vector.provenance.items() if key not in FEATURE_FACTS}
     block = json.dumps(provenance, indent=1, default=str)  # no line of it begins with what would end the block
     return "\n".join([*lines, "Made with fgsteer. How it was made, in full:", "", "```json", block, "```", ""])

@@ -13,13 +13,11 @@ output exists; language-model training and the measuring of effects also resume 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +26,28 @@ import numpy as np
 import samples
 import torch
 from baselines import Trigram, xz_bits_per_byte
-from concepts import KNOWN, best_single_features, choose_density, contrast_activations
+from concepts import KNOWN, best_single_features, contrast_activations
 from corpus import SOURCES, split_corpus
 from lm import bits_per_byte, load_lm, train_lm, train_tokens
 from recipe import Recipe
-from saes import KINDS, quality, store_activations, train_sae
+from stages import (
+    Stage,
+    pack,
+    quality,
+    read_features,
+    run_stages,
+    train,
+    write_density,
+    write_effects,
+    write_features,
+)
 
 import fgsteer as fg
-from fgsteer.effects.rollouts import Sampling
 from fgsteer.storage.json_files import write_json
+from fgsteer.training.settings import KINDS
 
 HERE = Path(__file__).resolve().parent
 QUALITY_TEXTS = 40  # held-out documents of each source that an SAE's quality is measured on
-
-Stage = tuple[Path, Callable[[], None]]
 
 
 def held_out(work: Path) -> dict[str, list[str]]:
@@ -58,35 +64,51 @@ def quality_texts(work: Path) -> list[str]:
 # ---------------------------------------------------------------- what each SAE gets
 
 
-def stage_density(work: Path, folder: Path) -> None:
-    """Density on the held-out documents, with the θ of FGAA's filter; and what the concepts look like."""
-    model, tokenizer = load_lm(work)
-    sae = fg.load_sae(folder)
+def stage_density(work: Path, recipe: Recipe, folder: Path) -> None:
+    """Density on the held-out documents, with the θ of FGAA's filter; quality; and what the concepts look like."""
     texts = [text for group in held_out(work).values() for text in group if len(text) > 20]
-    density = fg.measure_density(model, tokenizer, sae, texts, corpus={"name": "held-out 1 %", "texts": len(texts)})
-    activations = contrast_activations(model, tokenizer, sae)
-    theta, table = choose_density(activations, density.density)
-    write_json(
-        folder / "figures.json",
-        {
-            "quality": quality(model, tokenizer, sae, quality_texts(work)),
-            "concepts": best_single_features(activations),
-            "max_density": theta,
-            "density_auc": table,
-        },
+    write_density(*load_lm(work), folder, texts, quality_texts(work), recipe.context)
+
+
+def stage_activations(corpora: Path, work: Path, recipe: Recipe) -> None:
+    """Activations at every layer that gets an SAE, of training documents in random order."""
+    documents = [document for group in split_corpus(corpora)[0].values() for document in group]
+    random.Random(recipe.seed + 1).shuffle(documents)
+    fg.store_activations(
+        *load_lm(work),
+        documents,
+        [fg.Hookpoint(layer) for layer in recipe.sae_layers],
+        work / "activations",
+        tokens=recipe.sae_tokens,
+        context=recipe.context,
     )
-    replace(density, max_density=theta).save(folder / "density.safetensors")
 
 
-def read_features(
-    model: Any, tokenizer: Any, sae: fg.SAE, pairs: Sequence[tuple[str, str]]
-) -> tuple[fg.FeatureExamples, dict[int, str], dict[str, float]]:
-    """(excerpts, labels, figures) of every feature on (source, text) pairs."""
-    texts = [text for _, text in pairs]
-    corpus = {"name": "training documents", "texts": len(texts)}
-    options: dict[str, Any] = {"top": features.TOP, "window": features.WINDOW, "corpus": corpus}
-    examples = fg.measure_examples(model, tokenizer, sae, texts, **options)
-    return (examples, *features.label(examples, tokenizer))
+def train_sae(
+    target: Path, work: Path, recipe: Recipe, layer: int, kind: str = "", seed: int = 0, tokens: int = 0
+) -> None:
+    """Train the SAE of a layer, by default of the recipe's kind on all tokens."""
+    settings = fg.SAETraining(
+        kind=kind or recipe.sae_kind,  # type: ignore[arg-type]
+        d_sae=recipe.sae_width,
+        k=recipe.sae_k,
+        tokens=tokens or recipe.sae_tokens,
+        batch=recipe.sae_batch,
+        lr=recipe.sae_lr,
+        warm_up=0.05,
+        decay=0.25,
+        dead_window=0.1,
+        seed=recipe.seed + seed,
+        dtype="float16",
+        autocast=recipe.sae_autocast,
+    )
+    metadata = {
+        "model_name": "fgsteer/default",
+        "hf_hook_name": f"model.layers.{layer}",
+        "context_size": recipe.context,
+        "prepend_bos": True,
+    }
+    train(work / "activations", target, layer, settings, metadata)
 
 
 def stage_feature_texts(corpora: Path, work: Path, recipe: Recipe) -> None:
@@ -101,33 +123,13 @@ def feature_texts(work: Path) -> list[tuple[str, str]]:
 
 def stage_features(work: Path, folder: Path) -> None:
     """Excerpts and labels of every feature, from training documents of all sources."""
-    model, tokenizer = load_lm(work)
-    pairs = feature_texts(work)
-    examples, labels, figures = read_features(model, tokenizer, fg.load_sae(folder), pairs)
-    allowed = {source.file for source in SOURCES if source.excerpts}
-    features.shippable(examples, [source for source, _ in pairs], allowed).save(folder / "examples.safetensors")
-    write_json(folder / "features.json", figures)
-    write_json(folder / "labels.json", {str(feature): text for feature, text in labels.items()})
+    write_features(*load_lm(work), folder, feature_texts(work), {source.file for source in SOURCES if source.excerpts})
 
 
 def stage_effects(work: Path, recipe: Recipe, folder: Path) -> None:
-    """Measure and fit the effect approximator in bfloat16, a part at a time; stored in float16."""
+    """The effect approximator, measured in bfloat16."""
     model, tokenizer = load_lm(work)
-    texts, prompts = fg.load_neutral()
-    measured = fg.EffectApproximator.measure(
-        model.to(torch.bfloat16),
-        tokenizer,
-        fg.load_sae(folder),
-        vectors=recipe.effects_vectors,
-        prompts=prompts,
-        texts=texts[: recipe.effects_texts],
-        rollouts=recipe.effects_rollouts,
-        target_ce_rise=recipe.effects_ce_rise,
-        sampling=Sampling(max_new_tokens=recipe.effects_tokens, top_p=recipe.effects_top_p, seed=recipe.seed),
-        work=work / "effects.parts",
-        progress=lambda done: print(f"effects of {done} vectors", flush=True),
-    )
-    replace(measured, M=measured.M.half(), b=measured.b.half()).save(folder / "effects.safetensors")
+    write_effects(model.to(torch.bfloat16), tokenizer, folder, work / "effects.parts", recipe)
 
 
 # ---------------------------------------------------------------- comparison of kinds, figures, packing
@@ -154,7 +156,7 @@ def stage_compare(work: Path, recipe: Recipe) -> None:
                 row = {
                     "kind": kind,
                     "seed": seed,
-                    **quality(model, tokenizer, sae, texts),
+                    **quality(model, tokenizer, sae, texts, recipe.context),
                     "concepts": sum(found) / len(found),
                     "concepts_known": sum(value >= KNOWN for value in found),
                     **read_features(model, tokenizer, sae, pairs)[2],
@@ -219,34 +221,16 @@ def stage_figures(work: Path, recipe: Recipe) -> None:
 
 def stage_pack(work: Path, recipe: Recipe, target: Path) -> None:
     """Copy what ships into the package's folder, with an index of hashes, sizes and licences."""
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(work / "lm", part / "model")
-    shutil.copytree(work / "tokenizer", part / "model", dirs_exist_ok=True)
-    for layer in recipe.sae_layers:
-        folder = sae_folder(work, layer)
-        own = shutil.ignore_patterns("figures.json", "features.json")
-        shutil.copytree(folder, part / "sae" / folder.name, ignore=own)
-    shutil.copy(work / "figures.json", part / "figures.json")
-    files = {
-        str(path.relative_to(part)): {
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "bytes": path.stat().st_size,
-        }
-        for path in sorted(part.rglob("*"))
-        if path.is_file()
-    }
     index = {
         "command": "python pretrained/build.py --corpora DIR --work build/default",
         "recipe": asdict(recipe),
         "sae": sae_folder(work, recipe.middle).name,
         "sources": [asdict(source) for source in SOURCES],
         "licence": "Apache-2.0 (weights)",
-        "files": files,
     }
-    write_json(part / "index.json", index)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(part, target)
+    folders = {"model": work / "lm", "model/": work / "tokenizer"}
+    folders |= {f"sae/{folder.name}": folder for folder in (sae_folder(work, layer) for layer in recipe.sae_layers)}
+    pack(target, folders, index, work / "figures.json")
 
 
 def stages(corpora: Path, work: Path, recipe: Recipe, target: Path) -> Iterator[Stage]:
@@ -254,7 +238,7 @@ def stages(corpora: Path, work: Path, recipe: Recipe, target: Path) -> Iterator[
     yield work / "train.npy", lambda: train_tokens(corpora, work, recipe)
     yield work / "lm", lambda: train_lm(work, recipe)
     yield work / "feature_texts.json", lambda: stage_feature_texts(corpora, work, recipe)
-    yield work / "activations", lambda: store_activations(work, recipe)
+    yield work / "activations" / "index.json", lambda: stage_activations(corpora, work, recipe)
     yield work / "comparison.json", lambda: stage_compare(work, recipe)
     for layer in sorted(recipe.sae_layers, key=lambda layer: layer != recipe.middle):  # the default one first
         yield from sae_stages(work, recipe, layer)
@@ -272,7 +256,7 @@ def sae_stages(work: Path, recipe: Recipe, layer: int) -> Iterator[Stage]:
     """The stages of one SAE."""
     folder = sae_folder(work, layer)
     yield folder, lambda: train_sae(folder, work, recipe, layer)
-    yield folder / "density.safetensors", lambda: stage_density(work, folder)
+    yield folder / "density.safetensors", lambda: stage_density(work, recipe, folder)
     yield folder / "labels.json", lambda: stage_features(work, folder)
     if layer == recipe.middle:
         yield folder / "effects.safetensors", lambda: stage_effects(work, recipe, folder)
@@ -291,17 +275,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.recipe.items()}
     recipe, work = Recipe(**given), arguments.work
-    work.mkdir(parents=True, exist_ok=True)
-    for output, stage in stages(arguments.corpora, work, recipe, arguments.target):
-        name = "/".join(output.parts[len(work.parts) :]) if output.is_relative_to(work) else output.name
-        if not output.exists():
-            print(f"building {name}", flush=True)
-            began = time.monotonic()
-            output.parent.mkdir(parents=True, exist_ok=True)
-            stage()
-            print(f"built {name} in {time.monotonic() - began:.0f} s", flush=True)
-        if name == arguments.until:
-            break
+    run_stages(stages(arguments.corpora, work, recipe, arguments.target), work, arguments.until)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,25 @@ The film reviews are for research use and contain adult language; only weights a
 """
 
 
+def shipped_saes(saes: dict[str, dict[str, Any]]) -> str:
+    """A table of the quality of the SAEs that ship."""
+    rows = [
+        [name, *quality_cells(sae["quality"]), f"{sae['features']['about_one_thing']:.0%}"]
+        for name, sae in saes.items()
+    ]
+    return table(["SAE", *QUALITY, "about one thing"], rows)
+
+
+def density_thresholds(saes: dict[str, dict[str, Any]]) -> str:
+    """A table of FGAA's threshold by what it makes of the concepts."""
+    thetas = next(iter(saes.values()))["density_auc"]
+    rows = [
+        [name, *(f"{entry['mean']:.3f}" for entry in sae["density_auc"].values()), f"{sae['max_density']:g}"]
+        for name, sae in saes.items()
+    ]
+    return table(["θ", *thetas, "stored"], rows)
+
+
 def quality_cells(q: dict[str, Any]) -> list[str]:
     """Cells of the columns in QUALITY."""
     return [
@@ -101,15 +120,6 @@ def autoencoders(figures: dict[str, Any], recipe: dict[str, Any]) -> str:
     """Quality of the SAEs, their density thresholds, and how kinds compare."""
     saes, compared = figures["saes"], figures["comparison"]
     tokens = next(iter(saes.values()))["quality"]["tokens"]
-    rows = [
-        [name, *quality_cells(sae["quality"]), f"{sae['features']['about_one_thing']:.0%}"]
-        for name, sae in saes.items()
-    ]
-    thetas = next(iter(saes.values()))["density_auc"]
-    ranked = [
-        [name, *(f"{entry['mean']:.3f}" for entry in sae["density_auc"].values()), f"{sae['max_density']:g}"]
-        for name, sae in saes.items()
-    ]
     kinds = [
         [
             f"{KINDS[row['kind']]}, {row['seed']}",
@@ -131,7 +141,7 @@ def autoencoders(figures: dict[str, Any], recipe: dict[str, Any]) -> str:
     return f"""
 ## The sparse autoencoders, on {tokens:,} held-out tokens
 
-{table(["SAE", *QUALITY, "about one thing"], rows)}
+{shipped_saes(saes)}
 Dead means never active on those tokens; CE recovered is against a zeroed block output. About one
 thing: one word, or one token, is the peak in at least half of a feature's twenty strongest documents,
 as a share of the features that fire in ten.
@@ -142,7 +152,7 @@ as a share of the features that fire in ten.
 FGAA's threshold θ by mean AUC of 16-feature scores on the held-out sentences of the shipped
 concepts (which are therefore tuning data for θ); stored is the smallest within 0.005 of the best:
 
-{table(["θ", *thetas, "stored"], ranked)}"""
+{density_thresholds(saes)}"""
 
 
 def features(figures: dict[str, Any], recipe: dict[str, Any]) -> str:

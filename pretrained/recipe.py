@@ -27,12 +27,13 @@ class Recipe:
     compile: bool = True
 
     sae_layers: tuple[int, ...] = (1, 2, 3)  # resid_post; the middle one is the default
-    sae_kind: str = "topk"  # of saes.KINDS, by what the comparison shows
+    sae_kind: str = "topk"  # by what the comparison of kinds shows
     sae_width: int = 5120
     sae_k: int = 24  # active features a token
     sae_tokens: int = 1_600_000
     sae_batch: int = 1024  # tokens in an optimizer step
     sae_lr: float = 8e-4
+    sae_autocast: bool = True  # bfloat16 products, where the processor has them
     compare_seeds: int = 2  # of every kind, at the middle layer
     compare_tokens: int = 400_000
 
@@ -49,3 +50,31 @@ class Recipe:
     def middle(self) -> int:
         """The layer whose SAE is the default one, and has an effect approximator."""
         return self.sae_layers[len(self.sae_layers) // 2]
+
+
+@dataclass(frozen=True)
+class SmolRecipe:
+    """How the sparse autoencoders of SmolLM2-135M-Instruct are made, and how they are measured."""
+
+    seed: int = 0
+    layers: tuple[int, ...] = (8, 12, 16)  # resid_post
+    default_layer: int = 12
+    effects_layers: tuple[int, ...] = (12, 16)
+    requests: int = 768  # user messages, of which the model answers
+    answers: int = 576  # the first so many
+    tokens: int = 3_100_000
+    context: int = 256  # tokens of a block
+    kind: str = "topk"
+    width: int = 9216  # 16 · d_model
+    k: int = 32
+    batch: int = 2048
+    lr: float = 2e-3
+    feature_texts: int = 1600  # beginnings of training documents that features are read on
+    density_texts: int = 600  # held-out documents
+    quality_texts: int = 160  # held-out texts, one block of each
+    effects_vectors: int = 1500
+    effects_texts: int = 8
+    effects_ce_rise: float = 0.5
+    effects_rollouts: int = 1
+    effects_tokens: int = 16
+    effects_top_p: float = 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gzip
 import importlib.util
 import json
 import random
@@ -19,15 +21,18 @@ import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
+import fgsteer.evaluation.bench.conditions as conditions_module
 from fgsteer.cli.bench_setup import choose_engine, make_judge
 from fgsteer.data.contrasts import check_name
+from fgsteer.data.shipped import load_bench_prompts, load_chat_prompts
 from fgsteer.evaluation.bench.bench import Bench
-from fgsteer.evaluation.bench.concept_runs import concepts_folder
-from fgsteer.evaluation.bench.conditions import ConceptConditions, bench_methods
+from fgsteer.evaluation.bench.concept_runs import begun_design, concepts_folder
+from fgsteer.evaluation.bench.conditions import CONTINUE, ConceptConditions, bench_methods, default_methods
 from fgsteer.evaluation.bench.distributors import RayWorkers, Torchrun
 from fgsteer.evaluation.bench.generators import Generator, TransformersGenerator
 from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.bench.run_files import append, resume, strengths_path
+from fgsteer.evaluation.judges.learning import plain_text
 from tests.helpers.cli import app
 
 PLAN = BenchPlan(
@@ -80,14 +85,97 @@ def unbroken(parts, tmp_path_factory):
 
 def test_every_arm_is_written_for_every_prompt_and_seed(unbroken):
     run = fg.load_run(unbroken)
-    assert set(run.methods) == set(bench_methods())
+    assert set(run.methods) == set(default_methods())
     counts = Counter((r.concept, r.method, r.ce_rise, r.matched, r.half) for r in run.records)
     assert set(counts.values()) == {PLAN.prompts * PLAN.seeds}
-    steered = len(bench_methods()) - 2
+    steered = len(default_methods()) - 2
     assert len(counts) == 2 * 2 * (2 + steered * (len(PLAN.ce_rises) + 1))
     halves = {half: {r.unit for r in run.records if r.half == half} for half in ("tune", "report")}
     assert not {u.prompt for u in halves["tune"]} & {u.prompt for u in halves["report"]}
     assert not {u.seed for u in halves["tune"]} & {u.seed for u in halves["report"]}
+
+
+def test_a_benchmark_with_another_plan_shares_what_it_has_read(parts, tmp_path, monkeypatch):
+    first = make(parts, LengthJudge(), methods=("caa", "fgaa"), concepts=("love",), ce_rises=(0.5,))
+    first.concept("love").vector("fgaa", 2)
+    coherence = first.fitted_coherence
+    monkeypatch.setattr(conditions_module, "collect", None)  # nothing is collected again
+    other = first.with_plan(replace(first.plan, settings={"fgaa": {"n_positive": 2}}))
+    assert len(other.concept("love").vector("fgaa", 2).features) == 2
+    assert len(first.concept("love").vector("fgaa", 2).features) > 2
+    assert other.fitted_coherence is coherence
+    assert "fitted_coherence" not in vars(first.with_plan(replace(first.plan, max_new_tokens=5)))
+    assert other.identity != first.identity
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% if not loop.last or not continue_final_message %}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+QUESTIONS = tuple([{"role": "user", "content": text}] for text in ("Why?", "How?", "Who said that?", "Where is it?"))
+
+
+class Reads(LengthJudge):
+    """Notes what it judges."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def score(self, texts, concept):
+        self.texts += texts
+        return super().score(texts, concept)
+
+
+def test_a_chat_is_asked_and_its_replies_are_judged(parts, tmp_path):
+    model, tokenizer, saes, effects = parts
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    judge, methods = Reads(), ("unsteered", "prompt", "system_prompt")
+    plan = replace(PLAN, concepts=("cheerful",), methods=methods, own_prompts=QUESTIONS)
+    bench = Bench(model, tokenizer, saes, effects, judge, plan)
+    bench.run(tmp_path / "chat.jsonl")
+    run = fg.load_run(tmp_path / "chat.jsonl")
+    assert set(run.methods) == set(methods)
+    assert {record.text for record in run.records} <= set(judge.texts), "the prompts are no part of what is judged"
+    assert run.header["plan"]["prompts"] == [list(map(dict, question)) for question in QUESTIONS]
+    bench.run(tmp_path / "chat.jsonl")  # goes on with the same prompts
+    assert len(fg.load_run(tmp_path / "chat.jsonl").records) == len(run.records)
+
+
+def test_examples_and_instructions_come_before_prompts(parts):
+    model, tokenizer, saes, effects = parts
+
+    def conditions(name):
+        return ConceptConditions(model, tokenizer, fg.load_contrast(name), saes, effects, {})
+
+    cheerful, love = conditions("cheerful"), conditions("love")
+    (turns,), (first, *_) = cheerful.prompts("prompt", QUESTIONS[:1]), cheerful.contrast.pairs
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 4 + ["user"]
+    assert turns[:2] == [*first.prompt, {"role": "assistant", "content": first.positive}]
+    assert turns[-1] == QUESTIONS[0][0]
+    ((message,),) = love.prompts("prompt", QUESTIONS[:1])
+    assert message["content"] == f"{love.prefix}\nWhy?"
+    assert love.prefix.startswith(love.contrast.positives[0] + "\n")
+    assert love.prompts("prompt", ["I think"]) == [love.prefix + "I think"]
+    (asked,) = cheerful.prompts("system_prompt", QUESTIONS[:1])
+    assert [turn["role"] for turn in asked] == ["system", "user"]
+    assert cheerful.contrast.description in asked[0]["content"]
+    (begun,) = love.prompts("system_prompt", ["I think"])
+    assert begun[1:] == [{"role": "user", "content": CONTINUE}, {"role": "assistant", "content": "I think"}]
+    assert "system_prompt" in bench_methods()
+    assert "system_prompt" not in BenchPlan(concepts=("love",), layers=(2,)).methods
+
+
+@pytest.mark.parametrize("name", fg.shipped_contrasts(chat=True))
+def test_the_shipped_sets_of_replies(name):
+    contrast = fg.load_contrast(name)
+    assert (len(contrast.pairs), len(contrast.held_out.pairs)) == (40, 20)
+    questions = [plain_text(pair.prompt) for pair in (*contrast.pairs, *contrast.held_out.pairs)]
+    asked = [prompt[0]["content"] for prompt in load_chat_prompts()]
+    assert len({*questions, *asked}) == len(questions) + len(asked), "no question is asked twice"
+    assert len(asked) == len(load_bench_prompts()) == 64
 
 
 def test_strengths_cost_what_they_say(parts, unbroken):
@@ -124,6 +212,25 @@ def test_a_run_killed_anywhere_ends_with_the_same_file(parts, unbroken, tmp_path
     assert seen[-1][0] == seen[-1][1] == len(expected.splitlines()) - 1
     make(parts, LengthJudge(fail_at=6)).run(path)  # nothing is left to judge
     assert path.read_bytes() == expected
+
+
+def test_a_compressed_run_goes_on_and_ends_with_the_same_records(parts, unbroken, tmp_path):
+    path, plain, whole = tmp_path / "run.jsonl.gz", tmp_path / "run.jsonl", unbroken.read_bytes()
+    strengths_path(path).write_bytes(strengths_path(unbroken).read_bytes())
+    plain.write_bytes(whole[:-9])  # killed in its last line
+    make(parts, LengthJudge()).run(path)
+    packed = path.read_bytes()
+    assert gzip.decompress(packed) == whole
+    assert packed[4:8] == bytes(4)  # no time of writing
+    assert fg.load_run(path).records == fg.load_run(unbroken).records
+    make(parts, LengthJudge(fail_at=6)).run(path)  # nothing is left to judge
+    plain.write_bytes(whole)  # killed before the plain file was removed
+    make(parts, LengthJudge(fail_at=6)).run(path)
+    assert path.read_bytes() == packed
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.jsonl.gz", "run.strengths.json"]
+    assert begun_design(path) == {"prompts": PLAN.prompts, "seeds": PLAN.seeds}
+    with pytest.raises(fg.PairingError, match=r"run\.jsonl\.gz holds a run of something else: .*seeds was 1 and is 2"):
+        make(parts, LengthJudge(), seeds=2).run(path)
 
 
 def as_rank(monkeypatch, rank, world):
@@ -306,7 +413,7 @@ def test_resume_keeps_whole_batches_only(tmp_path):
     ("changes", "told"),
     [
         ({"methods": ("fgaa", "magic")}, "magic"),
-        ({"prompts": 25}, "25 prompts"),
+        ({"prompts": 33}, "33 prompts"),
         ({"ce_rises": (0.5, 0.25)}, "rising"),
         ({"ce_rises": ()}, "rising"),
         ({"matched": 0.3}, "matched 0.3"),
@@ -461,6 +568,8 @@ def test_names_that_files_cannot_have(name):
         ({"own_prompts": ("a", "b", "c", " ")}, "own_prompts with an entry that is empty or is not a text"),
         ({"own_prompts": ("a", "b", "c")}, "2 prompts a half"),
         ({"own_prompts": "abcd"}, "own_prompts with an entry"),
+        ({"own_prompts": (*QUESTIONS[:3], [])}, r"own_prompts\[3\]"),
+        ({"own_prompts": (*QUESTIONS[:3], QUESTIONS[0])}, "twice"),
         ({"neutral": ("a", 3)}, "neutral with an entry"),
         ({"neutral": ("a", "a")}, "neutral with 'a' twice"),
         ({"concepts": ("love", "Love")}, "each name once, in upper or lower case"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import fgsteer as fg
+from fgsteer.training.settings import KINDS
 
 ROOT = Path(fg.__file__).resolve().parent.parent
 SCRIPT = ROOT / "pretrained" / "build.py"
@@ -56,57 +57,6 @@ def test_auc_equals_counting_pairs():
     assert got.tolist() == pytest.approx(expected, rel=1e-12)  # sums of a few exact halves
 
 
-def test_batches_hold_every_activation_once_a_round(tmp_path):
-    from recipe import Recipe
-    from saes import batches
-
-    (tmp_path / "activations").mkdir()
-    np.save(tmp_path / "activations" / "layer_3.npy", np.arange(40, dtype=np.float16)[:, None])
-    stream = batches(tmp_path, Recipe(sae_batch=8), layer=3, seed=0, tokens=32)
-    rounds = [torch.cat([next(stream) for _ in range(4)])[:, 0].tolist() for _ in range(2)]
-    assert rounds[0] != rounds[1]
-    assert sorted(rounds[0]) == sorted(rounds[1]) == list(range(32))
-
-
-def test_quality_equals_one_token_at_a_time():
-    """Against sums written out per position, on the embedded model and SAE."""
-    from saes import quality
-
-    model, tokenizer = fg.load_model("default")
-    sae = fg.load_sae("default")
-    texts = ["The king rode home in the rain.", "She could not find her way to the sea."]
-    ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
-    layer = sae.hookpoint.layer
-    with torch.no_grad():
-        streams = [model(i, output_hidden_states=True).hidden_states[layer + 1][0] for i in ids]
-    rows = torch.cat([h[1:] for h in streams])
-    acts = torch.stack([sae.encode(row[None])[0] for row in rows])
-    rebuilt = acts @ sae.W_dec + sae.b_dec
-    ev = 1 - float((rows - rebuilt).square().sum() / (rows - rows.mean(0)).square().sum())
-
-    def loss(change):
-        total = 0.0
-        for i, h in zip(ids, streams, strict=True):
-            new = torch.cat([h[:1], change(h[1:])])
-            handle = model.model.layers[layer].register_forward_hook(lambda *_, new=new: new[None])
-            with torch.no_grad():
-                log_p = model(i).logits[0].log_softmax(-1)
-            handle.remove()
-            total -= sum(float(log_p[t, i[0, t + 1]]) for t in range(i.shape[1] - 1))
-        return total
-
-    plain, spliced, zeroed = (
-        loss(change) for change in (lambda h: h, lambda h: sae.decode(sae.encode(h)), torch.zeros_like)
-    )
-    found = quality(model, tokenizer, sae, texts)
-    assert found["tokens"] == len(rows)
-    assert found["explained_variance"] == pytest.approx(ev, abs=1e-5)  # float32 sums in two orders
-    assert found["l0"] == pytest.approx(float((acts > 0).sum()) / len(rows))
-    assert found["dead_share"] == pytest.approx(1 - float((acts > 0).any(0).float().mean()), abs=1e-6)
-    assert found["ce_recovered"] == pytest.approx((zeroed - spliced) / (zeroed - plain), abs=1e-5)
-    assert found["ce"] == pytest.approx(plain / len(rows), rel=1e-5)
-
-
 def test_trigram_baseline_equals_counting():
     """Witten–Bell by dictionaries, one token at a time."""
     from baselines import Trigram
@@ -135,7 +85,6 @@ def test_trigram_baseline_equals_counting():
 @pytest.mark.slow
 def test_a_miniature_is_rebuilt_and_loads(tmp_path):
     from corpus import SOURCES, clean
-    from saes import KINDS
 
     assert (
         clean("Title: T\n\nAuthor: A\n\n-------\nIt was _so_<br />good &amp; \u201cnice\u201d.")

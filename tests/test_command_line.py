@@ -39,7 +39,7 @@ def test_version():
         ("fgsteer ge", ["generate"]),
         ("fgsteer build fg", ["fgaa"]),
         ("fgsteer generate --op ", ["add", "affine", "ablate", "clamp"]),
-        ("fgsteer generate --scope last", ["last_prompt_on"]),
+        ("fgsteer generate --scope re", ["reply"]),
         ("fgsteer collect --tokens ", ["all", "last", "answer", "letter", "tail"]),
         ("fgsteer export --to g", ["gguf"]),
     ],

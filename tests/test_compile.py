@@ -238,7 +238,7 @@ def test_generated_code(llama, inputs):
 
 @pytest.mark.slow
 def test_chunked_prefill_is_compiled_too(llama, inputs, graphs):
-    item = vector().add(2.0, scope="last_prompt_on")
+    item = vector().add(2.0, scope="reply")
     model = copy.deepcopy(llama)
     expected = tokens(model, inputs, item)
     assert tokens(model, inputs, item, prefill_chunk_size=3, **compiled(graphs[0])) == expected

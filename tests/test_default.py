@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import fgsteer as fg
 from fgsteer.cli import demo
-from fgsteer.models.embedded import pretrained_dir
+from fgsteer.models.shipped import DEFAULT, SHIPPED
 from fgsteer.storage.json_files import read_json
 from tests.helpers.cli import invoke
 
@@ -22,7 +22,7 @@ runner = CliRunner()
 
 
 def test_every_shipped_file_is_the_indexed_one():
-    folder = pretrained_dir()
+    folder = SHIPPED[DEFAULT].folder()
     index = read_json(folder / "index.json")
     found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"index.json"}
     assert found == set(index["files"])
@@ -56,8 +56,8 @@ def test_excerpts_and_labels_say_what_features_fire_on():
 
 
 def test_every_embedded_sae_loads_with_what_belongs_to_it():
-    index = read_json(pretrained_dir() / "index.json")
-    figures = read_json(pretrained_dir() / "figures.json")["saes"]
+    index = read_json(SHIPPED[DEFAULT].folder() / "index.json")
+    figures = read_json(SHIPPED[DEFAULT].folder() / "figures.json")["saes"]
     for layer in index["recipe"]["sae_layers"]:
         sae = fg.load_sae("default", f"layer_{layer}")
         assert sae.hookpoint == fg.Hookpoint(layer)
@@ -77,7 +77,7 @@ def test_the_stages_compose_through_files(tmp_path):
     stats, vec = str(tmp_path / "s.safetensors"), str(tmp_path / "v.safetensors")
     invoke("collect", "love", "-o", stats, "--json", "--device", "cpu")
     for method in ("caa", "ace", "fgaa"):
-        told = json.loads(invoke("build", method, "--stats", stats, "-o", vec, "--json").stdout)
+        told = json.loads(invoke("build", method, "--stats", stats, "-o", vec, "--json", "--no-strengths").stdout)
         assert told["method"] == method
     told = json.loads(invoke("features", vec, "--json", "--top", "3").stdout)
     assert len(told["features"]) == 3
@@ -91,8 +91,9 @@ def test_the_stages_compose_through_files(tmp_path):
     corpus.write_text("The man walked home.\nShe sang a song.\n")
     told = json.loads(invoke("density", str(corpus), "-o", str(tmp_path / "d"), "--json", "--device", "cpu").stdout)
     assert told["l0"] == pytest.approx(fg.load_sae("default").density.density.sum(), rel=0.5)  # two lines of text
-    told = invoke("build", "from_features", "--features", "12:1.5,40", "-o", vec)
+    told = invoke("build", "from_features", "--features", "12:1.5,40", "-o", vec, "--device", "cpu")
     assert "2 features" in told.stdout
+    assert "‖v‖/‖h‖ = " in told.stdout
     with pytest.raises(fg.DataError, match="a name, = and a value"):
         invoke("build", "fgaa", "--stats", stats, "--set", "n", "-o", vec)
 
@@ -107,7 +108,7 @@ def test_effects_are_measured_and_used(tmp_path):
     invoke("collect", "love", "-o", stats, "--json", "--device", "cpu")
     for source in (effects, "default"):
         command = ["build", "fgaa", "--stats", stats, "--effects", source, "--set", "score=welch_t", "--set", "mu=0.1"]
-        invoke(*command, "-o", vec)
+        invoke(*command, "-o", vec, "--no-strengths")
         how = fg.SteeringVector.load(vec).provenance["hyperparameters"]
         assert (how["projection"], how["score"], how["mu"]) == ("effects", "welch_t", 0.1)
 
@@ -142,12 +143,13 @@ def test_calibrate_reaches_its_target():
 
 
 def test_demo_shows_a_concept():
-    """Of the two that it shows unless told otherwise, which `make demo` runs."""
+    """Of the two that it shows unless told otherwise, on the model that is always there."""
     assert set(demo.CONCEPTS) == {"love", "wedding"} < set(fg.shipped_contrasts())
-    (shown,) = json.loads(invoke("demo", "love", "--json").stdout)
+    (shown,) = json.loads(invoke("demo", "love", "--model", "default", "--json").stdout)
     assert set(shown["texts"]) == {"unsteered", "caa", "ace", "sta", "fgaa", "fgaa_effects"}
     assert all(text != shown["texts"]["unsteered"] for name, text in shown["texts"].items() if name != "unsteered")
     assert len(shown["features"]["fgaa"]) == 5
+    assert shown["answers"] == {}  # the embedded default does not chat
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_settings_of_every_type_are_taken(tmp_path):
     invoke("collect", "love", "-o", stats, "--device", "cpu")
     pairs = ("n_positive=4", "max_density=inf", "bos_share=null", "normalize=false", "score=welch_t", "mu=1")
     settings = [part for pair in pairs for part in ("--set", pair)]
-    invoke("build", "fgaa", "--stats", stats, "--effects", "default", *settings, "-o", vec)
+    invoke("build", "fgaa", "--stats", stats, "--effects", "default", *settings, "-o", vec, "--no-strengths")
     hyper = fg.SteeringVector.load(vec).provenance["hyperparameters"]
     wanted = {"n_positive": 4, "max_density": None, "bos_share": None, "normalize": False, "score": "welch_t", "mu": 1}
     assert {key: hyper[key] for key in wanted} == wanted

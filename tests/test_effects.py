@@ -24,7 +24,7 @@ from fgsteer.effects.measuring import EffectPlan, EffectShard, decoder_direction
 from fgsteer.effects.ridge import LinearMoments, best_ridge, ridge_path
 from fgsteer.effects.rollouts import Sampling, choose, rollout, rollout_features
 from fgsteer.likelihood.calibration import calibrate_many
-from fgsteer.likelihood.scoring import cross_entropies
+from fgsteer.likelihood.scoring import mean_cross_entropies
 from fgsteer.models.hookpoints import blocks_of
 from fgsteer.storage.files import read_tensors, write_tensors
 from tests.helpers.saes import make_sae
@@ -141,13 +141,13 @@ def test_a_grid_of_costs_is_met_with_fewer_passes(llama, tokenizer, texts, monke
     ]
     makes.append(fg.SteeringVector(torch.zeros(32), fg.Hookpoint(1)).add)  # no cost, whatever the coefficient
     asked = []
-    measured = cross_entropies
+    measured = mean_cross_entropies
 
-    def counted(model, tokenizer, texts, given, **kwargs):
+    def counted(passes, texts, given):
         asked.append(len(given))
-        return measured(model, tokenizer, texts, given, **kwargs)
+        return measured(passes, texts, given)
 
-    monkeypatch.setattr(calibration, "cross_entropies", counted)
+    monkeypatch.setattr(calibration, "mean_cross_entropies", counted)
     grid = fg.calibrate_grid(llama, tokenizer, makes, texts, target_ce_rises=targets)
     together = sum(asked)
     asked.clear()

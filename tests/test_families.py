@@ -203,7 +203,7 @@ def test_mixed_rows_equal_the_recompute(family):
     model, tokenizer = model_of(family), word_tokenizer()
     sublayers = family in SUBLAYERED
     first = [vector(1).add(2.0), *([vector(2, site="mlp_out").add(2.0)] if sublayers else [])]
-    third = vector(3, layer=0, site="attn_out" if sublayers else "resid_post").affine(0.7, scope="last_prompt_on")
+    third = vector(3, layer=0, site="attn_out" if sublayers else "resid_post").affine(0.7, scope="reply")
     expected = rows_of(model, tokenizer, [first, [], [third]])
     assert run(model, batch(tokenizer), [first, None, third]) == expected
     assert expected != rows_of(model, tokenizer, [[], [], []])
@@ -231,6 +231,7 @@ def test_plain_forward_touches_real_tokens_only(family, side):
 
 
 @pytest.mark.parametrize("family", STEERED)
+@pytest.mark.filterwarnings("ignore:.*attention sinks")  # that a random Mamba has
 def test_collect_equals_one_text_at_a_time(family):
     model, tokenizer, sae = model_of(family), word_tokenizer(), make_sae()
     sites = SITES if family in SUBLAYERED else SITES[:2]

@@ -50,7 +50,7 @@ def files(tmp_path_factory):
     """(required arguments by command that are right, the folder that they write to)."""
     at = tmp_path_factory.mktemp("hostile")
     fg.SteeringVector(torch.ones(D_MODEL), 1).save(at / "v")
-    (at / "corpus.txt").write_text("A dog sat.\n", encoding="utf-8")
+    (at / "corpus.txt").write_text("A dog sat.\nA cat lay.\n", encoding="utf-8")
     vector, corpus = str(at / "v"), str(at / "corpus.txt")
     return {
         "bench": ["-o", str(at / "bench"), "--concept", "sea", "--judge", "keyword", "--sae", "s"],
@@ -70,6 +70,7 @@ def files(tmp_path_factory):
         "saes": [],
         "serve": ["m"],
         "sweep": ["sea"],
+        "train-sae": [corpus, "-o", str(at / "sae"), "--hookpoint", "1", "--held-out", "1"],
     }
 
 

@@ -18,7 +18,7 @@ from fgsteer.evaluation.bench.run_files import as_line, load_conditions
 from fgsteer.evaluation.judges.answer_cache import AnswerCache
 from fgsteer.evaluation.judges.chat_client import completion
 from fgsteer.export import gguf
-from fgsteer.models.embedded import pretrained_dir
+from fgsteer.models.shipped import DEFAULT, SHIPPED
 from fgsteer.serving.rows import load_rows, save_clamp
 from fgsteer.storage import files, json_files
 from fgsteer.storage.shards import Shards
@@ -125,7 +125,8 @@ def test_files_without_a_hash_load_as_before(kind, saved, tmp_path):
 
 
 def test_shipped_files_load():
-    found = [path for path in pretrained_dir().rglob("*.safetensors") if "fgsteer" in str(path.read_bytes()[:2000])]
+    shipped = SHIPPED[DEFAULT].folder().rglob("*.safetensors")
+    found = [path for path in shipped if "fgsteer" in str(path.read_bytes()[:2000])]
     assert found
     for path in found:
         files.read_tensors(path, kind=None)

@@ -149,7 +149,7 @@ def test_a_benchmark_prefers_prompts_to_seeds():
     assert plan.seeds == 1
     assert (QUICK["prompts"], QUICK["seeds"]) == (8, 1)
     prompts = load_bench_prompts()
-    assert len(prompts) == len(set(prompts)) == 48
+    assert len(prompts) == len(set(prompts)) == 64
     assert prompts[:16] == fg.load_neutral()[1]  # the prompts of earlier runs stay theirs
 
 

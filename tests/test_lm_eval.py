@@ -103,7 +103,7 @@ def test_a_task_equals_log_probabilities_under_the_same_steering(loaded, folder,
     sae = fg.load_sae("default")
     clamp = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={12: 30.0})
     choices = [[], [first.add(20.0)], [second.affine(4.0), first.ablate()], [clamp, third.add(2.0, scope="prompt")]]
-    choices += [[first.add(20.0, scope="generated")], [first.add(20.0, scope="last_prompt_on")]]
+    choices += [[first.add(20.0, scope="generated")], [first.add(20.0, scope="reply")]]
     seen, manager = [], local_tasks(folder)
     options = {"task_manager": manager, "batch_size": batch_size, "log_samples": True}
     for steering in choices:

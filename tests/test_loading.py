@@ -8,10 +8,11 @@ import inspect
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
 
 import fgsteer as fg
-from fgsteer.models import loading as models
+from fgsteer.models import checkpoints
+from tests.helpers.gguf_files import untied, write_gguf
 from tests.helpers.tiny import VOCAB, tiny_model, word_tokenizer
 
 TEXTS = ["the king said", "a dog"]
@@ -53,6 +54,27 @@ def test_the_hubs_arguments_reach_model_and_tokenizer(monkeypatch):
     assert told["tokenizer"] == ("folder", {"trust_remote_code": False})
 
 
+def test_a_model_goes_to_a_gpu_where_there_is_one(monkeypatch, tmp_path):
+    save(tmp_path)
+    assert fg.load_model(tmp_path)[0].device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert fg.load_model(tmp_path, device="cpu")[0].device.type == "cpu"
+    moved = []
+    monkeypatch.setattr(LlamaForCausalLM, "to", lambda model, device: moved.append(device) or model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    fg.load_model(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "3")  # the fourth of torchrun's processes
+    fg.load_model(tmp_path)
+    fg.load_model(tmp_path, device_map="cpu")
+    assert moved == ["cuda:0", "cuda:1"]
+
+
+def test_a_device_that_cannot_be_used_is_refused(tmp_path):
+    save(tmp_path)
+    with pytest.raises(fg.DataError, match=r"device=banana cannot be used: .*device=cpu"):
+        fg.load_model(tmp_path, device="banana")
+
+
 def test_every_argument_of_the_hub_is_shared():
     """What transformers itself picks out for the files of a model, besides arguments that say what to do with them."""
     from transformers.utils import hub
@@ -60,7 +82,7 @@ def test_every_argument_of_the_hub_is_shared():
     known = set(inspect.signature(hub.cached_files).parameters)
     names = {"cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder"}
     assert names <= known
-    assert names <= set(models._SHARED_WITH_TOKENIZER)
+    assert names <= set(checkpoints._SHARED_WITH_TOKENIZER)
 
 
 def test_a_subfolder_holds_model_and_tokenizer(tmp_path):
@@ -68,52 +90,6 @@ def test_a_subfolder_holds_model_and_tokenizer(tmp_path):
     model, tokenizer = fg.load_model(tmp_path, subfolder="inner")
     assert (type(model), tokenizer.padding_side) == (LlamaForCausalLM, "left")
     assert tokenizer("the king")["input_ids"] == word_tokenizer()("the king")["input_ids"]
-
-
-def write_gguf(path, model, ending=""):
-    """The weights of a Qwen 2 model, which llama.cpp's format holds as they are, with a vocabulary of letters."""
-    gguf = pytest.importorskip("gguf")
-    config = model.config
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    tokens = ["<s>", "<pad>", "</s>", *map(chr, range(33, 33 + VOCAB - 5)), "AB", "CD"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3, *[1] * (VOCAB - 3)])
-    writer.add_token_merges(["A B", "C D"])
-    writer.add_bos_token_id(0)
-    writer.add_pad_token_id(1)
-    writer.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, value in model.state_dict().items():
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")) + ending, value.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def untied():
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    return Qwen2ForCausalLM(config).eval()
 
 
 def test_gguf_files_load_and_steer(tmp_path):
@@ -170,7 +146,7 @@ def test_a_gguf_file_that_is_not_there_is_named(tmp_path):
 def test_gguf_without_its_package_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     find = importlib.util.find_spec
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "gguf" else find(name))
+    monkeypatch.setattr(checkpoints, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(fg.FormatError, match=r"pip install 'fgsteer\[gguf\]'"):
         fg.load_model(tmp_path, gguf_file="tiny.gguf")
     with pytest.raises(fg.FormatError, match=r"pip install 'fgsteer\[gguf\]'"):

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # pyarrow: a typed error says what to install; accelerate: asked only of models that it moved; starlette: vLLM's own;
-# IPython: asked only in notebooks, which it runs
-UNDECLARED = {"pyarrow", "accelerate", "starlette", "ipython"}
+# IPython: asked only in notebooks, which it runs; tokenizers: what transformers' fast tokenizers are made of
+UNDECLARED = {"pyarrow", "accelerate", "starlette", "ipython", "tokenizers"}
 # what torch brings on a platform with GPUs, and nowhere else
 OF_A_BUILD = ("nvidia-", "cuda-", "triton", "pytorch-triton")
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import fgsteer as fg
+from fgsteer.activations.recording import record
+from fgsteer.activations.tokens import encode_prompts
+from fgsteer.methods.denoising import reconstruction_error
 from tests.helpers.saes import make_sae
 from tests.reference import methods as reference
 
@@ -68,6 +73,92 @@ def test_sta(case, compat, mode, atoms, p):
     weights = {j: w for j, w in weights.items() if w != 0}
     assert set(got.features) == set(weights)
     assert all(abs(got.features[j] - w) < 1e-12 for j, w in weights.items())  # float64 on both sides
+
+
+@pytest.mark.parametrize(
+    ("shrinkage", "threshold"),
+    [("soft", 1.0), ("soft", 2.0), ("hard", 2.0), ("hard", 1e9), ("soft", 0.0), ("hard", 0.0)],
+)
+def test_caa_denoised(case, shrinkage, threshold):
+    sae, up, down, h_up, h_down, _ = case
+    up, h_up = up[:12], h_up[:12]  # unequal sides
+    up[:, 4], down[:, 4] = 0.25, 0.0  # neither side varies, and they differ
+    up[:, 5] = down[:, 5] = 0.0  # never fires
+    stats = build_stats(sae, up, down, h_up, h_down)
+    direction, weights = reference.caa_denoised(
+        list(up), list(down), list(h_up), list(h_down), sae.W_dec.numpy(), shrinkage=shrinkage, threshold=threshold
+    )
+    got = fg.caa_denoised(stats, sae, shrinkage=shrinkage, threshold=threshold)
+    close(got.direction, direction)
+    assert got.features == pytest.approx(weights)
+    assert got.provenance["hyperparameters"] == {"shrinkage": shrinkage, "threshold": threshold}
+    if threshold == 0:
+        close(got.direction, fg.caa(stats).direction.numpy())
+
+
+def test_the_reconstruction_error_is_kept(case):
+    sae, up, down, h_up, h_down, stats = case
+    W_dec = sae.W_dec.numpy()
+    error = reference.reconstruction_error(up, down, h_up, h_down, W_dec, sae.b_dec.numpy())
+    options = {"n_positive": 3, "n_negative": 2, "density": density_of(sae, np.zeros(K))}
+    plain = fg.fgaa(stats, sae, normalize=False, **options)
+    kept = fg.fgaa(stats, sae, keep_error=True, normalize=False, **options)
+    close(kept.direction, plain.direction.numpy() + error)
+    assert kept.features == plain.features
+    assert kept.provenance["hyperparameters"]["keep_error"] is True
+    atoms = fg.sta(stats, sae, keep_error=True, norm_match=False)
+    close(atoms.direction, fg.sta(stats, sae, norm_match=False).direction.numpy() + error)
+    # all features and the error together are the whole difference
+    every = fg.fgaa(stats, sae, keep_error=True, normalize=False, **{**options, "n_positive": K, "n_negative": K})
+    close(every.direction, fg.caa(stats).direction.numpy())
+    assert fg.METHODS["fgaa"](stats, sae, keep_error=True, **options).norm == pytest.approx(1)
+
+
+def test_the_reconstruction_error_has_a_part_in_a_mixture_with_effects(case):
+    sae, stats = case[0], case[-1]
+    g = torch.Generator().manual_seed(3)
+    effects = fg.EffectApproximator(
+        torch.randn(D, K, generator=g), torch.randn(K, generator=g), sae.hookpoint, sae.sha256
+    )
+    options = {"n_positive": 4, "density": density_of(sae, np.zeros(K))}
+    p = fg.fgaa(stats, sae, effects, **options).direction.numpy()
+    u = fg.fgaa(stats, sae, keep_error=True, **options).direction.numpy()
+    mixed = fg.fgaa(stats, sae, effects, keep_error=True, decoder_weight=0.25, **options)
+    close(mixed.direction, reference.unit(0.75 * p + 0.25 * u))
+    with pytest.raises(fg.SelectionError, match=r"decoder_weight=0.*Pass decoder_weight=0.5"):
+        fg.fgaa(stats, sae, effects, keep_error=True, **options)
+
+
+def test_what_the_reconstruction_error_cannot_be_told_of(case):
+    sae, *_, stats = case
+    normalising = dataclasses.replace(sae, input_norm="layer_norm", fingerprint=sae.sha256)
+    fgaa = partial(fg.fgaa, keep_error=True, density=density_of(sae, np.zeros(K)))
+    for make in (fg.caa_denoised, partial(fg.sta, keep_error=True), fgaa):
+        with pytest.raises(fg.PairingError, match=r"scale of every token.*input_norm='layer_norm'"):
+            make(stats, normalising)
+    for options, error, message in (
+        ({"shrinkage": "medium"}, fg.SelectionError, "one of soft, hard"),
+        ({"threshold": -1.0}, fg.DataError, "from 0"),
+    ):
+        with pytest.raises(error, match=message):
+            fg.caa_denoised(stats, sae, **options)
+
+
+def test_the_reconstruction_error_of_a_real_pass():
+    model, tokenizer = fg.load_model("default")
+    sae = fg.load_sae("default", "layer_2")
+    texts = {"positive": ["I love you, my dear.", "She kissed him."], "negative": ["The bus is late.", "Two doors."]}
+    stats = fg.collect(model, tokenizer, fg.load_contrast(texts), sae=sae)
+    means = []
+    for side in texts.values():
+        errors = []
+        for text in side:
+            ids, mask = encode_prompts(tokenizer, [text], prepend_bos=True)
+            h = record(model, ids, mask, [sae.hookpoint])[sae.hookpoint][0, 1:]  # BOS is not read
+            errors.append((h - sae.reconstruct(h)).mean(0))
+        means.append(torch.stack(errors).mean(0))
+    error = reconstruction_error(stats, sae, stats.at("feature")[1])
+    assert torch.allclose(error.float(), means[0] - means[1], atol=1e-4)
 
 
 def test_sta_counts_are_comparable_for_unequal_sides(case):
@@ -173,7 +264,8 @@ def test_defaults_of_the_methods_are_those_of_the_papers():
     selection |= {"density": None, "max_density": None, "bos_share": 0.99}
     projection = {"bias_weight": 1.0, "mu": np.inf, "unit_effects": False, "decoder_weight": 0.0, "normalize": True}
     for method, expected in (
-        (fg.fgaa, {"effects": None, **selection, **projection}),
+        (fg.fgaa, {"effects": None, **selection, "keep_error": False, **projection}),
+        (fg.caa_denoised, {"shrinkage": "soft", "threshold": 1.0}),
         (fg.select_features, selection),
         (fg.sae_ts, projection),
         (fg.from_features, {"normalize": True}),

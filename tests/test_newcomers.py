@@ -401,7 +401,8 @@ def made(tmp_path_factory):
         ("generate hi -v {0}/vector -c 1 --scope al", "got .*'al'"),
         ("generate hi --dtype float31", "--dtype"),
         ("generate hi --device gpu", "--device gpu"),
-        ("generate hi --prefill Yes", "--prefill without --chat"),
+        ("generate hi --prefill Yes --no-chat", "--prefill with --no-chat"),
+        ("generate hi -v {0}/vector -v {0}/vector", "2 vectors without coefficients"),
         ("fold -v {0}/vector -c 1 -o {0}/full", "full exists"),
         ("export {0}/vector --to checkpoint -c 1 -m default -o {0}/none --op push", "--op push"),
         ("export {0}/gemma --to checkpoint -c 1 -m default -o {0}/none", "made for google/gemma-2-2b"),
@@ -462,7 +463,9 @@ def test_statistics_are_told_by_their_content(tmp_path, stats):
 
 def test_a_missing_coefficient_is_said(made):
     arguments = ["generate", "I think", "-v", str(made / "vector"), "--max-new-tokens", "1", "--device", "cpu"]
-    assert "No --coefficient is given, so it is 1, for a vector of norm 1." in CliRunner().invoke(app, arguments).stderr
+    result = CliRunner().invoke(app, [*arguments, "--op", "clamp"])
+    assert "No --coefficient is given, so it is 1, for a vector of norm 1." in result.stderr
+    assert "Strength found: -c " in CliRunner().invoke(app, arguments).stdout
     for more in (["-c", "2"], ["--op", "ablate"]):
         assert "note" not in CliRunner().invoke(app, [*arguments, *more]).stderr
 

@@ -115,7 +115,7 @@ def changed(model, inputs, item, **options):
 def test_a_pass_without_a_prompt_is_all_completion(llama):
     inputs = {"input_ids": torch.tensor([[5, 6, 7], [5, 6, 1]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
     real = inputs["attention_mask"].bool()
-    for scope, where in (("generated", real), ("last_prompt_on", real), ("all", real)):
+    for scope, where in (("generated", real), ("reply", real), ("all", real)):
         item = vector(layer=2).add(1.0, scope=scope, bos=True)
         assert torch.equal(changed(llama, inputs, item, prompt_lengths=[0, 0]), where)
 
@@ -253,7 +253,7 @@ def test_packed_sequences_are_steered_as_each_alone(family_model, scope, bos):
 def test_packed_rows_without_a_mask_and_places_of_a_padded_one(llama):
     """Transformers finds packed sequences by their positions alone; rows padded on the left are not packed."""
     ids, positions, _, spans = packed()
-    item = vector(layer=2).add(1.0, scope="last_prompt_on")
+    item = vector(layer=2).add(1.0, scope="reply")
     lasts = torch.zeros(1, 9, dtype=torch.bool)
     lasts[0, [end - 1 for row, _, end in spans if row == 0]] = True
     inputs = {"input_ids": ids[:1, :9], "position_ids": positions[:1, :9]}

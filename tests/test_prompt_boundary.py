@@ -41,7 +41,7 @@ def is_steered(scope, bos, place, prompt_length):
         "all": True,
         "prompt": place < prompt_length,
         "generated": place >= prompt_length,
-        "last_prompt_on": place >= prompt_length - 1,
+        "reply": place >= prompt_length - 1,
     }[scope]
 
 
@@ -117,7 +117,7 @@ def test_all_special_tokens_before_a_text_are_its_prompt(llama, scope):
 
 def test_a_block_around_scoring_knows_the_boundary_too(llama, tokenizer):
     """``steer`` by the caller, and scores or statistics taken inside it."""
-    for scope in ("prompt", "generated", "last_prompt_on"):
+    for scope in ("prompt", "generated", "reply"):
         with fg.steer(llama, add(scope)):
             inside = fg.log_probabilities(llama, tokenizer, PAIRS[:3]).sums[0].tolist()
         assert inside == pytest.approx([total(llama, tokenizer, *pair, scope) for pair in PAIRS[:3]], **CLOSE)
@@ -136,20 +136,18 @@ def test_a_block_around_scoring_knows_the_boundary_too(llama, tokenizer):
 
 
 def test_answers_and_slopes_know_the_boundary(llama, tokenizer):
-    for scope in ("generated", "last_prompt_on"):
+    for scope in ("generated", "reply"):
         found = fg.answer_probabilities(llama, tokenizer, QUESTIONS, [None, add(scope)])
         for place, pair in enumerate(QUESTIONS):
             up, down = (total(llama, tokenizer, pair.prompt, side, scope) for side in (pair.positive, pair.negative))
             assert float(found.difference[1, place]) == pytest.approx(up - down, **CLOSE)
         moved = (found.share[1] - found.share[0]).abs()
         # answers of one token are decided at the prompt's last token, which "generated" leaves alone
-        assert bool((moved > 1e-3).all()) == (scope == "last_prompt_on")
-    slopes = fg.measure_steerability(
-        llama, tokenizer, lambda c: add("last_prompt_on", c), QUESTIONS, [-1.0, 0.0, 1.0]
-    ).slopes
+        assert bool((moved > 1e-3).all()) == (scope == "reply")
+    slopes = fg.measure_steerability(llama, tokenizer, lambda c: add("reply", c), QUESTIONS, [-1.0, 0.0, 1.0]).slopes
     for place, pair in enumerate(QUESTIONS):
         up, down = (
-            [total(llama, tokenizer, pair.prompt, side, "last_prompt_on", coefficient=c) for c in (-1.0, 1.0)]
+            [total(llama, tokenizer, pair.prompt, side, "reply", coefficient=c) for c in (-1.0, 1.0)]
             for side in (pair.positive, pair.negative)
         )
         assert float(slopes[place]) == pytest.approx(((up[1] - down[1]) - (up[0] - down[0])) / 2, **CLOSE)
@@ -169,7 +167,7 @@ def test_costs_know_the_boundary(llama, tokenizer):
         assert fg.kl_divergences(llama, tokenizer, texts, [add(scope, c)])[0] == pytest.approx(0.05, rel=0.021)
     # a text without a prompt: its first token stands for the prompt, as where generate begins from BOS
     whole = ["the king of the old sea", "tea and bread"]
-    losses = fg.cross_entropies(llama, tokenizer, whole, [add("all"), add("generated"), add("last_prompt_on")])
+    losses = fg.cross_entropies(llama, tokenizer, whole, [add("all"), add("generated"), add("reply")])
     assert losses[1] == pytest.approx(losses[0], **CLOSE)
     assert losses[2] == pytest.approx(losses[0], **CLOSE)
     for call in (
@@ -183,11 +181,9 @@ def test_costs_know_the_boundary(llama, tokenizer):
 
 def test_propensity_knows_the_boundary(llama, tokenizer):
     contrast = fg.ContrastSet("x", pairs=QUESTIONS)
-    values, _ = Propensity(contrast).values(llama, tokenizer, [add("last_prompt_on")])
+    values, _ = Propensity(contrast).values(llama, tokenizer, [add("reply")])
     expected = [
-        total(llama, tokenizer, prompt, text, "last_prompt_on")
-        for side in (True, False)
-        for prompt, text in contrast.side(side)
+        total(llama, tokenizer, prompt, text, "reply") for side in (True, False) for prompt, text in contrast.side(side)
     ]
     assert values[0].tolist() == pytest.approx(expected, **CLOSE)
 
@@ -231,7 +227,7 @@ def test_the_default_model_by_hand():
             ("all", slice(1, None)),
             ("prompt", slice(1, length)),
             ("generated", slice(length, None)),
-            ("last_prompt_on", slice(length - 1, None)),
+            ("reply", slice(length - 1, None)),
         ):
             on[:] = 0.0
             on[places] = 1.0
@@ -282,7 +278,7 @@ def test_entries_by_row_around_functions_that_make_batches_are_refused(llama, to
             fg.steer(llama, add(), **lengths),
         ):
             call()
-        with fg.steer(llama, [add(), add("last_prompt_on")]):
+        with fg.steer(llama, [add(), add("reply")]):
             call()
 
 

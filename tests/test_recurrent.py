@@ -104,7 +104,7 @@ def test_a_loop_over_the_returned_state_and_prompt_lengths_equal_the_recompute(f
 
 @pytest.mark.parametrize("family", PADDED)
 def test_left_padding(family):
-    model, item = recurrent_model(family), add(recurrent_model(family), "last_prompt_on")
+    model, item = recurrent_model(family), add(recurrent_model(family), "reply")
     short, pads = ROWS[:1, :4], torch.ones(1, 2, dtype=torch.long)
     padded = torch.cat([torch.cat([pads, short], 1), ROWS[1:]])
     mask = torch.ones_like(padded)

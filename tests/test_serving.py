@@ -283,11 +283,13 @@ def test_a_start_token_at_position_0_is_spared_and_a_word_is_not(scope, bos):
         start, end = made.sampling_params.extra_args[PLAN][3:]
         places = [i for i in range(6) if start <= i < end]
         assert places == reference.positions(scope, 6, len(ids), 0, bos=bos or first == 5)
-    one_word = request(steering("love", scope="last_prompt_on"), ids=[5])
+    if scope == "reply":  # by its earlier name, as clients may still send it
+        assert parse_request({"steer": "love", "steer_scope": "last_prompt_on"}).scope == "reply"
+    one_word = request(steering("love", scope="reply"), ids=[5])
     control.admit(one_word)
     assert one_word.sampling_params.extra_args[PLAN][3] == 0
     embedded = request(steering("love", scope=scope, bos=bos), ids=None, embeds=normal(0, 3, WIDTH))
-    if bos or scope in ("generated", "last_prompt_on"):
+    if bos or scope in ("generated", "reply"):
         control.admit(embedded)
     else:
         with pytest.raises(fg.SteeringError, match=r"embeddings.*steer_bos = 1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -139,3 +140,19 @@ def test_density_equals_the_loop(llama, tokenizer, tmp_path):
     assert torch.equal(back.fired, got.fired)
     with pytest.raises(fg.PairingError):
         back.check(make_sae("jumprelu", seed=4))
+
+
+def test_attention_sinks_are_told_and_bos_takes_their_place(llama, tokenizer):
+    """A word with a huge embedding stands for the first word of a text without BOS."""
+    model = copy.deepcopy(llama)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("bride", add_special_tokens=False)["input_ids"][0]] *= 1e4
+    contrast = fg.ContrastSet("weddings", positives=["bride a church", "groom a church"], negatives=["a church"] * 2)
+    with pytest.warns(
+        fg.FgsteerWarning, match=r"1 token of the 1\d that were read .*0\.hook_resid_pre.*prepend_bos=True"
+    ):
+        fg.collect(model, tokenizer, contrast, hookpoints="blocks.0.hook_resid_pre")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fg.collect(llama, tokenizer, contrast, hookpoints="blocks.0.hook_resid_pre")
+        fg.collect(model, tokenizer, contrast, hookpoints="blocks.0.hook_resid_pre", bos=True)  # sinks are asked for

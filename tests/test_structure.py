@@ -33,6 +33,7 @@ FLOORS = (
     "effects",
     "methods",
     "features",
+    "training",
     "evaluation",
     "export",
     "hub",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,17 +12,21 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.patches import Rectangle
+from transformers import AutoModelForCausalLM
 
 import fgsteer as fg
+from fgsteer.cli import printing
 from fgsteer.errors import DataError, HookpointError, SelectionError
 from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.evaluation.sweep import plots as sweep_plots
 from fgsteer.evaluation.sweep.answers import Curve, best_layer, fade, in_words, sign_differences
-from fgsteer.evaluation.sweep.sweep import random_like
+from fgsteer.evaluation.sweep.layers import around, thinned
+from fgsteer.evaluation.sweep.measuring import random_like
+from fgsteer.evaluation.sweep.page import write_page
 from fgsteer.models.hookpoints import blocks_of
 from tests.helpers.cli import invoke_on_cpu
 from tests.helpers.examples import naive_examples
-from tests.helpers.tiny import D_MODEL, LAYERS, tiny_model
+from tests.helpers.tiny import D_MODEL, FAMILIES, LAYERS, tiny_model
 from tests.reference import methods, tables
 from tests.reference import sweep as reference
 
@@ -156,8 +161,7 @@ def own(llama, tokenizer):
 def test_strengths_cost_the_same_everywhere(llama, tokenizer, own):
     rises, ticks = (0.02, 0.05, 0.2), []
     found = fg.sweep(llama, tokenizer, SIDES, ce_rises=rises, neutral=own, progress=lambda *done: ticks.append(done))
-    total = 1 + LAYERS + 1  # strengths, layers, controls
-    assert ticks == [(n + 1, total) for n in range(total)]
+    assert ticks == [(n + 1, LAYERS) for n in range(LAYERS)]
     assert (found.matched, found.steps) == (0.2, rises)
     stats = fg.collect(llama, tokenizer, SIDES, hookpoints=[fg.Hookpoint(layer) for layer in range(LAYERS)])
     base = fg.cross_entropy(llama, tokenizer, own)
@@ -389,6 +393,134 @@ def test_pictures_show_the_cells(llama, tokenizer, own, tmp_path):
     ]  # fmt: skip
 
 
+def test_layers_are_thinned_then_refined():
+    assert thinned(30) == [1, 5, 9, 13, 17, 21, 25, 29]
+    assert thinned(10) == list(range(10))
+    assert thinned(12) == [1, 3, 5, 7, 9, 11]
+    for layers in (11, 24, 30, 32, 80):
+        for peak in range(layers):
+            visited = set(thinned(layers))
+            assert max(visited) == layers - 1
+            while more := around(min(visited, key=lambda layer: (abs(layer - peak), layer)), visited, layers):
+                visited |= set(more)
+            assert peak in visited  # of a push with one peak
+            assert len(visited) < 12 + layers / 5
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """A model of twelve layers."""
+    torch.manual_seed(0)
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = 12
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def test_a_thinned_sweep_measures_what_the_full_one_does(deep, tokenizer):
+    """The same cells as in the full sweep, within calibration's tolerance, and the best of those that were measured."""
+    plain = fg.generate(deep, tokenizer, ["the", "I"], max_new_tokens=12)
+    options = {"ce_rises": [0.02, 0.05], "neutral": plain, "controls": 1}
+    ticks = []
+    told: list[float] = []
+    found = fg.sweep(deep, tokenizer, SIDES, progress=lambda *done: ticks.append(done), announce=told.append, **options)
+    full = fg.sweep(deep, tokenizer, SIDES, layers=sorted(found.hookpoints), **options)
+    assert (len(told), told[0] > 0) == (1, True)
+    assert ticks[-1][0] == ticks[-1][1]
+    assert [done for done, _ in ticks] == sorted(done for done, _ in ticks)
+    expected = {(cell.layer, cell.sign, cell.target): cell for cell in full.cells}
+    assert 6 <= len(found.hookpoints) < 12
+    assert 0 < len(found.cells) < 0.8 * len(full.cells)
+    for cell in found.cells:
+        twin = expected[cell.layer, cell.sign, cell.target]
+        assert cell.coefficient == pytest.approx(twin.coefficient, rel=0.05)  # two costs within 2 % of the target
+        assert cell.effect.mean == pytest.approx(twin.effect.mean, rel=0.1, abs=2e-3)
+    for best in found.best:
+        pushes = {c.layer: c.push for c in found.cells if (c.sign, c.target) == (best.sign, 0.05)}
+        assert best.layer == max(pushes, key=pushes.__getitem__)
+        assert {c.target for c in found.cells if c.layer == best.layer} == {0.02, 0.05}
+        assert best.layer in found.damage
+    assert {one.layer for one in found.fades} == {best.layer for best in found.best}
+    assert any("of 12 layers were measured" in note and "--full" in note for note in found.notes)
+    assert not full.notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("concept", ["wedding", "sea"])
+def test_the_thinned_sweep_finds_the_full_ones_layers(concept, monkeypatch):
+    """On the embedded default, as if its layers were many: the best layers are the full sweep's, or level with them."""
+    model, tokenizer = fg.load_model("default")
+    options = {"controls": 0, "ce_rises": [0.25, 0.5]}
+    full = fg.sweep(model, tokenizer, concept, full=True, **options)
+    monkeypatch.setattr("fgsteer.evaluation.sweep.layers.FEW_LAYERS", 2)
+    monkeypatch.setattr("fgsteer.evaluation.sweep.layers.COARSE_LAYERS", 2)
+    found = fg.sweep(model, tokenizer, concept, **options)
+    assert len(found.cells) < len(full.cells)
+    for best, twin in zip(found.best, full.best, strict=True):
+        assert best.layer in (twin.layer, *twin.level_with)
+        expected = next(c for c in full.cells if (c.layer, c.sign, c.target) == (best.layer, best.sign, 0.5))
+        assert best.push.mean == pytest.approx(expected.push, rel=0.05)  # two costs within 2 % of the target
+        assert best.coefficient == pytest.approx(expected.coefficient, rel=0.05)
+
+
+def test_a_killed_sweep_goes_on(deep, tokenizer, tmp_path):
+    plain = fg.generate(deep, tokenizer, ["the", "I"], max_new_tokens=12)
+    options: dict[str, Any] = {"neutral": plain, "controls": 0, "work": tmp_path, "layers": [1, 4, 7]}
+    options["ce_rises"] = [0.05]
+    whole = fg.sweep(deep, tokenizer, SIDES, **{**options, "work": None})
+
+    def kill(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fg.sweep(deep, tokenizer, SIDES, progress=kill, **options)
+    kept = json.loads((tmp_path / "sweep-parts.json").read_text())["cells"]
+    assert {name.split("/")[0] for name in kept} == {"1", "4"}
+    with pytest.raises(fg.PairingError, match="controls"):
+        fg.sweep(deep, tokenizer, SIDES, **{**options, "controls": 1})
+    marked = {**kept["1/+1/0.05"], "cost": 0.0505}
+    parts = json.loads((tmp_path / "sweep-parts.json").read_text())
+    parts["cells"]["1/+1/0.05"] = marked
+    (tmp_path / "sweep-parts.json").write_text(json.dumps(parts))
+    gone_on = fg.sweep(deep, tokenizer, SIDES, **options)
+    assert gone_on.cells[0].cost == 0.0505  # it was not measured again
+    for cell, twin in zip(gone_on.cells, whole.cells, strict=True):
+        assert (cell.layer, cell.sign) == (twin.layer, twin.sign)
+        assert cell.coefficient == pytest.approx(twin.coefficient, rel=1e-3)
+    fresh = fg.sweep(deep, tokenizer, SIDES, fresh=True, **options)
+    assert fresh.cells[0].cost != 0.0505
+    (tmp_path / "sweep-parts.json").write_text("[]")
+    with pytest.raises(fg.FormatError, match="without cells"):
+        fg.sweep(deep, tokenizer, SIDES, **options)
+
+
+def test_the_page_stands_alone(llama, tokenizer, own, tmp_path):
+    hostile = '<script>alert("x")</script>'
+    found = replace(fg.sweep(llama, tokenizer, SIDES, ce_rises=[0.05], neutral=own, controls=1), contrast=hostile)
+    write_page(found, tmp_path / "sweep.html", command=hostile)
+    page = (tmp_path / "sweep.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert not re.search(r'@import|url\((?!#)|(href|src)="(?!#)|https?://(?!www\.w3\.org/)', page)
+    for cell in found.cells:
+        assert f"{cell.effect.mean:.3f}".replace("-", "−") in page
+    for answer in found.answers:
+        assert answer[:20] in page
+    assert page.count("<figure>") == 2
+
+
+def test_progress_in_lines(monkeypatch, capsys):
+    now = iter((0.0, 5.0, 20.0, 21.0, 130.0))
+    monkeypatch.setattr("fgsteer.cli.printing.time.monotonic", lambda: next(now))
+    with printing.progress_lines("sweeping", as_json=True) as report:
+        for done in (1, 2, 3, 4):
+            report(done, 8)
+    assert capsys.readouterr().err.splitlines() == [
+        "sweeping: 2 of 8, about 60 s left",
+        "sweeping: 4 of 8, about 2 min left",
+    ]
+    assert [printing.duration(seconds) for seconds in (0.2, 89, 100, 3 * 3600)] == ["1 s", "89 s", "2 min", "3.0 h"]
+
+
 def invoke(*arguments):
     return invoke_on_cpu("sweep", *arguments).stdout
 
@@ -406,7 +538,8 @@ def test_command_line_sweeps(tmp_path):
     ]  # fmt: skip
     assert set(told["cells"][0]["effect"]) == {"mean", "low", "high", "clusters", "units", "effective"}
     assert (told["fgsteer"], told["method"], told["measured_on"]) == ("sweep", "caa", "held")
-    assert len(list((tmp_path / "out").iterdir())) == 5
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"sweep.json", "sweep.html", *(f"sweep-{n}.{k}" for n in ("map", "fading") for k in ("png", "svg"))}
     shown = invoke(*common, "--coefficient", 0.5, "--coefficient", 1)
     assert all(word in shown for word in ("Where, at a cost of 0.5", "Fading:", "Sign,", "coefficient (cost"))
     stats = fg.collect(*fg.load_model("default"), "wedding", hookpoints=fg.Hookpoint(1))

@@ -123,7 +123,7 @@ def test_plain_passes_equal_the_recompute(family, kind):
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_beams_share_the_prompts_entry(kind):
     model, options = peft_model("llama", kind), {"max_new_tokens": NEW, "num_beams": 2, "do_sample": False}
-    entries = [add("prompt"), add("last_prompt_on", seed=3)]
+    entries = [add("prompt"), add("reply", seed=3)]
     with fg.steer(model, entries, per_row=True):
         together = model.generate(input_ids=IDS, attention_mask=MASK, **options)
     for n, item in enumerate(entries):

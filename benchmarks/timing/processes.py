@@ -24,7 +24,7 @@ COMMANDS = {
     "fgsteer --help": ("-c", "from fgsteer.cli import main; main()", "--help"),
     "import torch, transformers": ("-c", "import torch, transformers"),
 }
-DEMO = ("-c", "from fgsteer.cli import main; main()", "demo")
+DEMO = ("-c", "from fgsteer.cli import main; main()", "demo", "--model", "default")
 
 
 def memory(bench: Bench) -> Iterator[Row]:

@@ -54,6 +54,7 @@ TITLES = {
     "effects": "Effects",
     "methods": "Methods",
     "features": "Features",
+    "training": "Training of SAEs",
     "evaluation": "Evaluation",
     "export": "Exports",
     "errors": "Errors and warnings",
@@ -160,9 +161,9 @@ def registry_table() -> str:
 def contrasts_table() -> str:
     """The shipped contrast sets, with their numbers of positives and negatives."""
     rows = []
-    for name in fgsteer.shipped_contrasts():
+    for name in fgsteer.shipped_contrasts() + fgsteer.shipped_contrasts(chat=True):
         contrast = fgsteer.load_contrast(name)
-        sizes = [f"{len(one.positives)}, {len(one.negatives)}" if one else "" for one in (contrast, contrast.held_out)]
+        sizes = [f"{one.count(True)}, {one.count(False)}" if one else "" for one in (contrast, contrast.held_out)]
         rows.append((f"`{name}`", contrast.description, *sizes))
     return markdown("name | behavior | positives, negatives | held out", rows)
 

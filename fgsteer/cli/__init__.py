@@ -11,6 +11,7 @@ Nothing heavy is imported before a command runs: ``fgsteer --help`` needs no tor
     options.py          options that several commands share
     values.py           checks of their values before a model is loaded
     choices.py          lists from tables, in help texts and shell completion
+    strengths.py        a coefficient for each vector, several to compare, or one found by its cost
     loading.py          models, SAEs, vectors and texts as the options name them
     method_settings.py  the settings of a method, checked against its signature
     bench_setup.py      what ``bench`` makes of its options
@@ -45,6 +46,7 @@ from fgsteer.cli import (  # noqa: F401  each registers its command
     saes,
     serve,
     sweep,
+    train_sae,
 )
 from fgsteer.cli.app import Command, app
 from fgsteer.cli.messages import options_of, with_options

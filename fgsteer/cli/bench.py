@@ -76,7 +76,10 @@ def bench(
     ] = None,
     effects: Annotated[
         list[str] | None,
-        typer.Option(help='An effect approximator: "default" or a file of one. Repeat for several layers.'),
+        typer.Option(
+            help="An effect approximator: a file of one, or {shipped models} for those of its SAEs. Repeat for several "
+            "layers."
+        ),
     ] = None,
     judge: Annotated[
         str | None,

@@ -60,19 +60,20 @@ class BenchOptions:
         """The benchmark, with transformers in this process. Raises DataError for a plan that cannot be run."""
         import fgsteer as fg
         from fgsteer.evaluation.bench.concept_runs import begun_design
-        from fgsteer.evaluation.bench.conditions import bench_methods
+        from fgsteer.evaluation.bench.conditions import bench_methods, default_methods
         from fgsteer.methods import spec
+        from fgsteer.models.shipped import find_shipped
 
         name = sae_name(self.sae, self.model.name)
         check_device(self.model.device, self.model.dtype)
         loaded = [load_sae(name, sae_id, self.model.name) for sae_id in self.sae_ids or [None]]
         saes = {sae.hookpoint.layer: sae for sae in loaded}
-        shipped = ["default"] if name == "default" and not self.sae_ids else []
-        measured = [fg.load_effects(source) for source in self.effects or shipped]
-        effects = {one.hookpoint.layer: one for one in measured}
+        shipped = None if self.sae_ids else find_shipped(name)
+        sources = self.effects or ([name] if shipped is not None and shipped.has_effects() else [])
+        effects = {one.hookpoint.layer: one for source in sources for one in self._load_effects(source)}
         methods = bench_methods()
         layers = {m: tuple(n for n in sorted(saes) if spec(m).needs != "effects" or n in effects) for m in methods}
-        fields: dict[str, Any] = {"methods": methods, "layers": layers, **(QUICK if self.quick else {})}
+        fields: dict[str, Any] = {"methods": default_methods(), "layers": layers, **(QUICK if self.quick else {})}
         fields["methods"] = tuple(method for method in fields["methods"] if layers[method])
         if not self.fresh:
             fields |= begun_design(self.out / "bench.jsonl")
@@ -83,6 +84,18 @@ class BenchOptions:
         model, tokenizer = load_model(self.model)
         saes = {layer: sae.to(model.device) for layer, sae in saes.items()}
         return fg.Bench(model, tokenizer, saes, effects, judge, plan, contrasts=contrasts, coherence=coherence)
+
+    def _load_effects(self, source: str) -> list[Any]:
+        """The effects of a file; of a shipped model those of the SAEs of --sae-id, or of the ones that have any."""
+        import fgsteer as fg
+        from fgsteer.models.shipped import find_shipped
+
+        shipped = find_shipped(source)
+        if shipped is None:
+            return [fg.load_effects(source)]
+        chosen = list(self.sae_ids or [None])
+        measured = [sae_id for sae_id in chosen if shipped.has_effects(sae_id)]
+        return [fg.load_effects(source, sae_id) for sae_id in measured or chosen[:1]]
 
 
 def load_contrasts(concepts: Iterable[str]) -> list[ContrastSet]:

@@ -9,11 +9,20 @@ import typer
 
 from fgsteer.cli.app import app
 from fgsteer.cli.choices import completion
-from fgsteer.cli.loading import load_sae, model_of
+from fgsteer.cli.loading import (
+    ModelOptions,
+    interventions,
+    load_effects,
+    load_model,
+    load_sae,
+    loadable,
+    model_of,
+)
 from fgsteer.cli.method_settings import check_inputs, check_settings, feature_weights
-from fgsteer.cli.options import JsonOption, OutOption, SaeIdOption, SaeOption
+from fgsteer.cli.options import DeviceOption, DtypeOption, JsonOption, OutOption, SaeIdOption, SaeOption
 from fgsteer.cli.printing import say, show
 from fgsteer.cli.values import parse_settings
+from fgsteer.errors import DataError, FgsteerError
 from fgsteer.errors.wording import count
 from fgsteer.methods import spec
 
@@ -28,7 +37,8 @@ def build(
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     effects: Annotated[
-        str | None, typer.Option(help='The effects measured on the SAE: a file of fgsteer effects, or "default".')
+        str | None,
+        typer.Option(help="The effects measured on the SAE: a file of fgsteer effects, or {shipped models}."),
     ] = None,
     density: Annotated[
         Path | None, typer.Option(help="File of the SAE's feature density, where its folder has none.")
@@ -40,9 +50,27 @@ def build(
         list[str] | None,
         typer.Option("--set", help="A setting of the method, such as n_positive=8; repeat for several."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="The model on which strengths are measured. By default the one that the vector was made for, where it "
+            "is on this machine.",
+        ),
+    ] = None,
+    strengths: Annotated[
+        bool,
+        typer.Option(
+            "--strengths/--no-strengths",
+            help="Whether to load the model and measure what strengths of the vector cost neutral text.",
+        ),
+    ] = True,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Build a steering vector by a method's name, and write it to a file."""
+    """Build a steering vector by a method's name, write it to a file, and show what its strengths cost."""
     import fgsteer as fg
 
     inputs: dict[str, Any] = parse_settings(settings or [])
@@ -51,7 +79,7 @@ def build(
     if stats is not None:
         inputs["stats"] = fg.ContrastStatistics.load(stats)
     if effects is not None:
-        inputs["effects"] = fg.load_effects(effects)
+        inputs["effects"] = load_effects(effects, sae_id)
     if density is not None:
         inputs["density"] = fg.FeatureDensity.load(density)
     if features is not None:
@@ -62,17 +90,51 @@ def build(
         inputs["sae"] = load_sae(sae, sae_id, "" if stats is None else model_of(inputs["stats"].reading))
     vector = fg.build(method, **inputs)
     vector.save(out)
-    described = {
+    described: dict[str, Any] = {
         "out": str(out),
         "method": method,
         "hookpoint": str(vector.hookpoint),
         "norm": vector.norm,
         "features": len(vector.features),
     }
-    show(
-        described,
-        as_json,
-        lambda v: say(
-            f"{v['out']}: {v['method']} at {v['hookpoint']}, norm {v['norm']:.3f}, {count(v['features'], 'feature')}"
-        ),
-    )
+    if strengths:
+        options = ModelOptions(model or loadable(model_of(vector.provenance)), device, dtype, fetch=model is not None)
+        described |= _strengths(vector, spec(method).operation, options)
+    show(described, as_json, _print_vector)
+
+
+def _strengths(vector: Any, operation: str, options: ModelOptions) -> dict[str, Any]:
+    """What strengths of a vector cost on a model; nothing where that cannot be measured, which a note says."""
+    from fgsteer.likelihood.strengths import StrengthMeter
+    from fgsteer.models.chat import is_chat_model
+
+    try:
+        if not options.name:
+            raise DataError("a vector that names no model", "the model that it was made for", "name it with --model")
+        parts = load_model(options)
+        chat = is_chat_model(*parts)
+        scope = "reply" if chat else "all"
+        meter = StrengthMeter(*parts, vector, lambda c: interventions([(vector, c)], operation, scope)[0], chat=chat)
+        rows = [strength.as_dict() for strength in meter.useful()]
+    except FgsteerError as error:
+        say(f"note: What strengths cost is not measured. {error}", err=True)
+        return {}
+    return {
+        "activation_norm": meter.activation_norm,
+        "relative_norm": vector.norm / meter.activation_norm,
+        "operation": operation,
+        "scope": scope,
+        "strengths": rows,
+    }
+
+
+def _print_vector(v: dict[str, Any]) -> None:
+    say(f"{v['out']}: {v['method']} at {v['hookpoint']}, norm {v['norm']:.3f}, {count(v['features'], 'feature')}")
+    if "strengths" not in v:
+        return
+    where = "replies in a chat" if v["scope"] == "reply" else "text"
+    say(f"Activations there have a median norm of {v['activation_norm']:.3g}: ‖v‖/‖h‖ = {v['relative_norm']:.3g}.")
+    say(f"What strengths cost neutral {where} (--op {v['operation']} --scope {v['scope']}), in nats a token:")
+    say(f"{'-c':>10}{'cost':>8}{'‖c·v‖/‖h‖':>12}")
+    for row in v["strengths"]:
+        say(f"{row['coefficient']:>10g}{row['cost']:>8.2f}{row['relative_norm']:>12.2f}")

@@ -15,9 +15,17 @@ from fgsteer import export
 from fgsteer.activations.token_rules import TOKEN_RULES
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.evaluation.judges.table import judge_names
-from fgsteer.interventions.scopes import SCOPES
+from fgsteer.interventions.scopes import SCOPES, describe_scopes
 from fgsteer.interventions.table import OPERATIONS
 from fgsteer.methods import specs
+
+
+def _shipped_models() -> list[str]:
+    """Return the names of the models that fgsteer ships SAEs for, from a table that --help does not load."""
+    from fgsteer.models.shipped import SHIPPED
+
+    return list(SHIPPED)
+
 
 # The names that stand for {key} in a help text. What they are read from imports no torch.
 CHOICES: Mapping[str, Callable[[], list[str]]] = {
@@ -28,12 +36,14 @@ CHOICES: Mapping[str, Callable[[], list[str]]] = {
     "coherence judges": lambda: judge_names("coherence"),
     "exports": lambda: [row.name for row in export.specs()],
     "operations": lambda: list(OPERATIONS),
+    "shipped models": _shipped_models,
     "scopes": lambda: list(SCOPES),
     "token rules": lambda: list(TOKEN_RULES),
 }
 # The texts that stand for {key} likewise. The character \b keeps the lines of a paragraph as they are.
 DESCRIPTIONS: Mapping[str, Callable[[], str]] = {
     "what exports write": lambda: "\b\n" + "\n".join(f"{row.name:<12} {row.writes}" for row in export.specs()),
+    "what scopes steer": describe_scopes,
     "export options": lambda: "; ".join(
         f"{row.name}: {', '.join(f'{option.name} ({option.summary})' for option in row.options)}"
         for row in export.specs()

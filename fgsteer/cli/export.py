@@ -46,7 +46,9 @@ def export(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help='The model that is steered: "default", or a Hugging Face id or path.'),
+        typer.Option(
+            "--model", "-m", help="The model that is steered: {shipped models}, or a Hugging Face id or path."
+        ),
     ] = None,
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,

@@ -1,4 +1,4 @@
-"""``fgsteer generate``: continue prompts, unsteered and steered."""
+"""``fgsteer generate``: continue prompts, or answer them in a chat, unsteered and steered."""
 
 from __future__ import annotations
 
@@ -7,32 +7,60 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.app import app
-from fgsteer.cli.loading import ModelOptions, interventions, load_model, load_vectors
+from fgsteer.cli.choices import completion
+from fgsteer.cli.loading import ModelOptions, interventions, load_model, load_vector_files, note_default_strength
 from fgsteer.cli.options import (
-    CoefficientOption,
+    SCOPE_HELP,
     DeviceOption,
     DtypeOption,
     JsonOption,
     ModelOption,
     OperationOption,
     RevisionOption,
-    ScopeOption,
     TrustOption,
     VectorOption,
 )
-from fgsteer.cli.printing import console, show
-from fgsteer.cli.values import finite, seed_in_range
+from fgsteer.cli.printing import console, say, show
+from fgsteer.cli.strengths import DEFAULT_COST, describe_strength, given_strengths
+from fgsteer.cli.values import finite, present_scope, seed_in_range
 from fgsteer.errors import DataError
 from fgsteer.errors.limits import MAX_COUNT
 
 
-@app.command(short_help="Continue prompts, without and with steering.")
+@app.command(short_help="Continue or answer prompts, without and with steering.")
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="The texts to continue.")],
+    prompts: Annotated[list[str], typer.Argument(help="The texts to continue, or the messages to answer.")],
     vector: VectorOption = None,
-    coefficient: CoefficientOption = None,
+    coefficient: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--coefficient",
+            "-c",
+            help="The strength of a vector: add's coefficient, affine's alpha or clamp's target; repeat for several "
+            "vectors, in the same order. -c 1,2,4 shows several strengths of a vector one below the other. Without -c, "
+            "--cost finds one.",
+        ),
+    ] = None,
+    cost: Annotated[
+        float | None,
+        typer.Option(
+            "--cost",
+            callback=finite,
+            help="Find the strength of the vector that makes neutral text less probable by so many nats a token. "
+            f"Without it and without -c it is {DEFAULT_COST}; at 0.1 a vector does little, and at 1 the language "
+            "suffers.",
+        ),
+    ] = None,
     operation: OperationOption = "add",
-    scope: ScopeOption = "all",
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            "--scope",
+            autocompletion=completion("scopes"),
+            callback=present_scope,
+            help=f"{SCOPE_HELP} By default reply in a chat, whose question is then read as it is, and otherwise all.",
+        ),
+    ] = None,
     model: ModelOption = "default",
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="How many tokens to generate.")] = 48,
     temperature: Annotated[
@@ -43,13 +71,19 @@ def generate(
     ] = 0.0,
     seed: Annotated[int, typer.Option(callback=seed_in_range, help="The seed of sampling.")] = 0,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Take each prompt as a user's message, which the chat model answers.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Whether each prompt is a user's message, which the model answers, or a text, which it continues. By "
+            "default a chat model answers.",
+        ),
+    ] = None,
     system: Annotated[
         str | None, typer.Option("--system", help="The system message of each chat. It implies --chat.")
     ] = None,
     prefill: Annotated[
-        str | None, typer.Option("--prefill", help="The text with which each answer of a chat begins.")
+        str | None,
+        typer.Option("--prefill", help="The text with which each answer of a chat begins. It implies --chat."),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -57,37 +91,63 @@ def generate(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue prompts, without and with steering, and show both."""
+    """Continue prompts, or answer them in a chat, without and with steering, and show both."""
     import torch
 
     import fgsteer as fg
+    from fgsteer.likelihood.strengths import StrengthMeter
+    from fgsteer.models.chat import is_chat_model
     from fgsteer.steering.generation import check_options, parse_prompts
 
-    steering = interventions(load_vectors(vector, coefficient, operation, model, revision), operation, scope)
-    conversations = _conversations(prompts, system, prefill) if chat or system is not None else prompts
-    if prefill is not None and conversations is prompts:
-        raise DataError(
-            "--prefill without --chat",
-            "--prefill with --chat",
-            "without a chat, write the text at the end of the prompt",
-        )
+    strengths = given_strengths(coefficient or [], vector or [], operation, cost)
+    vectors = load_vector_files(vector or [], model, revision)
+    if strengths and not coefficient:
+        note_default_strength(vectors, operation)
+
+    def steering(*strength: float) -> list[Any]:
+        return interventions(list(zip(vectors, strength, strict=True)), operation, scope or "all")
+
+    steering(*(strengths[0] if strengths else (1.0,) * len(vectors)))  # refuses what cannot be made
+    chat = _asks_for_chat(chat, system, prefill)
+    conversations = _conversations(prompts, system, prefill)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     options |= {"temperature": temperature} if temperature > 0 else {}
     check_options(options)
-    parse_prompts(conversations)
-    language_model, tokenizer = load_model(ModelOptions(model, device, dtype, revision, trust_remote_code))
+    parse_prompts(conversations if chat else prompts)
+    parts = load_model(ModelOptions(model, device, dtype, revision, trust_remote_code))
+    chats = is_chat_model(*parts) if chat is None else chat
+    if chats and chat is None:
+        say("note: A chat model answers each prompt as a user's message; --no-chat continues it as a text.", err=True)
+    scope = scope or ("reply" if chats else "all")
+    found = None
+    if vectors and not strengths:
+        meter = StrengthMeter(*parts, vectors[0], lambda c: steering(c)[0], chat=chats)
+        found = meter.find(DEFAULT_COST if cost is None else cost).as_dict()
+        strengths = [(found["coefficient"],)]
 
-    def run(entries: Any) -> list[str]:
+    def run(items: list[Any] | None) -> list[str]:
         torch.manual_seed(seed)
-        texts: list[str] = fg.generate(language_model, tokenizer, conversations, steering=entries, **options)
+        entries = None if items is None else [items] * len(prompts)
+        texts: list[str] = fg.generate(*parts, conversations if chats else prompts, steering=entries, **options)
         return texts
 
     result: dict[str, Any] = {"prompts": prompts, "unsteered": run(None)}
-    if steering:
-        result["steered"] = run([steering] * len(prompts))
-    if conversations is not prompts:
-        result |= {"system": system, "prefill": prefill}
+    texts = [run(steering(*strength)) for strength in strengths]
+    result |= {"steered": texts[0]} if len(texts) == 1 else {}
+    rows = [{"coefficients": list(c), "texts": t} for c, t in zip(strengths, texts, strict=True)]
+    result |= {"strengths": rows, "found": found, "scope": scope} if vectors else {}
+    result |= {"system": system, "prefill": prefill} if chats else {}
     show(result, as_json, _print_texts)
+
+
+def _asks_for_chat(chat: bool | None, system: str | None, prefill: str | None) -> bool | None:
+    """Whether the options ask for a chat; None where they leave it to the model. Raises DataError."""
+    messages = [name for name, text in (("--system", system), ("--prefill", prefill)) if text is not None]
+    if chat is False and messages:
+        raise DataError(
+            f"{messages[0]} with --no-chat", f"{messages[0]} with --chat", "without a chat, write it into the prompt"
+        )
+    return True if messages else chat
 
 
 def _conversations(prompts: list[str], system: str | None, prefill: str | None) -> list[list[dict[str, str]]]:
@@ -101,11 +161,14 @@ def _print_texts(result: dict[str, Any]) -> None:
     from rich.text import Text
 
     screen = console()
-    chat = "prefill" in result
+    chat, rows = "prefill" in result, result.get("strengths", [])
+    if result.get("found"):
+        say(f"Strength found: {describe_strength(result['found'])}")
+    labels = ["steered"] if len(rows) == 1 else [f"-c {' -c '.join(f'{c:g}' for c in r['coefficients'])}" for r in rows]
     for number, prompt in enumerate(result["prompts"]):
         if chat:
             screen.print(Text.assemble(("user: ", "dim"), prompt))
         before = (result["prefill"] or "") if chat else prompt
-        for name in ("unsteered", "steered"):
-            if name in result:
-                screen.print(Text.assemble((f"{name}: ", "dim"), before, (result[name][number], "bold")))
+        texts = [("unsteered", result["unsteered"]), *zip(labels, (row["texts"] for row in rows), strict=True)]
+        for name, of_prompts in texts:
+            screen.print(Text.assemble((f"{name}: ", "dim"), before, (of_prompts[number], "bold")))

@@ -37,14 +37,15 @@ def info(
 
 def _print_installation(description: dict[str, Any]) -> None:
     """Print what is installed on one screen."""
-    default, gpus = description["default"], description["cuda"]
+    gpus = description["cuda"]
     for name, version in description["versions"].items():
         say(f"{name:<14}{version or 'not installed'}")
     say(f"{'device':<14}{count(gpus, 'CUDA device') if gpus else 'CPU, no CUDA device'}")
     say(f"{'methods':<14}{', '.join(description['methods'])}")
     say(f"{'contrasts':<14}{', '.join(description['contrast_sets'])}")
-    saes = ", ".join(default["saes"])
-    say(f"{'default':<14}a model of {default['parameters'] / 1e6:.1f} million parameters, SAEs {saes}")
+    for name, model in description["models"].items():
+        saes = "SAEs " + ", ".join(model["saes"]) if model["saes"] else f"SAEs not installed: {model['install']}"
+        say(f"{name:<14}{model['description']}, {saes}")
     say("fgsteer info FILE says what a file holds; fgsteer --help lists the commands.")
 
 
@@ -93,23 +94,34 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def describe_installation() -> dict[str, Any]:
-    """Versions, devices, methods, and the figures of the embedded default. Raises FormatError without one."""
+    """Versions, devices, methods, shipped models, and the figures of the embedded default.
+
+    Raises FormatError without the embedded default.
+    """
     from importlib.metadata import version
 
     import torch
 
     from fgsteer.data.shipped import shipped_contrasts
     from fgsteer.methods import METHODS
-    from fgsteer.models.embedded import pretrained_dir
+    from fgsteer.models.shipped import DEFAULT, SHIPPED
     from fgsteer.storage.json_files import read_json
     from fgsteer.storage.version import library_version
 
-    folder = pretrained_dir()
-    figures = read_json(folder / "figures.json")
+    figures = read_json(SHIPPED[DEFAULT].folder() / "figures.json")
+    models = {
+        name: {
+            "description": shipped.description,
+            "saes": shipped.sae_ids() if shipped.is_installed() else [],
+            "install": shipped.install,
+        }
+        for name, shipped in SHIPPED.items()
+    }
     return {
         "versions": {"fgsteer": library_version()} | {n: version(n) for n in ("torch", "transformers", "sae-lens")},
         "cuda": torch.cuda.device_count(),
         "methods": list(METHODS),
-        "contrast_sets": shipped_contrasts(),
+        "contrast_sets": shipped_contrasts() + shipped_contrasts(chat=True),
+        "models": models,
         "default": {key: figures[key] for key in ("parameters", "training_tokens", "bits_per_byte", "saes")},
     }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ from fgsteer.storage.ranks import Ranks
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """A model as --model, --device, --dtype, --revision and --trust-remote-code name it."""
+    """A model as --model, --device, --dtype, --revision and --trust-remote-code name it; ``fetch``: from the hub."""
 
     name: str
     device: str | None = None
     dtype: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    fetch: bool = True
 
 
 def load_model(options: ModelOptions) -> tuple[Any, Any]:
@@ -33,52 +33,36 @@ def load_model(options: ModelOptions) -> tuple[Any, Any]:
         DataError: The dtype or the device is unknown, or a revision is given for files that have none.
         MissingError: There is no such model.
     """
-    import torch
     from transformers.utils import logging
 
     import fgsteer as fg
-    from fgsteer.models.embedded import DEFAULT
+    from fgsteer.models.shipped import find_shipped
 
     logging.disable_progress_bar()  # that of loading weights; downloads keep theirs
     name, device, revision = options.name, options.device, options.revision
+    shipped = find_shipped(name)
     check_device(device, options.dtype)
-    keywords: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+    keywords: dict[str, Any] = {} if options.fetch else {"local_files_only": True}
     if revision is not None:
-        if name == DEFAULT or Path(name).exists():
+        if shipped is not None or Path(name).exists():
             raise DataError(
                 f"--revision {revision:.80} for {name}",
                 "a model on the hub",
                 "files on this machine have no revisions: leave --revision out",
             )
         keywords["revision"] = revision
-    model, tokenizer = fg.load_model(name, dtype=options.dtype, trust_remote_code=options.trust_remote_code, **keywords)
-    try:
-        if device != "auto":
-            model = model.to(device or _own_device(torch.cuda.device_count()))
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is unknown, missing or full
-        raise _device_error(device, error) from error
+    if shipped is not None and shipped.is_packed():
+        say(f"note: The weights of {name} are unpacked once, which takes half a minute.", err=True)
+    keywords |= {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    model, tokenizer = fg.load_model(name, device=device, **keywords)
     return model, tokenizer
-
-
-def _own_device(gpus: int) -> str:
-    """The GPU of this machine that this process takes, or the CPU where there is none."""
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else "cpu"
-
-
-def _device_error(device: str | None, error: Exception) -> DataError:
-    """The error for a device on which torch cannot put a tensor."""
-    reason = str(error).partition("\n")[0].rstrip(".")
-    return DataError(
-        f"{f'--device {device:.100}' if device else 'The GPU'} cannot be used: {reason}.",
-        "a device of this machine with room for the model",
-        "name another device with --device, such as --device cpu",
-    )
 
 
 def check_device(device: str | None, dtype: str | None) -> None:
     """Raises DataError for a device that this machine does not have or that stores no numbers, or an unknown dtype."""
     import torch
 
+    from fgsteer.models.devices import device_error
     from fgsteer.models.loading import as_dtype
 
     try:
@@ -91,7 +75,7 @@ def check_device(device: str | None, dtype: str | None) -> None:
     try:
         actual = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:  # unknown, missing, full, or no name
-        raise _device_error(device, error) from error
+        raise device_error(f"--device {device:.100}", error) from error
     if actual.type == "meta":
         raise DataError(
             f"--device {device}, which stores no numbers",
@@ -109,10 +93,11 @@ def check_fit(vectors: Mapping[Path, Any], model: str, revision: str | None = No
         return
     from transformers import AutoConfig
 
-    from fgsteer.models.embedded import DEFAULT, pretrained_dir
+    from fgsteer.models.shipped import find_shipped
     from fgsteer.storage.network import hub_or_cache
 
-    folder = pretrained_dir() / "model" if model == DEFAULT else model
+    shipped = find_shipped(model)
+    folder = model if shipped is None else shipped.model_folder()
     try:
         with hub_or_cache(folder):
             config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False).get_text_config()
@@ -131,17 +116,25 @@ def check_fit(vectors: Mapping[Path, Any], model: str, revision: str | None = No
 
 
 def sae_name(name: str | None, model: str) -> str:
-    """The name of the SAE: that of --sae, else that of the default model. Raises DataError for another model."""
-    from fgsteer.models.embedded import DEFAULT, embedded_model_name
+    """The name of the SAE: that of --sae, else that of a shipped model. Raises DataError for another model."""
+    from fgsteer.models.shipped import SHIPPED, find_shipped
 
-    if name is None and model not in ("", DEFAULT, embedded_model_name()):
+    if name is not None:
+        return name
+    shipped = find_shipped(model or "default")
+    if shipped is None:
         raise DataError(
             f"no --sae for the model {model!r}",
             "an SAE that was trained on this model",
-            f"the default SAE was trained on the default model; fgsteer saes --model {Path(model).name} lists those of "
-            "this model, which --sae RELEASE --sae-id ID names, and --sae FOLDER takes your own",
+            f"the shipped SAEs were trained on {' and '.join(SHIPPED)}; fgsteer saes --model {Path(model).name} lists "
+            "those of this model, which --sae RELEASE --sae-id ID names, and --sae FOLDER takes your own",
         )
-    return name or DEFAULT
+    return shipped.name
+
+
+def loadable(name: str) -> str:
+    """The name by which a model is loaded that a vector, an SAE or statistics name: those shipped have shorter ones."""
+    return name.removeprefix("fgsteer/")
 
 
 def model_of(about: Mapping[str, Any]) -> str:
@@ -151,10 +144,18 @@ def model_of(about: Mapping[str, Any]) -> str:
 
 
 def load_sae(name: str | None, sae_id: str | None, model: str) -> Any:
-    """Load the SAE of the options. Raises DataError where none is named for another model than the default."""
+    """Load the SAE of the options. Raises DataError where none is named for a model without shipped ones."""
     import fgsteer as fg
 
     return fg.load_sae(sae_name(name, model), sae_id)
+
+
+def load_effects(source: str, sae_id: str | None = None) -> Any:
+    """Load the effects of a file, or of a shipped model those of the SAE of --sae-id. Raises FormatError."""
+    import fgsteer as fg
+    from fgsteer.models.shipped import find_shipped
+
+    return fg.load_effects(source, None if find_shipped(source) is None else sae_id)
 
 
 def load_vectors(
@@ -171,8 +172,6 @@ def load_vectors(
         FormatError: A file is damaged, or holds no vector.
         PairingError: A vector was made for another model.
     """
-    import fgsteer as fg
-
     paths = paths or []
     strengths = coefficients or [1.0] * len(paths)
     if len(strengths) != len(paths):
@@ -181,13 +180,27 @@ def load_vectors(
             "one coefficient for each vector, in the same order",
             "give -c as often as vectors are given",
         )
+    loaded = load_vector_files(paths, model, revision)
+    if not coefficients:
+        note_default_strength(loaded, operation)
+    return list(zip(loaded, strengths, strict=True))
+
+
+def load_vector_files(paths: list[Path], model: str | None, revision: str | None) -> list[Any]:
+    """Load vectors. Raises FormatError for a file that holds none, PairingError for a vector of another model."""
+    import fgsteer as fg
+
     loaded = [fg.SteeringVector.load(path) for path in paths]
     if model is not None:
         check_fit(dict(zip(paths, loaded, strict=True)), model, revision)
-    if loaded and not coefficients and operation in OPERATIONS and intervention_spec(operation).amount:
-        norms = ", ".join(f"{vector.norm:.3g}" for vector in loaded)
+    return loaded
+
+
+def note_default_strength(vectors: Sequence[Any], operation: str) -> None:
+    """Say that vectors without a coefficient, where the operation takes one, get 1."""
+    if vectors and operation in OPERATIONS and intervention_spec(operation).amount:
+        norms = ", ".join(f"{vector.norm:.3g}" for vector in vectors)
         say(f"note: No --coefficient is given, so it is 1, for a vector of norm {norms}.", err=True)
-    return list(zip(loaded, strengths, strict=True))
 
 
 def interventions(vectors: list[tuple[Any, float]], operation: str, scope: str, *, bos: bool = False) -> list[Any]:

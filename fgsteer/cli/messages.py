@@ -19,7 +19,7 @@ PHRASES = (
     (r"\bthe option (?=[\w.{}]+=)", "--set "),
 )
 _ALIASES = {"hookpoints": "hookpoint", "target_ce_rise": "ce_rise", "keep_pooled": "pooled"}
-_ARGUMENT = re.compile(r"(?<![-\w.?&/])([a-z_]+)=(\"[^\"]*\"|'[^']*'|[^\s,;)]*)")
+_ARGUMENT = re.compile(r"(?<![-\w.?&/])(?<!--set )([a-z_]+)=(\"[^\"]*\"|'[^']*'|[^\s,;)]*)")
 
 
 def with_options(message: str, options: Mapping[str, tuple[str, str]]) -> str:

@@ -8,20 +8,25 @@ from typing import Annotated
 import typer
 
 from fgsteer.cli.choices import completion
-from fgsteer.cli.values import fillable, finite, writable
+from fgsteer.cli.values import fillable, finite, present_scope, writable
 from fgsteer.data.file_kinds import CONTRAST_KINDS
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.table import describe_operations
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help='The model: "default", or a Hugging Face id or path.')]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="The model: {shipped models}, or a Hugging Face id or path.")
+]
 SaeOption = Annotated[
     str | None,
     typer.Option(
         "--sae",
-        help='The SAE: a folder, or a sae-lens release with --sae-id. Without it, the default model takes "default".',
+        help="The SAE: a folder, or a sae-lens release with --sae-id. Without it, the models {shipped models} take "
+        "their own.",
     ),
 ]
-SaeIdOption = Annotated[str | None, typer.Option("--sae-id", help="The id of the SAE within a sae-lens release.")]
+SaeIdOption = Annotated[
+    str | None, typer.Option("--sae-id", help="The id of the SAE within a release, such as layer_2.")
+]
 OutOption = Annotated[
     Path, typer.Option("--out", "-o", callback=writable, help="The file to write, in the safetensors format.")
 ]
@@ -42,8 +47,15 @@ OperationOption = Annotated[
     str,
     typer.Option("--op", autocompletion=completion("operations"), help=f"What the vectors do. {describe_operations()}"),
 ]
+SCOPE_HELP = "Which tokens are steered: {what scopes steer}."
 ScopeOption = Annotated[
-    str, typer.Option("--scope", autocompletion=completion("scopes"), help="Which tokens are steered: {scopes}.")
+    str,
+    typer.Option(
+        "--scope",
+        autocompletion=completion("scopes"),
+        callback=present_scope,
+        help=SCOPE_HELP,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value, for scripts.")]
 TokensOption = Annotated[

@@ -52,10 +52,10 @@ def _are_one(first: str | Path, second: Path, both_outputs: bool) -> bool:
 
 def _is_shipped(name: str) -> bool:
     """Whether a name means something that fgsteer ships, whatever file has the same name."""
-    from fgsteer.data.shipped import shipped_contrasts
-    from fgsteer.models.embedded import DEFAULT
+    from fgsteer.data.shipped import shipped_path
+    from fgsteer.models.shipped import find_shipped
 
-    return name == DEFAULT or name in shipped_contrasts()
+    return find_shipped(name) is not None or shipped_path(name) is not None
 
 
 @contextlib.contextmanager

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from fgsteer.display.progress import Report, reporting
+from fgsteer.display.progress import Report, in_terminal, reporting
 from fgsteer.errors import escaping
 from fgsteer.errors.escaping import escape_text
 from fgsteer.storage.ranks import Ranks
+
+SECONDS_BETWEEN_LINES = 15.0  # of progress where standard error is no terminal
 
 
 def prepare_streams() -> None:
@@ -61,3 +64,30 @@ def console(**options: Any) -> Any:
 def progress_bar(what: str, total: int | None, as_json: bool) -> AbstractContextManager[Report]:
     """A block with a progress bar on a terminal; it gets a function to report how many are done (and of how many)."""
     return reporting(False if as_json else None, what, total)
+
+
+@contextmanager
+def progress_lines(what: str, as_json: bool) -> Iterator[Report]:
+    """As ``progress_bar``; where standard error is no terminal, a line to it now and then if the work takes a while."""
+    if in_terminal() or Ranks.from_env().rank:
+        with progress_bar(what, None, as_json) as report:
+            yield report
+        return
+    began = said = time.monotonic()
+
+    def report_line(done: int, total: int | None = None) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= SECONDS_BETWEEN_LINES and done:
+            said = now
+            left = f", about {duration((now - began) * (total - done) / done)} left" if total else ""
+            say(f"{what}: {done}{f' of {total}' if total else ''}{left}", err=True)
+
+    yield report_line
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 40 s, 3 min, 2 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

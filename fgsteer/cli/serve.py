@@ -19,7 +19,7 @@ from fgsteer.errors.limits import MAX_COUNT
 )
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help='The model: "default", or a Hugging Face id or path.')],
+    model: Annotated[str, typer.Argument(help="The model: {shipped models}, or a Hugging Face id or path.")],
     vectors: Annotated[
         Path | None, typer.Option("--vectors", help="A folder of files named NAME.safetensors; each is served as NAME.")
     ] = None,

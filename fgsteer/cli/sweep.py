@@ -17,18 +17,21 @@ from fgsteer.cli.options import (
     DeviceOption,
     DtypeOption,
     FieldOption,
+    FreshOption,
     JsonOption,
     ModelOption,
     RevisionOption,
     TokensOption,
     TrustOption,
 )
-from fgsteer.cli.printing import console, progress_bar, say, show
+from fgsteer.cli.printing import console, duration, progress_lines, say, show
 from fgsteer.cli.values import fillable, finite, token_rule
 from fgsteer.data.file_kinds import CONTRAST_KINDS
 from fgsteer.errors import DataError
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.limits import MAX_COUNT
+
+SECONDS_WORTH_SAYING = 10.0  # that a sweep takes by its estimate
 
 
 @app.command(short_help="Find the best layer, strength and sign for steering.")
@@ -37,7 +40,13 @@ def sweep(
         str, typer.Argument(help=f"The name of a shipped contrast set, or a {CONTRAST_KINDS} file of one.")
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", callback=fillable, help="The folder for sweep.json and the pictures.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            callback=fillable,
+            help="The folder for sweep.json, the pictures and sweep.html. A sweep that was stopped goes on there.",
+        ),
     ] = None,
     method: Annotated[
         str,
@@ -52,7 +61,11 @@ def sweep(
     ] = None,
     layer: Annotated[
         list[int] | None,
-        typer.Option(min=0, max=MAX_COUNT, help="A layer to sweep. Repeat for several; by default all."),
+        typer.Option(
+            min=0,
+            max=MAX_COUNT,
+            help="A layer to sweep at all costs. Repeat for several; by default all of few, some of many.",
+        ),
     ] = None,
     ce_rise: Annotated[
         list[float] | None,
@@ -85,6 +98,10 @@ def sweep(
             min=0, max=MAX_COUNT, help="Number of random directions at each layer, with which signs are compared."
         ),
     ] = 4,
+    full: Annotated[
+        bool, typer.Option("--full", help="Sweep every layer at every cost, however many layers there are.")
+    ] = False,
+    fresh: FreshOption = False,
     model: ModelOption = "default",
     tokens: TokensOption = "all",
     batch_tokens: BatchTokensOption = None,
@@ -96,10 +113,14 @@ def sweep(
 ) -> None:
     """Find where steering works best, how it fades as strength grows, and whether the negative sign is stronger.
 
-    Tries every layer, strength and sign without generating. The effect is how much more probable texts with the
+    Tries layers, strengths and signs without generating. The effect is how much more probable texts with the
     behavior become than texts without it; the cost is how much less probable neutral texts become.
+
+    Of a model of many layers some are swept first, then those around the best. --full sweeps all of them.
     """
     import fgsteer as fg
+    from fgsteer.evaluation.sweep.kept import PARTS_FILE
+    from fgsteer.evaluation.sweep.page import write_page
     from fgsteer.evaluation.sweep.plots import save_pictures
     from fgsteer.methods import spec
     from fgsteer.storage.json_files import write_json
@@ -115,7 +136,12 @@ def sweep(
     check_device(device, dtype)
     check_fit(dict(zip(vector or [], vectors, strict=True)), model, revision)
     language_model, tokenizer = load_model(ModelOptions(model, device, dtype, revision, trust_remote_code))
-    with progress_bar("sweeping", None, as_json) as bar:
+
+    def announce(seconds: float) -> None:
+        if seconds >= SECONDS_WORTH_SAYING:
+            say(f"This sweep takes about {duration(seconds)}.", err=True)
+
+    with progress_lines("sweeping", as_json) as report:
         swept = fg.sweep(
             language_model,
             tokenizer,
@@ -130,15 +156,22 @@ def sweep(
             controls=controls,
             tokens=rule,
             batch_tokens=batch_tokens,
-            progress=bar,
+            full=full,
+            work=out,
+            fresh=fresh,
+            announce=announce,
+            progress=report,
         )
-    output = {"command": " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]])), **swept.as_dict()}
+    command = " ".join(map(shlex.quote, ["fgsteer", *sys.argv[1:]]))
+    output = {"command": command, **swept.as_dict()}
     if out is not None:
         write_json(make_folder(out) / "sweep.json", output)
         save_pictures(swept, out)
+        write_page(swept, out / "sweep.html", command)
+        (out / PARTS_FILE).unlink(missing_ok=True)  # last: a command that is killed goes on from it
     show(output, as_json, lambda _: _print_sweep(swept))
     if out is not None and not as_json:
-        say(f"sweep.json and the pictures are in {out}.")
+        say(f"sweep.json, the pictures and sweep.html are in {out}.")
 
 
 def _print_sweep(swept: Any) -> None:

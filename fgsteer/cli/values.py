@@ -12,7 +12,9 @@ from typing import Any
 import typer
 
 from fgsteer.activations.token_rules import TOKEN_RULES
+from fgsteer.cli.printing import say
 from fgsteer.errors import DataError
+from fgsteer.interventions.scopes import RENAMED_SCOPES
 from fgsteer.storage.targets import file_target, folder_target, new_folder_target
 
 
@@ -44,6 +46,14 @@ def finite(option: typer.CallbackParam, value: Any) -> Any:
         if number is not None and not math.isfinite(number):
             raise typer.BadParameter(f"{number} is not a finite number")
     return value
+
+
+def present_scope(value: str | None) -> str | None:
+    """The scope by its present name; a note says so of an earlier one."""
+    if value not in RENAMED_SCOPES:
+        return value
+    say(f"note: --scope {value} is now called {RENAMED_SCOPES[value]}.", err=True)
+    return RENAMED_SCOPES[value]
 
 
 def seed_in_range(value: int | None) -> int | None:

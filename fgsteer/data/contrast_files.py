@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fgsteer.data.chat import check_text
+from fgsteer.data.chat import Text, check_text
 from fgsteer.data.contrasts import ContrastPair, ContrastSet
 from fgsteer.data.corpora import file_kind, read_rows
 from fgsteer.data.file_kinds import CONTRAST_KINDS, ROW_KINDS
-from fgsteer.data.shipped import SHIPPED, shipped_contrasts
+from fgsteer.data.shipped import shipped_contrasts, shipped_path
 from fgsteer.errors import DataError, FormatError
 from fgsteer.errors.checks import describe_value
 from fgsteer.errors.wording import a
@@ -33,7 +33,8 @@ _ROW_FIELDS: tuple[tuple[str | None, str, str], ...] = (
 def load_contrast(source: Contrastable) -> ContrastSet:
     """Load a contrast set by its shipped name, from a file, or from what such a file holds.
 
-    A ``.json`` file holds ``{"positive": [...], "negative": [...]}`` of any sizes, or a list of rows; ``.jsonl`` and
+    A ``.json`` file holds ``{"positive": [...], "negative": [...]}`` of any sizes, ``{"pairs": [...]}`` of rows, or a
+    list of rows; ``.jsonl`` and
     ``.ndjson`` files hold a row on each line; ``.csv``, ``.tsv`` and ``.parquet`` files hold rows under a header, as
     ``read_documents`` reads them. A row has ``positive`` and ``negative`` (with an optional ``prompt``); ``prompt``,
     ``chosen`` and ``rejected``; or, as in CAA, ``question``, ``answer_matching_behavior`` and
@@ -52,13 +53,11 @@ def load_contrast(source: Contrastable) -> ContrastSet:
     if not isinstance(source, str | Path):
         return as_contrast(source)
     name = str(source)
-    if name in shipped_contrasts():
-        source = SHIPPED / f"{name}.json"
-    path = Path(source)
+    path = shipped_path(name) or Path(source)
     if not path.is_file():
         raise DataError(
             f"There is no contrast set or file {name!r}.",
-            f"a {CONTRAST_KINDS} file, or one of {', '.join(shipped_contrasts())}",
+            f"a {CONTRAST_KINDS} file, or one of {', '.join(shipped_contrasts() + shipped_contrasts(chat=True))}",
         )
     kind = file_kind(path)
     if kind in ROW_KINDS:
@@ -137,9 +136,12 @@ def _row_pair(row: object, where: str) -> ContrastPair:
 
 
 def _two_sided(value: Mapping[str, Any], name: str, where: str) -> ContrastSet:
-    """Make a set from an object of two lists, with an optional held_out object of the same form."""
-    sides = {}
-    for field in ("positive", "negative"):
+    """Make a set from an object of two lists, or of pairs, with an optional held_out object of the same form."""
+    sides: dict[str, list[Text]] = {"positive": [], "negative": []}
+    pairs = value.get("pairs", [])
+    if not isinstance(pairs, list | tuple) or ("pairs" in value and not pairs):
+        raise DataError(f"{pairs!r:.40} in {where}, field 'pairs'", "a list of at least one row")
+    for field in sides if not pairs else ():
         key = field if field in value else field + "s"
         if key not in value:
             raise DataError(f"{where}, which has no field {field!r}", "an object with the lists positive and negative")
@@ -154,6 +156,7 @@ def _two_sided(value: Mapping[str, Any], name: str, where: str) -> ContrastSet:
         )
     return ContrastSet(
         name=str(value.get("name", name)),
+        pairs=[_row_pair(row, f"{where}, field 'pairs'[{i}]") for i, row in enumerate(pairs)],
         positives=sides["positive"],
         negatives=sides["negative"],
         held_out=_two_sided(held_out, f"{name}:held_out", f"{where}, held_out") if held_out else None,

@@ -21,12 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from fgsteer.data.chat import Text, check_text
 from fgsteer.errors import DataError
 from fgsteer.errors.wording import a
 from fgsteer.storage.json_files import parse_json
 
 Row = tuple[str, object]  # where it is, for messages, and its value: a text, or an object of fields
-FIELD = "text"
+FIELD, MESSAGES = "text", "messages"
 _PASS_FIELD = "pass field= (to a command --field), the field that holds the text"
 _COMPRESSED: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _MAX_CELL_CHARACTERS = 2**31 - 1  # of a .csv file: one cell may be a whole book
@@ -193,6 +194,27 @@ def read_documents(path: str | Path, field: str = FIELD) -> Iterator[str]:
             or is damaged, and for a row without the field or with another value than a text, naming file and row.
     """
     return (text for text in _texts(read_rows(path, (field,)), field) if text.strip())
+
+
+def read_texts(path: str | Path, field: str = FIELD, messages: str = MESSAGES) -> Iterator[Text]:
+    """Read the texts of a corpus file, which may be conversations.
+
+    Args:
+        path: As for ``read_documents``.
+        field: The field or column that holds the text.
+        messages: The field that holds a conversation, a list of chat messages, in rows that have no text.
+
+    Returns:
+        An iterator of strings and of conversations, which reads the file as it goes.
+
+    Raises:
+        DataError: As for ``read_documents``.
+    """
+    for where, row in read_rows(path, (field, messages)):
+        if isinstance(row, Mapping) and row.get(field) is None and row.get(messages) is not None:
+            yield check_text(row[messages], where)
+        else:
+            yield from (text for text in _texts([(where, row)], field) if text.strip())
 
 
 def as_documents(texts: Iterable[object], field: str = FIELD) -> Iterator[str]:

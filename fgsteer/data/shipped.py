@@ -6,13 +6,27 @@ from pathlib import Path
 
 from fgsteer.storage.json_files import read_json
 
-SHIPPED = Path(__file__).resolve().parent / "contrast_sets"
-_NEUTRAL = SHIPPED.with_name("neutral.json")
+_DATA = Path(__file__).resolve().parent
+SHIPPED, _REPLIES = _DATA / "contrast_sets", _DATA / "chat_sets"
+_NEUTRAL = _DATA / "neutral.json"
 
 
-def shipped_contrasts() -> list[str]:
-    """Return the names of the contrast sets that ship with the package."""
-    return sorted(path.stem for path in SHIPPED.glob("*.json"))
+def shipped_contrasts(*, chat: bool = False) -> list[str]:
+    """Return the names of the contrast sets that ship with the package.
+
+    Args:
+        chat: Return those of a chat model's replies, which need a tokenizer with a chat template, in place of those of
+            sentences.
+    """
+    return sorted(path.stem for path in (_REPLIES if chat else SHIPPED).glob("*.json"))
+
+
+def shipped_path(name: str) -> Path | None:
+    """Return the file of a contrast set that ships with the package, or None for another name."""
+    for chat, folder in ((False, SHIPPED), (True, _REPLIES)):
+        if name in shipped_contrasts(chat=chat):
+            return folder / f"{name}.json"
+    return None
 
 
 def load_neutral() -> tuple[list[str], list[str]]:
@@ -25,3 +39,8 @@ def load_bench_prompts() -> list[str]:
     """Load the prompts that a benchmark draws from: those of ``load_neutral``, then more than as many again."""
     value = read_json(_NEUTRAL)
     return [*value["prompts"], *value["more_prompts"]]
+
+
+def load_chat_prompts() -> list[list[dict[str, str]]]:
+    """Load the questions that a benchmark asks a chat model, each as messages, on no behavior in particular."""
+    return [[{"role": "user", "content": question}] for question in read_json(_NEUTRAL)["questions"]]

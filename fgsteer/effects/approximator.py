@@ -30,9 +30,9 @@ from fgsteer.effects.rollouts import Sampling
 from fgsteer.errors import DataError, FormatError, PairingError, SelectionError
 from fgsteer.errors.checks import check_flags, check_number, checked
 from fgsteer.errors.wording import count
-from fgsteer.models.embedded import DEFAULT, embedded_sae_dir
 from fgsteer.models.fingerprints import stored_sha256
 from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.models.shipped import DEFAULT, find_shipped
 from fgsteer.saes.pairing import check_measured_on
 from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 from fgsteer.storage.json_files import text_sha256
@@ -313,16 +313,21 @@ class EffectApproximator:
             )
 
 
-def load_effects(source: str | Path = DEFAULT) -> EffectApproximator:
+def load_effects(source: str | Path = DEFAULT, sae_id: str | None = None) -> EffectApproximator:
     """Load an effect approximator.
 
     Args:
-        source: A file that ``EffectApproximator.save`` wrote, or "default" for that of the embedded SAE.
+        source: A file that ``EffectApproximator.save`` wrote, or "default" or "smollm2" for that of a shipped SAE.
+        sae_id: Which of the shipped SAEs, as in ``load_sae``; by default the one that ``load_sae`` gives.
 
     Raises:
-        FormatError: The file is missing, damaged or of another kind.
+        FormatError: The file is missing, damaged or of another kind; or the shipped SAE has no effects.
+        DataError: An id is given for a file, which is of one SAE.
     """
-    path = embedded_sae_dir() / "effects.safetensors" if str(source) == DEFAULT else Path(source)
+    shipped = find_shipped(source)
+    if shipped is None and sae_id is not None:
+        raise DataError(f"sae_id = {sae_id!r:.60} for the file {source}", "a file alone", "leave sae_id out")
+    path = Path(source) if shipped is None else shipped.effects_file(sae_id)
     if not path.is_file():
         raise FormatError(
             f"There is no file {path}.",

@@ -29,7 +29,8 @@ from fgsteer.errors.wording import a
 P = ParamSpec("P")
 R = TypeVar("R")
 PACKAGE = str(Path(__file__).resolve().parents[1])
-_INNER_FILES = (PACKAGE, contextlib.__file__, no_grad.__file__)  # of frames that no caller of this package wrote
+# of frames that no caller of this package wrote; "<string>" is that of the constructors that dataclasses generate
+_INNER_FILES = (PACKAGE, contextlib.__file__, no_grad.__file__, "<string>")
 
 
 def is_whole_number(value: object) -> TypeGuard[int]:

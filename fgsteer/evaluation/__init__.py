@@ -5,6 +5,7 @@ metrics     coherence, cross-entropy and probabilities of answers, steerability,
 bench       making a benchmark's run: plan, conditions, generators, distributors, files
 runs        a run loaded: records, settings chosen on one half, tables, pictures, the report
 sweep       layers, strengths and signs compared without generating
+page_parts  the parts of an HTML page of results
 drawing     the style and layouts that all pictures share
 tasks       tasks of lm-evaluation-harness under steering
 """

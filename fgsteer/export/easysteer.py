@@ -23,7 +23,7 @@ _APPLY: dict[str, dict[str, Any]] = {
     "all": {"prompt": "all", "generation": "all"},
     "prompt": {"prompt": "all"},
     "generated": {"generation": "all"},
-    "last_prompt_on": {"prompt_positions": [-1], "generation": "all"},
+    "reply": {"prompt_positions": [-1], "generation": "all"},
 }
 
 

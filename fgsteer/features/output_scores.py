@@ -100,7 +100,7 @@ def output_scores(
             directions = sae.W_dec[part]
             # the last token is steered even where it is also the first
             entries = [
-                Add(hookpoint=sae.hookpoint, direction=row, coefficient=size, scope="last_prompt_on", bos=True)
+                Add(hookpoint=sae.hookpoint, direction=row, coefficient=size, scope="reply", bos=True)
                 for row in directions
             ]
             with steer(model, entries, per_row=True):

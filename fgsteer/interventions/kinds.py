@@ -16,17 +16,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
+from fgsteer.errors import ArgumentError, PairingError, SelectionError
 from fgsteer.errors.checks import check_flags, describe_value, is_whole_number
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.interventions.kernel import Update
-from fgsteer.interventions.scopes import SCOPES, Scope
+from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.values import (
     Scalar,
     as_tensor,
     check_equal_width,
     finite_scalar,
     finite_vector,
+    parse_scope,
     unit_and_norm,
 )
 from fgsteer.models.hookpoints import Hookpoint
@@ -56,8 +57,8 @@ class Intervention(OneLineRepr, ABC):
 
     Args:
         hookpoint: Where the activation is: a Hookpoint, its name ("blocks.6.hook_resid_post"), or a layer.
-        scope: The tokens that are changed: "all", "prompt", "generated", or "last_prompt_on" (the last prompt token
-            and everything after it).
+        scope: The tokens that are changed: "all", "prompt", "generated", or "reply" (from the last prompt token on,
+            which is where the first word of a reply is decided).
         bos: Whether a start token at position 0 (BOS, or EOS in its place) is changed too; a word there always is.
         model_name: The model that it was made for, where known.
         method: How it was made, where known.
@@ -74,14 +75,8 @@ class Intervention(OneLineRepr, ABC):
     method: str = ""
 
     def __post_init__(self) -> None:
-        _set(self, hookpoint=Hookpoint.parse(self.hookpoint))
+        _set(self, hookpoint=Hookpoint.parse(self.hookpoint), scope=parse_scope(self.scope))
         check_flags(bos=self.bos)
-        if self.scope not in SCOPES:
-            raise SteeringError(
-                describe_value(self.scope),
-                f"a scope among {', '.join(SCOPES)}",
-                "the scope says which tokens are steered; leave it out for all of them",
-            )
 
     @property
     @abstractmethod

@@ -12,9 +12,29 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.errors import PairingError, SteeringError
-from fgsteer.errors.checks import check_number
+from fgsteer.errors.checks import check_number, describe_value, warn
+from fgsteer.interventions.scopes import RENAMED_SCOPES, SCOPES, Scope
 
 Scalar = float | Float[Tensor, ""]  # a tensor where it requires grad, else a float
+
+
+def parse_scope(value: object) -> Scope:
+    """Return a scope by its present name, with a DeprecationWarning for an earlier one.
+
+    Raises SteeringError for what is no scope.
+    """
+    if isinstance(value, str) and value in RENAMED_SCOPES:
+        present = RENAMED_SCOPES[value]
+        warn(f'The scope "{value}" is now called "{present}".', DeprecationWarning)
+        return present
+    for scope in SCOPES:
+        if value == scope:
+            return scope
+    raise SteeringError(
+        describe_value(value),
+        f"a scope among {', '.join(SCOPES)}",
+        "the scope says which tokens are steered; leave it out for all of them",
+    )
 
 
 def finite_number(name: str, value: float) -> float:

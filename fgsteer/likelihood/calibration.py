@@ -10,22 +10,22 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import SteeringError
 from fgsteer.errors.checks import check_number, checked
 from fgsteer.interventions.kinds import Intervention
-from fgsteer.likelihood.scoring import Scored, cross_entropies, kl_divergences
+from fgsteer.likelihood.cost_curves import POWER, CostCurve
+from fgsteer.likelihood.passes import TextPasses
+from fgsteer.likelihood.scoring import Scored, mean_cross_entropies, mean_kl_divergences, scored_pairs
+from fgsteer.steering.entries import interventions_of
 from fgsteer.steering.ranges import activation_dtype, change_bound, max_change
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DOUBLINGS = 40  # of a strength, before a target counts as out of reach
+TOLERANCE = 0.02  # the relative error of a cost that is accepted
 CE_RISE = 0.5  # nats per token, the default target
-
-Costs = Callable[[Sequence[Intervention]], list[float]]
+DOSE = 0.65  # of a change that costs that much, in units of the norm of activations: a first guess
 
 
 @checked
@@ -37,15 +37,15 @@ def calibrate(
     *,
     target_ce_rise: float | None = None,
     target_kl: float | None = None,
-    start: float = 1.0,
-    tolerance: float = 0.02,
+    start: float | None = None,
+    tolerance: float = TOLERANCE,
     progress: Progress = None,
 ) -> float:
     """The strength at which steering costs the texts a target, so that vectors can be compared at equal cost.
 
     The cost is ``CE(steered) − CE(unsteered)``, or the mean ``KL(unsteered‖steered)``, in nats per token. On text that
     the model itself wrote the two are equal in expectation; on other text the rise can be negative, the KL cannot. The
-    strength is found by doubling and bisection. The rule is that of SAE-TS (arXiv 2411.02193).
+    strength is found by interpolation between measured strengths. The rule is that of SAE-TS (arXiv 2411.02193).
 
     Args:
         model: A Hugging Face causal language model.
@@ -55,7 +55,7 @@ def calibrate(
             ``generate``.
         target_ce_rise: The rise in cross-entropy; 0.5 nats per token when no target is given.
         target_kl: The KL divergence, in place of ``target_ce_rise``.
-        start: The strength that is tried first.
+        start: The strength that is tried first; by default a guess from the size of the activations, or 1.
         tolerance: The relative error of the cost that is accepted.
         progress: As in ``collect``; a function is called with the number of strengths that are found.
 
@@ -66,18 +66,20 @@ def calibrate(
         SteeringError: Both targets are given, the cost at c = 0 is above the target already, or no coefficient reaches
             it.
     """
-    name, target, costs = _cost(model, tokenizer, texts, target_ce_rise, target_kl, 16384)
-    at_zero = costs([make(0.0)])[0]
+    name, target = _target(target_ce_rise, target_kl)
+    costs = CostMeter(model, tokenizer, texts, name, 16384)
+    nothing = make(0.0)
+    at_zero = 0.0 if _changes_nothing(nothing) else costs([nothing])[0]
     if at_zero >= target:
         raise SteeringError(
-            f"a {name} of {at_zero:.3f} nats",
+            f"a {costs.noun} of {at_zero:.3f} nats",
             f"a cost below the target at strength 0, {target} nats",
             "the function should give an intervention that does nothing at strength 0, as vector.add does",
         )
-    coefficient = _solve(costs, [target], [make], start, tolerance, activation_dtype(model), progress)[0][0]
+    coefficient = solve_costs(costs, [[target]], [make], start, tolerance, progress)[0].coefficients[0]
     if math.isnan(coefficient):
         raise SteeringError(
-            f"a {name} below {target} nats at every coefficient tried",
+            f"a {costs.noun} below {target} nats at every coefficient tried",
             "a vector that changes what the model says",
             "check that its scope covers tokens of the texts, or pass a smaller target",
         )
@@ -93,8 +95,8 @@ def calibrate_many(
     *,
     target_ce_rise: float | None = None,
     target_kl: float | None = None,
-    start: float = 1.0,
-    tolerance: float = 0.02,
+    start: float | None = None,
+    tolerance: float = TOLERANCE,
     batch_tokens: int | None = None,
     progress: Progress = None,
 ) -> list[float]:
@@ -120,11 +122,10 @@ def calibrate_many(
         SteeringError: ``start`` or ``tolerance`` is not above 0, both targets are given, or one is not a finite number
             above 0.
     """
-    _, target, costs = _cost(model, tokenizer, texts, target_ce_rise, target_kl, batch_tokens)
-    return [
-        coefficients[0]
-        for coefficients in _solve(costs, [target], makes, start, tolerance, activation_dtype(model), progress)
-    ]
+    name, target = _target(target_ce_rise, target_kl)
+    costs = CostMeter(model, tokenizer, texts, name, batch_tokens)
+    curves = solve_costs(costs, [[target]] * len(makes), makes, start, tolerance, progress)
+    return [curve.coefficients[0] for curve in curves]
 
 
 @checked
@@ -135,8 +136,8 @@ def calibrate_grid(
     texts: Sequence[Scored],
     *,
     target_ce_rises: Sequence[float],
-    start: float = 1.0,
-    tolerance: float = 0.02,
+    start: float | None = None,
+    tolerance: float = TOLERANCE,
     batch_tokens: int | None = None,
     progress: Progress = None,
 ) -> list[list[float]]:
@@ -166,19 +167,14 @@ def calibrate_grid(
         _check_target("target_ce_rise", target)
     if not target_ce_rises:
         raise SteeringError("none", "at least one rise in target_ce_rises", "pass target_ce_rises=[0.5]")
-    costs = _cost(model, tokenizer, texts, target_ce_rises[0], None, batch_tokens)[2]
-    return _solve(costs, target_ce_rises, makes, start, tolerance, activation_dtype(model), progress)
+    costs = CostMeter(model, tokenizer, texts, "target_ce_rise", batch_tokens)
+    targets = [target_ce_rises] * len(makes)
+    curves = solve_costs(costs, targets, makes, start, tolerance, progress)
+    return [curve.coefficients for curve in curves]
 
 
-def _cost(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Scored],
-    ce_rise: float | None,
-    kl: float | None,
-    batch_tokens: int | None,
-) -> tuple[str, float, Costs]:
-    """What is counted, its target, and the function that counts it for many interventions. Raises SteeringError."""
+def _target(ce_rise: float | None, kl: float | None) -> tuple[str, float]:
+    """The name of the target and its value. Raises SteeringError."""
     if ce_rise is not None and kl is not None:
         raise SteeringError(
             "both",
@@ -187,14 +183,7 @@ def _cost(
         )
     name, target = ("target_kl", kl) if kl is not None else ("target_ce_rise", CE_RISE if ce_rise is None else ce_rise)
     _check_target(name, target)
-    if kl is not None:
-        return "KL", target, lambda items: kl_divergences(model, tokenizer, texts, items, batch_tokens=batch_tokens)
-    base = cross_entropies(model, tokenizer, texts, [None])[0]
-
-    def rises(items: Sequence[Intervention]) -> list[float]:
-        return [value - base for value in cross_entropies(model, tokenizer, texts, items, batch_tokens=batch_tokens)]
-
-    return "rise", target, rises
+    return name, target
 
 
 def _check_target(name: str, target: float) -> None:
@@ -205,76 +194,114 @@ def _check_target(name: str, target: float) -> None:
         )
 
 
-def _solve(
-    costs: Costs,
-    targets: Sequence[float],
-    makes: Sequence[Callable[[float], Intervention]],
-    start: float,
-    tolerance: float,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> list[list[float]]:
-    """The coefficients at which each intervention costs each target; nan where none does."""
-    for name, value in (("start", start), ("tolerance", tolerance)):
-        if not 0 < value < math.inf:
-            raise SteeringError(f"{name} = {value}", "a finite number above 0", f"leave {name} out for the default")
-    searches = [[_Search(target, float(start)) for target in targets] for _ in makes]
-    with reporting(progress, "calibrating strengths", len(makes) * len(targets)) as report:
-        while open_searches := [
-            (n, search) for n, group in enumerate(searches) if (search := next((s for s in group if s.open), None))
-        ]:
-            items = [makes[n](search.guess) for n, search in open_searches]
-            for (_, search), item in zip(open_searches, items, strict=True):
-                if search.low[0] > 0 and not change_bound(item.update()) <= max_change(dtype, item.d_model):
-                    search.result = math.nan  # doubled out of what the model's dtype holds
-            pairs = zip(open_searches, items, strict=True)
-            tried = [(n, search, item) for (n, search), item in pairs if search.result is None]
-            values = costs([item for _, _, item in tried]) if tried else []
-            for (n, search, _), value in zip(tried, values, strict=True):
-                search.turns += 1
-                guess = search.guess
-                for other in searches[n]:
-                    other.learn(guess, value, tolerance)
-            report(sum(not search.open for group in searches for search in group))
-    return [[s.guess if s.result is None else s.result for s in group] for group in searches]
+class CostMeter:
+    """Counts the cost of interventions on the same texts, whose lower blocks are run once for all calls.
 
-
-class _Search:
-    """Bracketing and bisection for one coefficient; between bisections it follows a power law through the bracket.
-
-    It asks for the cost of ``guess``, and learns from the costs of other searches for the same intervention.
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        texts: As in ``calibrate``.
+        name: "target_kl" or "target_ce_rise": what is counted.
+        batch_tokens: The tokens in a forward pass.
     """
 
-    def __init__(self, target: float, start: float) -> None:
-        self.target, self.guess = target, start
-        self.low, self.high = (0.0, 0.0), (math.inf, math.inf)  # (coefficient, cost)
-        self.result: float | None = None
-        self.turns = self.doublings = 0
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[Scored],
+        name: str,
+        batch_tokens: int | None,
+    ) -> None:
+        self.texts, self.kl = texts, name == "target_kl"
+        self.noun, self.dtype = "KL" if self.kl else "rise", activation_dtype(model)
+        pairs = scored_pairs(texts, [])
+        self.passes = TextPasses(model, tokenizer, pairs, batch_tokens=batch_tokens, keep=True)
+        self._unsteered: float | None = None
+
+    def __call__(self, items: Sequence[Intervention]) -> list[float]:
+        """The cost of each intervention, in nats per token. Raises what ``cross_entropies`` does."""
+        scored_pairs(self.texts, items)
+        if self.kl:
+            return mean_kl_divergences(self.passes, items)
+        first = [None] if self._unsteered is None else []
+        values = mean_cross_entropies(self.passes, len(self.texts), [*first, *items])
+        if self._unsteered is None:
+            self._unsteered, *values = values
+        return [value - self._unsteered for value in values]
 
     @property
-    def open(self) -> bool:
-        """Whether it has a guess whose cost it needs."""
-        return self.result is None and self.turns < 2 * DOUBLINGS
+    def unsteered(self) -> float:
+        """The cross-entropy of the texts under the unsteered model, in nats per token."""
+        if self._unsteered is None:
+            self._unsteered = mean_cross_entropies(self.passes, len(self.texts), [None])[0]
+        return self._unsteered
 
-    def learn(self, at: float, cost: float, tolerance: float) -> None:
-        """Take the cost at a coefficient; end with a coefficient, or set the next guess."""
-        if self.result is not None or not self.low[0] < at < self.high[0]:
-            return
-        if abs(cost - self.target) <= tolerance * self.target:
-            self.result = at
-        elif cost < self.target:
-            self.low = (at, cost)
-        else:  # nan and inf too: far past the target
-            self.high = (at, cost)
-        (a, cost_a), (b, cost_b) = self.low, self.high
-        if self.result is None and b == math.inf:
-            self.doublings += 1
-            self.result = math.nan if self.doublings >= DOUBLINGS else None
-            self.guess = 2 * a
-        elif self.result is None:
-            self.guess = (a + b) / 2
-            if self.turns % 3 and cost_a > 0 and math.isfinite(cost_b):
-                power = math.log(self.target / cost_a) / math.log(cost_b / cost_a)
-                self.guess = min(max(a * (b / a) ** power, a + 0.05 * (b - a)), b - 0.05 * (b - a))
-            if (b - a) <= 1e-9 * b:  # the cost jumps over the target
-                self.result = self.guess
+    def guess(self, item: Intervention, target: float) -> float:
+        """A multiple of an intervention that may cost the target, from the size of activations; 1 where not known.
+
+        Raises SteeringError for what is no intervention.
+        """
+        interventions_of(item)  # raises for anything else
+        update, at = item.update(), item.hookpoint
+        if update.read is not None or update.sae is not None or at.site in ("z", "mlp_in"):
+            return 1.0
+        size = float((update.const.detach()[:, None].float() @ update.write.detach().float()).norm())
+        norm = self.passes.stream_norm(at.layer)
+        if not norm or not 0 < size < math.inf:
+            return 1.0
+        return norm / size * DOSE * math.pow(target / CE_RISE, 1 / POWER)
+
+
+def _changes_nothing(item: Intervention) -> bool:
+    """Whether an intervention adds zero, whatever it is added to. Raises SteeringError for what is none."""
+    interventions_of(item)  # raises for anything else
+    update = item.update()
+    return update.read is None and update.sae is None and not bool(update.const.any())
+
+
+def solve_costs(
+    costs: CostMeter,
+    targets: Sequence[Sequence[float]],
+    makes: Sequence[Callable[[float], Intervention]],
+    start: float | None = None,
+    tolerance: float = TOLERANCE,
+    progress: Progress = None,
+    known: Sequence[Sequence[tuple[float, float]]] = (),
+) -> list[CostCurve]:
+    """Measure each intervention until its targets are met, as far as they can be.
+
+    Args:
+        costs: What measures.
+        targets: For each intervention the costs to be met.
+        makes: Functions from a strength to an intervention.
+        start: As in ``calibrate``.
+        tolerance: As in ``calibrate``.
+        progress: As in ``calibrate``.
+        known: For each intervention the strengths whose cost is known, and the costs; none by default.
+    """
+    for name, value in (("start", start), ("tolerance", tolerance)):
+        if value is not None and not 0 < value < math.inf:
+            raise SteeringError(f"{name} = {value}", "a finite number above 0", f"leave {name} out for the default")
+    curves = []
+    for number, make in enumerate(makes):
+        middle = math.prod(targets[number]) ** (1 / len(targets[number]))
+        first = costs.guess(make(1.0), middle) if start is None else float(start)
+        curves.append(CostCurve(targets[number], first, tolerance))
+        for strength, cost in known[number] if known else ():
+            curves[-1].learn(strength, cost)
+    with reporting(progress, "calibrating strengths", sum(map(len, targets))) as report:
+        while any(curve.open for curve in curves):
+            asked = [(curve, make, c) for curve, make in zip(curves, makes, strict=True) for c in curve.guesses()]
+            tried = []
+            for curve, make, c in asked:
+                item = make(c)
+                if curve.points and not change_bound(item.update()) <= max_change(costs.dtype, item.d_model):
+                    curve.end_at(c)  # beyond what the model's dtype holds
+                else:
+                    tried.append((curve, c, item))
+            values = costs([item for _, _, item in tried]) if tried else []
+            for (curve, c, _), value in zip(tried, values, strict=True):
+                curve.learn(c, value)
+            report(sum(curve.solved for curve in curves))
+    return curves

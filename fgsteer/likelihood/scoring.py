@@ -9,7 +9,7 @@ it, and their log-softmax is taken in float32, whatever the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,22 +18,18 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgsteer.activations.batches import Batch, batch_texts, default_batch_tokens
-from fgsteer.activations.prompt_ends import note_prompt_ends
-from fgsteer.activations.tokens import TokenReader
+from fgsteer.activations.batches import Batch
 from fgsteer.data.chat import Text, check_text
 from fgsteer.data.conversations import split_prompt
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.errors.checks import checked, describe_value
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.models.properties import context_window, input_device
+from fgsteer.likelihood.passes import TextPasses
 from fgsteer.steering.entries import Entry, Steering, interventions_of
-from fgsteer.steering.hooks import steer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_LOGITS = 1 << 26  # held at once when many rows are scored: this bounds memory, and changes no result
 MAX_FLOAT32_LOGITS = 1 << 21  # turned to float32 at once
 
 Scored = str | tuple[Text, Text]  # a text whose every token but the first is scored, or (prompt, completion)
@@ -57,37 +53,6 @@ class LogProbabilities(OneLineRepr):
         return -self.sums / self.counts
 
 
-def _run(
-    model: PreTrainedModel, batch: Batch, entries: Sequence[Any], ends: Sequence[int]
-) -> Float[Tensor, "interventions_rows tokens vocabulary"]:
-    """The logits of a batch under each entry; a row's prompt ends at its column in ``ends``, the rest is generated."""
-    rows, times = len(batch.ids), len(entries)
-    steering = entries[0] if times == 1 else [entry for entry in entries for _ in range(rows)]
-    ids, attention = batch.ids.repeat(times, 1), batch.attention.repeat(times, 1)
-    with note_prompt_ends(model, [*ends] * times), steer(model, steering, per_row=times > 1):
-        logits: Tensor = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
-    return logits[:, -ids.shape[1] :]  # without those of virtual tokens
-
-
-def _scored_logits(
-    model: PreTrainedModel, batch: Batch, entries: Sequence[Any]
-) -> Float[Tensor, "interventions n vocabulary"]:
-    """The logits, in the model's dtype, that predict the batch's n scored tokens under each entry."""
-    logits = _run(model, batch, entries, [row.prompt_length for row in batch.rows])[:, :-1]
-    scored = batch.selected[:, 1:].repeat(len(entries), 1).to(logits.device)
-    return logits[scored].view(len(entries), -1, logits.shape[-1])
-
-
-def _end_logits(
-    model: PreTrainedModel, batch: Batch, entries: Sequence[Any]
-) -> Float[Tensor, "interventions rows vocabulary"]:
-    """The logits that predict the token after each row, all of which is a prompt, under each entry."""
-    ends = [len(row.ids) for row in batch.rows]
-    logits = _run(model, batch, entries, ends)
-    last = torch.tensor(ends * len(entries), device=logits.device) - 1
-    return logits[torch.arange(len(last), device=logits.device), last].view(len(entries), len(ends), -1)
-
-
 def _target_log_probabilities(logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """The log-softmax of the logits at the targets, in float32, piece by piece to stay in a processor's cache."""
     size = max(1, MAX_FLOAT32_LOGITS // logits.shape[-1])
@@ -97,39 +62,6 @@ def _target_log_probabilities(logits: Float[Tensor, "n vocabulary"], targets: In
         target_logits = piece.gather(-1, targets[start : start + size, None])[:, 0]
         log_probabilities.append(target_logits - piece.logsumexp(-1))
     return torch.cat(log_probabilities)
-
-
-def _passes(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[tuple[Text, Text]],
-    interventions: int,
-    *,
-    batch_tokens: int | None,
-    joint: str | None = None,
-    skip_empty: bool = False,
-    scored: bool = True,
-) -> Iterator[tuple[Batch, list[slice]]]:
-    """Batches of (prompt, completion), each with slices of the interventions that run on it together.
-
-    Where no token is to be ``scored``, texts may be prompts alone.
-    """
-    pairs = [_pair(text, number) for number, text in enumerate(texts)]
-    triples = ((prompt, completion, True) for prompt, completion in pairs)
-    tokens = batch_tokens or default_batch_tokens(input_device(model))
-    fits = max(1, min(tokens, MAX_LOGITS // model.config.get_text_config().vocab_size))
-    with TokenReader(
-        tokenizer,
-        rule="answer" if scored else "all",
-        bos=not scored,
-        window=context_window(model),
-        joint=joint,
-        skip_empty=skip_empty,
-        scored=scored,
-    ) as reader:
-        for batch in batch_texts(model, reader, triples, batch_tokens=fits):
-            at_once = max(1, fits // batch.ids.numel())
-            yield batch, [slice(start, start + at_once) for start in range(0, interventions, at_once)]
 
 
 def _row_sums(batch: Batch, values: Float[Tensor, "interventions n"]) -> Float[Tensor, "interventions batch"]:
@@ -173,21 +105,24 @@ def log_probabilities(
     Raises:
         DataError: A text is no pair and no conversation, or has no token to score.
     """
-    sums = torch.zeros(len(steering), len(texts), dtype=torch.float64)
-    counts = torch.zeros(len(texts), dtype=torch.float64)
-    passes = _passes(
-        model, tokenizer, texts, len(steering), batch_tokens=batch_tokens, joint=joint, skip_empty=skip_empty
-    )
-    for batch, parts in passes:
+    pairs = [_pair(text, number) for number, text in enumerate(texts)]
+    passes = TextPasses(model, tokenizer, pairs, batch_tokens=batch_tokens, joint=joint, skip_empty=skip_empty)
+    return text_log_probabilities(passes, len(texts), steering)
+
+
+@torch.no_grad()
+def text_log_probabilities(passes: TextPasses, texts: int, steering: Sequence[Entry]) -> LogProbabilities:
+    """The log-probabilities of so many texts that are in batches already, as ``log_probabilities`` gives them."""
+    sums = torch.zeros(len(steering), texts, dtype=torch.float64)
+    counts = torch.zeros(texts, dtype=torch.float64)
+    for batch, numbers, logits in passes.scored_logits(steering):
         indices = [row.index for row in batch.rows]
         counts[indices] = batch.selected[:, 1:].sum(1).cpu().double()
         targets = batch.ids[:, 1:][batch.selected[:, 1:]]
-        for part in parts:
-            logits = _scored_logits(model, batch, steering[part])
-            by_token = rearrange(logits, "interventions n vocabulary -> (interventions n) vocabulary")
-            chosen = _target_log_probabilities(by_token, targets.to(logits.device).repeat(len(logits)))
-            by_intervention = rearrange(chosen, "(interventions n) -> interventions n", interventions=len(logits))
-            sums[part, indices] = _row_sums(batch, by_intervention)
+        by_token = rearrange(logits, "interventions n vocabulary -> (interventions n) vocabulary")
+        chosen = _target_log_probabilities(by_token, targets.to(logits.device).repeat(len(logits)))
+        by_intervention = rearrange(chosen, "(interventions n) -> interventions n", interventions=len(logits))
+        sums[torch.tensor(numbers)[:, None], torch.tensor(indices)] = _row_sums(batch, by_intervention)
     return LogProbabilities(sums, counts)
 
 
@@ -207,7 +142,7 @@ def _pair(text: Any, number: int) -> tuple[Text, Text]:
     return text[0], text[1]
 
 
-def _acted_on_pairs(texts: Sequence[Scored], steering: Sequence[Entry]) -> list[tuple[Text, Text]]:
+def scored_pairs(texts: Sequence[Scored], steering: Sequence[Entry]) -> list[tuple[Text, Text]]:
     """The pairs of ``_pairs``. Raises SteeringError for an intervention on prompts where a text has none."""
     pairs = _pairs(texts)
     items = [item for entry in steering for item in interventions_of(entry)]
@@ -245,8 +180,13 @@ def cross_entropies(
         DataError: As in ``cross_entropy``.
         SteeringError: As in ``cross_entropy``.
     """
-    pairs = _acted_on_pairs(texts, steering)
-    scores = log_probabilities(model, tokenizer, pairs, steering, batch_tokens=batch_tokens)
+    passes = TextPasses(model, tokenizer, scored_pairs(texts, steering), batch_tokens=batch_tokens)
+    return mean_cross_entropies(passes, len(texts), steering)
+
+
+def mean_cross_entropies(passes: TextPasses, texts: int, steering: Sequence[Entry]) -> list[float]:
+    """The cross-entropies of ``cross_entropies`` on so many texts that are in batches already."""
+    scores = text_log_probabilities(passes, texts, steering)
     return (-scores.sums.sum(1) / scores.counts.sum()).tolist()
 
 
@@ -321,16 +261,27 @@ def kl_divergences(
             f"under={under!r:.60} and at={at!r:.60}", "under as 'unsteered' or 'steered', and at as 'mean' or 'last'"
         )
     scored = at == "mean"
-    logits_of = _scored_logits if scored else _end_logits
-    pairs = _acted_on_pairs(texts, steering) if scored else _pairs(texts)
+    pairs = scored_pairs(texts, steering) if scored else _pairs(texts)
+    passes = TextPasses(model, tokenizer, pairs, batch_tokens=batch_tokens, scored=scored)
+    return mean_kl_divergences(passes, steering, under)
+
+
+@torch.no_grad()
+def mean_kl_divergences(
+    passes: TextPasses, steering: Sequence[Entry], under: Literal["unsteered", "steered"] = "unsteered"
+) -> list[float]:
+    """The divergences of ``kl_divergences`` on texts that are in batches already."""
     total, count = torch.zeros(len(steering), dtype=torch.float64), 0
-    for batch, parts in _passes(model, tokenizer, pairs, len(steering), batch_tokens=batch_tokens, scored=scored):
-        base = logits_of(model, batch, [None]).float().log_softmax(-1)
-        count += base.shape[1]
-        for part in parts:
-            steered = logits_of(model, batch, steering[part]).float().log_softmax(-1)
-            log_p, log_q = (base, steered) if under == "unsteered" else (steered, base)
-            p = log_p.exp()
-            kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0
-            total[part] += kl.cpu().double().sum(1)
+    base = torch.empty(0)
+    for _, numbers, logits in passes.scored_logits([None, *steering], unchanged_first=True):
+        log_probabilities = logits.float().log_softmax(-1)
+        if numbers[0] == 0:  # the unsteered model comes first
+            base = log_probabilities[0]
+            count += len(base)
+        log_p, log_q = (base, log_probabilities) if under == "unsteered" else (log_probabilities, base)
+        p = log_p.exp()
+        kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0
+        for number, value in zip(numbers, kl.cpu().double().sum(1).tolist(), strict=True):
+            if number:
+                total[number - 1] += value
     return (total / count).tolist()

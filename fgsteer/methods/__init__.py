@@ -6,6 +6,7 @@ register(MethodSpec("mine", "Mine", "What it does.", function=my_method, needs="
 table.py         the rows, ``build`` and ``register``
 difference.py    from the residual stream alone: CAA, ACE, PCA
 sae_methods.py   through an SAE: FGAA, SAE-TS, chosen features
+denoising.py     CAA less what the features show to be noise, and what an SAE does not reconstruct
 target_atoms.py  steering target atoms (STA)
 selection.py     which features are chosen: filters, a score, and their weights
 scores.py        the scores by which features are ranked

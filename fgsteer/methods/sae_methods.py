@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors.checks import checked
+from fgsteer.methods.denoising import reconstruction_error
 from fgsteer.methods.projection import Projection, decode_weights, feature_vector
 from fgsteer.methods.selection import FeatureIds, Selection, feature_contrast, feature_weights
 from fgsteer.saes.density import FeatureDensity
@@ -32,6 +33,7 @@ def fgaa(
     density: FeatureDensity | None = Selection.density,
     max_density: float | None = Selection.max_density,
     bos_share: float | None = Selection.bos_share,
+    keep_error: bool = False,
     bias_weight: float = Projection.bias_weight,
     mu: float = Projection.mu,
     unit_effects: bool = Projection.unit_effects,
@@ -56,6 +58,8 @@ def fgaa(
             SAE, else the paper's 0.01; infinity switches the filter off.
         bos_share: The share of documents with their peak on position 0 from which a feature is left out; None switches
             the filter off.
+        keep_error: Whether what the SAE does not reconstruct, ``ε = v_CAA − Σⱼ (z̄⁺ − z̄⁻)ⱼ W_dec[j]``, is added to u, so
+            that u is CAA less the features that are not chosen. With effects it needs ``decoder_weight``.
         bias_weight: λ_b. This and the next three matter only with ``effects``.
         mu: How much effects on other features weigh, in mean eigenvalues of ``M Mᵀ``; infinity leaves them alone
             (``EffectApproximator.project``).
@@ -67,17 +71,22 @@ def fgaa(
         The vector, with t as the weights of its features.
 
     Raises:
-        SelectionError: The score is unknown, or the filters leave no feature.
-        PairingError: The statistics, the density or the effects are of another SAE.
+        SelectionError: The score is unknown, the filters leave no feature, or ``keep_error`` is asked for with effects
+            but without ``decoder_weight``.
+        PairingError: The statistics, the density or the effects are of another SAE, or ``keep_error`` is asked for of
+            an SAE that normalises its input.
 
     Warns:
         SelectionWarning: No density is known, so the filters by density and position are off.
     """
     selection = Selection(score, n_positive, n_negative, density, max_density, bos_share)
     projection = Projection(bias_weight, mu, unit_effects, decoder_weight, normalize)
-    weights, selected_by = selection.choose(feature_contrast(stats, sae), sae)
-    direction, projected_by = projection.direction(weights, sae, effects)
-    return feature_vector("fgaa", direction, weights, sae, {**selected_by, **projected_by}, stats)
+    contrast = feature_contrast(stats, sae)
+    weights, selected_by = selection.choose(contrast, sae)
+    error = reconstruction_error(stats, sae, contrast) if keep_error else None
+    direction, projected_by = projection.direction(weights, sae, effects, error)
+    settings = {**selected_by, "keep_error": keep_error, **projected_by}
+    return feature_vector("fgaa", direction, weights, sae, settings, stats)
 
 
 @checked

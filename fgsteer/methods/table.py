@@ -56,6 +56,7 @@ class MethodSpec:
         pooled: Whether it reads the pooled activations of each text, which ``collect(keep_pooled=True)`` keeps.
         in_context: Whether the benchmark puts examples of the behavior before each prompt.
         paper: Where the method was published, such as "arXiv 2312.06681".
+        instructs: Whether the benchmark asks for the behavior in a system message, which needs a chat template.
 
     Raises:
         ArgumentError: A field is not one of the values above.
@@ -72,6 +73,7 @@ class MethodSpec:
     pooled: bool = False
     in_context: bool = False
     paper: str = ""
+    instructs: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
@@ -165,6 +167,13 @@ _BUILT_IN = (
         in_context=True,
     ),
     MethodSpec(
+        "system_prompt",
+        "system prompt",
+        "No steering, but a system message that asks for the behavior; it needs a chat template.",
+        offered=("bench",),
+        instructs=True,
+    ),
+    MethodSpec(
         "caa",
         "CAA",
         "Contrastive activation addition: the difference of the two sides' means.",
@@ -193,6 +202,14 @@ _BUILT_IN = (
         offered=("build", "bench", "sweep"),
         pooled=True,
         paper="arXiv 2310.01405",
+    ),
+    MethodSpec(
+        "caa_denoised",
+        "CAA denoised",
+        "CAA less what the SAE's features show to be noise: features within their standard errors are removed.",
+        function="fgsteer.methods.denoising:caa_denoised",
+        needs="sae",
+        offered=("build", "bench"),
     ),
     MethodSpec(
         "from_features",
@@ -236,6 +253,14 @@ _BUILT_IN = (
         needs="sae",
         offered=("build", "bench"),
         paper="arXiv 2501.09929",
+    ),
+    MethodSpec(
+        "fgaa_error",
+        "FGAA + error",
+        "FGAA with what the SAE does not reconstruct of the contrast: CAA less the features that are not chosen.",
+        function="fgsteer.methods.controls:fgaa_with_error",
+        needs="sae",
+        offered=("bench",),
     ),
     MethodSpec(
         "fgaa_effects",

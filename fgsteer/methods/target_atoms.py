@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fgsteer.errors import SelectionError, SelectionWarning
 from fgsteer.errors.checks import checked, warn
+from fgsteer.methods.denoising import reconstruction_error
 from fgsteer.methods.projection import decode_weights, feature_vector
 from fgsteer.methods.scores import SCORES
 from fgsteer.methods.selection import feature_contrast, signed_min_max, top_mask
@@ -33,6 +34,7 @@ def sta(
     p: float = 0.35,
     mode: Mode = "act_and_freq",
     atoms: Atoms = "signed",
+    keep_error: bool = False,
     norm_match: bool = True,
     compat: bool = False,
 ) -> SteeringVector:
@@ -49,6 +51,8 @@ def sta(
         mode: Whether a feature must be in the top by both rankings ("act_and_freq"), by amplitude ("act"), or by
             frequency ("freq").
         atoms: "signed" keeps features of both signs, "positive" only those with Δa > 0 and Δf > 0, the paper's formula.
+        keep_error: Whether what the SAE does not reconstruct, ``ε = v_CAA − Σⱼ Δaⱼ W_dec[j]`` over all features, is
+            added to v, so that v is CAA less the features that are not chosen.
         norm_match: Whether v is scaled to the norm of the ``caa`` vector.
         compat: Whether to do as the paper's code does: thresholds are the k-th largest values (0-based) of the scores,
             ties and zeros pass, so that with fewer than k + 1 scoring features the filters switch off, and counts are
@@ -59,7 +63,8 @@ def sta(
 
     Raises:
         SelectionError: ``p`` is no share, ``mode`` or ``atoms`` is unknown, or no feature is chosen.
-        PairingError: The statistics are of another SAE.
+        PairingError: The statistics are of another SAE, or ``keep_error`` is asked for of an SAE that normalises its
+            input.
 
     Warns:
         SelectionWarning: There are fewer than about 80 examples a side.
@@ -82,10 +87,17 @@ def sta(
     weights = torch.where(chosen, amplitude, 0.0)
     if not bool(weights.any()):
         raise SelectionError("none", "at least one feature that passes STA's filters", "Raise p or add contrast data")
-    direction = decode_weights(weights, sae)
+    direction = decode_weights(weights, sae, reconstruction_error(stats, sae, contrast) if keep_error else None)
     if norm_match:
         direction = direction * (stats.at("residual", sae.hookpoint)[1].difference.norm() / direction.norm())
-    settings = {"p": p, "mode": mode, "atoms": atoms, "norm_match": norm_match, "compat": compat}
+    settings = {
+        "p": p,
+        "mode": mode,
+        "atoms": atoms,
+        "keep_error": keep_error,
+        "norm_match": norm_match,
+        "compat": compat,
+    }
     return feature_vector("sta", direction, weights, sae, settings, stats)
 
 

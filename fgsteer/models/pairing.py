@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from fgsteer.errors.wording import a
 from fgsteer.models.hookpoints import Hookpoint, blocks_of, resolve
 from fgsteer.models.names import bare_name
 from fgsteer.models.properties import d_model
+from fgsteer.models.shipped import ShippedModel, find_shipped
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
@@ -41,7 +43,8 @@ def check_pairing(model: nn.Module, hookpoint: Hookpoint, width: int, made_for: 
         PairingError: The model has another width there.
 
     Warns:
-        PairingWarning: It was made for a model of another name.
+        PairingWarning: It was made for a model of another name; once, where the model is the original of one that
+            fgsteer ships SAEs for with packed weights.
     """
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     is_other = bool(made_for and name and bare_name(made_for) != bare_name(name))
@@ -61,7 +64,21 @@ def check_pairing(model: nn.Module, hookpoint: Hookpoint, width: int, made_for: 
             advice,
         )
     if is_other:
-        warn(f"The {what} was made for {made_for!r} and the model is {name!r}.", PairingWarning)
+        shipped = find_shipped(made_for)
+        if shipped is not None and bare_name(shipped.original) == bare_name(name):
+            _warn_of_original(what, shipped, name)
+        else:
+            warn(f"The {what} was made for {made_for!r} and the model is {name!r}.", PairingWarning)
+
+
+@cache
+def _warn_of_original(what: str, shipped: ShippedModel, name: str) -> None:
+    """Warn, once, that something was made with the packed weights of a model, and not with those that are loaded."""
+    warn(
+        f"The {what} was made for {shipped.model_name!r} ({shipped.description}, on which the shipped SAEs were "
+        f"trained), and the model is the original, {name!r}, whose activations differ a little.",
+        PairingWarning,
+    )
 
 
 def width_at(model: nn.Module, hookpoint: Hookpoint) -> int:

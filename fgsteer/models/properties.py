@@ -58,11 +58,22 @@ def start_ids(model: nn.Module) -> frozenset[int]:
     return bos_eos_ids(config, text, getattr(model, "generation_config", None))
 
 
+def eos_ids(model: nn.Module) -> frozenset[int]:
+    """Return the ids of tokens at which generation stops: EOS of the model's generation config, or of its own."""
+    generation = special_ids(("eos_token_id",), getattr(model, "generation_config", None))
+    return generation or special_ids(("eos_token_id",), getattr(model, "config", None))
+
+
 def bos_eos_ids(*configs: Any) -> frozenset[int]:
     """Return the ids of BOS and EOS that any of these configs, objects or dicts, names."""
+    return special_ids(("bos_token_id", "eos_token_id"), *configs)
+
+
+def special_ids(names: tuple[str, ...], *configs: Any) -> frozenset[int]:
+    """Return the ids that any of these configs, objects or dicts, has under any of the names."""
     ids: list[Any] = []
     for config in configs:
-        for name in ("bos_token_id", "eos_token_id"):
+        for name in names:
             value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
             value = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
             ids.extend(value if isinstance(value, list | tuple) else [value])

@@ -8,14 +8,13 @@ Only files are read, nothing from the network. Neuronpedia keeps an SAE's explan
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.storage.json_files import parse_json, read_json
+from fgsteer.storage.lines import read_lines
 
 if TYPE_CHECKING:
     from fgsteer.saes.sae import SAE
@@ -108,20 +107,10 @@ def _parse_row(where: str, row: object) -> tuple[str, int, str, str]:
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (where, value) of every line that is not blank, one in memory at a time."""
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            while line := file.readline(_MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > _MAX_LINE_BYTES:
-                    raise FormatError(
-                        f"{path}, line {number} is longer than {_MAX_LINE_BYTES} bytes.", "one explanation on each line"
-                    )
-                if line.strip():
-                    yield f"{path}, line {number}", parse_json(line)
-    except FormatError:
-        raise
-    except (OSError, EOFError, zlib.error) as error:
-        raise FormatError(f"Cannot read {path} after line {number}: {error}.", "a .jsonl or .jsonl.gz file") from error
-    except ValueError as error:
-        raise FormatError(f"{path}, line {number} is not JSON: {error}.", "one JSON object on each line") from error
+    for number, line in enumerate(read_lines(path, _MAX_LINE_BYTES), 1):
+        where = f"{path}, line {number}"
+        try:
+            if line.strip():
+                yield where, parse_json(line)
+        except ValueError as error:
+            raise FormatError(f"{where} is not JSON: {error}.", "one JSON object on each line") from error

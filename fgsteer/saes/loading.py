@@ -2,6 +2,7 @@
 
 load_sae("default")                                         the embedded one at the middle layer
 load_sae("default", "layer_1")                              another embedded one
+load_sae("smollm2")                                         one of SmolLM2-135M-Instruct
 load_sae("path/to/folder")                                  a saved sae-lens or sparsify SAE
 load_sae("gemma-scope-2b-pt-res-canonical", "layer_12/width_16k/canonical")
 load_sae("EleutherAI/sae-pythia-160m-32k", "layers.5")      a folder of a Hugging Face repository
@@ -25,8 +26,8 @@ from safetensors import SafetensorError
 
 from fgsteer.errors import FgsteerError, FormatError, MissingError, PairingError
 from fgsteer.errors.wording import a
-from fgsteer.models.embedded import DEFAULT, embedded_sae_dir
 from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.models.shipped import DEFAULT, SHIPPED, find_shipped
 from fgsteer.saes.density import FeatureDensity
 from fgsteer.saes.examples import FeatureExamples
 from fgsteer.saes.formats.base import CONFIG_FILE, LoadOptions, Source
@@ -75,9 +76,9 @@ def load_sae(
     SAE on hook_z reads and steers the input of the output projection.
 
     Args:
-        source: "default" for the embedded one; a folder of sae-lens or sparsify; a release of sae-lens's registry,
-            which ``fgsteer saes`` lists; a Hugging Face repository, which may be pinned to a branch, tag or commit, as
-            in "me/saes@v2"; a live ``sae_lens.SAE``; or an SAE of fgsteer.
+        source: "default" for the embedded one, "smollm2" for one of that model; a folder of sae-lens or sparsify; a
+            release of sae-lens's registry, which ``fgsteer saes`` lists; a Hugging Face repository, which may be pinned
+            to a branch, tag or commit, as in "me/saes@v2"; a live ``sae_lens.SAE``; or an SAE of fgsteer.
         sae_id: Which SAE of a release, a repository or a folder of several.
         hookpoint: Where an SAE was trained that does not say so itself.
         norm_scaling_factor: The factor f on the input of an expected_average_only_in SAE that was saved without it.
@@ -105,7 +106,8 @@ def load_examples(sae: SAE) -> FeatureExamples | None:
     Raises FormatError for a damaged file, PairingError for excerpts of another SAE.
     """
     source, _, name = sae.source.partition("/")
-    folder = embedded_sae_dir(name) if source == DEFAULT else Path(sae.source)
+    shipped = find_shipped(source)
+    folder = Path(sae.source) if shipped is None else shipped.sae_folder(name)
     path = folder / EXAMPLES_FILE
     return FeatureExamples.load(path).check(sae) if sae.source and path.is_file() else None
 
@@ -122,9 +124,10 @@ def _load(source: Any, sae_id: str | None, options: LoadOptions) -> SAE:
     """Load the SAE from what ``source`` is."""
     if not isinstance(source, str | Path):
         return _load_live(source, options)
-    if str(source) == DEFAULT:
-        folder = embedded_sae_dir(sae_id)
-        return replace(_load_folder(folder, options), source=f"{DEFAULT}/{folder.name}")
+    if (shipped := find_shipped(source)) is not None:
+        folder = shipped.sae_folder(sae_id)
+        place = f"{shipped.name}/{folder.name}"
+        return replace(_load_folder(folder, options), source=place, model_name=shipped.model_name)
     folder = Path(source) / (sae_id or "")
     if (folder / CONFIG_FILE).is_file():
         return _load_folder(folder, options)
@@ -132,7 +135,7 @@ def _load(source: Any, sae_id: str | None, options: LoadOptions) -> SAE:
         return _load_release(str(source), sae_id, options)
     raise FormatError(
         f"There is no SAE at {str(source)!r}{_list_subfolders(folder)}.",
-        f'a folder with {CONFIG_FILE} and its weights, or "default"',
+        f"a folder with {CONFIG_FILE} and its weights, or one of {', '.join(map(repr, SHIPPED))}",
         "for a release of sae-lens or a folder of several SAEs pass sae_id too",
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fgsteer.errors import SteeringError
-from fgsteer.models.embedded import DEFAULT, pretrained_dir
+from fgsteer.models.shipped import DEFAULT, find_shipped
 from fgsteer.serving.control import Control, attach
 from fgsteer.serving.rows import Source, TableRows, rows_by_name
 from fgsteer.storage.version import library_version
@@ -54,7 +54,8 @@ def engine_settings(
         # This is part of the key of vLLM's compile cache; worker_cls is not.
         "additional_config": {"fgsteer": {"version": library_version(), "layers": steered_layers, "rows": rows}},
     }
-    return str(pretrained_dir() / "model") if model == DEFAULT else model, steered_layers, settings
+    shipped = find_shipped(model)
+    return model if shipped is None else str(shipped.model_folder()), steered_layers, settings
 
 
 class _OfflineEngine:
@@ -106,7 +107,7 @@ def steered_llm(
     Before it returns it checks that steering changes the output at every layer (the canary).
 
     Args:
-        model: "default", or a Hugging Face id or path.
+        model: "default", "smollm2", or a Hugging Face id or path.
         vectors: {name: vector, feature clamp or file of either}, or a folder of files named NAME.safetensors.
         layers: Layers to steer at besides the vectors' own, for vectors that are loaded later.
         rows: Rows of the table at each layer: a vector takes one, a feature clamp one for each feature.

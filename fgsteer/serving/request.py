@@ -13,8 +13,9 @@ from typing import Any
 
 from fgsteer.errors import SteeringError
 from fgsteer.errors.checks import check_flags, describe_value
-from fgsteer.interventions.scopes import SCOPES, Scope
+from fgsteer.interventions.scopes import RENAMED_SCOPES, SCOPES, Scope
 from fgsteer.interventions.table import OPERATIONS
+from fgsteer.interventions.values import parse_scope
 from fgsteer.serving.rows import check_name
 
 KEYS = ("steer", "steer_op", "steer_scale", "steer_scope", "steer_bos")
@@ -38,7 +39,7 @@ class RequestedSteering:
         ``start_token`` says whether a start token is at position 0. Raises SteeringError where it is not known (None)
         and the answer depends on it.
         """
-        first = {"generated": prompt_length, "last_prompt_on": prompt_length - 1}.get(self.scope, 0)
+        first = {"generated": prompt_length, "reply": prompt_length - 1}.get(self.scope, 0)
         end = prompt_length if self.scope == "prompt" else math.inf
         if first > 0 or self.bos:
             return first, end
@@ -71,7 +72,8 @@ def steering(
         SteeringError: An argument is not one of these.
     """
     check_flags(bos=bos)
-    extra: dict[str, Any] = {"steer": name, "steer_scale": scale, "steer_scope": scope, "steer_bos": int(bos)}
+    extra: dict[str, Any] = {"steer": name, "steer_scale": scale, "steer_scope": parse_scope(scope)}
+    extra["steer_bos"] = int(bos)
     if op is not None:
         extra["steer_op"] = op
     parse_request(extra)
@@ -95,6 +97,7 @@ def parse_request(extra: Mapping[str, Any] | None) -> RequestedSteering | None:
             f"the keys {', '.join(unknown)!a:.60} in a request", f"keys among {', '.join(KEYS)}", "correct the key"
         )
     name, operation, scope = extra.get("steer"), extra.get("steer_op"), extra.get("steer_scope", "all")
+    scope = RENAMED_SCOPES.get(scope, scope) if isinstance(scope, str) else scope
     scale, bos = extra.get("steer_scale", 1.0), extra.get("steer_bos", 0)
     if name is None:
         raise SteeringError(

@@ -145,7 +145,7 @@ def serve(
     """Run vLLM's server with our worker, until it is stopped.
 
     Args:
-        model: "default", or a Hugging Face id or path.
+        model: "default", "smollm2", or a Hugging Face id or path.
         vectors: A folder of files named NAME.safetensors to load.
         layers: Layers to steer at besides the vectors' own, for vectors that are loaded later.
         rows: Rows of the table at each layer.

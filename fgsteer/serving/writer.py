@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fgsteer.activations.tokens import encode_prompts
+from fgsteer.data.chat import Text
 from fgsteer.interventions import ClampFeature, DirectionIntervention, Intervention
 from fgsteer.interventions.table import spec_of
 from fgsteer.serving.request import steering
@@ -60,7 +62,7 @@ class VllmWriter:
         self.name = versions[0] if versions else "vllm"
 
     def __call__(
-        self, prompts: Sequence[str], steering: Sequence[Intervention | None], sampling: Sampling, number: int, /
+        self, prompts: Sequence[Text], steering: Sequence[Intervention | None], sampling: Sampling, number: int, /
     ) -> list[str]:
         """Continue every prompt under every intervention.
 
@@ -88,7 +90,7 @@ class VllmWriter:
 
     def _generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Text],
         servables: Sequence[tuple[TableRows, dict[str, Any]] | None],
         sampling: Sampling,
         number: int,
@@ -96,7 +98,7 @@ class VllmWriter:
         """The texts, once everything that they need is loaded under its hash."""
         from vllm import SamplingParams
 
-        ids = [{"prompt_token_ids": self.tokenizer(prompt)["input_ids"]} for prompt in prompts]
+        ids = [{"prompt_token_ids": encode_prompts(self.tokenizer, [prompt])[0][0].tolist()} for prompt in prompts]
         eos = getattr(self.llm.llm_engine.vllm_config.model_config.hf_config, "eos_token_id", None)
         end_ids = [eos] if isinstance(eos, int) else list(eos or ())
         params = [

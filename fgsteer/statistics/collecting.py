@@ -42,6 +42,7 @@ from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.saes.sae import SAE
 from fgsteer.statistics.contrast import Contrast, ContrastStatistics, Pooled
 from fgsteer.statistics.moments import Moments, Space
+from fgsteer.statistics.sinks import AttentionSinks
 from fgsteer.statistics.sums import Sums, join_sums
 from fgsteer.storage.json_files import text_sha256
 from fgsteer.storage.shards import Shards
@@ -155,6 +156,7 @@ def collect(
             }
             shards = Shards(work, "collected texts", plan, fresh=fresh)
             sums = join_sums(_sum_in_shards(shards, chunks, chunk_reader, total))
+    chunk_reader.sinks.warn()
     return _statistics(sums, contrast, reading)
 
 
@@ -170,6 +172,7 @@ class ChunkReader:
     batching: Batching[Batch | SharedBatch] = batch_rows
     batch_tokens: int | None = None
     progress: Callable[[int], None] | None = None
+    sinks: AttentionSinks = field(default_factory=AttentionSinks)
     sae_on: dict[torch.device, SAE] = field(default_factory=dict)  # the SAE in float32, on each device that it is used
 
     def sum_chunk(self, number: int, texts: Sequence[LabelledText]) -> Sums:
@@ -202,6 +205,8 @@ class ChunkReader:
         acts, index = record_selected(self.model, batch, recorded)
         for hookpoint, values in acts.items():
             residuals = pool(values, index)
+            if not self.token_reader.bos:  # the special token before a text, when it is asked for, is a sink
+                self.sinks.add(values, hookpoint)
             _check_finite(residuals, f"activations at {hookpoint}", batch.rows)
             if hookpoint in self.hookpoints:
                 means.append(("residual", hookpoint, residuals))

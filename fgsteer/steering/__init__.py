@@ -11,6 +11,7 @@ In the order in which data flows:
     shadows.py        functions set on a module for a while, over its own
     recomputation.py  gradient checkpointing, which runs layers again
     generation.py     ``generate``: texts that a steered model writes
+    splicing.py       ``splice``: other hidden states in the place of a model's own
     streaming.py      ``stream``: one text, as it is written
     comparison.py     ``compare``: texts unsteered and steered, side by side
 """

@@ -62,14 +62,14 @@ class Landmarks:
         prompt: Whether the column stands before the first completion token.
         real: Whether it is neither padding nor a virtual token.
         first: Whether it is position 0 of a sequence.
-        last_prompt_on: Whether it is the last real token of the prompt, or comes after that.
+        reply: Whether it is the last real token of the prompt, or comes after that.
         packed: Whether a row may hold several sequences.
     """
 
     prompt: Tensor
     real: Tensor
     first: Tensor
-    last_prompt_on: Tensor
+    reply: Tensor
     packed: bool = False
 
 
@@ -246,8 +246,8 @@ class Positions:
             if not mask.bos:
                 start_tokens = self._start_tokens(tokens, landmarks) if start_tokens is None else start_tokens
                 where = where & ~start_tokens
-            if mask.scope == "last_prompt_on":
-                where = where & landmarks.last_prompt_on
+            if mask.scope == "reply":
+                where = where & landmarks.reply
             elif mask.scope != "all":
                 where = where & (landmarks.prompt if mask.scope == "prompt" else ~landmarks.prompt)
             mask.begin_pass(empty=False, mask=where.expand(self.batch, -1), rows=self.rows)

@@ -41,12 +41,13 @@ def lock_path(path: str | Path, share: str = "") -> Path:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: str | Path, share: str = "") -> Iterator[None]:
+def exclusive_lock(path: str | Path, share: str = "", *, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold the lock on ``path`` for a block, in which no other process and no other thread can.
 
     Inside a block of the same thread the lock is held already. ``share`` names what of a folder is locked, where
-    several processes have one share each. Raises BusyError at once, saying who holds the lock, and FormatError where
-    nothing can be written. Where the file system keeps no locks it warns FgsteerWarning and goes on without.
+    several processes have one share each. Raises BusyError, saying who holds the lock, at once or where it is still
+    held after ``wait_seconds``, and FormatError where nothing can be written. Where the file system keeps no locks it
+    warns FgsteerWarning and goes on without.
     """
     lock_file, holder = lock_path(path, share), (os.getpid(), threading.get_ident())
     if _holders.get(lock_file) == holder:
@@ -55,7 +56,7 @@ def exclusive_lock(path: str | Path, share: str = "") -> Iterator[None]:
     if not lock_file.parent.is_dir():
         raise missing_folder(path, lock_file.parent)
     lock = FileLock(lock_file, thread_local=False, fallback_to_soft=False)
-    if not _acquire(lock, lock_file, path):
+    if not _acquire(lock, lock_file, path, wait_seconds):
         yield
         return
     _holders[lock_file] = holder
@@ -69,10 +70,10 @@ def exclusive_lock(path: str | Path, share: str = "") -> Iterator[None]:
         lock.release()
 
 
-def _acquire(lock: FileLock, lock_file: Path, path: str | Path) -> bool:
+def _acquire(lock: FileLock, lock_file: Path, path: str | Path, wait_seconds: float) -> bool:
     """Take the lock; False where the file system keeps none. Raises BusyError where it is held, FormatError."""
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait_seconds)
     except Timeout:
         raise BusyError(
             f"{path} is being written by {_describe_holder(lock_file)}.",

@@ -108,7 +108,7 @@ class SteeringVector:
 
         Args:
             coefficient: The strength c; a tensor that requires grad can be trained.
-            scope: The tokens that are steered: "all", "prompt", "generated" or "last_prompt_on".
+            scope: The tokens that are steered: "all", "prompt", "generated" or "reply" (from the last prompt token on).
             bos: Whether a start token at position 0 is steered too.
 
         Raises:

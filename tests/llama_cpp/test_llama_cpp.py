@@ -14,7 +14,7 @@ import torch
 
 import fgsteer as fg
 from fgsteer.export import gguf
-from fgsteer.models.embedded import pretrained_dir
+from fgsteer.models.shipped import DEFAULT, SHIPPED
 
 pytestmark = pytest.mark.llama_cpp
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ class Engine:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    command = [sys.executable, "-m", "tests.llama_cpp.convert", str(pretrained_dir() / "model"), str(path)]
+    command = [sys.executable, "-m", "tests.llama_cpp.convert", str(SHIPPED[DEFAULT].model_folder()), str(path)]
     subprocess.run(command, check=True, cwd=ROOT)
     return Engine(path)
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-SCOPES = ("all", "prompt", "generated", "last_prompt_on")
+SCOPES = ("all", "prompt", "generated", "reply")
 
 
 def _dot(a, b):
@@ -105,7 +105,7 @@ def positions(scope, length, prompt_length, first, *, bos=False, real=None):
             continue
         if scope == "generated" and not i >= prompt_length:
             continue
-        if scope == "last_prompt_on" and not i >= last_prompt:
+        if scope == "reply" and not i >= last_prompt:
             continue
         out.append(i)
     return out

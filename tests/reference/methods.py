@@ -146,6 +146,47 @@ def project_decoder(t, W_dec):
     return direction
 
 
+def reconstruction_error(z_pos, z_neg, h_pos, h_neg, W_dec, b_dec):
+    """mean(h+ - x+) - mean(h- - x-), x = z W_dec + b_dec one text at a time: what the SAE does not reconstruct."""
+    sides = []
+    for zs, hs in ((z_pos, h_pos), (z_neg, h_neg)):
+        errors = []
+        for z, h in zip(zs, hs, strict=True):
+            x = np.array(b_dec, dtype=np.float64)
+            for j in range(len(z)):
+                x = x + float(z[j]) * np.array(W_dec[j], dtype=np.float64)
+            errors.append(np.array(h, dtype=np.float64) - x)
+        sides.append(_mean(errors))
+    return sides[0] - sides[1]
+
+
+def caa_denoised(z_pos, z_neg, h_pos, h_neg, W_dec, *, shrinkage, threshold):
+    """(direction, {feature: weight}): v_CAA less, of each feature, the share of its difference that is noise.
+
+    Soft with threshold 1 is the posterior mean of d under the prior N(0, A), A maximising the likelihood of d.
+    """
+    v = caa(h_pos, h_neg)
+    weights = {}
+    for j in range(len(z_pos[0])):
+        up, down = [float(z[j]) for z in z_pos], [float(z[j]) for z in z_neg]
+        d = sum(up) / len(up) - sum(down) / len(down)
+        squared_error = 0.0
+        for side in (up, down):
+            mean = sum(side) / len(side)
+            squared_error += sum((x - mean) ** 2 for x in side) / (len(side) - 1) / len(side)
+        noise = squared_error * threshold**2
+        if shrinkage == "soft":
+            prior = max(0.0, d * d - noise)
+            kept = prior / (prior + noise) if prior + noise > 0 else 0.0
+        else:
+            kept = 1.0 if d * d >= noise else 0.0
+        for i in range(len(v)):
+            v[i] = v[i] - (1 - kept) * d * float(W_dec[j][i])
+        if kept * d != 0:
+            weights[j] = kept * d
+    return v, weights
+
+
 def project_effects(t, M, b, lambda_b=1.0):
     """M t/||M t|| - lambda_b M b/||M b||, not renormalised (METHODS 5 step 5 and METHODS 6; arXiv 2411.02193)."""
     M = np.array(M, dtype=np.float64)

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 import fgsteer as fg
-from fgsteer.models.embedded import DEFAULT, pretrained_dir
+from fgsteer.models.shipped import DEFAULT, SHIPPED
 from fgsteer.serving import steering
 from fgsteer.storage.json_files import read_json, write_json
 
@@ -49,7 +49,7 @@ class Case:
 
 def four_heads(folder: Path) -> str:
     """The embedded default cut into 4 heads, which two ranks can share, in place of its 5: another model."""
-    shutil.copytree(pretrained_dir() / "model", folder, dirs_exist_ok=True)
+    shutil.copytree(SHIPPED[DEFAULT].model_folder(), folder, dirs_exist_ok=True)
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", config | {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 80})
     return str(folder)
@@ -119,8 +119,8 @@ def cases(source: str = DEFAULT) -> tuple[Case, ...]:
         Case(
             "from the last",
             d,
-            steering("late", scale=2.0, scope="last_prompt_on"),
-            late.add(2.0, scope="last_prompt_on"),
+            steering("late", scale=2.0, scope="reply"),
+            late.add(2.0, scope="reply"),
         ),
         Case("position 0", d, steering("first", scale=1.0, bos=True), first.add(1.0, bos=True)),
     )

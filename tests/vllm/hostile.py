@@ -22,7 +22,7 @@ def extra(rng: random.Random, names: tuple[str, ...]) -> dict[str, Any]:
     """Steer keys, most of them with values that are not theirs."""
     made: dict[str, Any] = {"steer": rng.choice(names), "steer_scale": rng.choice(SCALES)}
     made["steer_op"] = rng.choice(("add", "clamp", "affine", "ablate"))
-    made["steer_scope"] = rng.choice(("all", "prompt", "generated", "last_prompt_on"))
+    made["steer_scope"] = rng.choice(("all", "prompt", "generated", "reply"))
     for _ in range(rng.choice((0, 0, 0, 0, 1, 2))):
         made[rng.choice(KEYS)] = rng.choice(VALUES)
     return made

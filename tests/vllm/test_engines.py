@@ -12,7 +12,7 @@ import torch
 import fgsteer as fg
 from fgsteer.activations.tokens import encode_prompts
 from fgsteer.effects.rollouts import Sampling, rollout
-from fgsteer.models.embedded import DEFAULT, pretrained_dir
+from fgsteer.models.shipped import DEFAULT, SHIPPED
 from fgsteer.serving import VllmWriter, steered_llm, steering
 from fgsteer.serving.rows import TableRows
 from tests.vllm import hostile
@@ -255,4 +255,4 @@ def test_a_worker_without_the_compile_cache_key_is_refused():
     from vllm import LLM
 
     with pytest.raises(RuntimeError):
-        LLM(str(pretrained_dir() / "model"), worker_cls="fgsteer.serving.worker.SteeringWorker", **SETTINGS)
+        LLM(str(SHIPPED[DEFAULT].model_folder()), worker_cls="fgsteer.serving.worker.SteeringWorker", **SETTINGS)

@@ -13,6 +13,7 @@ written (``run_files``); who spreads the work (``distributors``) runs benchmarks
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +24,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fgsteer.data.chat import Text
 from fgsteer.data.contrast_files import load_contrast
 from fgsteer.data.contrasts import ContrastSet
-from fgsteer.data.shipped import load_neutral, shipped_contrasts
+from fgsteer.data.shipped import load_neutral, shipped_contrasts, shipped_path
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import DataError
@@ -39,11 +41,14 @@ from fgsteer.evaluation.bench.run_files import (
     append,
     check_run,
     load_conditions,
+    pack_run,
+    plain_path,
     resume,
     save_conditions,
     strengths_path,
+    unpack_run,
 )
-from fgsteer.evaluation.judges.learning import validation_auc
+from fgsteer.evaluation.judges.learning import plain_text, validation_auc
 from fgsteer.evaluation.judges.protocols import CoherenceJudge, Judge
 from fgsteer.evaluation.metrics.answers import text_cross_entropies
 from fgsteer.evaluation.metrics.coherence import Coherence
@@ -113,14 +118,27 @@ class Bench(OneLineRepr):
                 f"contrasts named {', '.join(names)}", "each name once", "give one of the contrast sets another name"
             )
 
+    def with_plan(self, plan: BenchPlan) -> Bench:
+        """The benchmark of another plan, which shares with this one what does not depend on the plan.
+
+        Shared are the statistics of concepts whose conditions this one has, hashes, and fitted coherence where prompts,
+        seeds and sampling are the same: for a search that runs many plans.
+        """
+        other = copy.copy(self)
+        other.plan = plan
+        other._concepts = {name: built.with_settings(plan.settings) for name, built in self._concepts.items()}
+        if _sampled(plan) != _sampled(self.plan):
+            vars(other).pop("fitted_coherence", None)
+        return other
+
     def contrast(self, name: str) -> ContrastSet:
         """The contrast set of a concept. Raises DataError for one that is neither here nor shipped."""
         if own := [contrast for contrast in self.contrasts if contrast.name == name]:
             return own[0]
-        if name not in shipped_contrasts():
+        if shipped_path(name) is None:
             raise DataError(
                 f"There is no contrast set {name!r}.",
-                f"one of {', '.join(shipped_contrasts())}, or one of Bench's own",
+                f"one of {', '.join(shipped_contrasts() + shipped_contrasts(chat=True))}, or one of Bench's own",
                 "pass contrasts=[fg.load_contrast(path)] to Bench, and to its judge",
             )
         return load_contrast(name)
@@ -169,7 +187,7 @@ class Bench(OneLineRepr):
             texts += self._generate(prompts, [None], UNSTEERED_SAMPLES + number)
         return Coherence.fit(self.model, self.tokenizer, texts, prompts=prompts * self.plan.seeds)
 
-    def _generate(self, prompts: Sequence[str], steering: Sequence[Any], number: int) -> list[str]:
+    def _generate(self, prompts: Sequence[Text], steering: Sequence[Any], number: int) -> list[str]:
         """Continuations by intervention, then prompt."""
         generator = self.generator or TransformersGenerator(self.model, self.tokenizer)
         return generator(prompts, steering, self.plan.sampling, number)
@@ -177,12 +195,12 @@ class Bench(OneLineRepr):
     def generate_texts(self, batch: Batch) -> list[str]:
         """Generate the texts of the batch's conditions, by condition, then prompt."""
         prompts, built = self.plan.prompts_of(batch.half), self.concept(batch.conditions[0].concept)
-        with_same_prompts: dict[tuple[str, ...], list[Condition]] = {}
+        with_same_prompts: dict[str, tuple[list[Text], list[Condition]]] = {}
         for condition in batch.conditions:
-            own_prompts = tuple(built.prompts(condition.method, prompts))
-            with_same_prompts.setdefault(own_prompts, []).append(condition)
+            own_prompts = built.prompts(condition.method, prompts)
+            with_same_prompts.setdefault(repr(own_prompts), (own_prompts, []))[1].append(condition)
         texts_of: dict[Condition, list[str]] = {}
-        for own_prompts, conditions in with_same_prompts.items():
+        for own_prompts, conditions in with_same_prompts.values():
             steering = [None if c.layer is None else built.make(c.method, c.layer)(c.coefficient) for c in conditions]
             texts = self._generate(own_prompts, steering, batch.seed)
             for place, condition in enumerate(conditions):
@@ -198,8 +216,7 @@ class Bench(OneLineRepr):
         texts = self.generate_texts(batch)
         prompt_of_text = prompts * len(batch.conditions)
         coherence, cross_entropy = self._coherence(texts, prompt_of_text)
-        whole_texts = [prompt + text for prompt, text in zip(prompt_of_text, texts, strict=True)]
-        behavior = self.judge.score(whole_texts, batch.conditions[0].concept)
+        behavior = self.judge.score(list(map(_judged_text, prompt_of_text, texts)), batch.conditions[0].concept)
         first_prompt = HALVES.index(batch.half) * self.plan.prompts
         records: list[EvalRecord] = []
         for place, text in enumerate(texts):
@@ -224,13 +241,14 @@ class Bench(OneLineRepr):
                 records.append(replace(record, matched=condition.ce_rise))
         return records
 
-    def _coherence(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _coherence(self, texts: Sequence[str], prompts: Sequence[Text]) -> tuple[Tensor, Tensor]:
         """Coherence and cross-entropy of texts after their prompts; ``Coherence`` measures both in one pass."""
         if self.coherence is None:
             scores = self.fitted_coherence.measure(texts, prompts)
             return scores.coherence, scores.cross_entropy
         losses = text_cross_entropies(self.model, self.tokenizer, texts, prompts=prompts, joint="")
-        return self.coherence.coherence(texts, prompts), losses
+        plain = [prompt if isinstance(prompt, str) else f"{plain_text(prompt)}\n" for prompt in prompts]
+        return self.coherence.coherence(texts, plain), losses
 
     def _is_matched(self, condition: Condition) -> bool:
         return condition.ce_rise is not None and condition.ce_rise == self.plan.matched
@@ -296,7 +314,8 @@ class Bench(OneLineRepr):
         kept beside the file.
 
         Args:
-            path: The file, such as bench.jsonl.
+            path: The file, such as bench.jsonl; one such as bench.jsonl.gz is written without .gz, and compressed when
+                the run is done.
             command: How the run was started, for its header.
             progress: As in ``collect``; a function is called with (records done, records in all) after each batch.
             fresh: Start over.
@@ -311,16 +330,19 @@ class Bench(OneLineRepr):
         """
         path = Path(path)
         file_target(path)
-        with exclusive_lock(path), reporting(progress, "generating texts") as report:
+        plain = plain_path(path)
+        with exclusive_lock(plain), reporting(progress, "generating texts") as report:
             check_run(path, self.identity, fresh=fresh)
+            unpack_run(path)
             header = self.header(command)
             conditions = self._kept_conditions(strengths_path(path))
             batches = [batch for concept in self.plan.concepts for batch in self.batches(conditions[concept])]
             counts = [self._count(batch) for batch in batches]
-            done = resume(path, header, counts)
+            done = resume(plain, header, counts)
             for number in range(done, len(batches)):
                 report(sum(counts[:number]), sum(counts))
-                append(path, [record.as_row() for record in self.records(batches[number])])
+                append(plain, [record.as_row() for record in self.records(batches[number])])
+            pack_run(path)
             report(sum(counts), sum(counts))
 
     def _count(self, batch: Batch) -> int:
@@ -349,6 +371,16 @@ def _set_former_writer(bench: Bench, generator: Generator | None) -> None:
 
 
 Bench.writer = property(_former_writer, _set_former_writer)  # type: ignore[attr-defined]
+
+
+def _sampled(plan: BenchPlan) -> Any:
+    """What unsteered samples depend on."""
+    return [plan.prompts_of(half) for half in HALVES], plan.seeds, plan.sampling
+
+
+def _judged_text(prompt: Text, text: str) -> str:
+    """What a judge reads of a generated text: the text that it continues with it, but of a chat the reply alone."""
+    return prompt + text if isinstance(prompt, str) else text
 
 
 def _sae_identity(sae: SAE) -> dict[str, Any]:

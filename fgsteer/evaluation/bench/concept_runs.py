@@ -17,16 +17,17 @@ from typing import Any
 from fgsteer.display.progress import Progress
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.evaluation.bench.bench import Bench
-from fgsteer.evaluation.bench.run_files import as_line, check_run, strengths_path
+from fgsteer.evaluation.bench.run_files import as_line, check_run, pack_run, plain_path, strengths_path
 from fgsteer.evaluation.runs.records import HALVES
 from fgsteer.storage.atomic import atomic_write, rename
 from fgsteer.storage.json_files import parse_json, read_json, write_json
+from fgsteer.storage.lines import read_lines
 from fgsteer.storage.targets import make_folder
 
 
 def concepts_folder(path: str | Path) -> Path:
     """Where the concepts of the run ``path`` are kept until they are joined."""
-    return Path(path).with_suffix(".parts")
+    return plain_path(Path(path)).with_suffix(".parts")
 
 
 def begun_design(path: str | Path) -> dict[str, int]:
@@ -35,9 +36,9 @@ def begun_design(path: str | Path) -> dict[str, int]:
     A run that goes on keeps them, whatever the defaults are by now. A damaged file is passed over here: resuming
     says what is wrong with it.
     """
-    for file in (Path(path), *sorted(concepts_folder(path).glob("*.jsonl"))):
+    for file in (plain_path(Path(path)), Path(path), *sorted(concepts_folder(path).glob("*.jsonl"))):
         try:
-            plan = parse_json(file.read_bytes().split(b"\n", 1)[0])["plan"]
+            plan = parse_json(next(read_lines(file), b""))["plan"]
             return {"prompts": len(plan["prompts"]) // len(HALVES), "seeds": int(plan["seeds"])}
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue
@@ -110,8 +111,9 @@ def join_concepts(bench: Bench, path: str | Path, command: str = "") -> None:
         records.append(_record_lines(file))
         conditions |= read_json(strengths_path(file))["arms"]
     write_json(strengths_path(path), {"identity": bench.identity, "arms": conditions})
-    with atomic_write(path) as temporary:
+    with atomic_write(plain_path(path)) as temporary:
         temporary.write_bytes(as_line(header) + b"".join(records))
+    pack_run(path)
 
 
 def _record_lines(path: Path) -> bytes:

@@ -6,12 +6,14 @@ conditions.make("fgaa", layer=2)(8.0)
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from fgsteer.data.chat import Message, Text
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import DataError, SelectionWarning
@@ -28,11 +30,17 @@ from fgsteer.vector import SteeringVector
 Make = Callable[[float], Intervention]
 
 PREFIX_EXAMPLES = 4
+CONTINUE = "Begin a text, and go on with it."  # what a chat model is asked where the benchmark's prompts are texts
 
 
 def bench_methods() -> tuple[str, ...]:
     """Names of all methods that the benchmark offers, those that apply no vector first."""
     return tuple(method.name for method in sorted(specs("bench"), key=steers))
+
+
+def default_methods() -> tuple[str, ...]:
+    """The methods that a benchmark runs unless others are named: those that every tokenizer serves."""
+    return tuple(name for name in bench_methods() if not spec(name, "bench").instructs)
 
 
 def check_methods(methods: Iterable[str]) -> None:
@@ -72,6 +80,12 @@ class ConceptConditions:
         self._stats: dict[int, ContrastStatistics] = {}
         self._vectors: dict[tuple[str, int], SteeringVector] = {}
 
+    def with_settings(self, settings: Mapping[str, Mapping[str, Any]]) -> ConceptConditions:
+        """The same concept with other settings: vectors are built anew, statistics are shared with this one."""
+        other = copy.copy(self)
+        other.settings, other._vectors = settings, {}
+        return other
+
     def stats(self, layer: int) -> ContrastStatistics:
         """Collect statistics at a layer: with features where it has an SAE, always of the same contexts."""
         if layer not in self._stats:
@@ -90,12 +104,40 @@ class ConceptConditions:
     @cached_property
     def prefix(self) -> str:
         """In-context examples of the concept: the first training positives, a sentence a line."""
-        texts = [plain_text(completion) for _, completion in self.contrast.side(True)][:PREFIX_EXAMPLES]
-        return "".join(f"{text}\n" for text in texts)
+        return "".join(f"{plain_text(completion)}\n" for _, completion in self._examples)
 
-    def prompts(self, method: str, prompts: Sequence[str]) -> list[str]:
-        """The prompts as a method has them: after examples of the concept, where it steers by those."""
-        return [self.prefix + prompt for prompt in prompts] if spec(method, "bench").in_context else list(prompts)
+    @property
+    def _examples(self) -> list[tuple[Text, Text]]:
+        return list(self.contrast.side(True))[:PREFIX_EXAMPLES]
+
+    def prompts(self, method: str, prompts: Sequence[Text]) -> list[Text]:
+        """The prompts as a method has them: after examples of the concept, or an instruction, where it steers by those.
+
+        Examples come before a chat as turns of it where they answer prompts of their own, else in its first message.
+        """
+        row = spec(method, "bench")
+        if row.in_context:
+            return [self._after_examples(prompt) for prompt in prompts]
+        return [self._instructed(prompt) for prompt in prompts] if row.instructs else list(prompts)
+
+    def _after_examples(self, prompt: Text) -> Text:
+        if isinstance(prompt, str):
+            return self.prefix + prompt
+        turns: list[Message] = []
+        for asked, completion in self._examples:
+            if isinstance(asked, str):
+                first, *others = prompt
+                return [{**first, "content": f"{self.prefix}\n{first['content']}"}, *others]
+            turns += [*asked, {"role": "assistant", "content": plain_text(completion)}]
+        return [*turns, *prompt]
+
+    def _instructed(self, prompt: Text) -> Text:
+        """The prompt after a system message that asks for the behavior; a text is begun in the assistant's turn."""
+        behavior = self.contrast.description or self.contrast.name
+        system = {"role": "system", "content": f"Whatever you write, write it like this. {behavior}."}
+        if not isinstance(prompt, str):
+            return [system, *prompt]
+        return [system, {"role": "user", "content": CONTINUE}, {"role": "assistant", "content": prompt}]
 
     def make(self, method: str, layer: int) -> Make:
         """Return the function from a strength to the method's intervention at a layer.

@@ -20,6 +20,7 @@ from fgsteer.evaluation.bench.concept_runs import (
     join_concepts,
     run_concept,
 )
+from fgsteer.evaluation.bench.run_files import plain_path
 from fgsteer.storage.locks import exclusive_lock
 from fgsteer.storage.ranks import Ranks
 from fgsteer.storage.shards import wait_for_file
@@ -89,7 +90,7 @@ class Torchrun:
         ranks, folder = Ranks.from_env(), concepts_folder(path)
         own = [concept for number, concept in enumerate(bench.plan.concepts) if ranks.owns(number)]
         first = ranks.rank == 0
-        with exclusive_lock(path) if first else nullcontext():
+        with exclusive_lock(plain_path(Path(path))) if first else nullcontext():
             check_concepts(bench, path, own, fresh=fresh, first=first)
             for concept in own:
                 run_concept(bench, concept, folder, command, progress)

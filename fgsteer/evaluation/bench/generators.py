@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any, Protocol, runtime_checkable
 
 from fgsteer.activations.tokens import encode_prompts
+from fgsteer.data.chat import Text
 from fgsteer.effects.rollouts import Sampling, rollout
 from fgsteer.interventions import Intervention
 
@@ -27,12 +28,12 @@ class Generator(Protocol):
         """What the run calls the engine, with its version."""
 
     def __call__(
-        self, prompts: Sequence[str], steering: Sequence[Intervention | None], sampling: Sampling, number: int, /
+        self, prompts: Sequence[Text], steering: Sequence[Intervention | None], sampling: Sampling, number: int, /
     ) -> list[str]:
         """Continue every prompt under every intervention.
 
         Args:
-            prompts: The prompts.
+            prompts: The prompts, texts or chat messages.
             steering: Interventions; None is the unsteered model.
             sampling: How texts are drawn.
             number: Which sample of a prompt is drawn: the same number gives the same text again.
@@ -55,7 +56,7 @@ class TransformersGenerator:
         return f"transformers {version('transformers')}"
 
     def __call__(
-        self, prompts: Sequence[str], steering: Sequence[Intervention | None], sampling: Sampling, number: int, /
+        self, prompts: Sequence[Text], steering: Sequence[Intervention | None], sampling: Sampling, number: int, /
     ) -> list[str]:
         """Continuations by intervention, then prompt; see ``Generator``."""
         encoded = encode_prompts(self.tokenizer, prompts)

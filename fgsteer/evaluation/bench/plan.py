@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fgsteer.data.chat import Text, check_text
 from fgsteer.data.contrasts import check_name
 from fgsteer.data.shipped import load_bench_prompts
 from fgsteer.effects.rollouts import Sampling
@@ -19,7 +20,7 @@ from fgsteer.errors.checks import check_range
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
-from fgsteer.evaluation.bench.conditions import bench_methods, check_methods, steers
+from fgsteer.evaluation.bench.conditions import check_methods, default_methods, steers
 from fgsteer.evaluation.runs.records import HALVES
 
 
@@ -33,7 +34,8 @@ class BenchPlan(OneLineRepr):
 
     Args:
         concepts: Names of shipped contrast sets, or of those passed to ``Bench(contrasts=...)``.
-        methods: Names of methods of the table that the benchmark offers; all of them by default.
+        methods: Names of methods of the table that the benchmark offers; by default all but those that need a chat
+            template.
         layers: The layers of every method that steers, or {method: its layers}.
         ce_rises: Costs at which strength is set: nats a token by which the cross-entropy of neutral texts rises.
         matched: The one of ``ce_rises`` at which methods are compared besides at their best, or None.
@@ -49,7 +51,7 @@ class BenchPlan(OneLineRepr):
         batch_rows: Texts that are generated in one batch, at most.
         settings: Keyword arguments by method, such as {"fgaa": {"n_positive": 32}}.
         neutral: Neutral texts in place of the shipped ones.
-        own_prompts: Prompts in place of the shipped ones.
+        own_prompts: Prompts in place of the shipped ones, texts or chat messages.
 
     Raises:
         DataError: The plan cannot be run, or contradicts itself.
@@ -57,7 +59,7 @@ class BenchPlan(OneLineRepr):
     """
 
     concepts: tuple[str, ...]
-    methods: tuple[str, ...] = field(default_factory=bench_methods)
+    methods: tuple[str, ...] = field(default_factory=default_methods)
     layers: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
     ce_rises: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
     matched: float | None = 0.5
@@ -73,14 +75,14 @@ class BenchPlan(OneLineRepr):
     batch_rows: int = 256
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     neutral: tuple[str, ...] = ()
-    own_prompts: tuple[str, ...] = ()
+    own_prompts: tuple[Text, ...] = ()
 
     def __post_init__(self) -> None:
         check_methods(self.methods)
         for name in ("prompts", "seeds", "texts", "batch_rows"):
             check_range(name, getattr(self, name), 1, MAX_COUNT, whole=True)
         _check_texts("neutral", self.neutral)
-        _check_texts("own_prompts", self.own_prompts)
+        _check_texts("own_prompts", self.own_prompts, chat=True)
         self._check_prompts()
         self._check_concepts()
         self._check_costs()
@@ -126,7 +128,7 @@ class BenchPlan(OneLineRepr):
             )
 
     @property
-    def all_prompts(self) -> Sequence[str]:
+    def all_prompts(self) -> Sequence[Text]:
         """The prompts that both halves are drawn from."""
         return self.own_prompts or load_bench_prompts()
 
@@ -142,19 +144,22 @@ class BenchPlan(OneLineRepr):
         """How texts are drawn."""
         return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
 
-    def prompts_of(self, half: str) -> list[str]:
+    def prompts_of(self, half: str) -> list[Text]:
         """The prompts of a half."""
         start = HALVES.index(half) * self.prompts
         return list(self.all_prompts[start : start + self.prompts])
 
 
-def _check_texts(name: str, texts: Sequence[str]) -> None:
-    """Raises DataError for an entry that is not a text, is empty, or stands there twice."""
-    if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise DataError(f"{name} with an entry that is empty or is not a text", "a tuple of texts")
-    if repeated := [text for text, times in Counter(texts).items() if times > 1]:
+def _check_texts(name: str, texts: Sequence[Text], *, chat: bool = False) -> None:
+    """Raises DataError for an entry that is not a text (or chat messages), is empty, or stands there twice."""
+    if isinstance(texts, str) or not all(text.strip() if isinstance(text, str) else chat for text in texts):
+        kinds = "texts, or of lists of chat messages" if chat else "texts"
+        raise DataError(f"{name} with an entry that is empty or is not a text", f"a tuple of {kinds}")
+    for number, text in enumerate(texts):
+        check_text(text, f"{name}[{number}]")
+    if repeated := [text for text, times in Counter(map(repr, texts)).items() if times > 1]:
         raise DataError(
-            f"{name} with {repeated[0]!r:.60} twice",
+            f"{name} with {repeated[0]:.60} twice",
             "each text once",
             "remove the repetition: a repeated text tells nothing more",
         )

@@ -1,6 +1,7 @@
 """What a benchmark writes while it runs: a file of records that only grows, and a file of strengths beside it.
 
-A run's first line is a header that says what the run is made of; only the same benchmark goes on with it.
+A run's first line is a header that says what the run is made of; only the same benchmark goes on with it. A run whose
+name ends with .gz is written without that ending, and compressed when it is done.
 
     check_run(path, bench.identity)
     done = resume(path, bench.header(""), counts)
@@ -22,6 +23,7 @@ from fgsteer.errors import FormatError
 from fgsteer.storage.atomic import append_bytes
 from fgsteer.storage.files import refuse_damaged
 from fgsteer.storage.json_files import parse_json, read_json, write_json
+from fgsteer.storage.lines import SUFFIX, compress, decompress, read_lines
 from fgsteer.storage.plans import check_same_plan
 
 BEGINNING = b'{"fgsteer": "bench"'  # by which a header that was cut off is known
@@ -43,7 +45,25 @@ class Condition:
 
 def strengths_path(path: Path) -> Path:
     """Where the strengths of the run ``path`` are kept."""
-    return path.with_suffix(".strengths.json")
+    return plain_path(path).with_suffix(".strengths.json")
+
+
+def plain_path(path: Path) -> Path:
+    """Where the run ``path`` is written until it is done: a file that ends with .gz cannot be added to."""
+    return path.with_suffix("") if path.suffix == SUFFIX else path
+
+
+def unpack_run(path: Path) -> None:
+    """Make the plain file of a run that was compressed, so that it can be added to. Raises FormatError."""
+    if path.exists() and not plain_path(path).exists():
+        decompress(path, plain_path(path))
+
+
+def pack_run(path: Path) -> None:
+    """Leave a run that is done compressed, where its name ends with .gz. Raises FormatError."""
+    if plain_path(path) != path:
+        compress(plain_path(path), path)
+        plain_path(path).unlink()
 
 
 def load_conditions(path: Path, identity: Mapping[str, Any]) -> dict[str, list[Condition]]:
@@ -102,12 +122,14 @@ def check_run(path: str | Path, identity: Mapping[str, Any], *, fresh: bool = Fa
         FormatError: The file is not a run.
     """
     path = Path(path)
-    header = _load_header(path)
+    plain = plain_path(path)
+    written = plain if plain.exists() else path
+    header = _load_header(written)
     if fresh:
-        for file in (path, strengths_path(path)):
+        for file in (plain, path, strengths_path(path)):
             file.unlink(missing_ok=True)
     elif header is not None:
-        check_same_plan(path, identity_of(header), identity)
+        check_same_plan(written, identity_of(header), identity)
 
 
 def _load_header(path: Path) -> dict[str, Any] | None:
@@ -117,8 +139,7 @@ def _load_header(path: Path) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    with open(path, "rb") as file:
-        first = file.readline()
+    first = next(read_lines(path), b"")
     if not first.endswith(b"\n") and first[: len(BEGINNING)] == BEGINNING[: len(first)]:
         return None
     try:

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.data.shipped import SHIPPED, shipped_contrasts
+from fgsteer.data.shipped import shipped_path
 from fgsteer.errors import JudgeError
 from fgsteer.errors.checks import describe_value, is_whole_number
 from fgsteer.errors.escaping import json_text
@@ -182,8 +182,8 @@ class EndpointJudge:
     def _behavior(self, concept: str) -> str:
         """A concept's behavior in words."""
         described = self._behaviors.get(concept)
-        if described is None and concept in shipped_contrasts():
-            described = read_json(SHIPPED / f"{concept}.json").get("description")
+        if described is None and (path := shipped_path(concept)):
+            described = read_json(path).get("description")
         return described or concept
 
     def _key(self, prompt: str) -> str:

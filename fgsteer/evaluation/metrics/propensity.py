@@ -19,7 +19,8 @@ from torch import Tensor
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.errors import DataError
 from fgsteer.evaluation.metrics.intervals import Interval, mean_interval
-from fgsteer.likelihood.scoring import log_probabilities
+from fgsteer.likelihood.passes import TextPasses
+from fgsteer.likelihood.scoring import text_log_probabilities
 from fgsteer.steering.entries import Entry
 
 if TYPE_CHECKING:
@@ -67,7 +68,17 @@ class Propensity:
         Nats a token; but nats an answer, sums, where all are pairs with a prompt whose two completions
         have equally many tokens. Of unequal ones, sums would charge the longer with what steering costs every token.
         """
-        scored = log_probabilities(model, tokenizer, self.texts, entries, batch_tokens=batch_tokens)
+        return self.values_of(self.passes(model, tokenizer, batch_tokens), entries)
+
+    def passes(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int | None = None
+    ) -> TextPasses:
+        """The texts in batches, for many calls of ``values_of``."""
+        return TextPasses(model, tokenizer, self.texts, batch_tokens=batch_tokens, keep=True)
+
+    def values_of(self, passes: TextPasses, entries: Sequence[Entry]) -> tuple[Float[Tensor, "entries texts"], str]:
+        """What ``values`` gives, on texts that are in batches already."""
+        scored = text_log_probabilities(passes, len(self.texts), entries)
         answers = self.groups[1:] == (0, 0) and all(pair.prompt for pair in self.contrast.pairs)
         if answers and torch.equal(scored.counts[: self.pairs], scored.counts[self.pairs :]):
             return scored.sums, "nats an answer"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from fgsteer.errors.wording import a, count
 from fgsteer.evaluation.metrics.intervals import COMPLETE
 from fgsteer.methods import method_name, specs
 from fgsteer.storage.json_files import parse_json
+from fgsteer.storage.lines import read_lines
 
 HALVES = ("tune", "report")
 TEXT_LENGTH = 80  # characters of a text that errors show in full
@@ -260,7 +261,7 @@ def load_run(path: str | Path) -> Run:
     A last line that breaks off is what a killed writer leaves, and is passed over.
 
     Args:
-        path: The file, such as bench.jsonl.
+        path: The file, such as bench.jsonl, or bench.jsonl.gz compressed by gzip.
 
     Returns:
         The run.
@@ -269,20 +270,11 @@ def load_run(path: str | Path) -> Run:
         FormatError: The file cannot be read, or a line of it, which is named, is damaged, has a value out of range,
             repeats a text, or has a concept's prompt and seed that are in the other half too.
     """
-    try:
-        *lines, last = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise FormatError(
-            f"Cannot read {path}: {error.strerror}.", change="check the name of the run's file"
-        ) from error
-    if last and _is_json(last):
-        lines.append(last)
-    if not lines:
-        raise FormatError(f"{path} has no whole line.", "the header of a run of fgsteer bench, then its records")
     header: dict[str, Any] = {}
     records: list[EvalRecord] = []
     line_of: dict[Any, int] = {}
-    for number, line in enumerate(lines, 1):
+    number = 0
+    for number, line in enumerate(_whole_lines(path), 1):
         try:
             row = parse_json(line)
             if number == 1:
@@ -293,7 +285,16 @@ def load_run(path: str | Path) -> Run:
         except (ValueError, TypeError, ArithmeticError) as error:
             expected = "the header" if number == 1 else "a record"
             raise FormatError(f"Line {number} of {path} is not {expected} of fgsteer bench. {error}") from error
+    if not number:
+        raise FormatError(f"{path} has no whole line.", "the header of a run of fgsteer bench, then its records")
     return Run(header, records)
+
+
+def _whole_lines(path: str | Path) -> Iterator[bytes]:
+    """Yield the lines of a file without their line breaks, and without a last one that breaks off."""
+    for line in read_lines(path):
+        if line.endswith(b"\n") or _is_json(line):
+            yield line.removesuffix(b"\n")
 
 
 def _is_json(line: bytes) -> bool:

@@ -10,18 +10,15 @@ escaped: generated texts, names and the header are not trusted.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from fgsteer.display.pages import LIGHT, standalone_page, visible
+from fgsteer.display.pages import standalone_page
 from fgsteer.errors import DataError
 from fgsteer.errors.wording import count
-from fgsteer.evaluation.drawing import Picture, rendered
 from fgsteer.evaluation.judges.table import recorded_spec
 from fgsteer.evaluation.metrics.intervals import Interval
+from fgsteer.evaluation.page_parts import STYLE, card_markup, escaped, facts_markup, figure_markup, table_markup
 from fgsteer.evaluation.runs.plots import pictures
 from fgsteer.evaluation.runs.records import (
     EvalRecord,
@@ -42,34 +39,12 @@ from fgsteer.evaluation.runs.tables import (
 from fgsteer.methods import method_name
 from fgsteer.storage.atomic import atomic_write
 
-_STYLE = """
-.wide{grid-column:1/-1}article>h2{margin-bottom:.5rem}article>h3{font-size:.95rem;margin:.75rem 0 .25rem}
-.scroll{overflow-x:auto;overflow-wrap:normal;max-width:100%}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:.2rem .45rem;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
-th{font-weight:600}thead th{white-space:normal;border-top:0;color:var(--quiet);font-weight:400;vertical-align:bottom}
-th:first-child{text-align:left;position:sticky;left:0;background:var(--card);
- white-space:normal;min-width:6.5rem;max-width:12rem;overflow-wrap:anywhere}
-figure{margin:0}figure svg{display:block;width:100%;height:auto;max-width:30rem}
-figcaption{font-size:.9rem;color:var(--quiet)}
-pre{white-space:pre-wrap;background:var(--page);border-radius:.3rem;padding:.5rem;margin:.25rem 0;font-size:.85rem}
-blockquote{margin:.1rem 0 .6rem;padding-left:.6rem;border-left:.2rem solid var(--line);
- white-space:pre-wrap;unicode-bidi:isolate}
-.seen{display:flex;flex-wrap:wrap;gap:.3rem;list-style:none;margin:-.3rem 0 .8rem;padding:0;font-size:.8rem}
-.seen li{display:block;background:var(--page);border:0;border-radius:.3rem;padding:.1rem .4rem;unicode-bidi:isolate}
-.legend{font-size:.85rem;margin:.25rem 0 .5rem}
-summary{cursor:pointer;color:var(--link)}dl{grid-template-columns:fit-content(8rem) 1fr}
-@media print{article{break-inside:auto}figure,tr{break-inside:avoid}}
-"""
-
 CHIPS = (
     "In grey under each text: the SAE's features with the largest activations on it, each as number and label, "
     "activation, and the token where that is largest."
 )
 
 Features = Callable[..., Sequence[object]]
-
-_THEMED = {color: f"var(--{name})" for name, color in LIGHT.items() if name in ("text", "quiet", "line", "card")}
 
 
 def write_report(run: Run, path: str | Path, features: Features | None = None) -> None:
@@ -105,18 +80,21 @@ def html_report(run: Run, samples: int = 2, features: Features | None = None) ->
     if not run.records:
         raise DataError("a run without records", "a run with records", "wait for its first batch, or start it")
     tables = {matched: average_table(run, matched) for matched in (None, *run.targets)}
-    sections = [_card("How it was measured", _measured(run), wide=False), _card("Judge", _judge(run), wide=False)]
+    sections = [
+        card_markup("How it was measured", _measured(run), wide=False),
+        card_markup("Judge", _judge(run), wide=False),
+    ]
     for matched, rows in tables.items():
-        sections.append(_card(f"Average over concepts, {_at(matched)}", _average(run, rows, matched)))
+        sections.append(card_markup(f"Average over concepts, {_at(matched)}", _average(run, rows, matched)))
     for matched in tables:
         each = concept_table(run, matched)
-        sections.append(_card(f"BCS by concept, {_at(matched)}", _matrix(run, each) + _details(each)))
+        sections.append(card_markup(f"BCS by concept, {_at(matched)}", _matrix(run, each) + _details(each)))
     for number, picture in enumerate(pictures(run)):
-        sections.append(_card("", _figure(picture, f"p{number}-"), wide=False))
-    sections += [_card(f"Samples: {c}", _samples(run, c, samples, features), wide=False) for c in run.concepts]
-    sections.append(_card("How to repeat it", _provenance(run)))
+        sections.append(card_markup("", figure_markup(picture, f"p{number}-"), wide=False))
+    sections += [card_markup(f"Samples: {c}", _samples(run, c, samples, features), wide=False) for c in run.concepts]
+    sections.append(card_markup("How to repeat it", _provenance(run)))
     heading = f"Steering measured: {count(len(run.methods), 'method')} on {count(len(run.concepts), 'concept')}"
-    return standalone_page(heading, _headline(run, tables[None]), "\n".join(filter(None, sections)), _STYLE)
+    return standalone_page(heading, _headline(run, tables[None]), "\n".join(filter(None, sections)), STYLE)
 
 
 def markdown(run: Run, matched: float | None = None) -> str:
@@ -147,7 +125,7 @@ def _headline(run: Run, rows: Sequence[AverageRow]) -> str:
         f"Of {count(len(run.concepts), 'concept')} it wins {row.won} ({row.clearly_won} clearly) and loses {row.lost} "
         f"({row.clearly_lost} clearly)."
     )
-    return f"<p>{_text(text)}</p>"
+    return f"<p>{escaped(text)}</p>"
 
 
 def _measured(run: Run) -> str:
@@ -174,7 +152,7 @@ def _measured(run: Run) -> str:
         "how many independent texts would tell as much. Each interval stands alone, without correction for their "
         "number."
     )
-    return _list(facts)
+    return facts_markup(facts)
 
 
 def _coherence(run: Run) -> str:
@@ -188,19 +166,19 @@ def _judge(run: Run) -> str:
     """The judge of behavior, and how well it separates labelled text: the mean over concepts, and each concept."""
     judge = run.header["plan"].get("judge")
     if not isinstance(judge, Mapping):
-        return "" if judge is None else _list({"judge": judge})
+        return "" if judge is None else facts_markup({"judge": judge})
     auc = judge.get("auc")
     row = recorded_spec(str(judge.get("name", "")))
     facts = {key: value for key, value in judge.items() if key != "auc"}
-    shown = _list({**facts, "what it does": row.summary} if row else facts)
+    shown = facts_markup({**facts, "what it does": row.summary} if row else facts)
     if not isinstance(auc, Mapping):
-        return shown + ("" if auc is None else _list({"validation AUC": auc}))
+        return shown + ("" if auc is None else facts_markup({"validation AUC": auc}))
     note = "AUC: how often the judge scores a text with the behavior above one without it. 1 is always, 0.5 is chance."
-    shown += f'<p class="quiet legend">{_text(note)}</p>'
+    shown += f'<p class="quiet legend">{escaped(note)}</p>'
     numbers = [value for value in auc.values() if isinstance(value, int | float)]
     average = [["mean", f"{mean(numbers):.3f}"]] if numbers else []
     rows = [[name, f"{value:.3f}" if isinstance(value, int | float) else value] for name, value in auc.items()]
-    return shown + _table("Validation of the judge", ("concept", "AUC on labelled text"), [*average, *rows])
+    return shown + table_markup("Validation of the judge", ("concept", "AUC on labelled text"), [*average, *rows])
 
 
 def _average(run: Run, rows: Sequence[AverageRow], matched: float | None) -> str:
@@ -224,7 +202,7 @@ def _average(run: Run, rows: Sequence[AverageRow], matched: float | None) -> str
     if {*pair} <= {row.method for row in rows}:
         names = " less ".join(map(method_name, pair))
         note += f" {names}: {_interval(compare(run, *pair, matched), sign=True)}."
-    return _table("Average over concepts", heads, cells) + f'<p class="quiet">{_text(note)}</p>'
+    return table_markup("Average over concepts", heads, cells) + f'<p class="quiet">{escaped(note)}</p>'
 
 
 def _matrix(run: Run, rows: Sequence[ConceptRow]) -> str:
@@ -234,7 +212,8 @@ def _matrix(run: Run, rows: Sequence[ConceptRow]) -> str:
     cells = [[c, *(_marked(by_place[c, m]) if (c, m) in by_place else "" for m in methods)] for c in run.concepts]
     note = f"▲ clearly above {method_name(BASELINE)}, ▼ clearly below it: the interval of the difference excludes 0."
     return (
-        _table("BCS by concept", ("concept", *map(method_name, methods)), cells) + f'<p class="quiet">{_text(note)}</p>'
+        table_markup("BCS by concept", ("concept", *map(method_name, methods)), cells)
+        + f'<p class="quiet">{escaped(note)}</p>'
     )
 
 
@@ -260,7 +239,7 @@ def _details(rows: Sequence[ConceptRow]) -> str:
         ]
         for row in rows
     ]
-    table = _table("Settings and scores by concept", heads, cells)
+    table = table_markup("Settings and scores by concept", heads, cells)
     return f"<details><summary>Layers, coefficients, behavior, coherence and intervals</summary>{table}</details>"
 
 
@@ -271,12 +250,12 @@ def _samples(run: Run, concept: str, number: int, features: Features | None) -> 
     cells = [run.cells[best[concept, m], "report"] for m in methods]
     shared = set.intersection(*map(set, cells)) if cells else set()
     prompts = run.header["plan"].get("prompts")
-    parts = [f'<p class="quiet legend">{_text(CHIPS)}</p>'] if features and shared else []
+    parts = [f'<p class="quiet legend">{escaped(CHIPS)}</p>'] if features and shared else []
     for unit in sorted(shared, key=lambda unit: (unit.seed, unit.prompt))[:number]:
         known = isinstance(prompts, Sequence) and 0 <= unit.prompt < len(prompts)
         prompt = prompts[unit.prompt] if known else ""
         title = f"{prompt} …" if known else f"prompt {unit.prompt}"
-        parts.append(f'<h3>{_text(title)} <span class="quiet">seed {unit.seed}</span></h3>')
+        parts.append(f'<h3>{escaped(title)} <span class="quiet">seed {unit.seed}</span></h3>')
         parts += [_sample(cell[unit], features(cell[unit].text, prompt=prompt) if features else ()) for cell in cells]
     return "".join(parts)
 
@@ -284,10 +263,10 @@ def _samples(run: Run, concept: str, number: int, features: Features | None) -> 
 def _sample(record: EvalRecord, features: Sequence[object]) -> str:
     at = f" at {record.coefficient:.4g}" if record.coefficient else ""
     scores = f"behavior {record.behavior:.2f}, coherence {record.coherence:.2f}"
-    label = f'{_text(method_name(record.method) + at)} <span class="quiet">{scores}</span>'
-    listed = "".join(f"<li>{_text(feature)}</li>" for feature in features)
+    label = f'{escaped(method_name(record.method) + at)} <span class="quiet">{scores}</span>'
+    listed = "".join(f"<li>{escaped(feature)}</li>" for feature in features)
     seen = f'<ul class="seen" aria-label="features of the largest activation">{listed}</ul>' if listed else ""
-    return f"<p>{label}</p><blockquote>{_text(record.text.strip())}</blockquote>{seen}"
+    return f"<p>{label}</p><blockquote>{escaped(record.text.strip())}</blockquote>{seen}"
 
 
 def _provenance(run: Run) -> str:
@@ -296,51 +275,9 @@ def _provenance(run: Run) -> str:
     facts |= {f"sha256 of {name}": value for name, value in header["sha256"].items()}
     plan = json.dumps(header["plan"], indent=1, ensure_ascii=False)
     return (
-        f"<pre>{_text(header['command'], lines=True)}</pre>{_list({'fgsteer': header['version'], **facts})}"
-        f"<details><summary>The whole plan</summary><pre>{_text(plan, lines=True)}</pre></details>"
+        f"<pre>{escaped(header['command'], lines=True)}</pre>{facts_markup({'fgsteer': header['version'], **facts})}"
+        f"<details><summary>The whole plan</summary><pre>{escaped(plan, lines=True)}</pre></details>"
     )
-
-
-def _figure(picture: Picture, prefix: str) -> str:
-    """The picture inline, with ids of its own, and with the page's colors for text and background."""
-    svg = rendered(picture.figure, "svg").decode()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
-    for color, themed in _THEMED.items():
-        svg = svg.replace(color, themed)
-    caption = _text(picture.caption)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{caption}"', 1)
-    return f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
-
-
-def _card(heading: str, content: str, wide: bool = True) -> str:
-    title = f"<h2>{_text(heading)}</h2>" if heading else ""
-    opened = '<article class="wide">' if wide else "<article>"
-    return f"{opened}{title}{content}</article>" if content else ""
-
-
-def _table(label: str, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    top = "".join(f'<th scope="col">{_text(head)}</th>' for head in heads)
-    body = "".join(
-        f'<tr><th scope="row">{_text(first)}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in others)}</tr>'
-        for first, *others in rows
-    )
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{_text(label)}">'
-        f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _list(facts: Mapping[str, Any]) -> str:
-    texts = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in facts.items()}
-    return f"<dl>{''.join(f'<dt>{_text(key)}</dt><dd>{_text(text)}</dd>' for key, text in texts.items())}</dl>"
-
-
-def _text(value: object, lines: bool = False) -> str:
-    """Escaped text without characters that move or hide what stands beside it; line breaks are kept or made visible."""
-    parts = str(value).split("\n") if lines else [str(value)]
-    return "\n".join(escape(visible(part)) for part in parts)
 
 
 def _at(matched: float | None) -> str:

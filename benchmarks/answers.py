@@ -1,0 +1,231 @@
+"""Where steering moves answers: sweeps over layers and signs on A/B questions and on the likelihood of behaviors.
+
+A/B questions are made of the shipped pairs of replies: which of two replies is chosen, A or B, in turn the one with the
+behavior. Vectors are CAA's at the letter of training questions, and effects are measured on held-out ones, in nats an
+answer. Likelihoods are those of held-out texts of the shipped concepts, in nats a token. Strength stands in both units:
+raw, the coefficient of v, and relative, ‖c v‖/‖h‖, where ‖h‖ is the median norm of neutral text's residual stream.
+
+    python benchmarks/answers.py                            the embedded default, all layers
+    python benchmarks/answers.py --model smollm2            every third layer of SmolLM2
+    python benchmarks/answers.py ... --tables               makes table and picture again, of the results that are there
+
+It writes answers.json, answers.md and answers.{png,svg} to the results folder of the model. A command that was killed
+goes on with the behaviors that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from subject import results_folder
+
+import fgsteer as fg
+from fgsteer.activations.recording import record
+from fgsteer.activations.tokens import encode_prompts
+from fgsteer.data.shipped import load_neutral
+from fgsteer.evaluation.drawing import BLUE, LINE, ORANGE, Picture, drawing_style, legend, mark, panel_grid, save_each
+from fgsteer.models.hookpoints import Hookpoint, blocks_of
+from fgsteer.storage.json_files import read_json, write_json
+
+CONCEPTS = ("anger", "love", "sea", "formal")  # whose likelihood is swept, besides the replies'
+RISES = (0.05, 0.1, 0.25, 0.5, 1.0)
+LAYER_STEP = 3  # of models with more layers than this many times five
+SIGNS = {1: ("towards", BLUE, "o-"), -1: ("away", ORANGE, "s--")}
+
+
+def ab_questions(replies: fg.ContrastSet, chats: bool) -> fg.ContrastSet:
+    """Pairs of replies as questions with the answers A and B; the reply with the behavior is A in every other one."""
+
+    def question(number: int, pair: fg.ContrastPair) -> fg.ContrastPair:
+        first, second = (pair.positive, pair.negative) if number % 2 == 0 else (pair.negative, pair.positive)
+        asked = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"]
+        text = f"Which is the better reply to the question below?\n{asked}\n(A) {first}\n(B) {second}\n"
+        answers = ("A", "B") if number % 2 == 0 else ("B", "A")
+        if chats:
+            return fg.ContrastPair(*answers, prompt=[{"role": "user", "content": f"{text}Answer with A or B alone."}])
+        return fg.ContrastPair(*answers, prompt=f"{text}Answer:")
+
+    held_out = replies.held_out
+    assert held_out is not None, "shipped sets have a held-out part"
+    parts = [[question(n, pair) for n, pair in enumerate(one.pairs)] for one in (replies, held_out)]
+    name = f"{replies.name}, A or B"
+    return fg.ContrastSet(name, parts[0], held_out=fg.ContrastSet(f"{name}:held_out", parts[1]))
+
+
+def behaviors(chats: bool) -> dict[str, tuple[fg.ContrastSet, Any]]:
+    """Contrast sets by name, each with the rule of the tokens that its vectors are built from."""
+    replies = [fg.load_contrast(name) for name in fg.shipped_contrasts(chat=True)]
+    questions = [(ab_questions(one, chats), "letter") for one in replies]
+    likelihoods = [(fg.load_contrast(name), "all") for name in CONCEPTS]
+    likelihoods += [(one, "answer") for one in replies if chats]
+    return {one.name: (one, rule) for one, rule in (*questions, *likelihoods)}
+
+
+def residual_norms(model: Any, tokenizer: Any, layers: Sequence[int]) -> dict[int, float]:
+    """By layer, the median norm of the residual stream of neutral texts, their first tokens left out."""
+    places = [Hookpoint(layer) for layer in layers]
+    norms: dict[int, list[float]] = {layer: [] for layer in layers}
+    for text in load_neutral()[0]:
+        ids, mask = encode_prompts(tokenizer, [text])
+        for place, values in record(model, ids.to(model.device), mask.to(model.device), places).items():
+            norms[place.layer] += values[0, 1:].float().norm(dim=-1).tolist()
+    return {layer: statistics.median(found) for layer, found in norms.items()}
+
+
+def reached(sweep: Mapping[str, Any], residual: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The cells at the matched cost, with their strength in both units."""
+    return [
+        {
+            **cell,
+            "push": cell["sign"] * cell["effect"]["mean"],
+            "raw": abs(cell["coefficient"]),
+            "relative": abs(cell["coefficient"]) * sweep["norms"][str(cell["layer"])] / residual[str(cell["layer"])],
+        }
+        for cell in sweep["cells"]
+        if cell["target"] == sweep["matched"]
+    ]
+
+
+def spread(values: Sequence[float]) -> float:
+    """The largest by the smallest."""
+    return max(values) / min(values)
+
+
+def row(name: str, sweep: Mapping[str, Any], residual: Mapping[str, float], sign: int) -> str:
+    """A behavior and sign as a row of the table."""
+    cells = [cell for cell in reached(sweep, residual) if cell["sign"] == sign]
+    if not cells:
+        return f"| {name} | {SIGNS[sign][0]} | not reached |" + " |" * 5
+    best = max(cells, key=lambda cell: cell["push"])
+    low, high = sorted(sign * best["effect"][end] for end in ("low", "high"))
+    push = f"{best['push']:.3f} [{low:.3f}, {high:.3f}]".replace("-", "−")
+    spreads = [spread([cell[unit] for cell in cells]) for unit in ("raw", "relative")]
+    return (
+        f"| {name} | {SIGNS[sign][0]} | {best['layer']} | {push} {sweep['unit']} | {best['raw']:.2f} "
+        f"| {best['relative']:.2f} | {spreads[0]:.1f} | {spreads[1]:.1f} |"
+    )
+
+
+def finding(content: Mapping[str, Any]) -> str:
+    """What the sweeps say together, in sentences, each a count or a median over behaviors."""
+    sweeps, residual = list(content["sweeps"].values()), content["residual_norms"]
+    layers = sorted(map(int, residual))
+    matched = [cells for one in sweeps if (cells := reached(one, residual))]
+    best = [max(cells, key=lambda cell: cell["push"]) for cells in matched]
+    depths = sorted(cell["layer"] for cell in best)
+    ratios = {
+        unit: statistics.median(spread([cell[unit] for cell in cells]) for cells in matched)
+        for unit in ("raw", "relative")
+    }
+    means = [one["signs"][-1] for one in sweeps if one["signs"]]
+    counts = {
+        key: [sum(test(entry[key]) for entry in means if entry[key]) for test in (_above, _below)]
+        for key in ("difference", "net")
+    }
+    doses = [cell["relative"] for cell in best]
+    return (
+        f"At a cost of {sweeps[0]['matched']:g} nats a token the best layer is {statistics.median(depths):g} of the "
+        f"{len(layers)} tried (median of {len(best)} behaviors, from {depths[0]} to {depths[-1]}), at ‖c v‖/‖h‖ of "
+        f"{statistics.median(doses):.2f} (from {min(doses):.2f} to {max(doses):.2f}). Over layers and signs, the "
+        f"strength of this cost differs {ratios['raw']:.1f}-fold in raw units and {ratios['relative']:.1f}-fold in "
+        f"relative ones (medians over behaviors). On average over layers the negative sign is clearly stronger for "
+        f"{counts['difference'][0]} of {len(means)} behaviors and clearly weaker for {counts['difference'][1]}; net of "
+        f"what random directions of equal cost do, for {counts['net'][0]} and {counts['net'][1]}."
+    )
+
+
+def _above(interval: Mapping[str, float]) -> bool:
+    return interval["low"] > 0
+
+
+def _below(interval: Mapping[str, float]) -> bool:
+    return interval["high"] < 0
+
+
+def page(content: Mapping[str, Any]) -> str:
+    """The finding and the table, in Markdown."""
+    lines = [
+        f"# Answers and likelihoods by layer and sign: {content['model']}\n",
+        f"`{content['command']}`\n",
+        f"{finding(content)}\n",
+        "| behavior | sign | best layer | push [95 %] | coefficient | ‖c v‖/‖h‖ | raw spread | relative spread |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, one in content["sweeps"].items():
+        lines += [row(name, one, content["residual_norms"], sign) for sign in SIGNS]
+    lines.append("\nSpread: the largest strength by the smallest over the layers, at equal cost.")
+    return "\n".join(lines) + "\n"
+
+
+@drawing_style()
+def push_by_layer(content: Mapping[str, Any]) -> Any:
+    """Push at the matched cost by layer, a panel a behavior, scaled to its largest."""
+    figure, panels = panel_grid(list(content["sweeps"]), str)
+    for name, axis in panels:
+        cells = reached(content["sweeps"][name], content["residual_norms"])
+        top = max((abs(cell["push"]) for cell in cells), default=1.0) or 1.0
+        axis.axhline(0, color=LINE, lw=0.7, zorder=0)
+        for sign, (_, color, style) in SIGNS.items():
+            own = sorted((cell["layer"], cell["push"] / top) for cell in cells if cell["sign"] == sign)
+            axis.plot([layer for layer, _ in own], [push for _, push in own], style, color=color)
+    figure.supxlabel("layer")
+    figure.supylabel("push by the largest")
+    legend(figure, [mark(label, style, color=color) for label, color, style in SIGNS.values()])
+    return figure
+
+
+def publish(folder: Path) -> str:
+    """Write table and picture of the results in a folder, and return the table."""
+    content = read_json(folder / "answers.json")
+    text = page(content)
+    (folder / "answers.md").write_text(text, "utf-8")
+    save_each([Picture("answers", "Push at equal cost by layer.", push_by_layer(content))], folder)
+    return text
+
+
+def main() -> None:
+    """Sweep, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default", help="default, smollm2, or the folder of a model")
+    parser.add_argument("--layer", type=int, action="append", default=[], help="sweep these layers alone")
+    parser.add_argument("--behavior", action="append", default=[], help="sweep these alone")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--fresh", action="store_true", help="sweep again what is there")
+    parser.add_argument("--tables", action="store_true", help="only make table and picture of the results")
+    arguments = parser.parse_args()
+    name = Path(arguments.model).name
+    folder = arguments.out or results_folder(name)
+    path = folder / "answers.json"
+    if arguments.tables:
+        print(publish(folder))
+        return
+    model, tokenizer = fg.load_model(arguments.model)
+    blocks = len(blocks_of(model))
+    step = LAYER_STEP if blocks > 5 * LAYER_STEP else 1
+    layers = sorted(arguments.layer) or list(range(0, blocks, step))
+    command = shlex.join(["python", "benchmarks/answers.py", *sys.argv[1:]])
+    done = read_json(path)["sweeps"] if path.is_file() and not arguments.fresh else {}
+    norms = {str(layer): norm for layer, norm in residual_norms(model, tokenizer, layers).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = behaviors(getattr(tokenizer, "chat_template", None) is not None)
+    for behavior, (contrast, rule) in chosen.items():
+        if behavior in done or (arguments.behavior and behavior not in arguments.behavior):
+            continue
+        began = time.monotonic()
+        found = fg.sweep(model, tokenizer, contrast, layers=layers, ce_rises=RISES, tokens=rule)
+        done[behavior] = json.loads(json.dumps(found.as_dict()))
+        write_json(path, {"model": name, "command": command, "residual_norms": norms, "sweeps": done})
+        print(f"{behavior}, {time.monotonic() - began:.0f} s: {' '.join(found.answers)}", flush=True)
+    print(publish(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What the benchmarks of this folder measure: a model with its SAEs and effects, and the behaviors with their prompts.
+
+subject = load_subject("smollm2")                                    what ships in pretrained/smollm2
+subject = load_subject("path/of/a/model", ["path/of/an/sae"])        one's own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fgsteer as fg
+from fgsteer.data.shipped import load_bench_prompts, load_chat_prompts
+from fgsteer.errors import DataError
+from fgsteer.evaluation.bench.bench import Bench
+from fgsteer.evaluation.bench.plan import BenchPlan
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+EFFECTS_FILE = "effects.safetensors"  # beside the SAE that they were measured on
+# Settings are chosen on these concepts where a model is dear to measure; the other ten choose nothing.
+TUNING_CONCEPTS = ("anger", "crime", "london", "love", "music", "sea")
+
+
+@dataclass(frozen=True)
+class Behaviors:
+    """Behaviors that are measured together, on prompts of one kind.
+
+    Args:
+        names: Names of contrast sets.
+        prompts: The prompts, of which both halves are drawn.
+        max_new_tokens: The tokens of each text.
+    """
+
+    names: tuple[str, ...]
+    prompts: tuple[Any, ...]
+    max_new_tokens: int
+
+
+def load_behaviors(kind: str) -> Behaviors:
+    """The sixteen concepts with openers of texts ("concepts"), or a chat model's manners with questions ("chat")."""
+    if kind == "chat":
+        return Behaviors(("formal", *fg.shipped_contrasts(chat=True)), tuple(load_chat_prompts()), 48)
+    return Behaviors(tuple(fg.shipped_contrasts()), tuple(load_bench_prompts()), 32)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured, with its SAEs and effects by layer."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    saes: Mapping[int, fg.SAE]
+    effects: Mapping[int, fg.EffectApproximator]
+
+    @property
+    def chats(self) -> bool:
+        """Whether it can be asked in a chat."""
+        return getattr(self.tokenizer, "chat_template", None) is not None
+
+    @cached_property
+    def judge(self) -> fg.EmbeddingJudge:
+        """The judge of all benchmarks, which keeps the embeddings that it has made."""
+        return fg.EmbeddingJudge()
+
+    def bench(self, plan: BenchPlan, contrasts: Sequence[fg.ContrastSet] = ()) -> Bench:
+        """The benchmark of a plan."""
+        return Bench(self.model, self.tokenizer, self.saes, self.effects, self.judge, plan, contrasts=contrasts)
+
+    def layers(self, needs: str, layers: Sequence[int] = ()) -> list[int]:
+        """The layers at which methods of these needs can run; ``layers`` are some without an SAE that are tried too."""
+        if needs == "layer":
+            return sorted({*self.saes, *layers})
+        return sorted(self.effects if needs == "effects" else self.saes)
+
+
+def load_subject(name: str, saes: Sequence[str] = ()) -> Subject:
+    """Load a model that ships in ``pretrained``, with all its SAEs, or another with the SAEs of these folders.
+
+    Effects are loaded where they lie beside an SAE. Raises DataError for a model without an SAE.
+    """
+    shipped = ROOT / "pretrained" / name / "sae"
+    if not saes:
+        folders = sorted(path.parent for path in shipped.glob("*/cfg.json"))
+        loaded = [fg.load_sae(name, folder.name) for folder in folders]
+    else:
+        folders = [Path(folder) for folder in saes]
+        loaded = [fg.load_sae(folder) for folder in folders]
+    if not loaded:
+        raise DataError(
+            f"{name} without an SAE", f"a model with SAEs in {shipped.parent.parent.name}", "pass folders with --sae"
+        )
+    model, tokenizer = fg.load_model(name)
+    effects = [fg.load_effects(path) for folder in folders if (path := folder / EFFECTS_FILE).is_file()]
+    by_layer = {sae.hookpoint.layer: sae.to(model.device) for sae in loaded}
+    return Subject(Path(name).name, model, tokenizer, by_layer, {one.hookpoint.layer: one for one in effects})
+
+
+def results_folder(name: str, kind: str = "concepts") -> Path:
+    """Where the results of a model are: those of the embedded default in ``results``, others in folders there."""
+    folder = RESULTS if name == "default" else RESULTS / name
+    return folder / kind if kind != "concepts" else folder

@@ -1,0 +1,151 @@
+"""The benchmarks' own arithmetic: what is drawn for a blind reading, questions of A or B, tables of small sets."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from scipy.stats import spearmanr
+
+import fgsteer as fg
+from fgsteer.evaluation.runs.records import EvalRecord, Run
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a script of the folder."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+def record_of(number, method, concept, half="report"):
+    return EvalRecord(
+        concept, method, 2, 1.0, None, number % 7, 0, half, f"text {number}", (number % 11) / 10, (number % 5) / 4, 2.0
+    )
+
+
+@pytest.fixture
+def run():
+    methods, concepts = ("caa", "fgaa", "unsteered"), ("love", "sea")
+    records = [record_of(n, methods[n % 3], concepts[n % 2]) for n in range(180)]
+    return Run({}, [*records, *(record_of(n, "caa", "love", "tune") for n in range(200, 220))])
+
+
+def test_a_blind_reading_draws_evenly_and_hides_the_condition(run, script):
+    blind = script("blind")
+    drawn = blind.draw(run, 60, seed=1)
+    assert drawn == blind.draw(run, 60, seed=1) != blind.draw(run, 60, seed=2)
+    assert set(Counter((r.method, r.concept) for r in drawn).values()) == {10}
+    assert {r.half for r in drawn} == {"report"}
+    assert len({r.text for r in drawn}) == 60
+    seen = blind.shown(3, drawn[0], [f"prompt {n}" for n in range(7)])
+    assert set(seen) == {"id", "sought", "prompt", "text", "behavior", "fluency"}
+    assert seen["prompt"] == f"prompt {drawn[0].prompt}"
+    assert drawn[0].method not in json.dumps(seen)
+    assert len(blind.draw(run, 500, seed=0)) == 180, "no text is drawn twice"
+
+
+def test_what_was_read_is_correlated_by_rank(run, script, monkeypatch):
+    blind = script("blind")
+    monkeypatch.setattr(blind, "RESAMPLES", 100)
+    key = [{"id": n, **record.as_row()} for n, record in enumerate(blind.draw(run, 60, seed=0))]
+    read = [{"id": entry["id"], "behavior": round(2 * entry["behavior"]), "fluency": entry["id"] % 3} for entry in key]
+    found = blind.correlate(read, key, "behavior")
+    expected = spearmanr([entry["behavior"] for entry in key], [entry["behavior"] for entry in read]).statistic
+    assert found["rho"] == pytest.approx(expected)
+    assert found["low"] <= found["rho"] <= found["high"]
+    assert found["low"] > 0.8, "the reader agrees with the judge"
+    unrelated = blind.correlate(read, key, "fluency")
+    assert unrelated["low"] < 0 < unrelated["high"]
+    blind.check(read, key, Path("blind.json"))
+    with pytest.raises(fg.DataError, match="behavior None of text 0"):
+        blind.check([{**read[0], "behavior": None}, *read[1:]], key, Path("blind.json"))
+    with pytest.raises(fg.DataError, match="other texts than its key"):
+        blind.check(read[1:], key, Path("blind.json"))
+
+
+def test_questions_of_a_or_b_do_not_give_the_answer_away(script):
+    answers = script("answers")
+    replies = fg.load_contrast("cheerful")
+    for chats in (True, False):
+        made = answers.ab_questions(replies, chats)
+        assert [pair.positive for pair in made.pairs[:2]] == ["A", "B"]
+        assert Counter(pair.positive for pair in made.pairs) == {"A": 20, "B": 20}
+        for pair, reply in zip(made.pairs, replies.pairs, strict=True):
+            text = pair.prompt[-1]["content"] if chats else pair.prompt
+            assert f"({pair.positive}) {reply.positive}\n" in text
+            assert f"({pair.negative}) {reply.negative}\n" in text
+        assert len(made.held_out.pairs) == 20
+
+
+def test_the_finding_of_a_sweep_is_that_of_its_cells(script):
+    answers = script("answers")
+
+    def cell(layer, sign, coefficient, push):
+        effect = {"mean": sign * push, "low": sign * push - 0.1, "high": sign * push + 0.1}
+        return {"layer": layer, "sign": sign, "coefficient": sign * coefficient, "target": 0.5, "effect": effect}
+
+    interval = {"mean": 0.3, "low": 0.1, "high": 0.5}
+    one = {
+        "cells": [cell(0, 1, 2.0, 1.0), cell(1, 1, 8.0, 3.0), cell(0, -1, 2.0, 2.0), cell(1, -1, 4.0, 0.5)],
+        "norms": {"0": 1.0, "1": 2.0},
+        "matched": 0.5,
+        "unit": "nats a token",
+        "signs": [{"layer": None, "difference": interval, "net": {"mean": -0.3, "low": -0.5, "high": -0.1}}],
+    }
+    content = {"model": "m", "command": "c", "residual_norms": {"0": 1.0, "1": 4.0}, "sweeps": {"love": one}}
+    text = answers.page(content)
+    assert "| love | towards | 1 | 3.000 [2.900, 3.100] nats a token | 8.00 | 4.00 | 4.0 | 2.0 |" in text
+    assert "| love | away | 0 | 2.000 [1.900, 2.100] nats a token | 2.00 | 2.00 | 2.0 | 1.0 |" in text
+    assert "the best layer is 1 of the 2 tried" in text
+    assert "4.0-fold in raw units and 2.0-fold in relative ones" in text
+    assert "stronger for 1 of 1 behaviors and clearly weaker for 0; net" in text
+    assert text.count("for 0 and 1.") == 1
+
+
+def test_small_sets_and_their_table(script):
+    texts = script("texts")
+    for kind in texts.KINDS:
+        for concept in (*texts.CHOOSING, *texts.REPORTED):
+            sets = [texts.small_set(concept, kind, size) for size in texts.SIDES]
+            assert [(len(s.positives), len(s.negatives)) for s in sets] == [(n, n) for n in texts.SIDES]
+            assert sets[0].positives == sets[2].positives[:5]
+            assert sets[0].held_out.sha256 == fg.load_contrast(concept).held_out.sha256
+    scores = {
+        f"{kind}/{size}/{variant}": {
+            concept: {"units": [[prompt, 0, base + 0.01 * prompt] for prompt in range(4)]} for concept in texts.REPORTED
+        }
+        for kind in texts.KINDS
+        for size in texts.SIDES
+        for variant, base in (("CAA", 0.2), ("STA", 0.25))
+    }
+    rows = texts.table(scores, texts.REPORTED).splitlines()
+    assert rows[2] == "| CAA |" + " 0.215 |" * 7
+    assert rows[3] == "| STA |" + " +0.050 [+0.050, +0.050] |" * 6 + " 0.265 |"
+    assert len(rows) == 4, "variants that were not measured have no row"
+
+
+def test_methods_that_a_model_can_be_measured_with(script):
+    quality, subject = script("quality"), script("subject")
+
+    class Tokenizer:
+        chat_template = None
+
+    plain = subject.Subject("m", None, Tokenizer(), {2: None}, {})
+    chosen = quality.chosen_methods(plain, [])
+    assert {"caa", "caa_denoised", "fgaa_error", "prompt"} <= set(chosen)
+    assert not {"system_prompt", "fgaa_effects", "sae_ts"} & set(chosen)
+    assert quality.chosen_methods(plain, ["caa", "sta"]) == ["caa", "sta"]
+    assert plain.layers("layer", [5]) == [2, 5]
+    assert plain.layers("sae", [5]) == [2]
+    Tokenizer.chat_template = "{{ messages }}"
+    assert "system_prompt" in quality.chosen_methods(plain, [])
+    assert set(quality.SETTINGS) <= set(quality.chosen_methods(plain, [])) | {"fgaa_effects", "sae_ts"}
+    assert subject.results_folder("default") == subject.RESULTS
+    assert subject.results_folder("smollm2", "chat") == subject.RESULTS / "smollm2" / "chat"
+    assert set(subject.TUNING_CONCEPTS) < set(fg.shipped_contrasts())
