@@ -62,6 +62,9 @@ def test_curves_that_meet_no_target():
         curve = solved(cost, (0.2, 0.1))
         assert not any(abs(cost(c) - 0.1) <= 0.1 for c in curve.coefficients if math.isfinite(c) and c > 1e-6)
     assert all(math.isnan(c) for c in solved(lambda c: 0.0, (0.2, 0.1)).coefficients)
+    passed = solved(lambda c: 5.0 + c, (0.25, 0.5))  # as of an intervention that does something at strength 0
+    assert all(math.isnan(c) for c in passed.coefficients)
+    assert len(passed.points) <= 20  # forty halvings, of two targets
     low, high = solved(lambda c: 1 - math.exp(-c / 50), (0.5, 1.5)).coefficients
     assert low == pytest.approx(50 * math.log(2), rel=0.03)
     assert math.isnan(high)

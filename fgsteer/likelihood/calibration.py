@@ -116,7 +116,7 @@ def calibrate_many(
 
     Returns:
         One coefficient for each function; nan where the target is not reached after forty doublings, or before
-        activations overflow.
+        activations overflow, and where it is passed even after forty halvings.
 
     Raises:
         SteeringError: ``start`` or ``tolerance`` is not above 0, both targets are given, or one is not a finite number

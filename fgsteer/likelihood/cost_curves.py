@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-DOUBLINGS = 40  # of the first strength, before a target counts as out of reach
+DOUBLINGS = 40  # of the first strength, or halvings, before a target counts as out of reach
 MAX_ROUNDS = 2 * DOUBLINGS
 GROWTH = 4.0  # of a strength from one measurement to the next, at most
 POWER = 1.7  # with which cost grows, as far as one measurement tells
@@ -70,7 +70,7 @@ class CostCurve:
             waiting = [waiting[0], waiting[-1]]
         for target in waiting:
             self._last[target] = self._guess(target)
-            if self._last[target] > self.start * float(2**DOUBLINGS):
+            if not self.start / 2**DOUBLINGS <= self._last[target] <= self.start * 2**DOUBLINGS:
                 self._found[target] = math.nan
         return list(dict.fromkeys(self._last[t] for t in waiting if t not in self._found))
 
