@@ -12,9 +12,7 @@ output exists; language-model training and the measuring of effects also resume 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -32,10 +30,10 @@ from lm import bits_per_byte, load_lm, train_lm, train_tokens
 from recipe import Recipe
 from stages import (
     Stage,
+    build,
     pack,
     quality,
     read_features,
-    run_stages,
     train,
     write_density,
     write_effects,
@@ -262,21 +260,5 @@ def sae_stages(work: Path, recipe: Recipe, layer: int) -> Iterator[Stage]:
         yield folder / "effects.safetensors", lambda: stage_effects(work, recipe, folder)
 
 
-def main() -> None:
-    """Run the stages in order, skipping those whose output exists."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpora", type=Path, required=True, help="folder of the text files")
-    parser.add_argument("--work", type=Path, required=True, help="folder for intermediate files")
-    parser.add_argument("--target", type=Path, default=HERE / "default", help="folder that ships")
-    parser.add_argument("--recipe", type=json.loads, default={}, help='JSON of recipe fields, {"steps": 10}')
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--until", default="", help="name of the last output to make")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.recipe.items()}
-    recipe, work = Recipe(**given), arguments.work
-    run_stages(stages(arguments.corpora, work, recipe, arguments.target), work, arguments.until)
-
-
 if __name__ == "__main__":
-    main()
+    build(stages, Recipe, HERE / "default", __doc__)

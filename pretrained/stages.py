@@ -9,7 +9,9 @@ Why a module of its own: the embedded default and SmolLM2 are built from the sam
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -131,10 +133,21 @@ def pack(target: Path, folders: Mapping[str, Path], index: Mapping[str, Any], fi
     part.rmdir()
 
 
-def run_stages(stages: Iterable[Stage], work: Path, until: str = "") -> None:
-    """Run (output, stage) pairs in order, skipping those whose output exists, up to the output of a name."""
+def build(stages: Callable[..., Iterable[Stage]], recipe: type[Any], target: Path, about: str | None) -> None:
+    """Run the stages of a recipe in order, as the command line says, skipping those whose output exists."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpora", type=Path, required=True, help="folder of the text files")
+    parser.add_argument("--work", type=Path, required=True, help="folder for intermediate files")
+    parser.add_argument("--target", type=Path, default=target, help="folder that ships")
+    parser.add_argument("--recipe", type=json.loads, default={}, help='JSON of recipe fields, {"seed": 1}')
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--until", default="", help="name of the last output to make")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.recipe.items()}
+    work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    for output, stage in stages:
+    for output, stage in stages(arguments.corpora, work, recipe(**given), arguments.target):
         name = "/".join(output.parts[len(work.parts) :]) if output.is_relative_to(work) else output.name
         if not output.exists():
             print(f"building {name}", flush=True)
@@ -142,7 +155,7 @@ def run_stages(stages: Iterable[Stage], work: Path, until: str = "") -> None:
             output.parent.mkdir(parents=True, exist_ok=True)
             stage()
             print(f"built {name} in {time.monotonic() - began:.0f} s", flush=True)
-        if name == until:
+        if name == arguments.until:
             break
 
 

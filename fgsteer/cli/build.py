@@ -15,7 +15,6 @@ from fgsteer.cli.loading import (
     load_effects,
     load_model,
     load_sae,
-    loadable,
     model_of,
 )
 from fgsteer.cli.method_settings import check_inputs, check_settings, feature_weights
@@ -98,7 +97,7 @@ def build(
         "features": len(vector.features),
     }
     if strengths:
-        options = ModelOptions(model or loadable(model_of(vector.provenance)), device, dtype, fetch=model is not None)
+        options = ModelOptions(model or model_of(vector.provenance), device, dtype, fetch=model is not None)
         described |= _strengths(vector, spec(method).operation, options)
     show(described, as_json, _print_vector)
 

@@ -147,7 +147,7 @@ def load_parts(model: str | None, sae: str | None, sae_id: str | None) -> Parts:
     effects = None
     if sae is None:
         try:
-            effects = fg.load_effects(model).check(autoencoder)
+            effects = fg.load_effects(model, sae_id).check(autoencoder)
         except FgsteerError:  # none were measured on this SAE
             effects = None
     chats = is_chat_model(language_model, tokenizer)

@@ -132,11 +132,6 @@ def sae_name(name: str | None, model: str) -> str:
     return shipped.name
 
 
-def loadable(name: str) -> str:
-    """The name by which a model is loaded that a vector, an SAE or statistics name: those shipped have shorter ones."""
-    return name.removeprefix("fgsteer/")
-
-
 def model_of(about: Mapping[str, Any]) -> str:
     """The name of the model in the provenance of a vector or in the reading of statistics; "" where it is unknown."""
     model = about.get("model")

@@ -7,8 +7,9 @@ sinks.warn()
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from fgsteer.errors.checks import warn
 from fgsteer.errors.wording import count
 from fgsteer.models.hookpoints import Hookpoint
 
-MASSIVE = 10.0  # times the median norm of a batch
+MASSIVE = 10.0  # times the median norm
 
 
 @dataclass(eq=False)
@@ -27,28 +28,28 @@ class AttentionSinks:
     A few of them, often the first tokens of texts without BOS, decide every mean.
     """
 
-    tokens: int = 0
-    massive: int = 0
-    largest: tuple[float, float, Hookpoint | None] = (0.0, 0.0, None)  # norm, median norm, where
+    batches: dict[Hookpoint, list[Tensor]] = field(default_factory=dict)
+    """Of each batch the number of tokens, how many are massive, the largest norm and the median norm."""
 
     def add(self, values: Float[Tensor, "tokens width"], hookpoint: Hookpoint) -> None:
-        """Count the tokens of a batch whose norm is more than MASSIVE times the median."""
-        norms = values.float().norm(dim=-1)
-        if not len(norms):
-            return
-        median, largest = float(norms.median()), float(norms.max())
-        self.tokens += len(norms)
-        self.massive += int((norms > MASSIVE * median).sum())
-        if largest > MASSIVE * median and largest > self.largest[0]:
-            self.largest = (largest, median, hookpoint)
+        """Count the tokens of a batch whose norm is more than MASSIVE times the median, without waiting for a GPU."""
+        norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+        if len(norms):
+            median = norms.median()
+            massive = (norms > MASSIVE * median).sum()
+            counts = torch.stack([torch.full_like(median, len(norms)), massive.to(median), norms.max(), median])
+            self.batches.setdefault(hookpoint, []).append(counts)
 
     def warn(self) -> None:
-        """Warn FgsteerWarning where there were any."""
-        largest, median, hookpoint = self.largest
-        if not self.massive:
+        """Warn FgsteerWarning where there were any, of the hookpoint with the most."""
+        found = {hookpoint: torch.stack(counts).double().cpu() for hookpoint, counts in self.batches.items()}
+        hookpoint = max(found, key=lambda at: float(found[at][:, 1].sum()), default=None)
+        if hookpoint is None or not bool(found[hookpoint][:, 1].any()):
             return
+        tokens, massive = (int(total) for total in found[hookpoint][:, :2].sum(0))
+        _, _, largest, median = found[hookpoint][found[hookpoint][:, 2].argmax()].tolist()
         warn(
-            f"{count(self.massive, 'token')} of the {self.tokens:,} that were read have activations of more than "
+            f"{count(massive, 'token')} of the {tokens:,} that were read have activations of more than "
             f"{MASSIVE:g} times the median norm (up to {largest:,.0f} against {median:,.0f} at {hookpoint}). Such "
             "attention sinks, often the first tokens of texts without BOS, outweigh all others in a mean. Pass "
             "prepend_bos=True, which puts BOS in their place, or read other tokens.",

@@ -29,6 +29,7 @@ from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import width_at
 from fgsteer.models.properties import context_window, input_device
+from fgsteer.statistics.sinks import MASSIVE
 from fgsteer.storage.files import read_tensors, refuse_damaged
 from fgsteer.storage.json_files import read_json, text_sha256, write_json
 from fgsteer.storage.shards import Shards
@@ -41,7 +42,6 @@ KIND = "activations"
 INDEX = "index.json"  # written when the store is finished
 MAX_CONTEXT = 128  # tokens of a block by default, or the model's window
 MOST_CONTEXT = 1 << 20
-MAX_NORM_RATIO = 10.0  # times the median norm of a shard, by default
 
 
 class ActivationSource(Protocol):
@@ -127,7 +127,7 @@ class ActivationReader:
     context: int | None = None
     prepend_bos: bool | None = None
     batch_tokens: int | None = None
-    max_norm_ratio: float | None = MAX_NORM_RATIO
+    max_norm_ratio: float | None = MASSIVE
     dtype: torch.dtype = torch.float16
 
     def __post_init__(self) -> None:
@@ -171,7 +171,7 @@ class ActivationReader:
         tensors: dict[str, Tensor] = {}
         for hookpoint, parts in recorded.items():
             acts = torch.cat(parts)
-            norms = acts.float().norm(dim=1)
+            norms = torch.linalg.vector_norm(acts, dim=1, dtype=torch.float32)
             limit = torch.inf if self.max_norm_ratio is None else self.max_norm_ratio * float(norms.median())
             kept = acts[norms <= limit].to(self.dtype)
             if not bool(kept.isfinite().all()):
@@ -271,7 +271,7 @@ def store_activations(
     context: int | None = None,
     prepend_bos: bool | None = None,
     batch_tokens: int | None = None,
-    max_norm_ratio: float | None = MAX_NORM_RATIO,
+    max_norm_ratio: float | None = MASSIVE,
     dtype: torch.dtype = torch.float16,
     fresh: bool = False,
     progress: Progress = None,

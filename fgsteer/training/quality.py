@@ -20,8 +20,9 @@ from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import input_device
+from fgsteer.statistics.sinks import MASSIVE
 from fgsteer.steering.splicing import splice
-from fgsteer.training.activation_store import MAX_NORM_RATIO, block_length, split_into_blocks
+from fgsteer.training.activation_store import block_length, split_into_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ def measure_sae(
     *,
     context: int | None = None,
     prepend_bos: bool | None = None,
-    max_norm_ratio: float | None = MAX_NORM_RATIO,
+    max_norm_ratio: float | None = MASSIVE,
     batch_tokens: int | None = None,
     progress: Progress = None,
 ) -> SAEQuality:
@@ -137,16 +138,23 @@ class _Measured:
     def add(self, batch: Batch) -> None:
         """Measure a batch: a plain pass, one with reconstructions, one with zeros."""
         recorded: list[Tensor] = []
-        with splice(self.model, self.sae.hookpoint, lambda h: recorded.append(h) or h):  # type: ignore[func-returns-value]
+
+        def keep(hidden: Tensor) -> Tensor:
+            recorded.append(hidden)
+            return hidden
+
+        with splice(self.model, self.sae.hookpoint, keep):
             self.losses["ce"] += self._loss(batch)
         self.scored += int(batch.attention[:, 1:].sum())
         h = recorded[0]
-        norms = h.float().norm(dim=-1)
+        norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32)
         selected = batch.selected.to(h.device)
         if self.median is None:
             self.median = float(norms[selected].median())
         kept = selected & (norms <= (torch.inf if self.ratio is None else self.ratio * self.median))
-        sae = self.sae.to(h.device, torch.float32)
+        if self.sae.W_enc.device != h.device or self.sae.W_enc.dtype != torch.float32:
+            self.sae = self.sae.to(h.device, torch.float32)
+        sae = self.sae
         x = h[kept].float()
         acts = sae.encode(x)
         decoded = sae.decode(acts)
