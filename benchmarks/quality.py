@@ -11,7 +11,9 @@ halves. The reason for two halves: a method that is tuned on the texts that it i
     python benchmarks/quality.py ... --tables              makes tables, page and pictures of the records again
     python benchmarks/quality.py --docs                    puts the tables and the sentence into docs and README.md
 
-A smaller version is the same command with --concept, --method, --prompts and --tuning-prompts. A command that was
+    torchrun --nproc-per-node 8 benchmarks/quality.py ...  shares the concepts among eight processes
+
+A smaller version is the same command with --concept, --method, --prompts, --settings and so on. A command that was
 killed goes on where it ended. Results lie in results/, or in a folder there by model and behaviors: tuning.json, the
 records, table.md, report.html and pictures.
 """
@@ -35,6 +37,7 @@ from subject import RESULTS, ROOT, TUNING_CONCEPTS, Behaviors, Subject, load_beh
 import fgsteer as fg
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.bench.bench import Bench
+from fgsteer.evaluation.bench.distributors import OneProcess, Torchrun
 from fgsteer.evaluation.bench.generators import TransformersGenerator
 from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.metrics.intervals import Interval
@@ -47,44 +50,57 @@ from fgsteer.likelihood.calibration import calibrate_grid
 from fgsteer.methods import method_name, spec, specs
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.json_files import read_json, write_json
+from fgsteer.storage.ranks import Ranks
+from fgsteer.storage.shards import wait_for_file
 
 RUN, NEARBY = "bench.jsonl.gz", "same_layer.jsonl.gz"
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 
 WIDE = {"max_density": 1.0, "n_positive": 256, "n_negative": 128}  # no density filter, many features of both signs
 MIXED = {"mu": 0.1, "bias_weight": 0.0, "unit_effects": True, "decoder_weight": 0.5}
-# tried besides the defaults, which are those of the papers
+# tried besides the defaults, which are those of the papers; the most promising ones first
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "caa_denoised": (
-        *({"threshold": threshold} for threshold in (0.5, 1.5, 2.0)),
-        *({"shrinkage": "hard", "threshold": threshold} for threshold in (1.0, 1.5, 2.0)),
+        {"threshold": 1.5},
+        {"shrinkage": "hard", "threshold": 2.0},
+        {"threshold": 0.5},
+        {"threshold": 2.0},
+        {"shrinkage": "hard", "threshold": 1.0},
+        {"shrinkage": "hard", "threshold": 1.5},
     ),
-    "sta": (*({"p": p} for p in (0.01, 0.05, 0.7)), {"keep_error": True}, {"p": 0.05, "keep_error": True}),
+    "sta": (
+        {"p": 0.05, "keep_error": True},
+        {"p": 0.05},
+        {"p": 0.01},
+        {"p": 0.7},
+        {"keep_error": True},
+    ),
     "sae_ts": (
         *({"bias_weight": weight} for weight in (0.0, 0.3)),
         *({"mu": mu, "bias_weight": 0.0} for mu in (0.1, 0.3, 1.0)),
         MIXED,
     ),
     "fgaa": (
-        *({"n_positive": n} for n in (4, 8, 32, 64)),
+        {**WIDE, "score": "welch_t"},
+        {"n_positive": 64},
+        *({"n_positive": n} for n in (4, 8, 32)),
         {"n_positive": 32, "n_negative": 32},
         WIDE,
-        {**WIDE, "score": "welch_t"},
     ),
     "fgaa_error": (
+        {**WIDE, "score": "welch_t"},
         {"n_positive": 64, "n_negative": 32, "max_density": 1.0, "score": "welch_t"},
         WIDE,
-        {**WIDE, "score": "welch_t"},
     ),
     "fgaa_effects": (
+        {**WIDE, **MIXED, "keep_error": True, "score": "welch_t"},
+        {**WIDE, **MIXED},
         *({"mu": mu} for mu in (0.1, 0.3, 1.0)),
         {"mu": 1.0, "bias_weight": 0.0},
         {**WIDE, **MIXED, "decoder_weight": 0.0},
-        {**WIDE, **MIXED},
         {**WIDE, **MIXED, "score": "welch_t"},
         {**WIDE, **MIXED, "mu": 0.3},
         {**WIDE, **MIXED, "keep_error": True},
-        {**WIDE, **MIXED, "keep_error": True, "score": "welch_t"},
         {**MIXED, "max_density": 1.0, "n_positive": 64, "n_negative": 32},
         {**MIXED, "n_positive": 64, "n_negative": 32},
     ),
@@ -106,13 +122,21 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Runs methods on the tuning half of the tuning concepts; ``root`` has the plan that all trials share."""
+    """Runs methods on the tuning half of the tuning concepts; ``root`` has the plan that all trials share.
+
+    At most ``most`` settings of a method are tried besides its defaults.
+    """
 
     subject: Subject
     root: Bench
     layers: Sequence[int]
     work: Path
     fresh: bool
+    most: int | None = None
+
+    def settings_of(self, method: str) -> tuple[dict[str, Any], ...]:
+        """What is tried of a method besides its defaults."""
+        return SETTINGS.get(method, ())[: self.most]
 
     def layers_of(self, method: str) -> list[int]:
         """Where a method can run."""
@@ -120,15 +144,13 @@ class Tuning:
 
     def trials_of(self, method: str) -> int:
         """How many settings of a method are tried."""
-        return len(self.layers_of(method)) + len(SETTINGS.get(method, ()))
+        return len(self.layers_of(method)) + len(self.settings_of(method))
 
     def trial(self, method: str, layer: int, settings: dict[str, Any]) -> Trial:
         """Measure one setting."""
         plan = replace(self.root.plan, methods=(method,), layers=(layer,), settings={method: settings})
         name = "-".join([method, str(layer), *(f"{key}={value}" for key, value in settings.items())])
-        path = self.work / f"{name}.jsonl"
-        self.root.with_plan(plan).run(path, fresh=self.fresh)
-        run = fg.load_run(path)
+        run = run_shared(self.root.with_plan(plan), self.work / f"{name}.jsonl", fresh=self.fresh)
         chosen = [run.mean(setting, "tune") for setting in best_settings(run).values()]
         trial = Trial(layer, settings, sum(chosen) / len(chosen))
         print(f"{name:50} {trial.bcs:.4f}", flush=True)
@@ -138,8 +160,16 @@ class Tuning:
         """Trials of a method, the best first: its defaults at each layer, then its settings at the best of them."""
         trials = [self.trial(method, layer, {}) for layer in self.layers_of(method)]
         layer = max(trials, key=lambda t: t.bcs).layer
-        trials += [self.trial(method, layer, settings) for settings in SETTINGS.get(method, ())]
+        trials += [self.trial(method, layer, settings) for settings in self.settings_of(method)]
         return sorted(trials, key=lambda t: -t.bcs)
+
+
+def run_shared(bench: Bench, path: Path, command: str = "", *, fresh: bool) -> Run:
+    """Run a benchmark whose concepts the processes of one job share, and load it in each of them."""
+    distributor = Torchrun() if Ranks.from_env().world > 1 else OneProcess()
+    if not distributor.run(bench, path, command, fresh=fresh):
+        wait_for_file(path, 0)
+    return fg.load_run(path)
 
 
 @cache
@@ -284,8 +314,9 @@ def measure(tuning: Tuning, methods: Sequence[str], plan: BenchPlan, folder: Pat
         needed.mkdir(parents=True, exist_ok=True)
     steered = [method for method in methods if spec(method).needs != "nothing" and method not in CONTROLS]
     tuned = {method: tuning.tune(method) for method in steered}
-    found = {method: [asdict(trial) for trial in trials] for method, trials in tuned.items()}
-    write_json(folder / "tuning.json", {"concepts": list(tuning.root.plan.concepts), **found})
+    if Ranks.from_env().rank == 0:
+        found = {method: [asdict(trial) for trial in trials] for method, trials in tuned.items()}
+        write_json(folder / "tuning.json", {"concepts": list(tuning.root.plan.concepts), **found})
     best = {method: trials[0] for method, trials in tuned.items()}
     layers = {method: (trial.layer,) for method, trial in best.items()}
     layers |= {control: layers[method] for control, method in CONTROLS.items() if control in methods and method in best}
@@ -293,10 +324,10 @@ def measure(tuning: Tuning, methods: Sequence[str], plan: BenchPlan, folder: Pat
     kept = tuple(method for method in methods if spec(method).needs == "nothing" or method in layers)
     plan = replace(plan, methods=kept, layers=layers, settings=settings)
     bench = tuning.root.with_plan(plan)
-    bench.run(folder / RUN, command, lambda done, of: print(done, of, flush=True), fresh=tuning.fresh)
-    near = layers[best_sae_method(fg.load_run(folder / RUN)) or "caa"]
+    run = run_shared(bench, folder / RUN, command, fresh=tuning.fresh)
+    near = layers[best_sae_method(run) or "caa"]
     other = replace(plan, methods=("caa",), layers={"caa": near}, settings={})
-    bench.with_plan(other).run(folder / NEARBY, command, fresh=tuning.fresh)
+    run_shared(bench.with_plan(other), folder / NEARBY, command, fresh=tuning.fresh)
 
 
 def chosen_methods(subject: Subject, asked: Sequence[str]) -> list[str]:
@@ -318,6 +349,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--method", action="append", default=[], help="measure these alone")
     parser.add_argument("--prompts", type=int, help="prompts of each half: 24 of the default, 32 of other models")
     parser.add_argument("--tuning-prompts", type=int, default=8, help="prompts on which settings are chosen")
+    parser.add_argument("--settings", type=int, help="try at most so many settings of a method besides its defaults")
+    parser.add_argument("--cost", type=float, action="append", default=[], help="measure at these costs alone")
     parser.add_argument("--work", type=Path, help="folder of the tuning runs")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--estimate", action="store_true", help="only say how long it takes")
@@ -366,12 +399,14 @@ def main() -> None:
         print(f"{name}: the judge's area under the ROC curve is {subject.judge.validate(name):.3f}", flush=True)
         bench.concept(name)  # so that all plans share its statistics
     work = arguments.work or ROOT / "build" / "quality" / subject.name / arguments.behaviors
-    tuning = Tuning(subject, bench, arguments.layer, work, arguments.fresh)
-    plan = BenchPlan(concepts, methods=("unsteered",), ce_rises=CE_RISES, prompts=prompts, **texts)
+    tuning = Tuning(subject, bench, arguments.layer, work, arguments.fresh, arguments.settings)
+    costs = tuple(arguments.cost) or CE_RISES
+    plan = BenchPlan(concepts, methods=("unsteered",), ce_rises=costs, prompts=prompts, **texts)
     print(estimate(tuning, methods, plan), flush=True)
     if not arguments.estimate:
         measure(tuning, methods, plan, folder, shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]]))
-        publish(folder, subject)
+        if Ranks.from_env().rank == 0:
+            publish(folder, subject)
         print(f"{time.monotonic() - began:.0f} s")
 
 

@@ -65,7 +65,7 @@ class Subject:
     @cached_property
     def judge(self) -> fg.EmbeddingJudge:
         """The judge of all benchmarks, which keeps the embeddings that it has made."""
-        return fg.EmbeddingJudge()
+        return fg.EmbeddingJudge(device=self.model.device)
 
     def bench(self, plan: BenchPlan, contrasts: Sequence[fg.ContrastSet] = ()) -> Bench:
         """The benchmark of a plan."""

@@ -84,9 +84,8 @@ def stage_train(work: Path, recipe: SmolRecipe, layer: int) -> None:
         kind=recipe.kind,  # type: ignore[arg-type]
         d_sae=recipe.width,
         k=recipe.k,
-        tokens=recipe.tokens - recipe.tokens % recipe.batch,
+        tokens=recipe.passes * recipe.tokens,
         batch=recipe.batch,
-        lr=recipe.lr,
         seed=recipe.seed,
         dtype="float16",
     )
@@ -110,10 +109,16 @@ def stage_feature_texts(corpora: Path, work: Path, recipe: SmolRecipe) -> None:
     write_json(work / "feature_texts.json", pairs)
 
 
-def stage_density(corpora: Path, work: Path, recipe: SmolRecipe, layer: int) -> None:
-    """Density, quality, and what the concepts look like."""
+def stage_density_texts(corpora: Path, work: Path, recipe: SmolRecipe) -> None:
+    """Held-out documents that densities are measured on."""
     held = [text for group in documents(corpora)[1].values() for text in group if len(text) > 20]
-    held = random.Random(recipe.seed).sample(held, min(len(held), recipe.density_texts))
+    chosen = random.Random(recipe.seed).sample(held, min(len(held), recipe.density_texts))
+    write_json(work / "density_texts.json", chosen)
+
+
+def stage_density(work: Path, recipe: SmolRecipe, layer: int) -> None:
+    """Density, quality, and what the concepts look like."""
+    held = json.loads((work / "density_texts.json").read_text(encoding="utf-8"))
     kept = [cut(text) for text in read_texts(work)[1][: recipe.quality_texts]]
     write_density(*loaded(), sae_folder(work, layer), held, kept, recipe.context)
 
@@ -147,7 +152,6 @@ def stage_figures(work: Path, recipe: SmolRecipe) -> None:
             **json.loads((folder / "figures.json").read_text(encoding="utf-8")),
             "features": json.loads((folder / "features.json").read_text(encoding="utf-8")),
             "tokens": sum(index["tokens"][at]),
-            "left_out": index["left_out"][at],
         }
         if layer in recipe.effects_layers:
             figures["effects"][folder.name] = fg.EffectApproximator.load(folder / "effects.safetensors").about
@@ -176,13 +180,14 @@ def sae_folder(work: Path, layer: int) -> Path:
 def stages(corpora: Path, work: Path, recipe: SmolRecipe, target: Path) -> Iterator[Stage]:
     """(output, what makes it), in order; a stage is skipped when its output exists."""
     yield work / "texts.json", partial(stage_texts, corpora, work, recipe)
-    yield work / "activations" / "index.json", partial(stage_activations, work, recipe)
     yield work / "feature_texts.json", partial(stage_feature_texts, corpora, work, recipe)
+    yield work / "density_texts.json", partial(stage_density_texts, corpora, work, recipe)
+    yield work / "activations" / "index.json", partial(stage_activations, work, recipe)
     order = sorted(recipe.layers, key=lambda layer: layer != recipe.default_layer)  # the default one first
     for layer in order:
         yield sae_folder(work, layer), partial(stage_train, work, recipe, layer)
     for layer in order:
-        yield sae_folder(work, layer) / "density.safetensors", partial(stage_density, corpora, work, recipe, layer)
+        yield sae_folder(work, layer) / "density.safetensors", partial(stage_density, work, recipe, layer)
         yield sae_folder(work, layer) / "labels.json", partial(stage_features, work, layer)
     for layer in recipe.effects_layers:
         yield sae_folder(work, layer) / "effects.safetensors", partial(stage_effects, work, recipe, layer)

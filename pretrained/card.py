@@ -177,7 +177,13 @@ def features(figures: dict[str, Any], recipe: dict[str, Any]) -> str:
 """
 
 
-def effects(name: str, found: dict[str, Any], recipe: dict[str, Any]) -> str:
+def effects(
+    name: str,
+    found: dict[str, Any],
+    recipe: dict[str, Any],
+    title: str = "The effect approximator",
+    how_run: str = "--dtype bfloat16",
+) -> str:
     """How well effects on features are predicted."""
     plan, sampling = found["plan"], found["plan"]["sampling"]
     share = f"λ = {found['ridge_in_mean_eigenvalues']:.2g} mean eigenvalues, by validation"
@@ -200,9 +206,9 @@ def effects(name: str, found: dict[str, Any], recipe: dict[str, Any]) -> str:
     )
     head = [f"on {found['held_out_vectors']} vectors held out", "R² about the mean effect", "share of squared effect"]
     return f"""
-## The effect approximator
+## {title}
 
-{how}`fgsteer effects -o FILE --dtype bfloat16 {options}`.
+{how}`fgsteer effects -o FILE {how_run} {options}`.
 
 {table(head, rows)}
 The columns of M have a mean cosine of {found["cosine_to_decoder"]:.2f} to their features' decoder rows. The

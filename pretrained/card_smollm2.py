@@ -16,19 +16,25 @@ from card import concepts, density_thresholds, effects, paragraph, shipped_saes,
 from smollm2_texts import CHAT_SHARE, SHARES
 
 FOLDER = Path(__file__).resolve().parent / "smollm2"
+HISTORY = (  # what a rebuild elsewhere does otherwise than was done
+    "Activations, training and the table of quality are of one H100, the effects of one H200, with products in TF32; "
+    "densities, labels and excerpts are of a CPU in float32. A rebuild elsewhere comes close to these figures, not to "
+    "the same bytes."
+)
 
 
 def introduction(figures: dict[str, Any], index: dict[str, Any]) -> str:
     """What it is and how to rebuild it."""
     recipe, saes = index["recipe"], figures["saes"]
     tokens = min(sae["tokens"] for sae in saes.values())
-    left_out = ", ".join(f"{sae['left_out']:,}" for sae in saes.values())
+    left_out = ", ".join(f"{sae['quality']['left_out']:,}" for sae in saes.values())
     what = paragraph(
         f"TopK sparse autoencoders on the residual stream of {index['model']} after blocks",
         f"{', '.join(name.removeprefix('layer_') for name in saes)} of 30: {recipe['width']:,} features",
         f"(16 · d_model), {recipe['k']} active, float16, each trained by sae-lens on",
-        f"{tokens / 1e6:.2f} M tokens in steps of {recipe['batch']:,}; with densities, labels and excerpts, and the",
-        f'effect approximators that are listed below. `load_sae("smollm2")` gives `{index["sae"]}`,',
+        f"{tokens / 1e6:.1f} M tokens, read {recipe['passes']} times in steps of {recipe['batch']:,}; with densities,",
+        "labels and excerpts, and the effect approximators that are listed below.",
+        f'`load_sae("smollm2")` gives `{index["sae"]}`,',
         '`load_sae("smollm2", "layer_N")` the others.',
         f"{sum(entry['bytes'] for entry in index['files'].values()) / 1e6:.1f} MB in all.",
     )
@@ -36,11 +42,12 @@ def introduction(figures: dict[str, Any], index: dict[str, Any]) -> str:
         f"Rebuild: `{index['command']}`. Every figure below is in `figures.json`, which that command writes;",
         "`python pretrained/card_smollm2.py` writes this card from it. The activations are those of the 4-bit weights,",
         "dequantised: the original model's differ a little.",
+        HISTORY,
     )
     left = paragraph(
         f"Blocks of {recipe['context']} tokens, each text on its own. Position 0, special tokens, and tokens whose",
-        f"norm is more than ten times the median ({left_out} of them, by layer) were left out of training",
-        "and of the figures.",
+        "norm is more than ten times the median were left out of training and of the figures: by layer",
+        f"{left_out} of the held-out tokens that the table below is of.",
     )
     return f"# Sparse autoencoders for SmolLM2-135M-Instruct\n\n{what}\n{rebuild}\n{left}"
 
@@ -103,7 +110,17 @@ def render(folder: Path = FOLDER) -> str:
     """The card of built SAEs."""
     figures, index = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("figures", "index"))
     sizes = {"d_model": 576, "sae_width": index["recipe"]["width"]}
-    measured = "".join(effects(name, about, sizes) for name, about in figures["effects"].items())
+    measured = "".join(
+        effects(
+            name,
+            about,
+            sizes,
+            f"The effects at {name}",
+            f"-m smollm2 --sae-id {name} --vectors {index['recipe']['effects_vectors']:d} --rows "
+            f"{index['recipe']['effects_rows']:d}",
+        )
+        for name, about in figures["effects"].items()
+    )
     parts = introduction(figures, index), data(index), quality(figures), reading(figures, index), measured
     return "".join(parts) + concepts(figures["saes"])
 

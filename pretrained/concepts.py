@@ -29,12 +29,14 @@ class Side(NamedTuple):
 def contrast_activations(model: Any, tokenizer: Any, sae: fg.SAE) -> dict[str, list[Side]]:
     """Per shipped concept: positives, negatives, held-out positives, held-out negatives."""
 
+    sae = sae.to(model.device, torch.float32)
+
     def side(texts: tuple[str, ...]) -> Side:
-        rows = []
-        for text in texts:
-            ids = tokenizer(text, return_tensors="pt")["input_ids"]
-            rows.append(sae.encode(fg.record(model, ids, None, [sae.hookpoint])[sae.hookpoint][0, 1:]))
-        return Side(torch.stack([r.mean(0) for r in rows]), torch.stack([r.amax(0) for r in rows]))
+        batch = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="right").to(model.device)
+        values = fg.record(model, batch["input_ids"], batch["attention_mask"], [sae.hookpoint])[sae.hookpoint]
+        lengths = batch["attention_mask"].sum(1).tolist()
+        rows = [sae.encode(row[1:length]) for row, length in zip(values, lengths, strict=True)]
+        return Side(torch.stack([r.mean(0) for r in rows]).cpu(), torch.stack([r.amax(0) for r in rows]).cpu())
 
     found = {}
     for name in fg.shipped_contrasts():

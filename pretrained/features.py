@@ -86,9 +86,11 @@ def shippable(examples: fg.FeatureExamples, sources: Sequence[str], allowed: set
     order = torch.sort(keep.int(), dim=1, descending=True, stable=True).indices[:, :KEPT]
     index = order[..., None].expand(-1, -1, examples.tokens.shape[2])
     kept = keep.gather(1, order)
+    tokens = examples.tokens.gather(1, index).where(kept[..., None], -1)
+    small = int(tokens.max()) <= torch.iinfo(torch.int16).max
     return replace(
         examples,
-        tokens=examples.tokens.gather(1, index).where(kept[..., None], -1).to(torch.int16),
+        tokens=tokens.to(torch.int16 if small else torch.int32),
         activations=examples.activations.gather(1, index).where(kept[..., None], 0.0).half(),
         documents=examples.documents.gather(1, order).where(kept, -1),
         corpus={**examples.corpus, "sources": sorted(allowed)},

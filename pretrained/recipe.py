@@ -45,6 +45,7 @@ class Recipe:
     effects_rollouts: int = 2  # of each neutral prompt
     effects_tokens: int = 24
     effects_top_p: float = 1.0
+    effects_rows: int = 512  # sequences generated together
 
     @property
     def middle(self) -> int:
@@ -57,24 +58,25 @@ class SmolRecipe:
     """How the sparse autoencoders of SmolLM2-135M-Instruct are made, and how they are measured."""
 
     seed: int = 0
-    layers: tuple[int, ...] = (8, 12, 16)  # resid_post
-    default_layer: int = 12
-    effects_layers: tuple[int, ...] = (12, 16)
+    layers: tuple[int, ...] = (8, 12, 21)  # resid_post; by fgsteer sweep, CAA works best at 12 and 13, or about 21
+    default_layer: int = 21  # where features show most in what the model writes
+    effects_layers: tuple[int, ...] = (12, 21)
     requests: int = 768  # user messages, of which the model answers
     answers: int = 576  # the first so many
-    tokens: int = 3_100_000
+    tokens: int = 12_000_000  # recorded; a GPU is meant, on two CPU cores 3 million are a matter of some hours
+    passes: int = 3  # how often they are read
     context: int = 256  # tokens of a block
     kind: str = "topk"
     width: int = 9216  # 16 · d_model
     k: int = 32
-    batch: int = 2048
-    lr: float = 2e-3
+    batch: int = 4096  # tokens of an optimizer step
     feature_texts: int = 1600  # beginnings of training documents that features are read on
     density_texts: int = 600  # held-out documents
     quality_texts: int = 160  # held-out texts, one block of each
-    effects_vectors: int = 1500
+    effects_vectors: int = 1536
     effects_texts: int = 8
     effects_ce_rise: float = 0.5
-    effects_rollouts: int = 1
-    effects_tokens: int = 16
+    effects_rollouts: int = 2
+    effects_tokens: int = 24
     effects_top_p: float = 1.0
+    effects_rows: int = 1024  # sequences generated together

@@ -92,6 +92,7 @@ def write_effects(model: Any, tokenizer: Any, folder: Path, parts: Path, recipe:
         rollouts=recipe.effects_rollouts,
         target_ce_rise=recipe.effects_ce_rise,
         sampling=Sampling(max_new_tokens=recipe.effects_tokens, top_p=recipe.effects_top_p, seed=recipe.seed),
+        rows=recipe.effects_rows,
         work=parts,
         progress=lambda done: print(f"effects of {done} vectors", flush=True),
     )
@@ -144,6 +145,7 @@ def build(stages: Callable[..., Iterable[Stage]], recipe: type[Any], target: Pat
     parser.add_argument("--until", default="", help="name of the last output to make")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_float32_matmul_precision("high")  # on a GPU, ten bits of mantissa are as many as the weights ship with
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.recipe.items()}
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)

@@ -21,23 +21,28 @@ from tests.helpers.cli import invoke
 runner = CliRunner()
 
 
-def test_every_shipped_file_is_the_indexed_one():
-    folder = SHIPPED[DEFAULT].folder()
+PRETRAINED = Path(fg.__file__).resolve().parent.parent / "pretrained"
+
+
+# of the default as far as it fits into a wheel beside the code, of SmolLM2 what fits into one of its own
+@pytest.mark.parametrize(("name", "most"), [(DEFAULT, 48e6), ("smollm2", 105e6)])
+def test_every_shipped_file_is_the_indexed_one(name, most):
+    folder = SHIPPED[name].folder()
     index = read_json(folder / "index.json")
-    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"index.json"}
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    found -= {"index.json", "README.md", "pyproject.toml"}
     assert found == set(index["files"])
-    for name, entry in index["files"].items():
-        data = (folder / name).read_bytes()
-        assert (hashlib.sha256(data).hexdigest(), len(data)) == (entry["sha256"], entry["bytes"]), name
-    assert sum(entry["bytes"] for entry in index["files"].values()) < 48e6
+    for file, entry in index["files"].items():
+        data = (folder / file).read_bytes()
+        assert (hashlib.sha256(data).hexdigest(), len(data)) == (entry["sha256"], entry["bytes"]), file
+    assert sum(entry["bytes"] for entry in index["files"].values()) < most
 
 
-def test_the_card_says_what_was_measured():
-    folder = Path(fg.__file__).resolve().parent.parent / "pretrained"
-    spec = importlib.util.spec_from_file_location("card", folder / "card.py")
-    card = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(card)
-    assert (folder / "README.md").read_text(encoding="utf-8") == card.render()
+@pytest.mark.parametrize(("script", "page"), [("card", "README.md"), ("card_smollm2", "smollm2/README.md")])
+def test_the_card_says_what_was_measured(script, page, monkeypatch):
+    monkeypatch.syspath_prepend(str(PRETRAINED))
+    card = importlib.import_module(script)
+    assert (PRETRAINED / page).read_text(encoding="utf-8") == card.render()
 
 
 def test_excerpts_and_labels_say_what_features_fire_on():
@@ -55,11 +60,12 @@ def test_excerpts_and_labels_say_what_features_fire_on():
     assert tokenizer.decode(ids[0, acts.argmax()]).strip() == "king"
 
 
-def test_every_embedded_sae_loads_with_what_belongs_to_it():
-    index = read_json(SHIPPED[DEFAULT].folder() / "index.json")
-    figures = read_json(SHIPPED[DEFAULT].folder() / "figures.json")["saes"]
-    for layer in index["recipe"]["sae_layers"]:
-        sae = fg.load_sae("default", f"layer_{layer}")
+@pytest.mark.parametrize(("name", "layers"), [(DEFAULT, "sae_layers"), ("smollm2", "layers")])
+def test_every_shipped_sae_loads_with_what_belongs_to_it(name, layers):
+    index = read_json(SHIPPED[name].folder() / "index.json")
+    figures = read_json(SHIPPED[name].folder() / "figures.json")["saes"]
+    for layer in index["recipe"][layers]:
+        sae = fg.load_sae(name, f"layer_{layer}")
         assert sae.hookpoint == fg.Hookpoint(layer)
         assert sae.density is not None
         l0 = figures[f"layer_{layer}"]["quality"]["l0"]
@@ -68,9 +74,10 @@ def test_every_embedded_sae_loads_with_what_belongs_to_it():
         )  # two counts, one over a part of the other's text
         assert len(sae.labels) > sae.d_sae / 2
         assert fg.load_examples(sae) is not None
-    assert fg.load_sae("default").sha256 == fg.load_sae("default", index["sae"]).sha256
+    assert fg.load_sae(name).sha256 == fg.load_sae(name, index["sae"]).sha256
+    assert fg.load_effects(name).check(fg.load_sae(name)).about["r2"] > 0.25
     with pytest.raises(fg.FormatError, match=index["sae"]):
-        fg.load_sae("default", "layer_99")
+        fg.load_sae(name, "layer_99")
 
 
 def test_the_stages_compose_through_files(tmp_path):

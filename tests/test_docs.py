@@ -99,7 +99,9 @@ def check_command(words):
     elif program == "pip":
         assert arguments.pop(0) == "install"
         for word in arguments[: arguments.index("--index-url")] if "--index-url" in arguments else arguments:
-            if word != "." and not word.startswith("--"):
+            if word.startswith("./"):
+                assert (ROOT / word / "pyproject.toml").is_file()
+            elif word != "." and not word.startswith("--"):
                 wanted = Requirement(f"fgsteer{word[1:]}" if word.startswith(".[") else word)
                 assert wanted.name in {"fgsteer", *PACKAGES}
                 assert wanted.extras <= set(EXTRAS)

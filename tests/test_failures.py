@@ -70,6 +70,19 @@ def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def interrupted(pid):
+    """The status of a child that is interrupted, again each second: Python drops a signal that meets a finalizer."""
+    for _ in range(30):
+        os.kill(pid, signal.SIGINT)
+        for _ in range(100):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    return ended(pid)
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -390,13 +403,14 @@ def test_gpu_twin_of_out_of_memory(tokenizer):
     """The memory that torch may take is bounded for real: one batch of all texts does not fit, halves of it do."""
     data = fg.ContrastSet("z", positives=["the bride wore a ring " * 10] * 4096, negatives=["a dog sat"] * 64)
     model = tiny_model("llama").cuda()
-    whole = fg.collect(model, tokenizer, data, hookpoints=[AT], batch_tokens=4096)
+    options: dict[str, Any] = {"hookpoints": [AT], "share_prefixes": False}  # equal texts would be read once
+    whole = fg.collect(model, tokenizer, data, batch_tokens=4096, **options)
     torch.cuda.empty_cache()
     bound = (torch.cuda.memory_allocated() + (96 << 20)) / torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(bound)
     try:
         with pytest.warns(fg.FgsteerWarning, match="halves"):
-            parts = fg.collect(model, tokenizer, data, hookpoints=[AT], batch_tokens=1 << 20)
+            parts = fg.collect(model, tokenizer, data, batch_tokens=1 << 20, **options)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     a, b = parts.at("residual")[1].difference, whole.at("residual")[1].difference
@@ -560,8 +574,7 @@ def test_interrupt_leaves_the_model_clean_and_files_whole(job, llama, tokenizer,
 
         pid = start(work)
         time.sleep(lottery.random() * 0.05)
-        os.kill(pid, signal.SIGINT)
-        assert ended(pid) == 7
+        assert interrupted(pid) == 7
     if job == "collect":
         fg.ContrastStatistics.load(tmp_path / "stats")
         # a signal may fall between the making of a file and knowing its name

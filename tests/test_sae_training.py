@@ -263,6 +263,18 @@ def test_every_kind_learns_and_loads_in_sae_lens(kind, tmp_path):
     assert not (tmp_path / "sae.work" / "checkpoint.safetensors").exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "jumprelu", "matryoshka"])
+def test_gpu_twin_of_training(kind, tmp_path):
+    """On a GPU a run learns as well as on a CPU, and what it saves loads where there is none."""
+    settings, found = fg.SAETraining(kind=kind, **SETTINGS), {}
+    for device in ("cpu", "cuda"):
+        sae = fg.fit_sae(Directions(), AT, tmp_path / device, settings=settings, device=device)
+        found[device] = explained(sae, Directions().tokens)
+        assert json.loads((tmp_path / device / "cfg.json").read_text())["device"] == "cpu"
+    assert found["cuda"] == pytest.approx(found["cpu"], abs=0.05)  # the order of sums parts the runs a little
+
+
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
 def test_a_killed_training_goes_on_to_the_same_weights(kind, tmp_path, monkeypatch):
     settings = fg.SAETraining(kind=kind, **SETTINGS)

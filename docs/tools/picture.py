@@ -19,7 +19,7 @@ import torch
 import fgsteer as fg
 
 OUT = Path(__file__).resolve().parents[1] / "assets" / "steering.svg"
-CONCEPT, PROMPTS, CE_RISE, FEATURES = "food", 3, 0.25, 5
+MODEL, CONCEPT, PROMPTS, CE_RISE, FEATURES = "smollm2", "wedding", 3, 0.5, 5
 WIDTH, COLUMN, GAP, LINE, CHARACTERS = 900, 410, 24, 21, 54
 INK, PALE, ACCENT = "#1f2933", "#7b8794", "#00796b"
 FONT = "font-family='Helvetica, Arial, sans-serif'"
@@ -27,8 +27,8 @@ FONT = "font-family='Helvetica, Arial, sans-serif'"
 
 def outputs() -> tuple[list[str], list[str], list[str], list[tuple[int, float, str]], float]:
     """Prompts, continuations unsteered and steered, the strongest features, and the coefficient."""
-    model, tokenizer = fg.load_model("default")
-    sae = fg.load_sae("default")
+    model, tokenizer = fg.load_model(MODEL)
+    sae = fg.load_sae(MODEL)
     stats = fg.collect(model, tokenizer, fg.load_contrast(CONCEPT), sae=sae)
     vec = fg.fgaa(stats, sae)
     neutral, prompts = fg.load_neutral()
@@ -37,7 +37,7 @@ def outputs() -> tuple[list[str], list[str], list[str], list[tuple[int, float, s
     texts = []
     for steering in (None, vec.add(coefficient)):
         torch.manual_seed(0)
-        options = {"max_new_tokens": 32, "do_sample": True, "temperature": 0.8}
+        options = {"max_new_tokens": 32, "do_sample": True, "temperature": 0.7, "top_p": 0.9}  # as the demo
         texts.append(fg.generate(model, tokenizer, prompts, steering=steering, **options))
     labels = sae.labels or {}
     features = [(f.id, f.weight, labels.get(f.id) or "no label") for f in vec.top_features(FEATURES)]
@@ -91,7 +91,7 @@ def draw() -> str:
         ]
         y += 24
     height = y + 20
-    title = f"Steering the embedded 8.7 M-parameter model towards “{CONCEPT}”"
+    title = f"Steering SmolLM2-135M-Instruct towards “{CONCEPT}”"
     return "\n".join(
         [
             f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {height}' width='{WIDTH}' height='{height}' "

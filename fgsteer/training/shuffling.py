@@ -45,6 +45,7 @@ class ShuffledBatches(Iterator[Float[Tensor, "batch d_model"]]):
         seed: The seed of the order.
         place: Where to begin.
         buffer_tokens: Tokens that are held and shuffled together, at least.
+        device: Where the batches are wanted; what is held stays in the memory of the CPU.
 
     Raises:
         DataError: The source has fewer tokens than a batch.
@@ -59,9 +60,10 @@ class ShuffledBatches(Iterator[Float[Tensor, "batch d_model"]]):
         place: Place | None = None,
         *,
         buffer_tokens: int = BUFFER_TOKENS,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.source, self.hookpoint, self.batch, self.seed = source, hookpoint, batch, seed
-        self.place, self.buffer_tokens = place or Place(), buffer_tokens
+        self.place, self.buffer_tokens, self.device = place or Place(), buffer_tokens, device
         self._shards = source.shards(hookpoint, self.place.shard)
         self._buffer: Tensor | None = None
         self._order = torch.empty(0, dtype=torch.long)
@@ -78,7 +80,7 @@ class ShuffledBatches(Iterator[Float[Tensor, "batch d_model"]]):
         self.place = replace(self.place, batch=self.place.batch + 1)
         self._usable = True
         assert self._buffer is not None
-        return self._buffer[self._order[start : start + self.batch]].float()
+        return self._buffer[self._order[start : start + self.batch]].to(self.device).float()
 
     def _fill(self) -> None:
         """Load the next shards into the buffer, from the first one again where there are none left."""

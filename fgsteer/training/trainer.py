@@ -54,9 +54,12 @@ def new_sae(settings: SAETraining, d_model: int, metadata: Mapping[str, Any], de
         "metadata": SAEMetadata(**metadata),
     }
     if settings.kind == "topk":
+        config = sae_lens.TopKTrainingSAEConfig(k=settings.k, **common)
+        if torch.device(device).type != "cpu":  # where dense products cost less than gathering
+            return sae_lens.TopKTrainingSAE(config)
         from fgsteer.training.sparse_topk import SparseTopKTrainingSAE
 
-        return SparseTopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(k=settings.k, **common))
+        return SparseTopKTrainingSAE(config)
     if settings.kind == "jumprelu":
         return sae_lens.JumpReLUTrainingSAE(
             sae_lens.JumpReLUTrainingSAEConfig(
@@ -141,7 +144,9 @@ class TrainingRun:
             self._load()
         trainer, settings = self.trainer, self.settings
         trainer.sae.to(self.device)
-        batches = ShuffledBatches(self.source, self.hookpoint, settings.batch, settings.seed, self.place)
+        batches = ShuffledBatches(
+            self.source, self.hookpoint, settings.batch, settings.seed, self.place, device=self.device
+        )
         if trainer.activation_scaler.scaling_factor is None:
             trainer.activation_scaler.scaling_factor = _input_scale(batches)
         saved = time.monotonic()
@@ -165,7 +170,8 @@ class TrainingRun:
             sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
             scaler.scaling_factor = None
         self.trainer.set_final_sae_metadata()
-        return sae
+        sae.cfg.device = "cpu"  # whoever loads it may have no GPU
+        return sae.to("cpu")
 
     def save(self) -> None:
         """Write the checkpoint."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import fgsteer as fg
 from fgsteer.activations.tokens import TokenReader
 from fgsteer.models.shipped import SHIPPED
+from tests.helpers.cli import invoke
 
 pytestmark = pytest.mark.real
 
@@ -127,6 +131,32 @@ def test_an_sae_encodes_as_sae_lens_does_and_its_features_steer(smollm2, sae_fol
     norm = float(states.norm(dim=1).median())
     steered = write(smollm2, PROMPTS[:1], vector.unit().add(0.5 * norm))
     assert steered != write(smollm2, PROMPTS[:1])
+
+
+@pytest.mark.parametrize("layer", [8, 12, 21])
+def test_the_shipped_saes_reconstruct_what_they_never_saw(smollm2, layer):
+    """On neutral texts, which nothing was trained on. The figures on the model card are of more and other text."""
+    model, tokenizer = smollm2
+    quality = fg.measure_sae(model, tokenizer, fg.load_sae("smollm2", f"layer_{layer}"), fg.load_neutral()[0][:24])
+    assert quality.explained_variance > 0.8  # the card has .86 and more
+    assert quality.l0 == pytest.approx(32, abs=0.1)
+    assert quality.ce_spliced - quality.ce < 0.25  # the card has .05 to .13
+    assert quality.ce_zeroed - quality.ce > 5
+
+
+def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    *features, text = capsys.readouterr().out.split("\n", 5)
+    assert len(features) == 5
+    assert any(word in text.lower() for word in WEDDING)
+    commands = re.findall(r"^fgsteer .*$", readme, re.MULTILINE)
+    assert [command.split()[1] for command in commands] == ["collect", "build", "generate"]
+    for command in commands:
+        result = invoke(*shlex.split(command)[1:])
+    assert any(word in result.output.lower() for word in WEDDING)
 
 
 def test_a_control_vector_goes_to_gguf_and_back(smollm2, wedding, tmp_path):
