@@ -174,8 +174,14 @@ def run_shared(bench: Bench, path: Path, command: str = "", *, fresh: bool) -> R
 
 @cache
 def runs_in(folder: Path = RESULTS) -> tuple[Run, Run, int]:
-    """The run of a results folder, the one with CAA at the layer of the best SAE method, and that layer."""
-    run, near = fg.load_run(folder / RUN), fg.load_run(folder / NEARBY)
+    """The run of a results folder, the one with CAA at the layer of the best SAE method, and that layer.
+
+    Both are one where CAA's own best layer is that one.
+    """
+    run = fg.load_run(folder / RUN)
+    if not (folder / NEARBY).exists():
+        return run, run, run.header["plan"]["layers"]["caa"][0]
+    near = fg.load_run(folder / NEARBY)
     (layer,) = near.header["plan"]["layers"]["caa"]
     return run, Run(run.header, [*(r for r in run.records if r.method != "caa"), *near.records]), layer
 
@@ -184,7 +190,8 @@ def compared_runs(folder: Path = RESULTS) -> dict[str, Run]:
     """The run as it is, and with CAA at the layer of the best SAE method, each with its title."""
     run, near, layer = runs_in(folder)
     at = ", ".join(f"{method_name(method)} {layer}" for method, (layer,) in run.header["plan"]["layers"].items())
-    return {f"Each at its own best layer ({at})": run, f"CAA at layer {layer} too": near}
+    found = {f"Each at its own best layer ({at})": run}
+    return found if near is run else {**found, f"CAA at layer {layer} too": near}
 
 
 def difference(run: Run, one: str, other: str, matched: float | None = None) -> str:
@@ -198,10 +205,8 @@ def comparisons(folder: Path) -> list[str]:
     """The differences that stand beside a table, in words."""
     run, near, layer = runs_in(folder)
     best = best_sae_method(run) or "fgaa"
-    lines = [
-        f"With CAA at layer {layer}: {difference(near, best, 'caa')}.",
-        f"All at {MATCHED} nats: {difference(run, best, 'caa', MATCHED)}.",
-    ]
+    lines = [] if near is run else [f"With CAA at layer {layer}: {difference(near, best, 'caa')}."]
+    lines.append(f"All at {MATCHED} nats: {difference(run, best, 'caa', MATCHED)}.")
     if {"fgaa", "fgaa_effects"} <= set(run.methods):
         lines.append(f"At the best coefficient: {difference(run, 'fgaa_effects', 'fgaa')}.")
     chose = read_json(folder / "tuning.json").get("concepts", run.concepts)
@@ -218,21 +223,24 @@ def summary(folder: Path = RESULTS) -> str:
 
 def sentence() -> str:
     """What README says of the results: wins and losses, with intervals."""
-    run, *_ = runs_in()
+    run, *_ = runs_in(results_folder("smollm2"))
     scores = {row.method: row.bcs for row in average_table(run)}
+    best = best_sae_method(run) or "fgaa"
 
     def shown(value: Interval) -> str:
         return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
-    gain = compare(run, "fgaa_effects", "caa")
-    difference = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]".replace("-", "−")
-    concepts = len(run.header["plan"]["concepts"])
+    def gain(of: Run, method: str) -> str:
+        found = compare(of, method, "caa")
+        verdict = "no winner" if found.low <= 0 <= found.high else "a win" if found.mean > 0 else "a loss"
+        return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], {verdict}".replace("-", "−")
+
     return textwrap.fill(
-        f"On the embedded model, over {concepts} concepts and on prompts and seeds that chose nothing, behavior × "
-        f"coherence (0 to 1, with 95 % intervals) is {shown(scores['fgaa_effects'])} for FGAA through effects and "
-        f"{shown(scores['caa'])} for CAA, each at its own best layer: the difference of {difference} shows no winner. "
-        f"Plain FGAA has {shown(scores['fgaa'])}, and examples of the concept before the prompt, without any steering, "
-        f"have {shown(scores['prompt'])}.",
+        f"On SmolLM2-135M-Instruct, over {len(run.header['plan']['concepts'])} concepts and on prompts and seeds that "
+        f"chose nothing, behavior × coherence (0 to 1, with 95 % intervals) is {shown(scores[best])} for "
+        f"{method_name(best)} and {shown(scores['caa'])} for CAA, each at its own best layer: {gain(run, best)}. "
+        f"Examples of the concept before the prompt, without any steering, have {shown(scores['prompt'])}. On the "
+        f"embedded model {method_name('fgaa_effects')} less CAA is {gain(runs_in()[0], 'fgaa_effects')}.",
         120,
     )
 
@@ -326,6 +334,9 @@ def measure(tuning: Tuning, methods: Sequence[str], plan: BenchPlan, folder: Pat
     bench = tuning.root.with_plan(plan)
     run = run_shared(bench, folder / RUN, command, fresh=tuning.fresh)
     near = layers[best_sae_method(run) or "caa"]
+    if near == layers.get("caa"):
+        (folder / NEARBY).unlink(missing_ok=True)
+        return
     other = replace(plan, methods=("caa",), layers={"caa": near}, settings={})
     run_shared(bench.with_plan(other), folder / NEARBY, command, fresh=tuning.fresh)
 

@@ -2,8 +2,8 @@
 
     python docs/tools/picture.py        writes docs/assets/steering.svg
 
-Prompts are the first three neutral prompts that ship, sampled once with seed 0; nothing is picked by hand but the
-concept. Words of the concept are marked by the keyword judge, which reads them off sentences that built no vector.
+Prompts are the first three neutral prompts that ship, continued by the likeliest tokens; nothing is picked by hand but
+the concept. Words of the concept are marked by the keyword judge, which reads them off sentences that built no vector.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import textwrap
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
-
-import torch
 
 import fgsteer as fg
 
@@ -36,8 +34,7 @@ def outputs() -> tuple[list[str], list[str], list[str], list[tuple[int, float, s
     coefficient = fg.calibrate(model, tokenizer, vec.add, neutral[:16], target_ce_rise=CE_RISE)
     texts = []
     for steering in (None, vec.add(coefficient)):
-        torch.manual_seed(0)
-        options = {"max_new_tokens": 32, "do_sample": True, "temperature": 0.7, "top_p": 0.9}  # as the demo
+        options = {"max_new_tokens": 32, "do_sample": False}  # as in README's example
         texts.append(fg.generate(model, tokenizer, prompts, steering=steering, **options))
     labels = sae.labels or {}
     features = [(f.id, f.weight, labels.get(f.id) or "no label") for f in vec.top_features(FEATURES)]

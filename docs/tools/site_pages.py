@@ -36,9 +36,11 @@ COPIES = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "pretrained/README.md": "default.md",
+    "pretrained/smollm2/README.md": "smollm2.md",
 }
-# Files of the repository that pages link to or show: folder, names, folder of the site.
-RESULTS = ("benchmarks/results", ("report.html", "methods.svg", "coefficients.svg", "concepts.svg"), "assets/results")
+# Files of the repository that pages link to or show: by folder, names; and the folder of the site.
+SHOWN = ("report.html", "methods.svg", "coefficients.svg", "concepts.svg")
+RESULTS = {"benchmarks/results": "assets/results", "benchmarks/results/smollm2": "assets/results/smollm2"}
 
 # The pages of the API reference: the folders of the package in the order in which data flows, with their titles.
 TITLES = {
@@ -305,9 +307,9 @@ def on_files(files: Any, config: Any) -> Any:
             pages[page] = rebased((ROOT / source).read_text(encoding="utf-8"), source)
     for page, text in pages.items():
         files.append(File.generated(config, page, content=text))
-    folder, names, target = RESULTS
-    for name in names:
-        files.append(File.generated(config, f"{target}/{name}", abs_src_path=str(ROOT / folder / name)))
+    for folder, target in RESULTS.items():
+        for name in SHOWN:
+            files.append(File.generated(config, f"{target}/{name}", abs_src_path=str(ROOT / folder / name)))
     return files
 
 

@@ -152,7 +152,7 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
     *features, text = capsys.readouterr().out.split("\n", 5)
     assert len(features) == 5
     assert any(word in text.lower() for word in WEDDING)
-    commands = re.findall(r"^fgsteer .*$", readme, re.MULTILINE)
+    commands = re.findall(r"^fgsteer .*-m smollm2.*$", readme, re.MULTILINE)
     assert [command.split()[1] for command in commands] == ["collect", "build", "generate"]
     for command in commands:
         result = invoke(*shlex.split(command)[1:])
