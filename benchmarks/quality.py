@@ -35,6 +35,7 @@ from typing import Any
 from subject import RESULTS, ROOT, TUNING_CONCEPTS, Behaviors, Subject, load_behaviors, load_subject, results_folder
 
 import fgsteer as fg
+from fgsteer.display.progress import Progress
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.distributors import OneProcess, Torchrun
@@ -164,10 +165,10 @@ class Tuning:
         return sorted(trials, key=lambda t: -t.bcs)
 
 
-def run_shared(bench: Bench, path: Path, command: str = "", *, fresh: bool) -> Run:
+def run_shared(bench: Bench, path: Path, command: str = "", progress: Progress = None, *, fresh: bool) -> Run:
     """Run a benchmark whose concepts the processes of one job share, and load it in each of them."""
     distributor = Torchrun() if Ranks.from_env().world > 1 else OneProcess()
-    if not distributor.run(bench, path, command, fresh=fresh):
+    if not distributor.run(bench, path, command, progress, fresh=fresh):
         wait_for_file(path, 0)
     return fg.load_run(path)
 
@@ -332,7 +333,7 @@ def measure(tuning: Tuning, methods: Sequence[str], plan: BenchPlan, folder: Pat
     kept = tuple(method for method in methods if spec(method).needs == "nothing" or method in layers)
     plan = replace(plan, methods=kept, layers=layers, settings=settings)
     bench = tuning.root.with_plan(plan)
-    run = run_shared(bench, folder / RUN, command, fresh=tuning.fresh)
+    run = run_shared(bench, folder / RUN, command, lambda done, of: print(done, of, flush=True), fresh=tuning.fresh)
     near = layers[best_sae_method(run) or "caa"]
     if near == layers.get("caa"):
         (folder / NEARBY).unlink(missing_ok=True)
@@ -368,7 +369,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tables", action="store_true", help="only make tables, page and pictures of the records")
     parser.add_argument("--fresh", action="store_true", help="start over what earlier versions or settings began")
     parser.add_argument("--docs", action="store_true", help="only put tables and the sentence into docs and README.md")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.fresh and Ranks.from_env().world > 1:  # one of them could read what another is about to remove
+        parser.error("--fresh is for one process: name another --work and --out, or remove what is there")
+    return arguments
 
 
 def tuning_concepts(arguments: argparse.Namespace, behaviors: Behaviors, concepts: Sequence[str]) -> tuple[str, ...]:

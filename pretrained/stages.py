@@ -145,7 +145,8 @@ def build(stages: Callable[..., Iterable[Stage]], recipe: type[Any], target: Pat
     parser.add_argument("--until", default="", help="name of the last output to make")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.set_float32_matmul_precision("high")  # on a GPU, ten bits of mantissa are as many as the weights ship with
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # ten bits of mantissa are as many as the weights ship with
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.recipe.items()}
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
