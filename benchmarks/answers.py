@@ -5,12 +5,12 @@ behavior. Vectors are CAA's at the letter of training questions, and effects are
 answer. Likelihoods are those of held-out texts of the shipped concepts, in nats a token. Strength stands in both units:
 raw, the coefficient of v, and relative, ‖c v‖/‖h‖, where ‖h‖ is the median norm of neutral text's residual stream.
 
-    python benchmarks/answers.py                            the embedded default, all layers
-    python benchmarks/answers.py --model smollm2            every third layer of SmolLM2
+    python benchmarks/answers.py                            the embedded default, all layers at all costs
+    python benchmarks/answers.py --model smollm2            some layers of SmolLM2, and those around the best
     python benchmarks/answers.py ... --tables               makes table and picture again, of the results that are there
 
 It writes answers.json, answers.md and answers.{png,svg} to the results folder of the model. A command that was killed
-goes on with the behaviors that are missing.
+goes on where it ended.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from subject import results_folder
+from subject import ROOT, results_folder
 
 import fgsteer as fg
 from fgsteer.activations.recording import record
@@ -36,8 +36,6 @@ from fgsteer.models.hookpoints import Hookpoint, blocks_of
 from fgsteer.storage.json_files import read_json, write_json
 
 CONCEPTS = ("anger", "love", "sea", "formal")  # whose likelihood is swept, besides the replies'
-RISES = (0.05, 0.1, 0.25, 0.5, 1.0)
-LAYER_STEP = 3  # of models with more layers than this many times five
 SIGNS = {1: ("towards", BLUE, "o-"), -1: ("away", ORANGE, "s--")}
 
 
@@ -69,10 +67,10 @@ def behaviors(chats: bool) -> dict[str, tuple[fg.ContrastSet, Any]]:
     return {one.name: (one, rule) for one, rule in (*questions, *likelihoods)}
 
 
-def residual_norms(model: Any, tokenizer: Any, layers: Sequence[int]) -> dict[int, float]:
+def residual_norms(model: Any, tokenizer: Any) -> dict[int, float]:
     """By layer, the median norm of the residual stream of neutral texts, their first tokens left out."""
-    places = [Hookpoint(layer) for layer in layers]
-    norms: dict[int, list[float]] = {layer: [] for layer in layers}
+    places = [Hookpoint(layer) for layer in range(len(blocks_of(model)))]
+    norms: dict[int, list[float]] = {place.layer: [] for place in places}
     for text in load_neutral()[0]:
         ids, mask = encode_prompts(tokenizer, [text])
         for place, values in record(model, ids.to(model.device), mask.to(model.device), places).items():
@@ -117,27 +115,27 @@ def row(name: str, sweep: Mapping[str, Any], residual: Mapping[str, float], sign
 def finding(content: Mapping[str, Any]) -> str:
     """What the sweeps say together, in sentences, each a count or a median over behaviors."""
     sweeps, residual = list(content["sweeps"].values()), content["residual_norms"]
-    layers = sorted(map(int, residual))
     matched = [cells for one in sweeps if (cells := reached(one, residual))]
     best = [max(cells, key=lambda cell: cell["push"]) for cells in matched]
-    depths = sorted(cell["layer"] for cell in best)
+    depths, doses = sorted(cell["layer"] for cell in best), [cell["relative"] for cell in best]
     ratios = {
         unit: statistics.median(spread([cell[unit] for cell in cells]) for cells in matched)
         for unit in ("raw", "relative")
     }
-    means = [one["signs"][-1] for one in sweeps if one["signs"]]
+    signs = [
+        row for one, cell in zip(sweeps, best, strict=True) for row in one["signs"] if row["layer"] == cell["layer"]
+    ]
     counts = {
-        key: [sum(test(entry[key]) for entry in means if entry[key]) for test in (_above, _below)]
+        key: [sum(test(row[key]) for row in signs if row[key]) for test in (_above, _below)]
         for key in ("difference", "net")
     }
-    doses = [cell["relative"] for cell in best]
     return (
-        f"At a cost of {sweeps[0]['matched']:g} nats a token the best layer is {statistics.median(depths):g} of the "
-        f"{len(layers)} tried (median of {len(best)} behaviors, from {depths[0]} to {depths[-1]}), at ‖c v‖/‖h‖ of "
+        f"At a cost of {sweeps[0]['matched']:g} nats a token the best layer is {statistics.median(depths):g} of "
+        f"{len(residual)} (median of {len(best)} behaviors, from {depths[0]} to {depths[-1]}), at ‖c v‖/‖h‖ of "
         f"{statistics.median(doses):.2f} (from {min(doses):.2f} to {max(doses):.2f}). Over layers and signs, the "
         f"strength of this cost differs {ratios['raw']:.1f}-fold in raw units and {ratios['relative']:.1f}-fold in "
-        f"relative ones (medians over behaviors). On average over layers the negative sign is clearly stronger for "
-        f"{counts['difference'][0]} of {len(means)} behaviors and clearly weaker for {counts['difference'][1]}; net of "
+        f"relative ones (medians over behaviors). At its best layer the negative sign is clearly stronger for "
+        f"{counts['difference'][0]} of {len(signs)} behaviors and clearly weaker for {counts['difference'][1]}; net of "
         f"what random directions of equal cost do, for {counts['net'][0]} and {counts['net'][1]}."
     )
 
@@ -195,9 +193,10 @@ def main() -> None:
     """Sweep, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default", help="default, smollm2, or the folder of a model")
-    parser.add_argument("--layer", type=int, action="append", default=[], help="sweep these layers alone")
+    parser.add_argument("--layer", type=int, action="append", help="sweep these layers alone, each at all costs")
     parser.add_argument("--behavior", action="append", default=[], help="sweep these alone")
     parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--work", type=Path, help="folder of what is measured of unfinished sweeps")
     parser.add_argument("--fresh", action="store_true", help="sweep again what is there")
     parser.add_argument("--tables", action="store_true", help="only make table and picture of the results")
     arguments = parser.parse_args()
@@ -208,19 +207,21 @@ def main() -> None:
         print(publish(folder))
         return
     model, tokenizer = fg.load_model(arguments.model)
-    blocks = len(blocks_of(model))
-    step = LAYER_STEP if blocks > 5 * LAYER_STEP else 1
-    layers = sorted(arguments.layer) or list(range(0, blocks, step))
+    work = arguments.work or ROOT / "build" / "answers" / name
     command = shlex.join(["python", "benchmarks/answers.py", *sys.argv[1:]])
     done = read_json(path)["sweeps"] if path.is_file() and not arguments.fresh else {}
-    norms = {str(layer): norm for layer, norm in residual_norms(model, tokenizer, layers).items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    norms = {str(layer): norm for layer, norm in residual_norms(model, tokenizer).items()}
+    for needed in (folder, work):
+        needed.mkdir(parents=True, exist_ok=True)
     chosen = behaviors(getattr(tokenizer, "chat_template", None) is not None)
     for behavior, (contrast, rule) in chosen.items():
         if behavior in done or (arguments.behavior and behavior not in arguments.behavior):
             continue
         began = time.monotonic()
-        found = fg.sweep(model, tokenizer, contrast, layers=layers, ce_rises=RISES, tokens=rule)
+        kept = work / behavior.replace(", ", "-").replace(" ", "-")
+        found = fg.sweep(
+            model, tokenizer, contrast, layers=arguments.layer, tokens=rule, work=kept, fresh=arguments.fresh
+        )
         done[behavior] = json.loads(json.dumps(found.as_dict()))
         write_json(path, {"model": name, "command": command, "residual_norms": norms, "sweeps": done})
         print(f"{behavior}, {time.monotonic() - began:.0f} s: {' '.join(found.answers)}", flush=True)

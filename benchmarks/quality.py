@@ -7,6 +7,7 @@ halves. The reason for two halves: a method that is tuned on the texts that it i
     python benchmarks/quality.py                           the embedded default, all sixteen concepts
     python benchmarks/quality.py --model smollm2           SmolLM2, whose settings are chosen on six of them
     python benchmarks/quality.py --model smollm2 --behaviors chat     formal, cheerful, long-winded and Spanish replies
+    python benchmarks/quality.py ... --method ace --add    measures these beside the methods that the results have
     python benchmarks/quality.py ... --estimate            says how long the command would take, and ends
     python benchmarks/quality.py ... --tables              makes tables, page and pictures of the records again
     python benchmarks/quality.py --docs                    puts the tables and the sentence into docs and README.md
@@ -26,7 +27,7 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -41,7 +42,9 @@ from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.distributors import OneProcess, Torchrun
 from fgsteer.evaluation.bench.generators import TransformersGenerator
 from fgsteer.evaluation.bench.plan import BenchPlan
+from fgsteer.evaluation.bench.run_files import strengths_path
 from fgsteer.evaluation.metrics.intervals import Interval
+from fgsteer.evaluation.runs.joining import join_runs, write_run
 from fgsteer.evaluation.runs.plots import save_all
 from fgsteer.evaluation.runs.records import Run
 from fgsteer.evaluation.runs.report import markdown
@@ -54,7 +57,7 @@ from fgsteer.storage.json_files import read_json, write_json
 from fgsteer.storage.ranks import Ranks
 from fgsteer.storage.shards import wait_for_file
 
-RUN, NEARBY = "bench.jsonl.gz", "same_layer.jsonl.gz"
+RUN, NEARBY, ADDED = "bench.jsonl.gz", "same_layer.jsonl.gz", "added.jsonl.gz"
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 
 WIDE = {"max_density": 1.0, "n_positive": 256, "n_negative": 128}  # no density filter, many features of both signs
@@ -77,9 +80,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"keep_error": True},
     ),
     "sae_ts": (
-        *({"bias_weight": weight} for weight in (0.0, 0.3)),
-        *({"mu": mu, "bias_weight": 0.0} for mu in (0.1, 0.3, 1.0)),
         MIXED,
+        *({"mu": mu, "bias_weight": 0.0} for mu in (0.1, 0.3, 1.0)),
+        *({"bias_weight": weight} for weight in (0.0, 0.3)),
     ),
     "fgaa": (
         {**WIDE, "score": "welch_t"},
@@ -317,29 +320,59 @@ def estimate(tuning: Tuning, methods: Sequence[str], plan: BenchPlan) -> str:
     )
 
 
-def measure(tuning: Tuning, methods: Sequence[str], plan: BenchPlan, folder: Path, command: str) -> None:
-    """Tune, and write the records of all methods and of CAA at the layer of the best SAE method."""
+def measure(
+    tuning: Tuning, methods: Sequence[str], plan: BenchPlan, folder: Path, command: str, *, add: bool = False
+) -> None:
+    """Tune, and write the records of all methods and of CAA at the layer of the best SAE method.
+
+    With ``add`` the methods join those that the folder has.
+    """
     for needed in (tuning.work, folder):
         needed.mkdir(parents=True, exist_ok=True)
+    earlier = fg.load_run(folder / RUN) if add else None
+    layers = dict(earlier.header["plan"]["layers"]) if earlier else {}
     steered = [method for method in methods if spec(method).needs != "nothing" and method not in CONTROLS]
     tuned = {method: tuning.tune(method) for method in steered}
-    if Ranks.from_env().rank == 0:
-        found = {method: [asdict(trial) for trial in trials] for method, trials in tuned.items()}
-        write_json(folder / "tuning.json", {"concepts": list(tuning.root.plan.concepts), **found})
     best = {method: trials[0] for method, trials in tuned.items()}
-    layers = {method: (trial.layer,) for method, trial in best.items()}
-    layers |= {control: layers[method] for control, method in CONTROLS.items() if control in methods and method in best}
+    layers |= {method: (trial.layer,) for method, trial in best.items()}
+    layers |= {
+        control: layers[method] for control, method in CONTROLS.items() if control in methods and method in layers
+    }
     settings = {method: trial.settings for method, trial in best.items() if trial.settings}
     kept = tuple(method for method in methods if spec(method).needs == "nothing" or method in layers)
-    plan = replace(plan, methods=kept, layers=layers, settings=settings)
-    bench = tuning.root.with_plan(plan)
-    run = run_shared(bench, folder / RUN, command, lambda done, of: print(done, of, flush=True), fresh=tuning.fresh)
+    plan = replace(plan, methods=kept, layers={m: layers[m] for m in kept if m in layers}, settings=settings)
+    bench, path = tuning.root.with_plan(plan), folder / (ADDED if add else RUN)
+    run = run_shared(bench, path, command, lambda done, of: print(done, of, flush=True), fresh=tuning.fresh)
+    if Ranks.from_env().rank == 0:
+        write_tuning(folder / "tuning.json", tuning, tuned, add=add)
+    if earlier:
+        run = join_runs(earlier, run)
     near = layers[best_sae_method(run) or "caa"]
+    if Ranks.from_env().rank == 0 and earlier:
+        join_added(folder, run)
     if near == layers.get("caa"):
         (folder / NEARBY).unlink(missing_ok=True)
         return
     other = replace(plan, methods=("caa",), layers={"caa": near}, settings={})
     run_shared(bench.with_plan(other), folder / NEARBY, command, fresh=tuning.fresh)
+
+
+def write_tuning(path: Path, tuning: Tuning, tuned: Mapping[str, Sequence[Trial]], *, add: bool) -> None:
+    """Write the trials, after those of methods that were measured before."""
+    found = {method: [asdict(trial) for trial in trials] for method, trials in tuned.items()}
+    earlier = read_json(path) if add else {}
+    write_json(path, {**earlier, "concepts": list(tuning.root.plan.concepts), **found})
+
+
+def join_added(folder: Path, run: Run) -> None:
+    """Write the joined run and its strengths, and remove what was added to it."""
+    kept, added = (read_json(strengths_path(folder / name)) for name in (RUN, ADDED))
+    plan = {key: value for key, value in run.header["plan"].items() if key != "judge"}
+    arms = {concept: [*arms, *added["arms"][concept]] for concept, arms in kept["arms"].items()}
+    write_json(strengths_path(folder / RUN), {"identity": {**kept["identity"], "plan": plan}, "arms": arms})
+    write_run(folder / RUN, run)
+    for path in (folder / ADDED, strengths_path(folder / ADDED)):
+        path.unlink()
 
 
 def chosen_methods(subject: Subject, asked: Sequence[str]) -> list[str]:
@@ -368,10 +401,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--estimate", action="store_true", help="only say how long it takes")
     parser.add_argument("--tables", action="store_true", help="only make tables, page and pictures of the records")
     parser.add_argument("--fresh", action="store_true", help="start over what earlier versions or settings began")
+    parser.add_argument("--add", action="store_true", help="measure methods beside those that the results have")
     parser.add_argument("--docs", action="store_true", help="only put tables and the sentence into docs and README.md")
     arguments = parser.parse_args()
-    if arguments.fresh and Ranks.from_env().world > 1:  # one of them could read what another is about to remove
-        parser.error("--fresh is for one process: name another --work and --out, or remove what is there")
+    if Ranks.from_env().world > 1:  # one of them could read what another is about to remove
+        if arguments.fresh:
+            parser.error("--fresh is for one process: name another --work and --out, or remove what is there")
+        if arguments.add:
+            parser.error("--add is for one process")
     return arguments
 
 
@@ -395,6 +432,8 @@ def main() -> None:
         return
     concepts = tuple(arguments.concept) or behaviors.names
     methods = chosen_methods(subject, arguments.method)
+    if arguments.add:
+        methods = [method for method in methods if method not in fg.load_run(folder / RUN).methods]
     prompts = arguments.prompts or (24 if arguments.model == "default" else 32)
     chosen_on = tuning_concepts(arguments, behaviors, concepts)
     texts: dict[str, Any] = {"max_new_tokens": behaviors.max_new_tokens}
@@ -419,7 +458,8 @@ def main() -> None:
     plan = BenchPlan(concepts, methods=("unsteered",), ce_rises=costs, prompts=prompts, **texts)
     print(estimate(tuning, methods, plan), flush=True)
     if not arguments.estimate:
-        measure(tuning, methods, plan, folder, shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]]))
+        command = shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]])
+        measure(tuning, methods, plan, folder, command, add=arguments.add)
         if Ranks.from_env().rank == 0:
             publish(folder, subject)
         print(f"{time.monotonic() - began:.0f} s")

@@ -11,7 +11,13 @@ import pytest
 from scipy.stats import spearmanr
 
 import fgsteer as fg
+from fgsteer.evaluation.bench.run_files import strengths_path
+from fgsteer.evaluation.runs import joining
 from fgsteer.evaluation.runs.records import EvalRecord, Run
+from fgsteer.evaluation.runs.tables import average_table
+from fgsteer.storage import lines
+from fgsteer.storage.json_files import write_json
+from tests.helpers import runs
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -96,13 +102,17 @@ def test_the_finding_of_a_sweep_is_that_of_its_cells(script):
         "norms": {"0": 1.0, "1": 2.0},
         "matched": 0.5,
         "unit": "nats a token",
-        "signs": [{"layer": None, "difference": interval, "net": {"mean": -0.3, "low": -0.5, "high": -0.1}}],
+        "signs": [
+            {"layer": 0, "difference": {"mean": -1.0, "low": -1.2, "high": -0.8}, "net": None},
+            {"layer": 1, "difference": interval, "net": {"mean": -0.3, "low": -0.5, "high": -0.1}},
+            {"layer": None, "difference": {"mean": 0.0, "low": -1.0, "high": 1.0}, "net": None},
+        ],
     }
     content = {"model": "m", "command": "c", "residual_norms": {"0": 1.0, "1": 4.0}, "sweeps": {"love": one}}
     text = answers.page(content)
     assert "| love | towards | 1 | 3.000 [2.900, 3.100] nats a token | 8.00 | 4.00 | 4.0 | 2.0 |" in text
     assert "| love | away | 0 | 2.000 [1.900, 2.100] nats a token | 2.00 | 2.00 | 2.0 | 1.0 |" in text
-    assert "the best layer is 1 of the 2 tried" in text
+    assert "the best layer is 1 of 2 (median of 1 behaviors" in text
     assert "4.0-fold in raw units and 2.0-fold in relative ones" in text
     assert "stronger for 1 of 1 behaviors and clearly weaker for 0; net" in text
     assert text.count("for 0 and 1.") == 1
@@ -149,3 +159,28 @@ def test_methods_that_a_model_can_be_measured_with(script):
     assert subject.results_folder("default") == subject.RESULTS
     assert subject.results_folder("smollm2", "chat") == subject.RESULTS / "smollm2" / "chat"
     assert set(subject.TUNING_CONCEPTS) < set(fg.shipped_contrasts())
+
+
+def test_methods_are_added_to_results(script, tmp_path):
+    quality = script("quality")
+    header, *rows = runs.rows(methods={name: runs.METHODS[name] for name in ("caa", "fgaa", "sta")}, layers=(2,))
+    header["plan"] |= {"settings": {}}
+    whole = tmp_path / "whole.jsonl"
+    lines.write_lines(whole, map(lines.as_line, [header, *rows]))
+    run = fg.load_run(whole)
+
+    def part(name, methods, arms):
+        plan = {**header["plan"], "methods": methods, "layers": {m: [2] for m in methods if m != "unsteered"}}
+        joining.write_run(tmp_path / name, Run({**header, "plan": plan}, run.only(methods=methods).records))
+        write_json(strengths_path(tmp_path / name), {"identity": {"plan": plan}, "arms": arms})
+
+    part(quality.RUN, ["unsteered", "caa", "fgaa"], {"love": [{"method": "caa"}]})
+    part(quality.ADDED, ["sta"], {"love": [{"method": "sta"}]})
+    joined = joining.join_runs(fg.load_run(tmp_path / quality.RUN), fg.load_run(tmp_path / quality.ADDED))
+    quality.join_added(tmp_path, joined)
+    found = fg.load_run(tmp_path / quality.RUN)
+    assert average_table(found) == average_table(run)
+    strengths = json.loads(strengths_path(tmp_path / quality.RUN).read_text())
+    assert strengths["arms"] == {"love": [{"method": "caa"}, {"method": "sta"}]}
+    assert strengths["identity"]["plan"]["methods"] == ["unsteered", "caa", "sta", "fgaa"]
+    assert not list(tmp_path.glob("added*"))

@@ -16,6 +16,7 @@ from fgsteer.display import pages
 from fgsteer.errors import DataError, FormatError, PairingError
 from fgsteer.evaluation import drawing
 from fgsteer.evaluation.runs import plots, report
+from fgsteer.evaluation.runs.joining import join_runs, write_run
 from fgsteer.evaluation.runs.records import Run, Unit, load_run
 from fgsteer.evaluation.runs.settings import best_coefficients, best_settings
 from fgsteer.evaluation.runs.tables import (
@@ -54,6 +55,38 @@ def loaded(tmp_path, made):
 @pytest.fixture(scope="module")
 def run(made, tmp_path_factory):
     return loaded(tmp_path_factory.mktemp("run"), made)
+
+
+def part_of(run, methods, **changes):
+    """The run of some methods, as if it had been run by itself."""
+    plan = {**run.header["plan"], "methods": list(methods), "settings": {m: {"n": 1} for m in methods}, **changes}
+    return Run({**run.header, "plan": plan, "command": f"bench {' '.join(methods)}"}, run.only(methods=methods).records)
+
+
+@pytest.mark.parametrize("name", ["joined.jsonl", "joined.jsonl.gz"])
+def test_runs_of_other_methods_are_joined_as_if_run_together(run, tmp_path, name):
+    one, other = ["unsteered", "prompt", "fgaa"], ["random", "caa", "fgaa_effects"]
+    write_run(tmp_path / name, join_runs(part_of(run, one), part_of(run, other)))
+    joined = load_run(tmp_path / name)
+    assert average_table(joined) == average_table(run)
+    assert concept_table(joined) == concept_table(run)
+    assert len(joined.records) == len(run.records)
+    plan = joined.header["plan"]
+    assert plan["methods"] == ["unsteered", "random", "prompt", "caa", "fgaa", "fgaa_effects"]
+    assert plan["layers"] == {method: [1, 2] for method in plan["methods"]}
+    assert plan["settings"].keys() == set(plan["methods"])
+    assert joined.header["command"] == "bench unsteered prompt fgaa && bench random caa fgaa_effects"
+
+
+def test_runs_that_measured_otherwise_are_not_joined(run):
+    first = part_of(run, ["caa"])
+    with pytest.raises(DataError, match="two runs of caa"):
+        join_runs(first, part_of(run, ["caa", "fgaa"]))
+    with pytest.raises(PairingError, match=r"plan\.max_new_tokens was 32 and is 8"):
+        join_runs(first, part_of(run, ["fgaa"], max_new_tokens=8))
+    other = part_of(run, ["fgaa"])
+    with pytest.raises(PairingError, match=r"sha256\.sae was a7"):
+        join_runs(first, Run({**other.header, "sha256": {"model": "3f" * 32, "sae": "b7" * 32}}, other.records))
 
 
 def test_run_holds_what_was_written(run, made):

@@ -1,17 +1,18 @@
 """Files of lines, plain or compressed by gzip (.gz): read a line at a time, within bounds, and compressed whole.
 
 for line in read_lines("bench.jsonl.gz"): ...
-compress("bench.jsonl", "bench.jsonl.gz")
+write_lines("copy.jsonl.gz", lines)
 """
 
 from __future__ import annotations
 
 import gzip
+import json
 import os
-import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fgsteer.errors import FormatError
 from fgsteer.storage.atomic import atomic_write
@@ -60,18 +61,30 @@ def read_lines(path: str | Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterat
         raise FormatError(f"Cannot read {path}: {error.strerror or error}.", change=change) from error
 
 
+def as_line(row: Mapping[str, Any]) -> bytes:
+    """A row as a line of JSON."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
+def write_lines(path: str | Path, lines: Iterable[bytes]) -> None:
+    """Write lines, each with its line break, to a file, atomically; compressed where its name ends with .gz.
+
+    A compressed file has the same bytes whenever it is made. Raises FormatError for one that cannot be written.
+    """
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        if Path(path).suffix.lower() != SUFFIX:
+            file.writelines(lines)
+            return
+        with gzip.GzipFile("", "wb", 9, file, mtime=0) as packed:
+            packed.writelines(lines)
+
+
 def compress(source: str | Path, target: str | Path) -> None:
-    """Write a compressed copy of a file, atomically, with the same bytes whenever it is made. Raises FormatError."""
-    with (
-        atomic_write(target) as temporary,
-        open(source, "rb") as plain,
-        open(temporary, "wb") as file,
-        gzip.GzipFile("", "wb", 9, file, mtime=0) as packed,
-    ):
-        shutil.copyfileobj(plain, packed)
+    """Write a copy of a file of lines to a target that ends with .gz. Raises FormatError as ``write_lines`` does."""
+    with open(source, "rb") as plain:
+        write_lines(target, plain)
 
 
 def decompress(source: str | Path, target: str | Path) -> None:
-    """Write a plain copy of a compressed file, atomically. Raises FormatError as ``read_lines`` does."""
-    with atomic_write(target) as temporary, open(temporary, "wb") as file:
-        file.writelines(read_lines(source))
+    """Write a plain copy of a compressed file. Raises FormatError as ``read_lines`` and ``write_lines`` do."""
+    write_lines(target, read_lines(source))

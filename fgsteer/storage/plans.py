@@ -32,15 +32,20 @@ def check_same_plan(where: str | Path, noted: Any, current: Mapping[str, Any]) -
             "a run that notes its model, tokenizer, texts and settings",
             change,
         )
-    differences = list(_differences(noted, plan))
-    shown = [f"{name} was {old} and is {new}" for name, old, new in differences[:MAX_SHOWN_DIFFERENCES]]
-    if len(differences) > MAX_SHOWN_DIFFERENCES:
-        shown.append(f"and {len(differences) - MAX_SHOWN_DIFFERENCES} more")
     raise PairingError(
-        f"{where} holds a run of something else: {', '.join(shown)}.",
+        f"{where} holds a run of something else: {describe_differences(noted, plan)}.",
         "the model, tokenizer, texts and settings that the run was begun with",
         change,
     )
+
+
+def describe_differences(noted: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """What differs between two plans that do, the first few values of each, in words."""
+    differences = list(_differences(noted, current))
+    shown = [f"{name} was {old} and is {new}" for name, old, new in differences[:MAX_SHOWN_DIFFERENCES]]
+    if len(differences) > MAX_SHOWN_DIFFERENCES:
+        shown.append(f"and {len(differences) - MAX_SHOWN_DIFFERENCES} more")
+    return ", ".join(shown)
 
 
 def _differences(noted: Any, current: Any, name: str = "") -> Iterator[tuple[str, str, str]]:

@@ -17,11 +17,11 @@ from typing import Any
 from fgsteer.display.progress import Progress
 from fgsteer.errors import FormatError, PairingError
 from fgsteer.evaluation.bench.bench import Bench
-from fgsteer.evaluation.bench.run_files import as_line, check_run, pack_run, plain_path, strengths_path
+from fgsteer.evaluation.bench.run_files import check_run, pack_run, plain_path, strengths_path
 from fgsteer.evaluation.runs.records import HALVES
 from fgsteer.storage.atomic import atomic_write, rename
 from fgsteer.storage.json_files import parse_json, read_json, write_json
-from fgsteer.storage.lines import read_lines
+from fgsteer.storage.lines import as_line, read_lines
 from fgsteer.storage.targets import make_folder
 
 

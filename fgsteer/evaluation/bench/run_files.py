@@ -10,7 +10,6 @@ name ends with .gz is written without that ending, and compressed when it is don
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from fgsteer.errors import FormatError
 from fgsteer.storage.atomic import append_bytes
 from fgsteer.storage.files import refuse_damaged
 from fgsteer.storage.json_files import parse_json, read_json, write_json
-from fgsteer.storage.lines import SUFFIX, compress, decompress, read_lines
+from fgsteer.storage.lines import SUFFIX, as_line, compress, decompress, read_lines
 from fgsteer.storage.plans import check_same_plan
 
 BEGINNING = b'{"fgsteer": "bench"'  # by which a header that was cut off is known
@@ -153,11 +152,6 @@ def _load_header(path: Path) -> dict[str, Any] | None:
             "write the run to another file",
         ) from error
     return header
-
-
-def as_line(row: Mapping[str, Any]) -> bytes:
-    """A row as a line of a run."""
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
