@@ -1,0 +1,213 @@
+"""Gates: what opens them, for which rows and tokens, and that a shut one changes nothing at all."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fgsteer as fg
+from fgsteer.models.hookpoints import resolve
+from tests.helpers.saes import make_sae
+from tests.helpers.steering import NEW, PROMPTS, batch, direction, naive_change, run, vector
+from tests.helpers.tiny import D_MODEL, LAYERS
+from tests.reference import apply as reference
+
+LOW, HIGH = fg.Hookpoint(0), fg.Hookpoint(1)
+
+
+def gates():
+    """Gates that are open for some tokens or prompts of the tiny model and shut for others."""
+    sae = make_sae("topk", layer=0)
+    first, other = vector(1, layer=0), vector(2, layer=0)
+    return {
+        "projection": fg.Projection(first) > 0.0,
+        "projection below, where it acts": fg.Projection(vector(1)) < 0.0,
+        "cosine": fg.Cosine(first) > 0.02,
+        "feature": fg.Feature(sae, 3) > 0.1,
+        "probe": fg.Probe(direction(3), 0, bias=-0.5) > 0.0,
+        "both": (fg.Projection(first) > -1.0) & (fg.Projection(other) > 0.0),
+        "either, not": (fg.Projection(first) > 1.0) | ~(fg.Projection(other) > 0.0),
+        "last": fg.Projection(first).last() > 0.0,
+        "mean": fg.Cosine(other).mean() > 0.0,
+        "max": fg.Feature(sae, 0).max() > 0.5,
+        "prompt and token": (fg.Projection(other).mean() > -0.5) & (fg.Projection(first) > 0.0),
+    }
+
+
+def naive_value(reading, h):
+    """One number from one activation, in float64."""
+    if isinstance(reading, fg.Feature):
+        return float(reading.sae.encode(h.float()[None])[0, reading.feature])
+    if isinstance(reading, fg.Probe):
+        return float(h.double() @ reading.weight.double()) + reading.bias
+    v = reading.direction.double()
+    projection = float(h.double() @ v / v.norm())
+    return projection / float(h.double().norm()) if isinstance(reading, fg.Cosine) else projection
+
+
+def naive_met(condition, states, token, prompt_length):
+    """Whether a condition is met at a token, by the hidden states of the whole text at its hookpoint."""
+    reading = condition.reading
+    of_prompt = [naive_value(reading, h) for h in states[1:prompt_length]]  # BOS left out
+    value = {
+        "": lambda: naive_value(reading, states[token]),
+        "last": lambda: of_prompt[-1],
+        "mean": lambda: sum(of_prompt) / len(of_prompt),
+        "max": lambda: max(of_prompt),
+    }[reading.pooling]()
+    return value > condition.threshold if condition.fires_above else value < condition.threshold
+
+
+def naive_open(gate, states, token, prompt_length):
+    """The gate's logic by plain Python."""
+    kind = type(gate).__name__
+    if kind == "_Both":
+        return naive_open(gate.first, states, token, prompt_length) and naive_open(
+            gate.second, states, token, prompt_length
+        )
+    if kind == "_Either":
+        return naive_open(gate.first, states, token, prompt_length) or naive_open(
+            gate.second, states, token, prompt_length
+        )
+    if kind == "_Not":
+        return not naive_open(gate.gate, states, token, prompt_length)
+    return naive_met(gate, states[gate.reading.hookpoint], token, prompt_length)
+
+
+@torch.no_grad()
+def naive_greedy(model, ids, item, new=NEW):
+    """Greedy tokens of one unpadded row, all of it recomputed at every step, the gate decided token by token."""
+    prompt_length, ids = len(ids), list(ids)
+    hooked, opened = {}, []
+    places = {item.hookpoint, *(c.reading.hookpoint for c in item.when.conditions)}
+    for _ in range(new):
+        handles = []
+
+        def hook(_, __, out, at=None):
+            h = out[0] if isinstance(out, tuple) else out
+            hooked[at] = h.reshape(-1, D_MODEL).clone()
+            if at != item.hookpoint:
+                return out
+            where = reference.positions(item.scope, len(ids), prompt_length, 0, bos=item.bos)
+            where = [token for token in where if naive_open(item.when, hooked, token, prompt_length)]
+            opened.append(where)
+            changed = naive_change(hooked[at], item, where).view_as(h).to(h.dtype)
+            return (changed, *out[1:]) if isinstance(out, tuple) else changed
+
+        for at in sorted(places):
+            module, _ = resolve(model, at)
+            handles.append(module.register_forward_hook(lambda m, i, o, at=at: hook(m, i, o, at)))
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        for handle in handles:
+            handle.remove()
+        ids.append(int(logits.argmax()))
+    return ids[prompt_length:], opened
+
+
+@pytest.mark.parametrize("scope", ["all", "reply", "prompt"])
+@pytest.mark.parametrize("name", gates())
+def test_a_gate_acts_as_the_recompute_says(llama, tokenizer, name, scope):
+    item = vector().add(2.0, when=gates()[name], scope=scope)
+    naive = [naive_greedy(llama, tokenizer(prompt)["input_ids"], item) for prompt in PROMPTS]
+    expected = [tokens for tokens, _ in naive]
+    for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+        assert run(llama, batch(tokenizer), item, **options) == expected, options
+    if scope == "all":
+        counts = [len(where) for _, opened in naive for where in opened]
+        lengths = [len(tokenizer(p)["input_ids"]) + n - 1 for p in PROMPTS for n in range(NEW)]
+        assert 0 < sum(counts) < sum(lengths), "the gate opens for some tokens and not for others"
+
+
+def test_rows_have_gates_of_their_own(llama, tokenizer):
+    made = gates()
+    entries = [
+        vector().add(2.0, when=made["mean"]),
+        [vector(4).clamp(at_most=1.0), vector(5).add(1.0, when=made["projection"])],
+        None,
+    ]
+    alone = []
+    for prompt, entry in zip(PROMPTS, entries, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        alone += run(llama, ids, entry, per_row=False if isinstance(entry, list) else None)
+    assert run(llama, batch(tokenizer), entries) == alone
+
+
+def test_beams_and_sequences_keep_their_prompts_decision(llama, tokenizer):
+    item = vector().add(2.0, when=gates()["mean"])
+    inputs, options = batch(tokenizer), {"max_new_tokens": NEW, "num_beams": 3, "num_return_sequences": 2}
+    with fg.steer(llama, item):
+        together = llama.generate(**inputs, **options, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    for number, prompt in enumerate(PROMPTS):
+        single = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        with fg.steer(llama, item):
+            one = llama.generate(**single, **options, do_sample=False)[:, single["input_ids"].shape[1] :]
+        assert together[2 * number : 2 * number + 2].tolist() == one.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shut_gate_keeps_every_bit(models, tokenizer, dtype):
+    model = copy.deepcopy(models["llama"]).to(dtype)
+    inputs = batch(tokenizer)
+    plain = model(**inputs).logits
+    readings = [fg.Projection(vector(1, 0)), fg.Projection(vector(1)), fg.Cosine(vector(1, 0)).mean()]
+    for reading in readings:
+        for operation in ("add", "ablate", "add_keeping_norm"):
+            with fg.steer(model, getattr(vector(), operation)(when=reading > 1e9)):
+                assert torch.equal(model(**inputs).logits, plain)
+    with fg.steer(model, vector().add(2.0, when=fg.Projection(vector(1, 0)) > -1e9)):
+        opened = model(**inputs).logits
+    with fg.steer(model, vector().add(2.0)):
+        assert torch.equal(model(**inputs).logits, opened), "and an open one takes nothing away"
+
+
+def test_a_signed_cosine_does_not_depend_on_scale():
+    (h,) = [torch.randn(2, 3, D_MODEL, generator=torch.Generator().manual_seed(0))]
+    gate, mirrored = fg.Cosine(vector(1)) > 0.05, fg.Cosine(-vector(1)) > 0.05
+    opened = gate.compare(gate.reading.values(h))
+    assert torch.equal(opened, gate.compare(gate.reading.values(h / 2)))
+    assert not torch.equal(opened, mirrored.compare(mirrored.reading.values(h))), "a vector's opposite is another gate"
+    assert torch.equal(gate.reading.values(h * 0), torch.zeros(2, 3))
+
+
+def test_scores_of_texts_see_gates(llama, tokenizer):
+    """Blocks below what a gate reads are not skipped over, and the prompt's decision holds for the completion."""
+    pairs = [("the man", "sat on the ship"), ("a dog sat on the bread", "and ran")]
+    for name in ("projection", "mean", "feature"):
+        item = vector(layer=LAYERS - 1).add(2.0, when=gates()[name])
+        together = fg.log_probabilities(llama, tokenizer, pairs, [None, item, vector().add(1.0)]).sums[1]
+        alone = [fg.log_probabilities(llama, tokenizer, [pair], [item]).sums[0, 0] for pair in pairs]
+        torch.testing.assert_close(together, torch.stack(alone), atol=1e-4, rtol=1e-5)  # float32 in other batches
+    shut = vector(layer=LAYERS - 1).add(2.0, when=fg.Projection(vector(1, 0)) > 1e9)
+    plain, closed = fg.log_probabilities(llama, tokenizer, pairs, [None, shut]).sums
+    assert torch.equal(plain, closed)
+
+
+def test_what_is_refused(llama, tokenizer, tmp_path):
+    above = fg.Projection(vector(1, layer=2)) > 0.0
+    with pytest.raises(fg.PairingError, match=r"read at blocks\.2\.hook_resid_post"):
+        vector(1, layer=1).add(1.0, when=above)
+    with pytest.raises(fg.SteeringError, match="combined by &"):
+        bool(above and above)
+    with pytest.raises(fg.SteeringError, match="parentheses"):
+        _ = above & 3.0
+    with pytest.raises(fg.SteeringError, match="when = "):
+        vector().add(1.0, when=lambda h: h)
+    with pytest.raises(fg.SteeringError, match="without a hookpoint"):
+        fg.Projection(direction(1))
+    with pytest.raises(fg.SelectionError):
+        fg.Feature(make_sae(), 99)
+    with pytest.raises(fg.PairingError), fg.steer(llama, vector().add(1.0, when=fg.Probe(torch.ones(3), 0) > 0.0)):
+        pass
+    gated = vector().add(1.0, bos=True, when=gates()["mean"])
+    with pytest.raises(fg.SteeringError, match=r"read in parts.*prefill_chunk_size"):
+        run(llama, batch(tokenizer), gated, prefill_chunk_size=3)
+    for write in (
+        lambda: fg.export.gguf.write(gated, tmp_path / "x.gguf"),
+        lambda: fg.export.easysteer.write(gated, tmp_path / "x.json"),
+        lambda: fg.fold(llama, gated),
+    ):
+        with pytest.raises(fg.SteeringError, match="with a gate"):
+            write()
+    assert list(tmp_path.iterdir()) == []
