@@ -46,6 +46,9 @@ from fgsteer.evaluation.metrics.coherence import Coherence as Coherence
 from fgsteer.evaluation.metrics.coherence import CoherenceScores as CoherenceScores
 from fgsteer.evaluation.metrics.diagnosis import Diagnosis as Diagnosis
 from fgsteer.evaluation.metrics.diagnosis import diagnose as diagnose
+from fgsteer.evaluation.metrics.gate_fit import GateFit as GateFit
+from fgsteer.evaluation.metrics.gate_fit import GateScores as GateScores
+from fgsteer.evaluation.metrics.gate_fit import fit_gate as fit_gate
 from fgsteer.evaluation.runs.records import EvalRecord as EvalRecord
 from fgsteer.evaluation.runs.records import Run as Run
 from fgsteer.evaluation.runs.records import load_run as load_run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -182,6 +183,71 @@ def test_scores_of_texts_see_gates(llama, tokenizer):
     shut = vector(layer=LAYERS - 1).add(2.0, when=fg.Projection(vector(1, 0)) > 1e9)
     plain, closed = fg.log_probabilities(llama, tokenizer, pairs, [None, shut]).sums
     assert torch.equal(plain, closed)
+
+
+# ---------------------------------------------------------------- fitting
+
+
+WORDS = ["the man", "a dog", "she", "the king", "the old ship", "he"]
+ACT_ON = [f"{word} sat on the bread" for word in WORDS]
+LEAVE = [f"{word} was happy and ran to the sea" for word in WORDS]
+
+
+def naive_fit(model, tokenizer, readings):
+    """The best F1 by brute force over readings, sides and thresholds, on every other prompt, one prompt at a time."""
+
+    def extreme(reading, prompt, above):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        states = fg.record(model, ids, torch.ones_like(ids), [reading.hookpoint])[reading.hookpoint][0]
+        values = [naive_value(reading, h) for h in states[1:]]
+        pooled = {"mean": sum(values) / len(values), "last": values[-1], "max": max(values)}
+        return pooled.get(reading.pooling, max(values) if above else min(values))
+
+    best = 0.0
+    for reading in readings:
+        for above in (True, False):
+            sides = [[extreme(reading, prompt, above) for prompt in kind[::2]] for kind in (ACT_ON, LEAVE)]
+            marks = sorted({*sides[0], *sides[1]})
+            thresholds = [marks[0] - 1, *((a + b) / 2 for a, b in itertools.pairwise(marks)), marks[-1] + 1]
+            for threshold in thresholds:
+                hit, wrong = (sum(v > threshold if above else v < threshold for v in side) for side in sides)
+                best = max(best, 2 * hit / (hit + wrong + len(sides[0])))
+    return best
+
+
+@pytest.mark.parametrize("pooled", ["last", "mean", "max", ""])
+def test_a_fitted_gate_is_the_best_of_brute_force(llama, tokenizer, pooled):
+    made = [fg.Projection(vector(5, layer)) for layer in (0, 1)]
+    readings = [getattr(reading, pooled)() if pooled else reading for reading in made]
+    fit = fg.fit_gate(llama, tokenizer, readings, ACT_ON, LEAVE)
+    assert fit.fitted.f1 == pytest.approx(naive_fit(llama, tokenizer, readings))
+    assert fit.gate.reading in readings
+    assert fit.fitted.prompts == fit.held_out.prompts == (3, 3)
+    for scores in (fit.fitted, fit.held_out):
+        assert 0 <= scores.recall <= 1
+        if scores.recall:
+            harmonic = 2 * scores.precision * scores.recall / (scores.precision + scores.recall)
+            assert scores.f1 == pytest.approx(harmonic)
+
+
+def test_a_fitted_gate_opens_on_what_it_was_fitted_to(llama, tokenizer):
+    """A probe that is planted: the difference of what one word does to the stream at the prompt's end."""
+    with torch.no_grad():
+        states = []
+        for text in ("the man sat on the bread", "the man was happy and ran to the sea"):
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            states.append(fg.record(llama, ids, torch.ones_like(ids), [LOW])[LOW][0, -1])
+    reading = fg.Probe(states[0] - states[1], LOW).last()
+    fit = fg.fit_gate(llama, tokenizer, reading, ACT_ON, LEAVE)
+    assert (fit.held_out.precision, fit.held_out.recall, fit.held_out.auroc) == (1.0, 1.0, 1.0)
+    item = vector().add(3.0, when=fit.gate)
+    prompts = [*ACT_ON, *LEAVE]
+    plain, steered = (fg.generate(llama, tokenizer, prompts, steering=s, max_new_tokens=4) for s in (None, item))
+    always = fg.generate(llama, tokenizer, prompts, steering=vector().add(3.0), max_new_tokens=4)
+    assert steered == [*always[: len(ACT_ON)], *plain[len(ACT_ON) :]]
+    assert always != plain
+    with pytest.raises(fg.DataError, match="4 prompts of each kind"):
+        fg.fit_gate(llama, tokenizer, reading, ACT_ON[:3], LEAVE)
 
 
 def test_what_is_refused(llama, tokenizer, tmp_path):
