@@ -74,6 +74,8 @@ from fgsteer.interventions.adding import AddRelative as AddRelative
 from fgsteer.interventions.base import Intervention as Intervention
 from fgsteer.interventions.features import ClampFeature as ClampFeature
 from fgsteer.interventions.features import edit as edit
+from fgsteer.interventions.files import load_steering as load_steering
+from fgsteer.interventions.files import save_steering as save_steering
 from fgsteer.interventions.gates import Cosine as Cosine
 from fgsteer.interventions.gates import Feature as Feature
 from fgsteer.interventions.gates import Gate as Gate

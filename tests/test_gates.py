@@ -64,15 +64,15 @@ def naive_met(condition, states, token, prompt_length):
 def naive_open(gate, states, token, prompt_length):
     """The gate's logic by plain Python."""
     kind = type(gate).__name__
-    if kind == "_Both":
+    if kind == "Both":
         return naive_open(gate.first, states, token, prompt_length) and naive_open(
             gate.second, states, token, prompt_length
         )
-    if kind == "_Either":
+    if kind == "Either":
         return naive_open(gate.first, states, token, prompt_length) or naive_open(
             gate.second, states, token, prompt_length
         )
-    if kind == "_Not":
+    if kind == "Not":
         return not naive_open(gate.gate, states, token, prompt_length)
     return naive_met(gate, states[gate.reading.hookpoint], token, prompt_length)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fgsteer as fg
 from fgsteer.interventions import Update, apply, stack
+from fgsteer.storage.files import write_tensors
 from tests.helpers.saes import make_sae
 from tests.helpers.steering import batch, direction, naive_everywhere, rows_of, run, vector
 
@@ -279,3 +280,71 @@ def test_values_are_trained_through(llama, tokenizer, kind):
         assert value.grad is not None
         assert float(value.grad.norm()) > 0
     assert not item.detach().trained
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_steering_in_a_file_is_the_same_steering(llama, tokenizer, tmp_path):
+    sae = make_sae("topk", layer=0)
+    gate = (fg.Feature(sae, 3).mean() > 0.1) & ~(fg.Cosine(vector(2, 0)) > 0.3) | (fg.Probe(direction(4), 0) < 2.0)
+    items = [
+        *operations().values(),
+        vector(4).affine(0.3, scope=fg.last(2), bos=True),
+        vector(5).ablate(scope="reply"),
+        vector(6).add(0.5, when=gate),
+        fg.edit(make_sae("relu"), EDITS, when=fg.Projection(vector(1)).last() > -5.0),
+    ]
+    fg.save_steering(tmp_path / "s.safetensors", items)
+    with pytest.raises(fg.PairingError, match=r"Pass it with saes="):
+        fg.load_steering(tmp_path / "s.safetensors")
+    loaded = fg.load_steering(tmp_path / "s.safetensors", saes=[make_sae("relu"), sae])
+    assert [type(item) for item in loaded] == [type(item) for item in items]
+    for one, other in zip(items, loaded, strict=True):
+        assert (one.scope, one.bos, one.hookpoint, one.method) == (
+            other.scope,
+            other.bos,
+            other.hookpoint,
+            other.method,
+        )
+        (h,) = tensors(1, (2, 4, 32))
+        assert torch.equal(apply(h, one.update()), apply(h, other.update()))
+        inputs = batch(tokenizer)
+        with fg.steer(llama, one):
+            expected = llama(**inputs).logits
+        with fg.steer(llama, other):
+            assert torch.equal(llama(**inputs).logits, expected)
+    fg.save_steering(tmp_path / "again.safetensors", loaded)
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "s.safetensors").read_bytes()
+
+
+def test_files_of_steering_that_are_refused(tmp_path):
+    path = tmp_path / "s.safetensors"
+
+    class Mine(fg.Add):
+        pass
+
+    for wrong, match in (([], "empty list"), (Mine(hookpoint=AT, direction=direction()), "of your own")):
+        with pytest.raises(fg.SteeringError, match=match):
+            fg.save_steering(path, wrong)
+    assert not path.exists()
+    vector().save(path)
+    with pytest.raises(fg.FormatError, match="a vector file"):
+        fg.load_steering(path)
+    good = {"kind": "Add", "hookpoint": "blocks.1.hook_resid_post", "direction": {"tensor": "v"}, "coefficient": 1.0}
+    for change in (
+        {"kind": "OneLineRepr"},
+        {"kind": 3},
+        {"direction": {"tensor": "w"}},
+        {"coefficient": "much"},
+        {"scope": "some"},
+        {"unknown": 1},
+        {"when": {"all": []}},
+        {"when": {"reading": {"kind": "Gate"}, "threshold": 1.0, "fires_above": True}},
+        {"hookpoint": 1.5},
+    ):
+        write_tensors(path, {"v": direction()}, kind="steering", header={"interventions": [{**good, **change}]})
+        with pytest.raises(fg.FgsteerError):
+            fg.load_steering(path)
+    write_tensors(path, {"v": direction()}, kind="steering", header={"interventions": [good]})
+    assert torch.equal(fg.load_steering(path)[0].direction, direction())

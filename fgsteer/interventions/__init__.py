@@ -16,6 +16,7 @@ and replace what they read, as far as bounds say.
     features.py  those that change the activations of SAE features
     values.py    their numbers and vectors, checked and turned into tensors
     kernel.py    the one update that all of them become, and how it is applied to activations
+    files.py     interventions with scopes and gates in a file
     stacking.py  one intervention for each row of a batch, as few updates
 
 The names below are loaded when they are first used, so that the table can be read without torch.

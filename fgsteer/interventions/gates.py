@@ -45,13 +45,13 @@ class Gate(ABC):
         """The tokens at which it is open, given those at which each condition is met."""
 
     def __and__(self, other: Gate) -> Gate:
-        return _Both(self, _gate(other))
+        return Both(self, _gate(other))
 
     def __or__(self, other: Gate) -> Gate:
-        return _Either(self, _gate(other))
+        return Either(self, _gate(other))
 
     def __invert__(self) -> Gate:
-        return _Not(self)
+        return Not(self)
 
     def __bool__(self) -> NoReturn:
         raise SteeringError(
@@ -73,40 +73,52 @@ def _gate(other: object) -> Gate:
 
 
 @dataclass(frozen=True, eq=False)
-class _Both(Gate):
+class Both(Gate):
+    """Open where both of two gates are."""
+
     first: Gate
     second: Gate
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
+        """Those of what it combines."""
         return (*self.first.conditions, *self.second.conditions)
 
     def evaluate(self, met: Callable[[Condition], Mask]) -> Mask:
+        """The tokens at which it is open, given those at which each condition is met."""
         return self.first.evaluate(met) & self.second.evaluate(met)
 
 
 @dataclass(frozen=True, eq=False)
-class _Either(Gate):
+class Either(Gate):
+    """Open where either of two gates is."""
+
     first: Gate
     second: Gate
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
+        """Those of what it combines."""
         return (*self.first.conditions, *self.second.conditions)
 
     def evaluate(self, met: Callable[[Condition], Mask]) -> Mask:
+        """The tokens at which it is open, given those at which each condition is met."""
         return self.first.evaluate(met) | self.second.evaluate(met)
 
 
 @dataclass(frozen=True, eq=False)
-class _Not(Gate):
+class Not(Gate):
+    """Open where a gate is shut."""
+
     gate: Gate
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
+        """Those of what it combines."""
         return self.gate.conditions
 
     def evaluate(self, met: Callable[[Condition], Mask]) -> Mask:
+        """The tokens at which it is open, given those at which each condition is met."""
         return ~self.gate.evaluate(met)
 
 
