@@ -257,7 +257,7 @@ def test_what_is_refused(llama, tokenizer, tmp_path):
     with pytest.raises(fg.SteeringError, match="combined by &"):
         bool(above and above)
     with pytest.raises(fg.SteeringError, match="parentheses"):
-        _ = above & 3.0
+        _ = above & 3.0  # type: ignore[operator]
     with pytest.raises(fg.SteeringError, match="when = "):
         vector().add(1.0, when=lambda h: h)
     with pytest.raises(fg.SteeringError, match="without a hookpoint"):

@@ -347,4 +347,6 @@ def test_files_of_steering_that_are_refused(tmp_path):
         with pytest.raises(fg.FgsteerError):
             fg.load_steering(path)
     write_tensors(path, {"v": direction()}, kind="steering", header={"interventions": [good]})
-    assert torch.equal(fg.load_steering(path)[0].direction, direction())
+    (item,) = fg.load_steering(path)
+    assert isinstance(item, fg.Add)
+    assert torch.equal(item.direction, direction())

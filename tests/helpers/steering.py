@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 import fgsteer as fg
@@ -43,7 +46,7 @@ def naive_everywhere(rows, item):
         return reference.bound(rows, v, **bounds)
     if isinstance(item, fg.Rotate):
         return reference.rotate(rows, v, item.other.double().numpy(), item.by, item.to)
-    loops = {
+    loops: dict[type, Callable[[], Any]] = {
         fg.Add: lambda: reference.add(rows, v, item.coefficient),
         fg.AddRelative: lambda: reference.add_relative(rows, v, item.coefficient),
         fg.AddKeepingNorm: lambda: reference.add_keeping_norm(rows, v, item.coefficient),
