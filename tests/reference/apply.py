@@ -1,6 +1,7 @@
 """Interventions on one row of activations h (T, d), token by token, and the token positions that a scope covers."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -186,7 +187,7 @@ def rotate(h, first, other, by=None, to=None):
 
 def edit_features(h, encode_fn, W_dec_row_dict, edits):
     """h + sum_j (f'_j - f_j) W_dec[j], with f'_j of the edit's rule (METHODS_MORE 0 and 4, Min-clamp)."""
-    rules = {
+    rules: dict[str, Callable[[float, float], float]] = {
         "set": lambda f, x: x,
         "at_least": max,
         "at_most": min,
