@@ -7,6 +7,7 @@ raw, the coefficient of v, and relative, ‖c v‖/‖h‖, where ‖h‖ is the
 
     python benchmarks/answers.py                            the embedded default, all layers at all costs
     python benchmarks/answers.py --model smollm2            some layers of SmolLM2, and those around the best
+    python benchmarks/answers.py --docs                     puts the findings into docs/benchmarks.md
     python benchmarks/answers.py ... --tables               makes table and picture again, of the results that are there
 
 It writes answers.json, answers.md and answers.{png,svg} to the results folder of the model. A command that was killed
@@ -20,12 +21,13 @@ import json
 import shlex
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from subject import ROOT, results_folder
+from subject import PAGE, ROOT, published, results_folder
 
 import fgsteer as fg
 from fgsteer.activations.recording import record
@@ -78,7 +80,7 @@ def residual_norms(model: Any, tokenizer: Any) -> dict[int, float]:
     return {layer: statistics.median(found) for layer, found in norms.items()}
 
 
-def reached(sweep: Mapping[str, Any], residual: Mapping[str, float]) -> list[dict[str, Any]]:
+def reached_cells(sweep: Mapping[str, Any], residual: Mapping[str, float]) -> list[dict[str, Any]]:
     """The cells at the matched cost, with their strength in both units."""
     return [
         {
@@ -99,7 +101,7 @@ def spread(values: Sequence[float]) -> float:
 
 def row(name: str, sweep: Mapping[str, Any], residual: Mapping[str, float], sign: int) -> str:
     """A behavior and sign as a row of the table."""
-    cells = [cell for cell in reached(sweep, residual) if cell["sign"] == sign]
+    cells = [cell for cell in reached_cells(sweep, residual) if cell["sign"] == sign]
     if not cells:
         return f"| {name} | {SIGNS[sign][0]} | not reached |" + " |" * 5
     best = max(cells, key=lambda cell: cell["push"])
@@ -113,13 +115,42 @@ def row(name: str, sweep: Mapping[str, Any], residual: Mapping[str, float], sign
 
 
 def finding(content: Mapping[str, Any]) -> str:
-    """What the sweeps say together, in sentences, each a count or a median over behaviors."""
-    sweeps, residual = list(content["sweeps"].values()), content["residual_norms"]
-    matched = [cells for one in sweeps if (cells := reached(one, residual))]
-    best = [max(cells, key=lambda cell: cell["push"]) for cells in matched]
+    """What the sweeps say together: whether A/B answers move, and where, how far and by which sign likelihoods do.
+
+    Every figure is a count, or a median over behaviors.
+    """
+    answers, likelihoods = (
+        [one for one in content["sweeps"].values() if (one["unit"] == "nats an answer") == of_answers]
+        for of_answers in (True, False)
+    )
+    return " ".join(
+        [*([_answers(answers)] if answers else []), *([_likelihoods(content, likelihoods)] if likelihoods else [])]
+    )
+
+
+def _clearly_moved(sweeps: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """The cells at the matched cost whose effect is clearly in the direction of their sign, and all of them."""
+    cells = [cell for one in sweeps for cell in one["cells"] if cell["target"] == one["matched"]]
+    return sum((_above if cell["sign"] > 0 else _below)(cell["effect"]) for cell in cells), len(cells)
+
+
+def _answers(sweeps: Sequence[Mapping[str, Any]]) -> str:
+    moved, cells = _clearly_moved(sweeps)
+    undecided = sum(not (_above(one["propensity"]) or _below(one["propensity"])) for one in sweeps)
+    return (
+        f"On the A/B questions of {len(sweeps)} behaviors, steering at a cost of {sweeps[0]['matched']:g} nats a token "
+        f"clearly moves the answers at {moved} of {cells} layers and signs; the unsteered model cannot tell which "
+        f"reply has the behavior on {undecided} of {len(sweeps)}."
+    )
+
+
+def _likelihoods(content: Mapping[str, Any], sweeps: Sequence[Mapping[str, Any]]) -> str:
+    residual, (moved, cells) = content["residual_norms"], _clearly_moved(sweeps)
+    matched = [reached for one in sweeps if (reached := reached_cells(one, residual))]
+    best = [max(reached, key=lambda cell: cell["push"]) for reached in matched]
     depths, doses = sorted(cell["layer"] for cell in best), [cell["relative"] for cell in best]
     ratios = {
-        unit: statistics.median(spread([cell[unit] for cell in cells]) for cells in matched)
+        unit: statistics.median(spread([cell[unit] for cell in reached]) for reached in matched)
         for unit in ("raw", "relative")
     }
     signs = [
@@ -130,13 +161,14 @@ def finding(content: Mapping[str, Any]) -> str:
         for key in ("difference", "net")
     }
     return (
-        f"At a cost of {sweeps[0]['matched']:g} nats a token the best layer is {statistics.median(depths):g} of "
-        f"{len(residual)} (median of {len(best)} behaviors, from {depths[0]} to {depths[-1]}), at ‖c v‖/‖h‖ of "
-        f"{statistics.median(doses):.2f} (from {min(doses):.2f} to {max(doses):.2f}). Over layers and signs, the "
-        f"strength of this cost differs {ratios['raw']:.1f}-fold in raw units and {ratios['relative']:.1f}-fold in "
-        f"relative ones (medians over behaviors). At its best layer the negative sign is clearly stronger for "
-        f"{counts['difference'][0]} of {len(signs)} behaviors and clearly weaker for {counts['difference'][1]}; net of "
-        f"what random directions of equal cost do, for {counts['net'][0]} and {counts['net'][1]}."
+        f"The likelihood of texts that show a behavior clearly moves at {moved} of {cells} layers and signs of "
+        f"{len(sweeps)} behaviors. The best layer is {statistics.median(depths):g} of {len(residual)} (median, from "
+        f"{depths[0]} to {depths[-1]}), at ‖c v‖/‖h‖ of {statistics.median(doses):.2f} (from {min(doses):.2f} to "
+        f"{max(doses):.2f}). Over layers and signs, the strength of this cost differs {ratios['raw']:.1f}-fold in raw "
+        f"units and {ratios['relative']:.1f}-fold in relative ones (medians). At its best layer the negative sign is "
+        f"clearly stronger for {counts['difference'][0]} of {len(signs)} behaviors and clearly weaker for "
+        f"{counts['difference'][1]}; net of what random directions of equal cost do, for {counts['net'][0]} and "
+        f"{counts['net'][1]}."
     )
 
 
@@ -168,7 +200,7 @@ def push_by_layer(content: Mapping[str, Any]) -> Any:
     """Push at the matched cost by layer, a panel a behavior, scaled to its largest."""
     figure, panels = panel_grid(list(content["sweeps"]), str)
     for name, axis in panels:
-        cells = reached(content["sweeps"][name], content["residual_norms"])
+        cells = reached_cells(content["sweeps"][name], content["residual_norms"])
         top = max((abs(cell["push"]) for cell in cells), default=1.0) or 1.0
         axis.axhline(0, color=LINE, lw=0.7, zorder=0)
         for sign, (_, color, style) in SIGNS.items():
@@ -189,6 +221,17 @@ def publish(folder: Path) -> str:
     return text
 
 
+def docs_text(name: str) -> str:
+    """The finding on a model, as docs/benchmarks.md has it."""
+    return textwrap.fill(finding(read_json(results_folder(name) / "answers.json")), 120) + "\n"
+
+
+def publish_docs() -> None:
+    """Put the findings on both models into docs/benchmarks.md."""
+    for name in ("default", "smollm2"):
+        PAGE.write_text(published(PAGE, f"answers {name}", docs_text(name)), "utf-8")
+
+
 def main() -> None:
     """Sweep, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,7 +242,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of what is measured of unfinished sweeps")
     parser.add_argument("--fresh", action="store_true", help="sweep again what is there")
     parser.add_argument("--tables", action="store_true", help="only make table and picture of the results")
+    parser.add_argument("--docs", action="store_true", help="only put the findings into docs/benchmarks.md")
     arguments = parser.parse_args()
+    if arguments.docs:
+        publish_docs()
+        return
     name = Path(arguments.model).name
     folder = arguments.out or results_folder(name)
     path = folder / "answers.json"

@@ -22,7 +22,6 @@ records, table.md, report.html and pictures.
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 import textwrap
@@ -33,7 +32,19 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from subject import RESULTS, ROOT, TUNING_CONCEPTS, Behaviors, Subject, load_behaviors, load_subject, results_folder
+from subject import (
+    PAGE,
+    README,
+    RESULTS,
+    ROOT,
+    TUNING_CONCEPTS,
+    Behaviors,
+    Subject,
+    load_behaviors,
+    load_subject,
+    published,
+    results_folder,
+)
 
 import fgsteer as fg
 from fgsteer.display.progress import Progress
@@ -58,8 +69,6 @@ from fgsteer.storage.ranks import Ranks
 from fgsteer.storage.shards import wait_for_file
 
 RUN, NEARBY, ADDED = "bench.jsonl.gz", "same_layer.jsonl.gz", "added.jsonl.gz"
-PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
-
 WIDE = {"max_density": 1.0, "n_positive": 256, "n_negative": 128}  # no density filter, many features of both signs
 MIXED = {"mu": 0.1, "bias_weight": 0.0, "unit_effects": True, "decoder_weight": 0.5}
 # tried besides the defaults, which are those of the papers; the most promising ones first
@@ -247,13 +256,6 @@ def sentence() -> str:
         f"embedded model {method_name('fgaa_effects')} less CAA is {gain(runs_in()[0], 'fgaa_effects')}.",
         120,
     )
-
-
-def published(path: Path, mark: str, text: str) -> str:
-    """A page's text with ``text`` between the marks, as it should be."""
-    page = path.read_text("utf-8")
-    marks = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
-    return marks.sub(lambda match: f"{match[1]}{text}{match[2]}", page)
 
 
 def publish_docs() -> None:

@@ -6,6 +6,7 @@ subject = load_subject("path/of/a/model", ["path/of/an/sae"])        one's own
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from fgsteer.evaluation.bench.plan import BenchPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 EFFECTS_FILE = "effects.safetensors"  # beside the SAE that they were measured on
 # Settings are chosen on these concepts where a model is dear to measure; the other ten choose nothing.
 TUNING_CONCEPTS = ("anger", "crime", "london", "love", "music", "sea")
@@ -104,3 +106,10 @@ def results_folder(name: str, kind: str = "concepts") -> Path:
     """Where the results of a model are: those of the embedded default in ``results``, others in folders there."""
     folder = RESULTS if name == "default" else RESULTS / name
     return folder / kind if kind != "concepts" else folder
+
+
+def published(path: Path, mark: str, text: str) -> str:
+    """A page's text with ``text`` between the marks, as it should be."""
+    page = path.read_text("utf-8")
+    marks = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
+    return marks.sub(lambda match: f"{match[1]}{text}{match[2]}", page)

@@ -112,10 +112,19 @@ def test_the_finding_of_a_sweep_is_that_of_its_cells(script):
     text = answers.page(content)
     assert "| love | towards | 1 | 3.000 [2.900, 3.100] nats a token | 8.00 | 4.00 | 4.0 | 2.0 |" in text
     assert "| love | away | 0 | 2.000 [1.900, 2.100] nats a token | 2.00 | 2.00 | 2.0 | 1.0 |" in text
-    assert "the best layer is 1 of 2 (median of 1 behaviors" in text
+    assert "The best layer is 1 of 2 (median, from 1 to 1)" in text
     assert "4.0-fold in raw units and 2.0-fold in relative ones" in text
+    assert "clearly moves at 4 of 4 layers and signs of 1 behaviors" in text
     assert "stronger for 1 of 1 behaviors and clearly weaker for 0; net" in text
     assert text.count("for 0 and 1.") == 1
+    unclear = {"mean": 0.1, "low": -1.0, "high": 1.2}
+    cells = [{**cell(0, 1, 2.0, 1.0), "effect": unclear}, cell(1, -1, 4.0, 0.5)]
+    content["sweeps"] = {"x, A or B": {**one, "unit": "nats an answer", "cells": cells, "propensity": unclear}}
+    found = answers.finding(content)
+    assert "the A/B questions of 1 behaviors" in found
+    assert "clearly moves the answers at 1 of 2 layers and signs" in found
+    assert "which reply has the behavior on 1 of 1." in found
+    assert "likelihood" not in found
 
 
 def test_small_sets_and_their_table(script):

@@ -229,7 +229,17 @@ def test_the_figures_in_readme_and_docs_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     quality, speed = importlib.import_module("quality"), importlib.import_module("speed")
     assert quality.published(quality.README, "result", quality.sentence() + "\n") == quality.README.read_text("utf-8")
-    assert quality.published(quality.PAGE, "quality", quality.summary()) == quality.PAGE.read_text("utf-8")
+    page = quality.PAGE.read_text("utf-8")
+    for name in ("default", "smollm2"):
+        for kind in ("concepts", "chat"):
+            folder = quality.results_folder(name, kind)
+            mark = " ".join(["quality", *folder.relative_to(quality.RESULTS).parts])
+            assert (
+                f"<!-- {mark} -->" not in page or quality.published(quality.PAGE, mark, quality.summary(folder)) == page
+            )
+    answers = importlib.import_module("answers")
+    for name in ("default", "smollm2"):
+        assert f"<!-- answers {name} -->\n{answers.docs_text(name)}<!-- /answers {name} -->" in page
     table = speed.markdown(json.loads(speed.RESULTS.read_text("utf-8")))
     assert speed.MARK.search(speed.PAGE.read_text("utf-8"))[0] == f"<!-- speed -->\n{table}<!-- /speed -->"
 
