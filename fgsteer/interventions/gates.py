@@ -79,6 +79,9 @@ class Both(Gate):
     first: Gate
     second: Gate
 
+    def __repr__(self) -> str:
+        return f"({self.first!r} & {self.second!r})"
+
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """Those of what it combines."""
@@ -96,6 +99,9 @@ class Either(Gate):
     first: Gate
     second: Gate
 
+    def __repr__(self) -> str:
+        return f"({self.first!r} | {self.second!r})"
+
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """Those of what it combines."""
@@ -111,6 +117,9 @@ class Not(Gate):
     """Open where a gate is shut."""
 
     gate: Gate
+
+    def __repr__(self) -> str:
+        return f"~({self.gate!r})"
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -132,6 +141,11 @@ class Condition(Gate):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", finite_number("threshold", self.threshold))
+
+    def __repr__(self) -> str:
+        pooled = f".{self.reading.pooling}()" if self.reading.pooling else ""
+        place = f"{type(self.reading).__name__} at {self.reading.hookpoint}"
+        return f"{place}{pooled} {'>' if self.fires_above else '<'} {self.threshold:.4g}"
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
