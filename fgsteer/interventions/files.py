@@ -63,7 +63,7 @@ class _Writer:
         return value
 
     def fields_of(self, item: Any) -> dict[str, Any]:
-        values = {f.name: getattr(item, f.name) for f in fields(item)}
+        values = {f.name: getattr(item, f.name) for f in fields(item) if f.init}
         return {name: self.value(value) for name, value in values.items() if value is not None}
 
     def intervention(self, item: Intervention) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
@@ -200,6 +200,20 @@ class Reading(OneLineRepr, ABC):
         """The largest over a prompt's tokens, as one of the prompt."""
         return self._pooled("max")
 
+    @property
+    def device(self) -> torch.device:
+        """The device of its tensors; the CPU without any."""
+        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def to(self: SelfReading, device: torch.device) -> SelfReading:
+        """The same reading with its tensors on a device."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                object.__setattr__(moved, name, value.to(device))
+        return moved
+
     def _pooled(self: SelfReading, pooling: Pooling) -> SelfReading:
         pooled = copy.copy(self)
         object.__setattr__(pooled, "pooling", pooling)
@@ -217,6 +231,7 @@ class _Along(Reading):
     """A reading along a direction."""
 
     direction: Float[Tensor, " d_model"]
+    _unit: Tensor = field(init=False, repr=False, compare=False)
 
     def __init__(self, direction: Any, hookpoint: Hookpoint | str | int | None = None, pooling: Pooling = "") -> None:
         place = getattr(direction, "hookpoint", None) if hookpoint is None else hookpoint
@@ -231,15 +246,12 @@ class _Along(Reading):
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        unit_and_norm(self.direction)  # raises for a zero direction
+        object.__setattr__(self, "_unit", unit_and_norm(self.direction)[0])  # raises for a zero direction
         self.__post_init__()
 
     @property
     def d_model(self) -> int:
         return self.direction.shape[0]
-
-    def _unit(self, h: Tensor) -> Tensor:
-        return unit_and_norm(self.direction)[0].to(h.device)
 
 
 class Projection(_Along):
@@ -253,7 +265,7 @@ class Projection(_Along):
 
     def values(self, h: Float[Tensor, "batch tokens d_model"]) -> Float[Tensor, "batch tokens"]:
         """v̂·h."""
-        return h.float() @ self._unit(h)
+        return h.float() @ self._unit.to(h.device)
 
 
 class Cosine(_Along):
@@ -271,7 +283,7 @@ class Cosine(_Along):
         """v̂·h/‖h‖, 0 for h = 0."""
         wide = h.float()
         norm = wide.norm(dim=-1)
-        return (wide @ self._unit(h)) / torch.where(norm > 0, norm, 1.0)
+        return (wide @ self._unit.to(h.device)) / torch.where(norm > 0, norm, 1.0)
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)

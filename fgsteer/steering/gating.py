@@ -1,21 +1,24 @@
 """What gates read in the passes of one steer block: of each token, or once for a prompt and then kept.
 
-readings = Readings(interventions, positions)
-readings.take(hookpoint, h)             in the hook at a hookpoint where something is read
-readings.mask(gate, hookpoint, h)       the tokens at which a gate is open
+    readings = Readings(positions)
+    gate = readings.add(item.when, item.hookpoint)
+    readings.take(hookpoint, h)             in the hook at a hookpoint where something is read
+    gate.open_for(h)                        the tokens at which the gate is open
+
+Gates are made into objects that hold numbers as tensors, so that compiled graphs serve other thresholds too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fgsteer.errors import SteeringError
-from fgsteer.interventions.base import Intervention
-from fgsteer.interventions.gates import Condition, Gate, Mask, Reading
+from fgsteer.interventions.gates import Both, Condition, Either, Feature, Gate, Mask, Not, Reading
 from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.saes.sae import SAE
 from fgsteer.steering.positions import Positions, ScopeMask
 
 
@@ -23,67 +26,175 @@ class Readings:
     """The readings of the gates of one steer block.
 
     Args:
-        interventions: All interventions of the block.
         positions: Which tokens the running pass holds; a scope of its prompt is added where a prompt is read.
     """
 
-    def __init__(self, interventions: Iterable[Intervention], positions: Positions) -> None:
-        gated = [(item.when, item.hookpoint) for item in interventions if item.when is not None]
-        pairs = [(condition.reading, at) for gate, at in gated for condition in gate.conditions]
+    def __init__(self, positions: Positions) -> None:
         self.positions = positions
         self.prompt: ScopeMask | None = None
-        if any(reading.pooling for reading, _ in pairs):
+        self.places: list[_Place] = []
+        self.features: list[_Features] = []
+
+    @property
+    def elsewhere(self) -> list[Hookpoint]:
+        """Where something is read before its intervention acts."""
+        return list(dict.fromkeys(place.reading.hookpoint for place in self.places if place.before))
+
+    def add(self, gate: Gate | None, hookpoint: Hookpoint) -> GateNode | None:
+        """The gate of an intervention at a hookpoint, as the hooks evaluate it."""
+        if gate is None:
+            return None
+        if isinstance(gate, Both | Either):
+            first, second = self.add(gate.first, hookpoint), self.add(gate.second, hookpoint)
+            return GateNode("and" if isinstance(gate, Both) else "or", first, second)
+        if isinstance(gate, Not):
+            return GateNode("not", self.add(gate.gate, hookpoint))
+        assert isinstance(gate, Condition)
+        place = self._place(gate.reading, gate.reading.hookpoint != hookpoint)
+        return GateNode("read", place=place, threshold=torch.tensor(gate.threshold), above=gate.fires_above)
+
+    def _place(self, reading: Reading, before: bool) -> _Place:
+        for place in self.places:
+            if place.reading is reading and place.before == before:
+                return place
+        if reading.pooling and self.prompt is None:
             self.prompt = ScopeMask("prompt", bos=False)
-            positions.masks = [*positions.masks, self.prompt]
-        self.elsewhere: dict[Hookpoint, list[Reading]] = {}  # those that are read before their intervention acts
-        for reading, at in pairs:
-            if reading.hookpoint != at and reading not in self.elsewhere.get(reading.hookpoint, []):
-                self.elsewhere.setdefault(reading.hookpoint, []).append(reading)
-        self.values: dict[int, Tensor] = {}  # by reading: (batch, tokens) of the running pass
-        self.kept: dict[int, Tensor] = {}  # by reading: (batch, 1) of the prompts
+            self.positions.masks = [*self.positions.masks, self.prompt]
+        features = self._features(reading) if isinstance(reading, Feature) else None
+        self.places.append(_Place(self, reading, before, features))
+        return self.places[-1]
+
+    def _features(self, reading: Feature) -> _Features:
+        features = next((one for one in self.features if one.sae is reading.sae), None)
+        if features is None:
+            features = _Features(reading.sae)
+            self.features.append(features)
+        if reading.feature not in features.ids:
+            features.ids.append(reading.feature)
+        return features
+
+    def begin_pass(self) -> None:
+        """Forget what was read of the last pass, but for decisions on prompts."""
+        for place in self.places:
+            place.value = None
+        for features in self.features:
+            features.seen = features.acts = None
 
     def take(self, hookpoint: Hookpoint, h: Tensor) -> None:
         """Note what is read of the activations (batch, tokens, d_model) at a hookpoint."""
-        for reading in self.elsewhere.get(hookpoint, ()):
-            self.values[id(reading)] = self._value(reading, h)
+        for place in self.places:
+            if place.before and place.reading.hookpoint == hookpoint:
+                place.value = place.read(h)
 
-    def mask(self, gate: Gate, hookpoint: Hookpoint, h: Tensor) -> Mask:
-        """The tokens (batch, tokens) at which the gate of an intervention on h is open."""
 
-        def met(condition: Condition) -> Mask:
-            reading = condition.reading
-            value = self._value(reading, h) if reading.hookpoint == hookpoint else self.values[id(reading)]
-            return condition.compare(value.to(h.device)).expand(h.shape[:2])
+@dataclass(eq=False)
+class GateNode:
+    """A gate, or a part of one: "and", "or" and "not" of other nodes, or "read", which compares with a threshold."""
 
-        return gate.evaluate(met)
+    kind: str
+    first: GateNode | None = None
+    second: GateNode | None = None
+    place: _Place | None = None
+    threshold: Tensor | None = None
+    above: bool = True
 
-    def _value(self, reading: Reading, h: Tensor) -> Tensor:
+    def open_for(self, h: Tensor) -> Mask:
+        """The tokens (batch, tokens) at which it is open, given the activations where its intervention acts."""
+        if self.kind == "read":
+            assert self.place is not None
+            assert self.threshold is not None
+            value = self.place.noted().to(h.device) if self.place.before else self.place.read(h)
+            met = value > self.threshold if self.above else value < self.threshold
+            return met.expand(h.shape[:2])
+        assert self.first is not None
+        first = self.first.open_for(h)
+        if self.kind == "not":
+            return ~first
+        assert self.second is not None
+        second = self.second.open_for(h)
+        return first & second if self.kind == "and" else first | second
+
+
+@dataclass(eq=False)
+class _Place:
+    """A reading, where it is read (``before``: earlier in a pass than its intervention acts), and what was read."""
+
+    owner: Readings
+    reading: Reading
+    before: bool
+    features: _Features | None
+    ready: Reading | None = None
+    value: Tensor | None = None  # (batch, tokens) or (batch, 1), of the running pass
+    kept: Tensor | None = None  # (batch, 1), of the prompts
+
+    def noted(self) -> Tensor:
+        """What was read earlier in the pass. Raises SteeringError where the pass did not come by."""
+        if self.value is None:
+            raise SteeringError(
+                f"a pass that did not come by {self.reading.hookpoint}, where a gate reads",
+                "a pass through all blocks below the intervention",
+                "read where the intervention acts",
+            )
+        return self.value
+
+    def read(self, h: Tensor) -> Tensor:
         """What is read of each token, (batch, tokens), or of the prompt of each row, (batch, 1)."""
-        if not reading.pooling:
-            return reading.values(h)
-        assert self.prompt is not None
-        if not self.prompt.empty:
+        prompt = self.owner.prompt
+        if not self.reading.pooling:
+            return self._by_token(h)
+        assert prompt is not None
+        if not prompt.empty:
             self._refuse_parts()
-            assert self.prompt.mask is not None
-            self.kept[id(reading)] = pool(reading.values(h), self.prompt.mask.to(h.device), reading.pooling)
-        if id(reading) not in self.kept:
+            assert prompt.mask is not None
+            self.kept = pool(self._by_token(h), prompt.mask.to(h.device), self.reading.pooling)
+        if self.kept is None:
             raise SteeringError(
                 "a gate on prompts in a pass that goes on from a prompt that was read before the steer block",
                 "the prompt inside the block",
                 "open the block before the prompt is read",
             )
-        kept = self.kept[id(reading)]
+        kept = self.kept
         return kept if len(kept) == len(h) else kept.repeat_interleave(len(h) // len(kept), 0)
+
+    def _by_token(self, h: Tensor) -> Tensor:
+        if self.features is not None:
+            assert isinstance(self.reading, Feature)
+            return self.features.read(self.reading.feature, h)
+        if self.ready is None or self.ready.device != h.device:
+            self.ready = self.reading.to(h.device)
+        return self.ready.values(h)
 
     def _refuse_parts(self) -> None:
         """Raises SteeringError for a pass that holds a part of the prompt alone."""
-        positions = self.positions
+        positions = self.owner.positions
         if positions.columns_before > positions.virtual or not positions.prompt_is_cached:
             raise SteeringError(
                 "a gate on prompts, and a prompt that is read in parts",
                 "the whole prompt in one pass, so that the gate is decided before any of it is steered",
                 "leave prefill_chunk_size and a cache of the prompt's beginning out, or use a gate on tokens",
             )
+
+
+@dataclass(eq=False)
+class _Features:
+    """The features of one SAE that gates read: encoded together, once for the activations of a pass."""
+
+    sae: SAE
+    ids: list[int] = field(default_factory=list)
+    part: SAE | None = None
+    seen: Tensor | None = None
+    acts: Tensor | None = None
+
+    def read(self, feature: int, h: Tensor) -> Tensor:
+        """The activation of a feature at each token, (batch, tokens)."""
+        if self.seen is not h or self.acts is None:
+            competing = self.sae.activation == "topk"
+            if self.part is None or self.part.W_enc.device != h.device:
+                self.part = (self.sae if competing else self.sae.restrict(self.ids)).to(h.device, torch.float32)
+            acts = self.part.encode(h.float())
+            self.acts = acts[..., self.ids] if competing else acts
+            self.seen = h
+        return self.acts[..., self.ids.index(feature)]
 
 
 def pool(values: Tensor, prompt: Mask, pooling: str) -> Tensor:

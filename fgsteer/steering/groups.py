@@ -1,7 +1,7 @@
 """The updates of one steer block: which interventions act together, at what, for which rows and tokens.
 
 groups = group_by_update([[add], [], [clamp, add]])
-h = groups[0].apply_to(h, repeats=1, readings)
+h = groups[0].apply_to(h, repeats=1)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fgsteer.interventions.kernel import Update, apply
 from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.stacking import stack
 from fgsteer.models.hookpoints import Hookpoint
-from fgsteer.steering.gating import Readings
+from fgsteer.steering.gating import GateNode
 from fgsteer.steering.positions import ScopeMask
 from fgsteer.steering.ranges import activation_dtype, change_bound, check_amount
 
@@ -37,6 +37,7 @@ class UpdateGroup:
         row_mask: The rows that it is for, (rows,).
         needs_row_mask: Whether ``row_mask`` must be applied: the update has one row, for some of several.
         gate: The gate under which it acts, or None.
+        node: The gate as hooks evaluate it.
         ran: Whether any pass held tokens of the scope.
         ready_key: The device, dtype and repeats that ``ready`` was made for.
         ready: The update and row mask as the running passes need them.
@@ -49,15 +50,14 @@ class UpdateGroup:
     row_mask: Tensor
     needs_row_mask: bool
     gate: Gate | None = None
+    node: GateNode | None = None
     ran: bool = False
     ready_key: tuple[torch.device, torch.dtype, int] | None = None
     ready: tuple[Update, Tensor] | None = None
 
-    def apply_to(self, h: Float[Tensor, "batch tokens d_model"], repeats: int, readings: Readings) -> Tensor:
+    def apply_to(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
         """The updated hidden states; h itself where the pass holds none of the tokens."""
-        gate = (
-            None if self.gate is None else readings.mask(self.gate, self.hookpoint, h)
-        )  # a prompt is read in any case
+        gate = None if self.node is None else self.node.open_for(h)  # which reads a prompt in any case
         if self.tokens.empty:
             return h
         self.ran = True

@@ -88,7 +88,9 @@ class SteeringHooks:
         self.model, self.rows, self.groups = model, len(rows), group_by_update(rows)
         masks = list({id(group.tokens): group.tokens for group in self.groups}.values())
         self.positions = Positions(masks, start_token_finder(model), self.rows, prompt_lengths, pass_key(model))
-        self.readings = Readings((item for row in rows for item in row), self.positions)
+        self.readings = Readings(self.positions)
+        for group in self.groups:
+            group.node = self.readings.add(group.gate, group.hookpoint)
         virtual_tokens(model)  # raises for what cannot be placed, before any pass
         self.is_peft = hasattr(model, "active_peft_config")  # PEFT may put virtual tokens before texts
         self.claim = Claim(model)
@@ -148,6 +150,7 @@ class SteeringHooks:
     def _begin_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the decoder is about to run on."""
         self.recomputation.begin()
+        self.readings.begin_pass()
         if not (torch.compiler.is_compiling() or self.positions.generating):
             self.warn_replaced()
         arguments = dict(zip(self.decoder_arguments, args, strict=False)) | kwargs if args else kwargs
@@ -187,7 +190,7 @@ class SteeringHooks:
         repeats = 1 if self.rows == 1 else batch // self.rows
         changed = h if h.shape[:-1] == (batch, length) else reshape_by_token(h, batch, length)
         for group in groups:
-            changed = group.apply_to(changed, repeats, self.readings)
+            changed = group.apply_to(changed, repeats)
         self.readings.take(hookpoint, changed)
         return changed if changed.shape == h.shape else changed.reshape(h.shape)
 
