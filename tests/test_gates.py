@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import operator
 
 import pytest
 import torch
@@ -163,6 +165,66 @@ def test_a_shut_gate_keeps_every_bit(models, tokenizer, dtype):
         assert torch.equal(model(**inputs).logits, opened), "and an open one takes nothing away"
 
 
+def test_interventions_that_share_a_gate_go_by_one_decision(llama, tokenizer):
+    """Read before either acts, also where the first removes what the gate reads, and kept for what is generated."""
+    inputs = batch(tokenizer)
+    for reading in (fg.Projection(vector(1)), fg.Projection(vector(1)).mean(), fg.Projection(vector(1, 0)).last()):
+        shared = reading > -0.1
+        own = [vector(2).add(2.0, when=shared)]
+        expected = run(llama, inputs, [vector(1).ablate(when=copy.copy(shared)), *own], per_row=False)
+        assert run(llama, inputs, [vector(1).ablate(when=shared), *own], per_row=False) == expected
+        idle = [*own, vector(1).add(0.0, when=shared)]
+        assert run(llama, inputs, idle, per_row=False) == run(llama, inputs, own[0])
+
+
+def test_a_decision_on_a_prompt_is_not_taken_for_another(llama, tokenizer):
+    item = vector().add(2.0, when=fg.Projection(vector(1, 0)).mean() > 0.0)
+    first, second = (tokenizer(p, return_tensors="pt")["input_ids"] for p in (PROMPTS[0], "a dog"))
+    token = torch.tensor([[5]])
+    with torch.no_grad(), fg.steer(llama, item):
+        caches = [llama(ids, use_cache=True).past_key_values for ids in (first, second)]
+        llama(token, past_key_values=caches[1])
+        with pytest.raises(fg.SteeringError, match="another prompt than the last one"):
+            llama(token, past_key_values=caches[0])
+    outside = llama(first, use_cache=True).past_key_values
+    with pytest.raises(fg.SteeringError, match="another prompt"), fg.steer(llama, item):
+        llama(token, past_key_values=outside)
+    pair = batch(tokenizer)["input_ids"][:2]
+    with fg.steer(llama, item):
+        cache = llama(pair, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(3)
+        cache.batch_select_indices(torch.tensor([0, 1, 2]))
+        with pytest.raises(fg.SteeringError, match=r"3 rows, after prompts of 2 rows"):
+            llama(token.expand(3, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_gradients_with_checkpointing_know_each_passes_gates(models, tokenizer, pooled):
+    """Two passes before the backward of the first: what is computed again goes by what its own pass read."""
+    model = models["llama"]
+    texts = [tokenizer(t, return_tensors="pt")["input_ids"] for t in ("a dog sat on the bread", "the king was he")]
+    at = fg.Hookpoint(0, "resid_pre")
+    means = [fg.record(model, ids, torch.ones_like(ids), [at])[at][0, 1:].mean(0) for ids in texts]
+    toward = fg.SteeringVector(means[0] - means[1], at)
+    middle = float(fg.Projection(toward).values((means[0] + means[1])[None, None] / 2))
+    reading = fg.Projection(toward)
+    gate = (reading.mean() if pooled else reading) > middle  # open for the first text, shut for the second
+    found = []
+    for checkpointed in (False, True):
+        model = copy.deepcopy(models["llama"])
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
+        c = torch.tensor(2.0, requires_grad=True)
+        with fg.steer(model, vector(2, 1, "mlp_out").add(c, when=gate)):
+            loss = model(texts[0], labels=texts[0], use_cache=False).loss
+            model(texts[1], use_cache=False)
+            loss.backward()
+        found.append(float(c.grad))
+    assert found[0] != 0
+    assert found[1] == pytest.approx(found[0], rel=1e-4)  # float32, summed in another order
+
+
 def test_a_signed_cosine_does_not_depend_on_scale():
     (h,) = [torch.randn(2, 3, D_MODEL, generator=torch.Generator().manual_seed(0))]
     gate, mirrored = fg.Cosine(vector(1)) > 0.05, fg.Cosine(-vector(1)) > 0.05
@@ -277,3 +339,24 @@ def test_what_is_refused(llama, tokenizer, tmp_path):
         with pytest.raises(fg.SteeringError, match="with a gate"):
             write()
     assert list(tmp_path.iterdir()) == []
+
+    class Mine(fg.Gate):
+        conditions = ()
+
+        def evaluate(self, met):
+            raise NotImplementedError
+
+    for use in (
+        lambda item: run(llama, batch(tokenizer), item),
+        lambda item: fg.save_steering(tmp_path / "mine", item),
+    ):
+        with pytest.raises(fg.SteeringError, match="a gate of the class Mine"):
+            use(vector().add(1.0, when=Mine()))
+
+
+def test_long_gates_are_kept_in_files(tmp_path):
+    reading = fg.Projection(vector(1, 0))
+    gate = functools.reduce(operator.or_, [reading > float(n) for n in range(200)])
+    fg.save_steering(tmp_path / "s", vector().add(1.0, when=gate & ~gate))
+    (item,) = fg.load_steering(tmp_path / "s")
+    assert [c.threshold for c in item.when.conditions] == [float(n) for n in range(200)] * 2

@@ -326,6 +326,19 @@ def test_a_start_token_at_position_0_is_spared_and_a_word_is_not(scope, bos):
             control.admit(embedded)
 
 
+@pytest.mark.parametrize("scope", ["prompt", "generated", "reply", "last_prompt", "first:4", "last:2"])
+def test_salts_tell_apart_which_tokens_are_steered(scope):
+    """A longer prompt that begins with a shorter one must not find what was steered at other places of that one."""
+    control = Control(FakeEngine([1]), [1])
+    control.load("a", vector(0))
+    salts = []
+    for ids in ([0, 5, 6], [0, 5, 6, 7, 8, 9], [0, 5, 6, 7, 8, 9]):
+        made = request(steering("a", scope=scope), ids=ids)
+        control.admit(made)
+        salts.append(made.cache_salt)
+    assert salts[0] != salts[1] == salts[2]
+
+
 def test_salts_tell_steerings_apart():
     control = Control(FakeEngine([1]), [1])
     control.load("a", vector(0))

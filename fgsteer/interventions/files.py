@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import reduce
+from operator import and_, or_
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 from fgsteer.storage.json_files import text_sha256
 
 FILE_KIND = "steering"
+_KEEP = "only these can be loaded again; keep your own class in your code"
 _KINDS = (Add, AddRelative, AddKeepingNorm, AdaptiveAdd, Ablate, Affine, Clamp, ClampSubspace, ClampFeature, Rotate)
 _READINGS = (Cosine, Feature, Probe, Projection)
 KINDS: dict[str, type[Intervention]] = {kind.__name__: kind for kind in _KINDS}
@@ -71,23 +74,26 @@ class _Writer:
             raise SteeringError(
                 f"{a(type(item).__name__)}, an intervention of your own",
                 f"one of {', '.join(KINDS)}",
-                "only these can be loaded again; keep your own class in your code",
+                _KEEP,
             )
         return {"kind": type(item).__name__, **self.fields_of(item)}
 
     def gate(self, gate: Gate) -> dict[str, Any]:
         if isinstance(gate, Both | Either):
-            word = "all" if isinstance(gate, Both) else "any"
-            return {word: [self.gate(gate.first), self.gate(gate.second)]}
+            kind = Both if isinstance(gate, Both) else Either
+            return {"all" if kind is Both else "any": [self.gate(part) for part in _parts(gate, kind)]}
         if isinstance(gate, Not):
             return {"not": self.gate(gate.gate)}
-        assert isinstance(gate, Condition)
+        if not isinstance(gate, Condition):
+            raise SteeringError(
+                f"a gate of the class {type(gate).__name__}", "readings that are compared and combined", _KEEP
+            )
         reading = gate.reading
         if READINGS.get(type(reading).__name__) is not type(reading):
             raise SteeringError(
                 f"{a(type(reading).__name__)}, a reading of your own",
                 f"one of {', '.join(READINGS)}",
-                "only these can be loaded again; keep your own class in your code",
+                _KEEP,
             )
         return {
             "reading": {"kind": type(reading).__name__, **self.fields_of(reading)},
@@ -122,8 +128,8 @@ class _Loader:
 
     def gate(self, entry: Mapping[str, Any]) -> Gate:
         if "all" in entry or "any" in entry:
-            first, second = (self.gate(part) for part in entry.get("all", entry.get("any")))
-            return first & second if "all" in entry else first | second
+            join = and_ if "all" in entry else or_
+            return reduce(join, [self.gate(part) for part in entry.get("all", entry.get("any"))])
         if "not" in entry:
             return ~self.gate(entry["not"])
         arguments = self.arguments(entry["reading"])
@@ -131,6 +137,18 @@ class _Loader:
         if kind is Feature:
             arguments.pop("hookpoint")  # the SAE's
         return Condition(kind(**arguments), entry["threshold"], entry["fires_above"])
+
+
+def _parts(gate: Gate, kind: type[Both] | type[Either]) -> list[Gate]:
+    """What one kind of gate combines, over any number of its own kind."""
+    parts, rest = [], [gate]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, kind):
+            rest += [one.second, one.first]
+        else:
+            parts.append(one)
+    return parts
 
 
 def _needed(value: Any) -> list[str]:

@@ -226,6 +226,11 @@ class Reading(OneLineRepr, ABC):
         return Condition(self, threshold, fires_above=False)
 
 
+def _copied(name: str, value: Any) -> Tensor:
+    """A float32 copy of a vector, which training it further does not reach: gates pass on no gradient."""
+    return finite_vector(name, value.detach() if isinstance(value, Tensor) else value)
+
+
 @dataclass(frozen=True, eq=False, init=False, repr=False)
 class _Along(Reading):
     """A reading along a direction."""
@@ -240,7 +245,7 @@ class _Along(Reading):
                 "a direction without a hookpoint", "a place to read at", "pass a SteeringVector, or hookpoint="
             )
         values: dict[str, Any] = {
-            "direction": finite_vector("direction", getattr(direction, "direction", direction)),
+            "direction": _copied("direction", getattr(direction, "direction", direction)),
             "hookpoint": place,
             "pooling": pooling,
         }
@@ -304,7 +309,7 @@ class Probe(Reading):
         self, weight: Tensor, hookpoint: Hookpoint | str | int, bias: float = 0.0, pooling: Pooling = ""
     ) -> None:
         values: dict[str, Any] = {
-            "weight": finite_vector("weight", weight),
+            "weight": _copied("weight", weight),
             "bias": finite_number("bias", bias),
             "hookpoint": hookpoint,
             "pooling": pooling,

@@ -27,6 +27,8 @@ def last(tokens: int) -> TokenScope:
 
 def at(positions: Sequence[int]) -> TokenScope:
     """The scope of the prompt's tokens at these positions, where 0 is its first token, which may be a start token."""
+    if not isinstance(positions, list | tuple | range) or not positions:
+        raise SteeringError(describe_value(positions), "a list of positions", "pass fg.at([0, 3])")
     for position in positions:
         check_range("a position", position, 0, MAX_COUNT, whole=True)
     return TokenScope(f"at:{','.join(str(position) for position in sorted(set(positions)))}")

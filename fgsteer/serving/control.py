@@ -216,7 +216,7 @@ class Control:
         span = requested.span(length, None if ids is None else ids[0] in self._start_ids)
         params.extra_args = {**params.extra_args, PLAN: [loaded.tag, *amounts, *span]}
         request.request_id += _suffix(loaded.tag)
-        salt = [request.cache_salt, loaded.rows.sha256, *amounts, requested.scope, requested.bos]
+        salt = [request.cache_salt, loaded.rows.sha256, *amounts, requested.scope, requested.bos, *span]
         request.cache_salt = text_sha256(salt)
         return True
 

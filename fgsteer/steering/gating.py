@@ -1,21 +1,25 @@
 """What gates read in the passes of one steer block: of each token, or once for a prompt and then kept.
 
     readings = Readings(positions)
-    gate = readings.add(item.when, item.hookpoint)
-    readings.take(hookpoint, h)             in the hook at a hookpoint where something is read
+    gate = readings.add(item.when)
+    readings.take(hookpoint, h)             in the hook at a hookpoint, before anything there acts
     gate.open_for(h)                        the tokens at which the gate is open
 
-Gates are made into objects that hold numbers as tensors, so that compiled graphs serve other thresholds too.
+One reading is read once in a pass, so that all gates that share it decide alike. Gates are made into objects that hold
+numbers as tensors, so that compiled graphs serve other thresholds too.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fgsteer.errors import SteeringError
+from fgsteer.errors.wording import count
 from fgsteer.interventions.gates import Both, Condition, Either, Feature, Gate, Mask, Not, Reading
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
@@ -34,34 +38,39 @@ class Readings:
         self.prompt: ScopeMask | None = None
         self.places: list[_Place] = []
         self.features: list[_Features] = []
+        self.cache: weakref.ref[Any] | None = None  # that of the prompts that were read last
 
     @property
-    def elsewhere(self) -> list[Hookpoint]:
-        """Where something is read before its intervention acts."""
-        return list(dict.fromkeys(place.reading.hookpoint for place in self.places if place.before))
+    def hookpoints(self) -> list[Hookpoint]:
+        """Where something is read."""
+        return list(dict.fromkeys(place.reading.hookpoint for place in self.places))
 
-    def add(self, gate: Gate | None, hookpoint: Hookpoint) -> GateNode | None:
-        """The gate of an intervention at a hookpoint, as the hooks evaluate it."""
+    def add(self, gate: Gate | None) -> GateNode | None:
+        """The gate of an intervention, as the hooks evaluate it. Raises SteeringError for a gate of one's own."""
         if gate is None:
             return None
         if isinstance(gate, Both | Either):
-            first, second = self.add(gate.first, hookpoint), self.add(gate.second, hookpoint)
-            return GateNode("and" if isinstance(gate, Both) else "or", first, second)
+            return GateNode("and" if isinstance(gate, Both) else "or", self.add(gate.first), self.add(gate.second))
         if isinstance(gate, Not):
-            return GateNode("not", self.add(gate.gate, hookpoint))
-        assert isinstance(gate, Condition)
-        place = self._place(gate.reading, gate.reading.hookpoint != hookpoint)
+            return GateNode("not", self.add(gate.gate))
+        if not isinstance(gate, Condition):
+            raise SteeringError(
+                f"a gate of the class {type(gate).__name__}",
+                "readings that are compared with thresholds and combined by &, | and ~",
+                "write a reading of your own, with values(h), instead of a gate",
+            )
+        place = self._place(gate.reading)
         return GateNode("read", place=place, threshold=torch.tensor(gate.threshold), above=gate.fires_above)
 
-    def _place(self, reading: Reading, before: bool) -> _Place:
+    def _place(self, reading: Reading) -> _Place:
         for place in self.places:
-            if place.reading is reading and place.before == before:
+            if place.reading is reading:
                 return place
         if reading.pooling and self.prompt is None:
             self.prompt = ScopeMask("prompt", bos=False)
             self.positions.masks = [*self.positions.masks, self.prompt]
         features = self._features(reading) if isinstance(reading, Feature) else None
-        self.places.append(_Place(self, reading, before, features))
+        self.places.append(_Place(self, reading, features))
         return self.places[-1]
 
     def _features(self, reading: Feature) -> _Features:
@@ -73,17 +82,33 @@ class Readings:
             features.ids.append(reading.feature)
         return features
 
-    def begin_pass(self) -> None:
-        """Forget what was read of the last pass, but for decisions on prompts."""
+    def begin_pass(self, cache: Any) -> None:
+        """Forget what was read of the last pass, but for decisions on the prompts that this pass goes on from.
+
+        Raises SteeringError where it goes on from other prompts than those that were decided on.
+        """
         for place in self.places:
             place.value = None
         for features in self.features:
             features.seen = features.acts = None
+        if self.prompt is None or self.positions.generating or not self.prompt.empty or torch.compiler.is_compiling():
+            return
+        if self.cache is None or self.cache() is not cache:
+            raise SteeringError(
+                "a gate on prompts in a pass that goes on from another prompt than the last one read in this block",
+                "passes that go on from the prompt that was read last, inside the block",
+                "open the block before the prompt is read, and one block for each conversation",
+            )
+
+    def end_pass(self, cache: Any) -> None:
+        """Note the cache that a pass over prompts has filled, so that decisions are not taken for those of others."""
+        if self.prompt is not None and not self.prompt.empty and not torch.compiler.is_compiling():
+            self.cache = None if cache is None else weakref.ref(cache)
 
     def take(self, hookpoint: Hookpoint, h: Tensor) -> None:
-        """Note what is read of the activations (batch, tokens, d_model) at a hookpoint."""
+        """Read the activations (batch, tokens, d_model) that come to a hookpoint, before anything there acts."""
         for place in self.places:
-            if place.before and place.reading.hookpoint == hookpoint:
+            if place.reading.hookpoint == hookpoint:
                 place.value = place.read(h)
 
 
@@ -99,11 +124,11 @@ class GateNode:
     above: bool = True
 
     def open_for(self, h: Tensor) -> Mask:
-        """The tokens (batch, tokens) at which it is open, given the activations where its intervention acts."""
+        """The tokens (batch, tokens) of these activations at which it is open."""
         if self.kind == "read":
             assert self.place is not None
             assert self.threshold is not None
-            value = self.place.noted().to(h.device) if self.place.before else self.place.read(h)
+            value = self.place.noted().to(h.device)
             met = value > self.threshold if self.above else value < self.threshold
             return met.expand(h.shape[:2])
         assert self.first is not None
@@ -117,18 +142,17 @@ class GateNode:
 
 @dataclass(eq=False)
 class _Place:
-    """A reading, where it is read (``before``: earlier in a pass than its intervention acts), and what was read."""
+    """A reading, and what was read of the running pass and of the prompts."""
 
     owner: Readings
     reading: Reading
-    before: bool
     features: _Features | None
     ready: Reading | None = None
     value: Tensor | None = None  # (batch, tokens) or (batch, 1), of the running pass
     kept: Tensor | None = None  # (batch, 1), of the prompts
 
     def noted(self) -> Tensor:
-        """What was read earlier in the pass. Raises SteeringError where the pass did not come by."""
+        """What was read in this pass. Raises SteeringError where the pass did not come by."""
         if self.value is None:
             raise SteeringError(
                 f"a pass that did not come by {self.reading.hookpoint}, where a gate reads",
@@ -147,13 +171,14 @@ class _Place:
             self._refuse_parts()
             assert prompt.mask is not None
             self.kept = pool(self._by_token(h), prompt.mask.to(h.device), self.reading.pooling)
-        if self.kept is None:
-            raise SteeringError(
-                "a gate on prompts in a pass that goes on from a prompt that was read before the steer block",
-                "the prompt inside the block",
-                "open the block before the prompt is read",
-            )
         kept = self.kept
+        if kept is None or len(h) % len(kept):
+            decided = 0 if kept is None else len(kept)
+            raise SteeringError(
+                f"a gate on prompts in a pass of {count(len(h), 'row')}, after prompts of {count(decided, 'row')}",
+                "a pass that goes on from the prompts that were read inside the block, in their order",
+                "open the block before the prompts are read, and do not add or drop rows inside",
+            )
         return kept if len(kept) == len(h) else kept.repeat_interleave(len(h) // len(kept), 0)
 
     def _by_token(self, h: Tensor) -> Tensor:

@@ -57,7 +57,6 @@ class UpdateGroup:
 
     def apply_to(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
         """The updated hidden states; h itself where the pass holds none of the tokens."""
-        gate = None if self.node is None else self.node.open_for(h)  # which reads a prompt in any case
         if self.tokens.empty:
             return h
         self.ran = True
@@ -68,7 +67,8 @@ class UpdateGroup:
         if self.needs_row_mask:
             rows = row_mask[:, None]
             where = rows.expand(h.shape[:2]) if where is None else where & rows
-        if gate is not None:
+        if self.node is not None:
+            gate = self.node.open_for(h)
             where = gate if where is None else where & gate
         return apply(h, update, where)
 

@@ -90,11 +90,11 @@ class SteeringHooks:
         self.positions = Positions(masks, start_token_finder(model), self.rows, prompt_lengths, pass_key(model))
         self.readings = Readings(self.positions)
         for group in self.groups:
-            group.node = self.readings.add(group.gate, group.hookpoint)
+            group.node = self.readings.add(group.gate)
         virtual_tokens(model)  # raises for what cannot be placed, before any pass
         self.is_peft = hasattr(model, "active_peft_config")  # PEFT may put virtual tokens before texts
         self.claim = Claim(model)
-        self.recomputation = Recomputation(self.positions, self.claim)
+        self.recomputation = Recomputation(self.positions, self.readings, self.claim)
         self.any_pass = False
         self.handles: list[RemovableHandle] = []
         self.links: list[Link] = []
@@ -109,13 +109,15 @@ class SteeringHooks:
         handle = decoder.register_forward_pre_hook(self._begin_pass, with_kwargs=True)
         hooks.callback(handle.remove)
         self.handles.append(handle)
+        if self.readings.prompt is not None:
+            hooks.callback(decoder.register_forward_hook(self._end_pass).remove)
         shadow(decoder, "forward", _as_new_function(decoder.forward), hooks)
         self.recomputation.install(decoder, hooks)
         changed = {id(module): module for module in (self.model, decoder)}
         groups_at: dict[Hookpoint, list[UpdateGroup]] = {}
         for group in self.groups:
             groups_at.setdefault(group.hookpoint, []).append(group)
-        for hookpoint in dict.fromkeys([*groups_at, *self.readings.elsewhere]):
+        for hookpoint in dict.fromkeys([*groups_at, *self.readings.hookpoints]):
             groups = groups_at.get(hookpoint, [])
             module, is_input = resolve(self.model, hookpoint)
             # first in line, so that hidden states which others record are the steered ones
@@ -150,7 +152,6 @@ class SteeringHooks:
     def _begin_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the decoder is about to run on."""
         self.recomputation.begin()
-        self.readings.begin_pass()
         if not (torch.compiler.is_compiling() or self.positions.generating):
             self.warn_replaced()
         arguments = dict(zip(self.decoder_arguments, args, strict=False)) | kwargs if args else kwargs
@@ -168,7 +169,15 @@ class SteeringHooks:
         virtual = virtual_tokens(self.model) if self.is_peft else 0
         mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
         self.positions.begin_pass(tokens, cache, mask, position_ids, virtual)
+        self.readings.begin_pass(cache)
         self.any_pass = True
+
+    def _end_pass(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        """Note the cache that the decoder filled."""
+        if not self.positions.generating:
+            self.readings.end_pass(
+                next((c for n in CACHE_ARGUMENTS if (c := getattr(output, n, None)) is not None), None)
+            )
 
     def _refuse_mixed_rows(self, arguments: dict[str, Any], batch: int, length: int) -> None:
         """Raises SteeringError where transformers' RWKV would run several rows from a state, which mixes them."""
@@ -184,14 +193,14 @@ class SteeringHooks:
             )
 
     def _apply(self, hookpoint: Hookpoint, groups: Sequence[UpdateGroup], h: Tensor) -> Tensor:
-        """Apply the groups in order to hidden states of any layout, and read what gates further on read of them."""
+        """Apply the groups in order to hidden states of any layout, after what gates read of them."""
         self.recomputation.check()  # a pass may have begun before the hooks were set
         batch, length = self.positions.batch, self.positions.pass_columns
         repeats = 1 if self.rows == 1 else batch // self.rows
         changed = h if h.shape[:-1] == (batch, length) else reshape_by_token(h, batch, length)
+        self.readings.take(hookpoint, changed)
         for group in groups:
             changed = group.apply_to(changed, repeats)
-        self.readings.take(hookpoint, changed)
         return changed if changed.shape == h.shape else changed.reshape(h.shape)
 
     def _output_hook(self, hookpoint: Hookpoint, groups: Sequence[UpdateGroup]) -> Callable[..., Any]:
