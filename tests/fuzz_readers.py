@@ -39,7 +39,7 @@ from fgsteer.data.contrasts import check_name as check_file_name
 from fgsteer.data.corpora import read_documents
 from fgsteer.effects.measuring import check_shapes
 from fgsteer.evaluation.bench.concept_runs import begun_design
-from fgsteer.evaluation.bench.run_files import as_line, check_run, load_conditions, resume
+from fgsteer.evaluation.bench.run_files import check_run, load_conditions, resume
 from fgsteer.evaluation.judges.answer_cache import AnswerCache, parse_score
 from fgsteer.evaluation.judges.chat_client import BrokenAnswerError, completion
 from fgsteer.evaluation.runs.settings import best_settings
@@ -54,6 +54,7 @@ from fgsteer.serving.tables import Batch
 from fgsteer.statistics.collecting import ChunkReader, sums_of_shards
 from fgsteer.storage.files import write_tensors
 from fgsteer.storage.json_files import text_sha256, write_json
+from fgsteer.storage.lines import as_line
 from fgsteer.storage.locks import _describe_holder
 from fgsteer.storage.ranks import Ranks
 from fgsteer.storage.shards import Shards

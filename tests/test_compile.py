@@ -27,6 +27,9 @@ def vector(seed=1, layer=1, site="resid_post"):
     return fg.SteeringVector(direction, fg.Hookpoint(layer, site), reference=reference)
 
 
+AT, LOW_SAE = fg.Hookpoint(1), make_sae("jumprelu", layer=0)
+
+
 def clamp(target):
     sae = make_sae("jumprelu")
     return fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={j: target + j for j in range(8)})
@@ -45,6 +48,11 @@ STRUCTURES: dict[str, Callable[[float], Any]] = {
     "ablate and add": lambda c: [vector(1).ablate(), vector(2).add(c)],
     "clamp": clamp,
     "per row": lambda c: [vector(1).add(c), None, [clamp(c), vector(2, 0).affine(c)]],
+    "cap": lambda c: vector().clamp(at_most=c),
+    "turn": lambda c: fg.Rotate(direction=vector(1).direction, other=vector(2).direction, by=20 * c, hookpoint=AT),
+    "keeping norm": lambda c: [vector().add_keeping_norm(c), vector(2).add_relative(c / 4)],
+    "gate on tokens": lambda c: vector().add(c, when=(fg.Feature(LOW_SAE, 3) > 0.1) | (fg.Projection(vector(1)) > 0.0)),
+    "gate on prompts": lambda c: vector().add(c, when=fg.Cosine(vector(2, 0)).mean() > 0.0),
     **{scope: in_scope(scope) for scope in SCOPES[1:]},
 }
 
@@ -85,7 +93,7 @@ def tokens(model, inputs, steering=None, **options):
 
 
 @pytest.mark.filterwarnings("ignore::fgsteer.errors.UntouchedWarning")
-@pytest.mark.parametrize("name", slow_but(["per row", "prompt"], STRUCTURES))
+@pytest.mark.parametrize("name", slow_but(["per row", "prompt", "gate on prompts"], STRUCTURES))
 @pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_compiled_decoding_equals_eager_and_compiles_once(models, inputs, graphs, family, name):
     model, make = copy.deepcopy(models[family]), STRUCTURES[name]
@@ -193,7 +201,7 @@ def test_an_addition_is_one_operation_a_layer(llama, inputs, cache, dtype):
 
 
 @pytest.mark.filterwarnings("ignore::fgsteer.errors.UntouchedWarning")
-@pytest.mark.parametrize("name", slow_but(["per row", "prompt"], STRUCTURES))
+@pytest.mark.parametrize("name", slow_but(["per row", "prompt", "gate on prompts"], STRUCTURES))
 def test_a_decoding_step_waits_for_nothing(llama, inputs, name):
     more = added(llama, inputs, STRUCTURES[name](2.0), cache_implementation="static")
     assert not {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero"} & set(more)

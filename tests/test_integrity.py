@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save, save_file
 
 import fgsteer as fg
 from fgsteer.data.corpora import read_documents
-from fgsteer.evaluation.bench.run_files import as_line, load_conditions
+from fgsteer.evaluation.bench.run_files import load_conditions
 from fgsteer.evaluation.judges.answer_cache import AnswerCache
 from fgsteer.evaluation.judges.chat_client import completion
 from fgsteer.export import gguf
 from fgsteer.models.shipped import DEFAULT, SHIPPED
 from fgsteer.serving.rows import load_rows, save_clamp
 from fgsteer.storage import files, json_files
+from fgsteer.storage.lines import as_line
 from fgsteer.storage.shards import Shards
 from tests.helpers import runs
 from tests.helpers.sae_files import config_of, folder_of, state_of

@@ -42,6 +42,7 @@ def is_steered(scope, bos, place, prompt_length):
         "prompt": place < prompt_length,
         "generated": place >= prompt_length,
         "reply": place >= prompt_length - 1,
+        "last_prompt": place == prompt_length - 1,
     }[scope]
 
 

@@ -14,7 +14,7 @@ from fgsteer import export
 from fgsteer.serving.control import Control
 from fgsteer.serving.request import PLAN, steering
 from fgsteer.serving.rows import load_rows, rows_of
-from fgsteer.serving.tables import Batch, Table
+from fgsteer.serving.tables import COLUMNS, Batch, Table
 from fgsteer.steering.ranges import max_change
 from fgsteer.storage.files import write_tensors
 from tests.helpers.engine import WIDTH, FakeEngine, clamp, normal, request, vector
@@ -195,7 +195,7 @@ def test_the_table_lets_nothing_overflow_and_unsteered_tokens_alone(dtype, const
     rows = {name: torch.full_like(tensor, entries) for name, tensor in tensors().items()}
     table.fill(1.0, rows | {"threshold": torch.full((2,), -math.inf)})
     hidden, residual = (3 * normal(1, 12, WIDTH)).to(dtype), (3 * normal(2, 12, WIDTH)).to(dtype)
-    out = step(table, batch, {"a": (1.0, const, -1.0, 0.0, 99.0), "b": None}, hidden, residual)
+    out = step(table, batch, {"a": (1.0, const, -1.0, -math.inf, math.inf, 0.0, 99.0), "b": None}, hidden, residual)
     assert out.dtype == dtype
     stream = out[:6].float() + residual[:6].float()
     assert stream.isfinite().all()
@@ -213,14 +213,14 @@ def test_an_entry_that_the_model_itself_makes_large_is_kept(monkeypatch):
     table.fill(1.0, rows_of(v).tensors)
     hidden = normal(3, 4, WIDTH)
     hidden[:, 5] = 1e9
-    out = step(table, batch, {"a": (1.0, 2.0 * v.norm, 0.0, 0.0, 99.0)}, hidden, None)
+    out = step(table, batch, {"a": (1.0, 2.0 * v.norm, 0.0, -math.inf, math.inf, 0.0, 99.0)}, hidden, None)
     others = [i for i in range(WIDTH) if i != 5]
     torch.testing.assert_close((out - hidden)[:, others], (2 * v.direction)[others].expand(4, -1))
     assert (out[:, 5] >= 0.99e9).all()
 
 
 def test_negative_zeros_of_unsteered_tokens_stay():
-    table = Table(1, WIDTH, torch.zeros(3, 8))
+    table = Table(1, WIDTH, torch.zeros(COLUMNS, 8))
     hidden = torch.full((4, WIDTH), -0.0)
     assert torch.signbit(table(hidden, None)).all()
 
@@ -239,7 +239,7 @@ def test_the_table_compiles_to_one_graph_whatever_it_holds():
     with torch.no_grad():
         assert torch.equal(compiled(hidden, hidden), hidden)
         table.fill(1.0, rows_of(vector()).tensors)
-        batch.tokens[:2] = 1.0
+        batch.tokens[:] = torch.tensor([1.0, 1.0, 0.0, -math.inf, math.inf])[:, None]
         assert not torch.allclose(compiled(hidden, hidden), hidden)
         batch.tokens[1] = math.inf
         assert compiled(hidden, hidden).isfinite().all()

@@ -41,6 +41,7 @@ def made(tmp_path_factory):
     texts = ["the bride wore a ring", "a cat ran"]
     swept = fg.sweep(model, tokenizer, fg.ContrastSet("x", positives=texts, negatives=["a dog sat", "the man"]),
                      layers=[0, 1], ce_rises=[0.01], neutral=texts)  # fmt: skip
+    long_gate = (fg.Projection(vector).mean() > 1 / 3) & (fg.Feature(sae, 3) < 1 / 3)
     plan = BenchPlan(tuple(fg.shipped_contrasts()), methods=("unsteered",), settings={"fgaa": {"n_positive": 8}})
     common = {"hookpoint": AT, "model_name": "org/" + "name" * 30, "method": "fgaa", "scope": "reply"}
     return [
@@ -50,6 +51,15 @@ def made(tmp_path_factory):
         *(vector.add(2.0), vector.ablate(), vector.clamp(1.0), vector.affine(1.0)),
         fg.Add(direction=wide, coefficient=1 / 3, bos=True, **common),
         fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets=dict.fromkeys(range(900), 2.0)),
+        fg.edit(sae, dict.fromkeys(range(900), ("at_most", 2.0))),
+        *(vector.add_relative(0.3), vector.add_keeping_norm(2.0), vector.clamp(at_least=1 / 3, at_most=2 / 3)),
+        fg.ClampSubspace(directions=torch.randn(9, 4096), targets=[1 / 3] * 9, **common),
+        fg.Rotate(direction=wide, other=narrow, by=1 / 3, **common),
+        fg.AdaptiveAdd(direction=wide, read=narrow, bias=1 / 3, **common),
+        fg.Add(direction=wide, when=(long_gate & ~long_gate) | long_gate, **common),
+        *(fg.Projection(vector).mean(), fg.Cosine(vector), fg.Probe(wide, AT, 1 / 3), fg.Feature(sae, 3)),
+        fg.GateFit(fg.Feature(sae, 3).max() > 1 / 3, *[fg.GateScores(1 / 3, 1 / 3, 1 / 3, 1 / 3, (10**6, 10**6))] * 2),
+        fg.GateScores(1 / 3, 1 / 3, 1 / 3, 1 / 3, (10**6, 10**6)),
         *(moments, contrast, pooled),
         fg.ContrastStatistics(places, {AT: contrast}, {"model": LONG}, ({"name": LONG},) * 50, {AT: pooled}),
         fg.FeatureDensity(narrow, narrow, narrow, 10**9, "3f" * 32, 0.01, {"name": LONG}),

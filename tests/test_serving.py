@@ -23,7 +23,7 @@ from fgsteer.serving.offline import engine_settings
 from fgsteer.serving.request import PLAN, RequestedSteering, parse_request
 from fgsteer.serving.rows import load_rows, rows_by_name, rows_of
 from fgsteer.serving.server import set_engine_options
-from fgsteer.serving.tables import Batch, Table, blocks_of, steer_block
+from fgsteer.serving.tables import COLUMNS, Batch, Table, blocks_of, steer_block
 from fgsteer.serving.writer import servable
 from fgsteer.storage.files import write_tensors
 from tests.helpers.engine import WIDTH, FakeEngine, clamp, normal, request, vector
@@ -35,7 +35,7 @@ PROMPT, LENGTH = 3, 6
 def run(items, hidden, residual):
     """Steer a batch that holds the tokens of every item after one another, each from position 0."""
     batch = Batch(64, torch.device("cpu"))
-    table = Table(8, WIDTH, batch.tokens)
+    table = Table(16, WIDTH, batch.tokens)
     for tag, (served, operation, scale, wanted) in enumerate(items, start=1):
         if served is not None:
             table.fill(float(tag), served.tensors)
@@ -46,7 +46,7 @@ def run(items, hidden, residual):
     return table(hidden, residual)
 
 
-@pytest.mark.parametrize("scope", reference.SCOPES)
+@pytest.mark.parametrize("scope", [*reference.SCOPES, "first:2", "last:2"])
 @pytest.mark.parametrize("bos", [False, True])
 def test_one_batch_equals_the_loops_token_by_token(scope, bos):
     wanted = RequestedSteering("x", None, 1.0, scope, bos)
@@ -57,6 +57,7 @@ def test_one_batch_equals_the_loops_token_by_token(scope, bos):
         (rows_of(v), "affine", 1.5, wanted),
     ]
     items += [(rows_of(item), None, 1.0, wanted) for item in clamps[:1]]
+    items += [(rows_of(v), "at_least", 1.0, wanted), (rows_of(v), "at_most", -1.0, wanted)]
     hidden, residual = normal(5, LENGTH * len(items), WIDTH), normal(6, LENGTH * len(items), WIDTH)
     out = run(items, hidden, residual)
     assert torch.equal(out[:LENGTH], hidden[:LENGTH])  # unsteered: bit for bit
@@ -75,7 +76,11 @@ def test_one_batch_equals_the_loops_token_by_token(scope, bos):
         reference.clamp(h[3], d, 2.0, where),
         reference.affine(h[4], d, r, 1.5, where),
         reference.clamp_feature(h[5], encode, rows, clamps[0].targets, where),
+        h[6].copy(),
+        h[7].copy(),
     ]
+    expected[6][where] = reference.bound(h[6], d, at_least=1.0)[where]
+    expected[7][where] = reference.bound(h[7], d, at_most=-1.0)[where]
     found = (out + residual).numpy().reshape(h.shape)
     # float32 sums over 32 terms of size about 3
     np.testing.assert_allclose(found, np.stack(expected), atol=2e-5)
@@ -98,6 +103,31 @@ def test_feature_clamps_equal_the_hooks_kernel(kind, scale, tmp_path):
     change = scaled.update().change(hidden[None])[0]
     assert (change.abs().amax(1) > 0).any()
     torch.testing.assert_close(out, hidden + change, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated"])
+def test_edits_equal_the_hooks_kernel(kind, tmp_path):
+    edits = {3: 2.0, 7: "off", 11: ("at_most", 0.4), 4: ("at_least", 0.5), 9: ("plus", -0.3), 2: ("times", 1.5)}
+    item = fg.edit(clamp(kind).sae, edits)
+    save_clamp(item, tmp_path / "c.safetensors")
+    hidden = normal(8, 40, WIDTH)
+    wanted = RequestedSteering("c", None, 1.0, "all", True)
+    out = run([(load_rows(tmp_path / "c.safetensors"), None, 1.0, wanted)], hidden, None)
+    change = item.update().change(hidden[None])[0]
+    torch.testing.assert_close(out, hidden + change, atol=1e-5, rtol=1e-5)
+
+
+def test_a_file_of_an_earlier_version_has_no_bounds(tmp_path):
+    item = clamp("relu")
+    tensors = {name: t for name, t in rows_of(item).tensors.items() if name not in ("lam", "lo", "hi")}
+    write_tensors(tmp_path / "c", tensors, kind="clamp", header={"hookpoint": str(item.hookpoint)})
+    for name, tensor in load_rows(tmp_path / "c").tensors.items():
+        assert torch.equal(tensor, rows_of(item).tensors[name])
+    crossed = rows_of(item).tensors
+    crossed |= {"lo": torch.full((3,), 2.0), "hi": torch.full((3,), 1.0)}
+    write_tensors(tmp_path / "c", crossed, kind="clamp", header={"hookpoint": str(item.hookpoint)})
+    with pytest.raises(fg.FormatError, match="lower bound is above"):
+        load_rows(tmp_path / "c")
 
 
 def test_hooked_blocks_equal_steer(llama, tokenizer):
@@ -142,7 +172,7 @@ def test_block_outputs_keep_their_form():
 
     for kind in (Split, Odd):
         block = kind()
-        block.steering = Table(1, 4, torch.zeros(3, 8))
+        block.steering = Table(1, 4, torch.zeros(COLUMNS, 8))
         block.register_forward_hook(steer_block)
         if kind is Odd:
             with pytest.raises(fg.HookpointError, match="Odd"):
@@ -154,7 +184,7 @@ def test_block_outputs_keep_their_form():
 
 
 def test_rows_are_given_and_taken_back():
-    table = Table(4, WIDTH, torch.zeros(3, 8))
+    table = Table(4, WIDTH, torch.zeros(COLUMNS, 8))
     three = rows_of(clamp("relu")).tensors
     table.fill(1.0, three)
     with pytest.raises(fg.SteeringError, match=r"1 of 4 are free.*more rows"):
@@ -253,7 +283,7 @@ def test_names_come_and_go_while_requests_run():
     first = request(steering("love", scale=2.0, scope="generated"))
     control.admit(first)
     plan = first.sampling_params.extra_args[PLAN]
-    assert plan[1:] == [pytest.approx(2.0 * vector(0).norm), 0.0, 3, math.inf]
+    assert plan[1:] == [pytest.approx(2.0 * vector(0).norm), 0.0, -math.inf, math.inf, 3, math.inf]
     engine.live = [first.request_id]
     control.load("love", vector(3))  # replaced: the request under way keeps its rows
     assert (engine.tables[1].owner == plan[0]).sum() == 1
@@ -280,20 +310,33 @@ def test_a_start_token_at_position_0_is_spared_and_a_word_is_not(scope, bos):
         ids = [first, 2, 7]
         made = request(steering("love", scope=scope, bos=bos), ids=ids)
         control.admit(made)
-        start, end = made.sampling_params.extra_args[PLAN][3:]
+        start, end = made.sampling_params.extra_args[PLAN][COLUMNS:]
         places = [i for i in range(6) if start <= i < end]
         assert places == reference.positions(scope, 6, len(ids), 0, bos=bos or first == 5)
     if scope == "reply":  # by its earlier name, as clients may still send it
         assert parse_request({"steer": "love", "steer_scope": "last_prompt_on"}).scope == "reply"
     one_word = request(steering("love", scope="reply"), ids=[5])
     control.admit(one_word)
-    assert one_word.sampling_params.extra_args[PLAN][3] == 0
+    assert one_word.sampling_params.extra_args[PLAN][COLUMNS] == 0
     embedded = request(steering("love", scope=scope, bos=bos), ids=None, embeds=normal(0, 3, WIDTH))
-    if bos or scope in ("generated", "reply"):
+    if bos or scope in ("generated", "reply", "last_prompt"):
         control.admit(embedded)
     else:
         with pytest.raises(fg.SteeringError, match=r"embeddings.*steer_bos = 1"):
             control.admit(embedded)
+
+
+@pytest.mark.parametrize("scope", ["prompt", "generated", "reply", "last_prompt", "first:4", "last:2"])
+def test_salts_tell_apart_which_tokens_are_steered(scope):
+    """A longer prompt that begins with a shorter one must not find what was steered at other places of that one."""
+    control = Control(FakeEngine([1]), [1])
+    control.load("a", vector(0))
+    salts = []
+    for ids in ([0, 5, 6], [0, 5, 6, 7, 8, 9], [0, 5, 6, 7, 8, 9]):
+        made = request(steering("a", scope=scope), ids=ids)
+        control.admit(made)
+        salts.append(made.cache_salt)
+    assert salts[0] != salts[1] == salts[2]
 
 
 def test_salts_tell_steerings_apart():
@@ -471,7 +514,10 @@ def test_importing_serving_needs_no_vllm():
         vector().ablate(),
         vector().clamp(2.0),
         vector().affine(0.5),
+        vector().clamp(at_least=1.0),
+        vector().clamp(at_most=-1.0),
         clamp("jumprelu"),
+        fg.edit(clamp("relu").sae, {3: "off", 4: ("times", 2.0)}),
     ],
     ids=lambda item: type(item).__name__,
 )
@@ -483,6 +529,23 @@ def test_a_request_says_what_an_intervention_does(item):
     torch.testing.assert_close(out, hidden + item.update().change(hidden[None])[0], atol=1e-5, rtol=1e-5)
     moved = replace(item, scope="generated", bos=True)
     assert (servable(moved)[1]["scope"], servable(moved)[1]["bos"]) == ("generated", True)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        vector().add_relative(0.5),
+        vector().add_keeping_norm(2.0),
+        vector().clamp(at_least=-1.0, at_most=1.0),
+        fg.Rotate(hookpoint=1, direction=vector().direction, other=vector(3).direction, by=10.0),
+        fg.ClampSubspace(hookpoint=1, directions=torch.stack([vector().direction, vector(3).direction])),
+        fg.AdaptiveAdd(hookpoint=1, direction=vector().direction, read=vector(3).direction),
+    ],
+    ids=lambda item: type(item).__name__,
+)
+def test_what_vllm_cannot_do_is_refused(item):
+    with pytest.raises(fg.SteeringError, match=r"fgsteer\.steer"):
+        servable(item)
 
 
 class FakeControl:

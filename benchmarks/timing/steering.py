@@ -6,7 +6,8 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -126,6 +127,11 @@ def _steered(subject: Subject, batch: int) -> Iterator[tuple[str, tuple[Any, boo
     yield "steer, a vector a row", ([(v * (n + 1)).add() for n in range(batch)], True)
     yield "steer, Ablate + Add", ([w.ablate(), v.add()], False)
     yield f"steer, ClampFeature x 8 ({subject.sae.activation})", (clamp, False)
+    yield "steer, cap", (v.clamp(at_most=0.0), False)
+    yield "steer, AdaptiveAdd", (fg.AdaptiveAdd(direction=v.direction, read=w.direction, hookpoint=v.hookpoint), False)
+    fires = [fg.Feature(subject.sae, feature) > 0.0 for feature in targets]
+    yield "steer, a gate on 8 features", (v.add(when=reduce(or_, fires)), False)
+    yield "steer, a gate on the prompt", (v.add(when=fg.Cosine(v).mean() > -1.0), False)
 
 
 @torch.no_grad()
@@ -135,8 +141,8 @@ def _stepper(subject: Subject, batch: int, items: Any, by_row: bool, held: ExitS
     model = copy.deepcopy(subject.model, {id(weight): weight for weight in weights})
     cache = DynamicCache(config=model.config)
     ids = prompt_ids(subject, batch, 65)
+    held.enter_context(fg.steer(model, items, per_row=by_row))  # before the prompt, which gates read
     model(input_ids=ids[:, :-1], past_key_values=cache)
-    held.enter_context(fg.steer(model, items, per_row=by_row))
 
     @torch.no_grad()
     def run() -> None:

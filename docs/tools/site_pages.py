@@ -237,7 +237,11 @@ def interventions_table() -> str:
         "intervention | h becomes | in words",
         (
             (
-                f"`vec.{row.name}({row.amount})`" if row.of_vector else f"`fg.{row.kind}(…)`",
+                f"`vec.{row.method}({row.amount}=…)`"
+                if row.method
+                else f"`vec.{row.name}({row.amount})`"
+                if row.of_vector
+                else f"`fg.{row.kind}(…)`",
                 f"`{row.equation}`",
                 row.summary,
             )

@@ -25,7 +25,7 @@ from fgsteer.effects.rollouts import Sampling, rollout_features
 from fgsteer.errors import DataError, PairingError
 from fgsteer.errors.checks import check_range, is_whole_number
 from fgsteer.errors.wording import count
-from fgsteer.interventions.kinds import Add
+from fgsteer.interventions.adding import Add
 from fgsteer.likelihood.calibration import calibrate_many
 from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.models.pairing import check_pairing, model_identity

@@ -22,7 +22,7 @@ from fgsteer.activations.pooling import PoolingIndex, pool_features
 from fgsteer.activations.recording import record
 from fgsteer.errors.checks import check_range
 from fgsteer.errors.limits import MAX_COUNT
-from fgsteer.interventions.kinds import Intervention
+from fgsteer.interventions.base import Intervention
 from fgsteer.models.properties import check_window, input_device
 from fgsteer.saes.sae import SAE
 from fgsteer.steering.generation import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE

@@ -24,6 +24,7 @@ _APPLY: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": "all"},
     "generated": {"generation": "all"},
     "reply": {"prompt_positions": [-1], "generation": "all"},
+    "last_prompt": {"prompt_positions": [-1]},
 }
 
 
@@ -81,6 +82,12 @@ def _entry(item: Intervention, source: Path) -> dict[str, Any]:
             "an Add or an Ablate",
             "EasySteer sets no projections and has no SAE: export a Clamp or an Affine to lm-eval, "
             "or steer with fgsteer.steer",
+        )
+    if item.scope not in _APPLY:
+        raise SteeringError(
+            f"{kind_of(item)} with scope={item.scope!r}",
+            f"one of the scopes {', '.join(_APPLY)}",
+            "EasySteer counts no tokens of prompts: steer with fgsteer.steer",
         )
     select = dict(_APPLY[item.scope])
     if not item.bos and item.scope != "generated":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fgsteer.errors import SteeringError
 from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import a
+from fgsteer.export.requirements import refuse_gate
 from fgsteer.interventions import Ablate, Add, Intervention
 from fgsteer.models.hookpoints import Hookpoint, Site, blocks_of, resolve, why_not_added
 from fgsteer.models.pairing import check_pairing
@@ -117,6 +118,7 @@ def _terms(interventions: Intervention | Sequence[Intervention] | None) -> list[
                 "a checkpoint steers every row in the same way: fold the interventions of one row at a time",
             )
         what = f"{a(type(item).__name__)} at {item.hookpoint}"
+        refuse_gate(item)
         if not isinstance(item, Add):
             reason = "the change by any other intervention depends on the activation, and a bias does not"
             if isinstance(item, Ablate):

@@ -99,14 +99,14 @@ def _operation(item: Intervention) -> dict[str, Any]:
         return _entry("add", item.direction, float(item.coefficient))
     if isinstance(item, Ablate):
         return _entry("clamp", item.direction, 0.0)
-    if isinstance(item, Clamp):
+    if isinstance(item, Clamp) and item.target is not None:
         return _entry("clamp", item.direction, float(item.target))
     if isinstance(item, Affine):
         return _entry("clamp", item.direction, float(item.alpha) * float(item.direction.norm()), item.reference)
     raise SteeringError(
         kind_of(item),
-        "an Add, an Ablate, a Clamp or an Affine",
-        f"run fgsteer eval instead, which encodes with SAEs as {ENGINE} does not",
+        "an Add, an Ablate, a Clamp to a target or an Affine",
+        f"run fgsteer eval instead, which does what {ENGINE} does not",
     )
 
 

@@ -50,8 +50,19 @@ def listed(interventions: Interventions) -> list[Intervention]:
             "export the interventions of each model to a file of their own",
         )
     for item in items:
+        refuse_gate(item)
         check_amount(change_bound(item.update()), torch.float32, item.d_model, kind_of(item))
     return [item.detach() for item in items]
+
+
+def refuse_gate(item: Intervention) -> None:
+    """Raises SteeringError for an intervention with a gate, which no other engine has."""
+    if item.when is not None:
+        raise SteeringError(
+            f"{kind_of(item)} with a gate (when=…)",
+            "an intervention that always acts, where other engines steer",
+            "steer with fgsteer.steer, or leave when= out",
+        )
 
 
 def block_output(item: Intervention, engine: str) -> int:

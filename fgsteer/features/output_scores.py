@@ -23,7 +23,7 @@ from fgsteer.data.chat import check_text
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError, SelectionError
 from fgsteer.errors.checks import checked
-from fgsteer.interventions.kinds import Add
+from fgsteer.interventions.adding import Add
 from fgsteer.methods.selection import feature_id
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import context_window, input_device

@@ -5,10 +5,11 @@ apply(h, vec.add(8.0).update()) is h + 8·v, in a new tensor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fgsteer.saes.sae import SAE
@@ -16,7 +17,7 @@ from fgsteer.saes.sae import SAE
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """A rank-k update for R rows: ``h += Σⱼ (constⱼ − λⱼ·read(h)ⱼ) wⱼ`` (R = 1 serves every row).
+    """A rank-k update for R rows: ``h += Σⱼ clip(constⱼ − λⱼ·read(h)ⱼ, loⱼ, hiⱼ) wⱼ`` (R = 1 serves every row).
 
     What is read is ``read · h``, or the activations of features of ``sae``; without either, the update is constant.
 
@@ -27,6 +28,11 @@ class Update:
         read: The vectors that h is projected on, (R, k, d_model).
         sae: The SAE whose feature activations are read.
         features: Ids of the k features, where ``sae`` has more than those.
+        lo: The least that each strength may be, (R, k); None where none is bounded from below.
+        hi: The most that each strength may be, (R, k); None where none is bounded from above.
+        plane: A vector that is added once for each unit of the norm of what is read, (R, d_model).
+        relative: The rows whose change is multiplied by the norm of h, (R,).
+        keep_norm: The rows whose result is scaled to the norm of h, (R,).
         fixed: The change itself, multiplied out, where nothing is read.
     """
 
@@ -36,41 +42,72 @@ class Update:
     read: Float[Tensor, "rows k d_model"] | None = None
     sae: SAE | None = None
     features: tuple[int, ...] = ()
+    lo: Float[Tensor, "rows k"] | None = None
+    hi: Float[Tensor, "rows k"] | None = None
+    plane: Float[Tensor, "rows d_model"] | None = None
+    relative: Bool[Tensor, " rows"] | None = None
+    keep_norm: Bool[Tensor, " rows"] | None = None
     fixed: Float[Tensor, "rows 1 d_model"] | None = None
 
     def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> Update:
         """The same update for activations of a dtype on a device, each row repeated in place (beams, samples).
 
-        What reads stays in float32; what reads nothing is multiplied out.
+        What reads stays in float32, in float64 for activations of float64; what reads nothing is multiplied out.
         """
+        wide = torch.promote_types(dtype, torch.float32)
 
         def moved(part: Tensor) -> Tensor:
-            part = part.to(device, torch.float32)
+            part = part.to(device, part.dtype if part.dtype == torch.bool else wide)
             return part if repeats == 1 or len(self.write) == 1 else part.repeat_interleave(repeats, 0)
 
-        write, const, lam = moved(self.write), moved(self.const), moved(self.lam)
-        if self.sae is None and self.read is None:
-            return Update(write, const, lam, fixed=(const[:, None] @ write).to(dtype))
-        read = None if self.read is None else moved(self.read)
-        sae = None if self.sae is None else self.sae.to(device, torch.float32)
-        return Update(write, const, lam, read, sae, self.features)
+        tensors: dict[str, Any] = {
+            f.name: moved(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        sae = None if self.sae is None else self.sae.to(device, wide)
+        ready = replace(self, sae=sae, **tensors)
+        if ready.reads or ready.relative is not None:
+            return ready
+        fixed = ready.strengths(None)[:, None] @ ready.write
+        return replace(ready, fixed=fixed.to(dtype) if self.keep_norm is None else fixed)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the change depends on the activation's direction."""
+        return self.read is not None or self.sae is not None
+
+    def strengths(self, values: Tensor | None) -> Tensor:
+        """What each w is multiplied by, given what is read, (…, k); (R, k) where nothing is."""
+        amounts = self.const
+        if values is not None:
+            amounts = torch.addcmul(self.const[:, None], self.lam[:, None], values, value=-1)
+        for bound, limit in ((self.lo, torch.maximum), (self.hi, torch.minimum)):
+            if bound is not None:
+                amounts = limit(amounts, bound if values is None else bound[:, None])
+        return amounts
 
     def change(self, h: Float[Tensor, "batch tokens d_model"]) -> Tensor:
-        """The change of h, (batch, tokens, d_model) or broadcastable to it; float32 until prepared."""
+        """The change of h, (batch, tokens, d_model) or broadcastable to it, in the dtype of ``write``."""
         if self.fixed is not None:
             return self.fixed
-        if self.read is None and self.sae is None:
-            return self.const[:, None] @ self.write
-        wide = h.float()
-        if self.sae is None:
-            assert self.read is not None
-            values = _times(wide, self.read.mT)
-        elif self.features:
-            values = self.sae.encode_selected(wide, self.features)
+        wide = h.to(self.write.dtype)
+        values = self._read(wide)
+        if values is None:
+            change = self.strengths(None)[:, None] @ self.write
         else:
-            values = self.sae.encode(wide)
-        change = _times(torch.addcmul(self.const[:, None], self.lam[:, None], values, value=-1), self.write)
-        return change if self.sae is None or self.sae.input_norm == "none" else change * self.sae.input_scale(wide)
+            change = _times(self.strengths(values), self.write)
+            if self.plane is not None:
+                change = change + values.norm(dim=-1, keepdim=True) * self.plane[:, None]
+        if self.sae is not None and self.sae.input_norm != "none":
+            change = change * self.sae.input_scale(wide)
+        if self.relative is not None:
+            change = change * torch.where(self.relative[:, None, None], wide.norm(dim=-1, keepdim=True), 1.0)
+        return change
+
+    def _read(self, wide: Float[Tensor, "batch tokens d_model"]) -> Tensor | None:
+        """What is read of activations in the dtype of ``write``, (batch, tokens, k); None where nothing is."""
+        if self.sae is not None:
+            return self.sae.encode_selected(wide, self.features) if self.features else self.sae.encode(wide)
+        return None if self.read is None else _times(wide, self.read.mT)
 
 
 def _times(x: Float[Tensor, "batch tokens n"], matrices: Float[Tensor, "rows n m"]) -> Float[Tensor, "batch tokens m"]:
@@ -84,8 +121,17 @@ def apply(h: Float[Tensor, "batch tokens d_model"], update: Update, where: Tenso
     A mask ``where (batch, tokens)`` limits the change; elsewhere h comes back bit for bit.
     """
     change = update.change(h)
-    if change.dtype != h.dtype:
-        change = change.to(h.dtype)
-    if where is None:
-        return h + change
-    return torch.where(where[..., None], h + change, h)
+    moved = h + (change if change.dtype == h.dtype else change.to(h.dtype))
+    if update.keep_norm is not None:
+        moved = torch.where(update.keep_norm[:, None, None], _with_norm_of(h, change), moved)
+    return moved if where is None else torch.where(where[..., None], moved, h)
+
+
+def _with_norm_of(h: Float[Tensor, "batch tokens d_model"], change: Tensor) -> Float[Tensor, "batch tokens d_model"]:
+    """``(h + change)·‖h‖/‖h + change‖`` in h's dtype; where the sum is zero, so is this."""
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    moved = wide + change
+    norm = moved.norm(dim=-1, keepdim=True)
+    ratio = wide.norm(dim=-1, keepdim=True) / torch.where(norm > 0, norm, 1.0)
+    restored: Tensor = (moved * ratio).to(h.dtype)
+    return restored

@@ -5,12 +5,15 @@ updates = stack([vec.add(8.0), None, vec.ablate()])
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
-
+from fgsteer.interventions.base import Intervention
 from fgsteer.interventions.kernel import Update
-from fgsteer.interventions.kinds import ClampFeature, Intervention
+
+# what a row without it has of an update's part; read, plane, relative and keep_norm are 0
+UNBOUNDED = {"lo": -math.inf, "hi": math.inf}
 
 
 def stack(rows: Sequence[Intervention | None]) -> list[tuple[Update, list[int]]]:
@@ -19,29 +22,41 @@ def stack(rows: Sequence[Intervention | None]) -> list[tuple[Update, list[int]]]
     Interventions that project share one update, in which other rows have w = 0; those that read features have one
     update each. Scopes are not looked at: callers group rows by scope first.
     """
-    feature_rows: dict[int, tuple[Intervention, list[int]]] = {}
+    feature_rows: dict[int, tuple[Update, list[int]]] = {}
     linear: dict[int, Update] = {}
     for number, item in enumerate(rows):
-        if isinstance(item, ClampFeature):
-            feature_rows.setdefault(id(item), (item, []))[1].append(number)
-        elif item is not None:
-            linear[number] = item.update()
-    updates = [(item.update(), numbers) for item, numbers in feature_rows.values()]
+        if item is None:
+            continue
+        if id(item) in feature_rows:
+            feature_rows[id(item)][1].append(number)
+            continue
+        update = item.update()
+        if update.sae is None:
+            linear[number] = update
+        else:
+            feature_rows[id(item)] = update, [number]
+    updates = list(feature_rows.values())
     if linear:
         updates.append((_stack_linear(linear, len(rows)), list(linear)))
     return updates
 
 
 def _stack_linear(updates: Mapping[int, Update], count: int) -> Update:
-    """Rank-one updates of some of ``count`` rows as one update; the other rows get w = 0."""
-    sample = next(iter(updates.values()))
-    write = torch.zeros(count, 1, sample.write.shape[-1], device=sample.write.device)
-    read = torch.zeros_like(write)
-    const = torch.zeros(count, 1, device=write.device)
-    lam = torch.zeros_like(const)
-    for number, update in updates.items():
-        write[number], const[number], lam[number] = update.write[0], update.const[0], update.lam[0]
-        if update.read is not None:
-            read[number] = update.read[0]
-    reads = any(update.read is not None for update in updates.values())
-    return Update(write, const, lam, read if reads else None)
+    """Updates of some of ``count`` rows as one, as wide as the widest; the other rows get w = 0."""
+    parts: dict[str, Any] = {}
+    widest = max(update.write.shape[1] for update in updates.values())
+    for name in ("write", "const", "lam", "read", "lo", "hi", "plane", "relative", "keep_norm"):
+        values = {n: value[0] for n, update in updates.items() if (value := getattr(update, name)) is not None}
+        if not values:
+            continue
+        sample = next(iter(values.values()))
+        by_term = name not in ("plane", "relative", "keep_norm")  # of shape (k, …)
+        shape = (widest, *sample.shape[1:]) if by_term else sample.shape
+        part = sample.new_full((count, *shape), UNBOUNDED.get(name, 0))
+        for number, value in values.items():
+            if by_term:
+                part[number, : len(value)] = value
+            else:
+                part[number] = value
+        parts[name] = part
+    return Update(**parts)

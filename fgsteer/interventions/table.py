@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fgsteer.errors import SteeringError
 
 if TYPE_CHECKING:
-    from fgsteer.interventions.kinds import Intervention
+    from fgsteer.interventions.base import Intervention
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class InterventionSpec:
         amount: The argument that sets its strength; "" for a kind without one.
         equation: What becomes of an activation h.
         summary: What it does, in one sentence.
-        of_vector: Whether a vector makes it; ClampFeature is made of an SAE and feature ids.
+        of_vector: Whether a vector makes it, rather than several, or an SAE.
+        method: The method of ``SteeringVector`` that makes it, where that is not its name.
+        example: Arguments of the class, for one that no vector makes.
     """
 
     name: str
@@ -36,6 +38,8 @@ class InterventionSpec:
     equation: str
     summary: str
     of_vector: bool = True
+    method: str = ""
+    example: str = ""
 
     def make(self, vector: Any, amount: float, **tokens: Any) -> Intervention:
         """The intervention of a vector, with an amount where the kind takes one.
@@ -52,10 +56,10 @@ class InterventionSpec:
             raise SteeringError(
                 f"{self.name} of a vector",
                 f"one of {', '.join(OPERATIONS)}",
-                f"make it of an SAE's features: fg.{self.kind}(sae=sae, hookpoint=sae.hookpoint, targets={{42: 8.0}})",
+                f"make it by its class: fg.{self.kind}({self.example})",
             )
         amounts = {self.amount: amount} if self.amount else {}
-        intervention: Intervention = getattr(vector, self.name)(**amounts, **tokens)
+        intervention: Intervention = getattr(vector, self.method or self.name)(**amounts, **tokens)
         return intervention
 
 
@@ -66,6 +70,20 @@ INTERVENTIONS = (
         "coefficient",
         "h + c·v",
         "Adds the vector, times a coefficient, to every activation.",
+    ),
+    InterventionSpec(
+        "add_relative",
+        "AddRelative",
+        "coefficient",
+        "h + c·‖h‖·v̂",
+        "Adds the vector at norm 1, times a coefficient and the norm of each activation.",
+    ),
+    InterventionSpec(
+        "add_keeping_norm",
+        "AddKeepingNorm",
+        "coefficient",
+        "(h + c·v)·‖h‖/‖h + c·v‖",
+        "Adds the vector, times a coefficient, and scales each activation back to its norm.",
     ),
     InterventionSpec(
         "affine",
@@ -89,12 +107,56 @@ INTERVENTIONS = (
         "Sets the projection on the vector to a target, in units of the residual stream.",
     ),
     InterventionSpec(
+        "at_least",
+        "Clamp",
+        "at_least",
+        "h + max(t − v̂·h, 0) v̂",
+        "Raises projections on the vector that are lower than a bound to it.",
+        method="clamp",
+    ),
+    InterventionSpec(
+        "at_most",
+        "Clamp",
+        "at_most",
+        "h + min(t − v̂·h, 0) v̂",
+        "Lowers projections on the vector that are higher than a bound to it.",
+        method="clamp",
+    ),
+    InterventionSpec(
+        "clamp_subspace",
+        "ClampSubspace",
+        "targets",
+        "h + R⁺ (t − R h)",
+        "Sets the projections on several directions, by default to zero, which removes the subspace.",
+        of_vector=False,
+        example="directions=torch.stack([a.direction, b.direction]), hookpoint=a.hookpoint",
+    ),
+    InterventionSpec(
+        "rotate",
+        "Rotate",
+        "by",
+        "h − Ph + ‖Ph‖·(cos θ·b₁ + sin θ·b₂)",
+        "Turns activations in the plane of two directions, by an angle or to one, and keeps their norm.",
+        of_vector=False,
+        example="direction=a.direction, other=b.direction, by=30.0, hookpoint=a.hookpoint",
+    ),
+    InterventionSpec(
+        "adaptive_add",
+        "AdaptiveAdd",
+        "coefficient",
+        "h + s·relu(a·h + b)·u",
+        "Adds a direction as strongly as a second one reads in each activation.",
+        of_vector=False,
+        example="direction=u, read=a, bias=b, hookpoint=6",
+    ),
+    InterventionSpec(
         "clamp_feature",
         "ClampFeature",
         "targets",
-        "h + Σⱼ (tⱼ − fⱼ(h)) W_dec[j]",
-        "Sets the activations of SAE features to targets, and keeps the SAE's reconstruction error.",
+        "h + Σⱼ (f'ⱼ − fⱼ(h)) W_dec[j]",
+        "Sets, bounds, raises or scales the activations of SAE features, and keeps the SAE's reconstruction error.",
         of_vector=False,
+        example="sae=sae, hookpoint=sae.hookpoint, targets={42: 8.0}",
     ),
 )
 OPERATIONS = tuple(spec.name for spec in INTERVENTIONS if spec.of_vector)
@@ -115,11 +177,24 @@ def describe_operations() -> str:
 
 
 def spec_of(intervention: Intervention) -> InterventionSpec:
-    """The row of an intervention's kind. Raises SteeringError for a kind that is not in the table."""
+    """The row of an intervention's kind: of a clamp with one bound, the row of that bound.
+
+    Raises SteeringError for a kind that is not in the table, and for a clamp between two bounds, which no row is.
+    """
     for kind in type(intervention).__mro__:
-        for spec in INTERVENTIONS:
-            if spec.kind == kind.__name__ and kind.__module__ == "fgsteer.interventions.kinds":
-                return spec
+        own = [spec for spec in INTERVENTIONS if spec.kind == kind.__name__]
+        if not own or not kind.__module__.startswith("fgsteer.interventions."):
+            continue
+        if len(own) == 1:
+            return own[0]
+        given = [spec for spec in own if getattr(intervention, spec.amount) is not None]
+        if len(given) == 1:
+            return given[0]
+        raise SteeringError(
+            f"{type(intervention).__name__} with {' and '.join(spec.amount for spec in given)}",
+            "one of them, where other engines steer",
+            "pass two interventions that compose, one with each bound; or steer here with fgsteer.steer",
+        )
     raise SteeringError(
         f"{type(intervention).__name__}, an intervention of your own",
         f"one of {', '.join(spec.kind for spec in INTERVENTIONS)}",

@@ -6,35 +6,17 @@ finite_vector("direction", torch.ones(576)).dtype == torch.float32
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.errors import PairingError, SteeringError
-from fgsteer.errors.checks import check_number, describe_value, warn
-from fgsteer.interventions.scopes import RENAMED_SCOPES, SCOPES, Scope
+from fgsteer.errors.checks import check_number
 
 Scalar = float | Float[Tensor, ""]  # a tensor where it requires grad, else a float
-
-
-def parse_scope(value: object) -> Scope:
-    """Return a scope by its present name, with a DeprecationWarning for an earlier one.
-
-    Raises SteeringError for what is no scope.
-    """
-    if isinstance(value, str) and value in RENAMED_SCOPES:
-        present = RENAMED_SCOPES[value]
-        warn(f'The scope "{value}" is now called "{present}".', DeprecationWarning)
-        return present
-    for scope in SCOPES:
-        if value == scope:
-            return scope
-    raise SteeringError(
-        describe_value(value),
-        f"a scope among {', '.join(SCOPES)}",
-        "the scope says which tokens are steered; leave it out for all of them",
-    )
 
 
 def finite_number(name: str, value: float) -> float:
@@ -90,14 +72,71 @@ def finite_vector(name: str, value: Tensor) -> Tensor:
     return value.detach().float().clone()  # the caller's tensor may change later
 
 
-def check_equal_width(reference: Tensor, direction: Tensor) -> None:
-    """Raises PairingError for a reference whose width is not the direction's."""
-    if reference.shape != direction.shape:
+def finite_matrix(name: str, value: Tensor) -> Tensor:
+    """A float32 copy (k, d_model) of the value, of k ≥ 1 rows; one that requires grad stays the caller's own.
+
+    Raises PairingError unless it is one floating-point matrix, SteeringError where it is not finite.
+    """
+    if not isinstance(value, Tensor) or value.ndim != 2 or not len(value) or not value.is_floating_point():
+        is_tensor = isinstance(value, Tensor)
         raise PairingError(
-            f"a reference of width {len(reference)}",
-            f"a reference as wide as the direction, {len(direction)} values",
-            "pass the mean activation at the direction's own hookpoint",
+            f"shape {tuple(value.shape)} and {value.dtype}" if is_tensor else type(value).__name__,
+            f"{name} as one floating-point matrix of shape (k, d_model)",
+            "stack the vectors: torch.stack([a.direction, b.direction])",
         )
+    for row in value:
+        finite_vector(name, row)
+    return value if value.requires_grad else value.detach().float().clone()
+
+
+def check_equal_width(name: str, vector: Tensor, direction: Tensor) -> None:
+    """Raises PairingError for a vector whose width is not the direction's."""
+    if vector.shape != direction.shape:
+        raise PairingError(
+            f"a vector {name!r} of width {len(vector)}",
+            f"one as wide as the direction, {len(direction)} values",
+            "pass a vector of the direction's own hookpoint",
+        )
+
+
+class Bound(NamedTuple):
+    """A term of a clamp: ``clip(value − λ·read, lo, hi)``. With lo = 0 the value is a least one, with hi = 0 a most."""
+
+    value: Any  # Scalar, or None where there is no such bound
+    lo: float = -math.inf
+    hi: float = math.inf
+
+
+def bounds_of(bounds: Sequence[Bound], like: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Bounds as const, lo and hi of an update, each (1, k); lo and hi are None where nothing is bounded."""
+    const = torch.cat([as_tensor(bound.value, like) for bound in bounds], 1)
+    if all(math.isinf(bound.lo) and math.isinf(bound.hi) for bound in bounds):
+        return const, None, None
+    lo = torch.tensor([[bound.lo for bound in bounds]], dtype=like.dtype, device=like.device)
+    return const, lo, torch.tensor([[bound.hi for bound in bounds]], dtype=like.dtype, device=like.device)
+
+
+def bounds_or_target(
+    what: str, target: Scalar | None, at_least: Scalar | None, at_most: Scalar | None
+) -> tuple[Scalar | None, Scalar | None, Scalar | None]:
+    """A target, or bounds in its place, checked. Raises SteeringError for neither, both, or bounds that cross."""
+    given = {"target": target, "at_least": at_least, "at_most": at_most}
+    named = [name for name, value in given.items() if value is not None]
+    if not named or (target is not None and len(named) > 1):
+        raise SteeringError(
+            f"{what} with {' and '.join(named) or 'nothing to set'}",
+            "a number as target, or in its place one as lowest or highest value, or both of these",
+            "pass target=, or at_least= and at_most=",
+        )
+    checked = {name: finite_scalar(name, value) for name, value in given.items() if value is not None}
+    low, high = checked.get("at_least"), checked.get("at_most")
+    if low is not None and high is not None and not torch.compiler.is_compiling() and float(low) > float(high):
+        raise SteeringError(
+            f"{what} to at least {float(low):g} and at most {float(high):g}",
+            "a lowest value that is not above the highest",
+            "exchange at_least and at_most",
+        )
+    return checked.get("target"), low, high
 
 
 def unit_and_norm(direction: Tensor) -> tuple[Tensor, Tensor]:

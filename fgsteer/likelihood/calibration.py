@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import SteeringError
 from fgsteer.errors.checks import check_number, checked
-from fgsteer.interventions.kinds import Intervention
+from fgsteer.interventions.base import Intervention
 from fgsteer.likelihood.cost_curves import POWER, CostCurve
 from fgsteer.likelihood.passes import TextPasses
 from fgsteer.likelihood.scoring import Scored, mean_cross_entropies, mean_kl_divergences, scored_pairs

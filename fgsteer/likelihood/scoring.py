@@ -24,6 +24,7 @@ from fgsteer.data.conversations import split_prompt
 from fgsteer.errors import DataError, SteeringError
 from fgsteer.errors.checks import checked, describe_value
 from fgsteer.errors.reprs import OneLineRepr
+from fgsteer.interventions.scopes import is_of_prompt
 from fgsteer.likelihood.passes import TextPasses
 from fgsteer.steering.entries import Entry, Steering, interventions_of
 
@@ -146,7 +147,7 @@ def scored_pairs(texts: Sequence[Scored], steering: Sequence[Entry]) -> list[tup
     """The pairs of ``_pairs``. Raises SteeringError for an intervention on prompts where a text has none."""
     pairs = _pairs(texts)
     items = [item for entry in steering for item in interventions_of(entry)]
-    if any(item.scope == "prompt" and not item.bos for item in items) and not all(prompt for prompt, _ in pairs):
+    if any(is_of_prompt(item.scope) and not item.bos for item in items) and not all(prompt for prompt, _ in pairs):
         raise SteeringError(
             "an intervention with scope 'prompt' on texts without a prompt",
             "texts that the interventions act on, as others cost nothing",

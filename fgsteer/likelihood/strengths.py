@@ -20,7 +20,7 @@ from fgsteer.data.chat import Text
 from fgsteer.data.shipped import load_neutral
 from fgsteer.errors import SteeringError
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.interventions.kinds import Intervention
+from fgsteer.interventions.base import Intervention
 from fgsteer.likelihood.calibration import calibrate
 from fgsteer.likelihood.scoring import cross_entropies
 from fgsteer.models.properties import context_window

@@ -23,6 +23,7 @@ Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in"]
 SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "mlp_in")
 
 # names of TransformerLens; its hook_mlp_in is another place, before the norm
+_ORDER: tuple[Site, ...] = ("resid_pre", "z", "attn_out", "mlp_in", "mlp_out", "resid_post")  # in a pass over a block
 _HOOKS: dict[str, Site] = {f"hook_{site}": site for site in SITES[:4]} | {"attn.hook_z": "z", "mlp.hook_in": "mlp_in"}
 _HOOK_OF_SITE = {site: name for name, site in _HOOKS.items()}
 _SAE_LENS = re.compile(rf"blocks\.(\d{{1,9}})\.({'|'.join(map(re.escape, _HOOKS))})")
@@ -150,6 +151,10 @@ class Hookpoint:
         if not isinstance(name, str):
             raise HookpointError(f"hookpoint = {name!r}", "a name like blocks.12.hook_resid_post")
         return cls.parse(name)
+
+    def precedes(self, other: Hookpoint) -> bool:
+        """Whether a forward pass comes by this hookpoint before it comes by the other one."""
+        return (self.layer, _ORDER.index(self.site)) < (other.layer, _ORDER.index(other.site))
 
     def __str__(self) -> str:
         return f"blocks.{self.layer}.{_HOOK_OF_SITE[self.site]}"

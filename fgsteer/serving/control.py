@@ -209,14 +209,14 @@ class Control:
         loaded = self._by_name.get(requested.name)
         if loaded is None:
             raise self._unknown(requested.name)
-        const, gain = loaded.rows.amounts(requested.operation, requested.scale)
-        loaded.rows.check_const(const, self.dtype)
+        amounts = loaded.rows.amounts(requested.operation, requested.scale)
+        loaded.rows.check_const(amounts[0], self.dtype)
         ids = request.prompt_token_ids
         length = len(request.prompt_embeds if ids is None else ids)
         span = requested.span(length, None if ids is None else ids[0] in self._start_ids)
-        params.extra_args = {**params.extra_args, PLAN: [loaded.tag, const, gain, *span]}
+        params.extra_args = {**params.extra_args, PLAN: [loaded.tag, *amounts, *span]}
         request.request_id += _suffix(loaded.tag)
-        salt = [request.cache_salt, loaded.rows.sha256, const, gain, requested.scope, requested.bos]
+        salt = [request.cache_salt, loaded.rows.sha256, *amounts, requested.scope, requested.bos, *span]
         request.cache_salt = text_sha256(salt)
         return True
 
@@ -268,8 +268,8 @@ def _differ(a: tuple[int, float], b: tuple[int, float]) -> bool:
 def _probe(layer: int, width: int) -> TableRows:
     """Rows that write 100 times what they read along a random direction: a change as large as the stream itself is."""
     read, write = torch.nn.functional.normalize(torch.randn(2, width, generator=torch.Generator().manual_seed(layer)))
-    zero = torch.zeros(1)
-    return TableRows(Hookpoint(layer), read[None], -100.0 * write[None], zero, zero - torch.inf, zero)
+    zero, inf = torch.zeros(1), torch.full((1,), torch.inf)
+    return TableRows(Hookpoint(layer), read[None], -100.0 * write[None], zero, -inf, zero, zero + 1, -inf, inf)
 
 
 def _extra_args(request: Any) -> Mapping[str, Any] | None:

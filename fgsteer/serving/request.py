@@ -13,9 +13,9 @@ from typing import Any
 
 from fgsteer.errors import SteeringError
 from fgsteer.errors.checks import check_flags, describe_value
-from fgsteer.interventions.scopes import RENAMED_SCOPES, SCOPES, Scope
+from fgsteer.interventions.scopes import RENAMED_SCOPES, Scope, counted, is_of_prompt
 from fgsteer.interventions.table import OPERATIONS
-from fgsteer.interventions.values import parse_scope
+from fgsteer.interventions.token_scopes import parse_scope
 from fgsteer.serving.rows import check_name
 
 KEYS = ("steer", "steer_op", "steer_scale", "steer_scope", "steer_bos")
@@ -39,17 +39,22 @@ class RequestedSteering:
         ``start_token`` says whether a start token is at position 0. Raises SteeringError where it is not known (None)
         and the answer depends on it.
         """
-        first = {"generated": prompt_length, "reply": prompt_length - 1}.get(self.scope, 0)
-        end = prompt_length if self.scope == "prompt" else math.inf
+        starts = {"generated": prompt_length, "reply": prompt_length - 1, "last_prompt": prompt_length - 1}
+        first = starts.get(self.scope, 0)
+        end = prompt_length if is_of_prompt(self.scope) else math.inf
+        counts = counted(self.scope)
+        if counts is not None and counts[0] == "last":
+            first = max(0, prompt_length - counts[1][0])
         if first > 0 or self.bos:
-            return first, end
+            return first, min(end, counts[1][0]) if counts is not None and counts[0] == "first" else end
         if start_token is None:
             raise SteeringError(
                 "a prompt of embeddings, whose first may or may not be that of a start token",
                 "a prompt of token ids",
                 'send steer_bos = 1 to steer position 0 too, or steer_scope = "generated"',
             )
-        return int(start_token), end
+        first = int(start_token)
+        return first, min(end, first + counts[1][0]) if counts is not None and counts[0] == "first" else end
 
 
 def steering(
@@ -107,10 +112,18 @@ def parse_request(extra: Mapping[str, Any] | None) -> RequestedSteering | None:
         )
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= sys.float_info.max:
         raise SteeringError(f"steer_scale = {describe_value(scale)}", "a finite number as steer_scale")
-    for key, value, known in (("steer_op", operation, (None, *OPERATIONS)), ("steer_scope", scope, SCOPES)):
-        if not isinstance(value, str | None) or value not in known:
-            names = ", ".join(filter(None, known))
-            raise SteeringError(f"{key} = {describe_value(value)}", f"one of {names} as {key}")
+    if not isinstance(operation, str | None) or operation not in (None, *OPERATIONS):
+        raise SteeringError(f"steer_op = {describe_value(operation)}", f"one of {', '.join(OPERATIONS)} as steer_op")
+    try:
+        scope = parse_scope(scope)
+    except SteeringError as error:
+        raise SteeringError(f"steer_scope = {describe_value(scope)}", "a scope as steer_scope", str(error)) from error
+    if (counts := counted(scope)) is not None and counts[0] == "at":
+        raise SteeringError(
+            f"steer_scope = {scope}",
+            "one run of tokens: all, prompt, generated, reply, last_prompt, first:N or last:N",
+            "steer single positions with fgsteer.steer",
+        )
     if isinstance(bos, str) or bos not in (0, 1):
         raise SteeringError(f"steer_bos = {describe_value(bos)}", "0 or 1 as steer_bos")
     return RequestedSteering(check_name(name), operation, float(scale), scope, bool(bos))

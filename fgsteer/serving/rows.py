@@ -1,11 +1,12 @@
 """What a server keeps of a vector or a feature clamp: rows of a table, one table for each steered layer.
 
-Every intervention at a block's output is k rows that read and write, and two numbers that a request chooses:
+Every intervention at a block's output is k rows that read and write, and four numbers that a request chooses:
 
-    h' = h + Σⱼ (const·targetⱼ + gain·actⱼ) · writeⱼ,   actⱼ = sⱼ where sⱼ = readⱼ·h + biasⱼ > thresholdⱼ, else 0
+    h' = h + Σⱼ clip(const·targetⱼ + gain·lamⱼ·actⱼ, loⱼ, hiⱼ) · writeⱼ
+    actⱼ = sⱼ where sⱼ = readⱼ·h + biasⱼ > thresholdⱼ, else 0
 
-A vector is one row with read = write = v̂: add, ablate, clamp and affine differ in the two numbers only, so one loaded
-file serves them all.
+const, gain and a further lo and hi are the request's. A vector is one row with read = write = v̂: add, ablate, clamp,
+its bounds and affine differ in the four numbers only, so one loaded file serves them all.
 
     rows_of(SteeringVector.load("love.safetensors")).amounts("add", 2.0)
 """
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -32,7 +34,17 @@ from fgsteer.storage.files import read_tensors, refuse_damaged, tensor_sha256, w
 from fgsteer.storage.json_files import text_sha256
 from fgsteer.vector import SteeringVector
 
-TENSORS = ("read", "write", "bias", "threshold", "target")
+TENSORS = ("read", "write", "bias", "threshold", "target", "lam", "lo", "hi")
+NO_AMOUNTS = ("threshold", "lo", "hi")  # these add nothing themselves, and may be infinite
+ADDED = {"lam": 1.0, "lo": -math.inf, "hi": math.inf}  # what rows have in files of earlier versions
+VECTOR_OPERATIONS = {  # (gain, lo, hi) of each operation on a vector
+    "add": (0.0, -math.inf, math.inf),
+    "ablate": (-1.0, -math.inf, math.inf),
+    "clamp": (-1.0, -math.inf, math.inf),
+    "at_least": (-1.0, 0.0, math.inf),
+    "at_most": (-1.0, -math.inf, 0.0),
+    "affine": (-1.0, -math.inf, math.inf),
+}
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
@@ -50,7 +62,7 @@ def check_name(name: object) -> str:
 
 @dataclass(frozen=True, eq=False)
 class TableRows:
-    """Table rows of one intervention: ``read``, ``write`` (k, d_model), ``bias``, ``threshold``, ``target`` (k,).
+    """Table rows of one intervention: ``read`` and ``write`` (k, d_model), the others (k,).
 
     ``norm`` is the norm of the vector, ``offset`` the projection r̂·r⁻ of its reference if it has one. A feature clamp
     has neither.
@@ -62,6 +74,9 @@ class TableRows:
     bias: Float[Tensor, " k"]
     threshold: Float[Tensor, " k"]
     target: Float[Tensor, " k"]
+    lam: Float[Tensor, " k"]
+    lo: Float[Tensor, " k"]
+    hi: Float[Tensor, " k"]
     norm: float | None = None
     offset: float | None = None
 
@@ -91,15 +106,15 @@ class TableRows:
     @cached_property
     def _reach(self) -> tuple[float, float]:
         """The largest change of an entry for const = 1, and for what all rows read of a stream of norm 1."""
-        read, write, bias, target = (getattr(self, n).double() for n in ("read", "write", "bias", "target"))
-        amounts = torch.stack([target.abs(), read.norm(dim=1) + bias.abs()])
+        read, write, bias, target, lam = (getattr(self, n).double() for n in ("read", "write", "bias", "target", "lam"))
+        amounts = torch.stack([target.abs(), lam.abs() * (read.norm(dim=1) + bias.abs())])
         by_const, by_read = (amounts @ write.abs()).amax(1).tolist()
         return by_const, by_read
 
     def check(self, dtype: torch.dtype) -> None:
         """Raises SteeringError for rows, a norm or a reference that would overflow activations of a dtype."""
         width, (by_const, by_read) = self.read.shape[1], self._reach
-        entries = torch.cat([getattr(self, name).flatten().double() for name in TENSORS if name != "threshold"])
+        entries = torch.cat([getattr(self, name).flatten().double() for name in TENSORS if name not in NO_AMOUNTS])
         strength = 1.0 if self.norm is None else self.norm
         for what, amount in (
             ("a row", float(entries.abs().amax())),
@@ -114,12 +129,14 @@ class TableRows:
         within = abs(const) * max(1.0, float(self.target.abs().amax())) <= torch.finfo(torch.float32).max
         check_amount(abs(const) * self._reach[0] if within else math.inf, dtype, self.read.shape[1], "a request")
 
-    def amounts(self, operation: str | None, scale: float) -> tuple[float, float]:
-        """The two numbers (const, gain) of an operation.
+    def amounts(self, operation: str | None, scale: float) -> tuple[float, float, float, float]:
+        """The four numbers (const, gain, lo, hi) of an operation.
 
         Args:
-            operation: "add" (also None), "ablate", "clamp" or "affine"; None for a feature clamp.
-            scale: Add's coefficient, clamp's target or affine's alpha. A feature clamp's targets are multiplied by it.
+            operation: "add" (also None), "ablate", "clamp", "at_least", "at_most" or "affine"; None for a feature
+                clamp.
+            scale: Add's coefficient, a clamp's target or bound, affine's alpha. A feature clamp's targets and bounds
+                are multiplied by it.
 
         Raises:
             SteeringError: The operation is unknown, or not one of what is loaded.
@@ -131,7 +148,7 @@ class TableRows:
                     "no operation",
                     "a feature clamp only sets its features to their targets: leave steer_op out",
                 )
-            return scale, -1.0
+            return scale, -1.0, -math.inf, math.inf
         if operation == "affine" and self.offset is None:
             raise SteeringError(
                 "the operation 'affine' for a vector without a reference",
@@ -144,12 +161,19 @@ class TableRows:
                 "no scale",
                 "an ablation has no strength: leave steer_scale out",
             )
-        if operation in ("add", None):
-            return scale * self.norm, 0.0
-        known = {"ablate": 0.0, "clamp": scale, "affine": (self.offset or 0.0) + scale * self.norm}
-        if operation not in known:
-            raise SteeringError(f"the operation {operation!r}", "add, ablate, clamp or affine", "correct steer_op")
-        return known[operation], -1.0
+        if operation is not None and operation not in VECTOR_OPERATIONS:
+            raise SteeringError(
+                f"the operation {operation!r}",
+                f"one of {', '.join(VECTOR_OPERATIONS)}",
+                "correct steer_op; what vLLM cannot do, steer with fgsteer.steer",
+            )
+        const = {
+            "add": scale * self.norm,
+            "ablate": 0.0,
+            "affine": (self.offset or 0.0) + scale * self.norm,
+        }.get(operation or "add", scale)
+        gain, lo, hi = VECTOR_OPERATIONS[operation or "add"]
+        return const, gain, lo, hi
 
 
 def rows_of(item: SteeringVector | ClampFeature) -> TableRows:
@@ -165,7 +189,8 @@ def rows_of(item: SteeringVector | ClampFeature) -> TableRows:
         one = torch.ones(1)
         offset = None if item.reference is None else float(unit @ item.reference.detach())
         row = unit[None]
-        rows = TableRows(item.hookpoint, row, row, one * 0, one * -math.inf, one, float(norm), offset)
+        inf = one * math.inf
+        rows = TableRows(item.hookpoint, row, row, one * 0, -inf, one, one, -inf, inf, float(norm), offset)
     else:
         rows = _rows_of_clamp(item.detach())
     _ = rows.layer  # refuses a hookpoint within a block
@@ -182,9 +207,9 @@ def _rows_of_clamp(clamp: ClampFeature) -> TableRows:
             "rows of a table read single features of single tokens only: serve the features' directions as a vector "
             "instead (from_features)",
         )
-    part = sae.restrict(list(clamp.targets))
-    read, bias, zero = part.W_enc.T.float(), part.b_enc.float(), torch.zeros(len(clamp.targets))
-    threshold = zero
+    terms = clamp.terms()
+    part = sae.restrict([feature for feature, *_ in terms])
+    read, bias, threshold = part.W_enc.T.float(), part.b_enc.float(), torch.zeros(len(terms))
     if part.threshold is not None and sae.activation == "jumprelu":
         threshold = part.threshold.float().clamp(min=0)
     if part.gate_bias is not None and part.gate_scale is not None:  # open where pre > −gate_bias; reads pre·scale + b
@@ -196,8 +221,8 @@ def _rows_of_clamp(clamp: ClampFeature) -> TableRows:
                 "a threshold cannot express its gate: serve the features' directions as a vector (from_features)",
             )
         read, threshold = read * scale[:, None], (bias - scale * part.gate_bias.float()).clamp(min=0)
-    target = torch.tensor(list(clamp.targets.values()))
-    return TableRows(clamp.hookpoint, read, part.W_dec.float(), bias, threshold, target)
+    target, lam, lo, hi = (torch.tensor([float(term[n]) for term in terms]) for n in (1, 2, 3, 4))
+    return TableRows(clamp.hookpoint, read, part.W_dec.float(), bias, threshold, target, lam, lo, hi)
 
 
 def save_clamp(clamp: ClampFeature, path: str | Path) -> None:
@@ -212,10 +237,8 @@ def save_clamp(clamp: ClampFeature, path: str | Path) -> None:
         PairingError: A server cannot clamp features of this SAE (topk, normalised input).
         FormatError: The file cannot be written.
     """
-    header = {
-        "hookpoint": str(clamp.hookpoint),
-        "targets": {str(j): float(t) for j, t in clamp.detach().targets.items()},
-    }
+    edits = {name: {str(j): float(t) for j, t in given.items()} for name, given in clamp.detach().edits.items()}
+    header = {"hookpoint": str(clamp.hookpoint), **edits}
     write_tensors(path, rows_of(clamp).tensors, kind="clamp", header=header)
 
 
@@ -231,19 +254,26 @@ def load_rows(path: str | Path) -> TableRows:
             "build a vector with fgsteer build, or write a clamp with fgsteer.serving.save_clamp",
         )
     with refuse_damaged(path, "a file written by save_clamp"):
-        read, write, bias, threshold, target = (tensors[name].float() for name in TENSORS)
-        if (
-            read.ndim != 2
-            or not read.numel()
-            or write.shape != read.shape
-            or {bias.shape, threshold.shape, target.shape} != {read.shape[:1]}
-        ):
-            raise ValueError("shapes differ")
-        if not all(bool(part.isfinite().all()) for part in (read, write, bias, threshold, target)):
-            raise ValueError("it holds nan or inf")
-        rows = TableRows(Hookpoint.from_name(header["hookpoint"]), read, write, bias, threshold, target)
+        rows = TableRows(Hookpoint.from_name(header["hookpoint"]), **_parse_tensors(tensors))
         _ = rows.layer
     return rows
+
+
+def _parse_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The tensors of a clamp's file. Raises KeyError, ValueError."""
+    added = {name: torch.full_like(tensors["target"], value) for name, value in ADDED.items() if name not in tensors}
+    found = {name: {**tensors, **added}[name].float() for name in TENSORS}
+    read, write, *columns = found.values()
+    if read.ndim != 2 or not read.numel() or write.shape != read.shape:
+        raise ValueError("shapes differ")
+    if {column.shape for column in columns} != {read.shape[:1]}:
+        raise ValueError("shapes differ")
+    for name, part in found.items():
+        if bool(part.isnan().any()) or (name not in ("lo", "hi") and not bool(part.isfinite().all())):
+            raise ValueError("it holds nan or inf")
+    if bool((found["lo"] > found["hi"]).any()):
+        raise ValueError("a lower bound is above an upper one")
+    return found
 
 
 Source = SteeringVector | ClampFeature | TableRows | str | Path

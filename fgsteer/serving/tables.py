@@ -1,8 +1,8 @@
 """The steering of a running batch: a table of rows for each layer, and a plan that says which token takes which rows.
 
 Both are tensors that stay at the same address, so one compiled graph, captured or not, steers whatever they hold. The
-plan of a token is a tag, const and gain; a row acts on the tokens whose tag is its owner's. Nothing has the tag 0 or
-−1, so tokens that are not steered keep every bit.
+plan of a token is a tag, const, gain, lo and hi; a row acts on the tokens whose tag is its owner's. Nothing has the tag
+0 or −1, so tokens that are not steered keep every bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from fgsteer.errors.wording import a
 from fgsteer.steering.ranges import max_change
 
 FREE = -1.0
-Plan = tuple[float, float, float, float, float]  # tag, const, gain, first position, end
+COLUMNS = 5  # of a token's plan: tag, const, gain, lo, hi
+Plan = tuple[float, float, float, float, float, float, float]  # these, then the first position and the end
 
 
 class Table(nn.Module):
@@ -30,6 +31,9 @@ class Table(nn.Module):
     bias: Tensor
     threshold: Tensor
     target: Tensor
+    lam: Tensor
+    lo: Tensor
+    hi: Tensor
     owner: Tensor
     tokens: Tensor
 
@@ -37,7 +41,7 @@ class Table(nn.Module):
         super().__init__()
         for name in ("read", "write"):
             self.register_buffer(name, tokens.new_zeros(rows, width), persistent=False)
-        for name in ("bias", "threshold", "target"):
+        for name in ("bias", "threshold", "target", "lam", "lo", "hi"):
             self.register_buffer(name, tokens.new_zeros(rows), persistent=False)
         self.register_buffer("owner", tokens.new_full((rows,), FREE), persistent=False)
         self.register_buffer("tokens", tokens, persistent=False)
@@ -55,11 +59,13 @@ class Table(nn.Module):
         stream = flat.float()
         if residual is not None:
             stream = stream + residual.flatten(0, -2).float()
-        tag, const, gain = self.tokens[:, : flat.shape[0], None].unbind()
+        tag, const, gain, lo, hi = self.tokens[:, : flat.shape[0], None].unbind()
         read = torch.addmm(self.bias, stream, self.read.T)
         acts = torch.where(read > self.threshold, read, 0.0)
         is_owned = tag == self.owner
-        amount = torch.where(is_owned, const * self.target + gain * acts, 0.0)
+        amount = const * self.target + gain * self.lam * acts
+        amount = torch.minimum(torch.maximum(amount, torch.maximum(lo, self.lo)), torch.minimum(hi, self.hi))
+        amount = torch.where(is_owned, amount, 0.0)
         bound = stream.abs().clamp(min=max_change(hidden.dtype, flat.shape[1]))
         change = (amount @ self.write).nan_to_num(0.0).clamp(-bound - stream, bound - stream)
         largest = torch.finfo(hidden.dtype).max
@@ -129,11 +135,11 @@ def blocks_of(model: nn.Module, count: int) -> nn.ModuleList:
 
 
 class Batch:
-    """The plans of all requests, and the tensor (3, tokens) with the tag, const and gain of each token of a batch."""
+    """The plans of all requests, and the tensor (5, tokens) with tag, const, gain, lo and hi of a batch's tokens."""
 
     def __init__(self, tokens: int, device: torch.device) -> None:
         # one more than a batch holds: a slice that can be the whole tensor is compiled as if it always were
-        self.tokens = torch.zeros(3, tokens + 1, device=device)
+        self.tokens = torch.zeros(COLUMNS, tokens + 1, device=device)
         self.plans: dict[str, Plan] = {}
         self._is_steered = False
 
@@ -145,9 +151,9 @@ class Batch:
         self._is_steered = any(plans)
         if not self._is_steered:
             return
-        by_request = np.array([plan or (0.0,) * 5 for plan in plans], dtype=np.float32).T
+        by_request = np.array([plan or (0.0,) * (COLUMNS + 2) for plan in plans], dtype=np.float32).T
         by_token = np.repeat(by_request, np.diff(starts[: len(plans) + 1]), axis=1)
-        tag, const, gain, first, end = torch.from_numpy(by_token).to(self.tokens.device)
+        tag, *amounts, first, end = torch.from_numpy(by_token).to(self.tokens.device)
         at = positions[: len(tag)]
         in_span = (at >= first) & (at < end)
-        self.tokens[:, : len(tag)] = torch.stack([torch.where(in_span, tag, 0.0), const, gain])
+        self.tokens[:, : len(tag)] = torch.stack([torch.where(in_span, tag, 0.0), *amounts])

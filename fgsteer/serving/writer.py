@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from fgsteer.activations.tokens import encode_prompts
 from fgsteer.data.chat import Text
+from fgsteer.errors import SteeringError
 from fgsteer.interventions import ClampFeature, DirectionIntervention, Intervention
 from fgsteer.interventions.table import spec_of
 from fgsteer.serving.request import steering
-from fgsteer.serving.rows import TableRows, rows_of
+from fgsteer.serving.rows import VECTOR_OPERATIONS, TableRows, rows_of
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -27,11 +28,22 @@ NO_END = -100.0  # added to the logits of tokens that end a text, which ``rollou
 def servable(item: Intervention) -> tuple[TableRows, dict[str, Any]]:
     """The rows that an intervention needs, and the arguments of ``steering`` that ask for it. Raises as ``rows_of``."""
     item = item.detach()
+    if item.when is not None:
+        raise SteeringError(
+            f"{type(item).__name__} with a gate (when=…) in vLLM",
+            "an intervention that always acts",
+            "steer with fgsteer.steer, or leave when= out",
+        )
     options: dict[str, Any] = {"scope": item.scope, "bos": item.bos}
     if isinstance(item, ClampFeature):
         return rows_of(item), options
     spec = spec_of(item)
-    assert isinstance(item, DirectionIntervention)
+    if not isinstance(item, DirectionIntervention) or spec.name not in VECTOR_OPERATIONS:
+        raise SteeringError(
+            f"{type(item).__name__} in vLLM",
+            f"one of {', '.join(VECTOR_OPERATIONS)} of a vector, or a feature clamp",
+            "steer with fgsteer.steer, which can do all",
+        )
     options["op"] = spec.name
     if spec.amount:
         options["scale"] = getattr(item, spec.amount)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import SteeringError
 from fgsteer.errors.wording import a, count
-from fgsteer.interventions.kinds import Intervention
+from fgsteer.interventions.base import Intervention
 from fgsteer.interventions.table import INTERVENTIONS
 from fgsteer.models.pairing import check_pairing
 
@@ -59,6 +59,9 @@ def checked_rows(model: PreTrainedModel, steering: Steering, per_row: bool | Non
     rows = interventions_by_row(steering, per_row)
     for item in {id(i): i for items in rows for i in items}.values():
         check_pairing(model, item.hookpoint, item.d_model, item.model_name, type(item).__name__)
+        for condition in () if item.when is None else item.when.conditions:
+            reading = condition.reading
+            check_pairing(model, reading.hookpoint, reading.d_model, "", type(reading).__name__)
     return rows
 
 

@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fgsteer.interventions.base import Intervention
+from fgsteer.interventions.gates import Gate
 from fgsteer.interventions.kernel import Update, apply
-from fgsteer.interventions.kinds import Intervention
 from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.stacking import stack
 from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.steering.gating import GateNode
 from fgsteer.steering.positions import ScopeMask
 from fgsteer.steering.ranges import activation_dtype, change_bound, check_amount
 
@@ -34,6 +36,8 @@ class UpdateGroup:
         remake: A function that makes the update anew, where one of its values is trained.
         row_mask: The rows that it is for, (rows,).
         needs_row_mask: Whether ``row_mask`` must be applied: the update has one row, for some of several.
+        gate: The gate under which it acts, or None.
+        node: The gate as hooks evaluate it.
         ran: Whether any pass held tokens of the scope.
         ready_key: The device, dtype and repeats that ``ready`` was made for.
         ready: The update and row mask as the running passes need them.
@@ -45,6 +49,8 @@ class UpdateGroup:
     remake: Callable[[], Update] | None
     row_mask: Tensor
     needs_row_mask: bool
+    gate: Gate | None = None
+    node: GateNode | None = None
     ran: bool = False
     ready_key: tuple[torch.device, torch.dtype, int] | None = None
     ready: tuple[Update, Tensor] | None = None
@@ -61,6 +67,9 @@ class UpdateGroup:
         if self.needs_row_mask:
             rows = row_mask[:, None]
             where = rows.expand(h.shape[:2]) if where is None else where & rows
+        if self.node is not None:
+            gate = self.node.open_for(h)
+            where = gate if where is None else where & gate
         return apply(h, update, where)
 
     def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> tuple[Update, Tensor]:
@@ -83,17 +92,17 @@ class UpdateGroup:
 
 def group_by_update(rows: Sequence[Sequence[Intervention]]) -> list[UpdateGroup]:
     """Updates in order of application: the n-th intervention of every row at a hookpoint together."""
-    table: dict[tuple[Hookpoint, int, Scope, bool], list[Intervention | None]] = {}
+    table: dict[tuple[Hookpoint, int, Scope, bool, Gate | None], list[Intervention | None]] = {}
     for number, items in enumerate(rows):
         depth: dict[Hookpoint, int] = {}
         for item in items:
             turn = depth.get(item.hookpoint, 0)
             depth[item.hookpoint] = turn + 1
-            key = (item.hookpoint, turn, item.scope, item.bos)
+            key = (item.hookpoint, turn, item.scope, item.bos, item.when)
             table.setdefault(key, [None] * len(rows))[number] = item
     masks: dict[tuple[Scope, bool], ScopeMask] = {}
     groups = []
-    for (hookpoint, _, scope, bos), column in sorted(table.items(), key=lambda entry: entry[0][:2]):
+    for (hookpoint, _, scope, bos, gate), column in sorted(table.items(), key=lambda entry: entry[0][:2]):
         tokens = masks.setdefault((scope, bos), ScopeMask(scope, bos))
         trained = any(item is not None and item.trained for item in column)
         for number, (update, numbers) in enumerate(stack(column)):
@@ -101,7 +110,7 @@ def group_by_update(rows: Sequence[Sequence[Intervention]]) -> list[UpdateGroup]
             row_mask = torch.zeros(len(rows), dtype=torch.bool)
             row_mask[numbers] = True
             needs_row_mask = len(rows) > 1 and len(update.write) == 1
-            groups.append(UpdateGroup(hookpoint, tokens, update, remake, row_mask, needs_row_mask))
+            groups.append(UpdateGroup(hookpoint, tokens, update, remake, row_mask, needs_row_mask, gate))
     return groups
 
 

@@ -25,12 +25,13 @@ from fgsteer.activations.prompt_ends import pass_key
 from fgsteer.errors import SteeringError, UntouchedWarning
 from fgsteer.errors.checks import checked, warn
 from fgsteer.errors.wording import count
-from fgsteer.interventions.kinds import Intervention
+from fgsteer.interventions.base import Intervention
 from fgsteer.models.claims import Claim
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
 from fgsteer.models.properties import input_device, start_token_finder, virtual_tokens, warn_of_dropout
 from fgsteer.steering.blocks import Block
 from fgsteer.steering.entries import Steering, checked_rows
+from fgsteer.steering.gating import Readings
 from fgsteer.steering.groups import UpdateGroup, check_amounts, group_by_update
 from fgsteer.steering.positions import Positions, parse_prompt_lengths
 from fgsteer.steering.recomputation import Recomputation
@@ -87,10 +88,13 @@ class SteeringHooks:
         self.model, self.rows, self.groups = model, len(rows), group_by_update(rows)
         masks = list({id(group.tokens): group.tokens for group in self.groups}.values())
         self.positions = Positions(masks, start_token_finder(model), self.rows, prompt_lengths, pass_key(model))
+        self.readings = Readings(self.positions)
+        for group in self.groups:
+            group.node = self.readings.add(group.gate)
         virtual_tokens(model)  # raises for what cannot be placed, before any pass
         self.is_peft = hasattr(model, "active_peft_config")  # PEFT may put virtual tokens before texts
         self.claim = Claim(model)
-        self.recomputation = Recomputation(self.positions, self.claim)
+        self.recomputation = Recomputation(self.positions, self.readings, self.claim)
         self.any_pass = False
         self.handles: list[RemovableHandle] = []
         self.links: list[Link] = []
@@ -105,20 +109,23 @@ class SteeringHooks:
         handle = decoder.register_forward_pre_hook(self._begin_pass, with_kwargs=True)
         hooks.callback(handle.remove)
         self.handles.append(handle)
+        if self.readings.prompt is not None:
+            hooks.callback(decoder.register_forward_hook(self._end_pass).remove)
         shadow(decoder, "forward", _as_new_function(decoder.forward), hooks)
         self.recomputation.install(decoder, hooks)
         changed = {id(module): module for module in (self.model, decoder)}
         groups_at: dict[Hookpoint, list[UpdateGroup]] = {}
         for group in self.groups:
             groups_at.setdefault(group.hookpoint, []).append(group)
-        for hookpoint, groups in groups_at.items():
+        for hookpoint in dict.fromkeys([*groups_at, *self.readings.hookpoints]):
+            groups = groups_at.get(hookpoint, [])
             module, is_input = resolve(self.model, hookpoint)
             # first in line, so that hidden states which others record are the steered ones
             if is_input:
-                hook = self._input_hook(groups)
+                hook = self._input_hook(hookpoint, groups)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
             else:
-                handle = module.register_forward_hook(self._output_hook(groups), prepend=True)
+                handle = module.register_forward_hook(self._output_hook(hookpoint, groups), prepend=True)
             hooks.callback(handle.remove)
             self.handles.append(handle)
             shadow(module, "forward", _as_new_function(module.forward), hooks)
@@ -162,7 +169,15 @@ class SteeringHooks:
         virtual = virtual_tokens(self.model) if self.is_peft else 0
         mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
         self.positions.begin_pass(tokens, cache, mask, position_ids, virtual)
+        self.readings.begin_pass(cache)
         self.any_pass = True
+
+    def _end_pass(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        """Note the cache that the decoder filled."""
+        if not self.positions.generating:
+            self.readings.end_pass(
+                next((c for n in CACHE_ARGUMENTS if (c := getattr(output, n, None)) is not None), None)
+            )
 
     def _refuse_mixed_rows(self, arguments: dict[str, Any], batch: int, length: int) -> None:
         """Raises SteeringError where transformers' RWKV would run several rows from a state, which mixes them."""
@@ -177,27 +192,28 @@ class SteeringHooks:
                 "generate for one prompt at a time, or pass use_cache=False",
             )
 
-    def _apply(self, groups: Sequence[UpdateGroup], h: Tensor) -> Tensor:
-        """Apply the groups in order to hidden states of any layout."""
+    def _apply(self, hookpoint: Hookpoint, groups: Sequence[UpdateGroup], h: Tensor) -> Tensor:
+        """Apply the groups in order to hidden states of any layout, after what gates read of them."""
         self.recomputation.check()  # a pass may have begun before the hooks were set
         batch, length = self.positions.batch, self.positions.pass_columns
         repeats = 1 if self.rows == 1 else batch // self.rows
         changed = h if h.shape[:-1] == (batch, length) else reshape_by_token(h, batch, length)
+        self.readings.take(hookpoint, changed)
         for group in groups:
             changed = group.apply_to(changed, repeats)
         return changed if changed.shape == h.shape else changed.reshape(h.shape)
 
-    def _output_hook(self, groups: Sequence[UpdateGroup]) -> Callable[..., Any]:
+    def _output_hook(self, hookpoint: Hookpoint, groups: Sequence[UpdateGroup]) -> Callable[..., Any]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            return replace_hidden_states(output, self._apply(groups, hidden_states_of(output)))
+            return replace_hidden_states(output, self._apply(hookpoint, groups, hidden_states_of(output)))
 
         return hook
 
-    def _input_hook(self, groups: Sequence[UpdateGroup]) -> Callable[..., Any]:
+    def _input_hook(self, hookpoint: Hookpoint, groups: Sequence[UpdateGroup]) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if args:
-                return (self._apply(groups, args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": self._apply(groups, kwargs["hidden_states"])}
+                return (self._apply(hookpoint, groups, args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": self._apply(hookpoint, groups, kwargs["hidden_states"])}
 
         return hook
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from fgsteer.activations.prompt_ends import noted_prompt_ends
 from fgsteer.errors import SteeringError
 from fgsteer.errors.wording import count
-from fgsteer.interventions import Scope
+from fgsteer.interventions.scopes import Scope, counted, is_of_prompt
 
 
 @dataclass(eq=False)
@@ -63,6 +63,8 @@ class Landmarks:
         real: Whether it is neither padding nor a virtual token.
         first: Whether it is position 0 of a sequence.
         reply: Whether it is the last real token of the prompt, or comes after that.
+        before: How many tokens of its prompt stand before the column.
+        after: How many tokens of its prompt stand after it.
         packed: Whether a row may hold several sequences.
     """
 
@@ -70,6 +72,8 @@ class Landmarks:
     real: Tensor
     first: Tensor
     reply: Tensor
+    before: Tensor
+    after: Tensor
     packed: bool = False
 
 
@@ -103,6 +107,7 @@ class Positions:
         self.prompt_mask: Tensor | None = None  # (rows, prompt columns), 1 where real: that of generate
         self.prompt_columns: int | None = None  # of the prompt at most, with virtual ones
         self.batch = self.columns_before = self.pass_columns = 0
+        self.starts: Tensor | None = None  # rows whose first token was met and is a start token, (batch, 1)
         self.virtual = 0  # leading columns that hold no text
         self.mask: Tensor | None = None  # (batch, columns so far) of this pass, 1 where real
 
@@ -232,25 +237,52 @@ class Positions:
     def _mask_generated(self) -> None:
         """Tell each mask that all tokens of the pass are generated ones."""
         for mask in self.masks:
-            mask.begin_pass(empty=mask.scope == "prompt")
+            mask.begin_pass(empty=is_of_prompt(mask.scope))
 
     def _mask_tokens(self, tokens: Tensor, landmarks: Landmarks) -> None:
         """Tell each mask which of ``tokens`` it holds."""
         after_prompt = self.columns_before >= max(1, self.prompt_columns or 0)
         start_tokens = None
         for mask in self.masks:
-            if mask.scope == "prompt" and after_prompt:
+            if is_of_prompt(mask.scope) and after_prompt:
                 mask.begin_pass(empty=True)
                 continue
             where = landmarks.real
             if not mask.bos:
                 start_tokens = self._start_tokens(tokens, landmarks) if start_tokens is None else start_tokens
                 where = where & ~start_tokens
-            if mask.scope == "reply":
+            if mask.scope in ("reply", "last_prompt"):
                 where = where & landmarks.reply
-            elif mask.scope != "all":
-                where = where & (landmarks.prompt if mask.scope == "prompt" else ~landmarks.prompt)
+            if mask.scope == "generated":
+                where = where & ~landmarks.prompt
+            if is_of_prompt(mask.scope):
+                where = where & landmarks.prompt
+            if (counts := counted(mask.scope)) is not None:
+                where = where & self._counted(tokens, landmarks, mask, *counts)
             mask.begin_pass(empty=False, mask=where.expand(self.batch, -1), rows=self.rows)
+
+    def _counted(
+        self, tokens: Tensor, landmarks: Landmarks, mask: ScopeMask, kind: str, numbers: tuple[int, ...]
+    ) -> Tensor:
+        """The first or last tokens of each prompt, or those at positions. Raises SteeringError for packed rows."""
+        if landmarks.packed:
+            raise SteeringError(
+                f"the scope {mask.scope} in rows that hold several sequences",
+                "one sequence in each row, where tokens of prompts are counted",
+                'unpack the sequences, or steer with another scope, such as "reply"',
+            )
+        if kind == "last":
+            return landmarks.after < numbers[0]
+        if kind == "at":
+            return torch.isin(landmarks.before, torch.tensor(numbers, device=tokens.device))
+        starts = self._start_tokens(tokens, landmarks).any(1, keepdim=True)
+        if (
+            self.starts is not None and self.columns_before > self.virtual
+        ):  # those of rows that began in an earlier pass
+            starts = starts | self.starts
+        self.starts = starts
+        skipped = 0 if mask.bos else starts.long()
+        return landmarks.before - skipped < numbers[0]
 
     def _start_tokens(self, tokens: Tensor, landmarks: Landmarks) -> Tensor:
         """A mask of the tokens that are a start token at position 0 of a sequence."""
@@ -269,14 +301,19 @@ class Positions:
         first: Tensor | int = self.virtual
         if self.mask is None:
             real, last = at >= self.virtual, end - 1
+            before, after = at - self.virtual, end - 1 - at
         else:
             mask = self.mask.to(device).bool()
             width = mask.shape[1]
             real = mask[:, at[0].clamp(max=width - 1)] | (at >= width)
             column = torch.arange(width, device=device)
             first = torch.where(mask, column, width).amin(1, keepdim=True)
-            last = torch.where(mask & (column < end), column, -1).amax(1, keepdim=True)
-        return Landmarks(at < end, real, at == first, at >= last)
+            of_prompt = mask & (column < end)
+            last = torch.where(of_prompt, column, -1).amax(1, keepdim=True)
+            upto = of_prompt.long().cumsum(1)
+            before, after = upto - of_prompt.long(), upto[:, -1:] - upto
+            before, after = (counts[:, at[0].clamp(max=width - 1)] for counts in (before, after))
+        return Landmarks(at < end, real, at == first, at >= last, before, after)
 
     def _unpack(self, landmarks: Landmarks, positions: Tensor | None) -> Landmarks:
         """Landmarks of rows that may hold several sequences: each begins where ``positions`` are 0."""
@@ -298,7 +335,8 @@ class Positions:
         ahead = torch.where(real, column, self.pass_columns).flip(1).cummin(1).values.flip(1)
         ahead = torch.nn.functional.pad(ahead[:, 1:], (0, 1), value=self.pass_columns)
         begins = torch.nn.functional.pad(first, (0, 1), value=True)
-        return Landmarks(landmarks.prompt, real, first, real & begins.gather(1, ahead), packed=True)
+        reply = real & begins.gather(1, ahead)
+        return replace(landmarks, real=real, first=first, reply=reply, packed=True)
 
 
 def parse_prompt_lengths(lengths: Sequence[int] | Tensor | None) -> Tensor | None:

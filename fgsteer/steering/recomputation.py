@@ -20,6 +20,7 @@ from torch import nn
 
 from fgsteer.errors import SteeringError
 from fgsteer.models.claims import Claim, backward_pass
+from fgsteer.steering.gating import Readings
 from fgsteer.steering.positions import Positions
 from fgsteer.steering.shadows import shadow
 
@@ -32,8 +33,8 @@ class Recomputation:
     What is compiled checks nothing; modules that checkpoint are left out of it, but not what they run.
     """
 
-    def __init__(self, positions: Positions, claim: Claim) -> None:
-        self.positions, self.claim = positions, claim
+    def __init__(self, positions: Positions, readings: Readings, claim: Claim) -> None:
+        self.positions, self.readings, self.claim = positions, readings, claim
         self.backward = -1  # the backward pass in which the running forward pass began; -1 outside any
 
     def begin(self) -> None:
@@ -97,14 +98,18 @@ class Recomputation:
         eager: Callable[..., Any] = torch.compiler.disable(run, recursive=False)  # type: ignore[no-untyped-call]
         return eager
 
+    @property
+    def _holders(self) -> list[Any]:
+        return [self.positions, *self.positions.masks, *self.readings.places]
+
     def _state(self) -> list[dict[str, Any]]:
-        """Everything that is known of the running pass."""
-        return [dict(vars(holder)) for holder in (self.positions, *self.positions.masks)]
+        """Everything that is known of the running pass: its positions, and what gates read in lower blocks."""
+        return [dict(vars(holder)) for holder in self._holders]
 
     @contextmanager
     def _restored(self, state: list[dict[str, Any]]) -> Iterator[None]:
         """The state of an earlier pass, in the backward pass that runs."""
-        holders = (self.positions, *self.positions.masks)
+        holders = self._holders
         present, backward = self._state(), self.backward
         for holder, values in zip(holders, state, strict=True):
             vars(holder).update(values)

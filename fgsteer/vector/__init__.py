@@ -1,6 +1,7 @@
 """Steering vectors: a direction at a hookpoint, what it is made of, and where it came from.
 
-steering_vector.py  ``SteeringVector``: its interventions, its operators, its files
+steering_vector.py  ``SteeringVector``: its operators, its files
+applied.py          the interventions that apply a direction
 arithmetic.py       factors, and the features and provenance of a sum of vectors
 feature_weight.py   one feature of a vector, as tables show it
 provenance.py       how a vector was made, as it is read from vectors and files

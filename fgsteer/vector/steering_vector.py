@@ -19,17 +19,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fgsteer.display.tables import Cell, Table, facts_html
-from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
+from fgsteer.errors import ArgumentError, PairingError, SelectionError
 from fgsteer.errors.checks import checked, describe_value, is_number, is_whole_number
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, MAX_TEXT_CHARACTERS
-from fgsteer.errors.wording import a, count
-from fgsteer.interventions.kinds import Ablate, Add, Affine, Clamp
-from fgsteer.interventions.scopes import Scope
-from fgsteer.interventions.values import Scalar, check_equal_width, finite_vector
+from fgsteer.errors.wording import count
+from fgsteer.interventions.values import check_equal_width, finite_vector
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import check_pairing
 from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
+from fgsteer.vector.applied import Applied
 from fgsteer.vector.arithmetic import finite_factor, not_a_vector, same_sae, sum_features, sum_provenance
 from fgsteer.vector.feature_weight import FeatureWeight
 from fgsteer.vector.measured_run import MeasuredRun
@@ -40,7 +39,7 @@ TOP_FEATURES = 10  # features that a notebook shows of a vector
 
 
 @dataclass(frozen=True, eq=False, init=False)
-class SteeringVector:
+class SteeringVector(Applied):
     """A direction at a hookpoint, with the features it was decoded from.
 
     A direction or reference that requires grad stays the caller's own, to be trained through the interventions; files
@@ -91,7 +90,7 @@ class SteeringVector:
         for name, value in values.items():
             object.__setattr__(self, name, value)
         if self.reference is not None:
-            check_equal_width(self.reference, self.direction)
+            check_equal_width("reference", self.reference, self.direction)
 
     @property
     def d_model(self) -> int:
@@ -102,74 +101,6 @@ class SteeringVector:
     def norm(self) -> float:
         """The Euclidean norm of the direction, in units of the residual stream."""
         return float(self.direction.detach().norm())
-
-    def add(self, coefficient: Scalar = 1.0, *, scope: Scope = "all", bos: bool = False) -> Add:
-        """The intervention ``h' = h + c·v`` (CAA, arXiv 2312.06681).
-
-        Args:
-            coefficient: The strength c; a tensor that requires grad can be trained.
-            scope: The tokens that are steered: "all", "prompt", "generated" or "reply" (from the last prompt token on).
-            bos: Whether a start token at position 0 is steered too.
-
-        Raises:
-            SteeringError: The coefficient is not finite, or the scope is none of the four.
-        """
-        return Add(direction=self.direction, coefficient=coefficient, scope=scope, bos=bos, **self._origin)
-
-    def ablate(self, *, scope: Scope = "all", bos: bool = False) -> Ablate:
-        """The intervention ``h' = h − (v̂·h) v̂``, which removes the projection on v (arXiv 2406.11717).
-
-        Args:
-            scope: As in ``add``.
-            bos: As in ``add``.
-
-        Raises:
-            SteeringError: The direction is zero.
-        """
-        return Ablate(direction=self.direction, scope=scope, bos=bos, **self._origin)
-
-    def clamp(self, target: Scalar, *, scope: Scope = "all", bos: bool = False) -> Clamp:
-        """The intervention ``h' = h + (t − v̂·h) v̂``, which sets the projection on v.
-
-        Args:
-            target: The projection t, in units of the residual stream.
-            scope: As in ``add``.
-            bos: As in ``add``.
-
-        Raises:
-            SteeringError: The direction is zero, or the target is not finite.
-        """
-        return Clamp(direction=self.direction, target=target, scope=scope, bos=bos, **self._origin)
-
-    def affine(self, alpha: Scalar = 1.0, *, scope: Scope = "all", bos: bool = False) -> Affine:
-        """The intervention ``r̂·h' = r̂·r⁻ + α‖r‖``: affine concept editing, ACE (arXiv 2411.09003).
-
-        Args:
-            alpha: The strength α: 0 puts activations at the negative mean, 1 at the positive mean.
-            scope: As in ``add``.
-            bos: As in ``add``.
-
-        Raises:
-            SteeringError: The vector has no reference, its direction is zero, or alpha is not finite.
-        """
-        if self.reference is None:
-            raise SteeringError(
-                f"{a(self.provenance.get('method', 'bare'))} vector without a reference",
-                "a vector that keeps the negative mean as its reference",
-                "build it with ace(), or use clamp(target)",
-            )
-        return Affine(
-            direction=self.direction, reference=self.reference, alpha=alpha, scope=scope, bos=bos, **self._origin
-        )
-
-    @property
-    def _origin(self) -> dict[str, Any]:
-        """What every intervention of this vector remembers of it."""
-        return {
-            "hookpoint": self.hookpoint,
-            "model_name": model_name(self.provenance),
-            "method": str(self.provenance.get("method") or ""),
-        }
 
     def __repr__(self) -> str:
         method = escape_text(str(self.provenance.get("method", "bare")), keep="")[:MAX_TEXT_CHARACTERS]

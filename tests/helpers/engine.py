@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load
 
 import fgsteer as fg
-from fgsteer.serving.tables import Table
+from fgsteer.serving.tables import COLUMNS, Table
 from tests.helpers.saes import make_sae
 
 WIDTH = 32
@@ -31,7 +31,7 @@ class FakeEngine:
     """Workers with one table a layer, and requests that are live for as long as a test says."""
 
     def __init__(self, layers, steers=True, rows=4):
-        self.tables = {layer: Table(rows, WIDTH, torch.zeros(3, 8)) for layer in layers}
+        self.tables = {layer: Table(rows, WIDTH, torch.zeros(COLUMNS, 8)) for layer in layers}
         self.live, self.steers = [], steers
         config = SimpleNamespace(bos_token_id=0, eos_token_id=[2])
         self.config = SimpleNamespace(

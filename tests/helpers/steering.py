@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 import fgsteer as fg
@@ -22,26 +25,51 @@ def vector(seed=1, layer=1, site="resid_post"):
 
 
 def naive_change(h, item, where):
-    """One row (T, d) through the loop version of one intervention."""
+    """One row (T, d) through the loop version of one intervention, at these tokens."""
     rows = h.double().numpy()
-    if isinstance(item, fg.Add):
-        new = reference.add(rows, item.direction.double().numpy(), item.coefficient, where=where)
-    elif isinstance(item, fg.Ablate):
-        new = reference.ablate(rows, item.direction.double().numpy(), where=where)
-    elif isinstance(item, fg.Clamp):
-        new = reference.clamp(rows, item.direction.double().numpy(), item.target, where=where)
-    elif isinstance(item, fg.Affine):
-        args = (item.direction.double().numpy(), item.reference.double().numpy(), item.alpha)
-        new = reference.affine(rows, *args, where=where)
-    else:
-        sae = item.sae
-
-        def encode(x):
-            return sae.encode(torch.as_tensor(x).float()[None])[0].double().numpy()
-
-        rows_of = {j: sae.W_dec[j].double().numpy() for j in item.targets}
-        new = reference.clamp_feature(rows, encode, rows_of, dict(item.targets), where=where)
+    new = rows.copy()
+    new[where] = naive_everywhere(rows, item)[where]
     return torch.as_tensor(new).float()
+
+
+def naive_everywhere(rows, item):
+    """Rows (T, d) in float64 through the loop version of one intervention."""
+    if isinstance(item, fg.ClampFeature):
+        return _naive_edits(rows, item)
+    if isinstance(item, fg.ClampSubspace):
+        return reference.clamp_subspace(
+            rows, item.directions.double().numpy(), item.targets or [0] * len(item.directions)
+        )
+    v = item.direction.double().numpy()
+    if isinstance(item, fg.Clamp) and item.target is None:
+        bounds = {name: b for name in ("at_least", "at_most") if (b := getattr(item, name)) is not None}
+        return reference.bound(rows, v, **bounds)
+    if isinstance(item, fg.Rotate):
+        return reference.rotate(rows, v, item.other.double().numpy(), item.by, item.to)
+    loops: dict[type, Callable[[], Any]] = {
+        fg.Add: lambda: reference.add(rows, v, item.coefficient),
+        fg.AddRelative: lambda: reference.add_relative(rows, v, item.coefficient),
+        fg.AddKeepingNorm: lambda: reference.add_keeping_norm(rows, v, item.coefficient),
+        fg.AdaptiveAdd: lambda: reference.adaptive_add(
+            rows, v, item.read.double().numpy(), item.bias, item.coefficient
+        ),
+        fg.Ablate: lambda: reference.ablate(rows, v),
+        fg.Clamp: lambda: reference.clamp(rows, v, item.target),
+        fg.Affine: lambda: reference.affine(rows, v, item.reference.double().numpy(), item.alpha),
+    }
+    return loops[type(item)]()
+
+
+def _naive_edits(rows, item):
+    sae = item.sae
+
+    def encode(x):
+        return sae.encode(torch.as_tensor(x).float()[None])[0].double().numpy()
+
+    rows_of = {j: sae.W_dec[j].double().numpy() for j in item.features}
+    rules = {"targets": "set"}
+    edits = {j: (rules.get(name, name), x) for name, given in item.edits.items() for j, x in given.items()}
+    return reference.edit_features(rows, encode, rows_of, edits)
 
 
 def naive_greedy(model, ids, items, new=NEW):

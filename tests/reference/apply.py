@@ -1,10 +1,11 @@
 """Interventions on one row of activations h (T, d), token by token, and the token positions that a scope covers."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-SCOPES = ("all", "prompt", "generated", "reply")
+SCOPES = ("all", "prompt", "generated", "reply", "last_prompt")
 
 
 def _dot(a, b):
@@ -85,8 +86,10 @@ def clamp_feature(h, encode_fn, W_dec_row_dict, targets, where=None):
 
 def positions(scope, length, prompt_length, first, *, bos=False, real=None):
     """Token indices of a scope, padding and (unless bos) the BOS slot left out (DESIGN, scope; METHODS 1 and 5)."""
-    if scope not in SCOPES:
+    kind, _, numbers = scope.partition(":")
+    if scope not in SCOPES and kind not in ("first", "last", "at"):
         raise ValueError(f"unknown scope {scope!r}")
+    counts = [int(number) for number in numbers.split(",") if number]
     allowed = set(range(length)) if real is None else {int(i) for i in real}
     is_real = [first <= i and i in allowed for i in range(length)]
 
@@ -107,5 +110,94 @@ def positions(scope, length, prompt_length, first, *, bos=False, real=None):
             continue
         if scope == "reply" and not i >= last_prompt:
             continue
+        if scope == "last_prompt" and not i == last_prompt < prompt_length:
+            continue
+        if counts and not i < prompt_length:
+            continue
         out.append(i)
+    if kind == "first":
+        return out[: counts[0]]
+    if kind == "last":
+        prompt = [i for i in range(min(prompt_length, length)) if is_real[i]]
+        return [i for i in out if i in prompt[-counts[0] :]]
+    if kind == "at":
+        prompt = [i for i in range(min(prompt_length, length)) if is_real[i]]
+        return [i for i in out if prompt.index(i) in counts]
+    return out
+
+
+def add_relative(h, v, c):
+    """h + c ||h|| v-hat, token by token (METHODS_MORE 4, Norm)."""
+    out = np.array(h, dtype=np.float64)
+    direction = _unit(v)
+    for token in range(len(out)):
+        out[token] = out[token] + c * math.sqrt(_dot(out[token], out[token])) * direction
+    return out
+
+
+def add_keeping_norm(h, v, c):
+    """(h + c v) ||h|| / ||h + c v|| (METHODS_MORE 4, Norm: rescaled over the last dimension)."""
+    out = np.array(h, dtype=np.float64)
+    for token in range(len(out)):
+        moved = out[token] + c * np.array(v, dtype=np.float64)
+        out[token] = moved * math.sqrt(_dot(out[token], out[token])) / math.sqrt(_dot(moved, moved))
+    return out
+
+
+def adaptive_add(h, u, a, b, s):
+    """h + s relu(a . h + b) u (METHODS_MORE 3, PSR)."""
+    out = np.array(h, dtype=np.float64)
+    for token in range(len(out)):
+        out[token] = out[token] + s * max(_dot(a, out[token]) + b, 0.0) * np.array(u, dtype=np.float64)
+    return out
+
+
+def bound(h, r, at_least=-math.inf, at_most=math.inf):
+    """Each token moved along r-hat until its projection is within bounds (METHODS_MORE 4, Cap/floor)."""
+    out = np.array(h, dtype=np.float64)
+    direction = _unit(r)
+    for token in range(len(out)):
+        projection = _dot(direction, out[token])
+        out[token] = out[token] + (min(max(projection, at_least), at_most) - projection) * direction
+    return out
+
+
+def clamp_subspace(h, directions, targets):
+    """The nearest point to h with the given projections, by least squares."""
+    out = np.array(h, dtype=np.float64)
+    units = np.stack([_unit(direction) for direction in directions])
+    for token in range(len(out)):
+        wanted = np.array(targets, dtype=np.float64) - units @ out[token]
+        out[token] = out[token] + np.linalg.lstsq(units, wanted, rcond=None)[0]
+    return out
+
+
+def rotate(h, first, other, by=None, to=None):
+    """In-plane polar coordinates (radius, angle): the angle changed by, or set to, so many degrees."""
+    out = np.array(h, dtype=np.float64)
+    b1 = _unit(first)
+    b2 = _unit(np.array(other, dtype=np.float64) - _dot(b1, other) * b1)
+    for token in range(len(out)):
+        x, y = _dot(b1, out[token]), _dot(b2, out[token])
+        radius, angle = math.hypot(x, y), math.atan2(y, x)
+        angle = math.radians(to) if by is None else angle + math.radians(by)
+        out[token] = out[token] + (radius * math.cos(angle) - x) * b1 + (radius * math.sin(angle) - y) * b2
+    return out
+
+
+def edit_features(h, encode_fn, W_dec_row_dict, edits):
+    """h + sum_j (f'_j - f_j) W_dec[j], with f'_j of the edit's rule (METHODS_MORE 0 and 4, Min-clamp)."""
+    rules: dict[str, Callable[[float, float], float]] = {
+        "set": lambda f, x: x,
+        "at_least": max,
+        "at_most": min,
+        "plus": lambda f, x: max(f + x, 0.0),
+        "times": lambda f, x: f * x,
+    }
+    out = np.array(h, dtype=np.float64)
+    for token in range(len(out)):
+        acts = encode_fn(np.array(h[token], dtype=np.float64))
+        for j, (rule, x) in edits.items():
+            change = rules[rule](float(acts[j]), x) - float(acts[j])
+            out[token] = out[token] + change * np.array(W_dec_row_dict[j], dtype=np.float64)
     return out

@@ -25,6 +25,8 @@ print(fg.export.gguff)  # mistake
 vector.ablate(2.0)  # mistake
 vector.clamp(2.0, scop="prompt")  # mistake
 fg.Add(hookpoint=2.5, direction=vector.direction)  # mistake
-fg.Clamp(hookpoint=2, direction=vector.direction)  # mistake
+fg.Clamp(hookpoint=2, direction=vector.direction, target="high")  # mistake
+fg.edit(sae, {3: b"off"})  # mistake
+vector.add(1.0, scope="last_promt")  # mistake
 fg.Ablate(hookpoint=2, direction=vector.direction, target=1.0)  # mistake
 fg.EffectApproximator.measure(model, tokenizer, sae, rollout=2)  # mistake

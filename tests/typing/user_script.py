@@ -33,11 +33,14 @@ def texts(vector: fg.SteeringVector) -> list[str]:
     direction = torch.randn(192)
     by_hand: list[fg.Intervention] = [
         fg.Add(hookpoint=2, direction=direction, coefficient=8.0, scope="generated"),
+        fg.AddRelative(hookpoint=2, direction=direction, coefficient=0.3, scope=fg.last(2)),
+        fg.ClampSubspace(hookpoint=2, directions=torch.stack([direction, direction + 1])),
+        fg.Rotate(hookpoint=2, direction=direction, other=direction + 1, by=20.0, scope="last_prompt"),
         fg.Clamp(hookpoint="blocks.2.hook_resid_post", direction=direction, target=2.0, bos=True),
         fg.Affine(hookpoint=fg.Hookpoint(2), direction=direction, reference=direction, alpha=torch.tensor(1.0)),
     ]
     fg.generate(model, tokenizer, "I think", steering=[by_hand])
-    entries: list[fg.Intervention | None] = [vector.add(8.0, scope="generated"), None, vector.clamp(2.0)]
+    entries: list[fg.Intervention | None] = [vector.add(8.0, scope="generated"), None, vector.clamp(at_most=2.0)]
     steered: list[str] = fg.generate(model, tokenizer, ["I think"] * 3, steering=entries, max_new_tokens=8)
     single: list[str] = fg.generate(model, tokenizer, ["I think"], steering=vector.ablate())
     with fg.steer(model, [vector.add(8.0), vector.affine(1.0)]):
@@ -68,6 +71,7 @@ def features() -> list[str]:
     fg.EffectApproximator(effects.M, effects.b, "blocks.3.hook_resid_post", sae.sha256).check(sae)
     rows = fg.describe_features(model, tokenizer, sae, [1, 2], examples=fg.load_examples(sae))
     clamp = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets={1: 2.0})
-    fg.generate(model, tokenizer, "A text", steering=clamp)
+    edits = fg.edit(sae, {1: 2.0, 2: "off", 3: ("at_most", 2.0)}, scope=fg.first(3))
+    fg.generate(model, tokenizer, "A text", steering=[clamp, edits])
     fired: torch.Tensor = density.density
     return [row.label for row in rows] + [str(fired.shape), fg.__version__]
