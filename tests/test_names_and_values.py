@@ -43,7 +43,7 @@ assert callable(fg.registry) and callable(fg.sweep) and callable(fg.diagnose)
 """
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_names_are_the_same_in_whatever_order_things_are_imported(seed):
     result = subprocess.run(
         [sys.executable, "-c", EVERY_NAME, str(seed)], check=False, capture_output=True, text=True, cwd=Path.cwd()

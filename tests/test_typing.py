@@ -35,7 +35,7 @@ def pyright():
     return {(Path(row["file"]).name, row["range"]["start"]["line"] + 1) for row in rows}
 
 
-@pytest.mark.parametrize("checker", [mypy, pyright])
+@pytest.mark.parametrize("checker", [mypy, pytest.param(pyright, marks=pytest.mark.slow)])
 def test_a_checker_finds_the_mistakes_and_nothing_else(checker):
     lines = MISTAKES.read_text(encoding="utf-8").splitlines()
     expected = {(MISTAKES.name, number) for number, line in enumerate(lines, 1) if line.endswith("# mistake")}

@@ -5,6 +5,7 @@ In the order in which data flows:
     entries.py        what callers pass as ``steering``, as interventions for each row
     ranges.py         how large a strength may be before activations overflow
     positions.py      which tokens of a pass belong to a scope
+    gating.py         what gates read in a pass, and where they are open
     groups.py         the updates of a block: what acts together, at which hookpoint, for which rows and tokens
     hooks.py          ``steer``: the hooks that apply updates, set and taken off
     blocks.py         what ``steer`` returns, a context manager or a decorator
