@@ -339,6 +339,10 @@ def test_salts_tell_apart_which_tokens_are_steered(scope):
     assert salts[0] != salts[1] == salts[2]
 
 
+def test_what_is_sent_is_plain():
+    assert type(steering("a", scope=fg.last(2))["steer_scope"]) is str  # engines serialise no other class
+
+
 def test_salts_tell_steerings_apart():
     control = Control(FakeEngine([1]), [1])
     control.load("a", vector(0))

@@ -77,7 +77,7 @@ def steering(
         SteeringError: An argument is not one of these.
     """
     check_flags(bos=bos)
-    extra: dict[str, Any] = {"steer": name, "steer_scale": scale, "steer_scope": parse_scope(scope)}
+    extra: dict[str, Any] = {"steer": name, "steer_scale": scale, "steer_scope": str(parse_scope(scope))}
     extra["steer_bos"] = int(bos)
     if op is not None:
         extra["steer_op"] = op

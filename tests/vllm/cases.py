@@ -99,7 +99,7 @@ def served(source: str = DEFAULT) -> dict[str, Any]:
 
 @cache
 def cases(source: str = DEFAULT) -> tuple[Case, ...]:
-    """Ten requests and four more, none of which shares its steering with another."""
+    """Ten requests and six more, none of which shares its steering with another."""
     s = served(source)
     first, middle, late, last, clamp = (s[name] for name in ("first", "middle", "late", "last", "features"))
     a, b, c, d, e = PROMPTS
@@ -123,6 +123,13 @@ def cases(source: str = DEFAULT) -> tuple[Case, ...]:
             late.add(2.0, scope="reply"),
         ),
         Case("position 0", d, steering("first", scale=1.0, bos=True), first.add(1.0, bos=True)),
+        Case("cap", c, steering("mean", op="at_most", scale=0.0), s["mean"].clamp(at_most=0.0)),
+        Case(
+            "lift",
+            a,
+            steering("late", op="at_least", scale=4 * late.norm, scope=fg.last(3)),
+            late.clamp(at_least=4 * late.norm, scope=fg.last(3)),
+        ),
     )
 
 
