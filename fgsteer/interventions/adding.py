@@ -26,7 +26,18 @@ from fgsteer.interventions.values import (
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Add(DirectionIntervention):
+class AddingIntervention(DirectionIntervention):
+    """An intervention that adds ``direction``, times a coefficient."""
+
+    coefficient: Scalar = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        set_fields(self, coefficient=finite_scalar("coefficient", self.coefficient))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Add(AddingIntervention):
     """Adds a direction to an activation: ``h' = h + c·v`` (CAA, arXiv 2312.06681).
 
     Args:
@@ -40,17 +51,11 @@ class Add(DirectionIntervention):
         PairingError: The direction is not one floating-point vector.
     """
 
-    coefficient: Scalar = 1.0
-
     if TYPE_CHECKING:  # the constructor as it is called: it takes more than the fields hold
 
         def __init__(
             self, *, direction: Tensor, coefficient: Scalar = 1.0, **common: Unpack[InterventionFields]
         ) -> None: ...
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_fields(self, coefficient=finite_scalar("coefficient", self.coefficient))
 
     def update(self) -> Update:
         """The update with w = v, λ = 0, α = c."""
@@ -60,7 +65,7 @@ class Add(DirectionIntervention):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class AddRelative(DirectionIntervention):
+class AddRelative(AddingIntervention):
     """Adds a direction in units of the activation's own norm: ``h' = h + c·‖h‖·v̂``, token by token.
 
     Args:
@@ -74,8 +79,6 @@ class AddRelative(DirectionIntervention):
         PairingError: The direction is not one floating-point vector.
     """
 
-    coefficient: Scalar = 1.0
-
     if TYPE_CHECKING:
 
         def __init__(
@@ -84,7 +87,6 @@ class AddRelative(DirectionIntervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        set_fields(self, coefficient=finite_scalar("coefficient", self.coefficient))
         unit_and_norm(self.direction)  # raises for a zero direction
 
     def update(self) -> Update:
@@ -96,7 +98,7 @@ class AddRelative(DirectionIntervention):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class AddKeepingNorm(DirectionIntervention):
+class AddKeepingNorm(AddingIntervention):
     """Adds a direction and restores the activation's norm: ``h' = (h + c·v)·‖h‖/‖h + c·v‖``.
 
     Args:
@@ -110,17 +112,11 @@ class AddKeepingNorm(DirectionIntervention):
         PairingError: The direction is not one floating-point vector.
     """
 
-    coefficient: Scalar = 1.0
-
     if TYPE_CHECKING:
 
         def __init__(
             self, *, direction: Tensor, coefficient: Scalar = 1.0, **common: Unpack[InterventionFields]
         ) -> None: ...
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_fields(self, coefficient=finite_scalar("coefficient", self.coefficient))
 
     def update(self) -> Update:
         """The update of ``Add``, whose result is scaled to ‖h‖."""

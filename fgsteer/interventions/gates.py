@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -39,10 +38,6 @@ class Gate(ABC):
     @abstractmethod
     def conditions(self) -> tuple[Condition, ...]:
         """The conditions that it is made of."""
-
-    @abstractmethod
-    def evaluate(self, met: Callable[[Condition], Mask]) -> Mask:
-        """The tokens at which it is open, given those at which each condition is met."""
 
     def __and__(self, other: Gate) -> Gate:
         return Both(self, _gate(other))
@@ -72,44 +67,33 @@ def _gate(other: object) -> Gate:
     return other
 
 
-@dataclass(frozen=True, eq=False)
-class Both(Gate):
+@dataclass(frozen=True, eq=False, repr=False)
+class _Pair(Gate):
+    """Two gates that are combined."""
+
+    first: Gate
+    second: Gate
+    sign: ClassVar[str]
+
+    def __repr__(self) -> str:
+        return f"({self.first!r} {self.sign} {self.second!r})"
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """Those of both."""
+        return (*self.first.conditions, *self.second.conditions)
+
+
+class Both(_Pair):
     """Open where both of two gates are."""
 
-    first: Gate
-    second: Gate
-
-    def __repr__(self) -> str:
-        return f"({self.first!r} & {self.second!r})"
-
-    @property
-    def conditions(self) -> tuple[Condition, ...]:
-        """Those of what it combines."""
-        return (*self.first.conditions, *self.second.conditions)
-
-    def evaluate(self, met: Callable[[Condition], Mask]) -> Mask:
-        """The tokens at which it is open, given those at which each condition is met."""
-        return self.first.evaluate(met) & self.second.evaluate(met)
+    sign = "&"
 
 
-@dataclass(frozen=True, eq=False)
-class Either(Gate):
+class Either(_Pair):
     """Open where either of two gates is."""
 
-    first: Gate
-    second: Gate
-
-    def __repr__(self) -> str:
-        return f"({self.first!r} | {self.second!r})"
-
-    @property
-    def conditions(self) -> tuple[Condition, ...]:
-        """Those of what it combines."""
-        return (*self.first.conditions, *self.second.conditions)
-
-    def evaluate(self, met: Callable[[Condition], Mask]) -> Mask:
-        """The tokens at which it is open, given those at which each condition is met."""
-        return self.first.evaluate(met) | self.second.evaluate(met)
+    sign = "|"
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,10 +109,6 @@ class Not(Gate):
     def conditions(self) -> tuple[Condition, ...]:
         """Those of what it combines."""
         return self.gate.conditions
-
-    def evaluate(self, met: Callable[[Condition], Mask]) -> Mask:
-        """The tokens at which it is open, given those at which each condition is met."""
-        return ~self.gate.evaluate(met)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,10 +131,6 @@ class Condition(Gate):
     def conditions(self) -> tuple[Condition, ...]:
         """The condition itself."""
         return (self,)
-
-    def evaluate(self, met: Callable[[Condition], Mask]) -> Mask:
-        """The tokens at which it is met."""
-        return met(self)
 
     def compare(self, values: Float[Tensor, "batch tokens"]) -> Mask:
         """Whether values are beyond the threshold. nan, as of a prompt without a token, never is."""
