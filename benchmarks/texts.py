@@ -1,12 +1,13 @@
 """How many texts a method needs: 5, 10 and 40 a side, sentences and short phrases, with settings that stay the same.
 
 Every variant of a method is measured on eight concepts: four on which defaults may be chosen, and four on which they
-are reported. Strengths are chosen on one half of the prompts, scores are of the other. Differences to CAA of the same
-texts have intervals over prompts.
+are reported. All are measured at one cost; of several costs the best is chosen on one half of the prompts, and scores
+are of the other. Differences to CAA of the same texts have intervals over prompts.
 
     python benchmarks/texts.py --model smollm2             at the layer of the best SAE method in tuning.json
     python benchmarks/texts.py --layer 2                   the embedded default, at this layer
     python benchmarks/texts.py ... --tables                prints the tables of the scores that are there
+    python benchmarks/texts.py --docs                      puts the tables into docs/benchmarks.md
 
 It writes texts.json and texts.md to the results folder of the model. A command that was killed goes on where it ended.
 """
@@ -23,13 +24,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from subject import ROOT, Subject, load_subject, results_folder
+from subject import PAGE, ROOT, Subject, load_subject, published, results_folder
 
 import fgsteer as fg
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.metrics.intervals import paired_differences
-from fgsteer.evaluation.runs.records import Unit
+from fgsteer.evaluation.runs.records import HALVES, Unit
 from fgsteer.evaluation.runs.settings import best_settings
 from fgsteer.evaluation.runs.tables import over_prompts
 from fgsteer.methods import spec
@@ -39,24 +40,24 @@ PHRASES = Path(__file__).with_name("phrases.json")
 CHOOSING, REPORTED = ("anger", "food", "london", "wedding"), ("fear", "love", "sea", "war")
 SIDES = (5, 10, 40)
 KINDS = ("sentences", "phrases")
-WIDE = {"n_positive": 256, "n_negative": 128, "max_density": 1.0}
+ALL, MIDDLE, WIDE = (
+    {"max_density": 1.0, "n_positive": positive, "n_negative": negative}  # no density filter, features of both signs
+    for positive, negative in ((16, 0), (64, 32), (256, 128))
+)
 MIXED = {"mu": 0.1, "bias_weight": 0.0, "unit_effects": True, "decoder_weight": 0.5}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "CAA": ("caa", {}),
-    "CAA denoised, soft 0.5": ("caa_denoised", {"threshold": 0.5}),
-    "CAA denoised, soft 1": ("caa_denoised", {}),
-    "CAA denoised, hard 1.5": ("caa_denoised", {"shrinkage": "hard", "threshold": 1.5}),
-    "CAA denoised, hard 2": ("caa_denoised", {"shrinkage": "hard", "threshold": 2.0}),
-    "FGAA, 16 features": ("fgaa", {}),
-    "FGAA, 64 and 32": ("fgaa", {**WIDE, "n_positive": 64, "n_negative": 32}),
-    "FGAA, 256 and 128": ("fgaa", WIDE),
-    "FGAA, 256 and 128 by t": ("fgaa", {**WIDE, "score": "welch_t"}),
-    "FGAA, 256 and 128 + error": ("fgaa_error", WIDE),
-    "FGAA, 256 and 128 by t + error": ("fgaa_error", {**WIDE, "score": "welch_t"}),
-    "FGAA, 256 and 128 + effects": ("fgaa_effects", {**WIDE, **MIXED}),
-    "FGAA, 256 and 128 + effects + error": ("fgaa_effects", {**WIDE, **MIXED, "keep_error": True}),
+    "CAA denoised": ("caa_denoised", {"threshold": 1.5}),
     "STA": ("sta", {}),
-    "STA + error": ("sta", {"keep_error": True}),
+    "FGAA, 16 features": ("fgaa", {}),
+    "FGAA, 32": ("fgaa", {"n_positive": 32}),
+    "FGAA, 64": ("fgaa", {"n_positive": 64}),
+    "FGAA, 16 of all densities": ("fgaa", ALL),
+    "FGAA, 64 and 32 of all densities": ("fgaa", MIDDLE),
+    "FGAA, 256 and 128 of all densities": ("fgaa", WIDE),
+    "FGAA + effects, 16": ("fgaa_effects", MIXED),
+    "FGAA + effects, 64 and 32 of all densities": ("fgaa_effects", {**MIDDLE, **MIXED}),
+    "FGAA + effects, 256 and 128 of all densities": ("fgaa_effects", {**WIDE, **MIXED}),
 }
 Scores = Mapping[str, Mapping[str, Any]]  # by concept: {"setting", "units": [[prompt, seed, BCS]]}
 
@@ -86,9 +87,11 @@ def measure(bench: Bench, variant: str, path: Path, fresh: bool) -> dict[str, An
     }
 
 
-def study(subject: Subject, layer: int, plan: BenchPlan, work: Path, fresh: bool) -> dict[str, Scores]:
+def study(
+    subject: Subject, layer: int, plan: BenchPlan, variants: Sequence[str], work: Path, fresh: bool
+) -> dict[str, Scores]:
     """Scores by kind, size and variant, as "phrases/10/CAA"."""
-    variants = [name for name, (method, _) in VARIANTS.items() if method != "fgaa_effects" or layer in subject.effects]
+    variants = [name for name in variants if VARIANTS[name][0] != "fgaa_effects" or layer in subject.effects]
     found: dict[str, Scores] = {}
     total, began = len(KINDS) * len(SIDES) * len(variants), time.monotonic()
     for kind in KINDS:
@@ -111,51 +114,84 @@ def strata(scores: Scores, concepts: Iterable[str]) -> list[dict[Unit, float]]:
 
 
 def table(scores: Mapping[str, Scores], concepts: Sequence[str]) -> str:
-    """BCS of every variant less that of CAA on the same texts, in Markdown."""
+    """CAA's BCS, and every other variant's less that of CAA on the same texts, in Markdown."""
+    sets = [f"{kind}/{size}" for kind in KINDS for size in SIDES]
+    named = [f"{kind}, {size}" for kind in KINDS for size in SIDES]
+    base = {name: strata(scores[f"{name}/CAA"], concepts) for name in sets}
+    plain = [mean_of(base[name]) for name in sets]
     lines = [
-        "| variant | " + " | ".join(f"{kind}, {size} a side" for kind in KINDS for size in SIDES) + " | mean |",
-        "|---" * (len(KINDS) * len(SIDES) + 2) + "|",
+        f"| | {' | '.join(named)} | all six [95 %] |",
+        "|---" * (len(sets) + 2) + "|",
+        f"| CAA | {' | '.join(f'{value:.3f}' for value in plain)} | {sum(plain) / len(plain):.3f} |",
     ]
     for variant in VARIANTS:
-        cells, means = [], []
-        for kind in KINDS:
-            for size in SIDES:
-                name = f"{kind}/{size}/{variant}"
-                if name not in scores:
-                    continue
-                own, base = strata(scores[name], concepts), strata(scores[f"{kind}/{size}/CAA"], concepts)
-                means.append(sum(sum(values.values()) / len(values) for values in own) / len(own))
-                if variant == "CAA":
-                    cells.append(f"{means[-1]:.3f}")
-                    continue
-                gain = over_prompts([paired_differences(a, b) for a, b in zip(own, base, strict=True)])
-                cells.append(f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]".replace("-", "−"))
-        if cells:
-            lines.append(f"| {variant} | {' | '.join(cells)} | {sum(means) / len(means):.3f} |")
+        if variant == "CAA" or f"{sets[0]}/{variant}" not in scores:
+            continue
+        gains = {
+            name: [
+                paired_differences(own, other)
+                for own, other in zip(strata(scores[f"{name}/{variant}"], concepts), base[name], strict=True)
+            ]
+            for name in sets
+        }
+        cells = [f"{over_prompts(gains[name]).mean:+.3f}" for name in sets]
+        overall = over_prompts([gain for name in sets for gain in gains[name]])
+        cells.append(f"{overall.mean:+.3f} [{overall.low:+.3f}, {overall.high:+.3f}]")
+        lines.append(f"| {variant} | {' | '.join(cells)} |".replace("-", "−"))
     return "\n".join(lines) + "\n"
 
 
+def mean_of(values: Sequence[Mapping[Unit, float]]) -> float:
+    """The mean over concepts of the means over texts."""
+    return sum(sum(own.values()) / len(own) for own in values) / len(values)
+
+
+def tables(content: Mapping[str, Any]) -> str:
+    """The table of the concepts on which defaults are chosen, and that of the others, in Markdown."""
+    return "\n".join(
+        f"{title}: {', '.join(concepts)}.\n\n{table(content['scores'], concepts)}"
+        for title, concepts in (("Concepts on which defaults are chosen", CHOOSING), ("The others", REPORTED))
+    )
+
+
 def page(content: Mapping[str, Any]) -> str:
-    """Both tables, in Markdown."""
-    parts = [f"# Texts a side: {content['model']}, layer {content['layer']}\n"]
-    parts.append(f"`{content['command']}`. CAA's BCS, and the others' less that of CAA on the same texts.\n")
-    for title, concepts in (("Concepts on which defaults are chosen", CHOOSING), ("The others", REPORTED)):
-        parts += [f"## {title}: {', '.join(concepts)}\n", table(content["scores"], concepts)]
-    return "\n".join(parts)
+    """Both tables with their command, in Markdown."""
+    return (
+        f"# Texts a side: {content['model']}, layer {content['layer']}\n\n`{content['command']}`. "
+        f"CAA's BCS, and the others' less that of CAA on the same texts.\n\n{tables(content)}"
+    )
 
 
-def main() -> None:
-    """Measure, write, print."""
+def publish_docs() -> None:
+    """Put the tables of both models into docs/benchmarks.md."""
+    for name in ("default", "smollm2"):
+        content = read_json(results_folder(name) / "texts.json")
+        PAGE.write_text(published(PAGE, f"texts {name}", tables(content)), "utf-8")
+
+
+def parse() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default", help="default, smollm2, or the folder of a model, with --sae")
     parser.add_argument("--sae", action="append", default=[], help="folder of an SAE; effects are looked for beside it")
     parser.add_argument("--layer", type=int, help="by default that of the best SAE method in tuning.json")
     parser.add_argument("--prompts", type=int, default=16, help="prompts of each half")
+    parser.add_argument("--cost", type=float, action="append", help="nats a token of steering; by default 0.5 alone")
+    parser.add_argument("--variant", action="append", help="measure these alone, besides CAA", choices=[*VARIANTS])
     parser.add_argument("--work", type=Path, help="folder of the runs")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--fresh", action="store_true", help="start over what earlier versions or settings began")
     parser.add_argument("--tables", action="store_true", help="only print the tables")
-    arguments = parser.parse_args()
+    parser.add_argument("--docs", action="store_true", help="only put the tables into docs/benchmarks.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, write, print."""
+    arguments = parse()
+    if arguments.docs:
+        publish_docs()
+        return
     folder = arguments.out or results_folder(Path(arguments.model).name)
     if not arguments.tables:
         subject = load_subject(arguments.model, arguments.sae)
@@ -163,15 +199,18 @@ def main() -> None:
         work = arguments.work or ROOT / "build" / "texts" / subject.name
         for needed in (work, folder):
             needed.mkdir(parents=True, exist_ok=True)
+        costs = tuple(arguments.cost or (0.5,))
         plan = BenchPlan(
             CHOOSING + REPORTED,
             methods=("caa",),
             layers=(layer,),
-            ce_rises=(0.25, 0.5, 1.0),
+            ce_rises=costs,
             matched=None,
+            halves=HALVES if len(costs) > 1 else ("report",),  # a strength without a rival needs no choice
             prompts=arguments.prompts,
         )
-        scores = study(subject, layer, plan, work, arguments.fresh)
+        variants = [name for name in VARIANTS if name == "CAA" or not arguments.variant or name in arguments.variant]
+        scores = study(subject, layer, plan, variants, work, arguments.fresh)
         command = shlex.join(["python", "benchmarks/texts.py", *sys.argv[1:]])
         plain = json.loads(json.dumps(asdict(plan)))
         content = {"model": subject.name, "layer": layer, "command": command, "plan": plain, "scores": scores}

@@ -145,7 +145,7 @@ def test_small_sets_and_their_table(script):
     }
     rows = texts.table(scores, texts.REPORTED).splitlines()
     assert rows[2] == "| CAA |" + " 0.215 |" * 7
-    assert rows[3] == "| STA |" + " +0.050 [+0.050, +0.050] |" * 6 + " 0.265 |"
+    assert rows[3] == "| STA |" + " +0.050 |" * 6 + " +0.050 [+0.050, +0.050] |"
     assert len(rows) == 4, "variants that were not measured have no row"
 
 
