@@ -199,6 +199,13 @@ def rows_of(item: SteeringVector | ClampFeature) -> TableRows:
 
 def _rows_of_clamp(clamp: ClampFeature) -> TableRows:
     sae = clamp.sae
+    if sae.reads is not None:
+        raise PairingError(
+            f"a feature clamp of a transcoder, which reads at {sae.reads}",
+            "a clamp of an SAE that reads where it steers",
+            "vLLM computes the inside of a block in fused steps: steer with fgsteer.steer, or serve the features' "
+            "directions as a vector (from_features)",
+        )
     if sae.activation == "topk" or sae.input_norm != "none":
         kind = "a topk SAE" if sae.activation == "topk" else f"an SAE with input_norm={sae.input_norm!r}"
         raise PairingError(

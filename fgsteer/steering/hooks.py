@@ -90,7 +90,7 @@ class SteeringHooks:
         self.positions = Positions(masks, start_token_finder(model), self.rows, prompt_lengths, pass_key(model))
         self.readings = Readings(self.positions)
         for group in self.groups:
-            group.node = self.readings.add(group.gate)
+            group.node, group.source = self.readings.add(group.gate), self.readings.source(group.update.source)
         virtual_tokens(model)  # raises for what cannot be placed, before any pass
         self.is_peft = hasattr(model, "active_peft_config")  # PEFT may put virtual tokens before texts
         self.claim = Claim(model)
@@ -201,6 +201,7 @@ class SteeringHooks:
         self.readings.take(hookpoint, changed)
         for group in groups:
             changed = group.apply_to(changed, repeats)
+        self.readings.keep(hookpoint, changed)
         return changed if changed.shape == h.shape else changed.reshape(h.shape)
 
     def _output_hook(self, hookpoint: Hookpoint, groups: Sequence[UpdateGroup]) -> Callable[..., Any]:
