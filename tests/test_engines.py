@@ -41,7 +41,7 @@ def examples() -> dict[str, Any]:
         "at_most": v.clamp(at_most=-1.0, **where),
         "clamp_subspace": fg.ClampSubspace(hookpoint=AT, directions=torch.stack([v.direction, other]), **where),
         "rotate": fg.Rotate(hookpoint=AT, direction=v.direction, other=other, by=30.0, **where),
-        "adaptive_add": fg.AdaptiveAdd(hookpoint=AT, direction=v.direction, read=other, **where),
+        "adaptive_add": fg.SteeringVector(v.direction, AT, read=other).adaptive_add(**where),
         "clamp_feature": fg.edit(sae, {3: 2.0, 4: "off"}, **where),
         "a TopK SAE's features": fg.edit(make_sae("topk"), {3: 2.0}, **where),
         "a transcoder's features": fg.edit(transcoder, {3: 2.0}, **where),

@@ -205,7 +205,7 @@ def load_steering(path: str | Path, saes: Sequence[SAE] = ()) -> list[Interventi
         raise PairingError(
             f"SAEs with the hashes {', '.join(key[:12] for key in by_hash) or 'none'}",
             f"the SAE with the hash {missing[0][:12]}, whose features this steering reads or changes",
-            "pass it with saes=[sae]",
+            "pass it with saes=[sae], in the command line with --sae and --sae-id",
         )
     loader = _Loader(tensors, by_hash)
     with refuse_damaged(path, "a file written by save_steering"):
