@@ -87,6 +87,7 @@ from fgsteer.interventions.projecting import Clamp as Clamp
 from fgsteer.interventions.projecting import ClampSubspace as ClampSubspace
 from fgsteer.interventions.rotating import Rotate as Rotate
 from fgsteer.interventions.token_scopes import at as at
+from fgsteer.interventions.token_scopes import ends as ends
 from fgsteer.interventions.token_scopes import first as first
 from fgsteer.interventions.token_scopes import last as last
 from fgsteer.likelihood.calibration import calibrate as calibrate

@@ -48,7 +48,7 @@ def examples() -> dict[str, Any]:
         "a gate": v.add(2.0, when=fg.Projection(v) > 0.0, **where),
         "all but BOS": v.add(2.0),
     }
-    scopes = ("prompt", "generated", "reply", "last_prompt", "first:2", "last:2", "at:0,2")
+    scopes = ("prompt", "generated", "reply", "last_prompt", "first:2", "last:2", "ends:1,1", "at:0,2")
     return made | {f"scope {scope}": v.add(2.0, scope=scope, **where) for scope in scopes}
 
 

@@ -244,6 +244,7 @@ def test_edits_generate_as_the_recompute(llama, tokenizer):
 
 def test_scopes_that_count_are_made_of_counts():
     assert (fg.first(2), fg.last(3), fg.at([3, 0])) == ("first:2", "last:3", "at:0,3")
+    assert fg.ends(4, 2) == "ends:4,2"
     for wrong in (lambda: fg.at(3), lambda: fg.at([]), lambda: fg.at("0,3"), lambda: fg.first(0), lambda: fg.last(1.5)):
         with pytest.raises(fg.FgsteerError):
             wrong()

@@ -118,7 +118,7 @@ def parse_request(extra: Mapping[str, Any] | None) -> RequestedSteering | None:
         scope = parse_scope(scope)
     except SteeringError as error:
         raise SteeringError(f"steer_scope = {describe_value(scope)}", "a scope as steer_scope", str(error)) from error
-    if (counts := counted(scope)) is not None and counts[0] == "at":
+    if (counts := counted(scope)) is not None and counts[0] in ("ends", "at"):
         raise SteeringError(
             f"steer_scope = {scope}",
             "one run of tokens: all, prompt, generated, reply, last_prompt, first:N or last:N",

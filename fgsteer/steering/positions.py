@@ -264,7 +264,7 @@ class Positions:
     def _counted(
         self, tokens: Tensor, landmarks: Landmarks, mask: ScopeMask, kind: str, numbers: tuple[int, ...]
     ) -> Tensor:
-        """The first or last tokens of each prompt, or those at positions. Raises SteeringError for packed rows."""
+        """The first tokens of each prompt, the last, or those at positions. Raises SteeringError for packed rows."""
         if landmarks.packed:
             raise SteeringError(
                 f"the scope {mask.scope} in rows that hold several sequences",
@@ -282,7 +282,8 @@ class Positions:
             starts = starts | self.starts
         self.starts = starts
         skipped = 0 if mask.bos else starts.long()
-        return landmarks.before - skipped < numbers[0]
+        first = landmarks.before - skipped < numbers[0]
+        return first if kind == "first" else first | (landmarks.after < numbers[1])
 
     def _start_tokens(self, tokens: Tensor, landmarks: Landmarks) -> Tensor:
         """A mask of the tokens that are a start token at position 0 of a sequence."""
