@@ -8,6 +8,13 @@ from fgsteer.data.contrasts import ContrastSet as ContrastSet
 from fgsteer.data.corpora import read_documents as read_documents
 from fgsteer.data.shipped import load_neutral as load_neutral
 from fgsteer.data.shipped import shipped_contrasts as shipped_contrasts
+from fgsteer.directions.candidates import candidate_directions as candidate_directions
+from fgsteer.directions.prompts import refusal_scores as refusal_scores
+from fgsteer.directions.removal import ablate_everywhere as ablate_everywhere
+from fgsteer.directions.selection import DirectionScore as DirectionScore
+from fgsteer.directions.selection import DirectionSelection as DirectionSelection
+from fgsteer.directions.selection import choose_direction as choose_direction
+from fgsteer.directions.selection import select_direction as select_direction
 from fgsteer.effects.approximator import EffectApproximator as EffectApproximator
 from fgsteer.effects.approximator import load_effects as load_effects
 from fgsteer.errors import ArgumentError as ArgumentError
@@ -58,6 +65,7 @@ from fgsteer.evaluation.sweep.results import SweepCell as SweepCell
 from fgsteer.evaluation.sweep.sweep import sweep as sweep
 from fgsteer.evaluation.tasks import run_tasks as run_tasks
 from fgsteer.export.folding import fold as fold
+from fgsteer.export.orthogonalizing import orthogonalize as orthogonalize
 from fgsteer.features.active import SeenFeature as SeenFeature
 from fgsteer.features.active import seen_features as seen_features
 from fgsteer.features.density import measure_density as measure_density
