@@ -14,6 +14,7 @@ from fgsteer.directions.removal import ablate_everywhere as ablate_everywhere
 from fgsteer.directions.selection import DirectionScore as DirectionScore
 from fgsteer.directions.selection import DirectionSelection as DirectionSelection
 from fgsteer.directions.selection import choose_direction as choose_direction
+from fgsteer.directions.selection import load_direction_scores as load_direction_scores
 from fgsteer.directions.selection import select_direction as select_direction
 from fgsteer.effects.approximator import EffectApproximator as EffectApproximator
 from fgsteer.effects.approximator import load_effects as load_effects

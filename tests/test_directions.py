@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -116,6 +117,33 @@ def test_the_rule_of_the_paper():
         fg.choose_direction(worse[1:], 10)
 
 
+# (position, layer, refusal, steering, KL) of Qwen-1.8B-chat, to four digits, in the runs of the paper: those
+# that its filter leaves of position −2 and −1, and some of those that it does not. It chose position −2, layer 15.
+PUBLISHED = [
+    *[(-2, 13, -4.4953, 1.1857, 0.0757), (-2, 15, -5.0575, 1.6514, 0.0658), (-2, 16, -4.5113, 1.3602, 0.0437)],
+    *[(-2, 17, -3.8590, 1.2628, 0.0638), (-2, 18, -3.5198, 1.6624, 0.0635), (-1, 13, -4.4229, 1.2732, 0.0833)],
+    *[(-1, 15, -5.0224, 1.7627, 0.0688), (-1, 16, -4.4890, 1.5690, 0.0449), (-1, 17, -3.7252, 1.4029, 0.0621)],
+    *[(-1, 18, -3.3104, 1.6796, 0.0640)],
+]
+LEFT_OUT = [(-4, 1, -8.5429, -6.5259, 7.7260), (-4, 14, -4.5228, 1.7522, 0.1424), (-4, 21, -2.8952, -1.3281, 0.0534)]
+
+
+def test_stored_evaluations_of_the_paper(tmp_path):
+    names = ("position", "layer", "refusal_score", "steering_score", "kl_div_score")
+    rows = [dict(zip(names, values, strict=True)) for values in (*LEFT_OUT, *PUBLISHED)]
+    (tmp_path / "e.json").write_text(json.dumps(rows))
+    scores = fg.load_direction_scores(tmp_path / "e.json")
+    chosen = fg.choose_direction(scores, 24)
+    assert (chosen.position, chosen.layer, chosen.bypass) == (-2, 15, -5.0575)
+    assert fg.choose_direction(scores, 24, max_kl=None, min_induce=None).layer == 1
+    with pytest.raises(fg.SelectionError, match="3 candidates"):
+        fg.choose_direction(scores[:3], 24)
+    for damaged in ("[{}]", "{", '[{"position": "x"}]'):
+        (tmp_path / "e.json").write_text(damaged)
+        with pytest.raises(fg.FormatError, match=r"kl_div_score|JSON|json"):
+            fg.load_direction_scores(tmp_path / "e.json")
+
+
 def test_what_stands_between_instruction_and_reply(llama, chatty, tokenizer):
     assert template_positions(llama, tokenizer) == [-1]
     llama = tiny_model("llama")
@@ -183,7 +211,7 @@ def test_orthogonalised_weights_equal_hooks(family, tmp_path):
         hooked = model(ids).logits
     # float32 sums in another order, through blocks that magnify them, against logits of size 1 to 10
     assert torch.allclose(changed(ids).logits, hooked, atol=2e-4, rtol=0)
-    assert float((hooked - model(ids).logits).abs().amax()) > 0.01
+    assert not torch.allclose(hooked, model(ids).logits, atol=0.01)
     changed.save_pretrained(tmp_path / "m")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
     assert torch.equal(loaded(ids).logits, changed(ids).logits)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,12 +29,15 @@ from fgsteer.likelihood.passes import TextPasses
 from fgsteer.methods.provenance import provenance
 from fgsteer.models.hookpoints import Hookpoint, blocks_of
 from fgsteer.models.pairing import model_identity
+from fgsteer.storage.files import refuse_damaged
+from fgsteer.storage.json_files import read_json
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_KL, MIN_INDUCE, DEPTH = 0.1, 0.0, 0.8  # of the paper's rule
+STORED_SCORES = ("refusal", "steering", "kl_div")  # bypass, induce and KL, as the paper's code calls them
 KL_EPSILON = 1e-6  # that of the paper's code
 
 
@@ -83,6 +87,26 @@ class DirectionSelection:
     scores: Table[DirectionScore]
     refused: tuple[int, int]
     answered: tuple[int, int]
+
+
+@checked
+def load_direction_scores(path: str | Path) -> Table[DirectionScore]:
+    """Load the scores of candidates from the ``direction_evaluations.json`` that the paper's code writes.
+
+    Args:
+        path: The file, a list of rows with position, layer, refusal_score (bypass), steering_score (induce) and
+            kl_div_score.
+
+    Raises:
+        FormatError: The file is missing, damaged, or of another kind.
+    """
+    with refuse_damaged(path, "a list of rows with position, layer, refusal_score, steering_score and kl_div_score"):
+        return Table(
+            DirectionScore(
+                int(row["position"]), int(row["layer"]), *(float(row[f"{name}_score"]) for name in STORED_SCORES)
+            )
+            for row in read_json(path)
+        )
 
 
 @checked
