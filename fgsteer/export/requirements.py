@@ -29,7 +29,7 @@ def listed(interventions: Interventions) -> list[Intervention]:
         SteeringError: There is none, one is no intervention, or one changes entries by more than float32 holds.
         PairingError: They are made for different models.
     """
-    items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+    items = list(interventions) if isinstance(interventions, list | tuple) else [interventions]
     for item in items:
         if not isinstance(item, Intervention):
             raise SteeringError(
