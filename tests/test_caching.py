@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def steering_of(model, seed=0, layers=range(LAYERS), **coefficients):
     return fg.CacheSteering(layers=layers, keys=keys, values=values, d_model=D_MODEL, **coefficients)
 
 
-def changes_of(*items):
+def changes_of(*items: fg.CacheSteering):
     """The changes of each layer, as the reference takes them."""
     changes = {}
     for item in items:
@@ -120,7 +121,8 @@ def test_values_of_the_last_layer_add_what_attention_reads_of_them(tokenizer):
     """To the next token's attention output: Σ_heads (weight on the changed position) · W_O S_v of its own head."""
     model = tiny_model("llama", dtype=torch.float64)
     model.set_attn_implementation("eager")  # gives weights
-    attention, ids = blocks_of(model)[-1].self_attn, torch.tensor([ids_of(tokenizer, PROMPTS[1])])
+    attention: Any = blocks_of(model)[-1].self_attn
+    ids = torch.tensor([ids_of(tokenizer, PROMPTS[1])])
     item = steering_of(model, layers=[LAYERS - 1], key_coefficient=0.0)
     outputs = []
     handle = attention.register_forward_hook(lambda _, __, output: outputs.append(output[0][0, -1]))
@@ -230,10 +232,19 @@ def test_texts_conversations_and_streams(llama, tokenizer):
 
 def test_nested_blocks_add_up(llama, tokenizer):
     one, other = steering_of(llama, 1), steering_of(llama, 2, layers=[1])
+    both = expected(llama, tokenizer, PROMPTS[1], one, other)
     with fg.steer(llama, one):
-        assert run(llama, batch(tokenizer), [None, other, None])[1] == expected(
-            llama, tokenizer, PROMPTS[1], one, other
-        )
+        assert run(llama, batch(tokenizer), [None, other, None])[1] == both
+
+
+def test_compiled_models(tokenizer):
+    """By the backend that compiles nothing: what is traced is what could break."""
+    model = tiny_model("llama")
+    item, inputs = steering_of(model), batch(tokenizer)
+    rows = [expected(model, tokenizer, prompt, item) for prompt in PROMPTS]
+    assert run(torch.compile(model, backend="eager"), inputs, item) == rows
+    model.compile(backend="eager")
+    assert run(model, inputs, item) == rows
 
 
 def test_adapters(tokenizer):
@@ -254,7 +265,7 @@ def test_the_builder_is_the_mean_difference_of_last_tokens(family, batch_tokens,
     sides = [[ids_of(tokenizer, text) for text in texts] for texts in (POSITIVES, NEGATIVES)]
     for layer in range(LAYERS):
         for which, states in enumerate((item.keys, item.values)):
-            truth = reference.mean_difference(model, *sides, layer, which).float()
+            truth = reference.mean_difference(model, sides, layer, which).float()
             # float32 passes with and without padding; entries are of size 1 to 10
             torch.testing.assert_close(states[layer], truth, atol=1e-4, rtol=1e-4)
     assert (item.layers, item.d_model, item.value_coefficient, item.key_coefficient) == ((0, 1, 2), D_MODEL, 6.0, 0.0)
@@ -279,7 +290,7 @@ def test_the_builder_reads_chats_and_pairs_as_they_are_continued(llama, tokenize
         for word, answer, text in (("happy", "yes", "the king"), ("sad", "no", "a dog"))
     ]
     for layer in range(LAYERS):
-        truth = reference.mean_difference(llama, *sides, layer, 1).float()
+        truth = reference.mean_difference(llama, sides, layer, 1).float()
         torch.testing.assert_close(item.values[layer], truth, atol=1e-4, rtol=1e-4)  # as above
 
 

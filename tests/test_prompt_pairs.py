@@ -24,14 +24,14 @@ def ids_of(tokenizer, prompt):
     return encode_prompts(tokenizer, [prompt])[0][0].tolist()
 
 
-def act_add(model, tokenizer, *prompts, c=2.0, **options):
-    return fg.act_add(model, tokenizer, *(prompts or (POSITIVE, NEGATIVE)), PLACE, c, **options)
+def act_add(model, tokenizer, positive=POSITIVE, negative=NEGATIVE, c=2.0, **options):
+    return fg.act_add(model, tokenizer, positive, negative, PLACE, c, **options)
 
 
 def expected(model, tokenizer, prompt, c=2.0, pad=PAD):
     """Logits over a prompt and greedy tokens after it."""
     block, ids = blocks_of(model)[1], ids_of(tokenizer, prompt)
-    added = reference.vectors(model, block, *(ids_of(tokenizer, text) for text in (POSITIVE, NEGATIVE)), c, pad)
+    added = reference.vectors(model, block, ids_of(tokenizer, POSITIVE), ids_of(tokenizer, NEGATIVE), c, pad)
     return reference.logits(model, block, added, ids, len(ids)), reference.greedy(model, block, added, ids, NEW)
 
 

@@ -10,10 +10,10 @@ def cached(model, ids):
     return [(layer.keys[0, :, -1], layer.values[0, :, -1]) for layer in cache.layers]
 
 
-def mean_difference(model, positives, negatives, layer, which):
+def mean_difference(model, sides, layer, which):
     """Mean over positive prompts less mean over negative ones of keys (0) or values (1) (METHODS_SEEDS S8)."""
     means = []
-    for prompts in (positives, negatives):
+    for prompts in sides:
         total = 0.0
         for ids in prompts:
             total = total + cached(model, ids)[layer][which].double()
