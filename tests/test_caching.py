@@ -377,8 +377,9 @@ def test_prompts_and_passes_that_cannot_be_steered(llama, tokenizer):
         with pytest.raises(fg.SteeringError, match="outside of generate"):
             llama(**batch(tokenizer))
     inputs = {"input_ids": one.new_tensor([[1, 0], [0, 5]]), "attention_mask": one.new_tensor([[0, 1], [1, 1]])}
-    with fg.steer(llama, [None, item]):
-        llama.generate(**inputs, max_new_tokens=2)  # a prompt of one token that is not steered
+    rows = run(llama, inputs, [None, item])  # the prompt of one token is not steered
+    assert rows[0] == run(llama, inputs, None)[0]
+    assert rows[1] == reference.greedy(llama, [0, 5], changes_of(item), NEW)
     gate = fg.Projection(vector(2, 0)).last() > 0.0
     with (
         pytest.raises(fg.SteeringError, match="gate on prompts"),

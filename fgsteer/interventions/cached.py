@@ -29,7 +29,8 @@ class CacheSteering(OneLineRepr):
     of it but its last token, and then that token, which is the first to attend to what was changed. Nothing is changed
     after that. In ``generate``, ``stream`` and ``steer`` it stands wherever an intervention may, alone, in a list that
     composes, or as the entry of one prompt. Where both coefficients are 0 the prompt is read at once, as without it;
-    prompts of a batch that are not steered beside those that are differ by the rounding of two parts.
+    prompts of a batch that are not steered beside those that are differ by the rounding of two parts. Of hidden states
+    and attentions that ``generate`` is asked for, those of the prompt are of its last token alone.
 
     Keys are cached after their rotary embedding, so that they hold the position of their token. A difference of keys
     of prompts with different lengths mixes these positions, and is right at none: values alone are steered by default.

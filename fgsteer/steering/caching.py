@@ -116,12 +116,10 @@ class CacheChanges:
                 return forward(*args, **kwargs)
             arguments = dict(zip(names, args, strict=False)) | kwargs
             ids = arguments.get("input_ids")
-            cache, length = (
-                arguments.get("past_key_values"),
-                (arguments["inputs_embeds"] if ids is None else ids).shape[1],
-            )
+            length = (arguments["inputs_embeds"] if ids is None else ids).shape[1]
+            cache: Any = arguments.get("past_key_values")
             check_cache(cache, "a pass without a cache of keys and values, as with use_cache=False")
-            begin: int = cache.get_seq_length()  # type: ignore[union-attr]
+            begin: int = cache.get_seq_length()
             last = (self.positions.prompt_columns or 0) - 1
             if not begin <= last < begin + length:
                 return forward(**arguments)
