@@ -81,6 +81,7 @@ from fgsteer.interventions.adding import Add as Add
 from fgsteer.interventions.adding import AddKeepingNorm as AddKeepingNorm
 from fgsteer.interventions.adding import AddRelative as AddRelative
 from fgsteer.interventions.base import Intervention as Intervention
+from fgsteer.interventions.cached import CacheSteering as CacheSteering
 from fgsteer.interventions.features import ClampFeature as ClampFeature
 from fgsteer.interventions.features import edit as edit
 from fgsteer.interventions.files import load_steering as load_steering
@@ -109,10 +110,12 @@ from fgsteer.likelihood.scoring import kl_divergences as kl_divergences
 from fgsteer.likelihood.scoring import log_probabilities as log_probabilities
 from fgsteer.methods import METHODS as METHODS
 from fgsteer.methods import build as build
+from fgsteer.methods.caching import cache_steering as cache_steering
 from fgsteer.methods.denoising import caa_denoised as caa_denoised
 from fgsteer.methods.difference import ace as ace
 from fgsteer.methods.difference import caa as caa
 from fgsteer.methods.difference import pca as pca
+from fgsteer.methods.prompt_pairs import act_add as act_add
 from fgsteer.methods.sae_methods import fgaa as fgaa
 from fgsteer.methods.sae_methods import from_features as from_features
 from fgsteer.methods.sae_methods import sae_ts as sae_ts

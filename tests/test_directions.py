@@ -68,7 +68,7 @@ def test_selection_equals_loops_with_plain_hooks(wide, tokenizer):
     assert len(found.scores) == 2 * (len(wide.model.layers) - 1)
     for row in found.scores:
         r = candidates[row.position, row.layer]
-        expected = reference.scores(wide, *sides, tokens, r, row.layer)
+        expected = reference.scores(wide, sides[0], sides[1], tokens, r, row.layer)
         # the vector is float32, so that directions differ by 6e-8 of themselves; softmax is taken in float32
         assert (row.bypass, row.induce, row.kl) == pytest.approx(expected, rel=2e-4, abs=2e-6)
     best = min(found.scores, key=lambda row: row.bypass)

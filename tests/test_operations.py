@@ -309,6 +309,7 @@ def test_steering_in_a_file_is_the_same_steering(llama, tokenizer, tmp_path):
     loaded = fg.load_steering(tmp_path / "s.safetensors", saes=[make_sae("relu"), sae])
     assert [type(item) for item in loaded] == [type(item) for item in items]
     for one, other in zip(items, loaded, strict=True):
+        assert isinstance(other, fg.Intervention)
         assert (one.scope, one.bos, one.hookpoint, one.method) == (
             other.scope,
             other.bos,

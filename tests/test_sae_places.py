@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -85,9 +86,10 @@ def test_clamps_of_a_transcoder_read_what_the_mlp_reads(family_model, tokenizer,
         expected = acts[writes][0, token].double()
         if token > 0:
             f = coder.encode(acts[reads][0, token])
-            changed = {1: 2.0, 4: 0.0, 7: max(f[7] + 1.5, 0), 9: f[9] / 2, 12: min(f[12], 0.2)}
+            plain = {feature: float(f[feature]) for feature in edits}
+            changed = {1: 2.0, 4: 0.0, 7: max(plain[7] + 1.5, 0.0), 9: plain[9] / 2, 12: min(plain[12], 0.2)}
             for feature, activation_after in changed.items():
-                expected = expected + float(activation_after - f[feature]) * coder.W_dec[feature].double()
+                expected = expected + (activation_after - plain[feature]) * coder.W_dec[feature].double()
         # sums of a few float32 terms of size 1 to 10
         assert torch.allclose(steered[writes][0, token].double(), expected, atol=2e-5)
 
@@ -107,16 +109,17 @@ def test_clamps_of_a_transcoder_while_texts_are_generated(llama, tokenizer):
     assert together == alone
     assert together[0] != fg.generate(llama, tokenizer, prompts[:1], steering=add, max_new_tokens=6, do_sample=False)[0]
 
-    seen = []
+    seen: list[Any] = []
+    state = {"past": 0}
 
     def before(_, args):
         h = args[0].clone()
-        h[:, max(0, 1 - before.past) :] += 1.5 * add.direction  # all but BOS
+        h[:, max(0, 1 - state["past"]) :] += 1.5 * add.direction  # all but BOS
         seen.append(h)
         return (h,)
 
     def after(_, args, output):
-        if before.past == 0:  # the prompt
+        if state["past"] == 0:  # the prompt
             return output
         f = coder.encode(seen[-1])
         return output + (9.0 - f[..., 2:3]) * coder.W_dec[2] + (0.0 - f[..., 5:6]) * coder.W_dec[5]
@@ -126,12 +129,12 @@ def test_clamps_of_a_transcoder_while_texts_are_generated(llama, tokenizer):
     handles = [mlp.register_forward_pre_hook(before), mlp.register_forward_hook(after)]
     try:
         cache = None
-        before.past = 0
         step, out = ids, []
         for _ in range(6):
             with torch.no_grad():
                 result = llama(step, past_key_values=cache, use_cache=True)
-            cache, before.past = result.past_key_values, before.past + step.shape[1]
+            cache = result.past_key_values
+            state["past"] += step.shape[1]
             step = result.logits[:, -1:].argmax(-1)
             out.append(int(step))
     finally:

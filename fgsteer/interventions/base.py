@@ -97,10 +97,10 @@ class Intervention(OneLineRepr, ABC):
         """The kernel's form of this intervention, for one row."""
 
 
-def set_fields(intervention: Intervention, **values: object) -> None:
+def set_fields(item: object, **values: object) -> None:
     """Set fields of a frozen dataclass to their checked values, while it is being made."""
     for name, value in values.items():
-        object.__setattr__(intervention, name, value)
+        object.__setattr__(item, name, value)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

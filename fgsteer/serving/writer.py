@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fgsteer.activations.tokens import encode_prompts
 from fgsteer.data.chat import Text
 from fgsteer.errors import SteeringError
+from fgsteer.errors.wording import a
 from fgsteer.interventions import ClampFeature, DirectionIntervention, Intervention
 from fgsteer.interventions.table import spec_of
 from fgsteer.serving.request import steering
@@ -27,6 +28,12 @@ NO_END = -100.0  # added to the logits of tokens that end a text, which ``rollou
 
 def servable(item: Intervention) -> tuple[TableRows, dict[str, Any]]:
     """The rows that an intervention needs, and the arguments of ``steering`` that ask for it. Raises as ``rows_of``."""
+    if not isinstance(item, Intervention):
+        raise SteeringError(
+            f"{a(type(item).__name__)} in vLLM",
+            "an intervention on activations",
+            "steer with fgsteer.steer, which can do all",
+        )
     item = item.detach()
     if item.when is not None:
         raise SteeringError(

@@ -23,7 +23,8 @@ from fgsteer.errors.wording import count
 from fgsteer.interventions.gates import Both, Condition, Either, Feature, Gate, Mask, Not, Reading
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
-from fgsteer.steering.positions import Positions, ScopeMask
+from fgsteer.steering.masks import ScopeMask
+from fgsteer.steering.positions import Positions
 
 
 class Readings:

@@ -21,7 +21,7 @@ from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.stacking import stack
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.steering.gating import GateNode, Source
-from fgsteer.steering.positions import ScopeMask
+from fgsteer.steering.masks import ScopeMask
 from fgsteer.steering.ranges import activation_dtype, change_bound, check_amount
 
 
@@ -89,8 +89,14 @@ class UpdateGroup:
 
     def has_changed_tokens(self) -> bool:
         """Whether it has changed any token. Waits for the device."""
-        rows = self.tokens.rows_met
-        return self.ran and (rows if isinstance(rows, bool) else bool((rows.cpu() & self.row_mask).any()))
+        return self.ran and self._holds(self.tokens.rows_met)
+
+    def met_short_prompts(self) -> bool:
+        """Whether a prompt of its rows lacked a position of its scope. Waits for the device."""
+        return self._holds(self.tokens.rows_short)
+
+    def _holds(self, rows: Tensor | bool) -> bool:
+        return rows if isinstance(rows, bool) else bool((rows.cpu() & self.row_mask).any())
 
 
 def group_by_update(rows: Sequence[Sequence[Intervention]]) -> list[UpdateGroup]:

@@ -61,11 +61,16 @@ def remove(h, r):
 
 def removal_hooks(model, r):
     """Hooks that take r out of every block's input, attention output and MLP output."""
+
+    def before(_, args):
+        return remove(args[0], r), *args[1:]
+
+    def after(_, __, output):
+        return (remove(output[0], r), *output[1:]) if isinstance(output, tuple) else remove(output, r)
+
     pairs = []
     for block in model.model.layers:
-        pairs.append((block, "in", lambda _, args: (remove(args[0], r), *args[1:])))
-        pairs.append((block.self_attn, "out", lambda _, __, output: (remove(output[0], r), *output[1:])))
-        pairs.append((block.mlp, "out", lambda _, __, output: remove(output, r)))
+        pairs += [(block, "in", before), (block.self_attn, "out", after), (block.mlp, "out", after)]
     return pairs
 
 
