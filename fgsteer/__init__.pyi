@@ -8,6 +8,8 @@ from fgsteer.data.contrasts import ContrastSet as ContrastSet
 from fgsteer.data.corpora import read_documents as read_documents
 from fgsteer.data.shipped import load_neutral as load_neutral
 from fgsteer.data.shipped import shipped_contrasts as shipped_contrasts
+from fgsteer.directions.auditing import Audit as Audit
+from fgsteer.directions.auditing import audit as audit
 from fgsteer.directions.candidates import candidate_directions as candidate_directions
 from fgsteer.directions.prompts import refusal_scores as refusal_scores
 from fgsteer.directions.removal import ablate_everywhere as ablate_everywhere

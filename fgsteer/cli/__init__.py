@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 import typer
 
 from fgsteer.cli import (  # noqa: F401  each registers its command
+    audit,
     bench,
     build,
     collect,
