@@ -50,6 +50,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "FGAA, 64": ("fgaa", {"n_positive": 64}),
     "FGAA, 64 and 32 of all densities": ("fgaa", MIDDLE),
     "FGAA, 256 and 128 of all densities": ("fgaa", WIDE),
+    "FGAA + effects, 64": ("fgaa_effects", {"n_positive": 64, **MIXED}),
     "FGAA + effects, 256 and 128 of all densities": ("fgaa_effects", {**WIDE, **MIXED}),
 }
 Scores = Mapping[str, Mapping[str, Any]]  # by concept: {"setting", "units": [[prompt, seed, BCS]]}
