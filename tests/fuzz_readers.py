@@ -49,7 +49,8 @@ from fgsteer.serving import save_clamp, steering
 from fgsteer.serving.control import Control
 from fgsteer.serving.http import asks_for_steering, load_upload
 from fgsteer.serving.request import PLAN
-from fgsteer.serving.rows import check_name, load_rows
+from fgsteer.serving.rows import check_name
+from fgsteer.serving.sources import load_stages
 from fgsteer.serving.tables import Batch
 from fgsteer.statistics.collecting import ChunkReader, sums_of_shards
 from fgsteer.storage.files import write_tensors
@@ -148,7 +149,7 @@ def collected(path):
 
 
 def clamp(path):
-    return load_rows(path).sha256
+    return [stage.sha256 for stage in load_stages(path)]
 
 
 def cache(path):
@@ -170,7 +171,7 @@ def upload(path):
 
 def wish(path):
     """A body that asks for steering, as the server reads it."""
-    asks, refusal = asks_for_steering(path.read_bytes())
+    asks, refusal, _ = asks_for_steering(path.read_bytes())
     try:
         body = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
@@ -186,7 +187,7 @@ def asked(control, extra):
         return None
     table = control.engine.tables[1]
     batch = Batch(8, torch.device("cpu"))
-    table.tokens, batch.plans = batch.tokens, {"r": tuple(made.sampling_params.extra_args[PLAN])}
+    table.tokens, batch.plans = batch.tokens, {"r": made.sampling_params.extra_args[PLAN]}
     hidden = 3 * engine.normal(0, 8, engine.WIDTH)
     batch.write_plan(["r", "other"], np.array([0, 4, 8]), torch.arange(4).repeat(2))
     out = table(hidden, hidden)

@@ -56,7 +56,7 @@ class _Writer:
         if isinstance(value, Hookpoint):
             return str(value)
         if isinstance(value, SAE):
-            return {"sae": _sha256(value)}
+            return {"sae": steering_sae_sha256(value)}
         if isinstance(value, Gate):
             return self.gate(value)
         if isinstance(value, Mapping):
@@ -159,8 +159,8 @@ def _needed(value: Any) -> list[str]:
     return [sha256 for entry in value for sha256 in _needed(entry)] if isinstance(value, list) else []
 
 
-def _sha256(sae: SAE) -> str:
-    """A hash of what an SAE computes with, and where."""
+def steering_sae_sha256(sae: SAE) -> str:
+    """The hash by which a file of steering names an SAE: of what it computes with, and where."""
     return text_sha256(sae_identity(sae))
 
 
@@ -200,7 +200,7 @@ def load_steering(path: str | Path, saes: Sequence[SAE] = ()) -> list[Interventi
         PairingError: An SAE that it needs is not among ``saes``.
     """
     tensors, header = read_tensors(path, kind=FILE_KIND)
-    by_hash = {_sha256(sae): sae for sae in saes}
+    by_hash = {steering_sae_sha256(sae): sae for sae in saes}
     if missing := [sha256 for sha256 in _needed(header.get("interventions")) if sha256 not in by_hash]:
         raise PairingError(
             f"SAEs with the hashes {', '.join(key[:12] for key in by_hash) or 'none'}",

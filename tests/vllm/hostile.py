@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import fgsteer as fg
-from fgsteer.serving.rows import rows_of
+from fgsteer.serving.converting import rows_of
 from fgsteer.storage.files import write_tensors
 from tests.vllm.cases import served
 

@@ -26,6 +26,7 @@ from tests.vllm.cases import (
     continue_with_hooks,
     four_heads,
     ids,
+    saes,
     served,
 )
 
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.vllm
 
 @contextmanager
 def engine(source=DEFAULT, **settings):
-    llm = steered_llm(source, vectors=served(source), **SETTINGS | settings)
+    llm = steered_llm(source, vectors=served(source), saes=saes(), vectors_per_request=3, **SETTINGS | settings)
     try:
         yield llm
     finally:
@@ -111,6 +112,8 @@ def test_several_samples_of_a_request(eager):
         ({"steer": "features", "steer_op": "add"}, "feature clamp"),
         ({"steer": "middle", "steer_strength": 2.0}, "steer_strength"),
         ({"steer": "middle", "steer_plan": [1, 9, 9, 0, 99]}, "steer_plan"),
+        (steering([{"name": "middle"}] * 4), "at most 3"),
+        ({"steer": '[{"name": "middle", "scale": NaN}]'}, "finite"),
     ],
 )
 def test_a_request_that_cannot_be_is_refused_and_the_engine_lives_on(eager, extra, why):
@@ -169,6 +172,9 @@ def test_a_benchmark_is_written_as_by_hooks(eager):
         late.affine(1.0),
         late.clamp(4.0),
         served()["features"],
+        served()["competing"],
+        late.add_relative(0.5),
+        served()["turn"],
     ]
     how, prompts = Sampling(12, temperature=1.0, top_k=1, top_p=1.0), list(PROMPTS[:3])
     ids, _ = rollout(network, encode_prompts(tokenizer, prompts), arms, how)
@@ -189,7 +195,7 @@ def check_unharmed(llm, folder, monkeypatch):
         with monkeypatch.context() as patch:
             if not checks:
                 patch.setattr(TableRows, "check", lambda *_: None)
-                patch.setattr(TableRows, "check_const", lambda *_: None)
+                patch.setattr(TableRows, "check_amounts", lambda *_: None)
             for path in hostile.files(folder):
                 names = tuple(served())
                 with suppress(fg.FgsteerError):
