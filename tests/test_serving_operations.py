@@ -60,7 +60,7 @@ NAMES = [f"{type(item).__name__}-{number}" for number, item in enumerate(items()
 def expected(steered, hidden):
     """What the hooks' kernel makes of a row's tokens, in every scope, by the layers and then the order of a list."""
     out = hidden.clone()
-    for item in sorted(steered, key=lambda item: item.hookpoint.layer):
+    for item in sorted(steered, key=lambda item: item.hookpoint.layer - (item.hookpoint.site == "resid_pre") / 2):
         where = torch.zeros(1, len(hidden), dtype=torch.bool)
         where[0, reference.positions(item.scope, len(hidden), PROMPT, 0, bos=item.bos)] = True
         out = apply(out[None], item.update(), where)[0]
@@ -136,6 +136,20 @@ def test_each_of_several_has_its_own_amount_operation_and_scope():
     hidden = normal(9, 1, LENGTH, WIDTH)
     out = steer_batch(control, [steering(asked)], hidden)
     torch.testing.assert_close(out[0], expected(wanted, hidden[0]), atol=2e-5, rtol=2e-5)
+
+
+def test_the_input_of_a_block_comes_after_the_output_of_the_one_before():
+    """Whatever their order in a list, and in a request: they share a table."""
+    late = replace(vector(0).add(3.0), hookpoint=fg.Hookpoint.parse("blocks.2.hook_resid_pre"))
+    early = vector(0).clamp(2.0)
+    control = control_of(slots=2)
+    for n, source in enumerate(([late, early], [early, late], late, early)):
+        control.load(str(n), source)
+    asked = [steering("0"), steering("1"), *(steering([{"name": a}, {"name": b}]) for a, b in ("23", "32"))]
+    hidden = normal(9, 1, LENGTH, WIDTH).expand(4, -1, -1).contiguous()
+    wanted = expected([early, late], hidden[0])
+    for row in steer_batch(control, asked, hidden):
+        torch.testing.assert_close(row, wanted, atol=2e-5, rtol=2e-5)
 
 
 def test_one_slot_is_as_it_was_beside_more():

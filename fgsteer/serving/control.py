@@ -63,6 +63,11 @@ class _Loaded:
     stages: tuple[Stage, ...]
 
     @property
+    def tagged(self) -> list[tuple[int, Stage]]:
+        """The stages with their tags."""
+        return list(zip(self.tags, self.stages, strict=True))
+
+    @property
     def rows(self) -> list[TableRows]:
         """The rows of all stages."""
         return [rows for stage in self.stages for rows in stage.rows]
@@ -207,7 +212,7 @@ class Control:
 
     def _fill(self, new: _Loaded) -> str | None:
         """Give rows of the tables to what is loaded, on every worker or on none; the error as a sentence, if any."""
-        for tag, stage in zip(new.tags, new.stages, strict=True):
+        for tag, stage in new.tagged:
             for rows in stage.rows:
                 group = group_of(rows, self._encoders)
                 replies = self.engine.call("steering_load", tag, rows.layer, save(rows.tensors_of_group(group)))
@@ -308,16 +313,15 @@ class Control:
         ids = request.prompt_token_ids
         length = len(request.prompt_embeds if ids is None else ids)
         starts = None if ids is None else ids[0] in self._start_ids
+        stages = [(tag, stage, one) for one in asked for tag, stage in self._loaded(one).tagged]
+        if len(stages) > self.slots:
+            raise self._too_many(f"{len(stages)} steerings")
         plan: list[list[float]] = []
         salt: list[Any] = [request.cache_salt]
-        for one in asked:
-            loaded = self._loaded(one)
-            for tag, stage in zip(loaded.tags, loaded.stages, strict=True):
-                numbers = self._numbers(one, stage, length, starts)
-                plan.append([tag, *numbers])
-                salt += [stage.sha256, *numbers]
-        if len(plan) > self.slots:
-            raise self._too_many(f"{len(plan)} steerings")
+        for tag, stage, one in sorted(stages, key=lambda entry: entry[1].is_late):
+            numbers = self._numbers(one, stage, length, starts)
+            plan.append([tag, *numbers])
+            salt += [stage.sha256, *numbers]
         others = {key: value for key, value in params.extra_args.items() if key != "steer_vector"}
         params.extra_args = {**others, PLAN: plan}
         request.request_id += suffix_of(int(tag) for tag, *_ in plan)

@@ -112,6 +112,11 @@ class TableRows:
         """The block at whose output it acts. Raises HookpointError for a hookpoint within a block."""
         return block_of(self.hookpoint)
 
+    @property
+    def is_late(self) -> bool:
+        """Whether it acts at the input of the next block, which comes after the output of this one."""
+        return self.hookpoint.site == "resid_pre"
+
     @cached_property
     def sha256(self) -> str:
         """Hash of everything that decides what it does."""

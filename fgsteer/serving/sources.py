@@ -51,6 +51,11 @@ class Stage:
         """The layers at whose output it acts."""
         return [rows.layer for rows in self.rows]
 
+    @property
+    def is_late(self) -> bool:
+        """Whether it acts after what else acts at its layers, at the input of the next block."""
+        return self.rows[0].is_late
+
     @cached_property
     def sha256(self) -> str:
         """Hash of everything that its rows do."""
@@ -163,11 +168,10 @@ def _stages_of(items: Sequence[Intervention]) -> tuple[Stage, ...]:
     stages: list[list[tuple[TableRows, Intervention]]] = []
 
     def kind(rows: TableRows, item: Intervention) -> tuple[Any, ...]:
-        return item.scope, item.bos, rows.scaled, rows.mode
+        return rows.is_late, item.scope, item.bos, rows.scaled, rows.mode
 
-    for item in items:
+    for rows, item in sorted(((rows_of(item), item) for item in items), key=lambda pair: pair[0].is_late):
         check_one_run(item.scope, "scope")
-        rows = rows_of(item)
         busy = [n for n, stage in enumerate(stages) if rows.layer in [other.layer for other, _ in stage]]
         later = range(max(busy, default=-1) + 1, len(stages))
         place = next((n for n in later if kind(*stages[n][0]) == kind(rows, item)), None)

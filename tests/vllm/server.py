@@ -78,6 +78,7 @@ def serving(folder: Path, log: Path, *options: str) -> Iterator[tuple[str, subpr
         "default",
         "--vectors-per-request",
         "3",
+        "--inline-vectors",
         "--max-num-seqs",
         "32",
         "--kv-cache-memory-bytes",

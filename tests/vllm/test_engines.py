@@ -35,7 +35,8 @@ pytestmark = pytest.mark.vllm
 
 @contextmanager
 def engine(source=DEFAULT, **settings):
-    llm = steered_llm(source, vectors=served(source), saes=saes(), vectors_per_request=3, **SETTINGS | settings)
+    own = {"vectors": served(source), "saes": saes(), "vectors_per_request": 3, "inline_vectors": True}
+    llm = steered_llm(source, **own, **SETTINGS | settings)
     try:
         yield llm
     finally:
@@ -139,6 +140,24 @@ def test_loading_and_unloading_while_the_engine_runs(eager, tmp_path):
     eager.steering.unload("new")
     with refused(match="'new'"):
         run(eager, [request], 4)
+    check_mixed_batch(eager)
+
+
+def test_requests_carry_their_vectors(eager):
+    """More than the table has rows, in one batch with others, and again."""
+    vectors = [served()["middle"] * scale for scale in (1.0, -1.0, 1.5)]
+    asked = [(PROMPTS[0], steering(vector)) for vector in vectors for _ in range(2)] + [(PROMPTS[0], {})]
+    items = [vector.add(1.0) for vector in vectors for _ in range(2)] + [None]
+    wanted = [continue_with_hooks(PROMPTS[0], item, 8).tokens for item in items]
+    for _ in range(2):
+        assert [found.tokens for found in run(eager, asked, 8)] == wanted
+    for number in range(40):  # the table has 32 rows
+        vector = served()["first"] * (1 + number / 10)
+        (found,) = run(eager, [(PROMPTS[0], steering(vector))], 1)
+    assert found.tokens == continue_with_hooks(PROMPTS[0], vector.add(1.0), 1).tokens
+    for extra in ({"steer_vector": "nonsense"}, steering(fg.SteeringVector(vectors[0].direction, fg.Hookpoint(1)))):
+        with refused(match="steer_vector|layer 1"):
+            run(eager, [(PROMPTS[0], {}), (PROMPTS[0], extra)], 4)
     check_mixed_batch(eager)
 
 
