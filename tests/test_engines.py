@@ -45,6 +45,7 @@ def examples() -> dict[str, Any]:
         "clamp_feature": fg.edit(sae, {3: 2.0, 4: "off"}, **where),
         "a TopK SAE's features": fg.edit(make_sae("topk"), {3: 2.0}, **where),
         "a gate": v.add(2.0, when=fg.Projection(v) > 0.0, **where),
+        "a gate of the prompt": v.add(2.0, when=fg.Projection(v).max() > -100.0, **where),
         "all but BOS": v.add(2.0),
     }
     scopes = ("prompt", "generated", "reply", "last_prompt", "first:2", "last:2", "at:0,2")

@@ -14,6 +14,7 @@ import torch
 
 import fgsteer as fg
 from fgsteer.interventions import apply
+from fgsteer.interventions.gates import Both, Either, Not
 from fgsteer.serving import save_clamp, steering
 from fgsteer.serving.admission import check_planned, suffix_of, tags_of
 from fgsteer.serving.control import Control
@@ -28,6 +29,7 @@ from tests.helpers.saes import make_sae
 from tests.reference import apply as reference
 
 PROMPT, LENGTH = 3, 6
+NORMED = replace(make_sae("relu"), input_norm="layer_norm")
 
 
 def items(layer=1):
@@ -60,11 +62,24 @@ NAMES = [f"{type(item).__name__}-{number}" for number, item in enumerate(items()
 def expected(steered, hidden):
     """What the hooks' kernel makes of a row's tokens, in every scope, by the layers and then the order of a list."""
     out = hidden.clone()
+    came = {}  # what comes to a layer, which gates read
     for item in sorted(steered, key=lambda item: item.hookpoint.layer - (item.hookpoint.site == "resid_pre") / 2):
+        came.setdefault(item.hookpoint.layer, out)
         where = torch.zeros(1, len(hidden), dtype=torch.bool)
         where[0, reference.positions(item.scope, len(hidden), PROMPT, 0, bos=item.bos)] = True
+        where &= True if item.when is None else is_open(item.when, came[item.hookpoint.layer])
         out = apply(out[None], item.update(), where)[0]
     return out
+
+
+def is_open(gate, h):
+    """The tokens (1, tokens) at which a gate is open."""
+    if isinstance(gate, Not):
+        return ~is_open(gate.gate, h)
+    if isinstance(gate, Both | Either):
+        first, second = is_open(gate.first, h), is_open(gate.second, h)
+        return first & second if isinstance(gate, Both) else first | second
+    return gate.compare(gate.reading.values(h[None]))
 
 
 def control_of(layers=(1, 2), slots=1, rows=64):
@@ -242,23 +257,24 @@ def test_clamps_keep_their_scope_in_a_file(tmp_path):
     ("item", "why"),
     [
         (vector().add(1.0, scope="at:0,2"), "one run of tokens"),
-        (vector().add(1.0, when=fg.Projection(vector()) > 0.0), "gate"),
+        (vector().add(1.0, when=fg.Projection(vector()).mean() > 0.0), "gate of each token"),
+        (vector(0, 2).add(1.0, when=fg.Projection(vector(0, 1)) > 0.0), "where the intervention acts"),
+        (vector().add(1.0, when=fg.Feature(NORMED, 3) > 0.0), "input_norm"),
         (fg.Rotate(hookpoint=1, direction=vector().direction, other=vector(3).direction, to=10.0), "by="),
         (fg.SteeringVector(normal(0, WIDTH), "blocks.1.hook_mlp_out").add(1.0), "resid_post"),
-        (fg.edit(replace(clamp("relu").sae, input_norm="layer_norm"), {3: "off"}), "input_norm"),
+        (fg.edit(NORMED, {3: "off"}), "input_norm"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_vllm_cannot_do_is_refused(item, why, tmp_path):
     control = control_of()
     fg.save_steering(tmp_path / "s.safetensors", item)
+    control.saes = (NORMED,)  # for files that name it
     for run in (
-        lambda: servable(item)[0].layer,
+        lambda: steering("x", **servable(item)[1]),
         lambda: control.load("x", item),
         lambda: control.load("x", tmp_path / "s.safetensors"),
     ):
-        if isinstance(item, fg.ClampFeature) and run.__code__.co_names[:1] == ("load",):
-            continue
         with pytest.raises(fg.FgsteerError, match=why):
             run()
     assert control.names == []
@@ -600,3 +616,98 @@ def test_vectors_in_requests_are_read_strictly(tmp_path):
     control.engine.calls_while_admitting = False
     with pytest.raises(fg.SteeringError, match="/v1/completions"):
         control.admit(request(steering(vector())))
+
+
+# ---------------------------------------------------------------- gates
+
+
+def gates(sae):
+    """Conditions of every kind, alone and combined."""
+    a, b = fg.Projection(vector(7)), fg.Cosine(vector(8))
+    c, d = fg.Probe(normal(3, WIDTH), 1, bias=0.5), fg.Feature(sae, 3)
+    plain = [a > 0.5, a < 0.5, b > 0.05, b < -0.05, c > 1.0, c < 1.0, d > 0.0, d > 1.0, d < 0.5]
+    both, either = (a > 0.0) & (b > 0.0), (c > 0.0) | (d > 0.5)
+    three = ((a > 1.0) | (b < 0.0)) & ((c > 0.0) | ~(d > 0.2)) & ~((a > 2.0) & (b > 0.1))
+    return [*plain, *(~gate for gate in plain), both, either, ~both, ~either, both | (c > 2.0), both & either, three]
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated", "topk"])
+def test_gates_of_tokens_equal_those_of_hooks(kind):
+    """Beside tokens without a gate, with a gate that is shut everywhere, and unsteered."""
+    sae = make_sae(kind)
+    control, hidden = topk_control([sae], rows=256), normal(9, 30, 8, WIDTH)
+    made = [vector().add(1.0, when=gate, scope="reply", bos=True) for gate in gates(sae)]
+    made += [vector().add(1.0), vector().ablate(when=fg.Projection(vector()) > 1e9)]
+    for n, item in enumerate(made):
+        control.load(str(n), item)
+    out = steer_batch(control, [{}, *(steering(str(n)) for n in range(len(made)))], hidden[: len(made) + 1])
+    assert torch.equal(out[0], hidden[0])
+    assert torch.equal(out[-1], hidden[len(made)])
+    opened = 0
+    for n, item in enumerate(made, start=1):
+        wanted = expected([item], hidden[n])
+        assert torch.equal(out[n] == hidden[n], wanted == hidden[n]), n  # open at the same tokens, shut to the bit
+        torch.testing.assert_close(out[n], wanted, atol=2e-5, rtol=2e-5)
+        opened += 0 < int((wanted != hidden[n]).any(1).sum()) < 6
+    assert opened > 15
+
+
+def test_gates_read_before_anything_acts_at_their_layer():
+    sae = make_sae("topk")
+    control = topk_control([sae], slots=3, rows=64)
+    made = [
+        vector(7).add(3.0),
+        vector(7).add(-2.0, when=fg.Projection(vector(7)) > 0.5),
+        fg.edit(sae, {3: 4.0, 4: "off"}, when=(fg.Feature(sae, 5) > 0.0) | (fg.Cosine(vector(8)) > 0.0)),
+    ]
+    for n, item in enumerate(made):
+        control.load(str(n), item)
+    hidden = normal(9, 6, 40, WIDTH)
+    orders = list(itertools.permutations(range(3)))
+    out = steer_batch(control, [steering([{"name": str(n)} for n in order]) for order in orders], hidden)
+    for row, order in enumerate(orders):
+        wanted = expected([made[n] for n in order], hidden[row])
+        torch.testing.assert_close(out[row], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_gates_come_in_files_and_go_with_what_they_open(tmp_path):
+    sae, path = make_sae("topk"), tmp_path / "s.safetensors"
+    control = topk_control([sae], rows=3)
+    item = vector().add(2.0, when=(fg.Feature(sae, 5) > 0.0) & (fg.Projection(vector(7)) > 0.0))
+    fg.save_steering(path, item)
+    control.load("s", path)
+    hidden = normal(9, 1, 40, WIDTH)
+    wanted = expected([item], hidden[0])
+    torch.testing.assert_close(steer_batch(control, [steering("s")], hidden)[0], wanted, atol=2e-5, rtol=2e-5)
+    with pytest.raises(fg.SteeringError, match="no room"):
+        control.load("more", vector())
+    control.unload("s")
+    later = fg.edit(make_sae("relu"), {3: 1.0, 4: "off", 5: 2.0})  # in the same rows
+    control.load("c", later)
+    wanted = expected([later], hidden[0])
+    torch.testing.assert_close(steer_batch(control, [steering("c")], hidden)[0], wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(fg.PairingError, match=r"saes=\[sae\]"):
+        topk_control([]).load("s", item)
+    with pytest.raises(fg.SteeringError, match="save_steering"):
+        save_clamp(replace(later, when=fg.Projection(vector()) > 0.0), tmp_path / "c")
+
+
+def test_gates_that_are_too_large_are_refused():
+    a, b = fg.Projection(vector(7)), fg.Cosine(vector(8))
+    many = (a > 0.0) & (b > 0.0) & (a < 9.0) & (b < 0.9)
+    control_of().load("fits", vector().add(1.0, when=many))
+    for gate in (many & (a < 8.0), ~(~many | (a > 8.0)), many | many):
+        with pytest.raises(fg.SteeringError, match=r"at most 4 parts.*fgsteer\.steer"):
+            control_of().load("x", vector().add(1.0, when=gate))
+
+
+def test_salts_tell_gates_apart():
+    control, salts = control_of(), []
+    a = fg.Projection(vector(7))
+    made = [None, a > 0.0, a < 0.0, ~(a > 0.0), a > 1.0, fg.Cosine(vector(7)) > 0.0, (a > 0.0) & (a < 9.0)]
+    for gate in made:
+        control.load("x", vector().add(1.0, when=gate))
+        asked = request(steering("x"))
+        control.admit(asked)
+        salts.append(asked.cache_salt)
+    assert len(set(salts)) == len(salts) == len(made)

@@ -17,6 +17,8 @@ vLLM is needed to run it (``pip install 'fgsteer[vllm]'``), and not to import it
     converting.py  vectors and interventions as rows of a table
     encoders.py  the TopK SAEs whose encoders workers hold
     inline.py   vectors that requests carry
+    gating.py   gates as rows that are compared
+    feature_rows.py  features of an SAE as rows
     rows.py     the rows, and the numbers that a request chooses
     tables.py   a table for each layer, and which token of a batch takes which rows
     worker.py   vLLM's worker, which hooks the blocks

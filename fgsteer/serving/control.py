@@ -23,7 +23,7 @@ from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.properties import bos_eos_ids
 from fgsteer.saes.sae import SAE
 from fgsteer.serving.admission import extra_args_of, suffix_of, tags_of
-from fgsteer.serving.encoders import group_of, topk_encoders
+from fgsteer.serving.encoders import groups_of, topk_encoders
 from fgsteer.serving.inline import Leases, decode_vector, inline_chars, inline_name, is_inline
 from fgsteer.serving.request import PLAN, RequestedSteering, parse_request, steering, steering_keys
 from fgsteer.serving.rows import TableRows, check_name
@@ -190,7 +190,7 @@ class Control:
             raise self._too_many(f"{name}, which is {len(stages)} steerings one after the other,")
         for rows in _Loaded((), tuple(stages)).rows:
             rows.check(self.dtype)
-            group_of(rows, self._encoders)
+            groups_of(rows, self._encoders)
             if rows.layer not in self.layers:
                 raise HookpointError(
                     f"{name} at layer {rows.layer}",
@@ -214,8 +214,8 @@ class Control:
         """Give rows of the tables to what is loaded, on every worker or on none; the error as a sentence, if any."""
         for tag, stage in new.tagged:
             for rows in stage.rows:
-                group = group_of(rows, self._encoders)
-                replies = self.engine.call("steering_load", tag, rows.layer, save(rows.tensors_of_group(group)))
+                tensors = rows.table_tensors(groups_of(rows, self._encoders))
+                replies = self.engine.call("steering_load", tag, rows.layer, save(tensors))
                 if errors := [reply for reply in replies if reply]:
                     self._clear(new.tags)
                     return str(errors[0])

@@ -71,19 +71,19 @@ def topk_encoders(saes: Iterable[SAE]) -> tuple[TopKEncoder, ...]:
     return tuple(made)
 
 
-def group_of(rows: TableRows, encoders: Sequence[TopKEncoder]) -> int:
-    """The number of the encoder, among those of their layer, whose features rows read; −1 for rows that need none.
+def groups_of(rows: TableRows, encoders: Sequence[TopKEncoder]) -> dict[str, int]:
+    """{hash of a TopK SAE that rows read: its number among those of their layer}.
 
     Raises PairingError where the engine does not have it.
     """
-    if not rows.sae:
-        return -1
-    for encoder in encoders:
-        if encoder.sha256 == rows.sae and encoder.layer == rows.layer and max(rows.features) < encoder.sae.d_sae:
-            return encoder.number
-    known = ", ".join(str(encoder.sae) for encoder in encoders)
-    raise PairingError(
-        f"a clamp of features of the TopK SAE with the hash {rows.sae[:12]} at layer {rows.layer}",
-        f"one of the TopK SAEs that this engine was started with ({known or 'none'})",
-        "start the engine with this SAE (saes=[sae], or fgsteer serve --sae), as all of its features decide which fire",
-    )
+    own = {encoder.sha256: encoder for encoder in encoders if encoder.layer == rows.layer}
+    for sha256, feature in rows.topk_features:
+        if sha256 and (sha256 not in own or feature >= own[sha256].sae.d_sae):
+            known = ", ".join(str(encoder.sae) for encoder in encoders)
+            raise PairingError(
+                f"features of the TopK SAE with the hash {sha256[:12]} at layer {rows.layer}",
+                f"features of the TopK SAEs that this engine was started with ({known or 'none'})",
+                "start the engine with this SAE (saes=[sae], or fgsteer serve --sae), as all of its features decide "
+                "which of them fire",
+            )
+    return {sha256: encoder.number for sha256, encoder in own.items()}

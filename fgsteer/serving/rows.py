@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -33,6 +34,8 @@ from fgsteer.storage.json_files import text_sha256
 
 PLAIN, RELATIVE, KEEP_NORM = 0.0, 1.0, 2.0
 """The modes: the change as it is, in units of the activation's norm, or with that norm restored after it."""
+CLAUSES = 4
+"""How many parts a gate may have that must all hold."""
 TENSORS = ("read", "write", "bias", "threshold", "target", "lam", "lo", "hi")
 NO_AMOUNTS = ("threshold", "lo", "hi")  # these add nothing themselves, and may be infinite
 VECTOR_OPERATIONS = {  # (gain, lo, hi, mode) of each operation on a vector
@@ -72,6 +75,37 @@ def block_of(hookpoint: Hookpoint) -> int:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class ConditionRow:
+    """A row that is compared with a limit, and opens what it belongs to or keeps it shut, instead of writing.
+
+    What reads at or below ``threshold`` counts as 0, as the activation of a feature does. Conditions of one ``clause``
+    are alternatives; every clause must hold.
+    """
+
+    read: Float[Tensor, " d_model"]
+    bias: float
+    threshold: float
+    limit: float
+    is_above: bool
+    is_negated: bool
+    is_cosine: bool
+    clause: int
+    feature: int = -1
+    sae: str = ""
+
+    @property
+    def test(self) -> float:
+        """How it is compared: 0 for above the limit, 1 for below it, 2 and 3 for the opposites of these."""
+        return (not self.is_above) + 2 * self.is_negated
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything that decides when it holds."""
+        numbers = [self.bias, self.threshold, self.limit, self.test, self.is_cosine, self.clause, self.feature]
+        return text_sha256([tensor_sha256(self.read), *numbers, self.sae])
+
+
 class Amounts(NamedTuple):
     """The numbers that a request chooses."""
 
@@ -88,7 +122,8 @@ class TableRows:
 
     ``norm`` is the norm of a vector, ``offset`` the projection r̂·r⁻ of its reference if it has one. Rows that are not a
     vector's have neither, do one thing in one ``mode``, and a request's scale multiplies their targets and bounds, what
-    they read, or nothing (``scaled``). ``features`` are the ids of features of the TopK SAE with the hash ``sae``.
+    they read, or nothing (``scaled``). ``features`` are the ids of features of the TopK SAE with the hash ``sae``. They
+    act on tokens at which their ``conditions`` hold.
     """
 
     hookpoint: Hookpoint
@@ -106,6 +141,7 @@ class TableRows:
     mode: float = PLAIN
     features: tuple[int, ...] = ()
     sae: str = ""
+    conditions: tuple[ConditionRow, ...] = ()
 
     @property
     def layer(self) -> int:
@@ -122,17 +158,35 @@ class TableRows:
         """Hash of everything that decides what it does."""
         tensors = (getattr(self, name) for name in TENSORS)
         numbers = [self.layer, self.norm, self.offset, self.scaled, self.mode, *self.features, self.sae]
-        return text_sha256([tensor_sha256(*tensors), *numbers])
+        return text_sha256([tensor_sha256(*tensors), *numbers, *(condition.sha256 for condition in self.conditions)])
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, in float32. No two share storage, so that safetensors can write them."""
         return {name: getattr(self, name).to(torch.float32, copy=True).contiguous() for name in TENSORS}
 
-    def tensors_of_group(self, group: int) -> dict[str, Tensor]:
-        """The tensors of a table: also each row's feature and the number of its TopK SAE, −1 where it has none."""
-        features = torch.tensor(self.features or (-1,) * len(self.bias), dtype=torch.float32)
-        return {**self.tensors, "feature": features, "group": torch.full_like(features, group)}
+    @property
+    def topk_features(self) -> list[tuple[str, int]]:
+        """(hash of a TopK SAE, feature) of each row that acts, then of each condition; ("", −1) where it has none."""
+        own = [(self.sae, feature) for feature in self.features] or [("", -1)] * len(self.bias)
+        return own + [(condition.sae, condition.feature) for condition in self.conditions]
+
+    def table_tensors(self, groups: Mapping[str, int]) -> dict[str, Tensor]:
+        """The tensors of a table, with the conditions after the rows that act, and the number of each TopK SAE."""
+        made = {**self.tensors, **{name: torch.zeros_like(self.bias) for name in ("limit", "test", "cosine")}}
+        made["clause"] = torch.full_like(self.bias, -1.0)
+        own = self.conditions
+        zero, infinite = torch.zeros(len(own)), torch.full((len(own),), math.inf)
+        added = dict.fromkeys(made, zero) | {"lo": -infinite, "hi": infinite}
+        added["read"] = torch.stack([one.read.float() for one in own]) if own else self.read[:0]
+        added["write"] = torch.zeros_like(added["read"])
+        for name in ("bias", "threshold", "limit", "test", "clause"):
+            added[name] = torch.tensor([getattr(one, name) for one in own], dtype=torch.float32)
+        added["cosine"] = torch.tensor([one.is_cosine for one in own], dtype=torch.float32)
+        tensors = {name: torch.cat([part.float(), added[name]]) for name, part in made.items()}
+        tensors["feature"] = torch.tensor([feature for _, feature in self.topk_features], dtype=torch.float32)
+        tensors["group"] = torch.tensor([groups.get(sae, -1) for sae, _ in self.topk_features], dtype=torch.float32)
+        return tensors
 
     @cached_property
     def _reach(self) -> tuple[float, float]:

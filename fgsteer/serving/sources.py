@@ -100,6 +100,8 @@ def save_clamp(clamp: ClampFeature, path: str | Path) -> None:
         FormatError: The file cannot be written.
     """
     rows = rows_of(clamp)
+    if rows.conditions:
+        raise SteeringError("a clamp with a gate (when=…)", "a clamp that always acts", "use fgsteer.save_steering")
     header: dict[str, Any] = {"hookpoint": str(clamp.hookpoint), "scope": str(check_one_run(clamp.scope, "scope"))}
     header["bos"] = clamp.bos
     header |= {name: {str(j): float(t) for j, t in given.items()} for name, given in clamp.detach().edits.items()}

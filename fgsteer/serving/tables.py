@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fgsteer.errors import HookpointError, PairingError, SteeringError
 from fgsteer.errors.wording import a
-from fgsteer.serving.rows import KEEP_NORM, RELATIVE
+from fgsteer.serving.rows import CLAUSES, KEEP_NORM, RELATIVE
 from fgsteer.steering.ranges import max_change
 
 FREE = -1.0
@@ -68,6 +68,10 @@ class Table(nn.Module):
     lam: Tensor
     lo: Tensor
     hi: Tensor
+    limit: Tensor
+    test: Tensor
+    cosine: Tensor
+    clause: Tensor
     feature: Tensor
     group: Tensor
     owner: Tensor
@@ -77,9 +81,9 @@ class Table(nn.Module):
         super().__init__()
         for name in ("read", "write"):
             self.register_buffer(name, tokens.new_zeros(rows, width), persistent=False)
-        for name in ("bias", "threshold", "target", "lam", "lo", "hi"):
+        for name in ("bias", "threshold", "target", "lam", "lo", "hi", "limit", "test", "cosine"):
             self.register_buffer(name, tokens.new_zeros(rows), persistent=False)
-        for name in ("feature", "group", "owner"):
+        for name in ("clause", "feature", "group", "owner"):
             self.register_buffer(name, tokens.new_full((rows,), FREE), persistent=False)
         self.register_buffer("tokens", tokens, persistent=False)
         self.encoders = nn.ModuleList(TopK(d_sae, k, tokens, width) for d_sae, k in encoders)
@@ -93,27 +97,44 @@ class Table(nn.Module):
         bound here depends on activations, such as a feature that fires a thousand times as strongly as others. An
         infinite change becomes the bound, which is where a strength that large would end; nan (inf − inf) adds nothing.
         """
-        flat = hidden.flatten(0, -2)
+        flat, holds = hidden.flatten(0, -2), None
         rest = None if residual is None else residual.flatten(0, -2).float()
         for slot in self.tokens[:, :, : flat.shape[0], None].unbind():
-            flat = self._steer(flat, flat.float() if rest is None else flat.float() + rest, slot)
+            stream = flat.float() if rest is None else flat.float() + rest
+            read = torch.addmm(self.bias, stream, self.read.T)
+            acts = torch.where(self._fires(stream, read), read, 0.0)
+            holds = self._holds(stream, acts) if holds is None else holds  # gates read before anything here acts
+            flat = self._steer(flat, stream, acts, holds, slot)
         return flat.view_as(hidden)
 
-    def _steer(self, flat: Tensor, stream: Tensor, slot: Tensor) -> Tensor:
+    def _steer(self, flat: Tensor, stream: Tensor, acts: Tensor, holds: Tensor, slot: Tensor) -> Tensor:
         """Apply one slot of the plan, (COLUMNS, tokens, 1)."""
         tag, const, gain, lo, hi, mode = slot.unbind()
-        read = torch.addmm(self.bias, stream, self.read.T)
-        acts = torch.where(self._fires(stream, read), read, 0.0)
         is_owned = tag == self.owner
         amount = const * self.target + gain * self.lam * acts
         amount = torch.minimum(torch.maximum(amount, torch.maximum(lo, self.lo)), torch.minimum(hi, self.hi))
-        amount = torch.where(is_owned, amount, 0.0)
+        amount = torch.where(is_owned & (self.clause == FREE), amount, 0.0)
         change = _in_mode(mode, stream, amount @ self.write)
         bound = stream.abs().clamp(min=max_change(flat.dtype, flat.shape[1]))
         change = change.nan_to_num(0.0).clamp(-bound - stream, bound - stream)
         largest = torch.finfo(flat.dtype).max
         steered = (flat + change.to(flat.dtype)).clamp(-largest, largest)
-        return torch.where(is_owned.any(1, keepdim=True), steered, flat)
+        return torch.where(self._is_open(is_owned, holds), steered, flat)
+
+    def _holds(self, stream: Tensor, acts: Tensor) -> Tensor:
+        """Which rows' comparisons hold, (tokens, rows)."""
+        norm = stream.norm(dim=1, keepdim=True)
+        values = torch.where(self.cosine > 0, acts / torch.where(norm > 0, norm, 1.0), acts)
+        beyond = torch.where(self.test % 2 == 0, values > self.limit, values < self.limit)
+        return beyond ^ (self.test >= 2)
+
+    def _is_open(self, is_owned: Tensor, holds: Tensor) -> Tensor:
+        """Which tokens are steered, (tokens, 1): they own rows, and in each clause of these a condition holds."""
+        is_open = is_owned.any(1, keepdim=True)
+        for clause in range(CLAUSES):
+            own = is_owned & (self.clause == clause)
+            is_open = is_open & ((own & holds).any(1, keepdim=True) | ~own.any(1, keepdim=True))
+        return is_open
 
     def _fires(self, stream: Tensor, read: Tensor) -> Tensor:
         """Which rows' readings count, (tokens, rows): above the threshold and, of a TopK SAE, among the k largest."""
@@ -152,7 +173,7 @@ class Table(nn.Module):
     def clear(self, tag: float) -> None:
         """Free the rows of a tag."""
         rows = self.owner == tag
-        for column in (self.owner, self.feature, self.group):
+        for column in (self.owner, self.clause, self.feature, self.group):
             column[rows] = FREE
         self.write[rows] = 0.0
 

@@ -12,7 +12,7 @@ from fgsteer.activations.tokens import encode_prompts
 from fgsteer.data.chat import Text
 from fgsteer.interventions import DirectionIntervention, Intervention
 from fgsteer.interventions.table import INTERVENTIONS
-from fgsteer.serving.converting import refuse_gate, rows_of
+from fgsteer.serving.converting import rows_of
 from fgsteer.serving.request import steering
 from fgsteer.serving.rows import TableRows
 from fgsteer.serving.sources import check_one_run
@@ -32,11 +32,10 @@ def servable(item: Intervention) -> tuple[TableRows, dict[str, Any]]:
     Operations on a vector need the vector alone, so that any number of them share its row.
     """
     item = item.detach()
-    refuse_gate(item)
     options: dict[str, Any] = {"scope": check_one_run(item.scope, "scope"), "bos": item.bos}
     own = [s for s in INTERVENTIONS if s.of_vector and s.kind == type(item).__name__]
     given = [spec for spec in own if not spec.amount or getattr(item, spec.amount) is not None]
-    if not isinstance(item, DirectionIntervention) or len(given) != 1:
+    if not isinstance(item, DirectionIntervention) or len(given) != 1 or item.when is not None:
         return rows_of(item), options
     options["op"] = given[0].name
     if given[0].amount:

@@ -96,17 +96,19 @@ def served(source: str = DEFAULT) -> dict[str, Any]:
     )
     competing = {j: float(1.5 * active.max()) for j in features}
     named["competing"] = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets=competing)
-    return named | others(named)
+    return named | others(named, features[0], states[sae.hookpoint.layer + 1][0, 1:])
 
 
-def others(named: dict[str, Any]) -> dict[str, Any]:
-    """Interventions that no vector makes, and two that compose."""
-    middle, late = named["middle"], named["late"]
+def others(named: dict[str, Any], feature: int, h: torch.Tensor) -> dict[str, Any]:
+    """Interventions that no vector makes, some that compose, and one that is gated by activations like h."""
+    middle, late, (sae,) = named["middle"], named["late"], saes()
+    cosine = float(torch.cosine_similarity(h, late.direction[None]).median())
     direction, other, at = late.direction, named["mean"].direction, late.hookpoint
     return {
-        "adaptive": fg.AdaptiveAdd(hookpoint=at, direction=direction, read=other / other.norm(), coefficient=0.1),
+        "adaptive": fg.AdaptiveAdd(hookpoint=at, direction=direction, read=other / other.norm(), coefficient=0.01),
         "turn": fg.Rotate(hookpoint=at, direction=other, other=direction, by=-70.0),
         "plane": fg.ClampSubspace(hookpoint=at, directions=torch.stack([direction, other])),
+        "gated": late.add(3.0, when=(fg.Feature(sae, feature) > 0.0) | (fg.Cosine(late) > cosine)),
         "composed": [middle.add(1.0), late.add(-2.0, scope="generated"), middle.ablate()],
     }
 
@@ -168,6 +170,7 @@ def cases(source: str = DEFAULT) -> tuple[Case, ...]:
             steering([{"name": "late", "scale": 2.0}, {"name": "competing", "bos": True}, {"name": "first"}]),
             [late.add(2.0), replace(s["competing"], bos=True), first.add(1.0)],
         ),
+        Case("gated", c, steering("gated"), s["gated"]),
         Case("a file of several", a, steering("composed"), s["composed"]),
     )
 
