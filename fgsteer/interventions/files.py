@@ -14,6 +14,7 @@ from functools import reduce
 from operator import and_, or_
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -37,6 +38,7 @@ _KEEP = "only these can be loaded again; keep your own class in your code"
 _KINDS = (Add, AddRelative, AddKeepingNorm, AdaptiveAdd, Ablate, Affine, Clamp, ClampSubspace, ClampFeature, Rotate)
 _READINGS = (Cosine, Feature, Probe, Projection)
 KINDS: dict[str, type[Intervention]] = {kind.__name__: kind for kind in _KINDS}
+_HASHES: WeakKeyDictionary[SAE, str] = WeakKeyDictionary()
 READINGS: dict[str, type[Reading]] = {kind.__name__: kind for kind in _READINGS}
 
 
@@ -160,8 +162,10 @@ def _needed(value: Any) -> list[str]:
 
 
 def steering_sae_sha256(sae: SAE) -> str:
-    """The hash by which a file of steering names an SAE: of what it computes with, and where."""
-    return text_sha256(sae_identity(sae))
+    """The hash by which a file of steering names an SAE: of what it computes with, and where. It is made once."""
+    if sae not in _HASHES:
+        _HASHES[sae] = text_sha256(sae_identity(sae))
+    return _HASHES[sae]
 
 
 @checked

@@ -102,13 +102,13 @@ def served(source: str = DEFAULT) -> dict[str, Any]:
 def others(named: dict[str, Any], feature: int, h: torch.Tensor) -> dict[str, Any]:
     """Interventions that no vector makes, some that compose, and one that is gated by activations like h."""
     middle, late, (sae,) = named["middle"], named["late"], saes()
-    cosine = float(torch.cosine_similarity(h, late.direction[None]).median())
+    cosine = float(torch.cosine_similarity(h, middle.direction[None]).median())
     direction, other, at = late.direction, named["mean"].direction, late.hookpoint
     return {
         "adaptive": fg.AdaptiveAdd(hookpoint=at, direction=direction, read=other / other.norm(), coefficient=0.01),
         "turn": fg.Rotate(hookpoint=at, direction=other, other=direction, by=-70.0),
         "plane": fg.ClampSubspace(hookpoint=at, directions=torch.stack([direction, other])),
-        "gated": late.add(3.0, when=(fg.Feature(sae, feature) > 0.0) | (fg.Cosine(late) > cosine)),
+        "gated": middle.add(3.0, when=(fg.Feature(sae, feature) > 0.0) | (fg.Cosine(middle) > cosine)),
         "composed": [middle.add(1.0), late.add(-2.0, scope="generated"), middle.ablate()],
     }
 

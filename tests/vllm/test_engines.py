@@ -249,7 +249,8 @@ def test_no_request_harms_another_in_16_bits(dtype, tmp_path, monkeypatch):
 def test_tensor_parallel_compiled_in_chunks(tmp_path):
     """Two ranks, compiled, prompts read 16 tokens at a time."""
     source = four_heads(tmp_path / "model")
-    with engine(source, tensor_parallel_size=2, max_num_batched_tokens=16, enable_chunked_prefill=True) as llm:
+    chunks = {"max_num_batched_tokens": 16, "max_num_seqs": 16, "enable_chunked_prefill": True}
+    with engine(source, tensor_parallel_size=2, **chunks) as llm:
         check_mixed_batch(llm, source)
 
 
