@@ -82,6 +82,10 @@ def _rows_of_adaptive(item: AdaptiveAdd) -> TableRows:
     )
 
 
+def _removes(item: Intervention) -> bool:
+    return isinstance(item, ClampSubspace) and item.targets is None
+
+
 def _rows_of_update(item: Intervention) -> TableRows:
     """The rows of an intervention that the kernel's update describes in full."""
     update = item.update()
@@ -104,6 +108,6 @@ def _rows_of_update(item: Intervention) -> TableRows:
         lam=update.lam[0],
         lo=-infinite if update.lo is None else update.lo[0],
         hi=infinite if update.hi is None else update.hi[0],
-        scaled="target" if isinstance(item, SCALED) and bool(target.any()) else "",
+        scaled="target" if isinstance(item, SCALED) and not _removes(item) else "",
         mode=RELATIVE if update.relative is not None else KEEP_NORM if update.keep_norm is not None else PLAIN,
     )
