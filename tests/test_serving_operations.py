@@ -186,6 +186,7 @@ def test_scales_multiply_what_can_be_scaled():
         (v.add_relative(0.1), v.add_relative(-0.3)),
         (v.add_keeping_norm(0.5), v.add_keeping_norm(-1.5)),
         (v.clamp(1.0), v.clamp(-3.0)),
+        (v.clamp(at_most=0.0), v.clamp(at_most=0.0)),
         (fg.ClampSubspace(hookpoint=1, directions=pair, targets=[1.0, -2.0]), [-3.0, 6.0]),
         (fg.AdaptiveAdd(**read, coefficient=0.5), fg.AdaptiveAdd(**read, coefficient=-1.5)),
     ]

@@ -83,6 +83,7 @@ class Leases:
         """Count one fewer."""
         with self._lock:
             self._counts[name] -= 1
+            self._counts = +self._counts  # keeps no name that nothing holds
 
     def __contains__(self, name: str) -> bool:
         return self._counts[name] > 0
