@@ -40,23 +40,16 @@ PHRASES = Path(__file__).with_name("phrases.json")
 CHOOSING, REPORTED = ("anger", "food", "london", "wedding"), ("fear", "love", "sea", "war")
 SIDES = (5, 10, 40)
 KINDS = ("sentences", "phrases")
-ALL, MIDDLE, WIDE = (
-    {"max_density": 1.0, "n_positive": positive, "n_negative": negative}  # no density filter, features of both signs
-    for positive, negative in ((16, 0), (64, 32), (256, 128))
-)
+MIDDLE = {"max_density": 1.0, "n_positive": 64, "n_negative": 32}  # no density filter, features of both signs
+WIDE = {**MIDDLE, "n_positive": 256, "n_negative": 128}
 MIXED = {"mu": 0.1, "bias_weight": 0.0, "unit_effects": True, "decoder_weight": 0.5}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "CAA": ("caa", {}),
-    "CAA denoised": ("caa_denoised", {"threshold": 1.5}),
     "STA": ("sta", {}),
     "FGAA, 16 features": ("fgaa", {}),
-    "FGAA, 32": ("fgaa", {"n_positive": 32}),
     "FGAA, 64": ("fgaa", {"n_positive": 64}),
-    "FGAA, 16 of all densities": ("fgaa", ALL),
     "FGAA, 64 and 32 of all densities": ("fgaa", MIDDLE),
     "FGAA, 256 and 128 of all densities": ("fgaa", WIDE),
-    "FGAA + effects, 16": ("fgaa_effects", MIXED),
-    "FGAA + effects, 64 and 32 of all densities": ("fgaa_effects", {**MIDDLE, **MIXED}),
     "FGAA + effects, 256 and 128 of all densities": ("fgaa_effects", {**WIDE, **MIXED}),
 }
 Scores = Mapping[str, Mapping[str, Any]]  # by concept: {"setting", "units": [[prompt, seed, BCS]]}

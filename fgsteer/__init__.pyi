@@ -8,6 +8,14 @@ from fgsteer.data.contrasts import ContrastSet as ContrastSet
 from fgsteer.data.corpora import read_documents as read_documents
 from fgsteer.data.shipped import load_neutral as load_neutral
 from fgsteer.data.shipped import shipped_contrasts as shipped_contrasts
+from fgsteer.directions.candidates import candidate_directions as candidate_directions
+from fgsteer.directions.prompts import refusal_scores as refusal_scores
+from fgsteer.directions.removal import ablate_everywhere as ablate_everywhere
+from fgsteer.directions.selection import DirectionScore as DirectionScore
+from fgsteer.directions.selection import DirectionSelection as DirectionSelection
+from fgsteer.directions.selection import choose_direction as choose_direction
+from fgsteer.directions.selection import load_direction_scores as load_direction_scores
+from fgsteer.directions.selection import select_direction as select_direction
 from fgsteer.effects.approximator import EffectApproximator as EffectApproximator
 from fgsteer.effects.approximator import load_effects as load_effects
 from fgsteer.errors import ArgumentError as ArgumentError
@@ -58,6 +66,7 @@ from fgsteer.evaluation.sweep.results import SweepCell as SweepCell
 from fgsteer.evaluation.sweep.sweep import sweep as sweep
 from fgsteer.evaluation.tasks import run_tasks as run_tasks
 from fgsteer.export.folding import fold as fold
+from fgsteer.export.orthogonalizing import orthogonalize as orthogonalize
 from fgsteer.features.active import SeenFeature as SeenFeature
 from fgsteer.features.active import seen_features as seen_features
 from fgsteer.features.density import measure_density as measure_density
@@ -72,6 +81,7 @@ from fgsteer.interventions.adding import Add as Add
 from fgsteer.interventions.adding import AddKeepingNorm as AddKeepingNorm
 from fgsteer.interventions.adding import AddRelative as AddRelative
 from fgsteer.interventions.base import Intervention as Intervention
+from fgsteer.interventions.cached import CacheSteering as CacheSteering
 from fgsteer.interventions.features import ClampFeature as ClampFeature
 from fgsteer.interventions.features import edit as edit
 from fgsteer.interventions.files import load_steering as load_steering
@@ -87,6 +97,7 @@ from fgsteer.interventions.projecting import Clamp as Clamp
 from fgsteer.interventions.projecting import ClampSubspace as ClampSubspace
 from fgsteer.interventions.rotating import Rotate as Rotate
 from fgsteer.interventions.token_scopes import at as at
+from fgsteer.interventions.token_scopes import ends as ends
 from fgsteer.interventions.token_scopes import first as first
 from fgsteer.interventions.token_scopes import last as last
 from fgsteer.likelihood.calibration import calibrate as calibrate
@@ -99,10 +110,12 @@ from fgsteer.likelihood.scoring import kl_divergences as kl_divergences
 from fgsteer.likelihood.scoring import log_probabilities as log_probabilities
 from fgsteer.methods import METHODS as METHODS
 from fgsteer.methods import build as build
+from fgsteer.methods.caching import cache_steering as cache_steering
 from fgsteer.methods.denoising import caa_denoised as caa_denoised
 from fgsteer.methods.difference import ace as ace
 from fgsteer.methods.difference import caa as caa
 from fgsteer.methods.difference import pca as pca
+from fgsteer.methods.prompt_pairs import act_add as act_add
 from fgsteer.methods.sae_methods import fgaa as fgaa
 from fgsteer.methods.sae_methods import from_features as from_features
 from fgsteer.methods.sae_methods import sae_ts as sae_ts

@@ -104,7 +104,9 @@ def test_a_benchmark_with_another_plan_shares_what_it_has_read(parts, tmp_path, 
     assert len(other.concept("love").vector("fgaa", 2).features) == 2
     assert len(first.concept("love").vector("fgaa", 2).features) > 2
     assert other.fitted_coherence is coherence
-    assert "fitted_coherence" not in vars(first.with_plan(replace(first.plan, max_new_tokens=5)))
+    longer = first.with_plan(replace(first.plan, max_new_tokens=5))
+    assert longer.fitted_coherence is not coherence
+    assert first.with_plan(longer.plan).fitted_coherence is longer.fitted_coherence, "kept for all plans"
     assert other.identity != first.identity
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,6 +28,7 @@ AT = fg.Hookpoint(1)
 def examples() -> dict[str, Any]:
     """One intervention of every row of the table of interventions, and what else may be asked of one."""
     v, other, sae = vector(1), direction(2), make_sae("relu")
+    transcoder = replace(sae, hookpoint=fg.Hookpoint(1, "mlp_out"), reads=fg.Hookpoint(1, "mlp_in"))
     where = {"bos": True}
     made = {
         "add": v.add(2.0, **where),
@@ -41,14 +43,15 @@ def examples() -> dict[str, Any]:
         "clamp_subspace": fg.ClampSubspace(hookpoint=AT, directions=torch.stack([v.direction, other]), **where),
         "rotate": fg.Rotate(hookpoint=AT, direction=v.direction, other=other, by=30.0, **where),
         "rotate, to an angle": fg.Rotate(hookpoint=AT, direction=v.direction, other=other, to=30.0, **where),
-        "adaptive_add": fg.AdaptiveAdd(hookpoint=AT, direction=v.direction, read=other, **where),
+        "adaptive_add": fg.SteeringVector(v.direction, AT, read=other).adaptive_add(**where),
         "clamp_feature": fg.edit(sae, {3: 2.0, 4: "off"}, **where),
         "a TopK SAE's features": fg.edit(make_sae("topk"), {3: 2.0}, **where),
+        "a transcoder's features": fg.edit(transcoder, {3: 2.0}, **where),
         "a gate": v.add(2.0, when=fg.Projection(v) > 0.0, **where),
         "a gate of the prompt": v.add(2.0, when=fg.Projection(v).max() > -100.0, **where),
         "all but BOS": v.add(2.0),
     }
-    scopes = ("prompt", "generated", "reply", "last_prompt", "first:2", "last:2", "at:0,2")
+    scopes = ("prompt", "generated", "reply", "last_prompt", "first:2", "last:2", "ends:1,1", "at:0,2")
     return made | {f"scope {scope}": v.add(2.0, scope=scope, **where) for scope in scopes}
 
 
@@ -103,7 +106,7 @@ def test_every_operation_has_a_row():
     assert {spec.name for spec in INTERVENTIONS} <= set(examples())
     h = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
     for what, item in examples().items():
-        assert not torch.equal(apply(h, item.update()), h), what
+        assert not torch.equal(apply(h, item.update(), source=h), h), what
 
 
 @pytest.mark.parametrize("what", examples())

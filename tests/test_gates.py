@@ -359,4 +359,5 @@ def test_long_gates_are_kept_in_files(tmp_path):
     gate = functools.reduce(operator.or_, [reading > float(n) for n in range(200)])
     fg.save_steering(tmp_path / "s", vector().add(1.0, when=gate & ~gate))
     (item,) = fg.load_steering(tmp_path / "s")
+    assert isinstance(item, fg.Intervention)
     assert [c.threshold for c in item.when.conditions] == [float(n) for n in range(200)] * 2

@@ -244,6 +244,7 @@ def test_edits_generate_as_the_recompute(llama, tokenizer):
 
 def test_scopes_that_count_are_made_of_counts():
     assert (fg.first(2), fg.last(3), fg.at([3, 0])) == ("first:2", "last:3", "at:0,3")
+    assert fg.ends(4, 2) == "ends:4,2"
     for wrong in (lambda: fg.at(3), lambda: fg.at([]), lambda: fg.at("0,3"), lambda: fg.first(0), lambda: fg.last(1.5)):
         with pytest.raises(fg.FgsteerError):
             wrong()
@@ -308,6 +309,7 @@ def test_steering_in_a_file_is_the_same_steering(llama, tokenizer, tmp_path):
     loaded = fg.load_steering(tmp_path / "s.safetensors", saes=[make_sae("relu"), sae])
     assert [type(item) for item in loaded] == [type(item) for item in items]
     for one, other in zip(items, loaded, strict=True):
+        assert isinstance(other, fg.Intervention)
         assert (one.scope, one.bos, one.hookpoint, one.method) == (
             other.scope,
             other.bos,

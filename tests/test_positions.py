@@ -69,7 +69,7 @@ def fed(model, steering, prompt, completion):
 
 @pytest.mark.filterwarnings("ignore::fgsteer.errors.UntouchedWarning")
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("scope", [*SCOPES, "first:2", "last:2", "at:0,2,9"])
+@pytest.mark.parametrize("scope", [*SCOPES, "first:2", "last:2", "ends:1,2", "at:0,2,9"])
 def test_prompt_lengths_are_feeding_the_prompt_and_then_the_completion(family_model, tokenizer, scope, bos):
     rows = rows_of(tokenizer)
     shared = vector(1).add(2.0, scope=scope, bos=bos)

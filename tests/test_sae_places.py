@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 import fgsteer as fg
+from fgsteer.interventions import apply
 from fgsteer.models.pairing import width_at
 from tests.helpers.saes import make_sae
 
@@ -64,10 +66,91 @@ def test_transcoder_reads_the_mlps_input_and_steers_its_output(family_model, tok
     with fg.steer(model, vector.add(3.0)):
         steered = fg.record(model, ids, None, [writes])[writes]
     assert torch.allclose((steered - acts[writes])[0, 1:], 3.0 * vector.direction.expand(3, -1), atol=1e-5)
-    with pytest.raises(fg.PairingError, match="transcoder"):
-        fg.ClampFeature(hookpoint=writes, sae=coder, targets={1: 2.0})
     with pytest.raises(fg.HookpointError, match="linear"):
         fg.residual_direction(model, reads, vector.direction)
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk"])
+def test_clamps_of_a_transcoder_read_what_the_mlp_reads(family_model, tokenizer, activation):
+    reads, writes = fg.Hookpoint(1, "mlp_in"), fg.Hookpoint(1, "mlp_out")
+    coder = replace(make_sae(activation), hookpoint=writes, reads=reads)
+    ids = tokenizer("a dog sat", return_tensors="pt")["input_ids"]
+    below = fg.SteeringVector(torch.randn(32, generator=torch.Generator().manual_seed(5)), fg.Hookpoint(0)).add(2.0)
+    with fg.steer(family_model, below):
+        acts = fg.record(family_model, ids, None, [reads, writes])
+    edits = {1: 2.0, 4: "off", 7: ("plus", 1.5), 9: ("times", 0.5), 12: ("at_most", 0.2)}
+    with fg.steer(family_model, [below, fg.edit(coder, edits)]):
+        steered = fg.record(family_model, ids, None, [reads, writes])
+    assert torch.equal(steered[reads], acts[reads])
+    for token in range(ids.shape[1]):
+        expected = acts[writes][0, token].double()
+        if token > 0:
+            f = coder.encode(acts[reads][0, token])
+            plain = {feature: float(f[feature]) for feature in edits}
+            changed = {1: 2.0, 4: 0.0, 7: max(plain[7] + 1.5, 0.0), 9: plain[9] / 2, 12: min(plain[12], 0.2)}
+            for feature, activation_after in changed.items():
+                expected = expected + (activation_after - plain[feature]) * coder.W_dec[feature].double()
+        # sums of a few float32 terms of size 1 to 10
+        assert torch.allclose(steered[writes][0, token].double(), expected, atol=2e-5)
+
+
+def test_clamps_of_a_transcoder_while_texts_are_generated(llama, tokenizer):
+    """By row, in a batch with padding, with a cache, and with what steers the MLP's input itself, as plain hooks do."""
+    reads, writes = fg.Hookpoint(1, "mlp_in"), fg.Hookpoint(1, "mlp_out")
+    coder = replace(make_sae("jumprelu"), hookpoint=writes, reads=reads)
+    add = fg.SteeringVector(torch.randn(32, generator=torch.Generator().manual_seed(6)), reads).add(1.5)
+    clamp = fg.ClampFeature(sae=coder, hookpoint=writes, targets={2: 9.0, 5: 0.0}, scope="generated")
+    prompts = ["the man sat", "a dog"]
+    together = fg.generate(llama, tokenizer, prompts, steering=[[add, clamp], None], max_new_tokens=6, do_sample=False)
+    alone = [
+        fg.generate(llama, tokenizer, [prompt], steering=entry, max_new_tokens=6, do_sample=False)[0]
+        for prompt, entry in zip(prompts, ([add, clamp], None), strict=True)
+    ]
+    assert together == alone
+    assert together[0] != fg.generate(llama, tokenizer, prompts[:1], steering=add, max_new_tokens=6, do_sample=False)[0]
+
+    seen: list[Any] = []
+    state = {"past": 0}
+
+    def before(_, args):
+        h = args[0].clone()
+        h[:, max(0, 1 - state["past"]) :] += 1.5 * add.direction  # all but BOS
+        seen.append(h)
+        return (h,)
+
+    def after(_, args, output):
+        if state["past"] == 0:  # the prompt
+            return output
+        f = coder.encode(seen[-1])
+        return output + (9.0 - f[..., 2:3]) * coder.W_dec[2] + (0.0 - f[..., 5:6]) * coder.W_dec[5]
+
+    ids = tokenizer(prompts[0], return_tensors="pt")["input_ids"]
+    mlp, length = llama.model.layers[1].mlp, ids.shape[1]
+    handles = [mlp.register_forward_pre_hook(before), mlp.register_forward_hook(after)]
+    try:
+        cache = None
+        step, out = ids, []
+        for _ in range(6):
+            with torch.no_grad():
+                result = llama(step, past_key_values=cache, use_cache=True)
+            cache = result.past_key_values
+            state["past"] += step.shape[1]
+            step = result.logits[:, -1:].argmax(-1)
+            out.append(int(step))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert length > 1
+    assert tokenizer.decode(out, skip_special_tokens=True) in together[0]
+
+
+def test_a_transcoder_that_reads_above_the_place_where_it_writes_is_refused():
+    coder = replace(make_sae(), hookpoint=fg.Hookpoint(1, "mlp_out"), reads=fg.Hookpoint(2, "mlp_in"))
+    with pytest.raises(fg.PairingError, match="reads before it writes"):
+        fg.ClampFeature(sae=coder, hookpoint=coder.hookpoint, targets={2: 9.0})
+    clamp = fg.edit(replace(coder, reads=fg.Hookpoint(1, "mlp_in")), {2: 9.0})
+    with pytest.raises(fg.SteeringError, match="activations without those at"):
+        apply(torch.zeros(1, 2, 32), clamp.update())
 
 
 def test_mlp_in_is_the_norms_output_with_its_gain(llama):

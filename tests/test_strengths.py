@@ -15,6 +15,7 @@ from fgsteer.cli.strengths import given_strengths
 from fgsteer.likelihood.strengths import StrengthMeter, neutral_texts
 from fgsteer.models.chat import is_chat_model
 from tests.helpers.cli import click_group, invoke, invoke_on_cpu
+from tests.helpers.saes import make_sae
 from tests.helpers.tiny import D_MODEL, tiny_model, word_tokenizer
 
 CHAT = (
@@ -194,6 +195,34 @@ def test_generate_chats_with_a_chat_model(monkeypatch, llama, chatty, tmp_path):
         assert asked[-1][0] == prompts
         assert asked[-1][1][0][0].scope == scope
         assert ("is now called reply" in result.stderr) == (more[-1] == "last_prompt_on")
+
+
+def test_generate_with_steering_from_a_file(monkeypatch, llama, tokenizer, tmp_path):
+    """What the file holds acts as it was saved, after the vectors; features need the SAE of --sae."""
+    monkeypatch.setattr(fg, "load_model", lambda *_, **__: (llama, tokenizer))
+    monkeypatch.setattr("fgsteer.cli.loading.check_fit", lambda *_: None)
+    v = fg.SteeringVector(torch.randn(D_MODEL, generator=torch.Generator().manual_seed(3)), 1)
+    v.save(tmp_path / "v")
+    sae = make_sae("relu")
+    saved = [v.add(3.0, when=fg.Projection(v) > -1e9, scope="generated"), fg.edit(sae, {3: 4.0})]
+    for name, items in (("plain", saved[:1]), ("edited", saved)):
+        fg.save_steering(tmp_path / name, items)
+    options = ("generate", "the king", "--max-new-tokens", "4", "--no-chat")
+    alone = json.loads(invoke_on_cpu(*options, "--steering", tmp_path / "plain", "--json").stdout)
+    expected = {"max_new_tokens": 4, "do_sample": False}
+    assert alone["steered"] == fg.generate(llama, tokenizer, ["the king"], steering=[saved[:1]], **expected)
+    assert alone["steered"] != alone["unsteered"]
+    assert "steered: the king" in invoke_on_cpu(*options, "--steering", tmp_path / "plain").stdout
+    both = ("--steering", tmp_path / "plain", "-v", tmp_path / "v", "-c", "2", "--json")
+    together = json.loads(invoke_on_cpu(*options, *both).stdout)
+    assert together["steered"] == fg.generate(
+        llama, tokenizer, ["the king"], steering=[[v.add(2.0), saved[0]]], **expected
+    )
+    with pytest.raises(fg.PairingError, match="with --sae"):
+        invoke_on_cpu(*options, "--steering", tmp_path / "edited")
+    monkeypatch.setattr(fg, "load_sae", lambda *_: sae)
+    edited = json.loads(invoke_on_cpu(*options, "--steering", tmp_path / "edited", "--sae", "x", "--json").stdout)
+    assert edited["steered"] == fg.generate(llama, tokenizer, ["the king"], steering=[saved], **expected)
 
 
 # ---------------------------------------------------------------- the earlier name of a scope

@@ -32,6 +32,7 @@ FLOORS = (
     "likelihood",
     "effects",
     "methods",
+    "directions",
     "features",
     "training",
     "evaluation",

@@ -10,6 +10,7 @@ import torch
 
 import fgsteer as fg
 from fgsteer.data.corpora import read_documents
+from fgsteer.interventions import apply
 from fgsteer.models.hookpoints import resolve
 from fgsteer.storage.files import write_tensors
 
@@ -48,6 +49,28 @@ def test_round_trip(tmp_path):
     assert torch.equal(back.reference, v.reference)
     assert (back.hookpoint, back.features, back.provenance) == (v.hookpoint, v.features, v.provenance)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v.safetensors"]
+
+
+def test_a_vector_whose_strength_depends_on_the_token(tmp_path):
+    """What it adds is relu(a·h + b) times its direction, after a round trip and for a multiple of it too."""
+    read = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    v = vector(read=read, bias=0.25)
+    v.save(tmp_path / "v.safetensors")
+    back = fg.SteeringVector.load(tmp_path / "v.safetensors")
+    assert (back.bias, torch.equal(back.read, read)) == (0.25, True)
+    h = torch.tensor([[[1.0, 0.0, 1.0, 3.0], [0.0, 4.0, 0.0, 0.0]]])
+    for made, factor in ((back.adaptive_add(3.0), 3.0), ((2 * back).adaptive_add(), 2.0)):
+        after = apply(h, made.update())
+        assert torch.equal(after[0, 0], h[0, 0] + factor * 2.75 * v.direction)  # 0.5 + 2 + 0.25, exact in float32
+        assert torch.equal(after[0, 1], h[0, 1]), "−4 + 0.25 is below 0"
+    assert back.adaptive_add(scope="generated").scope == "generated"
+    for wrong in (vector(), back + back):
+        with pytest.raises(fg.SteeringError, match="vector with read"):
+            wrong.adaptive_add()
+    with pytest.raises(fg.PairingError, match="read"):
+        vector(read=torch.ones(3))
+    with pytest.raises(fg.SteeringError, match="bias"):
+        vector(read=read, bias=float("nan"))
 
 
 def test_checked_against_the_model(llama):

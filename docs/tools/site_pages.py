@@ -55,6 +55,7 @@ TITLES = {
     "likelihood": "Likelihood and strength",
     "effects": "Effects",
     "methods": "Methods",
+    "directions": "Refusal directions",
     "features": "Features",
     "training": "Training of SAEs",
     "evaluation": "Evaluation",

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fgsteer.cli.app import app
 from fgsteer.cli.choices import completion
-from fgsteer.cli.loading import ModelOptions, interventions, load_model, load_vector_files, note_default_strength
+from fgsteer.cli.loading import (
+    ModelOptions,
+    interventions,
+    load_model,
+    load_steering_file,
+    load_vector_files,
+    note_default_strength,
+)
 from fgsteer.cli.options import (
     SCOPE_HELP,
     DeviceOption,
@@ -17,6 +25,8 @@ from fgsteer.cli.options import (
     ModelOption,
     OperationOption,
     RevisionOption,
+    SaeIdOption,
+    SaeOption,
     TrustOption,
     VectorOption,
 )
@@ -52,6 +62,16 @@ def generate(
         ),
     ] = None,
     operation: OperationOption = "add",
+    steering_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--steering",
+            help="A file of fg.save_steering: interventions of every kind with their strengths, scopes and gates. They "
+            "act after those of the vectors. --sae and --sae-id name the SAE whose features it reads or changes.",
+        ),
+    ] = None,
+    sae: SaeOption = None,
+    sae_id: SaeIdOption = None,
     scope: Annotated[
         str | None,
         typer.Option(
@@ -101,11 +121,14 @@ def generate(
 
     strengths = given_strengths(coefficient or [], vector or [], operation, cost)
     vectors = load_vector_files(vector or [], model, revision)
+    saved = [] if steering_file is None else load_steering_file(steering_file, sae, sae_id, model)
+    if saved and not vectors:
+        strengths = [()]  # all that steers has its strength
     if strengths and not coefficient:
         note_default_strength(vectors, operation)
 
     def steering(*strength: float) -> list[Any]:
-        return interventions(list(zip(vectors, strength, strict=True)), operation, scope or "all")
+        return [*interventions(list(zip(vectors, strength, strict=True)), operation, scope or "all"), *saved]
 
     steering(*(strengths[0] if strengths else (1.0,) * len(vectors)))  # refuses what cannot be made
     chat = _asks_for_chat(chat, system, prefill)
@@ -135,7 +158,8 @@ def generate(
     texts = [run(steering(*strength)) for strength in strengths]
     result |= {"steered": texts[0]} if len(texts) == 1 else {}
     rows = [{"coefficients": list(c), "texts": t} for c, t in zip(strengths, texts, strict=True)]
-    result |= {"strengths": rows, "found": found, "scope": scope} if vectors else {}
+    result |= {"strengths": rows, "found": found} if strengths else {}
+    result |= {"scope": scope} if vectors else {}
     result |= {"system": system, "prefill": prefill} if chats else {}
     show(result, as_json, _print_texts)
 

@@ -145,6 +145,13 @@ def load_sae(name: str | None, sae_id: str | None, model: str) -> Any:
     return fg.load_sae(sae_name(name, model), sae_id)
 
 
+def load_steering_file(path: Path, sae: str | None, sae_id: str | None, model: str) -> list[Any]:
+    """The interventions of a file that ``save_steering`` wrote. Raises FormatError, PairingError as it does."""
+    import fgsteer as fg
+
+    return fg.load_steering(path, [] if sae is None and sae_id is None else [load_sae(sae, sae_id, model)])
+
+
 def load_effects(source: str, sae_id: str | None = None) -> Any:
     """Load the effects of a file, or of a shipped model those of the SAE of --sae-id. Raises FormatError."""
     import fgsteer as fg

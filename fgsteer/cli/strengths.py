@@ -14,7 +14,7 @@ from fgsteer.errors.wording import count
 
 DEFAULT_COST = 0.3
 """Nats per token at which a vector is found to steer clearly while the text stays fluent."""
-SEARCHED = ("add", "affine")
+SEARCHED = ("add", "add_relative", "add_keeping_norm", "adaptive_add", "affine")
 """The operations whose strength has a cost to find it by: at strength 0 they do nothing, or little."""
 
 

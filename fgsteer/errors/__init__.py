@@ -114,4 +114,4 @@ class SelectionWarning(FgsteerWarning):
 
 
 class UntouchedWarning(FgsteerWarning):
-    """A steered run in which an intervention touched no token, or in which what it acts on was replaced."""
+    """A steered run in which an intervention missed a token of its scope, or in which what it acts on was replaced."""

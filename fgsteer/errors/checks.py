@@ -150,7 +150,13 @@ _KINDS: dict[str, _Kind] = {
     "FeatureExamples": _own_class("FeatureExamples", "load a file with fg.FeatureExamples.load(path)"),
     "SteeringVector": _own_class("SteeringVector", "load a file with fg.SteeringVector.load(path)"),
     "Intervention": _own_class("Intervention", "call .add(coefficient), .affine(alpha) or the like on a vector"),
+    "SteeringItem": _Kind(
+        lambda value: any(kind.fits(value) for kind in (_KINDS["Intervention"], _own_class("CacheSteering", ""))),
+        "an Intervention or a CacheSteering",
+        "call .add(coefficient), .affine(alpha) or the like on a vector",
+    ),
     "Sequence[Intervention]": _Kind(lambda value: isinstance(value, list | tuple), "a list of them"),
+    "Sequence[SteeringItem]": _Kind(lambda value: isinstance(value, list | tuple), "a list of them"),
     "Sequence[Entry]": _Kind(
         lambda value: isinstance(value, list | tuple),
         "a list of what is compared, such as [None, vec.add(2.0)]",

@@ -14,6 +14,8 @@ A writer refuses what its engine cannot express, and names what can. A reader un
     neuronpedia.py       Neuronpedia's steering API
     checkpoint.py        a checkpoint with the steering inside
     folding.py           ``fold``: steering as biases of a model
+    orthogonalizing.py   ``orthogonalize``: a model whose weights do not write a direction
+    weights.py           which weights write to the residual stream
     steering_vectors.py  reads vectors of the steering-vectors library
 """
 

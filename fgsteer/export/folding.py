@@ -20,8 +20,9 @@ from fgsteer.errors import SteeringError
 from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import a
 from fgsteer.export.requirements import refuse_gate
+from fgsteer.export.weights import check_weights, linear_writer
 from fgsteer.interventions import Ablate, Add, Intervention
-from fgsteer.models.hookpoints import Hookpoint, Site, blocks_of, resolve, why_not_added
+from fgsteer.models.hookpoints import Hookpoint, Site, blocks_of, why_not_added
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.unembedding import residual_direction
 from fgsteer.steering.ranges import check_amount
@@ -31,12 +32,6 @@ from fgsteer.storage.version import library_version
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The last layer of each sublayer, by the names that architectures give it, and the flags by which configs give it a
-# bias. tests/test_folding.py compares every architecture that folds with hooks, through a saved checkpoint.
-_WRITERS = {
-    "attn_out": ("o_proj", "c_proj", "dense", "out_proj", "attention.out_proj"),
-    "mlp_out": ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "fc_out"),
-}
 _FLAGS = ("mlp_bias", "attention_bias", "use_bias", "enable_bias", "bias")
 # Blocks that add both sublayers to one sum, so that the bias of either will do, where only one of them has a bias.
 _PARALLEL = ("CohereDecoderLayer", "Cohere2DecoderLayer", "GPTJBlock", "CodeGenBlock")
@@ -76,7 +71,7 @@ def fold(
         PairingError: An intervention is made for another model.
     """
     terms = _terms(interventions)
-    _check_model(model)
+    check_weights(model, "fold")
     for item in terms:
         check_pairing(model, item.hookpoint, item.d_model, item.model_name, "Add")
     flags = _flags_of_missing_biases(model)
@@ -139,44 +134,6 @@ def _terms(interventions: Intervention | Sequence[Intervention] | None) -> list[
     return terms
 
 
-def _check_model(model: PreTrainedModel) -> None:
-    """Raises SteeringError for a model whose weights cannot be changed and saved as they are."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    config = getattr(model, "config", None)
-    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not type(model):
-        raise SteeringError(
-            a(type(model).__name__),
-            "a model of a class that AutoModelForCausalLM loads",
-            "take the model out of its wrapper, or load it with AutoModelForCausalLM",
-        )
-    if "generate" in vars(model):
-        raise SteeringError(
-            "a model that is being steered", "a model without hooks", "leave the block of fgsteer.steer first"
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise SteeringError(
-            "a quantised model", "floating-point weights", "fold the original model, and quantise the result"
-        )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise SteeringError(
-            "a model with adapters",
-            "a model without adapters",
-            "transformers would save the adapters alone: merge them into the weights first",
-        )
-    devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    is_plain = all(
-        type(p) is nn.Parameter and type(p.data) is Tensor and p.is_floating_point() and not p.is_meta
-        for p in model.parameters()
-    )
-    if len(devices) > 1 or not is_plain:
-        raise SteeringError(
-            "a model whose weights are sharded, offloaded or not floating-point",
-            "floating-point weights on one device",
-            'load the model on one device: device_map="cpu" if no GPU has room for it',
-        )
-
-
 def _bias(model: nn.Module, hookpoint: Hookpoint, flags: Mapping[str, str]) -> str:
     """Name of the parameter that adds what an Add at the hookpoint adds. Raises SteeringError."""
     at = hookpoint
@@ -205,27 +162,11 @@ def _writers(model: nn.Module, at: Hookpoint) -> tuple[list[nn.Module], str]:
     if unadded := why_not_added(block):  # check_pairing has refused every site but resid_post
         return ([block.get_submodule(_LAST[kind])], "") if kind in _LAST else ([], unadded)
     own: Site = "attn_out" if at.site in ("attn_out", "z") else "mlp_out"
-    writer, reason = _writer(model, Hookpoint(at.layer, own))
+    writer, reason = linear_writer(model, Hookpoint(at.layer, own))
     candidates = [writer]
     if kind in _PARALLEL:
-        candidates.append(_writer(model, Hookpoint(at.layer, "mlp_out" if own == "attn_out" else "attn_out"))[0])
+        candidates.append(linear_writer(model, Hookpoint(at.layer, "mlp_out" if own == "attn_out" else "attn_out"))[0])
     return [module for module in candidates if module is not None], reason
-
-
-def _writer(model: nn.Module, at: Hookpoint) -> tuple[nn.Module | None, str]:
-    """The linear layer whose output a block adds at attn_out or mlp_out, and the reason if there is none."""
-    sublayer, _ = resolve(model, at)
-    if isinstance(sublayer, nn.Linear):  # OPT's fc2
-        return sublayer, ""
-    modules = dict(sublayer.named_modules())
-    for name in _WRITERS[at.site]:
-        if name in modules:
-            return modules[name], ""
-    if "norm" in type(sublayer).__name__.lower():
-        return None, "a norm without a bias follows the layer that writes there"
-    if "experts" in modules:
-        return None, "a router weighs the experts that write there, so no bias of theirs adds the same to every token"
-    return None, "the layer that writes there is not known"
 
 
 def _rounded(model: nn.Module, changes: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:

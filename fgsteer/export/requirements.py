@@ -6,6 +6,7 @@ layer = block_output(vec.add(8.0), "llama.cpp")
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ def listed(interventions: Interventions) -> list[Intervention]:
         SteeringError: There is none, one is no intervention, or one changes entries by more than float32 holds.
         PairingError: They are made for different models.
     """
-    items = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+    items: list[Any] = [*interventions] if isinstance(interventions, Sequence) else [interventions]
     for item in items:
         if not isinstance(item, Intervention):
             raise SteeringError(

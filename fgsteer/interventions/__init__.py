@@ -14,6 +14,7 @@ and replace what they read, as far as bounds say.
     rotating.py  rotation in a plane
     gates.py     the conditions under which one acts
     features.py  those that change the activations of SAE features
+    cached.py    steering of cached keys and values, which is no such equation
     values.py    their numbers and vectors, checked and turned into tensors
     kernel.py    the one update that all of them become, and how it is applied to activations
     files.py     interventions with scopes and gates in a file

@@ -48,7 +48,8 @@ class Intervention(OneLineRepr, ABC):
         hookpoint: Where the activation is: a Hookpoint, its name ("blocks.6.hook_resid_post"), or a layer.
         scope: The tokens that are changed: "all", "prompt", "generated", "reply" (from the last prompt token on,
             which is where the first word of a reply is decided), "last_prompt" (that token alone), or some tokens of
-            the prompt: ``fg.first(5)``, ``fg.last(5)``, ``fg.at([0, 3])``, also written "first:5", "last:5", "at:0,3".
+            the prompt: ``fg.first(5)``, ``fg.last(5)``, ``fg.ends(4, 4)``, ``fg.at([0, 3])``, also written "first:5",
+            "last:5", "ends:4,4", "at:0,3".
         bos: Whether a start token at position 0 (BOS, or EOS in its place) is changed too; a word there always is.
         when: The gate under which it acts, such as ``fg.Feature(sae, 123) > 2.0``; None for always.
         model_name: The model that it was made for, where known.
@@ -96,10 +97,10 @@ class Intervention(OneLineRepr, ABC):
         """The kernel's form of this intervention, for one row."""
 
 
-def set_fields(intervention: Intervention, **values: object) -> None:
+def set_fields(item: object, **values: object) -> None:
     """Set fields of a frozen dataclass to their checked values, while it is being made."""
     for name, value in values.items():
-        object.__setattr__(intervention, name, value)
+        object.__setattr__(item, name, value)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

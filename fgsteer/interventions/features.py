@@ -33,7 +33,8 @@ class ClampFeature(Intervention):
     """Changes feature activations, and keeps the SAE's error: ``h' = h + Σⱼ (f'ⱼ − fⱼ(h)) W_dec[j]``.
 
     f'ⱼ is the target, the activation within its bounds, ``relu(fⱼ + plus)``, or ``times·fⱼ``. Every fⱼ is read from the
-    same h, so that a clamp of several features is joint.
+    same h, so that a clamp of several features is joint. The features of a transcoder are read where it reads, as the
+    sublayer gets it, and written where it writes; what the transcoder does not predict is kept.
 
     Args:
         sae: The SAE whose features are changed; it must have been trained at ``hookpoint``.
@@ -51,7 +52,8 @@ class ClampFeature(Intervention):
         ArgumentError: An argument is no mapping of whole numbers to numbers.
         SteeringError: A number is not finite, a feature is changed in two ways, or its lowest activation is above its
             highest.
-        PairingError: The SAE belongs to another hookpoint, or is a transcoder.
+        PairingError: The SAE belongs to another hookpoint, or is a transcoder that reads above the place where it
+            writes.
     """
 
     sae: SAE
@@ -83,11 +85,11 @@ class ClampFeature(Intervention):
         for feature in self.features:
             self.sae.direction(feature)
         self._check_each_once()
-        if self.sae.reads is not None:
+        if self.sae.reads is not None and not self.sae.reads.precedes(self.hookpoint):
             raise PairingError(
-                f"the features of a transcoder, which reads at {self.sae.reads} and writes elsewhere",
-                "features of an SAE that reads where it steers",
-                "steer with their directions: fg.from_features(sae, ids).add(coefficient)",
+                f"a transcoder that reads at {self.sae.reads} and writes at {self.hookpoint}",
+                "a transcoder that reads before it writes",
+                "correct reads= or hookpoint= of the SAE",
             )
         if self.hookpoint != self.sae.hookpoint:
             raise PairingError(
@@ -99,9 +101,9 @@ class ClampFeature(Intervention):
     def _check_each_once(self) -> None:
         """Raises SteeringError for a feature that is changed in two ways, other than between two bounds."""
         for feature in self.features:
-            ways = {name: float(edits[feature]) for name, edits in self.edits.items() if feature in edits}
+            ways = {name: edits[feature] for name, edits in self.edits.items() if feature in edits}
             if list(ways) == ["at_least", "at_most"]:
-                low, high = ways.values()
+                low, high = (float(torch.as_tensor(bound).detach()) for bound in ways.values())
                 if low > high:
                     raise SteeringError(
                         f"feature {feature} at least {low:g} and at most {high:g}",
@@ -226,7 +228,6 @@ def edit(
     Raises:
         SteeringError: An edit is none of these.
         SelectionError: There is no edit, or one of a feature that the SAE does not have.
-        PairingError: The SAE is a transcoder.
     """
     given: dict[str, dict[int, Scalar]] = {}
     for feature, what in edits.items():

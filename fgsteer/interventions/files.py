@@ -22,7 +22,7 @@ from fgsteer.errors import PairingError, SteeringError
 from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import a
 from fgsteer.interventions.adding import AdaptiveAdd, Add, AddKeepingNorm, AddRelative
-from fgsteer.interventions.base import Intervention
+from fgsteer.interventions.cached import CacheSteering, SteeringItem
 from fgsteer.interventions.features import ClampFeature
 from fgsteer.interventions.gates import Both, Condition, Cosine, Either, Feature, Gate, Not, Probe, Projection, Reading
 from fgsteer.interventions.projecting import Ablate, Affine, Clamp, ClampSubspace
@@ -35,9 +35,10 @@ from fgsteer.storage.json_files import text_sha256
 
 FILE_KIND = "steering"
 _KEEP = "only these can be loaded again; keep your own class in your code"
-_KINDS = (Add, AddRelative, AddKeepingNorm, AdaptiveAdd, Ablate, Affine, Clamp, ClampSubspace, ClampFeature, Rotate)
+_ADDING = (Add, AddRelative, AddKeepingNorm, AdaptiveAdd)
+_KINDS = (*_ADDING, Ablate, Affine, Clamp, ClampSubspace, ClampFeature, Rotate, CacheSteering)
 _READINGS = (Cosine, Feature, Probe, Projection)
-KINDS: dict[str, type[Intervention]] = {kind.__name__: kind for kind in _KINDS}
+KINDS: dict[str, type[SteeringItem]] = {kind.__name__: kind for kind in _KINDS}
 _HASHES: WeakKeyDictionary[SAE, str] = WeakKeyDictionary()
 READINGS: dict[str, type[Reading]] = {kind.__name__: kind for kind in _READINGS}
 
@@ -71,7 +72,7 @@ class _Writer:
         values = {f.name: getattr(item, f.name) for f in fields(item) if f.init}
         return {name: self.value(value) for name, value in values.items() if value is not None}
 
-    def intervention(self, item: Intervention) -> dict[str, Any]:
+    def intervention(self, item: SteeringItem) -> dict[str, Any]:
         if KINDS.get(type(item).__name__) is not type(item):
             raise SteeringError(
                 f"{a(type(item).__name__)}, an intervention of your own",
@@ -125,7 +126,7 @@ class _Loader:
     def arguments(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         return {name: self.value(name, value) for name, value in entry.items() if name != "kind"}
 
-    def intervention(self, entry: Mapping[str, Any]) -> Intervention:
+    def intervention(self, entry: Mapping[str, Any]) -> SteeringItem:
         return KINDS[entry["kind"]](**self.arguments(entry))
 
     def gate(self, entry: Mapping[str, Any]) -> Gate:
@@ -169,18 +170,18 @@ def steering_sae_sha256(sae: SAE) -> str:
 
 
 @checked
-def save_steering(path: str | Path, steering: Intervention | Sequence[Intervention]) -> None:
+def save_steering(path: str | Path, steering: SteeringItem | Sequence[SteeringItem]) -> None:
     """Write interventions that compose, with their scopes and gates, to one file of tensors and JSON.
 
     Args:
         path: The file to write; one that is there is replaced, and never left half written.
-        steering: An intervention, or a list of them in the order in which they act.
+        steering: An intervention or a CacheSteering, or a list of them in the order in which they act.
 
     Raises:
         SteeringError: There is none, or one is of a class that fgsteer does not have.
         FormatError: The file cannot be written.
     """
-    items = [steering] if isinstance(steering, Intervention) else list(steering)
+    items = [steering] if isinstance(steering, SteeringItem) else list(steering)
     if not items:
         raise SteeringError("an empty list", "at least one intervention", "pass what steers, such as vec.add(8.0)")
     writer = _Writer()
@@ -189,7 +190,7 @@ def save_steering(path: str | Path, steering: Intervention | Sequence[Interventi
 
 
 @checked
-def load_steering(path: str | Path, saes: Sequence[SAE] = ()) -> list[Intervention]:
+def load_steering(path: str | Path, saes: Sequence[SAE] = ()) -> list[SteeringItem]:
     """Load a file that ``save_steering`` wrote.
 
     Args:
@@ -209,7 +210,7 @@ def load_steering(path: str | Path, saes: Sequence[SAE] = ()) -> list[Interventi
         raise PairingError(
             f"SAEs with the hashes {', '.join(key[:12] for key in by_hash) or 'none'}",
             f"the SAE with the hash {missing[0][:12]}, whose features this steering reads or changes",
-            "pass it with saes=[sae]",
+            "pass it with saes=[sae], in the command line with --sae and --sae-id",
         )
     loader = _Loader(tensors, by_hash)
     with refuse_damaged(path, "a file written by save_steering"):

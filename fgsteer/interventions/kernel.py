@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fgsteer.errors import SteeringError
+from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
 
 
@@ -19,7 +21,8 @@ from fgsteer.saes.sae import SAE
 class Update:
     """A rank-k update for R rows: ``h += Σⱼ clip(constⱼ − λⱼ·read(h)ⱼ, loⱼ, hiⱼ) wⱼ`` (R = 1 serves every row).
 
-    What is read is ``read · h``, or the activations of features of ``sae``; without either, the update is constant.
+    What is read is ``read · h``, or the activations of features of ``sae``, of h or of the activations at ``source``;
+    without either, the update is constant.
 
     Args:
         write: The vectors w that are written, (R, k, d_model).
@@ -71,6 +74,11 @@ class Update:
         return replace(ready, fixed=fixed.to(dtype) if self.keep_norm is None else fixed)
 
     @property
+    def source(self) -> Hookpoint | None:
+        """Where it reads, if that is elsewhere than where it writes, as a transcoder does."""
+        return None if self.sae is None else self.sae.reads
+
+    @property
     def reads(self) -> bool:
         """Whether the change depends on the activation's direction."""
         return self.read is not None or self.sae is not None
@@ -85,12 +93,17 @@ class Update:
                 amounts = limit(amounts, bound if values is None else bound[:, None])
         return amounts
 
-    def change(self, h: Float[Tensor, "batch tokens d_model"]) -> Tensor:
-        """The change of h, (batch, tokens, d_model) or broadcastable to it, in the dtype of ``write``."""
+    def change(self, h: Float[Tensor, "batch tokens d_model"], source: Tensor | None = None) -> Tensor:
+        """The change of h, (batch, tokens, d_model) or broadcastable to it, in the dtype of ``write``.
+
+        ``source`` holds the activations at ``self.source``, where that is elsewhere. Raises SteeringError without.
+        """
         if self.fixed is not None:
             return self.fixed
+        if self.source is not None and source is None:
+            raise SteeringError(f"activations without those at {self.source}", "both", "pass source= to apply")
         wide = h.to(self.write.dtype)
-        values = self._read(wide)
+        values = self._read(wide if source is None else source.to(self.write.dtype))
         if values is None:
             change = self.strengths(None)[:, None] @ self.write
         else:
@@ -115,12 +128,18 @@ def _times(x: Float[Tensor, "batch tokens n"], matrices: Float[Tensor, "rows n m
     return x @ (matrices[0] if len(matrices) == 1 else matrices)
 
 
-def apply(h: Float[Tensor, "batch tokens d_model"], update: Update, where: Tensor | None = None) -> Tensor:
+def apply(
+    h: Float[Tensor, "batch tokens d_model"],
+    update: Update,
+    where: Tensor | None = None,
+    source: Tensor | None = None,
+) -> Tensor:
     """Add the update's change, cast to h's dtype, to ``h``: a new tensor, as h is not written to.
 
-    A mask ``where (batch, tokens)`` limits the change; elsewhere h comes back bit for bit.
+    A mask ``where (batch, tokens)`` limits the change; elsewhere h comes back bit for bit. ``source`` holds what an
+    update reads that reads elsewhere than at h.
     """
-    change = update.change(h)
+    change = update.change(h, source)
     moved = h + (change if change.dtype == h.dtype else change.to(h.dtype))
     if update.keep_norm is not None:
         moved = torch.where(update.keep_norm[:, None, None], _with_norm_of(h, change), moved)

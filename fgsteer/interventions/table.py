@@ -144,10 +144,8 @@ INTERVENTIONS = (
         "adaptive_add",
         "AdaptiveAdd",
         "coefficient",
-        "h + s·relu(a·h + b)·u",
-        "Adds a direction as strongly as a second one reads in each activation.",
-        of_vector=False,
-        example="direction=u, read=a, bias=b, hookpoint=6",
+        "h + s·relu(a·h + b)·v",
+        "Adds the vector as strongly as its vector of reading finds in each activation.",
     ),
     InterventionSpec(
         "clamp_feature",

@@ -25,6 +25,16 @@ def last(tokens: int) -> TokenScope:
     return TokenScope(f"last:{tokens}")
 
 
+def ends(first: int, last: int) -> TokenScope:
+    """The scope of the first and the last so many tokens of the prompt, each of them once, as PrOSV steers them.
+
+    A start token counts only with ``bos=True``. The paper is arXiv 2605.05983.
+    """
+    check_range("first", first, 1, MAX_COUNT, whole=True)
+    check_range("last", last, 1, MAX_COUNT, whole=True)
+    return TokenScope(f"ends:{first},{last}")
+
+
 def at(positions: Sequence[int]) -> TokenScope:
     """The scope of the prompt's tokens at these positions, where 0 is its first token, which may be a start token."""
     if not isinstance(positions, list | tuple | range) or not positions:
@@ -50,6 +60,6 @@ def parse_scope(value: object) -> Scope:
         return TokenScope(value)
     raise SteeringError(
         describe_value(value),
-        f"a scope among {', '.join(SCOPES)}, first:N, last:N, at:N,M",
+        f"a scope among {', '.join(SCOPES)}, first:N, last:N, ends:N,M, at:N,M",
         "the scope says which tokens are steered; leave it out for all of them",
     )

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from fgsteer.errors import SteeringError
+from fgsteer.errors.wording import a
 from fgsteer.interventions import (
     AdaptiveAdd,
     Add,
@@ -44,6 +45,7 @@ def rows_of(item: SteeringVector | Intervention) -> TableRows:
     if isinstance(item, SteeringVector):
         rows = _rows_of_vector(item)
     else:
+        check_intervention(item)
         item = item.detach()
         if isinstance(item, ClampFeature):
             rows = rows_of_clamp(item)
@@ -55,6 +57,16 @@ def rows_of(item: SteeringVector | Intervention) -> TableRows:
             rows = replace(rows, conditions=conditions_of(item.when, rows.layer))
     _ = rows.layer  # refuses a hookpoint within a block
     return rows
+
+
+def check_intervention(item: object) -> None:
+    """Raises SteeringError for what steers something else than activations, such as a cache."""
+    if not isinstance(item, Intervention):
+        raise SteeringError(
+            f"{a(type(item).__name__)} in vLLM",
+            "an intervention on activations",
+            "steer with fgsteer.steer, which can do all",
+        )
 
 
 def _rows_of_vector(vector: SteeringVector) -> TableRows:

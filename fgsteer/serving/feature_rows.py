@@ -18,6 +18,13 @@ from fgsteer.serving.rows import TableRows
 def rows_of_clamp(clamp: ClampFeature) -> TableRows:
     """The rows of a clamp, one for each term. Raises PairingError where no row can read its features."""
     sae, terms = clamp.sae, clamp.terms()
+    if sae.reads is not None:
+        raise PairingError(
+            f"a feature clamp of a transcoder, which reads at {sae.reads}",
+            "a clamp of an SAE that reads where it steers",
+            "vLLM computes the inside of a block in fused steps: steer with fgsteer.steer, or serve the features' "
+            "directions as a vector (from_features)",
+        )
     features = [feature for feature, *_ in terms]
     read, bias, threshold = encoder_rows(sae, features)
     target, lam, lo, hi = (torch.tensor([float(term[n]) for term in terms]) for n in (1, 2, 3, 4))

@@ -240,6 +240,12 @@ class TableRows:
                 "no scale",
                 "an ablation has no strength: leave steer_scale out",
             )
+        if operation == "adaptive_add":
+            raise SteeringError(
+                "the operation 'adaptive_add' for a vector",
+                f"one of {', '.join(VECTOR_OPERATIONS)}",
+                "load it as an intervention: save_steering(path, vec.adaptive_add(1.0))",
+            )
         if operation is not None and operation not in VECTOR_OPERATIONS:
             raise SteeringError(
                 f"the operation {operation!r}",

@@ -21,12 +21,13 @@ from torch import Tensor
 from fgsteer.errors import FormatError, SteeringError
 from fgsteer.errors.wording import a
 from fgsteer.interventions import ClampFeature, Intervention
+from fgsteer.interventions.cached import SteeringItem
 from fgsteer.interventions.files import FILE_KIND, load_steering
 from fgsteer.interventions.scopes import Scope, counted
 from fgsteer.interventions.token_scopes import parse_scope
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
-from fgsteer.serving.converting import rows_of
+from fgsteer.serving.converting import check_intervention, rows_of
 from fgsteer.serving.rows import TENSORS, Amounts, TableRows, check_name
 from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 from fgsteer.storage.json_files import text_sha256
@@ -69,12 +70,12 @@ class Stage:
         return amounts
 
 
-Source = SteeringVector | Intervention | Sequence[Intervention] | Sequence[Stage] | TableRows | str | Path
+Source = SteeringVector | Intervention | Sequence[SteeringItem] | Sequence[Stage] | TableRows | str | Path
 
 
 def check_one_run(scope: Scope, what: str) -> Scope:
     """The scope, if its tokens are one run. Raises SteeringError for single positions."""
-    if (counts := counted(scope)) is not None and counts[0] == "at":
+    if (counts := counted(scope)) is not None and counts[0] in ("ends", "at"):
         raise SteeringError(
             f"{what} = {scope}",
             "one run of tokens: all, prompt, generated, reply, last_prompt, first:N or last:N",
@@ -120,7 +121,7 @@ def load_stages(path: str | Path, saes: Sequence[SAE] = ()) -> tuple[Stage, ...]
     if header["kind"] == "vector":
         return (Stage((rows_of(SteeringVector.load(path)),)),)
     if header["kind"] == FILE_KIND:
-        return _stages_of(load_steering(path, saes))
+        return stages_from(load_steering(path, saes))
     if header["kind"] != "clamp":
         raise FormatError(
             f"{path} holds {a(header['kind'])}.",
@@ -194,6 +195,9 @@ def stages_from(source: Source, saes: Sequence[SAE] = ()) -> tuple[Stage, ...]:
     if not items:
         raise SteeringError("an empty list", "at least one intervention", "pass what steers, such as vec.add(8.0)")
     stages = tuple(item for item in items if isinstance(item, Stage))
+    for item in items:
+        if not isinstance(item, Stage):
+            check_intervention(item)
     interventions = [item for item in items if isinstance(item, Intervention)]
     if len(items) not in (len(stages), len(interventions)):
         kinds = ", ".join(sorted({type(item).__name__ for item in items}))

@@ -12,9 +12,9 @@ from fgsteer.activations.tokens import encode_prompts
 from fgsteer.data.chat import Text
 from fgsteer.interventions import DirectionIntervention, Intervention
 from fgsteer.interventions.table import INTERVENTIONS
-from fgsteer.serving.converting import rows_of
+from fgsteer.serving.converting import check_intervention, rows_of
 from fgsteer.serving.request import steering
-from fgsteer.serving.rows import TableRows
+from fgsteer.serving.rows import VECTOR_OPERATIONS, TableRows
 from fgsteer.serving.sources import check_one_run
 from fgsteer.vector import SteeringVector
 
@@ -31,11 +31,13 @@ def servable(item: Intervention) -> tuple[TableRows, dict[str, Any]]:
 
     Operations on a vector need the vector alone, so that any number of them share its row.
     """
+    check_intervention(item)
     item = item.detach()
     options: dict[str, Any] = {"scope": check_one_run(item.scope, "scope"), "bos": item.bos}
     own = [s for s in INTERVENTIONS if s.of_vector and s.kind == type(item).__name__]
     given = [spec for spec in own if not spec.amount or getattr(item, spec.amount) is not None]
-    if not isinstance(item, DirectionIntervention) or len(given) != 1 or item.when is not None:
+    is_of_vector = len(given) == 1 and given[0].name in VECTOR_OPERATIONS
+    if not isinstance(item, DirectionIntervention) or not is_of_vector or item.when is not None:
         return rows_of(item), options
     options["op"] = given[0].name
     if given[0].amount:

@@ -4,9 +4,11 @@ In the order in which data flows:
 
     entries.py        what callers pass as ``steering``, as interventions for each row
     ranges.py         how large a strength may be before activations overflow
+    masks.py          the tokens of a scope in a pass
     positions.py      which tokens of a pass belong to a scope
     gating.py         what gates read in a pass, and where they are open
     groups.py         the updates of a block: what acts together, at which hookpoint, for which rows and tokens
+    caching.py        steering of the cache: a prompt in two parts, and the change between them
     hooks.py          ``steer``: the hooks that apply updates, set and taken off
     blocks.py         what ``steer`` returns, a context manager or a decorator
     shadows.py        functions set on a module for a while, over its own

@@ -1,6 +1,6 @@
 """What callers pass as ``steering``, as a list of interventions for each row.
 
-interventions_by_row([vec.add(8.0), None], per_row=None) == [[vec.add(8.0)], []]
+items_by_row([vec.add(8.0), None], per_row=None) == [[vec.add(8.0)], []]
 """
 
 from __future__ import annotations
@@ -11,53 +11,72 @@ from typing import TYPE_CHECKING, Any
 from fgsteer.errors import SteeringError
 from fgsteer.errors.wording import a, count
 from fgsteer.interventions.base import Intervention
+from fgsteer.interventions.cached import CacheSteering, SteeringItem
 from fgsteer.interventions.table import INTERVENTIONS
+from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import check_pairing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Entry = Intervention | Sequence[Intervention] | None  # what steers one row or prompt
-Steering = Intervention | Sequence[Entry] | None
+Entry = SteeringItem | Sequence[SteeringItem] | None  # what steers one row or prompt
+Steering = SteeringItem | Sequence[Entry] | None
 _MAKE_ONE = "call .add(coefficient), .affine(alpha) or the like on a vector"
 
 
 def interventions_of(entry: Any) -> list[Intervention]:
-    """The interventions of one entry. Raises SteeringError for anything else among them."""
-    if entry is None or isinstance(entry, Intervention):
+    """The interventions of one entry, where no text is generated. Raises SteeringError for anything else among them."""
+    interventions: list[Intervention] = []
+    for item in items_of(entry):
+        if isinstance(item, CacheSteering):
+            raise SteeringError(
+                "a CacheSteering where forward passes read prompt and completion at once",
+                "interventions on activations",
+                "steer a cache where texts are generated: fg.generate, fg.stream, or model.generate in a steer block",
+            )
+        interventions.append(item)
+    return interventions
+
+
+def items_of(entry: Any) -> list[SteeringItem]:
+    """What one entry steers with. Raises SteeringError for anything else among them."""
+    if entry is None or isinstance(entry, SteeringItem):
         return [] if entry is None else [entry]
     items = list(entry) if isinstance(entry, list | tuple) else [entry]
     for item in items:
-        if not isinstance(item, Intervention):
-            kinds = ", ".join(spec.kind for spec in INTERVENTIONS)
+        if not isinstance(item, SteeringItem):
+            kinds = ", ".join([*(spec.kind for spec in INTERVENTIONS), "CacheSteering"])
             raise SteeringError(f"{a(type(item).__name__)} among them", f"interventions ({kinds})", _MAKE_ONE)
     return items
 
 
-def interventions_by_row(steering: Steering, per_row: bool | None) -> list[list[Intervention]]:
-    """Interventions for each row; one row for a composition that serves every row. Raises SteeringError."""
+def items_by_row(steering: Steering, per_row: bool | None) -> list[list[SteeringItem]]:
+    """What steers each row; one row for a composition that serves every row. Raises SteeringError."""
     if steering is None:
         return [[]]
-    if isinstance(steering, Intervention):
+    if isinstance(steering, SteeringItem):
         return [[steering]]
     if not isinstance(steering, list | tuple):
         raise SteeringError(
             f"{a(type(steering).__name__)} to steer with", "an intervention or a list of them", _MAKE_ONE
         )
-    by_row = any(not isinstance(entry, Intervention) for entry in steering) if per_row is None else per_row
+    by_row = any(not isinstance(entry, SteeringItem) for entry in steering) if per_row is None else per_row
     if not by_row:
-        return [interventions_of(steering)]
-    return [interventions_of(entry) for entry in steering]
+        return [items_of(steering)]
+    return [items_of(entry) for entry in steering]
 
 
-def checked_rows(model: PreTrainedModel, steering: Steering, per_row: bool | None) -> list[list[Intervention]]:
-    """Interventions for each row, all of them checked against the model.
+def checked_rows(model: PreTrainedModel, steering: Steering, per_row: bool | None) -> list[list[SteeringItem]]:
+    """What steers each row, all of it checked against the model.
 
     Raises SteeringError for what is no intervention, HookpointError and PairingError for one that does not fit the
     model.
     """
-    rows = interventions_by_row(steering, per_row)
+    rows = items_by_row(steering, per_row)
     for item in {id(i): i for items in rows for i in items}.values():
+        if isinstance(item, CacheSteering):
+            check_pairing(model, Hookpoint(max(item.layers)), item.d_model, item.model_name, type(item).__name__)
+            continue
         check_pairing(model, item.hookpoint, item.d_model, item.model_name, type(item).__name__)
         for condition in () if item.when is None else item.when.conditions:
             reading = condition.reading
@@ -72,7 +91,7 @@ def is_per_prompt(steering: Steering, prompts: int, per_row: bool | None) -> boo
     """
     if not isinstance(steering, list | tuple):
         return None
-    flat = all(isinstance(entry, Intervention) for entry in steering)
+    flat = all(isinstance(entry, SteeringItem) for entry in steering)
     if per_row is None and flat and len(steering) == prompts > 1:
         raise SteeringError(
             f"a list of {len(steering)} interventions for {prompts} prompts",

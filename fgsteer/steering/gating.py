@@ -1,4 +1,4 @@
-"""What gates read in the passes of one steer block: of each token, or once for a prompt and then kept.
+"""What gates and transcoders read in the passes of one steer block: of each token, or of a prompt and then kept.
 
     readings = Readings(positions)
     gate = readings.add(item.when)
@@ -23,7 +23,8 @@ from fgsteer.errors.wording import count
 from fgsteer.interventions.gates import Both, Condition, Either, Feature, Gate, Mask, Not, Reading
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
-from fgsteer.steering.positions import Positions, ScopeMask
+from fgsteer.steering.masks import ScopeMask
+from fgsteer.steering.positions import Positions
 
 
 class Readings:
@@ -38,12 +39,24 @@ class Readings:
         self.prompt: ScopeMask | None = None
         self.places: list[_Place] = []
         self.features: list[_Features] = []
+        self.sources: list[Source] = []
         self.cache: weakref.ref[Any] | None = None  # that of the prompts that were read last
 
     @property
     def hookpoints(self) -> list[Hookpoint]:
         """Where something is read."""
-        return list(dict.fromkeys(place.reading.hookpoint for place in self.places))
+        gates = [place.reading.hookpoint for place in self.places]
+        return list(dict.fromkeys([*gates, *(source.hookpoint for source in self.sources)]))
+
+    def source(self, hookpoint: Hookpoint | None) -> Source | None:
+        """What updates read that read at another hookpoint than they write at; None for None."""
+        if hookpoint is None:
+            return None
+        found = next((source for source in self.sources if source.hookpoint == hookpoint), None)
+        if found is None:
+            found = Source(hookpoint)
+            self.sources.append(found)
+        return found
 
     def add(self, gate: Gate | None) -> GateNode | None:
         """The gate of an intervention, as the hooks evaluate it. Raises SteeringError for a gate of one's own."""
@@ -91,6 +104,8 @@ class Readings:
             place.value = None
         for features in self.features:
             features.seen = features.acts = None
+        for source in self.sources:
+            source.value = None
         if self.prompt is None or self.positions.generating or not self.prompt.empty or torch.compiler.is_compiling():
             return
         if self.cache is None or self.cache() is not cache:
@@ -110,6 +125,30 @@ class Readings:
         for place in self.places:
             if place.reading.hookpoint == hookpoint:
                 place.value = place.read(h)
+
+    def keep(self, hookpoint: Hookpoint, h: Tensor) -> None:
+        """Keep the activations (batch, tokens, d_model) that go on from a hookpoint, after what acts there."""
+        for source in self.sources:
+            if source.hookpoint == hookpoint:
+                source.value = h
+
+
+@dataclass(eq=False)
+class Source:
+    """The activations of the running pass at a hookpoint where a transcoder reads, as what comes next gets them."""
+
+    hookpoint: Hookpoint
+    value: Tensor | None = None
+
+    def noted(self) -> Tensor:
+        """The activations. Raises SteeringError where the pass did not come by."""
+        if self.value is None:
+            raise SteeringError(
+                f"a pass that did not come by {self.hookpoint}, where a transcoder reads",
+                "a pass through the whole block",
+                "clamp the features of an SAE that reads where it steers",
+            )
+        return self.value
 
 
 @dataclass(eq=False)

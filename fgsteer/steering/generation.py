@@ -54,8 +54,8 @@ def generate(
         model: A Hugging Face causal language model.
         tokenizer: Its tokenizer, or a processor that has one.
         prompts: A text, or a list of texts or of conversations, of which the assistant's last message is continued.
-        steering: What ``steer`` takes: one intervention; a list of them, which compose on every prompt; or, where the
-            list holds None or lists, one entry per prompt.
+        steering: What ``steer`` takes: one intervention, or a ``CacheSteering``; a list of them, which compose on every
+            prompt; or, where the list holds None or lists, one entry per prompt.
         per_row: Whether a list has one entry per prompt; needed for a list of as many interventions as prompts.
         **options: What ``model.generate`` takes, such as ``max_new_tokens``. Code of a repository (``custom_generate``)
             runs with ``trust_remote_code=True`` alone.
@@ -68,7 +68,8 @@ def generate(
         ArgumentError: The model, the tokenizer or an option is of another type.
         DataError: A prompt is no text and no conversation, is empty without a BOS, or exceeds the model's window; or
             an option is out of its range.
-        SteeringError: There are other numbers of entries than prompts.
+        SteeringError: There are other numbers of entries than prompts, or a ``CacheSteering`` meets a prompt of one
+            token or a cache that is static, quantised, recurrent or switched off.
     """
     check_options(options)
     texts = parse_prompts(prompts)

@@ -20,8 +20,8 @@ from fgsteer.interventions.kernel import Update, apply
 from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.stacking import stack
 from fgsteer.models.hookpoints import Hookpoint
-from fgsteer.steering.gating import GateNode
-from fgsteer.steering.positions import ScopeMask
+from fgsteer.steering.gating import GateNode, Source
+from fgsteer.steering.masks import ScopeMask
 from fgsteer.steering.ranges import activation_dtype, change_bound, check_amount
 
 
@@ -38,6 +38,7 @@ class UpdateGroup:
         needs_row_mask: Whether ``row_mask`` must be applied: the update has one row, for some of several.
         gate: The gate under which it acts, or None.
         node: The gate as hooks evaluate it.
+        source: What a transcoder reads, as hooks keep it.
         ran: Whether any pass held tokens of the scope.
         ready_key: The device, dtype and repeats that ``ready`` was made for.
         ready: The update and row mask as the running passes need them.
@@ -51,6 +52,7 @@ class UpdateGroup:
     needs_row_mask: bool
     gate: Gate | None = None
     node: GateNode | None = None
+    source: Source | None = None
     ran: bool = False
     ready_key: tuple[torch.device, torch.dtype, int] | None = None
     ready: tuple[Update, Tensor] | None = None
@@ -70,7 +72,8 @@ class UpdateGroup:
         if self.node is not None:
             gate = self.node.open_for(h)
             where = gate if where is None else where & gate
-        return apply(h, update, where)
+        source = None if self.source is None else self.source.noted().to(h.device)
+        return apply(h, update, where, source)
 
     def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> tuple[Update, Tensor]:
         """The update and row mask for hidden states of a dtype on a device, each row repeated.
@@ -86,8 +89,14 @@ class UpdateGroup:
 
     def has_changed_tokens(self) -> bool:
         """Whether it has changed any token. Waits for the device."""
-        rows = self.tokens.rows_met
-        return self.ran and (rows if isinstance(rows, bool) else bool((rows.cpu() & self.row_mask).any()))
+        return self.ran and self._holds(self.tokens.rows_met)
+
+    def met_short_prompts(self) -> bool:
+        """Whether a prompt of its rows lacked a position of its scope. Waits for the device."""
+        return self._holds(self.tokens.rows_short)
+
+    def _holds(self, rows: Tensor | bool) -> bool:
+        return rows if isinstance(rows, bool) else bool((rows.cpu() & self.row_mask).any())
 
 
 def group_by_update(rows: Sequence[Sequence[Intervention]]) -> list[UpdateGroup]:

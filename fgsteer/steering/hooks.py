@@ -26,16 +26,18 @@ from fgsteer.errors import SteeringError, UntouchedWarning
 from fgsteer.errors.checks import checked, warn
 from fgsteer.errors.wording import count
 from fgsteer.interventions.base import Intervention
+from fgsteer.interventions.cached import SteeringItem
 from fgsteer.models.claims import Claim
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
 from fgsteer.models.properties import input_device, start_token_finder, virtual_tokens, warn_of_dropout
 from fgsteer.steering.blocks import Block
+from fgsteer.steering.caching import CacheChanges
 from fgsteer.steering.entries import Steering, checked_rows
 from fgsteer.steering.gating import Readings
 from fgsteer.steering.groups import UpdateGroup, check_amounts, group_by_update
 from fgsteer.steering.positions import Positions, parse_prompt_lengths
 from fgsteer.steering.recomputation import Recomputation
-from fgsteer.steering.shadows import refuse, refuse_copies, shadow
+from fgsteer.steering.shadows import as_new_function, refuse, refuse_copies, shadow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,16 +62,6 @@ def _links(model: nn.Module, modules: Sequence[nn.Module]) -> list[Link]:
     return list(links.values())
 
 
-def _as_new_function(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function as another object: compiled graphs do not watch for new hooks, but for another forward."""
-
-    @wraps(forward)
-    def steered(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
-
-    return steered
-
-
 class SteeringHooks:
     """The hooks of one ``steer`` block.
 
@@ -78,19 +70,21 @@ class SteeringHooks:
 
     Args:
         model: The model to steer.
-        rows: Interventions for each row; one row serves every row of a batch.
+        rows: What steers each row; one row serves every row of a batch.
         prompt_lengths: The columns before each row's first completion token, (batch,), where the caller names them.
     """
 
     def __init__(
-        self, model: nn.Module, rows: Sequence[Sequence[Intervention]], prompt_lengths: Tensor | None = None
+        self, model: nn.Module, rows: Sequence[Sequence[SteeringItem]], prompt_lengths: Tensor | None = None
     ) -> None:
-        self.model, self.rows, self.groups = model, len(rows), group_by_update(rows)
+        interventions = [[item for item in items if isinstance(item, Intervention)] for items in rows]
+        self.model, self.rows, self.groups = model, len(rows), group_by_update(interventions)
         masks = list({id(group.tokens): group.tokens for group in self.groups}.values())
         self.positions = Positions(masks, start_token_finder(model), self.rows, prompt_lengths, pass_key(model))
         self.readings = Readings(self.positions)
         for group in self.groups:
-            group.node = self.readings.add(group.gate)
+            group.node, group.source = self.readings.add(group.gate), self.readings.source(group.update.source)
+        self.cache_changes = CacheChanges(model, rows, self.positions, self.readings)
         virtual_tokens(model)  # raises for what cannot be placed, before any pass
         self.is_peft = hasattr(model, "active_peft_config")  # PEFT may put virtual tokens before texts
         self.claim = Claim(model)
@@ -102,16 +96,17 @@ class SteeringHooks:
 
     def install(self, hooks: ExitStack) -> None:
         """Set every hook; all come off when the stack closes."""
-        if not self.groups:
+        if not (self.groups or self.cache_changes):
             return
         self.claim.take(hooks)
+        self.cache_changes.install(hooks)
         decoder = decoder_of(self.model)
         handle = decoder.register_forward_pre_hook(self._begin_pass, with_kwargs=True)
         hooks.callback(handle.remove)
         self.handles.append(handle)
         if self.readings.prompt is not None:
             hooks.callback(decoder.register_forward_hook(self._end_pass).remove)
-        shadow(decoder, "forward", _as_new_function(decoder.forward), hooks)
+        shadow(decoder, "forward", as_new_function(decoder.forward), hooks)
         self.recomputation.install(decoder, hooks)
         changed = {id(module): module for module in (self.model, decoder)}
         groups_at: dict[Hookpoint, list[UpdateGroup]] = {}
@@ -128,7 +123,7 @@ class SteeringHooks:
                 handle = module.register_forward_hook(self._output_hook(hookpoint, groups), prepend=True)
             hooks.callback(handle.remove)
             self.handles.append(handle)
-            shadow(module, "forward", _as_new_function(module.forward), hooks)
+            shadow(module, "forward", as_new_function(module.forward), hooks)
             changed[id(module)] = module
             weight = next(module.parameters(), None)
             if weight is not None and weight.is_floating_point() and not weight.is_meta:
@@ -152,6 +147,7 @@ class SteeringHooks:
     def _begin_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the decoder is about to run on."""
         self.recomputation.begin()
+        self.cache_changes.check_pass()
         if not (torch.compiler.is_compiling() or self.positions.generating):
             self.warn_replaced()
         arguments = dict(zip(self.decoder_arguments, args, strict=False)) | kwargs if args else kwargs
@@ -201,6 +197,7 @@ class SteeringHooks:
         self.readings.take(hookpoint, changed)
         for group in groups:
             changed = group.apply_to(changed, repeats)
+        self.readings.keep(hookpoint, changed)
         return changed if changed.shape == h.shape else changed.reshape(h.shape)
 
     def _output_hook(self, hookpoint: Hookpoint, groups: Sequence[UpdateGroup]) -> Callable[..., Any]:
@@ -228,7 +225,9 @@ class SteeringHooks:
             if positions.generating:  # the model drafts for itself: the same rows, the same prompt
                 return original(*args, **kwargs)
             self.warn_replaced()
-            positions.begin_generate(*self._prompt(args, kwargs), virtual_tokens(self.model))
+            prompt = self._prompt(args, kwargs)
+            self.cache_changes.check_prompt(*prompt)
+            positions.begin_generate(*prompt, virtual_tokens(self.model))
             try:
                 return original(*args, **kwargs)
             finally:
@@ -308,7 +307,8 @@ class SteeringHooks:
             )
 
     def warn_untouched(self) -> None:
-        """Warn of every update that changed no token, if any pass ran on the modules that are hooked."""
+        """Warn of updates that changed no token or missed positions, if any pass ran on the modules that are hooked."""
+        short: list[str] = []
         for group in self.groups if self.any_pass and self.links else ():
             if not group.has_changed_tokens():
                 warn(
@@ -316,6 +316,11 @@ class SteeringHooks:
                     "Padding is skipped, and so is a start token at position 0 unless bos=True.",
                     UntouchedWarning,
                 )
+            elif group.met_short_prompts():
+                short.append(repr(str(group.tokens.scope)))
+        if short:
+            scopes = ", ".join(dict.fromkeys(short))
+            warn(f"A prompt without all tokens of the scopes {scopes} was steered in part.", UntouchedWarning)
 
 
 @checked
@@ -345,7 +350,8 @@ def steer(
     Args:
         model: A Hugging Face causal language model.
         steering: One intervention; a list of them, which compose in order; or a list with one entry per batch row,
-            each an intervention, a list, or None for an unsteered row.
+            each an intervention, a list, or None for an unsteered row. A ``CacheSteering`` may stand for any
+            intervention, and acts under ``generate`` alone.
         per_row: Whether a list has one entry per row; by default, whether it holds None or lists.
         prompt_lengths: For passes over prompt and completion at once: for each batch row, how many columns, padding
             included, stand before its first completion token. The tokens are then steered as if the prompt were read
@@ -360,8 +366,8 @@ def steer(
         SteeringError: There are other numbers of entries or prompt lengths than rows; prompt lengths are no counts,
             exceed a pass or meet ``generate``; or a strength makes activations of the model's dtype overflow.
 
-    Warns UntouchedWarning when an intervention touched no token or a steered module was replaced inside the block, and
-    FgsteerWarning of a model in train mode with dropout.
+    Warns UntouchedWarning when an intervention touched no token, a prompt lacked a position of its scope or a steered
+    module was replaced inside the block, and FgsteerWarning of a model in train mode with dropout.
     """
     return Block(partial(_steered, model, steering, per_row, prompt_lengths))
 

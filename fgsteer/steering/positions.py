@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, SupportsIndex
 
 import torch
@@ -22,59 +22,8 @@ from torch import Tensor
 from fgsteer.activations.prompt_ends import noted_prompt_ends
 from fgsteer.errors import SteeringError
 from fgsteer.errors.wording import count
-from fgsteer.interventions.scopes import Scope, counted, is_of_prompt
-
-
-@dataclass(eq=False)
-class ScopeMask:
-    """The tokens of a scope in the running pass, and the rows in which any of them was met.
-
-    Args:
-        scope: The scope of some interventions.
-        bos: Whether a start token at position 0 belongs to it.
-        empty: Whether the running pass holds no token of the scope.
-        mask: The tokens of the scope in the running pass, (batch, tokens); None for every token.
-        rows_met: The rows in which a pass so far held a token of the scope, (rows,); True for all of them.
-    """
-
-    scope: Scope
-    bos: bool
-    empty: bool = True
-    mask: Tensor | None = None
-    rows_met: Tensor | bool = False
-
-    def begin_pass(self, empty: bool, mask: Tensor | None = None, rows: int = 1) -> None:
-        """Note what the pass that begins holds: no token of the scope, those of a mask, or every one."""
-        self.empty, self.mask = empty, mask
-        if empty:
-            return
-        if mask is None or torch.compiler.is_compiling():  # a compiled graph leaves no tensor behind
-            self.rows_met = True
-        elif self.rows_met is not True:
-            self.rows_met = mask.reshape(rows, -1).any(1) | self.rows_met
-
-
-@dataclass(frozen=True, eq=False)
-class Landmarks:
-    """Masks over the columns of one pass, each (batch or 1, tokens).
-
-    Args:
-        prompt: Whether the column stands before the first completion token.
-        real: Whether it is neither padding nor a virtual token.
-        first: Whether it is position 0 of a sequence.
-        reply: Whether it is the last real token of the prompt, or comes after that.
-        before: How many tokens of its prompt stand before the column.
-        after: How many tokens of its prompt stand after it.
-        packed: Whether a row may hold several sequences.
-    """
-
-    prompt: Tensor
-    real: Tensor
-    first: Tensor
-    reply: Tensor
-    before: Tensor
-    after: Tensor
-    packed: bool = False
+from fgsteer.interventions.scopes import counted, is_of_prompt
+from fgsteer.steering.masks import Landmarks, ScopeMask
 
 
 class Positions:
@@ -264,7 +213,7 @@ class Positions:
     def _counted(
         self, tokens: Tensor, landmarks: Landmarks, mask: ScopeMask, kind: str, numbers: tuple[int, ...]
     ) -> Tensor:
-        """The first or last tokens of each prompt, or those at positions. Raises SteeringError for packed rows."""
+        """The first tokens of each prompt, the last, or those at positions. Raises SteeringError for packed rows."""
         if landmarks.packed:
             raise SteeringError(
                 f"the scope {mask.scope} in rows that hold several sequences",
@@ -274,6 +223,8 @@ class Positions:
         if kind == "last":
             return landmarks.after < numbers[0]
         if kind == "at":
+            lengths = (landmarks.before + landmarks.real.long() + landmarks.after).amax(1)
+            mask.note_short((lengths <= max(numbers)).expand(self.batch), self.rows)
             return torch.isin(landmarks.before, torch.tensor(numbers, device=tokens.device))
         starts = self._start_tokens(tokens, landmarks).any(1, keepdim=True)
         if (
@@ -282,7 +233,8 @@ class Positions:
             starts = starts | self.starts
         self.starts = starts
         skipped = 0 if mask.bos else starts.long()
-        return landmarks.before - skipped < numbers[0]
+        first = landmarks.before - skipped < numbers[0]
+        return first if kind == "first" else first | (landmarks.after < numbers[1])
 
     def _start_tokens(self, tokens: Tensor, landmarks: Landmarks) -> Tensor:
         """A mask of the tokens that are a start token at position 0 of a sequence."""

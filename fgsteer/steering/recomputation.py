@@ -100,7 +100,7 @@ class Recomputation:
 
     @property
     def _holders(self) -> list[Any]:
-        return [self.positions, *self.positions.masks, *self.readings.places]
+        return [self.positions, *self.positions.masks, *self.readings.places, *self.readings.sources]
 
     def _state(self) -> list[dict[str, Any]]:
         """Everything that is known of the running pass: its positions, and what gates read in lower blocks."""

@@ -53,7 +53,7 @@ def stream(
         model: A Hugging Face causal language model.
         tokenizer: Its tokenizer, or a processor that has one.
         prompt: A text, or a conversation, of which the assistant's last message is continued.
-        steering: One intervention, or a list of them, which compose.
+        steering: One intervention or ``CacheSteering``, or a list of them, which compose.
         **options: What ``model.generate`` takes, such as ``max_new_tokens``; for one sequence, without beams.
 
     Returns:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fgsteer.errors import SteeringError
 from fgsteer.errors.wording import a
-from fgsteer.interventions.adding import Add, AddKeepingNorm, AddRelative
+from fgsteer.interventions.adding import AdaptiveAdd, Add, AddKeepingNorm, AddRelative
 from fgsteer.interventions.gates import Gate
 from fgsteer.interventions.projecting import Ablate, Affine, Clamp
 from fgsteer.interventions.scopes import Scope
@@ -29,6 +29,8 @@ class Applied:
     hookpoint: Hookpoint
     reference: Float[Tensor, " d_model"] | None
     provenance: Mapping[str, Any]
+    read: Float[Tensor, " d_model"] | None
+    bias: Scalar
 
     def add(
         self, coefficient: Scalar = 1.0, *, scope: Scope = "all", bos: bool = False, when: Gate | None = None
@@ -80,6 +82,37 @@ class Applied:
         """
         return AddKeepingNorm(
             direction=self.direction, coefficient=coefficient, scope=scope, bos=bos, when=when, **self._origin
+        )
+
+    def adaptive_add(
+        self, coefficient: Scalar = 1.0, *, scope: Scope = "all", bos: bool = False, when: Gate | None = None
+    ) -> AdaptiveAdd:
+        """The intervention ``h' = h + s·relu(a·h + b)·v``, as strong as each token calls for (PSR, arXiv 2605.03907).
+
+        Args:
+            coefficient: The strength s; a negative one subtracts.
+            scope: As in ``add``.
+            bos: As in ``add``.
+            when: As in ``add``.
+
+        Raises:
+            SteeringError: The vector has no ``read``, or the coefficient is not finite.
+        """
+        if self.read is None:
+            raise SteeringError(
+                f"{a(self.provenance.get('method', 'bare'))} vector whose strength depends on no token",
+                "a vector with read",
+                "pass read= and bias= to SteeringVector, or use add(coefficient)",
+            )
+        return AdaptiveAdd(
+            direction=self.direction,
+            read=self.read,
+            bias=self.bias,
+            coefficient=coefficient,
+            scope=scope,
+            bos=bos,
+            when=when,
+            **self._origin,
         )
 
     def ablate(self, *, scope: Scope = "all", bos: bool = False, when: Gate | None = None) -> Ablate:

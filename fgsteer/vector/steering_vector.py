@@ -1,6 +1,6 @@
 """Steering vectors: a direction at a hookpoint, its interventions, its arithmetic and its files.
 
-A vector has no strength of its own: ``.add``, ``.affine``, ``.ablate`` and ``.clamp`` give the interventions that
+A vector has no coefficient of its own: ``.add``, ``.affine``, ``.ablate`` and ``.clamp`` give the interventions that
 apply it. Vectors at one hookpoint add, subtract and scale: ``(a + b) / 2``, ``-a``, ``sum([a, b, c])``.
 
     vec.save("wedding.safetensors")
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from fgsteer.errors.checks import checked, describe_value, is_number, is_whole_n
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, MAX_TEXT_CHARACTERS
 from fgsteer.errors.wording import count
-from fgsteer.interventions.values import check_equal_width, finite_vector
+from fgsteer.interventions.values import Scalar, check_equal_width, finite_scalar, finite_vector
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import check_pairing
 from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
@@ -49,12 +50,15 @@ class SteeringVector(Applied):
         direction: The direction, (d_model,).
         hookpoint: Where it acts: a Hookpoint, its name ("blocks.6.hook_resid_post"), or a layer.
         reference: The mean activation that ``affine`` starts from, (d_model,), where the method kept one.
+        read: The vector a, (d_model,), of a strength that depends on the token: ``adaptive_add`` adds the direction
+            ``relu(a·h + b)`` times.
+        bias: The number b of that strength.
         features: {feature id: weight}, the features that the direction was decoded from.
         provenance: How it was made: method, hyperparameters, model, SAE and data.
 
     Raises:
-        PairingError: The direction is not one floating-point vector, or the reference is not as wide.
-        SteeringError: The direction or the reference is not finite.
+        PairingError: The direction is not one floating-point vector, or the reference or read is not as wide.
+        SteeringError: A vector or the bias is not finite.
         SelectionError: A feature id is no whole number.
         HookpointError: The hookpoint cannot be parsed.
     """
@@ -64,6 +68,8 @@ class SteeringVector(Applied):
     reference: Float[Tensor, " d_model"] | None
     features: Mapping[int, float]
     provenance: Mapping[str, Any]
+    read: Float[Tensor, " d_model"] | None
+    bias: Scalar
 
     def __init__(
         self,
@@ -72,6 +78,8 @@ class SteeringVector(Applied):
         reference: Tensor | None = None,
         features: Mapping[int, float] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        read: Tensor | None = None,
+        bias: Scalar = 0.0,
     ) -> None:
         features = {} if features is None else features
         if not all(map(is_whole_number, features)):
@@ -86,11 +94,14 @@ class SteeringVector(Applied):
             "reference": None if reference is None else finite_vector("reference", reference),
             "features": features,
             "provenance": {} if provenance is None else provenance,
+            "read": None if read is None else finite_vector("read", read),
+            "bias": finite_scalar("bias", bias),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        if self.reference is not None:
-            check_equal_width("reference", self.reference, self.direction)
+        for name in ("reference", "read"):
+            if (vector := getattr(self, name)) is not None:
+                check_equal_width(name, vector, self.direction)
 
     @property
     def d_model(self) -> int:
@@ -219,13 +230,14 @@ class SteeringVector(Applied):
             FormatError: The file cannot be written.
         """
         tensors = {"direction": self.direction}
-        if self.reference is not None:
-            tensors["reference"] = self.reference
-        header = {
+        tensors |= {name: vector for name in ("reference", "read") if (vector := getattr(self, name)) is not None}
+        header: dict[str, Any] = {
             "hookpoint": str(self.hookpoint),
             "features": {str(j): float(w) for j, w in self.features.items()},
             "provenance": dict(self.provenance),
         }
+        if self.read is not None:
+            header["bias"] = float(torch.as_tensor(self.bias).detach())
         write_tensors(path, tensors, kind="vector", header=header)
 
     def save_pretrained(self, folder: str | Path, *, run: MeasuredRun | None = None, method: str | None = None) -> None:
@@ -323,6 +335,8 @@ class SteeringVector(Applied):
                 tensors.get("reference"),
                 {int(j): float(w) for j, w in header["features"].items()},
                 parse_provenance(header["provenance"]),
+                tensors.get("read"),
+                header.get("bias", 0.0),
             )
         if model is not None:
             vector.check(model)

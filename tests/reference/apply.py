@@ -87,7 +87,7 @@ def clamp_feature(h, encode_fn, W_dec_row_dict, targets, where=None):
 def positions(scope, length, prompt_length, first, *, bos=False, real=None):
     """Token indices of a scope, padding and (unless bos) the BOS slot left out (DESIGN, scope; METHODS 1 and 5)."""
     kind, _, numbers = scope.partition(":")
-    if scope not in SCOPES and kind not in ("first", "last", "at"):
+    if scope not in SCOPES and kind not in ("first", "last", "ends", "at"):
         raise ValueError(f"unknown scope {scope!r}")
     counts = [int(number) for number in numbers.split(",") if number]
     allowed = set(range(length)) if real is None else {int(i) for i in real}
@@ -120,6 +120,9 @@ def positions(scope, length, prompt_length, first, *, bos=False, real=None):
     if kind == "last":
         prompt = [i for i in range(min(prompt_length, length)) if is_real[i]]
         return [i for i in out if i in prompt[-counts[0] :]]
+    if kind == "ends":
+        prompt = [i for i in range(min(prompt_length, length)) if is_real[i]]
+        return sorted(set(out[: counts[0]]) | {i for i in out if i in prompt[-counts[1] :]})
     if kind == "at":
         prompt = [i for i in range(min(prompt_length, length)) if is_real[i]]
         return [i for i in out if prompt.index(i) in counts]

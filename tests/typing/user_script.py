@@ -43,6 +43,14 @@ def texts(vector: fg.SteeringVector) -> list[str]:
     entries: list[fg.Intervention | None] = [vector.add(8.0, scope="generated"), None, vector.clamp(at_most=2.0)]
     steered: list[str] = fg.generate(model, tokenizer, ["I think"] * 3, steering=entries, max_new_tokens=8)
     single: list[str] = fg.generate(model, tokenizer, ["I think"], steering=vector.ablate())
+    cached: fg.CacheSteering = fg.cache_steering(
+        model, tokenizer, {"positive": ["Yes"], "negative": ["No"]}, layers=[1]
+    )
+    fg.generate(model, tokenizer, "I think", steering=[cached, vector.add(8.0)])
+    fg.generate(model, tokenizer, ["I think"] * 2, steering=[[cached, *by_hand], None])
+    act: list[fg.Add] = fg.act_add(model, tokenizer, "Love", "Hate", "blocks.2.hook_resid_pre", 4.0, padding=" ")
+    fg.save_steering("steering.safetensors", [cached, *act])
+    fg.generate(model, tokenizer, "I think", steering=fg.load_steering("steering.safetensors"))
     with fg.steer(model, [vector.add(8.0), vector.affine(1.0)]):
         ids = tokenizer("I think", return_tensors="pt")
         model(**ids)

@@ -107,6 +107,7 @@ class Bench(OneLineRepr):
     coherence: CoherenceJudge | None = None
     writer: InitVar[Generator | None] = None
     _concepts: dict[str, ConceptConditions] = field(default_factory=dict)
+    _coherences: dict[str, Coherence] = field(default_factory=dict)  # by what their samples depend on, of all plans
 
     def __post_init__(self, writer: Generator | None) -> None:
         if writer is not None:
@@ -127,8 +128,6 @@ class Bench(OneLineRepr):
         other = copy.copy(self)
         other.plan = plan
         other._concepts = {name: built.with_settings(plan.settings) for name, built in self._concepts.items()}
-        if _sampled(plan) != _sampled(self.plan):
-            vars(other).pop("fitted_coherence", None)
         return other
 
     def contrast(self, name: str) -> ContrastSet:
@@ -178,14 +177,18 @@ class Bench(OneLineRepr):
                 for start in range(0, len(conditions), size):
                     yield Batch(half, seed, tuple(conditions[start : start + size]))
 
-    @cached_property
+    @property
     def fitted_coherence(self) -> Coherence:
         """``Coherence`` fitted on unsteered samples of all prompts, which have seeds of their own."""
-        prompts = [prompt for half in HALVES for prompt in self.plan.prompts_of(half)]
-        texts = []
-        for number in range(self.plan.seeds):
-            texts += self._generate(prompts, [None], UNSTEERED_SAMPLES + number)
-        return Coherence.fit(self.model, self.tokenizer, texts, prompts=prompts * self.plan.seeds)
+        plan, prompts = self.plan, [prompt for half in HALVES for prompt in self.plan.prompts_of(half)]
+        samples = text_sha256([prompts, plan.seeds, asdict(plan.sampling)])
+        if samples not in self._coherences:
+            texts = []
+            for number in range(plan.seeds):
+                texts += self._generate(prompts, [None], UNSTEERED_SAMPLES + number)
+            fitted = Coherence.fit(self.model, self.tokenizer, texts, prompts=prompts * plan.seeds)
+            self._coherences[samples] = fitted
+        return self._coherences[samples]
 
     def _generate(self, prompts: Sequence[Text], steering: Sequence[Any], number: int) -> list[str]:
         """Continuations by intervention, then prompt."""
@@ -371,11 +374,6 @@ def _set_former_writer(bench: Bench, generator: Generator | None) -> None:
 
 
 Bench.writer = property(_former_writer, _set_former_writer)  # type: ignore[attr-defined]
-
-
-def _sampled(plan: BenchPlan) -> Any:
-    """What unsteered samples depend on."""
-    return [plan.prompts_of(half) for half in HALVES], plan.seeds, plan.sampling
 
 
 def _judged_text(prompt: Text, text: str) -> str:

@@ -1,0 +1,10 @@
+"""Refusal directions: which single direction, removed or added, decides whether a model refuses (arXiv 2406.11717).
+
+found = fg.select_direction(model, tokenizer, refused, answered, refusal_tokens=["I"], held_out=held_out)
+fg.generate(model, tokenizer, prompts, steering=fg.ablate_everywhere(model, found.vector))
+
+prompts.py     prompts as batches of tokens, and the log-odds that a reply begins as a refusal
+candidates.py  differences of means at every layer and every token after the instruction
+selection.py   the scores of each candidate, and the rule that chooses among them
+removal.py     ablation wherever blocks read from or write to the residual stream
+"""
