@@ -65,7 +65,7 @@ def model(source: str = DEFAULT) -> tuple[Any, Any]:
 
 @cache
 def ids(prompt: str) -> tuple[int, ...]:
-    return tuple(model()[1](prompt)["input_ids"])
+    return tuple(model(DEFAULT)[1](prompt)["input_ids"])  # as ``served`` asks for it: several threads may come here
 
 
 @cache
