@@ -10,6 +10,7 @@ it would tell of any damage. Memory is limited, so that a header which lies abou
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import gzip
 import json
@@ -49,7 +50,8 @@ from fgsteer.serving import save_clamp, steering
 from fgsteer.serving.control import Control
 from fgsteer.serving.http import asks_for_steering, load_upload
 from fgsteer.serving.request import PLAN
-from fgsteer.serving.rows import check_name, load_rows
+from fgsteer.serving.rows import check_name
+from fgsteer.serving.sources import load_stages
 from fgsteer.serving.tables import Batch
 from fgsteer.statistics.collecting import ChunkReader, sums_of_shards
 from fgsteer.storage.files import write_tensors
@@ -148,7 +150,7 @@ def collected(path):
 
 
 def clamp(path):
-    return load_rows(path).sha256
+    return [stage.sha256 for stage in load_stages(path)]
 
 
 def cache(path):
@@ -163,14 +165,14 @@ def answer(path):
 
 def upload(path):
     """A body, loaded by a server's engine; what it accepts is asked for."""
-    control = Control(engine.FakeEngine([1]), [1])
+    control = Control(engine.FakeEngine([1], rows=16, slots=2), [1], 2)
     load_upload(control, "sent", path.read_bytes())
     return [asked(control, {"steer": "sent", "steer_scale": scale}) for scale in (1.0, -1e3, 1e6)]
 
 
 def wish(path):
     """A body that asks for steering, as the server reads it."""
-    asks, refusal = asks_for_steering(path.read_bytes())
+    asks, refusal, _ = asks_for_steering(path.read_bytes())
     try:
         body = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
@@ -179,14 +181,20 @@ def wish(path):
     return asks, refusal, asked(CONTROL, extra) if isinstance(extra, dict) else None
 
 
+def carried(path):
+    """The file of a vector, carried by a request."""
+    control = Control(engine.FakeEngine([1]), [1], inline=True)
+    return asked(control, {"steer_vector": base64.b64encode(path.read_bytes()).decode(), "steer_scale": 2.0})
+
+
 def asked(control, extra):
     """A request admitted, and what its steering makes of a few tokens: finite numbers, and others' as they were."""
     made = engine.request(extra)
     if not control.admit(made):
         return None
     table = control.engine.tables[1]
-    batch = Batch(8, torch.device("cpu"))
-    table.tokens, batch.plans = batch.tokens, {"r": tuple(made.sampling_params.extra_args[PLAN])}
+    batch = Batch(8, torch.device("cpu"), control.slots)
+    table.tokens, batch.plans = batch.tokens, {"r": made.sampling_params.extra_args[PLAN]}
     hidden = 3 * engine.normal(0, 8, engine.WIDTH)
     batch.write_plan(["r", "other"], np.array([0, 4, 8]), torch.arange(4).repeat(2))
     out = table(hidden, hidden)
@@ -205,7 +213,7 @@ def name(path):
     assert told.isprintable()
 
 
-CONTROL = Control(engine.FakeEngine([1]), [1])
+CONTROL = Control(engine.FakeEngine([1], rows=16, slots=2), [1], 2, inline=True)
 for key, thing in (("love", engine.vector()), ("features", engine.clamp("relu"))):
     CONTROL.load(key, thing)
 PARTS = {"p": 1}
@@ -374,10 +382,17 @@ def requests(folder: Path) -> dict[str, Reader]:
     save_clamp(engine.clamp("jumprelu"), folder / "sent clamp")
     extra = steering("love", op="affine", scale=0.5, scope="generated")
     body = {"model": "m", "prompt": [1, 2], "vllm_xargs": extra, "use_beam_search": False}
+    v, gate = engine.vector(), (fg.Projection(engine.vector(3)) > 0.0) | ~(fg.Cosine(engine.vector(4)) > 0.1)
+    fg.save_steering(folder / "sent steering", [v.add(2.0, when=gate, scope="prompt"), v.clamp(at_most=0.0)])
+    several = steering([{"name": "love", "scale": 2.0, "scope": "reply"}, {"name": "features", "bos": True}])
     return {
         "upload, vector": Reader({"f": (folder / "sent").read_bytes()}, upload),
         "upload, clamp": Reader({"f": (folder / "sent clamp").read_bytes()}, upload),
+        "upload, steering": Reader({"f": (folder / "sent steering").read_bytes()}, upload),
         "request": Reader({"f.json": as_json(body)}, wish),
+        "request, list": Reader({"f.json": as_json({"vllm_xargs": several})}, wish),
+        "request, vector": Reader({"f.json": as_json({"vllm_xargs": steering(v, scale=2.0)})}, wish),
+        "vector in a request": Reader({"f": (folder / "sent").read_bytes()}, carried),
         "request, clamp": Reader({"f.json": as_json({"vllm_xargs": steering("features", scale=2.0)})}, wish),
         "name": Reader({"f.json": as_json("love-2.b")}, name),
     }

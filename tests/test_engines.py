@@ -39,13 +39,16 @@ def examples() -> dict[str, Any]:
         "clamp": v.clamp(2.0, **where),
         "at_least": v.clamp(at_least=1.0, **where),
         "at_most": v.clamp(at_most=-1.0, **where),
+        "at_least and at_most": v.clamp(at_least=1.0, at_most=1.5, **where),
         "clamp_subspace": fg.ClampSubspace(hookpoint=AT, directions=torch.stack([v.direction, other]), **where),
         "rotate": fg.Rotate(hookpoint=AT, direction=v.direction, other=other, by=30.0, **where),
+        "rotate, to an angle": fg.Rotate(hookpoint=AT, direction=v.direction, other=other, to=30.0, **where),
         "adaptive_add": fg.SteeringVector(v.direction, AT, read=other).adaptive_add(**where),
         "clamp_feature": fg.edit(sae, {3: 2.0, 4: "off"}, **where),
         "a TopK SAE's features": fg.edit(make_sae("topk"), {3: 2.0}, **where),
         "a transcoder's features": fg.edit(transcoder, {3: 2.0}, **where),
         "a gate": v.add(2.0, when=fg.Projection(v) > 0.0, **where),
+        "a gate of the prompt": v.add(2.0, when=fg.Projection(v).max() > -100.0, **where),
         "all but BOS": v.add(2.0),
     }
     scopes = ("prompt", "generated", "reply", "last_prompt", "first:2", "last:2", "ends:1,1", "at:0,2")

@@ -19,7 +19,7 @@ from fgsteer.evaluation.judges.answer_cache import AnswerCache
 from fgsteer.evaluation.judges.chat_client import completion
 from fgsteer.export import gguf
 from fgsteer.models.shipped import DEFAULT, SHIPPED
-from fgsteer.serving.rows import load_rows, save_clamp
+from fgsteer.serving.sources import load_stages, save_clamp
 from fgsteer.storage import files, json_files
 from fgsteer.storage.lines import as_line
 from fgsteer.storage.shards import Shards
@@ -35,7 +35,7 @@ LOADS: dict[str, Callable[[Path], object]] = {
     "density": fg.FeatureDensity.load,
     "examples": fg.FeatureExamples.load,
     "effects": fg.EffectApproximator.load,
-    "clamp": load_rows,
+    "clamp": load_stages,
 }
 
 

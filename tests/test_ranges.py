@@ -12,8 +12,10 @@ import torch
 import fgsteer as fg
 from fgsteer import export
 from fgsteer.serving.control import Control
+from fgsteer.serving.converting import rows_of
 from fgsteer.serving.request import PLAN, steering
-from fgsteer.serving.rows import load_rows, rows_of
+from fgsteer.serving.rows import KEEP_NORM, PLAIN, RELATIVE
+from fgsteer.serving.sources import load_stages
 from fgsteer.serving.tables import COLUMNS, Batch, Table
 from fgsteer.steering.ranges import max_change
 from fgsteer.storage.files import write_tensors
@@ -188,14 +190,17 @@ def step(table, batch, plans, hidden, residual):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("const", [0.0, 1.0, 1e30, -1e38, math.inf, math.nan])
 @pytest.mark.parametrize("entries", [1.0, 1e20, 3e38, math.inf, math.nan])
-def test_the_table_lets_nothing_overflow_and_unsteered_tokens_alone(dtype, const, entries):
+@pytest.mark.parametrize("mode", [PLAIN, RELATIVE, KEEP_NORM])
+def test_the_table_lets_nothing_overflow_and_unsteered_tokens_alone(dtype, const, entries, mode):
     """Even where checks before it failed: rows and plans of anything, next to unsteered tokens."""
     batch = Batch(64, torch.device("cpu"))
     table = Table(4, WIDTH, batch.tokens)
     rows = {name: torch.full_like(tensor, entries) for name, tensor in tensors().items()}
     table.fill(1.0, rows | {"threshold": torch.full((2,), -math.inf)})
     hidden, residual = (3 * normal(1, 12, WIDTH)).to(dtype), (3 * normal(2, 12, WIDTH)).to(dtype)
-    out = step(table, batch, {"a": (1.0, const, -1.0, -math.inf, math.inf, 0.0, 99.0), "b": None}, hidden, residual)
+    out = step(
+        table, batch, {"a": [(1.0, const, -1.0, -math.inf, math.inf, mode, 0.0, 99.0)], "b": None}, hidden, residual
+    )
     assert out.dtype == dtype
     stream = out[:6].float() + residual[:6].float()
     assert stream.isfinite().all()
@@ -213,14 +218,14 @@ def test_an_entry_that_the_model_itself_makes_large_is_kept(monkeypatch):
     table.fill(1.0, rows_of(v).tensors)
     hidden = normal(3, 4, WIDTH)
     hidden[:, 5] = 1e9
-    out = step(table, batch, {"a": (1.0, 2.0 * v.norm, 0.0, -math.inf, math.inf, 0.0, 99.0)}, hidden, None)
+    out = step(table, batch, {"a": [(1.0, 2.0 * v.norm, 0.0, -math.inf, math.inf, 0.0, 0.0, 99.0)]}, hidden, None)
     others = [i for i in range(WIDTH) if i != 5]
     torch.testing.assert_close((out - hidden)[:, others], (2 * v.direction)[others].expand(4, -1))
     assert (out[:, 5] >= 0.99e9).all()
 
 
 def test_negative_zeros_of_unsteered_tokens_stay():
-    table = Table(1, WIDTH, torch.zeros(COLUMNS, 8))
+    table = Table(1, WIDTH, torch.zeros(1, COLUMNS, 8))
     hidden = torch.full((4, WIDTH), -0.0)
     assert torch.signbit(table(hidden, None)).all()
 
@@ -239,9 +244,9 @@ def test_the_table_compiles_to_one_graph_whatever_it_holds():
     with torch.no_grad():
         assert torch.equal(compiled(hidden, hidden), hidden)
         table.fill(1.0, rows_of(vector()).tensors)
-        batch.tokens[:] = torch.tensor([1.0, 1.0, 0.0, -math.inf, math.inf])[:, None]
+        batch.tokens[:] = torch.tensor([1.0, 1.0, 0.0, -math.inf, math.inf, 0.0])[:, None]
         assert not torch.allclose(compiled(hidden, hidden), hidden)
-        batch.tokens[1] = math.inf
+        batch.tokens[0, 1] = math.inf
         assert compiled(hidden, hidden).isfinite().all()
     assert len(graphs) == 1
 
@@ -259,7 +264,7 @@ def test_a_plan_is_the_one_of_its_request():
     batch = Batch(7, torch.device("cpu"))
     table.tokens = batch.tokens
     hidden = normal(5, 4, WIDTH)
-    out = step(table, batch, {"r": tuple(made.sampling_params.extra_args[PLAN])}, hidden, None)
+    out = step(table, batch, {"r": made.sampling_params.extra_args[PLAN]}, hidden, None)
     assert 0.9 * most < out.abs().max() <= most
 
 
@@ -270,8 +275,8 @@ def test_served_rows_are_numbers(tmp_path):
             rows[name] = torch.full(rows[name].shape, bad, dtype=torch.float64)
             write_tensors(tmp_path / "c", rows, kind="clamp", header={"hookpoint": AT})
             with pytest.raises(fg.FormatError, match="nan or inf"):
-                load_rows(tmp_path / "c")
+                load_stages(tmp_path / "c")
     none = {name: tensor[:0] for name, tensor in tensors().items()}
     write_tensors(tmp_path / "c", none, kind="clamp", header={"hookpoint": AT})
     with pytest.raises(fg.FormatError, match="damaged"):
-        load_rows(tmp_path / "c")
+        load_stages(tmp_path / "c")

@@ -18,11 +18,13 @@ import fgsteer as fg
 from fgsteer.cli import main
 from fgsteer.effects.rollouts import Sampling
 from fgsteer.serving import VllmWriter, save_clamp, steered_llm, steering
-from fgsteer.serving.control import Control, check_planned
+from fgsteer.serving.admission import check_planned
+from fgsteer.serving.control import Control
+from fgsteer.serving.converting import rows_of
 from fgsteer.serving.offline import engine_settings
 from fgsteer.serving.request import PLAN, RequestedSteering, parse_request
-from fgsteer.serving.rows import load_rows, rows_by_name, rows_of
 from fgsteer.serving.server import set_engine_options
+from fgsteer.serving.sources import load_stages, stages_by_name
 from fgsteer.serving.tables import COLUMNS, Batch, Table, blocks_of, steer_block
 from fgsteer.serving.writer import servable
 from fgsteer.storage.files import write_tensors
@@ -32,6 +34,13 @@ from tests.reference import apply as reference
 PROMPT, LENGTH = 3, 6
 
 
+def only(path):
+    """The rows of a file that holds one intervention."""
+    (stage,) = load_stages(path)
+    (rows,) = stage.rows
+    return rows
+
+
 def run(items, hidden, residual):
     """Steer a batch that holds the tokens of every item after one another, each from position 0."""
     batch = Batch(64, torch.device("cpu"))
@@ -39,7 +48,7 @@ def run(items, hidden, residual):
     for tag, (served, operation, scale, wanted) in enumerate(items, start=1):
         if served is not None:
             table.fill(float(tag), served.tensors)
-            batch.plans[str(tag)] = (tag, *served.amounts(operation, scale), *wanted.span(PROMPT, True))
+            batch.plans[str(tag)] = [(tag, *served.amounts(operation, scale), *wanted.span(PROMPT, True))]
     count = len(hidden) // len(items)
     starts = np.arange(len(items) + 3, dtype=np.int32) * count  # longer than the batch, as vLLM's is
     batch.write_plan([str(tag) for tag in range(1, len(items) + 1)], starts, torch.arange(count).repeat(len(items)))
@@ -93,7 +102,7 @@ def test_feature_clamps_equal_the_hooks_kernel(kind, scale, tmp_path):
     save_clamp(item, tmp_path / "c.safetensors")
     hidden = normal(8, 40, WIDTH)
     out = run(
-        [(load_rows(tmp_path / "c.safetensors"), None, scale, RequestedSteering("c", None, scale, "all", True))],
+        [(only(tmp_path / "c.safetensors"), None, scale, RequestedSteering("c", None, scale, "all", True))],
         hidden,
         None,
     )
@@ -112,7 +121,7 @@ def test_edits_equal_the_hooks_kernel(kind, tmp_path):
     save_clamp(item, tmp_path / "c.safetensors")
     hidden = normal(8, 40, WIDTH)
     wanted = RequestedSteering("c", None, 1.0, "all", True)
-    out = run([(load_rows(tmp_path / "c.safetensors"), None, 1.0, wanted)], hidden, None)
+    out = run([(only(tmp_path / "c.safetensors"), None, 1.0, wanted)], hidden, None)
     change = item.update().change(hidden[None])[0]
     torch.testing.assert_close(out, hidden + change, atol=1e-5, rtol=1e-5)
 
@@ -121,13 +130,13 @@ def test_a_file_of_an_earlier_version_has_no_bounds(tmp_path):
     item = clamp("relu")
     tensors = {name: t for name, t in rows_of(item).tensors.items() if name not in ("lam", "lo", "hi")}
     write_tensors(tmp_path / "c", tensors, kind="clamp", header={"hookpoint": str(item.hookpoint)})
-    for name, tensor in load_rows(tmp_path / "c").tensors.items():
+    for name, tensor in only(tmp_path / "c").tensors.items():
         assert torch.equal(tensor, rows_of(item).tensors[name])
     crossed = rows_of(item).tensors
     crossed |= {"lo": torch.full((3,), 2.0), "hi": torch.full((3,), 1.0)}
     write_tensors(tmp_path / "c", crossed, kind="clamp", header={"hookpoint": str(item.hookpoint)})
     with pytest.raises(fg.FormatError, match="lower bound is above"):
-        load_rows(tmp_path / "c")
+        only(tmp_path / "c")
 
 
 def test_hooked_blocks_equal_steer(llama, tokenizer):
@@ -143,9 +152,11 @@ def test_hooked_blocks_equal_steer(llama, tokenizer):
     try:
         block.steering.fill(4.0, rows_of(v).tensors)
         batch.plans["r"] = (
-            4.0,
-            *rows_of(v).amounts("affine", 1.0),
-            *RequestedSteering("v", None, 1.0, "prompt", False).span(99, True),
+            (
+                4.0,
+                *rows_of(v).amounts("affine", 1.0),
+                *RequestedSteering("v", None, 1.0, "prompt", False).span(99, True),
+            ),
         )
         starts, places = np.array([0, ids.shape[1]]), torch.arange(ids.shape[1])
         batch.write_plan(["r"], starts, places)
@@ -172,7 +183,7 @@ def test_block_outputs_keep_their_form():
 
     for kind in (Split, Odd):
         block = kind()
-        block.steering = Table(1, 4, torch.zeros(COLUMNS, 8))
+        block.steering = Table(1, 4, torch.zeros(1, COLUMNS, 8))
         block.register_forward_hook(steer_block)
         if kind is Odd:
             with pytest.raises(fg.HookpointError, match="Odd"):
@@ -184,7 +195,7 @@ def test_block_outputs_keep_their_form():
 
 
 def test_rows_are_given_and_taken_back():
-    table = Table(4, WIDTH, torch.zeros(COLUMNS, 8))
+    table = Table(4, WIDTH, torch.zeros(1, COLUMNS, 8))
     three = rows_of(clamp("relu")).tensors
     table.fill(1.0, three)
     with pytest.raises(fg.SteeringError, match=r"1 of 4 are free.*more rows"):
@@ -199,8 +210,6 @@ def test_rows_are_given_and_taken_back():
 
 
 def test_what_cannot_be_served_is_refused(tmp_path):
-    with pytest.raises(fg.PairingError, match="topk"):
-        rows_of(clamp("topk"))
     with pytest.raises(fg.HookpointError, match="resid_post"):
         rows_of(fg.SteeringVector(normal(0, 4), "blocks.1.hook_mlp_out"))
     with pytest.raises(fg.HookpointError, match="output of a block"):
@@ -215,20 +224,20 @@ def test_what_cannot_be_served_is_refused(tmp_path):
     with pytest.raises(fg.SteeringError, match="feature clamp"):
         rows_of(clamp("relu")).amounts("add", 1.0)
     with pytest.raises(fg.FormatError, match="no folder"):
-        rows_by_name(tmp_path / "none")
+        stages_by_name(tmp_path / "none")
     write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, kind="stats", header={})
     with pytest.raises(fg.FormatError, match="stats"):
-        rows_by_name(tmp_path)
+        stages_by_name(tmp_path)
     write_tensors(tmp_path / "x.safetensors", {"read": torch.zeros(1)}, kind="clamp", header={})
     with pytest.raises(fg.FormatError, match="damaged"):
-        rows_by_name(tmp_path)
+        stages_by_name(tmp_path)
 
 
 def test_requests_are_read_strictly():
     extra = steering("love", op="affine", scale=-0.5, scope="generated", bos=True)
-    assert parse_request({**extra, "other": 1}) == RequestedSteering("love", "affine", -0.5, "generated", True)
-    assert parse_request(None) is None
-    assert parse_request({"other": 1}) is None
+    assert parse_request({**extra, "other": 1}) == (RequestedSteering("love", "affine", -0.5, "generated", True),)
+    assert parse_request(None) == ()
+    assert parse_request({"other": 1}) == ()
     for bad, why in (
         ({"steer": ""}, "name"),
         ({"steer_scale": 2.0}, "name"),
@@ -260,13 +269,13 @@ def test_names_are_of_a_plain_alphabet(name, tmp_path):
     with pytest.raises(fg.SteeringError, match="letters, digits"):
         control.load(name, vector())
     with pytest.raises(fg.SteeringError, match="letters, digits"):
-        rows_by_name({name: vector()})
+        stages_by_name({name: vector()})
     with pytest.raises(fg.SteeringError, match="name"):
         parse_request({"steer": name})
     if name in ("a b", "é", "\u202eevol"):
         vector().save(tmp_path / f"{name}.safetensors")
         with pytest.raises(fg.SteeringError, match="letters, digits"):
-            rows_by_name(tmp_path)
+            stages_by_name(tmp_path)
 
 
 def test_names_of_letters_and_the_like_are_taken():
@@ -282,14 +291,14 @@ def test_names_come_and_go_while_requests_run():
     control.load("love", vector(0))
     first = request(steering("love", scale=2.0, scope="generated"))
     control.admit(first)
-    plan = first.sampling_params.extra_args[PLAN]
-    assert plan[1:] == [pytest.approx(2.0 * vector(0).norm), 0.0, -math.inf, math.inf, 3, math.inf]
+    (plan,) = first.sampling_params.extra_args[PLAN]
+    assert plan[1:] == [pytest.approx(2.0 * vector(0).norm), 0.0, -math.inf, math.inf, 0.0, 3, math.inf]
     engine.live = [first.request_id]
     control.load("love", vector(3))  # replaced: the request under way keeps its rows
     assert (engine.tables[1].owner == plan[0]).sum() == 1
     second = request(steering("love"))
     control.admit(second)
-    assert second.sampling_params.extra_args[PLAN][0] != plan[0]
+    assert second.sampling_params.extra_args[PLAN][0][0] != plan[0]
     control.unload("love")
     with pytest.raises(fg.SteeringError, match="Nothing is loaded as 'love'"):
         control.admit(request(steering("love")))
@@ -310,14 +319,14 @@ def test_a_start_token_at_position_0_is_spared_and_a_word_is_not(scope, bos):
         ids = [first, 2, 7]
         made = request(steering("love", scope=scope, bos=bos), ids=ids)
         control.admit(made)
-        start, end = made.sampling_params.extra_args[PLAN][COLUMNS:]
+        start, end = made.sampling_params.extra_args[PLAN][0][COLUMNS:]
         places = [i for i in range(6) if start <= i < end]
         assert places == reference.positions(scope, 6, len(ids), 0, bos=bos or first == 5)
     if scope == "reply":  # by its earlier name, as clients may still send it
-        assert parse_request({"steer": "love", "steer_scope": "last_prompt_on"}).scope == "reply"
+        assert parse_request({"steer": "love", "steer_scope": "last_prompt_on"})[0].scope == "reply"
     one_word = request(steering("love", scope="reply"), ids=[5])
     control.admit(one_word)
-    assert one_word.sampling_params.extra_args[PLAN][COLUMNS] == 0
+    assert one_word.sampling_params.extra_args[PLAN][0][COLUMNS] == 0
     embedded = request(steering("love", scope=scope, bos=bos), ids=None, embeds=normal(0, 3, WIDTH))
     if bos or scope in ("generated", "reply", "last_prompt"):
         control.admit(embedded)
@@ -354,11 +363,11 @@ def test_salts_tell_steerings_apart():
     kinds += [steering("a", bos=True), steering("a", op="clamp")]
     salts = []
     for extra, salt in [(kind, None) for kind in kinds] + [(kinds[0], "own")]:
-        made = request(extra, salt)
+        made = request(extra, salt, ids=(0, 6, 7))
         control.admit(made)
         salts.append(made.cache_salt)
     assert len({*salts, None, "own"}) == len(salts) + 2
-    again = request(kinds[0])
+    again = request(kinds[0], ids=(0, 6, 7))
     control.admit(again)
     assert again.cache_salt == salts[0]
 
@@ -385,7 +394,7 @@ def test_a_name_in_a_full_table_is_replaced_once_nothing_uses_it():
     engine.live = [used.request_id]
     with pytest.raises(fg.SteeringError, match="requests that have not ended use the rows"):
         control.load("a", vector(3))
-    assert engine.tables[1].owner.tolist() == [used.sampling_params.extra_args[PLAN][0]]  # theirs still
+    assert engine.tables[1].owner.tolist() == [used.sampling_params.extra_args[PLAN][0][0]]  # theirs still
     engine.live = []
     control.load("a", vector(3))
     torch.testing.assert_close(engine.tables[1].write[0], vector(3).unit().direction)
@@ -396,7 +405,7 @@ def test_a_name_in_a_full_table_is_replaced_once_nothing_uses_it():
     torch.testing.assert_close(engine.tables[1].write[0], vector(3).unit().direction)
     again = request(steering("a"))
     control.admit(again)
-    assert engine.tables[1].owner.tolist() == [again.sampling_params.extra_args[PLAN][0]]
+    assert engine.tables[1].owner.tolist() == [again.sampling_params.extra_args[PLAN][0][0]]
 
 
 def test_tags_stay_whole_numbers_of_float32():
@@ -454,7 +463,7 @@ def parsed(**given):
 
 def test_options_of_the_server(tmp_path):
     vector().save(tmp_path / "love.safetensors")
-    _, _, settings = engine_settings("default", rows_by_name(tmp_path), [2], 8)
+    _, _, settings = engine_settings("default", stages_by_name(tmp_path), [2], 8)
     args = parsed(additional_config={"other": 1})
     set_engine_options(args, "default", settings)
     assert args.worker_cls == "fgsteer.serving.worker.SteeringWorker"
@@ -527,29 +536,12 @@ def test_importing_serving_needs_no_vllm():
 )
 def test_a_request_says_what_an_intervention_does(item):
     served, options = servable(item)
-    parsed = parse_request(steering("x", **options))
+    (parsed,) = parse_request(steering("x", **options))
     hidden = normal(9, 20, WIDTH)
     out = run([(served, parsed.operation, parsed.scale, RequestedSteering("x", None, 1.0, "all", True))], hidden, None)
     torch.testing.assert_close(out, hidden + item.update().change(hidden[None])[0], atol=1e-5, rtol=1e-5)
     moved = replace(item, scope="generated", bos=True)
     assert (servable(moved)[1]["scope"], servable(moved)[1]["bos"]) == ("generated", True)
-
-
-@pytest.mark.parametrize(
-    "item",
-    [
-        vector().add_relative(0.5),
-        vector().add_keeping_norm(2.0),
-        vector().clamp(at_least=-1.0, at_most=1.0),
-        fg.Rotate(hookpoint=1, direction=vector().direction, other=vector(3).direction, by=10.0),
-        fg.ClampSubspace(hookpoint=1, directions=torch.stack([vector().direction, vector(3).direction])),
-        fg.AdaptiveAdd(hookpoint=1, direction=vector().direction, read=vector(3).direction),
-    ],
-    ids=lambda item: type(item).__name__,
-)
-def test_what_vllm_cannot_do_is_refused(item):
-    with pytest.raises(fg.SteeringError, match=r"fgsteer\.steer"):
-        servable(item)
 
 
 class FakeControl:

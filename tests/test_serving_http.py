@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from fgsteer.serving import http
-from fgsteer.serving.control import OUTCOME, Control
+from fgsteer.serving.admission import OUTCOME
+from fgsteer.serving.control import Control
 from fgsteer.serving.http import Access, StartedServer, SteeringMiddleware, upload_bytes
 from fgsteer.serving.request import steering
 from fgsteer.serving.server import upload_access
-from tests.helpers.engine import WIDTH, FakeEngine, vector
+from tests.helpers.engine import WIDTH, FakeEngine, request, vector
 
 OPEN = Access(allow_uploads=True)
 
@@ -300,3 +301,59 @@ def test_other_protocols_pass():
     for scope in ({"type": "lifespan"}, {"type": "websocket", "path": "/v1/realtime"}):
         asyncio.run(door(scope, None, None))
     assert passed == ["lifespan", "websocket"]
+
+
+# ---------------------------------------------------------------- vectors that requests carry
+
+
+class Carrying(Client):
+    """A client of a server that takes vectors with requests, which are admitted as vLLM's are."""
+
+    def __init__(self, inline=True):
+        super().__init__()
+        self.engine.calls_while_admitting = False  # as in a server's event loop
+        self.control.inline = inline
+        self.held = []
+
+    async def vllm(self, scope, receive, send):
+        extra = json.loads((await receive())["body"])["vllm_xargs"]
+        made = request(extra)
+        self.control.admit(made)
+        OUTCOME.get().admitted = True
+        self.held.append([name in self.control.leases for name in self.control._by_name])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+
+def test_a_request_carries_its_vector_until_it_is_answered():
+    client = Carrying()
+    for seed in range(8):  # four rows serve any number of requests, one after the other
+        assert client(*post(vllm_xargs=steering(vector(seed), scale=2.0)))[:2] == (200, {})
+        assert client.held[-1][-1]
+    assert not any(name in client.control.leases for name in client.control._by_name)
+    assert client("GET", "/v1/steering")[1] == {"loaded": {}, "layers": [1]}
+
+
+def test_a_vector_in_a_request_that_cannot_be_is_the_clients_error():
+    good, client = steering(vector())["steer_vector"], Carrying()
+    for bad in ("", "nonsense", good[:-8], good * 100):
+        status, told, _ = client(*post(vllm_xargs={"steer_vector": bad}))
+        assert (status, told["error"]["type"]) == (400, "BadRequestError")
+        assert "/tmp" not in told["error"]["message"]
+    status, told, _ = Carrying(inline=False)(*post(vllm_xargs={"steer_vector": good}))
+    assert (status, "--inline-vectors" in told["error"]["message"]) == (400, True)
+    assert client(*post(vllm_xargs={"steer_vector": good}, use_beam_search=True))[0] == 400
+    assert client.held == []
+
+
+def test_a_lease_ends_with_a_request_that_breaks_off():
+    client = Carrying()
+
+    async def broken(*_):
+        raise RuntimeError
+
+    client.door.app = broken
+    with pytest.raises(RuntimeError):
+        client(*post(vllm_xargs=steering(vector())))
+    assert not any(name in client.control.leases for name in client.control._by_name)
+    assert len(client.control._by_name) == 1

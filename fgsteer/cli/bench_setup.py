@@ -244,7 +244,8 @@ def make_generator(name: str, bench: Bench, model: ModelOptions, settings: dict[
     rows = max(32, bench.plan.batch_rows // bench.plan.prompts)
     dtype = str(bench.model.dtype).removeprefix("torch.")
     layers = sorted({layer for _, layer in bench.plan.method_layers})
-    options = {"dtype": dtype, "revision": model.revision, "trust_remote_code": model.trust_remote_code, **settings}
+    options: dict[str, Any] = {"dtype": dtype, "revision": model.revision}
+    options |= {"trust_remote_code": model.trust_remote_code, "vectors_per_request": 1} | settings
     return VllmWriter(steered_llm(model.name, layers=layers, rows=rows, **options), bench.tokenizer)
 
 

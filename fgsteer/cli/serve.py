@@ -32,6 +32,33 @@ def serve(
             "--rows", min=1, max=MAX_COUNT, help="How many vectors, or features of clamps, each layer has room for."
         ),
     ] = 32,
+    vectors_per_request: Annotated[
+        int,
+        typer.Option(
+            "--vectors-per-request",
+            min=1,
+            max=16,
+            help="How many steerings a request may have, one after the other. Each costs time at every layer, used or "
+            "not.",
+        ),
+    ] = 2,
+    sae: Annotated[
+        str | None,
+        typer.Option(
+            "--sae",
+            help="The SAE whose features clamps in files read, as --sae of other commands. Of a TopK SAE the encoder "
+            "is held by every worker beside the model.",
+        ),
+    ] = None,
+    sae_id: Annotated[
+        list[str] | None, typer.Option("--sae-id", help="The id of an SAE in a release. Repeat for several layers.")
+    ] = None,
+    inline_vectors: Annotated[
+        bool,
+        typer.Option(
+            "--inline-vectors", help="Let requests carry vectors of their own, which take rows while they are used."
+        ),
+    ] = False,
     admin_key: Annotated[
         str | None,
         typer.Option(
@@ -51,17 +78,23 @@ def serve(
 
     All other options go to vLLM (see vllm serve --help).
     """
+    from fgsteer.cli.loading import load_sae
     from fgsteer.serving.server import serve as run
 
     if not re.fullmatch(r"(\d{1,9}(,|$))*", layers):
         raise DataError(
             f"--layers {layers:.100}", "numbers of layers with commas between them after --layers, such as 10,12"
         )
+    ids: list[str | None] = [*sae_id] if sae_id else [None] if sae else []
+    saes = [load_sae(sae, one, model) for one in ids]
     run(
         model,
         vectors,
         layers=[int(layer) for layer in layers.split(",") if layer],
         rows=rows,
+        vectors_per_request=vectors_per_request,
+        saes=saes,
+        inline_vectors=inline_vectors,
         more=context.args,
         admin_key=admin_key or None,
         allow_uploads=allow_uploads,

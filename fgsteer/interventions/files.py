@@ -14,6 +14,7 @@ from functools import reduce
 from operator import and_, or_
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -38,6 +39,7 @@ _ADDING = (Add, AddRelative, AddKeepingNorm, AdaptiveAdd)
 _KINDS = (*_ADDING, Ablate, Affine, Clamp, ClampSubspace, ClampFeature, Rotate, CacheSteering)
 _READINGS = (Cosine, Feature, Probe, Projection)
 KINDS: dict[str, type[SteeringItem]] = {kind.__name__: kind for kind in _KINDS}
+_HASHES: WeakKeyDictionary[SAE, str] = WeakKeyDictionary()
 READINGS: dict[str, type[Reading]] = {kind.__name__: kind for kind in _READINGS}
 
 
@@ -57,7 +59,7 @@ class _Writer:
         if isinstance(value, Hookpoint):
             return str(value)
         if isinstance(value, SAE):
-            return {"sae": _sha256(value)}
+            return {"sae": steering_sae_sha256(value)}
         if isinstance(value, Gate):
             return self.gate(value)
         if isinstance(value, Mapping):
@@ -160,9 +162,11 @@ def _needed(value: Any) -> list[str]:
     return [sha256 for entry in value for sha256 in _needed(entry)] if isinstance(value, list) else []
 
 
-def _sha256(sae: SAE) -> str:
-    """A hash of what an SAE computes with, and where."""
-    return text_sha256(sae_identity(sae))
+def steering_sae_sha256(sae: SAE) -> str:
+    """The hash by which a file of steering names an SAE: of what it computes with, and where. It is made once."""
+    if sae not in _HASHES:
+        _HASHES[sae] = text_sha256(sae_identity(sae))
+    return _HASHES[sae]
 
 
 @checked
@@ -201,7 +205,7 @@ def load_steering(path: str | Path, saes: Sequence[SAE] = ()) -> list[SteeringIt
         PairingError: An SAE that it needs is not among ``saes``.
     """
     tensors, header = read_tensors(path, kind=FILE_KIND)
-    by_hash = {_sha256(sae): sae for sae in saes}
+    by_hash = {steering_sae_sha256(sae): sae for sae in saes}
     if missing := [sha256 for sha256 in _needed(header.get("interventions")) if sha256 not in by_hash]:
         raise PairingError(
             f"SAEs with the hashes {', '.join(key[:12] for key in by_hash) or 'none'}",

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -22,8 +21,13 @@ from safetensors.torch import save
 from fgsteer.errors import HookpointError, SteeringError
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.properties import bos_eos_ids
-from fgsteer.serving.request import PLAN, parse_request, steering, steering_keys
-from fgsteer.serving.rows import Source, TableRows, check_name, rows_from
+from fgsteer.saes.sae import SAE
+from fgsteer.serving.admission import extra_args_of, suffix_of, tags_of
+from fgsteer.serving.encoders import groups_of, topk_encoders
+from fgsteer.serving.inline import Leases, decode_vector, inline_chars, inline_name, is_inline
+from fgsteer.serving.request import PLAN, RequestedSteering, parse_request, steering, steering_keys
+from fgsteer.serving.rows import TableRows, check_name
+from fgsteer.serving.sources import Source, Stage, stages_from
 from fgsteer.storage.json_files import text_sha256
 
 _CANARY_TOKENS = 2  # one from the prompt's pass, one from a decoding pass
@@ -33,6 +37,9 @@ _CANARY_NATS = 0.01  # by how much a log-probability must change; rounding of a 
 @runtime_checkable
 class Engine(Protocol):
     """What ``Control`` needs of a vLLM engine, offline or serving."""
+
+    calls_while_admitting: bool
+    """Whether workers can be called while a request is admitted, or the process that admits would wait for itself."""
 
     @property
     def config(self) -> Any:
@@ -50,17 +57,40 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class _Loaded:
-    """Rows that are loaded, and the tag by which the tokens of a batch name them."""
+    """Stages that are loaded, and for each the tag by which the tokens of a batch name its rows."""
 
-    tag: int
-    rows: TableRows
+    tags: tuple[int, ...]
+    stages: tuple[Stage, ...]
+
+    @property
+    def tagged(self) -> list[tuple[int, Stage]]:
+        """The stages with their tags."""
+        return list(zip(self.tags, self.stages, strict=True))
+
+    @property
+    def rows(self) -> list[TableRows]:
+        """The rows of all stages."""
+        return [rows for stage in self.stages for rows in stage.rows]
+
+    @property
+    def layers(self) -> set[int]:
+        """The layers at whose output they act."""
+        return {rows.layer for rows in self.rows}
 
 
 class Control:
-    """The names that one engine serves, and the rows that they stand for in the tables of its ``layers``."""
+    """The names that one engine serves, and the rows that they stand for in the tables of its ``layers``.
 
-    def __init__(self, engine: Engine, layers: Sequence[int]) -> None:
-        self.engine, self.layers = engine, tuple(layers)
+    ``slots`` is how many steerings a request may have, one after the other; ``saes`` are those whose features can be
+    clamped by files that do not hold them. With ``inline`` requests may carry vectors.
+    """
+
+    def __init__(
+        self, engine: Engine, layers: Sequence[int], slots: int = 1, saes: Sequence[SAE] = (), inline: bool = False
+    ) -> None:
+        self.engine, self.layers, self.slots, self.saes = engine, tuple(layers), slots, tuple(saes)
+        self._encoders = topk_encoders(saes)
+        self.inline, self.leases = inline, Leases()
         self._by_name: dict[str, _Loaded] = {}
         self._unloaded_tags: list[int] = []
         self._lock = threading.Lock()
@@ -68,14 +98,26 @@ class Control:
     @property
     def names(self) -> list[str]:
         """The names that requests may use now."""
-        return sorted(self._by_name)
+        return sorted(name for name in self._by_name if not is_inline(name))
 
     def hookpoints(self) -> dict[str, str]:
         """{name: the hookpoint at which it acts}."""
-        return {name: str(loaded.rows.hookpoint) for name, loaded in sorted(self._by_name.items())}
+        return {
+            name: ", ".join(dict.fromkeys(str(rows.hookpoint) for rows in loaded.rows))
+            for name, loaded in sorted(self._by_name.items())
+            if not is_inline(name)
+        }
+
+    def load_encoders(self) -> None:
+        """Send the encoders of TopK SAEs to the workers. Raises SteeringError for an SAE of another width."""
+        for encoder in self._encoders:
+            for start, tensors in encoder.pieces():
+                replies = self.engine.call("steering_encoder", encoder.layer, encoder.number, start, tensors)
+                if errors := [reply for reply in replies if reply]:
+                    raise SteeringError(errors[0])
 
     def load(self, name: str, source: Source) -> None:
-        """Serve a vector, a feature clamp or a file of either under a name from now on.
+        """Serve a vector, interventions or a file of either under a name from now on.
 
         What was loaded under the name is replaced; requests that have begun end as they began. Where a table has no
         room for both, the former rows are freed first, if no request uses them.
@@ -86,55 +128,114 @@ class Control:
 
         Raises:
             HookpointError: The engine has no table at this layer.
-            SteeringError: The name has other characters, the table is full, the width is another one, or activations
-                of the engine's dtype would overflow.
+            SteeringError: The name has other characters, the table is full, the width is another one, a request would
+                need more slots than the engine has, or activations of the engine's dtype would overflow.
+            PairingError: It reads features of an SAE that the engine was not started with.
             FormatError: The file is damaged, or of another kind.
         """
         check_name(name)
-        rows = rows_from(source)
-        rows.check(self.dtype)
-        if rows.layer not in self.layers:
-            raise HookpointError(
-                f"{name} at layer {rows.layer}",
-                f"something at one of the layers {', '.join(map(str, self.layers))}",
-                "this engine has no table at other layers: start it with this layer among layers=",
-            )
+        stages = stages_from(source, self.saes)
+        self._check(name, stages)
         with self._lock:
-            self._free_unused()
-            new = _Loaded(self._unused_tag(), rows)
-            former = self._by_name.get(name)
-            error = self._fill(new)
-            if error and former is not None and former.rows.layer == rows.layer:
-                error = self._fill_in_place(name, former, new)
-            elif not error and former is not None:
-                self._unloaded_tags.append(former.tag)
-            if error:
-                raise SteeringError(f"{name} was not loaded. {error}")
-            self._by_name[name] = new
+            self._load(name, stages)
 
-    def _unused_tag(self) -> int:
-        """The smallest tag that nothing has; small enough for float32 to hold it exactly."""
-        used = {*self._unloaded_tags, *(loaded.tag for loaded in self._by_name.values())}
-        return next(tag for tag in itertools.count(1) if tag not in used)
+    def _load(self, name: str, stages: tuple[Stage, ...]) -> None:
+        """Give rows to stages that are checked. Raises SteeringError where they find no room."""
+        self._free_unused()
+        new = _Loaded(self._unused_tags(len(stages)), stages)
+        former = self._by_name.get(name)
+        error = self._fill(new)
+        if error and former is not None and former.layers & new.layers:
+            error = self._fill_in_place(name, former, new)
+        elif not error and former is not None:
+            self._unloaded_tags += former.tags
+        if error:
+            raise SteeringError(f"{'steer_vector' if is_inline(name) else name} was not loaded. {error}")
+        self._by_name[name] = new
+
+    def load_inline(self, text: str, *, lease: bool = False) -> str:
+        """Serve the vector that a request carries, if it is not served already, and return its name.
+
+        Args:
+            text: The file of a vector in base64.
+            lease: Whether its rows are kept until ``leases.give_back(name)``; else they are from when the request is
+                sent to the engine until it ends.
+
+        Raises:
+            SteeringError: The engine takes no vectors with requests, or the text is too long or damaged; else as
+                ``load`` does.
+            HookpointError: The engine has no table at the vector's layer.
+        """
+        if not self.inline:
+            raise SteeringError(
+                "steer_vector in a request",
+                "the name of what is loaded as steer",
+                "start the engine so that it takes vectors with requests (inline_vectors=True, or fgsteer serve "
+                "--inline-vectors), or have the vector loaded",
+            )
+        name = inline_name(text)
+        with self._lock:
+            if name not in self._by_name:
+                width = self.engine.config.model_config.get_hidden_size()
+                stages = stages_from(decode_vector(text, inline_chars(width)))
+                self._check("steer_vector", stages)
+                self._load(name, stages)
+            if lease:
+                self.leases.take(name)
+        return name
+
+    def _check(self, name: str, stages: Sequence[Stage]) -> None:
+        """Raises SteeringError and HookpointError for what this engine cannot serve."""
+        if len(stages) > self.slots:
+            raise self._too_many(f"{name}, which is {len(stages)} steerings one after the other,")
+        for rows in _Loaded((), tuple(stages)).rows:
+            rows.check(self.dtype)
+            groups_of(rows, self._encoders)
+            if rows.layer not in self.layers:
+                raise HookpointError(
+                    f"{name} at layer {rows.layer}",
+                    f"something at one of the layers {', '.join(map(str, self.layers))}",
+                    "this engine has no table at other layers: start it with this layer among layers=",
+                )
+
+    def _too_many(self, what: str) -> SteeringError:
+        return SteeringError(
+            f"{what} in one request",
+            f"at most {self.slots}, which this engine can do one after the other",
+            "ask for fewer, or start it with more (vectors_per_request=, or fgsteer serve --vectors-per-request)",
+        )
+
+    def _unused_tags(self, count: int) -> tuple[int, ...]:
+        """The smallest tags that nothing has; small enough for float32 to hold them exactly."""
+        used = {*self._unloaded_tags, *(tag for loaded in self._by_name.values() for tag in loaded.tags)}
+        return tuple(itertools.islice((tag for tag in itertools.count(1) if tag not in used), count))
 
     def _fill(self, new: _Loaded) -> str | None:
         """Give rows of the tables to what is loaded, on every worker or on none; the error as a sentence, if any."""
-        replies = self.engine.call("steering_load", new.tag, new.rows.layer, save(new.rows.tensors))
-        errors = [reply for reply in replies if reply]
-        if errors:
-            self.engine.call("steering_clear", new.tag)
-        return errors[0] if errors else None
+        for tag, stage in new.tagged:
+            for rows in stage.rows:
+                tensors = rows.table_tensors(groups_of(rows, self._encoders))
+                replies = self.engine.call("steering_load", tag, rows.layer, save(tensors))
+                if errors := [reply for reply in replies if reply]:
+                    self._clear(new.tags)
+                    return str(errors[0])
+        return None
+
+    def _clear(self, tags: Sequence[int]) -> None:
+        """Free the rows of tags."""
+        for tag in tags:
+            self.engine.call("steering_clear", tag)
 
     def _fill_in_place(self, name: str, former: _Loaded, new: _Loaded) -> str | None:
         """Give the rows of what has the name to something else; the error as a sentence, if any, and then no change."""
         del self._by_name[name]  # so that no request begins to use it meanwhile
-        if self._in_use(former.tag):
+        if self._in_use(former.tags):
             error: str | None = (
                 f"The table is full, and requests that have not ended use the rows that are loaded as {name!r}. "
                 "Try again when they have ended, or start the engine with more rows."
             )
         else:
-            self.engine.call("steering_clear", former.tag)
+            self._clear(former.tags)
             error = self._fill(new)
             if error:
                 self._fill(former)
@@ -151,19 +252,22 @@ class Control:
         with self._lock:
             if name not in self._by_name:
                 raise self._unknown(name)
-            self._unloaded_tags.append(self._by_name.pop(name).tag)
+            self._unloaded_tags += self._by_name.pop(name).tags
             self._free_unused()
 
     def _free_unused(self) -> None:
-        """Free the rows of what is unloaded and no longer used."""
+        """Free the rows of what is no longer used, of what is unloaded and what requests carried."""
+        for name in [name for name in self._by_name if is_inline(name) and name not in self.leases]:
+            if not self._in_use(self._by_name[name].tags):
+                self._clear(self._by_name.pop(name).tags)
         for tag in list(self._unloaded_tags):
-            if not self._in_use(tag):
-                self.engine.call("steering_clear", tag)
+            if not self._in_use([tag]):
+                self._clear([tag])
                 self._unloaded_tags.remove(tag)
 
-    def _in_use(self, tag: int) -> bool:
-        """Whether a request that has not ended is steered by this tag."""
-        return any(request.endswith(_suffix(tag)) for request in self.engine.live_requests())
+    def _in_use(self, tags: Sequence[int]) -> bool:
+        """Whether a request that has not ended is steered by one of these tags."""
+        return any(tags_of(request) & set(tags) for request in self.engine.live_requests())
 
     def _unknown(self, name: str) -> SteeringError:
         if not self.names:
@@ -196,29 +300,53 @@ class Control:
         """
         params = request.sampling_params
         if params is None:
-            if steering_keys(_extra_args(request)):
+            if steering_keys(extra_args_of(request)):
                 raise SteeringError(
                     "steering for a request that generates nothing",
                     "a request for completions",
                     "leave the steering out of requests for embeddings and scores",
                 )
             return False
-        requested = parse_request(params.extra_args)
-        if requested is None:
+        asked = parse_request(params.extra_args)
+        if not asked:
             return False
-        loaded = self._by_name.get(requested.name)
-        if loaded is None:
-            raise self._unknown(requested.name)
-        amounts = loaded.rows.amounts(requested.operation, requested.scale)
-        loaded.rows.check_const(amounts[0], self.dtype)
         ids = request.prompt_token_ids
         length = len(request.prompt_embeds if ids is None else ids)
-        span = requested.span(length, None if ids is None else ids[0] in self._start_ids)
-        params.extra_args = {**params.extra_args, PLAN: [loaded.tag, *amounts, *span]}
-        request.request_id += _suffix(loaded.tag)
-        salt = [request.cache_salt, loaded.rows.sha256, *amounts, requested.scope, requested.bos, *span]
+        starts = None if ids is None else ids[0] in self._start_ids
+        stages = [(tag, stage, one) for one in asked for tag, stage in self._loaded(one).tagged]
+        if len(stages) > self.slots:
+            raise self._too_many(f"{len(stages)} steerings")
+        plan: list[list[float]] = []
+        salt: list[Any] = [request.cache_salt]
+        for tag, stage, one in sorted(stages, key=lambda entry: entry[1].is_late):
+            numbers = self._numbers(one, stage, length, starts)
+            plan.append([tag, *numbers])
+            salt += [stage.sha256, *numbers]
+        others = {key: value for key, value in params.extra_args.items() if key != "steer_vector"}
+        params.extra_args = {**others, PLAN: plan}
+        request.request_id += suffix_of(int(tag) for tag, *_ in plan)
         request.cache_salt = text_sha256(salt)
         return True
+
+    def _loaded(self, asked: RequestedSteering) -> _Loaded:
+        """What a steering asks for. Raises SteeringError for an unknown name, and for a vector that does not load."""
+        if asked.vector is not None and self.engine.calls_while_admitting:
+            self.load_inline(asked.vector)
+        loaded = self._by_name.get(asked.name)
+        if loaded is None and asked.vector is not None:
+            raise SteeringError(
+                "steer_vector in a request of this kind",
+                "a request to /v1/completions or /v1/chat/completions of a server that takes vectors with requests",
+                "start it with fgsteer serve --inline-vectors, or have the vector loaded",
+            )
+        if loaded is None:
+            raise self._unknown(asked.name)
+        return loaded
+
+    def _numbers(self, asked: RequestedSteering, stage: Stage, length: int, starts: bool | None) -> list[float]:
+        """The numbers of a slot after its tag: the amounts, then the first position and the end."""
+        amounts = stage.amounts(asked.operation, asked.scale, self.dtype)
+        return [*amounts, *asked.with_defaults(stage.scope, stage.bos).span(length, starts)]
 
     @cached_property
     def _start_ids(self) -> frozenset[int]:
@@ -255,11 +383,6 @@ class Control:
                 )
 
 
-def _suffix(tag: int) -> str:
-    """What ends the id of a request that is steered by a tag."""
-    return f"-steered-{tag}"
-
-
 def _differ(a: tuple[int, float], b: tuple[int, float]) -> bool:
     """Whether two generated (token, log-probability) pairs differ by more than rounding."""
     return a[0] != b[0] or not abs(a[1] - b[1]) <= _CANARY_NATS
@@ -270,69 +393,3 @@ def _probe(layer: int, width: int) -> TableRows:
     read, write = torch.nn.functional.normalize(torch.randn(2, width, generator=torch.Generator().manual_seed(layer)))
     zero, inf = torch.zeros(1), torch.full((1,), torch.inf)
     return TableRows(Hookpoint(layer), read[None], -100.0 * write[None], zero, -inf, zero, zero + 1, -inf, inf)
-
-
-def _extra_args(request: Any) -> Mapping[str, Any] | None:
-    """The arguments for extensions such as this one in an ``EngineCoreRequest``."""
-    if request.sampling_params is not None:
-        extra: Mapping[str, Any] | None = request.sampling_params.extra_args
-        return extra
-    return getattr(request.pooling_params, "extra_kwargs", None)
-
-
-def check_planned(request: Any) -> None:
-    """Raises SteeringError for a request to the engine that asks for steering and that ``admit`` did not plan."""
-    extra = _extra_args(request) or {}
-    if not steering_keys(extra):
-        return
-    plan = extra.get(PLAN)
-    if not plan or getattr(request, "resumable", False) or not request.request_id.endswith(_suffix(plan[0])):
-        raise SteeringError(
-            "steering for an input that is streamed", "a complete prompt", "send the whole prompt in one request"
-        )
-
-
-@dataclass
-class SteeringOutcome:
-    """What became of an HTTP request that asks for steering: whether it was admitted, or why it was refused."""
-
-    admitted: bool = False
-    refusal: str = ""
-
-
-OUTCOME: ContextVar[SteeringOutcome | None] = ContextVar("fgsteer_outcome", default=None)
-"""The outcome of the HTTP request that is being answered; admission writes to it."""
-
-
-def attach(engine: Any, control: Control) -> None:
-    """Make every request of an ``LLMEngine`` or ``AsyncLLM`` pass ``control.admit`` before it is sent.
-
-    ``assign_request_id`` is the last step of both engines that has the complete request; an error that is raised there
-    is answered as the client's, and the engine goes on. Streamed inputs do not pass it, but go to
-    ``output_processor.add_request``, where a request that ``admit`` has not planned is refused.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    processor, outputs = engine.input_processor, engine.output_processor
-    assign: Callable[[Any], None] = processor.assign_request_id
-    add: Callable[..., None] = outputs.add_request
-
-    def report_refusal(step: Callable[[Any], Any], request: Any) -> Any:
-        try:
-            return step(request)
-        except SteeringError as error:
-            if outcome := OUTCOME.get():
-                outcome.refusal = str(error)
-            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
-
-    def admit(request: Any) -> None:
-        assign(request)
-        if report_refusal(control.admit, request) and (outcome := OUTCOME.get()):
-            outcome.admitted = True
-
-    def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
-        report_refusal(check_planned, request)
-        add(request, *args, **kwargs)
-
-    processor.assign_request_id = admit
-    outputs.add_request = add_request

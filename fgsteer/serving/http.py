@@ -17,10 +17,11 @@ import tempfile
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 from fgsteer.errors import FgsteerError, SteeringError
-from fgsteer.serving.control import OUTCOME, Control, SteeringOutcome
+from fgsteer.serving.admission import OUTCOME, SteeringOutcome
+from fgsteer.serving.control import Control
 from fgsteer.serving.request import steering_keys
 from fgsteer.serving.rows import check_name
 
@@ -160,7 +161,8 @@ class SteeringMiddleware:
         async def receive_again() -> Message:
             return unread.pop() if unread else await receive()
 
-        asks, refusal = asks_for_steering(bytes(body))
+        asks, refusal, vector = asks_for_steering(bytes(body))
+        name, refusal = ("", refusal) if refusal or vector is None else await self._lease(vector)
         if refusal:
             await send_json(send, 400, refusal)
             return
@@ -184,29 +186,52 @@ class SteeringMiddleware:
             await self.app(scope, receive_again, send_if_steered if asks else send)
         finally:
             OUTCOME.reset(token)
+            if name and (started := self.started()):
+                started.control.leases.give_back(name)
+
+    async def _lease(self, vector: str) -> tuple[str, str]:
+        """Load the vector that a request carries, until it is answered: its name, or why it is refused."""
+        started = self.started()
+        if started is None:
+            return "", "The server has not started yet. Try again."
+        try:
+            return await asyncio.to_thread(started.control.load_inline, vector, lease=True), ""
+        except FgsteerError as error:
+            return "", str(error)
 
 
-def asks_for_steering(body: bytes) -> tuple[bool, str]:
-    """Whether the body of a POST asks for steering, and why it is refused at once if it is."""
+class Asked(NamedTuple):
+    """Whether the body of a POST asks for steering, why it is refused at once, if it is, and the vector in it."""
+
+    asks: bool = False
+    refusal: str = ""
+    vector: str | None = None
+
+
+def asks_for_steering(body: bytes) -> Asked:
+    """What the body of a POST asks for."""
     if not any(mark in body for mark in (b"steer", b"\\u", b"\x00")):  # the word as it is, escaped, or in UTF-16
-        return False, ""
+        return Asked()
     try:
         request = json.loads(body)
     except (ValueError, RecursionError):  # a form with a recording, or nothing that vLLM reads
-        return b"steer" in body and b"vllm_xargs" in body, ""
+        return Asked(b"steer" in body and b"vllm_xargs" in body)
     if not isinstance(request, Mapping):
-        return False, ""
+        return Asked()
     extra = request.get("extra_body")
     misplaced = steering_keys(request) or steering_keys(extra)
     if misplaced or (isinstance(extra, Mapping) and steering_keys(extra.get("vllm_xargs"))):
-        return True, (
+        return Asked(
+            True,
             "Expected the steer keys in vllm_xargs, got them in another part of the request. "
-            'Send {"vllm_xargs": {"steer": …}} at the top of the request.'
+            'Send {"vllm_xargs": {"steer": …}} at the top of the request.',
         )
     params = request.get("sampling_params")
-    in_params = isinstance(params, Mapping) and steering_keys(params.get("extra_args"))
-    asks = bool(steering_keys(request.get("vllm_xargs")) or in_params)
-    return asks, UNSTEERED if asks and request.get("use_beam_search") is True else ""
+    places = [request.get("vllm_xargs"), params.get("extra_args") if isinstance(params, Mapping) else None]
+    asked = [place for place in places if isinstance(place, Mapping) and steering_keys(place)]
+    vectors = [vector for place in asked if isinstance(vector := place.get("steer_vector"), str)]
+    refused = asked and request.get("use_beam_search") is True
+    return Asked(bool(asked), UNSTEERED if refused else "", vectors[0] if vectors else None)
 
 
 async def read_body(receive: Receive, length: str, max_bytes: int) -> bytes:

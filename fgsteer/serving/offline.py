@@ -14,11 +14,17 @@ from typing import Any
 
 from fgsteer.errors import SteeringError
 from fgsteer.models.shipped import DEFAULT, find_shipped
-from fgsteer.serving.control import Control, attach
-from fgsteer.serving.rows import Source, TableRows, rows_by_name
+from fgsteer.saes.sae import SAE
+from fgsteer.serving.admission import attach
+from fgsteer.serving.control import Control
+from fgsteer.serving.encoders import topk_encoders
+from fgsteer.serving.request import MAX_ENTRIES
+from fgsteer.serving.sources import Source, Stage, stages_by_name
 from fgsteer.storage.version import library_version
 
 DEFAULT_ROWS = 32
+DEFAULT_SLOTS = 2
+"""How many steerings a request may have, one after the other, where nothing else is asked for."""
 CANARY_PROMPT = (2, 3, 5, 7)  # token ids that every vocabulary has
 
 
@@ -33,13 +39,20 @@ def need_vllm() -> None:
 
 
 def engine_settings(
-    model: str, served: Mapping[str, TableRows], layers: Iterable[int] | None, rows: int
+    model: str,
+    served: Mapping[str, Sequence[Stage]],
+    layers: Iterable[int] | None,
+    rows: int,
+    slots: int = DEFAULT_SLOTS,
+    saes: Sequence[SAE] = (),
 ) -> tuple[str, list[int], dict[str, Any]]:
     """The model's path, the layers with tables, and vLLM's settings, for an engine that steers.
 
-    Raises SteeringError for no layer, or no rows.
+    Raises SteeringError for no layer, no rows, or no slots.
     """
-    steered_layers = sorted({item.layer for item in served.values()} | set(layers or ()))
+    encoders = [encoder.settings for encoder in topk_encoders(saes)]
+    own = {layer for stages in served.values() for stage in stages for layer in stage.layers}
+    steered_layers = sorted(own | {layer for layer, *_ in encoders} | set(layers or ()))
     if not steered_layers:
         raise SteeringError(
             "no vectors and no layers",
@@ -49,10 +62,19 @@ def engine_settings(
         )
     if rows < 1:
         raise SteeringError(f"rows={rows}", "rows=1 or more")
+    if not 1 <= slots <= MAX_ENTRIES:
+        raise SteeringError(f"vectors_per_request={slots}", f"vectors_per_request from 1 to {MAX_ENTRIES}")
+    own_settings = {
+        "version": library_version(),
+        "layers": steered_layers,
+        "rows": rows,
+        "slots": slots,
+        "encoders": encoders,
+    }
     settings = {
         "worker_cls": "fgsteer.serving.worker.SteeringWorker",
         # This is part of the key of vLLM's compile cache; worker_cls is not.
-        "additional_config": {"fgsteer": {"version": library_version(), "layers": steered_layers, "rows": rows}},
+        "additional_config": {"fgsteer": own_settings},
     }
     shipped = find_shipped(model)
     return model if shipped is None else str(shipped.model_folder()), steered_layers, settings
@@ -60,6 +82,8 @@ def engine_settings(
 
 class _OfflineEngine:
     """A ``vllm.LLM`` as ``Control`` needs it."""
+
+    calls_while_admitting = True
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
@@ -100,6 +124,9 @@ def steered_llm(
     vectors: Mapping[str, Source] | str | Path | None = None,
     layers: Iterable[int] | None = None,
     rows: int = DEFAULT_ROWS,
+    vectors_per_request: int = DEFAULT_SLOTS,
+    saes: Sequence[SAE] = (),
+    inline_vectors: bool = False,
     **engine_args: Any,
 ) -> Any:
     """A ``vllm.LLM`` that steers each request as it asks; ``llm.steering`` loads and unloads vectors.
@@ -108,9 +135,15 @@ def steered_llm(
 
     Args:
         model: "default", "smollm2", or a Hugging Face id or path.
-        vectors: {name: vector, feature clamp or file of either}, or a folder of files named NAME.safetensors.
+        vectors: {name: vector, intervention, list of these or file}, or a folder of files named NAME.safetensors.
         layers: Layers to steer at besides the vectors' own, for vectors that are loaded later.
         rows: Rows of the table at each layer: a vector takes one, a feature clamp one for each feature.
+        vectors_per_request: How many steerings a request may have, one after the other. Every token passes so many
+            steps at each layer, used or not.
+        saes: SAEs whose features are clamped by files that do not hold them, and every TopK SAE whose features are
+            clamped. Of these each worker keeps the encoder, 4 · d_model · d_sae bytes, and needs 4 · d_sae bytes more
+            for each token of a batch.
+        inline_vectors: Whether requests may carry vectors (``steering(vector)``), which then take rows.
         **engine_args: Other arguments of ``vllm.LLM``, such as ``dtype="bfloat16"``.
 
     Returns:
@@ -119,11 +152,12 @@ def steered_llm(
     Raises:
         SteeringError: vLLM is not installed, there is no layer to steer at, or a table has too few rows.
         FormatError: A file is damaged, or of another kind.
-        HookpointError: A vector is for a hookpoint within a block.
+        HookpointError: A vector or a TopK SAE is for a hookpoint within a block.
+        PairingError: A clamp is of features of a TopK SAE that is not among ``saes``.
     """
     need_vllm()
-    served = rows_by_name(vectors or {})
-    path, steered_layers, settings = engine_settings(model, served, layers, rows)
+    served = stages_by_name(vectors or {}, saes)
+    path, steered_layers, settings = engine_settings(model, served, layers, rows, vectors_per_request, saes)
     from vllm import LLM
 
     if "worker_cls" in engine_args:
@@ -132,14 +166,15 @@ def steered_llm(
         )
     extra = engine_args.pop("additional_config", {})
     llm = LLM(path, **{**engine_args, **settings, "additional_config": {**extra, **settings["additional_config"]}})
-    llm.steering = control = Control(_OfflineEngine(llm), steered_layers)
-    attach(llm.llm_engine, control)
+    llm.steering = control = Control(_OfflineEngine(llm), steered_layers, vectors_per_request, saes, inline_vectors)
+    attach(llm.llm_engine, control.admit)
     start_serving(control, served)
     return llm
 
 
-def start_serving(control: Control, served: Mapping[str, TableRows]) -> None:
-    """Run the canary, then load what is to be served."""
+def start_serving(control: Control, served: Mapping[str, Sequence[Stage]]) -> None:
+    """Run the canary, then load what is to be served, all with the encoders that it needs."""
+    control.load_encoders()
     control.canary()
     for name, item in served.items():
         control.load(name, item)

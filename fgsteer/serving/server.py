@@ -16,18 +16,21 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from fgsteer.errors import SteeringError
-from fgsteer.serving.control import Control, attach
+from fgsteer.saes.sae import SAE
+from fgsteer.serving.admission import attach
+from fgsteer.serving.control import Control
 from fgsteer.serving.http import Access, StartedServer, SteeringMiddleware, upload_bytes
 from fgsteer.serving.offline import (
     CANARY_PROMPT,
     DEFAULT_ROWS,
+    DEFAULT_SLOTS,
     canary_params,
     engine_settings,
     generated_tokens,
     need_vllm,
     start_serving,
 )
-from fgsteer.serving.rows import rows_by_name
+from fgsteer.serving.sources import stages_by_name
 
 PLUGIN = "fgsteer"  # the name of the entry point in pyproject.toml
 _GROUPS = ("general_plugins", "io_processor_plugins", "platform_plugins", "stat_logger_plugins")
@@ -36,6 +39,8 @@ T = TypeVar("T")
 
 class _ServingEngine:
     """An ``AsyncLLM`` as ``Control`` needs it, called from other threads than that of its event loop."""
+
+    calls_while_admitting = False  # requests are admitted in the event loop, which answers calls
 
     def __init__(self, client: Any, loop: asyncio.AbstractEventLoop) -> None:
         self.client, self.loop = client, loop
@@ -75,6 +80,8 @@ class Plugin:
     name = PLUGIN
     required_tasks = ("generate",)
     vectors: ClassVar[str | Path | None] = None  # the folder, which is set before the server starts in its process
+    saes: ClassVar[tuple[SAE, ...]] = ()
+    inline: ClassVar[bool] = False
     access: ClassVar[Access] = Access()
 
     def __init__(self) -> None:
@@ -91,9 +98,10 @@ class Plugin:
             raise SteeringError(
                 "a server without fgsteer's worker", "a server that fgsteer has set up", "start it with fgsteer serve"
             )
-        control = Control(_ServingEngine(engine_client, asyncio.get_running_loop()), settings["layers"])
-        attach(engine_client, control)
-        await asyncio.to_thread(start_serving, control, rows_by_name(self.vectors or {}))
+        engine = _ServingEngine(engine_client, asyncio.get_running_loop())
+        control = Control(engine, settings["layers"], settings["slots"], self.saes, self.inline)
+        attach(engine_client, control.admit)
+        await asyncio.to_thread(start_serving, control, stages_by_name(self.vectors or {}, self.saes))
         width = control.engine.config.model_config.get_hidden_size()
         self.started = StartedServer(control, self.access, upload_bytes(settings["rows"], width))
 
@@ -138,6 +146,9 @@ def serve(
     *,
     layers: Iterable[int] | None = None,
     rows: int = DEFAULT_ROWS,
+    vectors_per_request: int = DEFAULT_SLOTS,
+    saes: Sequence[SAE] = (),
+    inline_vectors: bool = False,
     more: Sequence[str] = (),
     admin_key: str | None = None,
     allow_uploads: bool = False,
@@ -149,6 +160,9 @@ def serve(
         vectors: A folder of files named NAME.safetensors to load.
         layers: Layers to steer at besides the vectors' own, for vectors that are loaded later.
         rows: Rows of the table at each layer.
+        vectors_per_request: How many steerings a request may have, one after the other.
+        saes: SAEs whose features clamps in files read, and every TopK SAE whose features are clamped.
+        inline_vectors: Whether requests may carry vectors, which then take rows.
         more: Options of ``vllm serve``.
         admin_key: A key for ``/v1/steering`` alone. Without it vLLM's ``--api-key`` protects these addresses too.
         allow_uploads: Whether everyone may load and unload vectors where there is no key at all.
@@ -158,7 +172,8 @@ def serve(
         FormatError: A file of the folder is damaged, or of another kind.
     """
     need_vllm()
-    path, _, settings = engine_settings(model, rows_by_name(vectors or {}), layers, rows)
+    served = stages_by_name(vectors or {}, saes)
+    path, _, settings = engine_settings(model, served, layers, rows, vectors_per_request, saes)
     if not any(plugin.name == PLUGIN for plugin in entry_points(group="vllm.endpoint_plugins")):
         raise SteeringError(
             "fgsteer can be imported, but is not installed, so vLLM does not find its plugin.",
@@ -179,7 +194,8 @@ def serve(
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([path, *more])
     set_engine_options(args, model, settings)
-    Plugin.vectors, Plugin.access = vectors, upload_access(args, admin_key, allow_uploads)
+    Plugin.vectors, Plugin.saes, Plugin.inline = vectors, tuple(saes), inline_vectors
+    Plugin.access = upload_access(args, admin_key, allow_uploads)
     configure_logging_from_args(args)
     command = ServeSubcommand()
     command.validate(args)

@@ -65,7 +65,8 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
         text = self.model_config.hf_text_config
         width = self.model_config.get_hidden_size()
         runner = self.model_runner
-        self.steering_batch = Batch(self.vllm_config.scheduler_config.max_num_batched_tokens, self.device)
+        tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+        self.steering_batch = Batch(tokens, self.device, settings["slots"])
         self.steering_tables: dict[int, Table] = {}
         blocks = blocks_of(runner.get_model(), text.num_hidden_layers)
         for layer in settings["layers"]:
@@ -74,7 +75,9 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
             block = blocks[layer]
             if isinstance(block, PPMissingLayer):  # this block is in another pipeline stage
                 continue
-            self.steering_tables[layer] = block.steering = Table(settings["rows"], width, self.steering_batch.tokens)
+            encoders = [(d_sae, k) for at, d_sae, k in settings["encoders"] if at == layer]
+            table = Table(settings["rows"], width, self.steering_batch.tokens, encoders)
+            self.steering_tables[layer] = block.steering = table
             block.register_forward_hook(steer_block)
         self._plan_before_forward()
 
@@ -107,7 +110,7 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
         for new in scheduler_output.scheduled_new_reqs:
             extra = new.sampling_params.extra_args if new.sampling_params else None
             if extra and PLAN in extra:
-                plans[new.req_id] = tuple(extra[PLAN])
+                plans[new.req_id] = extra[PLAN]
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     @torch.inference_mode()
@@ -116,6 +119,16 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
         try:
             if layer in self.steering_tables:
                 self.steering_tables[layer].fill(float(tag), load(tensors))
+        except FgsteerError as error:
+            return str(error)
+        return None
+
+    @torch.inference_mode()
+    def steering_encoder(self, layer: int, number: int, start: int, tensors: bytes) -> str | None:
+        """Write columns of the encoder of a TopK SAE, if this worker has the layer; the error as a sentence, if any."""
+        try:
+            if layer in self.steering_tables:
+                self.steering_tables[layer].fill_encoder(number, start, load(tensors))
         except FgsteerError as error:
             return str(error)
         return None

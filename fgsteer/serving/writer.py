@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from fgsteer.activations.tokens import encode_prompts
 from fgsteer.data.chat import Text
-from fgsteer.errors import SteeringError
-from fgsteer.errors.wording import a
-from fgsteer.interventions import ClampFeature, DirectionIntervention, Intervention
-from fgsteer.interventions.table import spec_of
+from fgsteer.interventions import DirectionIntervention, Intervention
+from fgsteer.interventions.table import INTERVENTIONS
+from fgsteer.serving.converting import check_intervention, rows_of
 from fgsteer.serving.request import steering
-from fgsteer.serving.rows import VECTOR_OPERATIONS, TableRows, rows_of
+from fgsteer.serving.rows import VECTOR_OPERATIONS, TableRows
+from fgsteer.serving.sources import check_one_run
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -27,33 +27,21 @@ NO_END = -100.0  # added to the logits of tokens that end a text, which ``rollou
 
 
 def servable(item: Intervention) -> tuple[TableRows, dict[str, Any]]:
-    """The rows that an intervention needs, and the arguments of ``steering`` that ask for it. Raises as ``rows_of``."""
-    if not isinstance(item, Intervention):
-        raise SteeringError(
-            f"{a(type(item).__name__)} in vLLM",
-            "an intervention on activations",
-            "steer with fgsteer.steer, which can do all",
-        )
+    """The rows that an intervention needs, and the arguments of ``steering`` that ask for it. Raises as ``rows_of``.
+
+    Operations on a vector need the vector alone, so that any number of them share its row.
+    """
+    check_intervention(item)
     item = item.detach()
-    if item.when is not None:
-        raise SteeringError(
-            f"{type(item).__name__} with a gate (when=…) in vLLM",
-            "an intervention that always acts",
-            "steer with fgsteer.steer, or leave when= out",
-        )
-    options: dict[str, Any] = {"scope": item.scope, "bos": item.bos}
-    if isinstance(item, ClampFeature):
+    options: dict[str, Any] = {"scope": check_one_run(item.scope, "scope"), "bos": item.bos}
+    own = [s for s in INTERVENTIONS if s.of_vector and s.kind == type(item).__name__]
+    given = [spec for spec in own if not spec.amount or getattr(item, spec.amount) is not None]
+    is_of_vector = len(given) == 1 and given[0].name in VECTOR_OPERATIONS
+    if not isinstance(item, DirectionIntervention) or not is_of_vector or item.when is not None:
         return rows_of(item), options
-    spec = spec_of(item)
-    if not isinstance(item, DirectionIntervention) or spec.name not in VECTOR_OPERATIONS:
-        raise SteeringError(
-            f"{type(item).__name__} in vLLM",
-            f"one of {', '.join(VECTOR_OPERATIONS)} of a vector, or a feature clamp",
-            "steer with fgsteer.steer, which can do all",
-        )
-    options["op"] = spec.name
-    if spec.amount:
-        options["scale"] = getattr(item, spec.amount)
+    options["op"] = given[0].name
+    if given[0].amount:
+        options["scale"] = getattr(item, given[0].amount)
     return rows_of(SteeringVector(item.direction, item.hookpoint, getattr(item, "reference", None))), options
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from safetensors.torch import load
 
 import fgsteer as fg
-from fgsteer.serving.tables import COLUMNS, Table
+from fgsteer.serving.encoders import topk_encoders
+from fgsteer.serving.request import PLAN
+from fgsteer.serving.tables import Batch, Table
 from tests.helpers.saes import make_sae
 
 WIDTH = 32
@@ -30,8 +33,12 @@ def clamp(activation, layer=1):
 class FakeEngine:
     """Workers with one table a layer, and requests that are live for as long as a test says."""
 
-    def __init__(self, layers, steers=True, rows=4):
-        self.tables = {layer: Table(rows, WIDTH, torch.zeros(COLUMNS, 8)) for layer in layers}
+    calls_while_admitting = True
+
+    def __init__(self, layers, steers=True, rows=4, slots=1, saes=()):
+        self.batch = Batch(255, torch.device("cpu"), slots)
+        encoders = {at: [(d, k) for a, d, k in (e.settings for e in topk_encoders(saes)) if a == at] for at in layers}
+        self.tables = {layer: Table(rows, WIDTH, self.batch.tokens, encoders[layer]) for layer in layers}
         self.live, self.steers = [], steers
         config = SimpleNamespace(bos_token_id=0, eos_token_id=[2])
         self.config = SimpleNamespace(
@@ -47,8 +54,11 @@ class FakeEngine:
     def call(self, method, *args):
         if method == "steering_clear":
             return [table.clear(float(args[0])) for table in self.tables.values()]
-        tag, layer, tensors = args
         try:
+            if method == "steering_encoder":
+                layer, number, start, tensors = args
+                return [None, self.tables[layer].fill_encoder(number, start, load(tensors))]
+            tag, layer, tensors = args
             return [None, self.tables[layer].fill(float(tag), load(tensors))]
         except fg.FgsteerError as error:
             return [None, str(error)]
@@ -59,10 +69,26 @@ class FakeEngine:
     def continuations(self, extras, tokens):
         plain = [(1, -1.0), (2, -1.0)]
         changed = {"all": [(1, -2.0), (3, -1.0)], "generated": [(1, -1.0), (2, -1.5)]}
-        return [plain if not extra or not self.steers else changed[extra["steer_scope"]] for extra in extras]
+        return [plain if not extra or not self.steers else changed[extra.get("steer_scope", "all")] for extra in extras]
 
 
 def request(extra, salt=None, ids=(5, 6, 7), embeds=None):
     params = SimpleNamespace(extra_args=extra)
     places = {"prompt_token_ids": ids, "prompt_embeds": embeds, "pooling_params": None}
     return SimpleNamespace(sampling_params=params, request_id="r", cache_salt=salt, resumable=False, **places)
+
+
+def steer_batch(control, extras, hidden, prompt=3):
+    """What the tables, each layer's after the former's, make of a batch: ``hidden`` (requests, tokens, WIDTH)."""
+    batch, plans = control.engine.batch, {}
+    for number, extra in enumerate(extras):
+        made = request(extra, ids=(0, *range(5, 4 + prompt)))
+        control.admit(made)
+        plans[str(number)] = (extra or {}) and made.sampling_params.extra_args[PLAN]
+    batch.plans = plans
+    count, tokens = hidden.shape[:2]
+    batch.write_plan(list(plans), np.arange(count + 1) * tokens, torch.arange(tokens).repeat(count))
+    flat = hidden.flatten(0, 1)
+    for _, table in sorted(control.engine.tables.items()):
+        flat = table(flat, None)
+    return flat.view_as(hidden)

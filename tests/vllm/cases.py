@@ -24,7 +24,7 @@ TOKENS = 24
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 256,
-    "max_num_seqs": 16,
+    "max_num_seqs": 32,
     "kv_cache_memory_bytes": 64 << 20,
     "seed": 0,
 }
@@ -44,7 +44,7 @@ class Case:
     label: str
     prompt: str
     extra: dict[str, Any]
-    item: fg.Intervention | None
+    item: fg.Intervention | list[fg.Intervention] | None
 
 
 def four_heads(folder: Path) -> str:
@@ -65,7 +65,7 @@ def model(source: str = DEFAULT) -> tuple[Any, Any]:
 
 @cache
 def ids(prompt: str) -> tuple[int, ...]:
-    return tuple(model()[1](prompt)["input_ids"])
+    return tuple(model(DEFAULT)[1](prompt)["input_ids"])  # as ``served`` asks for it: several threads may come here
 
 
 @cache
@@ -86,7 +86,7 @@ def served(source: str = DEFAULT) -> dict[str, Any]:
     last = network.config.num_hidden_layers - 1  # its output is large: a direction the head reads
     row = network.get_output_embeddings().weight[123].detach()
     named["last"] = fg.SteeringVector(row / row.norm() * 40, fg.Hookpoint(last))
-    sae = fg.load_sae("default")
+    (sae,) = saes()
     active = sae.encode(states[sae.hookpoint.layer + 1][0, 1:])
     features = active.gt(0).sum(0).topk(3).indices.tolist()
     floor = active[active > 0].min().expand(sae.d_sae)  # JumpReLU in place of TopK, whose features compete
@@ -94,12 +94,34 @@ def served(source: str = DEFAULT) -> dict[str, Any]:
     named["features"] = fg.ClampFeature(
         hookpoint=sae.hookpoint, sae=jump, targets={j: float(4 * active.max()) for j in features}
     )
-    return named
+    competing = {j: float(1.5 * active.max()) for j in features}
+    named["competing"] = fg.ClampFeature(hookpoint=sae.hookpoint, sae=sae, targets=competing)
+    return named | others(named, features[0], states[sae.hookpoint.layer + 1][0, 1:])
+
+
+def others(named: dict[str, Any], feature: int, h: torch.Tensor) -> dict[str, Any]:
+    """Interventions that no vector makes, some that compose, and one that is gated by activations like h."""
+    middle, late, (sae,) = named["middle"], named["late"], saes()
+    cosine = float(torch.cosine_similarity(h, middle.direction[None]).median())
+    direction, other, at = late.direction, named["mean"].direction, late.hookpoint
+    return {
+        "adaptive": fg.AdaptiveAdd(hookpoint=at, direction=direction, read=other / other.norm(), coefficient=0.01),
+        "turn": fg.Rotate(hookpoint=at, direction=other, other=direction, by=-70.0),
+        "plane": fg.ClampSubspace(hookpoint=at, directions=torch.stack([direction, other])),
+        "gated": middle.add(3.0, when=(fg.Feature(sae, feature) > 0.0) | (fg.Cosine(middle) > cosine)),
+        "composed": [middle.add(1.0), late.add(-2.0, scope="generated"), middle.ablate()],
+    }
+
+
+@cache
+def saes() -> tuple[Any, ...]:
+    """The SAE whose features are clamped, which is TopK."""
+    return (fg.load_sae("default"),)
 
 
 @cache
 def cases(source: str = DEFAULT) -> tuple[Case, ...]:
-    """Ten requests and six more, none of which shares its steering with another."""
+    """Requests none of which shares its steering with another."""
     s = served(source)
     first, middle, late, last, clamp = (s[name] for name in ("first", "middle", "late", "last", "features"))
     a, b, c, d, e = PROMPTS
@@ -130,6 +152,26 @@ def cases(source: str = DEFAULT) -> tuple[Case, ...]:
             steering("late", op="at_least", scale=4 * late.norm, scope=fg.last(3)),
             late.clamp(at_least=4 * late.norm, scope=fg.last(3)),
         ),
+        Case("relative", e, steering("middle", op="add_relative", scale=0.6), middle.add_relative(0.6)),
+        Case("norm kept", b, steering("middle", op="add_keeping_norm", scale=2.0), middle.add_keeping_norm(2.0)),
+        Case("a TopK SAE's features", a, steering("competing"), s["competing"]),
+        Case("adaptive", d, steering("adaptive"), s["adaptive"]),
+        Case("turn", b, steering("turn"), s["turn"]),
+        Case("subspace", e, steering("plane"), s["plane"]),
+        Case(
+            "two at one layer",
+            c,
+            steering([{"name": "mean", "op": "ablate"}, {"name": "middle", "scale": -1.0, "scope": "reply"}]),
+            [s["mean"].ablate(), middle.add(-1.0, scope="reply")],
+        ),
+        Case(
+            "three",
+            d,
+            steering([{"name": "late", "scale": 2.0}, {"name": "competing", "bos": True}, {"name": "first"}]),
+            [late.add(2.0), replace(s["competing"], bos=True), first.add(1.0)],
+        ),
+        Case("gated", c, steering("gated"), s["gated"]),
+        Case("a file of several", a, steering("composed"), s["composed"]),
     )
 
 
@@ -140,7 +182,7 @@ class Continuation:
 
 
 def continue_with_hooks(
-    prompt: str, item: fg.Intervention | None, tokens: int = TOKENS, source: str = DEFAULT
+    prompt: str, item: fg.Intervention | list[fg.Intervention] | None, tokens: int = TOKENS, source: str = DEFAULT
 ) -> Continuation:
     """Greedy continuation of one prompt alone, under ``fg.steer``."""
     network, _ = model(source)

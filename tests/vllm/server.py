@@ -45,7 +45,12 @@ def save_served(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     for name, item in served().items():
         path = folder / f"{name}.safetensors"
-        save_clamp(item, path) if isinstance(item, fg.ClampFeature) else item.save(path)
+        if isinstance(item, fg.SteeringVector):
+            item.save(path)
+        elif isinstance(item, fg.ClampFeature):
+            save_clamp(item, path)
+        else:
+            fg.save_steering(path, item)
     return folder
 
 
@@ -68,7 +73,18 @@ def serving(folder: Path, log: Path, *options: str) -> Iterator[tuple[str, subpr
         "--dtype",
         "float32",
     ]
-    command += ["--max-num-seqs", "16", "--kv-cache-memory-bytes", str(64 << 20), *options]
+    command += [
+        "--sae",
+        "default",
+        "--vectors-per-request",
+        "3",
+        "--inline-vectors",
+        "--max-num-seqs",
+        "32",
+        "--kv-cache-memory-bytes",
+        str(64 << 20),
+        *options,
+    ]
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS

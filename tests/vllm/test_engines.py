@@ -26,6 +26,7 @@ from tests.vllm.cases import (
     continue_with_hooks,
     four_heads,
     ids,
+    saes,
     served,
 )
 
@@ -34,7 +35,8 @@ pytestmark = pytest.mark.vllm
 
 @contextmanager
 def engine(source=DEFAULT, **settings):
-    llm = steered_llm(source, vectors=served(source), **SETTINGS | settings)
+    own = {"vectors": served(source), "saes": saes(), "vectors_per_request": 3, "inline_vectors": True}
+    llm = steered_llm(source, **own, **SETTINGS | settings)
     try:
         yield llm
     finally:
@@ -111,6 +113,8 @@ def test_several_samples_of_a_request(eager):
         ({"steer": "features", "steer_op": "add"}, "feature clamp"),
         ({"steer": "middle", "steer_strength": 2.0}, "steer_strength"),
         ({"steer": "middle", "steer_plan": [1, 9, 9, 0, 99]}, "steer_plan"),
+        (steering([{"name": "middle"}] * 4), "at most 3"),
+        ({"steer": '[{"name": "middle", "scale": NaN}]'}, "finite"),
     ],
 )
 def test_a_request_that_cannot_be_is_refused_and_the_engine_lives_on(eager, extra, why):
@@ -136,6 +140,24 @@ def test_loading_and_unloading_while_the_engine_runs(eager, tmp_path):
     eager.steering.unload("new")
     with refused(match="'new'"):
         run(eager, [request], 4)
+    check_mixed_batch(eager)
+
+
+def test_requests_carry_their_vectors(eager):
+    """More than the table has rows, in one batch with others, and again."""
+    vectors = [served()["middle"] * scale for scale in (1.0, -1.0, 1.5)]
+    asked = [(PROMPTS[0], steering(vector)) for vector in vectors for _ in range(2)] + [(PROMPTS[0], {})]
+    items = [vector.add(1.0) for vector in vectors for _ in range(2)] + [None]
+    wanted = [continue_with_hooks(PROMPTS[0], item, 8).tokens for item in items]
+    for _ in range(2):
+        assert [found.tokens for found in run(eager, asked, 8)] == wanted
+    for number in range(40):  # the table has 32 rows
+        vector = served()["first"] * (1 + number / 10)
+        (found,) = run(eager, [(PROMPTS[0], steering(vector))], 1)
+    assert found.tokens == continue_with_hooks(PROMPTS[0], vector.add(1.0), 1).tokens
+    for extra in ({"steer_vector": "nonsense"}, steering(fg.SteeringVector(vectors[0].direction, fg.Hookpoint(1)))):
+        with refused(match="steer_vector|layer 1"):
+            run(eager, [(PROMPTS[0], {}), (PROMPTS[0], extra)], 4)
     check_mixed_batch(eager)
 
 
@@ -169,6 +191,9 @@ def test_a_benchmark_is_written_as_by_hooks(eager):
         late.affine(1.0),
         late.clamp(4.0),
         served()["features"],
+        served()["competing"],
+        late.add_relative(0.5),
+        served()["turn"],
     ]
     how, prompts = Sampling(12, temperature=1.0, top_k=1, top_p=1.0), list(PROMPTS[:3])
     ids, _ = rollout(network, encode_prompts(tokenizer, prompts), arms, how)
@@ -189,7 +214,7 @@ def check_unharmed(llm, folder, monkeypatch):
         with monkeypatch.context() as patch:
             if not checks:
                 patch.setattr(TableRows, "check", lambda *_: None)
-                patch.setattr(TableRows, "check_const", lambda *_: None)
+                patch.setattr(TableRows, "check_amounts", lambda *_: None)
             for path in hostile.files(folder):
                 names = tuple(served())
                 with suppress(fg.FgsteerError):
@@ -224,7 +249,8 @@ def test_no_request_harms_another_in_16_bits(dtype, tmp_path, monkeypatch):
 def test_tensor_parallel_compiled_in_chunks(tmp_path):
     """Two ranks, compiled, prompts read 16 tokens at a time."""
     source = four_heads(tmp_path / "model")
-    with engine(source, tensor_parallel_size=2, max_num_batched_tokens=16, enable_chunked_prefill=True) as llm:
+    chunks = {"max_num_batched_tokens": 16, "max_num_seqs": 16, "enable_chunked_prefill": True}
+    with engine(source, tensor_parallel_size=2, **chunks) as llm:
         check_mixed_batch(llm, source)
 
 

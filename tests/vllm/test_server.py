@@ -80,6 +80,25 @@ def test_vectors_come_and_go(url, tmp_path):
     assert sorted(call(f"{url}/v1/steering", key=ADMIN)[1]["loaded"]) == sorted(served())
 
 
+def test_requests_carry_their_vectors(url):
+    """Equal ones and others at once, more of them than there are rows, and one that streams."""
+    vectors = [served()["middle"] * scale for scale in (1.0, -1.0, 1.5)]
+    wanted = [continue_with_hooks(PROMPTS[0], vector.add(1.0), 8).tokens for vector in vectors]
+    with ThreadPoolExecutor(9) as pool:
+        found = list(pool.map(lambda vector: complete(url, PROMPTS[0], steering(vector), 8).tokens, vectors * 3))
+    assert found == wanted * 3
+    for number in range(40):
+        complete(url, PROMPTS[0], steering(served()["first"] * (1 + number / 10)), 1)
+    status, reply = call(f"{url}/v1/completions", completion(PROMPTS[0], steering(vectors[1]), 8, stream=True))
+    assert status == 200
+    assert re.search(r"^data: \[DONE\]", reply, re.M)
+    good = steering(vectors[0])["steer_vector"]
+    for bad in ("", "nonsense", good[:-8], good * 20):
+        status, reply = call(f"{url}/v1/completions", completion(PROMPTS[0], {"steer_vector": bad}, 4))
+        assert (status, "/tmp" in str(reply)) == (400, False)
+    assert sorted(call(f"{url}/v1/steering", key=ADMIN)[1]["loaded"]) == sorted(served())
+
+
 def test_a_body_beyond_any_vector_is_refused_before_it_is_sent(url):
     where = urlsplit(url)
     with socket.create_connection((where.hostname, where.port)) as wire:
@@ -99,6 +118,11 @@ def test_a_body_beyond_any_vector_is_refused_before_it_is_sent(url):
         ("/v1/completions", {"extra_body": {"vllm_xargs": steering("middle")}}),
         ("/v1/completions", {"vllm_xargs": {"steer": "middle", "steer_op": ["add"]}}),
         ("/v1/completions", {"vllm_xargs": {"steer": ["middle"]}}),
+        ("/v1/completions", {"vllm_xargs": {"steer": "[]"}}),
+        ("/v1/completions", {"vllm_xargs": {"steer": '[{"name": "middle"}, {"name": "nothing"}]'}}),
+        ("/v1/completions", {"vllm_xargs": steering([{"name": "middle"}] * 4)}),
+        ("/v1/completions", {"use_beam_search": True, "vllm_xargs": {"steer_vector": "nonsense"}}),
+        ("/tokenize", {"vllm_xargs": {"steer_vector": "nonsense"}}),
         ("/v1/completions", {"vllm_xargs": {"steer": "middle", "steer_scale": 1e39}}),
         ("/v1/completions", {"n": 2, "temperature": 1.0, "vllm_xargs": {"steer": "middle", "steer_scale": 1e39}}),
         ("/v1/chat/completions", {"use_beam_search": True, "n": 2, "vllm_xargs": steering("middle")}),
