@@ -237,6 +237,7 @@ def test_nested_blocks_add_up(llama, tokenizer):
         assert run(llama, batch(tokenizer), [None, other, None])[1] == both
 
 
+@pytest.mark.slow
 def test_compiled_models(tokenizer):
     """By the backend that compiles nothing: what is traced is what could break."""
     model = tiny_model("llama")
