@@ -18,6 +18,9 @@ from fgsteer.directions.selection import DirectionSelection as DirectionSelectio
 from fgsteer.directions.selection import choose_direction as choose_direction
 from fgsteer.directions.selection import load_direction_scores as load_direction_scores
 from fgsteer.directions.selection import select_direction as select_direction
+from fgsteer.directions.shift import ResidualShift as ResidualShift
+from fgsteer.directions.shift import component_accuracies as component_accuracies
+from fgsteer.directions.shift import residual_shift as residual_shift
 from fgsteer.effects.approximator import EffectApproximator as EffectApproximator
 from fgsteer.effects.approximator import load_effects as load_effects
 from fgsteer.errors import ArgumentError as ArgumentError

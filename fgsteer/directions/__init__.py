@@ -7,5 +7,6 @@ prompts.py     prompts as batches of tokens, and the log-odds that a reply begin
 candidates.py  differences of means at every layer and every token after the instruction
 selection.py   the scores of each candidate, and the rule that chooses among them
 removal.py     ablation wherever blocks read from or write to the residual stream
+shift.py       the directions along which tuning moved a model (arXiv 2502.09674)
 auditing.py    whether a direction was added to a checkpoint, or taken out of it, by comparison with a reference
 """
