@@ -156,11 +156,15 @@ def page(content: Mapping[str, Any]) -> str:
     )
 
 
+def docs_text(name: str) -> str:
+    """The tables of a model, as docs/benchmarks.md has them."""
+    return tables(read_json(results_folder(name) / "texts.json"))
+
+
 def publish_docs() -> None:
     """Put the tables of both models into docs/benchmarks.md."""
     for name in ("default", "smollm2"):
-        content = read_json(results_folder(name) / "texts.json")
-        PAGE.write_text(published(PAGE, f"texts {name}", tables(content)), "utf-8")
+        PAGE.write_text(published(PAGE, f"texts {name}", docs_text(name)), "utf-8")
 
 
 def parse() -> argparse.Namespace:

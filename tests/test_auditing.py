@@ -98,7 +98,67 @@ def test_hooks_are_found(wide, tokenizer):
         if kind == "clamp":
             sign = cosine(found.vector.direction, unit)
             assert found.target == pytest.approx(1.5 * sign, abs=1e-6)  # the vector is float32
-    assert fg.audit(hooked(wide, lambda h: h + v), wide, tokenizer, TEXTS[:1]).kind == "addition"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_direction_is_not_called_one(dtype, tokenizer):
+    """A model that was trained further, other attention kernels, and nan, in every dtype."""
+    model = tiny_model("llama", dtype=dtype)
+    trained = copy.deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in (p for p in trained.model.layers[1].parameters() if p.ndim == 2):
+            weight += 0.05 * weight.std() * torch.randn_like(weight)
+    found = fg.audit(trained, model, tokenizer)
+    assert (found.kind, found.vector) == ("other", None)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    other = fg.audit(eager, model, tokenizer)
+    assert other.kind in ("none", "rounding")
+    assert other.vector is None
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
+    found = fg.audit(broken, model, tokenizer)
+    assert (found.kind, found.hookpoint) == ("other", fg.Hookpoint(2, "mlp_out"))
+
+
+def test_a_vector_on_some_tokens_and_at_the_input_of_a_block(wide, tokenizer):
+    v = vector(4).direction.double()
+
+    def not_first(output):
+        changed = output.clone()
+        changed[:, 1:] += v
+        return changed
+
+    found = fg.audit(hooked(wide, not_first), wide, tokenizer, TEXTS)
+    assert (found.kind, found.hookpoint) == ("addition", fg.Hookpoint(1))
+    assert found.vector is not None
+    assert abs(cosine(found.vector.direction, v)) > 1 - 1e-12
+    assert 0.5 < found.tokens < 1
+    assert "of tokens" in str(found)
+    other = copy.deepcopy(wide)
+    other.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + v, *args[1:]))
+    found = fg.audit(other, wide, tokenizer, TEXTS)
+    assert (found.kind, found.hookpoint) == ("addition", fg.Hookpoint(1, "resid_pre"))
+
+
+def test_a_token_of_large_norm_hides_nothing(wide, tokenizer):
+    """An attention sink, whose norm is a thousand times the others', beside an addition of the others' norm."""
+    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
+    sink = copy.deepcopy(wide).to(torch.bfloat16)
+    with torch.no_grad():
+        sink.model.embed_tokens.weight[ids[0, 0]] *= 3000
+    found = fg.audit(hooked(sink, lambda h: h + h[:, 1:].norm(dim=-1).mean() * 0 + 0.5), sink, tokenizer, TEXTS)
+    assert found.kind != "none"
+    assert found.hookpoint == fg.Hookpoint(1)
+
+
+def test_hooks_of_transformers_are_no_finding(wide, tokenizer):
+    other = copy.deepcopy(wide)
+    with torch.no_grad():
+        other(torch.tensor([[0, 5, 6]]), output_hidden_states=True, output_attentions=True)
+    assert fg.audit(other, wide, tokenizer, TEXTS).hooked == ()
 
 
 def test_other_changes_are_no_direction(wide, tokenizer):
@@ -122,7 +182,9 @@ def test_what_cannot_be_compared_is_refused(llama, wide, tokenizer):
     with pytest.raises(fg.PairingError, match="one architecture"):
         fg.audit(model_of("gpt2"), llama, tokenizer)
     with pytest.raises(fg.DataError, match="no texts"):
-        fg.audit(llama, llama, tokenizer, [])
+        fg.audit(copy.deepcopy(llama), llama, tokenizer, [])
+    with pytest.raises(fg.PairingError, match="its own reference"):
+        fg.audit(llama, llama, tokenizer)
 
 
 def test_the_command_line_finds_it_and_writes_the_vector(monkeypatch, llama, tokenizer, tmp_path):
@@ -138,5 +200,8 @@ def test_the_command_line_finds_it_and_writes_the_vector(monkeypatch, llama, tok
     assert "an addition of norm" in shown
     assert "added: model.layers.0.mlp.gate_proj.bias" in shown
     assert "and 1 more" in shown
-    same = invoke_on_cpu("audit", "-m", "original", "-r", "original").stdout
-    assert same.startswith("No difference in activations")
+    models["same"] = copy.deepcopy(llama)
+    same = invoke_on_cpu("audit", "-m", "same", "-r", "original", "-o", tmp_path / "none")
+    assert same.stdout.startswith("No difference in activations")
+    assert "was not written: no vector was found" in same.stderr
+    assert not (tmp_path / "none").exists()

@@ -59,7 +59,7 @@ def test_candidates_are_differences_of_means(wide, tokenizer):
 def test_selection_equals_loops_with_plain_hooks(wide, tokenizer):
     """Every score of every candidate, and the choice, which the first of equal ones would not give."""
     tokens = [5, 9]
-    held_out = (REFUSED[1:3], ANSWERED[1:3])
+    held_out = (["a dog was a man", "the man was down"], ["the king was a cat", "a day"])
     options: Any = {"refusal_tokens": tokens, "held_out": held_out, "positions": [-1, -2], "filter_requests": False}
     bounds: Any = {"max_kl": None, "min_induce": None, "depth": 1.0}
     found = fg.select_direction(wide, tokenizer, REFUSED, ANSWERED, **options, **bounds)
@@ -88,11 +88,13 @@ def test_requests_that_are_not_as_named_are_left_out(wide, tokenizer):
     ]
     assert scores.tolist() == pytest.approx(naive, rel=1e-5)
     with pytest.raises(fg.DataError, match="the model refuses none"):
-        fg.select_direction(wide, tokenizer, REFUSED, ANSWERED, refusal_tokens=[5], held_out=(REFUSED, ANSWERED))
+        fg.select_direction(wide, tokenizer, REFUSED, ANSWERED, refusal_tokens=[5], held_out=(["a dog"], ["a man"]))
     everything = list(range(len(tokenizer)))  # more than half of the vocabulary: all requests are refused, then
     assert (fg.refusal_scores(wide, tokenizer, [*REFUSED, *ANSWERED], everything) > 0).all()
     with pytest.raises(fg.DataError, match="the model answers none"):
-        fg.select_direction(wide, tokenizer, REFUSED, ANSWERED, refusal_tokens=everything, held_out=(REFUSED, ANSWERED))
+        fg.select_direction(
+            wide, tokenizer, REFUSED, ANSWERED, refusal_tokens=everything, held_out=(["a dog"], ["a man"])
+        )
 
 
 def row(position=-1, layer=1, bypass=0.0, induce=1.0, kl=0.01):
@@ -169,11 +171,19 @@ def test_what_stands_between_instruction_and_reply(llama, chatty, tokenizer):
         ({"refusal_tokens": "the"}, fg.DataError, "a list"),
         ({"refusal_tokens": [10**6]}, fg.DataError, "an id from 0"),
         ({"refusal_tokens": []}, fg.DataError, "at least one token"),
+        ({"layers": [1, 1]}, fg.DataError, "each once"),
+        ({"layers": 1}, fg.DataError, "a list of layers"),
+        ({"held_out": None}, fg.DataError, "two lists"),
+        ({"held_out": (["a"], ["b"], ["c"])}, fg.DataError, "two lists"),
+        ({"depth": float("nan")}, fg.DataError, "depth"),
+        ({"max_kl": float("nan")}, fg.DataError, "max_kl"),
+        ({"refusal_tokens": 5}, fg.DataError, "a list of tokens"),
         ({"max_kl": 0.0}, fg.SelectionError, r"a KL above 0\.0: 1"),
     ],
 )
 def test_what_cannot_be_selected_is_refused(wide, tokenizer, change, error, match):
-    options: Any = {"refusal_tokens": [5], "held_out": (REFUSED, ANSWERED), "filter_requests": False}
+    held_out = (["a dog was a man"], ["the king was a cat"])
+    options: Any = {"refusal_tokens": [5], "held_out": held_out, "filter_requests": False, "layers": [1]}
     with pytest.raises(error, match=match):
         fg.select_direction(wide, tokenizer, REFUSED, ANSWERED, **{**options, **change})
 
@@ -237,6 +247,61 @@ def test_tied_embeddings_are_untied():
     same = fg.orthogonalize(model, vector(5), copy=False)
     assert same is model
     assert torch.equal(same.model.embed_tokens.weight, changed.model.embed_tokens.weight)
+
+
+def test_several_directions_are_removed_together(wide):
+    """One after the other would put back what they have in common."""
+    a = vector(6).direction
+    vectors = [fg.SteeringVector(a, 1), fg.SteeringVector(0.7 * a + vector(7).direction, 1)]
+    changed = fg.orthogonalize(wide, vectors)
+    ids = torch.tensor([[0, 5, 6, 7, 3]])
+    places = [fg.Hookpoint(layer) for layer in range(len(wide.model.layers))]
+    for acts in (
+        fg.record(changed, ids, None, places),
+        recorded(wide, fg.ablate_everywhere(wide, vectors), ids, places),
+    ):
+        for h in acts.values():
+            for v in vectors:
+                unit = v.direction.double() / v.direction.double().norm()
+                assert float((h @ unit).abs().amax()) < 5e-6  # hooks keep float32 directions
+    assert len(changed.config.fgsteer["orthogonalised"]) == 2
+    with pytest.raises(fg.SteeringError, match="orthogonalised already"):
+        fg.orthogonalize(changed, vector(8))
+    with pytest.raises(fg.SteeringError, match="make up"):
+        fg.orthogonalize(wide, [vectors[0], vectors[0] * 2.0])
+
+
+def recorded(model, steering, ids, places):
+    with fg.steer(model, steering):
+        return fg.record(model, ids, None, places)
+
+
+def test_a_model_in_training_and_one_with_another_writer(tokenizer):
+    """Dropout is no writer; something else that writes the direction is refused, in bfloat16 too."""
+    model = tiny_model("gpt2").train()
+    changed = fg.orthogonalize(model, vector(4))
+    assert changed.training
+    for dtype in (torch.float32, torch.bfloat16):
+        other = tiny_model("llama", dtype=dtype)
+        v = vector(4)
+        extra = 0.2 * v.direction.to(dtype) / v.norm * 3
+        other.model.layers[0].register_forward_hook(lambda _, __, output, extra=extra: output + extra)
+        with pytest.raises(fg.SteeringError, match="Something else writes"):
+            fg.orthogonalize(other, v)
+
+
+def test_prompts_that_do_not_fit_are_refused(tokenizer):
+    model = model_of("gpt2")
+    with pytest.raises(fg.DataError, match="the model's window"):
+        fg.refusal_scores(model, tokenizer, ["the man sat " * 40], [5])
+
+
+def test_held_out_requests_that_are_not_held_out_are_told_of(wide, tokenizer):
+    options: Any = {"refusal_tokens": [5], "filter_requests": False, "max_kl": None, "min_induce": None, "depth": 1.0}
+    with pytest.warns(fg.FgsteerWarning, match="4 held-out requests of the refused ones"):
+        fg.select_direction(
+            wide, tokenizer, REFUSED, ANSWERED, layers=[1], held_out=(REFUSED, ["the night"]), **options
+        )
 
 
 def test_what_cannot_be_orthogonalised_is_refused(llama):

@@ -240,6 +240,9 @@ def test_the_figures_in_readme_and_docs_are_those_of_the_results(monkeypatch):
     answers = importlib.import_module("answers")
     for name in ("default", "smollm2"):
         assert f"<!-- answers {name} -->\n{answers.docs_text(name)}<!-- /answers {name} -->" in page
+    texts = importlib.import_module("texts")
+    for name in ("default", "smollm2"):
+        assert f"<!-- texts {name} -->\n{texts.docs_text(name)}<!-- /texts {name} -->" in page
     table = speed.markdown(json.loads(speed.RESULTS.read_text("utf-8")))
     assert speed.MARK.search(speed.PAGE.read_text("utf-8"))[0] == f"<!-- speed -->\n{table}<!-- /speed -->"
 

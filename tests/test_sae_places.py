@@ -144,6 +144,19 @@ def test_clamps_of_a_transcoder_while_texts_are_generated(llama, tokenizer):
     assert tokenizer.decode(out, skip_special_tokens=True) in together[0]
 
 
+@pytest.mark.parametrize("reads", [fg.Hookpoint(0, "mlp_in"), fg.Hookpoint(0), fg.Hookpoint(1, "resid_pre")], ids=str)
+def test_a_transcoder_that_reads_in_a_lower_block(llama, tokenizer, reads):
+    """Likelihoods of several entries run the blocks below all steering once, and those that are read are steering's."""
+    coder = replace(make_sae("relu"), hookpoint=fg.Hookpoint(2, "mlp_out"), reads=reads)
+    clamp = fg.edit(coder, {3: 9.0, 5: "off"}, bos=True)
+    pairs = [("the man", " sat down"), ("a dog", " sat")]
+    together = fg.log_probabilities(llama, tokenizer, pairs, [None, clamp, clamp]).sums
+    alone = fg.log_probabilities(llama, tokenizer, pairs, [clamp]).sums
+    assert torch.equal(together[1], together[2])
+    assert torch.allclose(together[1], alone[0], atol=1e-5)  # of two passes, one of which goes on from a block
+    assert not torch.allclose(together[0], alone[0], atol=1e-3)
+
+
 def test_a_transcoder_that_reads_above_the_place_where_it_writes_is_refused():
     coder = replace(make_sae(), hookpoint=fg.Hookpoint(1, "mlp_out"), reads=fg.Hookpoint(2, "mlp_in"))
     with pytest.raises(fg.PairingError, match="reads before it writes"):

@@ -218,6 +218,8 @@ def test_generate_with_steering_from_a_file(monkeypatch, llama, tokenizer, tmp_p
     assert together["steered"] == fg.generate(
         llama, tokenizer, ["the king"], steering=[[v.add(2.0), saved[0]]], **expected
     )
+    with pytest.raises(fg.DataError, match="--op or --scope with --steering"):
+        invoke_on_cpu(*options, "--steering", tmp_path / "plain", "--scope", "prompt")
     with pytest.raises(fg.PairingError, match="with --sae"):
         invoke_on_cpu(*options, "--steering", tmp_path / "edited")
     monkeypatch.setattr(fg, "load_sae", lambda *_: sae)

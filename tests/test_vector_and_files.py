@@ -69,6 +69,8 @@ def test_a_vector_whose_strength_depends_on_the_token(tmp_path):
             wrong.adaptive_add()
     with pytest.raises(fg.PairingError, match="read"):
         vector(read=torch.ones(3))
+    with pytest.raises(fg.SteeringError, match="without read"):
+        vector(bias=2.0)
     with pytest.raises(fg.SteeringError, match="bias"):
         vector(read=read, bias=float("nan"))
 

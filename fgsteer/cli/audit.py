@@ -57,6 +57,7 @@ def audit(
         "places": [{"hookpoint": str(row.hookpoint), "difference": row.difference} for row in found.places],
         **{name: list(getattr(found, name)) for name in ("added", "changed", "hooked")},
         "out": str(out) if out is not None and found.vector is not None else None,
+        "asked": None if out is None else str(out),
         "summary": str(found),
     }
     show(result, as_json, _print_audit)
@@ -70,3 +71,5 @@ def _print_audit(result: dict[str, Any]) -> None:
             say(f"{what}: {', '.join(names[:SHOWN])}{more}")
     if result["out"]:
         say(f"{result['out']}: the vector")
+    elif result["asked"]:
+        say(f"{result['asked']} was not written: no vector was found.", err=True)

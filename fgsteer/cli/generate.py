@@ -122,6 +122,12 @@ def generate(
     strengths = given_strengths(coefficient or [], vector or [], operation, cost)
     vectors = load_vector_files(vector or [], model, revision)
     saved = [] if steering_file is None else load_steering_file(steering_file, sae, sae_id, model)
+    if saved and not vectors and (operation != "add" or scope is not None):
+        raise DataError(
+            "--op or --scope with --steering and no vector",
+            "neither, as the file says what its interventions do, and where",
+            "leave them out, or name a vector with -v that they are for",
+        )
     if saved and not vectors:
         strengths = [()]  # all that steers has its strength
     if strengths and not coefficient:

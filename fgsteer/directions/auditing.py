@@ -6,8 +6,10 @@ print(found, found.vector)
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -32,10 +34,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TEXTS = 16  # shipped neutral texts that are read by default
-SITES: tuple[Site, ...] = ("attn_out", "mlp_out", "resid_post")  # in the order of a pass over a block
-EXACT = 1e-6  # of what a finding explains, left for rounding beside that of the dtype
+SITES: tuple[Site, ...] = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # in the order of a pass over a block
+EXACT, MOST = 1e-6, 0.1  # of a difference: what a finding may leave unexplained beside rounding, and at most
+NOISE, MOST_NOISE = 256, 0.25  # times the dtype's rounding, and at most: what kernels of other kinds may differ by
 ENERGY = 0.9  # of the squared difference, that the rank is the number of directions for
-Kind = Literal["none", "addition", "ablation", "clamp", "other"]
+Kind = Literal["none", "rounding", "addition", "ablation", "clamp", "other"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class PlaceDifference:
 
     Args:
         hookpoint: The place.
-        difference: ``‖h − h_ref‖ / ‖h_ref‖`` over all tokens.
+        difference: The largest ``‖h − h_ref‖ / ‖h_ref‖`` of a token; infinite where one of both is not finite.
     """
 
     hookpoint: Hookpoint
@@ -60,27 +63,32 @@ class Audit:
     """What distinguishes a model from its reference.
 
     Args:
-        kind: "none"; "addition" of a vector, ``d = v``; "ablation" of a direction, ``d = −(r̂·h) r̂``; "clamp" of its
-            projection, ``d = (t − r̂·h) r̂``; or "other", of the differences d at the first place that differs.
+        kind: What the differences d are at the first place that differs: "none"; "addition" of a vector, ``d = v``;
+            "ablation" of a direction, ``d = −(r̂·h) r̂``; "clamp" of its projection, ``d = (t − r̂·h) r̂``; "other"; or
+            "rounding", where parameters are equal and no difference is larger than those of other kernels.
         hookpoint: The first place in a pass at which activations differ, None for none.
-        vector: The vector v, or the direction r̂, whose sign is arbitrary; None for "none" and "other".
+        vector: The vector v, or the direction r̂, whose sign is arbitrary; None for the other kinds.
         target: The projection t of a clamp, else None.
+        tokens: The share of tokens that differ there.
         rank: How many directions hold nine tenths of the squared differences there.
-        unexplained: The share of the differences, ``‖d − d̂‖ / ‖d‖``, that the finding does not explain.
+        unexplained: The share of the differences, ``‖d − d̂‖ / ‖d‖``, that the best explanation leaves.
         places: How far the models differ at every place.
         added: Parameters that the reference lacks.
+        missing: Parameters that the model lacks.
         changed: Parameters of both whose values differ.
-        hooked: Modules of the model that run forward hooks.
+        hooked: Modules of the model that run forward hooks, other than those of transformers.
     """
 
     kind: Kind
     hookpoint: Hookpoint | None
     vector: SteeringVector | None
     target: float | None
+    tokens: float
     rank: int
     unexplained: float
     places: Table[PlaceDifference]
     added: tuple[str, ...]
+    missing: tuple[str, ...]
     changed: tuple[str, ...]
     hooked: tuple[str, ...]
 
@@ -89,6 +97,7 @@ class Audit:
             f"{count(len(names), what)}"
             for names, what in (
                 (self.added, "added parameter"),
+                (self.missing, "missing parameter"),
                 (self.changed, "changed parameter"),
                 (self.hooked, "hooked module"),
             )
@@ -100,8 +109,10 @@ class Audit:
             "ablation": "an ablation",
             "clamp": f"a clamp to {self.target if self.target is not None else 0:.4g}",
             "other": f"a difference of rank {self.rank}",
+            "rounding": "no more than rounding, as of other kernels,",
         }[self.kind]
-        return f"The first difference is {what} at {self.hookpoint} ({self.unexplained:.2g} unexplained); {static}."
+        of = "" if self.tokens == 1 else f", of {self.tokens:.0%} of tokens"
+        return f"The first difference is {what} at {self.hookpoint}{of} ({self.unexplained:.2g} unexplained); {static}."
 
 
 @checked
@@ -132,7 +143,7 @@ def audit(
         The first difference with its vector, and what differs in parameters and hooks.
 
     Raises:
-        PairingError: The models have other shapes or dtypes.
+        PairingError: The models have other shapes or dtypes, or are one object.
         DataError: There is no text.
     """
     _check_pair(model, reference)
@@ -146,27 +157,67 @@ def audit(
     places = _places(model)
     rows = _differences(model, reference, batches, places)
     eps = torch.finfo(next(reference.parameters()).dtype).eps
-    first = next((row.hookpoint for row in rows if row.difference > eps), None)
-    kind, vector, target, rank, unexplained = _nothing()
+    first = next((row.hookpoint for row in rows if row.difference > 0), None)
+    finding, vector = Finding("none"), None
     if first is not None:
         states = [_states(own, batches, first) for own in (model, reference)]
-        kind, direction, target, rank, unexplained = _classify(states[0] - states[1], states[1], eps)
-        if direction is not None:
-            about = {**provenance("audit", {"kind": kind}), "model": model_identity(reference)}
-            vector = SteeringVector(direction.float(), first, provenance=about)
+        finding = _classify(states[0] - states[1], states[1], eps)
+        if finding.direction is not None:
+            about = {**provenance("audit", {"kind": finding.kind}), "model": model_identity(reference)}
+            vector = SteeringVector(finding.direction.float(), first, provenance=about)
     own, theirs = (dict(m.named_parameters(remove_duplicate=False)) for m in (model, reference))
-    changed = tuple(n for n in own if n in theirs and not torch.equal(own[n].cpu(), theirs[n].cpu()))
-    hooked = tuple(n or "model" for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks)
     added = tuple(name for name in own if name not in theirs)
-    return Audit(kind, first, vector, target, rank, unexplained, rows, added, changed, hooked)
+    missing = tuple(name for name in theirs if name not in own)
+    changed = tuple(n for n in own if n in theirs and not _equal(own[n], theirs[n]))
+    hooked = tuple(name or "model" for name, module in model.named_modules() if _is_hooked(module))
+    small = max(row.difference for row in rows) <= min(NOISE * eps, MOST_NOISE)
+    if finding.kind == "other" and small and not (added or missing or changed or hooked):
+        finding = replace(finding, kind="rounding")
+    return Audit(
+        kind=finding.kind,
+        hookpoint=first,
+        vector=vector,
+        target=finding.target,
+        tokens=finding.tokens,
+        rank=finding.rank,
+        unexplained=finding.unexplained,
+        places=rows,
+        added=added,
+        missing=missing,
+        changed=changed,
+        hooked=hooked,
+    )
 
 
-def _nothing() -> tuple[Kind, SteeringVector | None, float | None, int, float]:
-    return "none", None, None, 0, 0.0
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """What differences are at a place, as ``Audit`` has it."""
+
+    kind: Kind
+    direction: Tensor | None = None
+    target: float | None = None
+    tokens: float = 0.0
+    rank: int = 0
+    unexplained: float = 0.0
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return torch.equal(first.cpu(), second.cpu())
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a module runs forward hooks, other than those by which transformers records outputs."""
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        function = hook.func if isinstance(hook, functools.partial) else hook
+        if not (getattr(function, "__module__", None) or "").startswith("transformers."):
+            return True
+    return False
 
 
 def _check_pair(model: nn.Module, reference: nn.Module) -> None:
     """Raises PairingError for models that cannot be compared."""
+    if model is reference:
+        raise PairingError("one model as its own reference", "two models", "load the reference anew")
     facts = [
         (type(m).__name__, len(blocks_of(m)), d_model(m), str(next(m.parameters()).dtype)) for m in (model, reference)
     ]
@@ -181,7 +232,7 @@ def _check_pair(model: nn.Module, reference: nn.Module) -> None:
 
 def _places(model: nn.Module) -> list[Hookpoint]:
     """Where models are compared, in the order of a pass; sublayers where the family's outputs are known."""
-    places = [Hookpoint(0, "resid_pre")]
+    places: list[Hookpoint] = []
     for layer in range(len(blocks_of(model))):
         for site in SITES:
             try:
@@ -195,14 +246,15 @@ def _places(model: nn.Module) -> list[Hookpoint]:
 def _differences(
     model: nn.Module, reference: nn.Module, batches: Sequence[Batch], places: Sequence[Hookpoint]
 ) -> Table[PlaceDifference]:
-    squares = torch.zeros(len(places), 2, dtype=torch.float64)
+    largest = [0.0] * len(places)
     for batch in batches:
         own, theirs = record_batch(model, batch, places), record_batch(reference, batch, places)
         for number, place in enumerate(places):
             h, h_ref = (_real(acts[place], batch) for acts in (own, theirs))
-            squares[number] += torch.stack([(h - h_ref).square().sum(), h_ref.square().sum()])
-    shares = (squares[:, 0] / squares[:, 1].clamp(min=1e-300)).sqrt().tolist()
-    return Table(PlaceDifference(place, share) for place, share in zip(places, shares, strict=True))
+            ratio = (h - h_ref).norm(dim=1) / h_ref.norm(dim=1).clamp(min=1e-300)
+            ratio = torch.where(ratio.isfinite(), ratio, math.inf)
+            largest[number] = max(largest[number], float(ratio.max()))
+    return Table(PlaceDifference(place, ratio) for place, ratio in zip(places, largest, strict=True))
 
 
 def _states(model: nn.Module, batches: Sequence[Batch], place: Hookpoint) -> Float[Tensor, "tokens d_model"]:
@@ -215,20 +267,27 @@ def _real(acts: Tensor, batch: Batch) -> Float[Tensor, "tokens d_model"]:
     return acts[batch.attention.to(acts.device).bool()].double().cpu()
 
 
-def _classify(
-    d: Float[Tensor, "tokens d_model"], h: Float[Tensor, "tokens d_model"], eps: float
-) -> tuple[Kind, Tensor | None, float | None, int, float]:
-    """(kind, direction, target, rank, unexplained share) of differences d of activations h, of a dtype's rounding."""
+def _classify(d: Float[Tensor, "tokens d_model"], h: Float[Tensor, "tokens d_model"], eps: float) -> Finding:
+    """What explains differences d of activations h best, in a dtype of this rounding, if anything does."""
+    differs = (d != 0).any(1)
+    tokens = float(differs.double().mean())
+    if not bool(torch.isfinite(d).all()):
+        return Finding("other", tokens=tokens, rank=d.shape[1], unexplained=1.0)
+    d, h = d[differs], h[differs]
     size = d.norm()
-    rounding = EXACT + 4 * eps * float((h.norm() + size) / size)  # of h and of h + d in their dtype, as a share of d
     _, singular, right = torch.linalg.svd(d, full_matrices=False)
     energy = singular.square().cumsum(0) / singular.square().sum()
     rank = int((energy < ENERGY).sum()) + 1
-    for kind, direction, target, explained in _explanations(d, h, right[0]):
-        unexplained = float((d - explained).norm() / size)
-        if unexplained <= rounding:
-            return kind, direction, target, rank, unexplained
-    return "other", None, None, rank, float((1 - energy[0]).clamp(min=0).sqrt())
+    rounding = EXACT + 4 * eps * float((h.norm() + size) / size)  # of h and of h + d in their dtype, as a share of d
+    found = [
+        Finding(kind, direction, target, tokens, rank, float((d - explained).norm() / size))
+        for kind, direction, target, explained in _explanations(d, h, right[0])
+    ]
+    best = min(found, key=lambda one: one.unexplained)
+    simplest = next((one for one in found if one.unexplained <= min(rounding, MOST)), None)
+    if simplest is None or len(d) < 2:  # one token is explained by anything
+        return Finding("other", tokens=tokens, rank=rank, unexplained=best.unexplained)
+    return simplest
 
 
 def _explanations(

@@ -74,9 +74,11 @@ def parse_positions(
     """Positions, each below 0 and once. Raises DataError for others."""
     if positions is None:
         return template_positions(model, tokenizer)
-    places = list(positions)
+    places = list(positions) if isinstance(positions, list | tuple | range) else []
     if not places or not all(is_whole_number(p) and p < 0 for p in places) or len(set(places)) < len(places):
-        raise DataError(f"positions {positions!r:.60}", "whole numbers below 0, each once", "−1 is the last token")
+        raise DataError(
+            f"positions {positions!r:.60}", "a list of whole numbers below 0, each once", "−1 is the last token"
+        )
     return [int(p) for p in places]
 
 

@@ -12,11 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.activations.tokens import encode_prompts
 from fgsteer.data.chat import Text, check_text, refuse_one_text
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked, describe_value, is_whole_number
 from fgsteer.likelihood.passes import TextPasses
 from fgsteer.models.chat import is_chat_model
+from fgsteer.models.properties import context_window
 from fgsteer.steering.entries import Entry
 
 if TYPE_CHECKING:
@@ -34,11 +36,11 @@ def prompt_passes(
 ) -> TextPasses:
     """Prompts in batches, each up to where its reply begins; a chat model is asked texts as a user's messages.
 
-    Raises DataError for no prompts, or one that is neither a text nor messages.
+    Raises DataError for no prompts, one that is neither a text nor messages, or one beyond the model's window.
     """
     refuse_one_text(prompts)
-    if not prompts:
-        raise DataError("no prompts", "at least one", "pass a list of requests")
+    if not isinstance(prompts, list | tuple) or not prompts:
+        raise DataError(describe_value(prompts) if prompts else "no prompts", "a list of at least one request")
     chats = is_chat_model(model, tokenizer)
     pairs: list[tuple[Text, Text]] = []
     for number, prompt in enumerate(prompts):
@@ -47,6 +49,10 @@ def prompt_passes(
             pairs.append(("", text))
         else:
             pairs.append(([{"role": "user", "content": text}] if isinstance(text, str) else text, ""))
+    _, mask = encode_prompts(tokenizer, [text or prompt for prompt, text in pairs])
+    longest, window = int(mask.sum(1).max()), context_window(model)
+    if window is not None and longest > window:  # cut off, a prompt would lack its end, where its reply begins
+        raise DataError(f"a prompt of {longest} tokens", f"at most {window}, the model's window", "shorten it")
     return TextPasses(model, tokenizer, pairs, batch_tokens=batch_tokens, scored=False, keep=True)
 
 
@@ -56,6 +62,8 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str | int]
     Raises DataError for none, for an id that the vocabulary lacks, and for a text of several tokens.
     """
     refuse_one_text(tokens)
+    if not isinstance(tokens, list | tuple):
+        raise DataError(describe_value(tokens), "a list of tokens", "pass refusal_tokens=['I']")
     ids = []
     for token in tokens:
         if is_whole_number(token):

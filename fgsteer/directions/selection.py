@@ -7,10 +7,11 @@ print(found.chosen, found.vector)
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -22,8 +23,9 @@ from fgsteer.directions.prompts import first_tokens, log_odds, prompt_passes, re
 from fgsteer.directions.removal import ablate_everywhere
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.display.tables import Cell, Table
-from fgsteer.errors import DataError, SelectionError
-from fgsteer.errors.checks import checked
+from fgsteer.errors import DataError, FgsteerWarning, SelectionError
+from fgsteer.errors.checks import check_range, checked, describe_value, is_whole_number, warn
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import count
 from fgsteer.likelihood.passes import TextPasses
 from fgsteer.methods.provenance import provenance
@@ -132,8 +134,16 @@ def choose_direction(
 
     Raises:
         SelectionError: No candidate is left; the error says how many each condition left out.
+        DataError: A row is no score, or an argument is out of its range.
     """
     rows = list(scores)
+    if others := [row for row in rows if not isinstance(row, DirectionScore)]:
+        raise DataError(describe_value(others[0]), "scores of directions", "load stored ones: load_direction_scores")
+    check_range("layers", layers, 1, MAX_COUNT, whole=True)
+    check_range("depth", depth, 0, 1)
+    for name, bound in (("max_kl", max_kl), ("min_induce", min_induce)):
+        if bound is not None:
+            check_range(name, bound, -sys.float_info.max, sys.float_info.max)
     failed: dict[str, Callable[[DirectionScore], bool]] = {
         "not numbers": lambda s: not all(map(math.isfinite, (s.bypass, s.induce, s.kl))),
         f"from block {int(depth * layers)} on": lambda s: s.layer >= int(depth * layers),
@@ -204,6 +214,7 @@ def select_direction(
         HookpointError: The model's family has no known sublayers' outputs, which ablation needs.
     """
     blocks = len(blocks_of(model))
+    held_out = _parse_held_out(held_out, refused, answered)
     places = parse_positions(model, tokenizer, positions)
     depths = _parse_layers(layers, blocks, depth)
     ids = first_tokens(tokenizer, refusal_tokens)
@@ -242,11 +253,34 @@ def select_direction(
 
 def _parse_layers(layers: Sequence[int] | None, blocks: int, depth: float) -> list[int]:
     """The blocks that are tried. Raises DataError for one that the model lacks, and for block 0."""
-    allowed = range(1, blocks)
-    chosen = list(range(1, int(depth * blocks))) if layers is None else list(layers)
-    if not chosen or any(layer not in allowed for layer in chosen):
-        raise DataError(f"layers {chosen}", f"layers from 1 to {blocks - 1}, at least one of them")
-    return chosen
+    check_range("depth", depth, 0, 1)
+    if layers is None:
+        chosen = list(range(1, int(depth * blocks)))
+    else:
+        chosen = list(layers) if isinstance(layers, list | tuple | range) else []
+        if not all(is_whole_number(layer) and 1 <= layer < blocks for layer in chosen):
+            chosen = []
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise DataError(f"layers {layers!r:.60}", f"a list of layers from 1 to {blocks - 1}, each once")
+    return [int(layer) for layer in chosen]
+
+
+def _parse_held_out(held_out: object, refused: Sequence[Text], answered: Sequence[Text]) -> tuple[list[Any], list[Any]]:
+    """Held-out requests of both sides. Raises DataError for others; warns of such that directions are built from."""
+    if not isinstance(held_out, list | tuple) or len(held_out) != 2:
+        raise DataError(
+            describe_value(held_out), "(refused, answered), two lists of requests", "pass both as held_out="
+        )
+    for name, own, others in (("refused", held_out[0], refused), ("answered", held_out[1], answered)):
+        if isinstance(own, list | tuple) and isinstance(others, list | tuple):
+            twice = sum(request in others for request in own)
+            if twice:
+                warn(
+                    f"{count(twice, 'held-out request')} of the {name} ones are among those that directions are built "
+                    "from, so that their scores flatter. Hold out others.",
+                    FgsteerWarning,
+                )
+    return held_out[0], held_out[1]
 
 
 def _as_named(

@@ -5,7 +5,7 @@ orthogonalize(model, vector).save_pretrained("without-refusal")
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +31,14 @@ if TYPE_CHECKING:
 SITES: tuple[Site, ...] = ("attn_out", "mlp_out")
 PROBE_TOKENS = 16  # of the text on which the result is checked
 Dims = dict[Any, int]  # {parameter: which of its dimensions is d_model}
-LEFT = 64  # times the dtype's rounding: how much of the direction, of a stream of norm 1, rounding may leave
+LEFT, MOST_LEFT = 64, 0.05  # times the dtype's rounding, and at most: what may be left, of a stream of norm 1
+SURPLUS = 1e-6  # of a unit vector beside the span of others, below which they make it up
 
 
 @checked
-def orthogonalize(model: PreTrainedModel, vector: SteeringVector, *, copy: bool = True) -> PreTrainedModel:
+def orthogonalize(
+    model: PreTrainedModel, vector: SteeringVector | Sequence[SteeringVector], *, copy: bool = True
+) -> PreTrainedModel:
     """A model of the same class whose weights do not write a direction: ``W ← W − r̂ r̂ᵀ W`` (arXiv 2406.11717).
 
     It computes what ``steer`` does with ``ablate_everywhere(model, vector)``, and saves as an ordinary checkpoint.
@@ -47,37 +50,61 @@ def orthogonalize(model: PreTrainedModel, vector: SteeringVector, *, copy: bool 
 
     Args:
         model: A causal language model with plain floating-point weights on one device.
-        vector: The direction r, (d_model,); its norm and its hookpoint do not count.
-        copy: Whether to leave ``model`` as it is; False changes it, and spares the memory of a second one.
+        vector: The direction r, (d_model,), whose norm and hookpoint do not count; or several, whose subspace is
+            removed. Removing one after the other would put back what they have in common.
+        copy: Whether to leave ``model`` as it is; False changes it, also where the check fails, and spares the memory
+            of a second one.
 
     Returns:
         The orthogonalised model.
 
     Raises:
         SteeringError: Something else writes to the stream, such as a norm after a sublayer or after the
-            embedding; the direction is zero; or the model is quantised, sharded, wrapped or being steered.
+            embedding; a direction is zero or made up of the others; or the model is quantised, sharded,
+            wrapped, being steered, or orthogonalised already.
         PairingError: The direction has another width than the model.
     """
     check_weights(model, "orthogonalise")
-    unit_and_norm(vector.direction)  # raises for a zero direction
-    unit = torch.nn.functional.normalize(vector.direction.detach().double().cpu(), dim=0)
-    dims = {**_embeddings(model, len(unit)), **_writers(model)}
+    vectors = [vector] if isinstance(vector, SteeringVector) else list(vector)
+    basis = _basis(vectors)
+    before: Mapping[str, Any] = getattr(model.config, "fgsteer", None) or {}
+    if before.get("orthogonalised"):
+        raise SteeringError(
+            "a model that is orthogonalised already",
+            "the original model",
+            "pass all directions at once: to remove another one would put back a part of the first",
+        )
+    dims = {**_embeddings(model, basis.shape[1]), **_writers(model)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     target: PreTrainedModel = deepcopy(model) if copy else model
     _untie(target)
     with torch.no_grad():
         for parameter, dim in dims.items():
             own = target.get_parameter(names[id(parameter)])
-            own.copy_(_without(own, unit, dim))
-    _check_result(target, unit)
-    before: Mapping[str, Any] = getattr(target.config, "fgsteer", None) or {}
-    record_of = {"direction_sha256": tensor_sha256(vector.direction), "method": vector.provenance.get("method") or ""}
-    target.config.fgsteer = {
-        **before,
-        "version": library_version(),
-        "orthogonalised": [*before.get("orthogonalised", ()), record_of],
-    }
+            own.copy_(_without(own, basis, dim))
+    _check_result(target, basis)
+    records = [
+        {"direction_sha256": tensor_sha256(one.direction), "method": str(one.provenance.get("method") or "")}
+        for one in vectors
+    ]
+    target.config.fgsteer = {**before, "version": library_version(), "orthogonalised": records}
     return target
+
+
+def _basis(vectors: Sequence[SteeringVector]) -> Float[Tensor, "n d_model"]:
+    """An orthonormal basis in float64. Raises SteeringError for a zero vector, or one that others make up."""
+    for one in vectors:
+        unit_and_norm(one.direction)  # raises for a zero direction
+    if not vectors:
+        raise SteeringError("no vectors", "at least one direction", "pass a vector")
+    units = torch.stack(
+        [torch.nn.functional.normalize(one.direction.detach().double().cpu(), dim=0) for one in vectors]
+    )
+    q, r = torch.linalg.qr(units.T)
+    if float(r.diagonal().abs().min()) < SURPLUS:
+        raise SteeringError("a direction that the others make up", "independent directions", "leave it out")
+    basis: Tensor = q.T
+    return basis
 
 
 def _embeddings(model: PreTrainedModel, width: int) -> Dims:
@@ -90,7 +117,8 @@ def _embeddings(model: PreTrainedModel, width: int) -> Dims:
         raise PairingError(
             f"a direction of width {width}",
             f"one of width {tokens.weight.shape[1]}, which the model's embedding writes",
-            "take a vector of this model",
+            "take a vector of this model; where an embedding is projected to the stream, ablate with hooks instead: "
+            "fgsteer.ablate_everywhere",
         )
     in_blocks = {id(module) for block in blocks_of(model) for module in block.modules()}
     tables = [
@@ -155,26 +183,30 @@ def _untie(model: PreTrainedModel) -> None:
         config.tie_word_embeddings = False
 
 
-def _without(tensor: Tensor, unit: Float[Tensor, " d_model"], dim: int) -> Tensor:
-    """The tensor without its part along a unit vector, in its dimension ``dim`` of width d_model, in float64."""
+def _without(tensor: Tensor, basis: Float[Tensor, "n d_model"], dim: int) -> Tensor:
+    """The tensor without its part in a subspace, in its dimension ``dim`` of width d_model, in float64."""
     wide = tensor.detach().double().movedim(dim, -1)
-    r = unit.to(wide.device)
-    return (wide - (wide @ r)[..., None] * r).movedim(-1, dim).to(tensor.dtype)
+    r = basis.to(wide.device)
+    return (wide - (wide @ r.T) @ r).movedim(-1, dim).to(tensor.dtype)
 
 
-def _check_result(model: PreTrainedModel, unit: Float[Tensor, " d_model"]) -> None:
+def _check_result(model: PreTrainedModel, basis: Float[Tensor, "n d_model"]) -> None:
     """Raises SteeringError where the direction is in the stream all the same, as what else writes to it has put it."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     blocks = len(blocks_of(model))
     places = [Hookpoint(0, "resid_pre"), *(Hookpoint(layer, "resid_post") for layer in range(blocks))]
-    weight = next(model.parameters())
-    with torch.no_grad():
-        acts = record(model, ids.to(input_device(model)), None, places)
+    most, training = min(LEFT * torch.finfo(next(model.parameters()).dtype).eps, MOST_LEFT), model.training
+    model.eval()  # dropout would write what it likes
+    try:
+        with torch.no_grad():
+            acts = record(model, ids.to(input_device(model)), None, places)
+    finally:
+        model.train(training)
     for place, h in acts.items():
         wide = h.double().cpu()
-        share = float(((wide @ unit).abs() / wide.norm(dim=-1).clamp(min=1e-30)).amax())
-        if not share <= LEFT * torch.finfo(weight.dtype).eps:
+        share = float(((wide @ basis.T).norm(dim=-1) / wide.norm(dim=-1).clamp(min=1e-30)).amax())
+        if not share <= most:
             raise SteeringError(
                 f"{share:.2g} of the stream's norm along the direction at {place}, after every known weight that "
                 "writes there was orthogonalised",

@@ -80,6 +80,11 @@ class Intervention(OneLineRepr, ABC):
         """The width of the activation that it acts on."""
 
     @property
+    def source(self) -> Hookpoint | None:
+        """Where it reads, if that is elsewhere than where it acts, as features of a transcoder are."""
+        return None
+
+    @property
     def trained(self) -> bool:
         """Whether one of its values requires grad."""
         return any(isinstance(value, Tensor) and value.requires_grad for value in self._values().values())

@@ -20,6 +20,7 @@ from fgsteer.interventions.gates import Gate
 from fgsteer.interventions.kernel import Update
 from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.values import Scalar, as_tensor, finite_scalar
+from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
 
 EDITS = ("targets", "at_least", "at_most", "plus", "times")
@@ -140,6 +141,11 @@ class ClampFeature(Intervention):
             for name, edits in self.edits.items()
         }
         return replace(self, **present)
+
+    @property
+    def source(self) -> Hookpoint | None:
+        """Where a transcoder reads; None for an SAE."""
+        return self.sae.reads
 
     @property
     def d_model(self) -> int:

@@ -37,7 +37,7 @@ class _Reached(Exception):  # noqa: N818
 def unchanged_blocks(entry: Entry, blocks: int) -> int:
     """The number of lowest blocks, of so many, below all that an entry changes or reads."""
     items = interventions_of(entry)
-    places = [item.hookpoint for item in items]
+    places = [at for item in items for at in (item.hookpoint, item.source) if at is not None]
     places += [condition.reading.hookpoint for i in items if i.when is not None for condition in i.when.conditions]
     return min([blocks, *(at.layer + (at.site == "resid_post") for at in places)])
 

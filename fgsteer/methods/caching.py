@@ -74,7 +74,9 @@ def cache_steering(
     check_model(model)
     warn_of_dropout(model)
     data, count = as_contrast(contrast), len(blocks_of(model))
-    chosen = list(range(count)) if layers is None else list(layers)
+    chosen = list(range(count)) if layers is None else list(layers) if isinstance(layers, list | tuple | range) else []
+    if not chosen:
+        raise DataError(f"layers = {layers!r:.40}", "a list of at least one layer", "pass layers=[1, 2]")
     for layer in chosen:
         check_range("a layer", layer, 0, count - 1, whole=True)
     if batch_tokens is not None:

@@ -20,7 +20,7 @@ from fgsteer.interventions.adding import Add
 from fgsteer.interventions.token_scopes import at
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import model_identity
-from fgsteer.models.properties import input_device
+from fgsteer.models.properties import context_window, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +70,11 @@ def act_add(
     where = Hookpoint.parse(hookpoint)
     texts = check_text(positive, "positive", empty=True), check_text(negative, "negative", empty=True)
     rows = [encode_prompts(tokenizer, [text], prepend_bos=prepend_bos)[0][0].tolist() for text in texts]
+    window = context_window(model)
+    if window is not None and max(map(len, rows)) > window:
+        raise DataError(
+            f"a prompt of {max(map(len, rows))} tokens", f"at most {window}, the model's window", "shorten it"
+        )
     pad_id = 0 if len(rows[0]) == len(rows[1]) else _padding_id(tokenizer, padding)
     ids = pad(rows, pad_id)[0].to(input_device(model))
     acts = record(model, ids, torch.ones_like(ids), [where])[where].float()

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fgsteer.display.tables import Cell, Table, facts_html
-from fgsteer.errors import ArgumentError, PairingError, SelectionError
+from fgsteer.errors import ArgumentError, PairingError, SelectionError, SteeringError
 from fgsteer.errors.checks import checked, describe_value, is_number, is_whole_number
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, MAX_TEXT_CHARACTERS
@@ -99,6 +99,8 @@ class SteeringVector(Applied):
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        if self.read is None and not (isinstance(bias, int | float) and bias == 0):
+            raise SteeringError(f"bias = {bias!r:.40} without read", "both, or neither", "pass read= too")
         for name in ("reference", "read"):
             if (vector := getattr(self, name)) is not None:
                 check_equal_width(name, vector, self.direction)

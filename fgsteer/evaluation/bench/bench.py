@@ -181,7 +181,8 @@ class Bench(OneLineRepr):
     def fitted_coherence(self) -> Coherence:
         """``Coherence`` fitted on unsteered samples of all prompts, which have seeds of their own."""
         plan, prompts = self.plan, [prompt for half in HALVES for prompt in self.plan.prompts_of(half)]
-        samples = text_sha256([prompts, plan.seeds, asdict(plan.sampling)])
+        generator = "" if self.generator is None else self.generator.name
+        samples = text_sha256([prompts, plan.seeds, asdict(plan.sampling), generator, id(self.model)])
         if samples not in self._coherences:
             texts = []
             for number in range(plan.seeds):
