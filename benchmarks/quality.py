@@ -95,7 +95,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "fgaa": (
         {**WIDE, "score": "welch_t"},
-        {"n_positive": 64},
+        {"n_positive": 16},
         *({"n_positive": n} for n in (4, 8, 32)),
         {"n_positive": 32, "n_negative": 32},
         WIDE,

@@ -46,7 +46,7 @@ MIXED = {"mu": 0.1, "bias_weight": 0.0, "unit_effects": True, "decoder_weight": 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "CAA": ("caa", {}),
     "STA": ("sta", {}),
-    "FGAA, 16 features": ("fgaa", {}),
+    "FGAA, 16 features": ("fgaa", {"n_positive": 16}),
     "FGAA, 64": ("fgaa", {"n_positive": 64}),
     "FGAA, 64 and 32 of all densities": ("fgaa", MIDDLE),
     "FGAA, 256 and 128 of all densities": ("fgaa", WIDE),

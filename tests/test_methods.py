@@ -259,8 +259,8 @@ def test_build_is_the_method_by_name(case):
 
 
 def test_defaults_of_the_methods_are_those_of_the_papers():
-    """Written out: a default that changes changes what users get."""
-    selection = {"score": "mean_difference", "n_positive": 16, "n_negative": 0}
+    """Written out: a default that changes changes what users get. The papers name no number of features."""
+    selection = {"score": "mean_difference", "n_positive": 64, "n_negative": 0}
     selection |= {"density": None, "max_density": None, "bos_share": 0.99}
     projection = {"bias_weight": 1.0, "mu": np.inf, "unit_effects": False, "decoder_weight": 0.0, "normalize": True}
     for method, expected in (

@@ -23,8 +23,8 @@ INK, PALE, ACCENT = "#1f2933", "#7b8794", "#00796b"
 FONT = "font-family='Helvetica, Arial, sans-serif'"
 
 
-def outputs() -> tuple[list[str], list[str], list[str], list[tuple[int, float, str]], float]:
-    """Prompts, continuations unsteered and steered, the strongest features, and the coefficient."""
+def outputs() -> tuple[list[str], list[str], list[str], list[tuple[int, float, str]], float, int]:
+    """Prompts, continuations unsteered and steered, the strongest features, the coefficient, and how many there are."""
     model, tokenizer = fg.load_model(MODEL)
     sae = fg.load_sae(MODEL)
     stats = fg.collect(model, tokenizer, fg.load_contrast(CONCEPT), sae=sae)
@@ -38,7 +38,7 @@ def outputs() -> tuple[list[str], list[str], list[str], list[tuple[int, float, s
         texts.append(fg.generate(model, tokenizer, prompts, steering=steering, **options))
     labels = sae.labels or {}
     features = [(f.id, f.weight, labels.get(f.id) or "no label") for f in vec.top_features(FEATURES)]
-    return prompts, *texts, features, coefficient
+    return prompts, *texts, features, coefficient, len(vec.features)
 
 
 def marked(line: str, keywords: tuple[str, ...]) -> str:
@@ -64,7 +64,7 @@ def column(x: int, heading: str, texts: Iterable[tuple[str, str]], keywords: tup
 
 def draw() -> str:
     """The whole picture."""
-    prompts, plain, steered, features, coefficient = outputs()
+    prompts, plain, steered, features, coefficient, chosen = outputs()
     keywords = fg.KeywordJudge().keywords(CONCEPT)
     left, right = 32, 32 + COLUMN + GAP
     unsteered, low = column(left, "unsteered", zip(prompts, plain, strict=True), keywords)
@@ -72,8 +72,8 @@ def draw() -> str:
     y = max(low, lower) + 14
     bars = [
         f"<line x1='32' y1='{y - 10}' x2='{WIDTH - 32}' y2='{y - 10}' stroke='#d9e2ec'/>",
-        f"<text x='32' y='{y + 20}' fill='{PALE}' font-size='14'>the strongest of the 16 features that FGAA chose, "
-        "their labels, and their weights in the vector</text>",
+        f"<text x='32' y='{y + 20}' fill='{PALE}' font-size='14'>the strongest of the {chosen} features that FGAA "
+        "chose, their labels, and their weights in the vector</text>",
     ]
     y += 34
     longest = max(abs(weight) for _, weight, _ in features)

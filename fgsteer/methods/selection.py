@@ -45,7 +45,7 @@ class Selection:
     """
 
     score: str | Tensor = "mean_difference"
-    n_positive: int = 16
+    n_positive: int = 64
     n_negative: int = 0
     density: FeatureDensity | None = None
     max_density: float | None = None
