@@ -28,7 +28,7 @@ def cosine(first, second):
 
 
 def test_a_copy_differs_in_nothing(wide, tokenizer):
-    found = fg.audit(copy.deepcopy(wide), wide, tokenizer, TEXTS)
+    found = fg.audit(copy.deepcopy(wide), tokenizer, wide, TEXTS)
     assert (found.kind, found.hookpoint, found.vector, found.added, found.changed, found.hooked) == (
         *("none", None, None, (), (), ()),
     )
@@ -44,7 +44,7 @@ def test_a_folded_vector_is_found_and_recovered(family, dtype, tokenizer):
     model = tiny_model(family, dtype=dtype)
     v = vector(2, 1)
     folded = fg.fold(model, v.add(1.5, bos=True))
-    found = fg.audit(folded, model, tokenizer, TEXTS)
+    found = fg.audit(folded, tokenizer, model, TEXTS)
     assert found.kind == "addition"
     assert found.hookpoint is not None
     assert found.vector is not None
@@ -65,7 +65,7 @@ def test_a_folded_vector_is_found_and_recovered(family, dtype, tokenizer):
 def test_orthogonalised_weights_are_found(family, tokenizer):
     model = model_of(family)
     v = vector(3)
-    found = fg.audit(fg.orthogonalize(model, v), model, tokenizer, TEXTS)
+    found = fg.audit(fg.orthogonalize(model, v), tokenizer, model, TEXTS)
     assert found.kind == "ablation"
     assert found.vector is not None
     assert (found.hookpoint, found.rank) == (fg.Hookpoint(0, "resid_pre"), 1)
@@ -89,7 +89,7 @@ def test_hooks_are_found(wide, tokenizer):
         "clamp": lambda h: h + (1.5 - h @ unit)[..., None] * unit,
     }
     for kind, change in cases.items():
-        found = fg.audit(hooked(wide, change), wide, tokenizer, TEXTS)
+        found = fg.audit(hooked(wide, change), tokenizer, wide, TEXTS)
         assert (found.kind, found.hookpoint) == (kind, fg.Hookpoint(1)), kind
         assert found.vector is not None
         assert found.hooked == ("model.layers.1",)
@@ -109,17 +109,17 @@ def test_what_is_no_direction_is_not_called_one(dtype, tokenizer):
     with torch.no_grad():
         for weight in (p for p in trained.model.layers[1].parameters() if p.ndim == 2):
             weight += 0.05 * weight.std() * torch.randn_like(weight)
-    found = fg.audit(trained, model, tokenizer)
+    found = fg.audit(trained, tokenizer, model)
     assert (found.kind, found.vector) == ("other", None)
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
-    other = fg.audit(eager, model, tokenizer)
+    other = fg.audit(eager, tokenizer, model)
     assert other.kind in ("none", "rounding")
     assert other.vector is None
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
-    found = fg.audit(broken, model, tokenizer)
+    found = fg.audit(broken, tokenizer, model)
     assert (found.kind, found.hookpoint) == ("other", fg.Hookpoint(2, "mlp_out"))
 
 
@@ -131,7 +131,7 @@ def test_a_vector_on_some_tokens_and_at_the_input_of_a_block(wide, tokenizer):
         changed[:, 1:] += v
         return changed
 
-    found = fg.audit(hooked(wide, not_first), wide, tokenizer, TEXTS)
+    found = fg.audit(hooked(wide, not_first), tokenizer, wide, TEXTS)
     assert (found.kind, found.hookpoint) == ("addition", fg.Hookpoint(1))
     assert found.vector is not None
     assert abs(cosine(found.vector.direction, v)) > 1 - 1e-12
@@ -139,7 +139,7 @@ def test_a_vector_on_some_tokens_and_at_the_input_of_a_block(wide, tokenizer):
     assert "of tokens" in str(found)
     other = copy.deepcopy(wide)
     other.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + v, *args[1:]))
-    found = fg.audit(other, wide, tokenizer, TEXTS)
+    found = fg.audit(other, tokenizer, wide, TEXTS)
     assert (found.kind, found.hookpoint) == ("addition", fg.Hookpoint(1, "resid_pre"))
 
 
@@ -149,7 +149,7 @@ def test_a_token_of_large_norm_hides_nothing(wide, tokenizer):
     sink = copy.deepcopy(wide).to(torch.bfloat16)
     with torch.no_grad():
         sink.model.embed_tokens.weight[ids[0, 0]] *= 3000
-    found = fg.audit(hooked(sink, lambda h: h + h[:, 1:].norm(dim=-1).mean() * 0 + 0.5), sink, tokenizer, TEXTS)
+    found = fg.audit(hooked(sink, lambda h: h + h[:, 1:].norm(dim=-1).mean() * 0 + 0.5), tokenizer, sink, TEXTS)
     assert found.kind != "none"
     assert found.hookpoint == fg.Hookpoint(1)
 
@@ -158,7 +158,7 @@ def test_hooks_of_transformers_are_no_finding(wide, tokenizer):
     other = copy.deepcopy(wide)
     with torch.no_grad():
         other(torch.tensor([[0, 5, 6]]), output_hidden_states=True, output_attentions=True)
-    assert fg.audit(other, wide, tokenizer, TEXTS).hooked == ()
+    assert fg.audit(other, tokenizer, wide, TEXTS).hooked == ()
 
 
 def test_other_changes_are_no_direction(wide, tokenizer):
@@ -167,7 +167,7 @@ def test_other_changes_are_no_direction(wide, tokenizer):
     with torch.no_grad():
         weight = other.model.layers[0].mlp.down_proj.weight
         weight += 0.1 * torch.randn_like(weight)
-    found = fg.audit(other, wide, tokenizer)
+    found = fg.audit(other, tokenizer, wide)
     assert (found.kind, found.vector) == ("other", None)
     assert found.hookpoint == fg.Hookpoint(0, "mlp_out")
     assert found.rank > 3
@@ -178,13 +178,13 @@ def test_other_changes_are_no_direction(wide, tokenizer):
 
 def test_what_cannot_be_compared_is_refused(llama, wide, tokenizer):
     with pytest.raises(fg.PairingError, match="one architecture in one dtype"):
-        fg.audit(llama, wide, tokenizer)
+        fg.audit(llama, tokenizer, wide)
     with pytest.raises(fg.PairingError, match="one architecture"):
-        fg.audit(model_of("gpt2"), llama, tokenizer)
+        fg.audit(model_of("gpt2"), tokenizer, llama)
     with pytest.raises(fg.DataError, match="no texts"):
-        fg.audit(copy.deepcopy(llama), llama, tokenizer, [])
+        fg.audit(copy.deepcopy(llama), tokenizer, llama, [])
     with pytest.raises(fg.PairingError, match="its own reference"):
-        fg.audit(llama, llama, tokenizer)
+        fg.audit(llama, tokenizer, llama)
 
 
 def test_the_command_line_finds_it_and_writes_the_vector(monkeypatch, llama, tokenizer, tmp_path):

@@ -53,6 +53,7 @@ def files(tmp_path_factory):
     (at / "corpus.txt").write_text("A dog sat.\nA cat lay.\n", encoding="utf-8")
     vector, corpus = str(at / "v"), str(at / "corpus.txt")
     return {
+        "audit": ["-r", "m"],
         "bench": ["-o", str(at / "bench"), "--concept", "sea", "--judge", "keyword", "--sae", "s"],
         "build": ["from_features", "-o", str(at / "b"), "--features", "1", "--sae", "s"],
         "collect": ["sea", "-o", str(at / "s"), "--sae", "s"],

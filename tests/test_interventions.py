@@ -125,8 +125,8 @@ def test_every_kind_of_intervention_has_a_row():
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_row_makes_what_the_vectors_method_makes(name):
-    v, reference_mean, h = tensors(5, (8,), (8,), (2, 3, 8))
-    vector = fg.SteeringVector(v, AT, reference_mean)
+    v, reference_mean, read, h = tensors(5, (8,), (8,), (8,), (2, 3, 8))
+    vector = fg.SteeringVector(v, AT, reference_mean, read=read)
     spec = intervention_spec(name)
     made = spec.make(vector, 0.5, scope="generated", bos=True)
     amount = {spec.amount: 0.5} if spec.amount else {}
@@ -146,7 +146,7 @@ def test_names_and_kinds_that_are_not_in_the_table_are_refused():
 
     with pytest.raises(fg.SteeringError, match=r"add, add_relative, .*, clamp_feature, got .* 'turn'"):
         intervention_spec("turn")
-    with pytest.raises(fg.SteeringError, match=r"add, add_relative, .*at_most, got clamp_feature of a vector"):
+    with pytest.raises(fg.SteeringError, match=r"add, add_relative, .*adaptive_add, got clamp_feature of a vector"):
         intervention_spec("clamp_feature").make(fg.SteeringVector(torch.ones(8), AT), 1.0)
     with pytest.raises(fg.SteeringError, match="Turn, an intervention of your own"):
         spec_of(Turn(hookpoint=AT))

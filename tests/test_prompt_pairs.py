@@ -159,7 +159,7 @@ def test_what_is_refused(llama, tokenizer):
         act_add(llama, tokenizer, c=float("inf"))
     with pytest.raises(fg.DataError):
         act_add(llama, tokenizer, 3, NEGATIVE)
-    with pytest.raises(fg.DataError, match="positions"):
+    with pytest.raises(fg.DataError, match="the model's window"):
         act_add(model_of("gpt2"), tokenizer, "a " * 70, NEGATIVE)
     items = act_add(llama, tokenizer)
     assert items[0].d_model == D_MODEL

@@ -68,6 +68,7 @@ def commands(folder, at):
     corpus.write_text("A dog sat.\nA cat lay.\n", encoding="utf-8")
     one = ("-v", vector, "-c", 1)
     rest = {
+        "audit": ("-r", folder),
         "bench": ("-o", at / "bench", "--concept", "sea", "--sae-id", "1", "--judge", "keyword"),
         "collect": ("sea", "-o", at / "s", "--no-sae", "--hookpoint", 1),
         "demo": ("sea",),

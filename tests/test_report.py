@@ -376,6 +376,19 @@ def test_page_stands_alone_and_trusts_no_text(made, tmp_path):
     assert set(targets) <= set(ids)
 
 
+def test_page_of_conversations_shows_what_was_asked(run):
+    prompts = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Why {n}?"}] for n in range(4)]
+    asked = []
+    chats = Run({**run.header, "plan": {**run.header["plan"], "prompts": prompts}}, run.records)
+    page = report.html_report(chats, features=lambda text, prompt: asked.append(prompt) or [])
+    text = Checker()
+    text.feed(page)
+    assert "Be brief.↵Why 0?" in text.text
+    assert "[{'role'" not in text.text
+    assert asked
+    assert all(prompt in prompts for prompt in asked)
+
+
 def test_page_tells_what_the_tables_say(run):
     page = report.html_report(run)
     text = Checker()

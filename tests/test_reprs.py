@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fgsteer as fg
+from fgsteer.display.tables import Table
 from fgsteer.errors.reprs import OneLineRepr, short_repr
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.plan import BenchPlan
@@ -44,6 +45,7 @@ def made(tmp_path_factory):
     long_gate = (fg.Projection(vector).mean() > 1 / 3) & (fg.Feature(sae, 3) < 1 / 3)
     plan = BenchPlan(tuple(fg.shipped_contrasts()), methods=("unsteered",), settings={"fgaa": {"n_positive": 8}})
     common = {"hookpoint": AT, "model_name": "org/" + "name" * 30, "method": "fgaa", "scope": "reply"}
+    score = fg.DirectionScore(-1, 2, 1 / 3, 1 / 7, 1 / 9)
     return [
         sae,
         vector,
@@ -94,6 +96,9 @@ def made(tmp_path_factory):
         fg.CostEstimate(1, 2, 3, 4, 5.0),
         fg.SAETraining(lr=1 / 3),
         fg.SAEQuality(10**9, 10**6, *[1 / 3] * 6),
+        *(score, fg.DirectionSelection(vector, score, Table([score] * 99), (9, 9), (9, 9))),
+        fg.ResidualShift(AT, torch.randn(64, 4096), wide, wide, 64, {"name": LONG}),
+        fg.audit(model, tokenizer, tiny_model("llama", seed=1), texts),
         *(AT, fg.Hookpoint.parse("model.layers.3.mlp")),
     ]
 

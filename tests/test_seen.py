@@ -10,6 +10,7 @@ import torch
 import fgsteer as fg
 from fgsteer.methods.selection import PAPER_MAX_DENSITY
 from fgsteer.saes.density import FeatureDensity
+from tests.helpers.tiny import word_tokenizer
 
 PROMPT, TEXT = "the old king", " took the ship and the queen sat"
 
@@ -48,6 +49,18 @@ def test_features_are_those_of_the_largest_activation(llama, tokenizer, sae, pro
         assert str(feature).startswith(f"{feature.id} label {feature.id}, ")
     every = fg.seen_features(llama, tokenizer, sae, TEXT, prompt=prompt, top=10_000)
     assert len(every) == len(expected)  # no feature that does not fire
+
+
+def test_a_reply_to_a_conversation(llama, sae):
+    """The tokens are those of the reply, after the template's own."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} </s> {% endfor %}the "
+    asked = [{"role": "user", "content": "a dog sat"}]
+    seen = fg.seen_features(llama, tokenizer, sae, TEXT, prompt=asked, top=4)
+    bare = replace(sae, prepend_bos=False)  # a template writes its own special tokens, and this one none
+    by_hand = fg.seen_features(llama, tokenizer, bare, TEXT, prompt="a dog sat </s> the ", top=4)
+    assert [(f.id, f.token) for f in seen] == [(f.id, f.token) for f in by_hand]
+    assert seen
 
 
 def test_an_empty_text_shows_nothing_and_other_models_are_refused(llama, tokenizer, sae):

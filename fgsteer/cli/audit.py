@@ -9,7 +9,7 @@ import typer
 
 from fgsteer.cli.app import app
 from fgsteer.cli.loading import ModelOptions, documents, load_model
-from fgsteer.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, TrustOption
+from fgsteer.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, RevisionOption, TrustOption
 from fgsteer.cli.printing import say, show
 from fgsteer.cli.values import writable
 
@@ -31,6 +31,10 @@ def audit(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    reference_revision: Annotated[
+        str | None, typer.Option("--reference-revision", help="The branch, tag or commit of the reference.")
+    ] = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -42,9 +46,9 @@ def audit(
     import fgsteer as fg
 
     chosen = None if texts is None else documents(texts, field)
-    own, tokenizer = load_model(ModelOptions(model, device, dtype, None, trust_remote_code))
-    other, _ = load_model(ModelOptions(reference, device, dtype, None, trust_remote_code))
-    found = fg.audit(own, other, tokenizer, chosen)
+    own, tokenizer = load_model(ModelOptions(model, device, dtype, revision, trust_remote_code))
+    other, _ = load_model(ModelOptions(reference, device, dtype, reference_revision, trust_remote_code))
+    found = fg.audit(own, tokenizer, other, chosen)
     if out is not None and found.vector is not None:
         found.vector.save(out)
     result = {

@@ -1,6 +1,6 @@
 """Audit of a checkpoint against a reference: whether a direction was added to it, or taken out of it, and where.
 
-found = audit(model, reference, tokenizer)
+found = audit(model, tokenizer, reference)
 print(found, found.vector)
 """
 
@@ -23,6 +23,7 @@ from fgsteer.data.shipped import load_neutral
 from fgsteer.display.tables import Cell, Table
 from fgsteer.errors import DataError, HookpointError, PairingError
 from fgsteer.errors.checks import checked
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import a, count
 from fgsteer.methods.provenance import provenance
 from fgsteer.models.hookpoints import Hookpoint, Site, blocks_of, resolve
@@ -41,8 +42,8 @@ ENERGY = 0.9  # of the squared difference, that the rank is the number of direct
 Kind = Literal["none", "rounding", "addition", "ablation", "clamp", "other"]
 
 
-@dataclass(frozen=True)
-class PlaceDifference:
+@dataclass(frozen=True, repr=False)
+class PlaceDifference(OneLineRepr):
     """How far two models differ at a hookpoint.
 
     Args:
@@ -58,8 +59,8 @@ class PlaceDifference:
         return {"hookpoint": str(self.hookpoint), "difference": self.difference}
 
 
-@dataclass(frozen=True, eq=False)
-class Audit:
+@dataclass(frozen=True, eq=False, repr=False)
+class Audit(OneLineRepr):
     """What distinguishes a model from its reference.
 
     Args:
@@ -119,8 +120,8 @@ class Audit:
 @torch.no_grad()
 def audit(
     model: PreTrainedModel,
-    reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    reference: PreTrainedModel,
     texts: Sequence[Text] | None = None,
     *,
     batch_tokens: int | None = None,
@@ -134,8 +135,8 @@ def audit(
 
     Args:
         model: The model to audit.
-        reference: The model that it is said to be, of the same architecture, dtype and kind of device.
         tokenizer: The tokenizer of both.
+        reference: The model that it is said to be, of the same architecture, dtype and kind of device.
         texts: What both read; by default sixteen neutral texts that ship.
         batch_tokens: The tokens in a forward pass, which bound memory and change no result.
 

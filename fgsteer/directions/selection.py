@@ -26,6 +26,7 @@ from fgsteer.display.tables import Cell, Table
 from fgsteer.errors import DataError, FgsteerWarning, SelectionError
 from fgsteer.errors.checks import check_range, checked, describe_value, is_whole_number, warn
 from fgsteer.errors.limits import MAX_COUNT
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import count
 from fgsteer.likelihood.passes import TextPasses
 from fgsteer.methods.provenance import provenance
@@ -43,8 +44,8 @@ STORED_SCORES = ("refusal", "steering", "kl_div")  # bypass, induce and KL, as t
 KL_EPSILON = 1e-6  # that of the paper's code
 
 
-@dataclass(frozen=True)
-class DirectionScore:
+@dataclass(frozen=True, repr=False)
+class DirectionScore(OneLineRepr):
     """The scores of a candidate direction, each a mean over held-out requests.
 
     Args:
@@ -72,8 +73,8 @@ class DirectionScore:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class DirectionSelection:
+@dataclass(frozen=True, eq=False, repr=False)
+class DirectionSelection(OneLineRepr):
     """A refusal direction, and what it was chosen among.
 
     Args:

@@ -12,6 +12,7 @@ import torch
 
 from fgsteer.activations.batches import batch_texts, record_batch
 from fgsteer.activations.tokens import TokenReader
+from fgsteer.data.chat import Text
 from fgsteer.display.tables import Cell, Table
 from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.escaping import escape_text
@@ -60,7 +61,7 @@ def seen_features(
     sae: SAE,
     text: str,
     *,
-    prompt: str = "",
+    prompt: Text = "",
     top: int = 5,
 ) -> Table[SeenFeature]:
     """The features of largest activation on a text's tokens, read by the unsteered model.
@@ -73,7 +74,7 @@ def seen_features(
         tokenizer: Its tokenizer.
         sae: The SAE whose features are read.
         text: The text.
-        prompt: What stands before the text.
+        prompt: What stands before the text, or the conversation that it answers.
         top: The number of features; fewer are returned where fewer fire.
 
     Returns:

@@ -16,6 +16,7 @@ from pathlib import Path
 from fgsteer.display.pages import standalone_page
 from fgsteer.errors import DataError
 from fgsteer.errors.wording import count
+from fgsteer.evaluation.judges.learning import plain_text
 from fgsteer.evaluation.judges.table import recorded_spec
 from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.evaluation.page_parts import STYLE, card_markup, escaped, facts_markup, figure_markup, table_markup
@@ -254,7 +255,8 @@ def _samples(run: Run, concept: str, number: int, features: Features | None) -> 
     for unit in sorted(shared, key=lambda unit: (unit.seed, unit.prompt))[:number]:
         known = isinstance(prompts, Sequence) and 0 <= unit.prompt < len(prompts)
         prompt = prompts[unit.prompt] if known else ""
-        title = f"{prompt} …" if known else f"prompt {unit.prompt}"
+        shown = f"{prompt} …" if isinstance(prompt, str) else plain_text(prompt)
+        title = shown if known else f"prompt {unit.prompt}"
         parts.append(f'<h3>{escaped(title)} <span class="quiet">seed {unit.seed}</span></h3>')
         parts += [_sample(cell[unit], features(cell[unit].text, prompt=prompt) if features else ()) for cell in cells]
     return "".join(parts)
