@@ -287,7 +287,8 @@ def test_an_answer_that_drips_ends_at_the_time_limit(kind):
 
 
 STUCK = """
-import sys, fgsteer as fg
+import signal, sys, fgsteer as fg
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 judge = fg.EndpointJudge("judge-model", base_url=sys.argv[1], api_key="", cache=sys.argv[2])
 judge.score([f"text number {i}" for i in range(40)], "wedding")
 """
