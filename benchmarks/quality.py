@@ -70,8 +70,9 @@ from fgsteer.storage.shards import wait_for_file
 
 RUN, NEARBY, ADDED = "bench.jsonl.gz", "same_layer.jsonl.gz", "added.jsonl.gz"
 WIDE = {"max_density": 1.0, "n_positive": 256, "n_negative": 128}  # no density filter, many features of both signs
+PLAIN = {"bias_weight": 1.0, "unit_effects": False, "decoder_weight": 0.0}  # FGAA's paper, but for its infinite mu
 MIXED = {"mu": 0.1, "bias_weight": 0.0, "unit_effects": True, "decoder_weight": 0.5}
-# tried besides the defaults, which are those of the papers; the most promising ones first
+# tried besides the defaults; the most promising ones first
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "caa_denoised": (
         {"threshold": 1.5},
@@ -108,8 +109,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "fgaa_effects": (
         {**WIDE, **MIXED, "keep_error": True, "score": "welch_t"},
         {**WIDE, **MIXED},
-        *({"mu": mu} for mu in (0.1, 0.3, 1.0)),
-        {"mu": 1.0, "bias_weight": 0.0},
+        *({**PLAIN, "mu": mu} for mu in (0.1, 0.3, 1.0)),
+        {**PLAIN, "mu": 1.0, "bias_weight": 0.0},
         {**WIDE, **MIXED, "decoder_weight": 0.0},
         {**WIDE, **MIXED, "score": "welch_t"},
         {**WIDE, **MIXED, "mu": 0.3},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fgsteer.methods.denoising import reconstruction_error
 from tests.helpers.saes import make_sae
 from tests.reference import methods as reference
 
+PAPER: Any = {"bias_weight": 1.0, "mu": np.inf, "unit_effects": False, "decoder_weight": 0.0}  # through effects
 D, K = 32, 24
 
 
@@ -121,12 +123,12 @@ def test_the_reconstruction_error_has_a_part_in_a_mixture_with_effects(case):
         torch.randn(D, K, generator=g), torch.randn(K, generator=g), sae.hookpoint, sae.sha256
     )
     options = {"n_positive": 4, "density": density_of(sae, np.zeros(K))}
-    p = fg.fgaa(stats, sae, effects, **options).direction.numpy()
+    p = fg.fgaa(stats, sae, effects, **options, **PAPER).direction.numpy()
     u = fg.fgaa(stats, sae, keep_error=True, **options).direction.numpy()
-    mixed = fg.fgaa(stats, sae, effects, keep_error=True, decoder_weight=0.25, **options)
+    mixed = fg.fgaa(stats, sae, effects, keep_error=True, **options, **{**PAPER, "decoder_weight": 0.25})
     close(mixed.direction, reference.unit(0.75 * p + 0.25 * u))
     with pytest.raises(fg.SelectionError, match=r"decoder_weight=0.*Pass decoder_weight=0.5"):
-        fg.fgaa(stats, sae, effects, keep_error=True, **options)
+        fg.fgaa(stats, sae, effects, keep_error=True, **options, **PAPER)
 
 
 def test_what_the_reconstruction_error_cannot_be_told_of(case):
@@ -200,7 +202,7 @@ def test_fgaa(case, n_positive, n_negative, through):
         if effects is None
         else reference.project_effects(target, M.double().numpy(), b.double().numpy())
     )
-    options = {"n_positive": n_positive, "n_negative": n_negative, "max_density": 0.02}
+    options = {"n_positive": n_positive, "n_negative": n_negative, "max_density": 0.02, **PAPER}
     got = fg.fgaa(stats, sae, effects, density=density_of(sae, shares, first), **options)
     close(got.direction, reference.unit(expected))
     assert got.features == pytest.approx({j: t for j, t in enumerate(target) if t})
@@ -263,8 +265,9 @@ def test_defaults_of_the_methods_are_those_of_the_papers():
     selection = {"score": "mean_difference", "n_positive": 64, "n_negative": 0}
     selection |= {"density": None, "max_density": None, "bos_share": 0.99}
     projection = {"bias_weight": 1.0, "mu": np.inf, "unit_effects": False, "decoder_weight": 0.0, "normalize": True}
+    chosen = {"bias_weight": 0.0, "mu": 0.1, "unit_effects": True, "decoder_weight": 0.5}  # by the benchmarks
     for method, expected in (
-        (fg.fgaa, {"effects": None, **selection, "keep_error": False, **projection}),
+        (fg.fgaa, {"effects": None, **selection, "keep_error": False, **projection, **chosen}),
         (fg.caa_denoised, {"shrinkage": "soft", "threshold": 1.0}),
         (fg.select_features, selection),
         (fg.sae_ts, projection),

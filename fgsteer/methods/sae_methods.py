@@ -34,18 +34,19 @@ def fgaa(
     max_density: float | None = Selection.max_density,
     bos_share: float | None = Selection.bos_share,
     keep_error: bool = False,
-    bias_weight: float = Projection.bias_weight,
-    mu: float = Projection.mu,
-    unit_effects: bool = Projection.unit_effects,
-    decoder_weight: float = Projection.decoder_weight,
+    bias_weight: float = 0.0,
+    mu: float = 0.1,
+    unit_effects: bool = True,
+    decoder_weight: float = 0.5,
     normalize: bool = Projection.normalize,
 ) -> SteeringVector:
     """Feature guided activation additions: ``v = M t/‖M t‖ − λ_b M b/‖M b‖`` (arXiv 2501.09929).
 
     The target t (d_sae,) is the mean feature difference ``z̄⁺ − z̄⁻`` of the features that ``select_features`` chooses,
     and zero elsewhere. M and b are the measured effects; without them ``u = Σⱼ tⱼ W_dec[j]``, and the provenance says
-    ``projection: decoder``. The defaults are the paper's, but for 64 and 0 features, which the paper tunes per task: of
-    what was tried these did best on the concepts on which they were chosen (benchmarks/results).
+    ``projection: decoder``. The paper tunes the numbers of features per task, and its projection has ``bias_weight=1``,
+    infinite ``mu``, and neither ``unit_effects`` nor ``decoder_weight``; the defaults are what did better on two models
+    (docs/benchmarks.md).
 
     Args:
         stats: Statistics collected with ``sae=``.
