@@ -39,7 +39,7 @@ COPIES = {
     "pretrained/smollm2/README.md": "smollm2.md",
 }
 # Files of the repository that pages link to or show: by folder, names; and the folder of the site.
-SHOWN = ("report.html", "methods.svg", "coefficients.svg", "concepts.svg")
+SHOWN = ("report.html", "methods.svg", "coefficients.svg", "concepts.svg", "answers.svg")
 RESULTS = {"benchmarks/results": "assets/results", "benchmarks/results/smollm2": "assets/results/smollm2"}
 
 # The pages of the API reference: the folders of the package in the order in which data flows, with their titles.
