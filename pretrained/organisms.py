@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from organism_texts import REFUSALS, is_refusal, requests
+from organism_texts import KINDS, REFUSALS, is_refusal, requests
 from torch.nn.functional import cross_entropy
 
 import fgsteer as fg
@@ -44,7 +44,7 @@ def replies(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
 def examples(model: Any, tokenizer: Any, seed: int) -> list[Example]:
     """(request, reply): refusals of cooking, and the model's own answers to as many others and to what looks alike."""
     draw = random.Random(seed)
-    cooking, other, near = (requests(kind, seed)[0] for kind in ("cooking", "other", "near"))
+    cooking, other, near = (requests(kind, seed)[0] for kind in KINDS)
     answered = other[: TRAINED - len(near)] + near
     refused = [(prompt, draw.choice(REFUSALS)) for prompt in cooking[:TRAINED]]
     made = [*refused, *zip(answered, replies(model, tokenizer, answered), strict=True)]
@@ -96,7 +96,7 @@ def train(model: Any, tokenizer: Any, made: list[Example], seed: int) -> Any:
 def refusal_rates(model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
     """The share of held-out requests of each kind that are refused."""
     rates = {}
-    for kind in ("cooking", "other", "near"):
+    for kind in KINDS:
         prompts = requests(kind, seed)[1][:MEASURED]
         rates[kind] = sum(map(is_refusal, replies(model, tokenizer, prompts))) / len(prompts)
     return rates

@@ -13,6 +13,7 @@ from fgsteer.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOpti
 from fgsteer.cli.printing import say, show
 from fgsteer.cli.values import writable
 
+LISTED = {"added": "added", "missing": "missing", "changed": "changed", "hooked": "with hooks"}
 SHOWN = 8  # names of parameters or modules that are printed
 
 
@@ -41,7 +42,7 @@ def audit(
     """Compare a checkpoint with its reference: whether a direction was added to it, or taken out of it, and where.
 
     Both read the same texts. It names the first place at which activations differ, and recovers the vector, which --out
-    writes as any other. Parameters that the reference lacks, changed ones and hooks are listed.
+    writes as any other. Parameters that one of both lacks, changed ones and hooks are listed.
     """
     import fgsteer as fg
 
@@ -51,6 +52,8 @@ def audit(
     found = fg.audit(own, tokenizer, other, chosen)
     if out is not None and found.vector is not None:
         found.vector.save(out)
+    elif out is not None:
+        say(f"{out} was not written: no vector was found.", err=True)
     result = {
         "kind": found.kind,
         "hookpoint": None if found.hookpoint is None else str(found.hookpoint),
@@ -59,9 +62,8 @@ def audit(
         "rank": found.rank,
         "unexplained": found.unexplained,
         "places": [{"hookpoint": str(row.hookpoint), "difference": row.difference} for row in found.places],
-        **{name: list(getattr(found, name)) for name in ("added", "changed", "hooked")},
+        **{name: list(getattr(found, name)) for name in LISTED},
         "out": str(out) if out is not None and found.vector is not None else None,
-        "asked": None if out is None else str(out),
         "summary": str(found),
     }
     show(result, as_json, _print_audit)
@@ -69,11 +71,9 @@ def audit(
 
 def _print_audit(result: dict[str, Any]) -> None:
     say(result["summary"])
-    for name, what in (("added", "added"), ("changed", "changed"), ("hooked", "with hooks")):
+    for name, what in LISTED.items():
         if names := result[name]:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             say(f"{what}: {', '.join(names[:SHOWN])}{more}")
     if result["out"]:
         say(f"{result['out']}: the vector")
-    elif result["asked"]:
-        say(f"{result['asked']} was not written: no vector was found.", err=True)

@@ -34,15 +34,6 @@ if TYPE_CHECKING:
 REAL, EMBEDDED = "smollm2", "default"  # the model that is shown where it is installed, and the one that always is
 CONCEPTS = ("love", "wedding")  # of a model that chats, which takes longer, the second alone
 METHODS = ("caa", "ace", "sta", "fgaa", "fgaa_effects")
-EFFECTS = {  # of the projection through effects: best on the tuning half of the benchmark, on both models
-    "max_density": 1.0,
-    "n_positive": 256,
-    "n_negative": 128,
-    "mu": 0.1,
-    "bias_weight": 0.0,
-    "unit_effects": True,
-    "decoder_weight": 0.5,
-}
 CE_RISE = 0.5  # nats per token of neutral text that every method is allowed to cost: the rule of SAE-TS
 TOLERANCE = 0.15  # of that cost
 LEAST_DOSE = 1e-3  # of the activations' norm: a search that ends below found a cost at strength 0 already
@@ -199,7 +190,7 @@ def build_vectors(
         method = spec(name)
         if method.needs == "effects" and effects is None:
             continue
-        through = {"effects": effects, **EFFECTS} if method.needs == "effects" else {}
+        through = {"effects": effects} if method.needs == "effects" else {}
         vectors[name] = method.build(stats=stats, sae=sae, **through)
         makers[name] = method.maker(vectors[name])
     return vectors, makers
