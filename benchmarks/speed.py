@@ -7,11 +7,13 @@ Why: times of two runs, or of two machines, tell little; ratios within one run d
 
     python benchmarks/speed.py              writes results/speed.json, about twenty-five minutes on two cores
     python benchmarks/speed.py --only step  the same for one section, in place of what results/speed.json has of it
+    .venv-vllm/bin/python benchmarks/speed.py --only serving    vLLM, which make test-vllm installs
     python benchmarks/speed.py --quick      tiny models, two turns, writes nothing
     python benchmarks/speed.py --docs       puts the tables of results/speed.json into docs/benchmarks.md
     sh benchmarks/peers.sh build/peers      makes an environment with the peers; build/peers/bin/python runs this in it
 
-Parts: timing/clock.py (turns), subjects.py (models, texts), peers.py, reading.py, steering.py, processes.py.
+Parts, in timing/: clock.py (turns), subjects.py (models, texts), peers.py, reading.py, steering.py, processes.py,
+serving.py.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import peers, processes, reading, steering
+from timing import peers, processes, reading, serving, steering
 from timing.bench import Bench
 from timing.clock import Clock, Row, facts
 from timing.subjects import MODELS
@@ -47,7 +49,9 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "generate": steering.generate,
     "effects": steering.effects,
     "start": processes.start,
+    "serving": serving.serving,
 }
+DEFAULT_SECTIONS = [name for name in SECTIONS if name != "serving" or serving.INSTALLED]  # vLLM has its own environment
 
 
 def number(value: float) -> str:
@@ -130,7 +134,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models, two turns, no file unless --out")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=DEFAULT_SECTIONS, help="sections")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models")
     parser.add_argument("--repetitions", type=int, help="turns, 7 by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

