@@ -127,7 +127,7 @@ def stage_features(work: Path, folder: Path) -> None:
 def stage_effects(work: Path, recipe: Recipe, folder: Path) -> None:
     """The effect approximator, measured in bfloat16."""
     model, tokenizer = load_lm(work)
-    write_effects(model.to(torch.bfloat16), tokenizer, folder, work / "effects.parts", recipe)
+    write_effects(model.to(torch.bfloat16), tokenizer, folder, work / f"effects.parts.{folder.name}", recipe)
 
 
 # ---------------------------------------------------------------- comparison of kinds, figures, packing
@@ -211,7 +211,10 @@ def stage_figures(work: Path, recipe: Recipe) -> None:
             **read(work / "lm.json"),
             "saes": saes,
             "comparison": read(work / "comparison.json"),
-            "effects": {folder.name: effects.about},
+            "effects": {
+                at.name: fg.EffectApproximator.load(at / "effects.safetensors").about
+                for at in (sae_folder(work, layer) for layer in recipe.effects_layers)
+            },
             "steered": samples.steered(model, tokenizer, fg.load_sae(folder), effects, recipe.seed),
         },
     )
@@ -256,7 +259,7 @@ def sae_stages(work: Path, recipe: Recipe, layer: int) -> Iterator[Stage]:
     yield folder, lambda: train_sae(folder, work, recipe, layer)
     yield folder / "density.safetensors", lambda: stage_density(work, recipe, folder)
     yield folder / "labels.json", lambda: stage_features(work, folder)
-    if layer == recipe.middle:
+    if layer in recipe.effects_layers:
         yield folder / "effects.safetensors", lambda: stage_effects(work, recipe, folder)
 
 

@@ -39,7 +39,8 @@ class Recipe:
 
     feature_texts: int = 8000  # beginnings of training documents that features are read on
     compare_texts: int = 1000  # of these, in the comparison of kinds
-    effects_vectors: int = 5120  # decoder rows of the middle SAE measured
+    effects_layers: tuple[int, ...] = (2, 3)  # the default SAE's, and the one at which differences of means do best
+    effects_vectors: int = 5120  # decoder rows of each of these SAEs measured
     effects_texts: int = 8  # neutral texts that set each row's strength
     effects_ce_rise: float = 0.5  # nats a token that it costs them
     effects_rollouts: int = 2  # of each neutral prompt
@@ -49,7 +50,7 @@ class Recipe:
 
     @property
     def middle(self) -> int:
-        """The layer whose SAE is the default one, and has an effect approximator."""
+        """The layer whose SAE is the default one."""
         return self.sae_layers[len(self.sae_layers) // 2]
 
 

@@ -34,6 +34,7 @@ RECIPE = {
     "feature_texts": 400,
     "sae_batch": 1024,
     "sae_width": 256,
+    "effects_layers": [1],
     "effects_vectors": 200,
     "effects_tokens": 6,
     "effects_ce_rise": 0.05,
