@@ -15,6 +15,7 @@ from torch import Tensor
 from fgsteer.errors import SteeringError
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
+from fgsteer.saes.selected import SelectedFeatures
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class Update:
         relative: The rows whose change is multiplied by the norm of h, (R,).
         keep_norm: The rows whose result is scaled to the norm of h, (R,).
         fixed: The change itself, multiplied out, where nothing is read.
+        encoder: What reads the k features, where ``sae`` has more than those.
         weights: ``−λ·read``, multiplied out, where h is projected: the strengths are ``const + weights · h``.
     """
 
@@ -52,6 +54,7 @@ class Update:
     relative: Bool[Tensor, " rows"] | None = None
     keep_norm: Bool[Tensor, " rows"] | None = None
     fixed: Float[Tensor, "rows 1 d_model"] | None = None
+    encoder: SelectedFeatures | None = None
     weights: Float[Tensor, "rows k d_model"] | None = None
 
     def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> Update:
@@ -69,7 +72,8 @@ class Update:
             f.name: moved(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
         sae = None if self.sae is None else self.sae.to(device, wide)
-        ready = replace(self, sae=sae, **tensors)
+        encoder = None if sae is None or not self.features else SelectedFeatures(sae, self.features)
+        ready = replace(self, sae=sae, encoder=encoder, **tensors)
         if ready.read is not None and ready.plane is None:
             return replace(ready, weights=-ready.lam[..., None] * ready.read)
         if ready.reads or ready.relative is not None:
@@ -127,6 +131,8 @@ class Update:
 
     def _read(self, wide: Float[Tensor, "batch tokens d_model"]) -> Tensor | None:
         """What is read of activations in the dtype of ``write``, (batch, tokens, k); None where nothing is."""
+        if self.encoder is not None:
+            return self.encoder.read(wide)
         if self.sae is not None:
             return self.sae.encode_selected(wide, self.features) if self.features else self.sae.encode(wide)
         return None if self.read is None else _times(wide, self.read.mT)

@@ -1,6 +1,7 @@
 """Sparse autoencoders: the type, the formats and releases that it is loaded from, and the data kept beside one.
 
 sae.py           ``SAE``: weights in one canonical form, encoding and decoding
+selected.py      some features of a TopK SAE, read without encoding all of them where that is plain
 loading.py       ``load_sae``: from the package, folders, releases, repositories and live objects
 formats/         the forms in which SAEs are stored, one row of a table for each
 registry.py      ``registry``: the releases that sae-lens lists

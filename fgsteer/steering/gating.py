@@ -12,6 +12,7 @@ numbers as tensors, so that compiled graphs serve other thresholds too.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from fgsteer.errors.wording import count
 from fgsteer.interventions.gates import Both, Condition, Either, Feature, Gate, Mask, Not, Reading
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
+from fgsteer.saes.selected import SelectedFeatures
 from fgsteer.steering.masks import ScopeMask
 from fgsteer.steering.positions import Positions
 
@@ -281,21 +283,19 @@ class _Features:
 
     sae: SAE
     ids: list[int] = field(default_factory=list)
-    part: SAE | None = None
-    columns: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    encode: Callable[[Tensor], Tensor] | None = None
+    device: torch.device | None = None
     seen: Tensor | None = None
     acts: Tensor | None = None
 
     def read(self, feature: int | tuple[int, ...], h: Tensor) -> Tensor:
         """The activations of a feature at each token, (batch, tokens), or of several, (batch, tokens, n)."""
         if self.seen is not h or self.acts is None:
-            competing = self.sae.activation == "topk"
-            if self.part is None or self.part.W_enc.device != h.device:
-                self.part = (self.sae if competing else self.sae.restrict(self.ids)).to(h.device, torch.float32)
-                self.columns = torch.tensor(self.ids, device=h.device)
-            acts = self.part.encode(h.float())
-            self.acts = acts.index_select(-1, self.columns) if competing else acts
-            self.seen = h
+            if self.encode is None or self.device != h.device:
+                wide, self.device = self.sae.to(h.device, torch.float32), h.device
+                competes = wide.activation == "topk"
+                self.encode = SelectedFeatures(wide, self.ids).read if competes else wide.restrict(self.ids).encode
+            self.acts, self.seen = self.encode(h.float()), h
         if isinstance(feature, int):
             return self.acts[..., self.ids.index(feature)]
         if list(feature) == self.ids:

@@ -1,0 +1,72 @@
+"""The activations of some features of a TopK SAE, whose features compete, without encoding all of them each time.
+
+reader = SelectedFeatures(sae, [3, 17])
+acts = reader.read(h)                      equal to sae.encode(h)[..., [3, 17]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fgsteer.saes.sae import SAE
+
+RIVALS = 512  # features that are looked at first
+MARGIN = 1e-3  # of the largest activation: far above what products of other shapes round differently
+
+
+class SelectedFeatures:
+    """Reads some features of a TopK SAE at each token.
+
+    A feature is inactive where its own pre-activation is not above 0, or where k others are larger. To find k of those
+    it is mostly enough to look at the features that fire most often, so only tokens at which that leaves it open are
+    encoded whole. This saves time where tokens come one by one, on a CPU; elsewhere every token is encoded whole.
+
+    Args:
+        sae: The SAE, on the device and in the dtype of what is read.
+        features: Ids of the n features.
+    """
+
+    def __init__(self, sae: SAE, features: Sequence[int]) -> None:
+        self.sae, self.count = sae, len(features)
+        self.columns = torch.tensor(list(features), device=sae.W_enc.device)
+        self.part: SAE | None = None
+        if sae.density is None or sae.k is None or sae.W_enc.device.type != "cpu":
+            return
+        often = sae.density.density.clone()
+        often[self.columns] = -1.0
+        rivals = often.topk(min(RIVALS, sae.d_sae - self.count)).indices
+        some = torch.cat([self.columns, rivals.to(self.columns)])
+        if 2 * sae.k < len(rivals) and 4 * len(some) < sae.d_sae:
+            self.part = replace(
+                sae,
+                W_enc=sae.W_enc[:, some].contiguous(),
+                W_dec=sae.W_dec[some],
+                b_enc=sae.b_enc[some],
+                activation="relu",
+                density=None,
+                labels={},
+                fingerprint="",
+            )
+
+    def read(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n"]:
+        """Return the activations of the features, (..., n)."""
+        if self.part is None or torch.compiler.is_compiling() or x.requires_grad:
+            return self._whole(x)
+        assert self.sae.k is not None
+        acts = self.part.encode(x)
+        highest = acts[..., : self.count].amax(-1, keepdim=True)
+        ahead = acts[..., self.count :] > highest + MARGIN * acts.amax(-1, keepdim=True)
+        is_open = (highest[..., 0] > 0) & (ahead.sum(-1) < self.sae.k)
+        found = acts.new_zeros(*acts.shape[:-1], self.count)
+        if bool(is_open.any()):
+            found[is_open] = self._whole(x[is_open])
+        return found
+
+    def _whole(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n"]:
+        """Encode every feature, and take those that are asked for."""
+        return self.sae.encode(x).index_select(-1, self.columns)

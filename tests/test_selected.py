@@ -1,0 +1,93 @@
+"""Some features of a TopK SAE, read without encoding all of them: the same activations, and less work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fgsteer as fg
+from fgsteer.saes.density import FeatureDensity
+from fgsteer.saes.sae import SAE
+from fgsteer.saes.selected import SelectedFeatures
+
+WIDTH, WIDE, K = 16, 4096, 8
+
+
+@pytest.fixture(scope="module")
+def topk():
+    """A TopK SAE whose first features fire most often, with their density."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(WIDE, WIDTH, generator=g), dim=1)
+    bias = torch.linspace(1.0, -1.0, WIDE)
+    sae = SAE(rows.T.contiguous(), rows, bias, torch.zeros(WIDTH), fg.Hookpoint(0), "topk", k=K)
+    acts = sae.encode(torch.randn(500, WIDTH, generator=g))
+    fired = (acts > 0).sum(0).double()
+    return replace(sae, density=FeatureDensity(fired, fired, torch.zeros(WIDE), 500, sae.sha256))
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many tokens were encoded by all features, so far."""
+    counts = []
+    original = SAE.encode
+
+    def encode(self, x):
+        if self.d_sae == WIDE:
+            counts.append(x.reshape(-1, x.shape[-1]).shape[0])
+        return original(self, x)
+
+    monkeypatch.setattr(SAE, "encode", encode)
+    return counts
+
+
+@pytest.mark.parametrize("features", [[0], [3, 500, 4095], list(range(0, WIDE, 97))])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 50), (7,)])
+def test_selected_features_are_those_of_all(topk, features, shape):
+    x = torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(1)) * 2
+    got, wanted = SelectedFeatures(topk, features).read(x), topk.encode(x)[..., features]
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)  # products of other shapes round differently
+    assert torch.equal(got > 0, wanted > 0)
+
+
+def test_few_tokens_are_encoded_whole(topk, encoded):
+    x = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(2))
+    quiet = [3000, 3500, 4000]
+    acts = topk.encode(x)[..., quiet]
+    encoded.clear()
+    torch.testing.assert_close(SelectedFeatures(topk, quiet).read(x), acts, rtol=1e-5, atol=1e-6)  # as above
+    assert int((acts > 0).any(1).sum()) <= sum(encoded) < len(x) / 2
+
+
+def test_every_token_is_encoded_whole_where_nothing_says_who_fires(topk, encoded):
+    x = torch.randn(5, WIDTH)
+    SelectedFeatures(replace(topk, density=None), [3]).read(x)
+    SelectedFeatures(topk, [3]).read(x.requires_grad_())
+    assert encoded == [5, 5]
+
+
+def test_equal_pre_activations_are_left_to_the_encoder(topk):
+    """Features with the columns of others tie with them; what ``encode`` decides holds."""
+    W_enc, b_enc = topk.W_enc.clone(), topk.b_enc.clone()
+    W_enc[:, 1000:1100], b_enc[1000:1100] = W_enc[:, :100], b_enc[:100]
+    twins = replace(topk, W_enc=W_enc, b_enc=b_enc)
+    x = torch.randn(100, WIDTH, generator=torch.Generator().manual_seed(3))
+    features = list(range(1000, 1100))
+    got, wanted = SelectedFeatures(twins, features).read(x), twins.encode(x)[..., features]
+    assert torch.equal(got > 0, wanted > 0)
+
+
+def test_the_shipped_sae_reads_a_quiet_feature_from_few_of_its_tokens(monkeypatch):
+    sae = fg.load_sae("default")
+    model, tokenizer = fg.load_model("default")
+    ids = torch.tensor([tokenizer(" ".join(map(str, fg.load_neutral()[0][:6])))["input_ids"][:200]])
+    h = fg.record(model, ids, None, [sae.hookpoint])[sae.hookpoint].float()
+    features = list(range(0, sae.d_sae, sae.d_sae // 8))
+    wide = sae.to("cpu", torch.float32)
+    wanted = wide.encode(h)[..., features]
+    reader, whole = SelectedFeatures(wide, features), []
+    original = reader._whole
+    monkeypatch.setattr(reader, "_whole", lambda x: whole.append(len(x)) or original(x))
+    torch.testing.assert_close(reader.read(h), wanted, rtol=1e-4, atol=1e-4)  # float32 sums of 320 in another order
+    assert sum(whole) < h.shape[1] / 2
