@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fgsteer.errors import SteeringError
 from fgsteer.errors.wording import count
-from fgsteer.interventions.gates import Both, Condition, Either, Feature, Gate, Mask, Not, Reading
+from fgsteer.interventions.gates import Both, Condition, Either, Gate, Mask, Not, Reading, pool
+from fgsteer.interventions.readings import Feature, Preview
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
 from fgsteer.steering.masks import ScopeMask
@@ -37,7 +38,8 @@ class Readings:
     def __init__(self, positions: Positions) -> None:
         self.positions = positions
         self.prompt: ScopeMask | None = None
-        self.places: list[_Place] = []
+        self.whole: ScopeMask | None = None  # the prompt with its start token, which previews read
+        self.places: list[Place] = []
         self.features: list[_Features] = []
         self.sources: list[Source] = []
         self.cache: weakref.ref[Any] | None = None  # that of the prompts that were read last
@@ -45,7 +47,7 @@ class Readings:
     @property
     def hookpoints(self) -> list[Hookpoint]:
         """Where something is read."""
-        gates = [place.reading.hookpoint for place in self.places]
+        gates = [place.reading.hookpoint for place in self.places if not isinstance(place.reading, Preview)]
         return list(dict.fromkeys([*gates, *(source.hookpoint for source in self.sources)]))
 
     def source(self, hookpoint: Hookpoint | None) -> Source | None:
@@ -72,18 +74,22 @@ class Readings:
                 "readings that are compared with thresholds and combined by &, | and ~",
                 "write a reading of your own, with values(h), instead of a gate",
             )
-        place = self._place(gate.reading)
+        place = self.place(gate.reading)
         return GateNode("read", place=place, threshold=torch.tensor(gate.threshold), above=gate.fires_above)
 
-    def _place(self, reading: Reading) -> _Place:
+    def place(self, reading: Reading) -> Place:
+        """Where a reading is noted: one place for all that share it."""
         for place in self.places:
             if place.reading is reading:
                 return place
         if reading.pooling and self.prompt is None:
             self.prompt = ScopeMask("prompt", bos=False)
             self.positions.masks = [*self.positions.masks, self.prompt]
+        if isinstance(reading, Preview) and self.whole is None:
+            self.whole = ScopeMask("prompt", bos=True)
+            self.positions.masks = [*self.positions.masks, self.whole]
         features = self._features(reading) if isinstance(reading, Feature) else None
-        self.places.append(_Place(self, reading, features))
+        self.places.append(Place(self, reading, features))
         return self.places[-1]
 
     def _features(self, reading: Feature) -> _Features:
@@ -123,7 +129,7 @@ class Readings:
     def take(self, hookpoint: Hookpoint, h: Tensor) -> None:
         """Read the activations (batch, tokens, d_model) that come to a hookpoint, before anything there acts."""
         for place in self.places:
-            if place.reading.hookpoint == hookpoint:
+            if place.reading.hookpoint == hookpoint and not isinstance(place.reading, Preview):
                 place.value = place.read(h)
 
     def keep(self, hookpoint: Hookpoint, h: Tensor) -> None:
@@ -158,7 +164,7 @@ class GateNode:
     kind: str
     first: GateNode | None = None
     second: GateNode | None = None
-    place: _Place | None = None
+    place: Place | None = None
     threshold: Tensor | None = None
     above: bool = True
 
@@ -180,7 +186,7 @@ class GateNode:
 
 
 @dataclass(eq=False)
-class _Place:
+class Place:
     """A reading, and what was read of the running pass and of the prompts."""
 
     owner: Readings
@@ -207,28 +213,39 @@ class _Place:
             return self._by_token(h)
         assert prompt is not None
         if not prompt.empty:
-            self._refuse_parts()
+            self.refuse_parts()
             assert prompt.mask is not None
-            self.kept = pool(self._by_token(h), prompt.mask.to(h.device), self.reading.pooling)
+            if self.features is None or self.reading.pooling == "of_mean":
+                self.kept = self._ready(h).of_prompt(h, prompt.mask.to(h.device))
+            else:
+                self.kept = pool(self._by_token(h), prompt.mask.to(h.device), self.reading.pooling)
+        return self.for_rows(len(h))
+
+    def for_rows(self, rows: int) -> Tensor:
+        """What was read of the prompts, (rows, 1), for a pass of so many rows. Raises SteeringError for other ones."""
         kept = self.kept
-        if kept is None or len(h) % len(kept):
+        if kept is None or rows % len(kept):
             decided = 0 if kept is None else len(kept)
             raise SteeringError(
-                f"a gate on prompts in a pass of {count(len(h), 'row')}, after prompts of {count(decided, 'row')}",
+                f"a gate on prompts in a pass of {count(rows, 'row')}, after prompts of {count(decided, 'row')}",
                 "a pass that goes on from the prompts that were read inside the block, in their order",
                 "open the block before the prompts are read, and do not add or drop rows inside",
             )
-        return kept if len(kept) == len(h) else kept.repeat_interleave(len(h) // len(kept), 0)
+        return kept if len(kept) == rows else kept.repeat_interleave(rows // len(kept), 0)
 
     def _by_token(self, h: Tensor) -> Tensor:
         if self.features is not None:
             assert isinstance(self.reading, Feature)
             return self.features.read(self.reading.feature, h)
+        return self._ready(h).values(h)
+
+    def _ready(self, h: Tensor) -> Reading:
+        """The reading with its tensors where the activations are."""
         if self.ready is None or self.ready.device != h.device:
             self.ready = self.reading.to(h.device)
-        return self.ready.values(h)
+        return self.ready
 
-    def _refuse_parts(self) -> None:
+    def refuse_parts(self) -> None:
         """Raises SteeringError for a pass that holds a part of the prompt alone."""
         positions = self.owner.positions
         if positions.columns_before > positions.virtual or not positions.prompt_is_cached:
@@ -259,16 +276,3 @@ class _Features:
             self.acts = acts[..., self.ids] if competing else acts
             self.seen = h
         return self.acts[..., self.ids.index(feature)]
-
-
-def pool(values: Tensor, prompt: Mask, pooling: str) -> Tensor:
-    """The last, mean or largest of values (batch, tokens) over each row's prompt, (batch, 1); nan without a token."""
-    none = ~prompt.any(1, keepdim=True)
-    if pooling == "mean":
-        pooled = torch.where(prompt, values, 0.0).sum(1, keepdim=True) / prompt.sum(1, keepdim=True)
-    elif pooling == "max":
-        pooled = torch.where(prompt, values, -torch.inf).amax(1, keepdim=True)
-    else:
-        column = torch.arange(values.shape[1], device=values.device)
-        pooled = values.gather(1, torch.where(prompt, column, 0).amax(1, keepdim=True))
-    return torch.where(none, torch.nan, pooled)
