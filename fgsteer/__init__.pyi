@@ -136,6 +136,7 @@ from fgsteer.methods.denoising import caa_denoised as caa_denoised
 from fgsteer.methods.difference import ace as ace
 from fgsteer.methods.difference import caa as caa
 from fgsteer.methods.difference import pca as pca
+from fgsteer.methods.grains import grains as grains
 from fgsteer.methods.prompt_pairs import act_add as act_add
 from fgsteer.methods.sae_methods import fgaa as fgaa
 from fgsteer.methods.sae_methods import from_features as from_features

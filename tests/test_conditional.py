@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,7 +244,8 @@ def test_recipes_are_kept_in_files(llama, tokenizer, tmp_path):
     loaded = fg.load_steering(tmp_path / "guard")
     expected = run(llama, batch(tokenizer), items, per_row=False)
     assert run(llama, batch(tokenizer), loaded, per_row=False) == expected
-    assert loaded[1].reading.appended == (5, 6)
+    by_prompt: Any = loaded[1]
+    assert by_prompt.reading.appended == (5, 6)
     from safetensors import safe_open
 
     with safe_open(tmp_path / "guard", "pt") as file:
@@ -280,7 +282,7 @@ def test_cast_is_its_loops(llama, tokenizer, pooling, similarity):
         best = max(best, reference.best_f1(*values))
     assert guard.fitted.f1 == pytest.approx(best)
     assert guard.fitted.prompts == guard.held_out.prompts == (4, 4)
-    gate = guard.gate
+    gate: Any = guard.gate
     layer = gate.reading.hookpoint.layer
     assert reference.cosine(gate.reading.direction, conditions[layer]) == pytest.approx(1.0, abs=CLOSE)
     prompts = [HARMFUL[1], HARMLESS[1], HARMFUL[3]]
@@ -338,7 +340,8 @@ def test_scans_is_its_loops(llama, tokenizer):
         return reference.sigma(llama, ids_of(tokenizer, prompt), appended, anchors, read)
 
     values = [[sigma(p) for p in side] for side in (HARMFUL, HARMLESS)]
-    threshold = guard[0].when.gate.threshold
+    gate: Any = guard.gate
+    threshold = gate.gate.threshold
     for scores, start in ((guard.fitted, 0), (guard.held_out, 1)):
         opened = [sum(v >= threshold for v in side[start::2]) for side in values]
         assert scores.recall == opened[0] / 4
@@ -366,7 +369,8 @@ def test_scans_is_its_loops(llama, tokenizer):
     inputs = as_batch(tokenizer, prompts)
     assert run(llama, inputs, wide[:1], per_row=False) == run(llama, inputs, None), "no σ reaches 9"
     assert [type(item).__name__ for item in wide] == ["Add", "Add"]
-    assert wide[1].when.threshold == 7.0
+    against: Any = wide[1].when
+    assert against.threshold == 7.0
 
 
 def test_sigma_is_of_directions_and_one_at_the_anchor():
