@@ -2,6 +2,15 @@
 
 from fgsteer import export as export
 from fgsteer.activations.recording import record as record
+from fgsteer.conditional.adasteer import ADASTEER_RULES as ADASTEER_RULES
+from fgsteer.conditional.adasteer import AdaSteerRule as AdaSteerRule
+from fgsteer.conditional.adasteer import adasteer as adasteer
+from fgsteer.conditional.adasteer import adasteer_coordinate as adasteer_coordinate
+from fgsteer.conditional.cast import cast as cast
+from fgsteer.conditional.infer_aligner import infer_aligner as infer_aligner
+from fgsteer.conditional.prompts import prompt_statistics as prompt_statistics
+from fgsteer.conditional.recipe import Conditional as Conditional
+from fgsteer.conditional.scans import scans as scans
 from fgsteer.data.contrast_files import load_contrast as load_contrast
 from fgsteer.data.contrasts import ContrastPair as ContrastPair
 from fgsteer.data.contrasts import ContrastSet as ContrastSet
@@ -62,6 +71,10 @@ from fgsteer.evaluation.metrics.diagnosis import diagnose as diagnose
 from fgsteer.evaluation.metrics.gate_fit import GateFit as GateFit
 from fgsteer.evaluation.metrics.gate_fit import GateScores as GateScores
 from fgsteer.evaluation.metrics.gate_fit import fit_gate as fit_gate
+from fgsteer.evaluation.metrics.gate_scores import GateEffect as GateEffect
+from fgsteer.evaluation.metrics.gate_scores import gate_decisions as gate_decisions
+from fgsteer.evaluation.metrics.gate_scores import gate_effect as gate_effect
+from fgsteer.evaluation.metrics.gate_scores import score_gate as score_gate
 from fgsteer.evaluation.runs.records import EvalRecord as EvalRecord
 from fgsteer.evaluation.runs.records import Run as Run
 from fgsteer.evaluation.runs.records import load_run as load_run
@@ -83,6 +96,7 @@ from fgsteer.features.search import FoundFeature as FoundFeature
 from fgsteer.features.search import find_features as find_features
 from fgsteer.interventions.adding import AdaptiveAdd as AdaptiveAdd
 from fgsteer.interventions.adding import Add as Add
+from fgsteer.interventions.adding import AddByPrompt as AddByPrompt
 from fgsteer.interventions.adding import AddKeepingNorm as AddKeepingNorm
 from fgsteer.interventions.adding import AddRelative as AddRelative
 from fgsteer.interventions.base import Intervention as Intervention
@@ -91,15 +105,17 @@ from fgsteer.interventions.features import ClampFeature as ClampFeature
 from fgsteer.interventions.features import edit as edit
 from fgsteer.interventions.files import load_steering as load_steering
 from fgsteer.interventions.files import save_steering as save_steering
-from fgsteer.interventions.gates import Cosine as Cosine
-from fgsteer.interventions.gates import Feature as Feature
 from fgsteer.interventions.gates import Gate as Gate
-from fgsteer.interventions.gates import Probe as Probe
-from fgsteer.interventions.gates import Projection as Projection
 from fgsteer.interventions.projecting import Ablate as Ablate
 from fgsteer.interventions.projecting import Affine as Affine
 from fgsteer.interventions.projecting import Clamp as Clamp
 from fgsteer.interventions.projecting import ClampSubspace as ClampSubspace
+from fgsteer.interventions.readings import Cosine as Cosine
+from fgsteer.interventions.readings import Feature as Feature
+from fgsteer.interventions.readings import Preview as Preview
+from fgsteer.interventions.readings import Probe as Probe
+from fgsteer.interventions.readings import Projection as Projection
+from fgsteer.interventions.readings import TanhCosine as TanhCosine
 from fgsteer.interventions.rotating import Rotate as Rotate
 from fgsteer.interventions.token_scopes import at as at
 from fgsteer.interventions.token_scopes import ends as ends
@@ -120,6 +136,7 @@ from fgsteer.methods.denoising import caa_denoised as caa_denoised
 from fgsteer.methods.difference import ace as ace
 from fgsteer.methods.difference import caa as caa
 from fgsteer.methods.difference import pca as pca
+from fgsteer.methods.grains import grains as grains
 from fgsteer.methods.prompt_pairs import act_add as act_add
 from fgsteer.methods.sae_methods import fgaa as fgaa
 from fgsteer.methods.sae_methods import from_features as from_features

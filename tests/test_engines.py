@@ -44,6 +44,9 @@ def examples() -> dict[str, Any]:
         "rotate": fg.Rotate(hookpoint=AT, direction=v.direction, other=other, by=30.0, **where),
         "rotate, to an angle": fg.Rotate(hookpoint=AT, direction=v.direction, other=other, to=30.0, **where),
         "adaptive_add": fg.SteeringVector(v.direction, AT, read=other).adaptive_add(**where),
+        "add_by_prompt": fg.AddByPrompt(
+            hookpoint=AT, direction=v.direction, reading=fg.Projection(other, 0).last(), **where
+        ),
         "clamp_feature": fg.edit(sae, {3: 2.0, 4: "off"}, **where),
         "a TopK SAE's features": fg.edit(make_sae("topk"), {3: 2.0}, **where),
         "a transcoder's features": fg.edit(transcoder, {3: 2.0}, **where),
@@ -52,6 +55,7 @@ def examples() -> dict[str, Any]:
         ),
         "a gate": v.add(2.0, when=fg.Projection(v) > 0.0, **where),
         "a gate of the prompt": v.add(2.0, when=fg.Projection(v).max() > -100.0, **where),
+        "a gate that reads ahead": v.add(2.0, when=fg.Preview(fg.Projection(other, 2)) > -100.0, **where),
         "all but BOS": v.add(2.0),
     }
     scopes = ("prompt", "generated", "reply", "last_prompt", "first:2", "last:2", "ends:1,1", "at:0,2")
@@ -117,7 +121,7 @@ def test_every_operation_has_a_row():
     for what, item in examples().items():
         if isinstance(item, fg.CacheSteering):
             continue
-        assert not torch.equal(apply(h, item.update(), source=h), h), what
+        assert not torch.equal(apply(h, item.update(), source=h, prompt=torch.ones(1, 1)), h), what
 
 
 @pytest.mark.parametrize("what", examples())

@@ -36,6 +36,7 @@ FLOORS = (
     "features",
     "training",
     "evaluation",
+    "conditional",
     "export",
     "hub",
     "serving",

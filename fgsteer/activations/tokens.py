@@ -205,6 +205,20 @@ def encode_prompts(
     Raises:
         DataError: There is no prompt, one has no token, or there are several and the tokenizer cannot pad.
     """
+    rows = prompt_ids(tokenizer, prompts, prepend_bos=prepend_bos)
+    if tokenizer.pad_token_id is None and len(rows) > 1:
+        raise DataError(
+            f"{len(rows)} prompts for a tokenizer without a pad token",
+            "a tokenizer that can pad, or one prompt",
+            "set tokenizer.pad_token = tokenizer.eos_token",
+        )
+    return pad(rows, tokenizer.pad_token_id or 0, side="left")
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], *, prepend_bos: bool | None = None
+) -> list[list[int]]:
+    """The ids of each prompt, as ``encode_prompts`` pads them. Raises DataError for none, or one without a token."""
     if isinstance(prompts, str) or not len(prompts):
         raise DataError(f"prompts = {prompts!r:.40}", "a list of at least one prompt")
     rows = _Encoder(tokenizer, prepend_bos).encode([render_prompt(tokenizer, prompt) for prompt in prompts])
@@ -215,13 +229,7 @@ def encode_prompts(
                 "at least one token to go on from",
                 "write a word, or the text of the token that your model's texts begin with",
             )
-    if tokenizer.pad_token_id is None and len(rows) > 1:
-        raise DataError(
-            f"{len(rows)} prompts for a tokenizer without a pad token",
-            "a tokenizer that can pad, or one prompt",
-            "set tokenizer.pad_token = tokenizer.eos_token",
-        )
-    return pad([row.ids for row in rows], tokenizer.pad_token_id or 0, side="left")
+    return [row.ids for row in rows]
 
 
 def pad(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from fgsteer.activations.tokens import encode_prompts
+from fgsteer.activations.tokens import prompt_ids
 from fgsteer.data.chat import Text, check_text, refuse_one_text
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked, describe_value, is_whole_number
@@ -38,22 +38,25 @@ def prompt_passes(
 
     Raises DataError for no prompts, one that is neither a text nor messages, or one beyond the model's window.
     """
+    asked = as_requests(model, tokenizer, prompts)
+    pairs: list[tuple[Text, Text]] = [("", text) if isinstance(text, str) else (text, "") for text in asked]
+    longest, window = max(map(len, prompt_ids(tokenizer, asked))), context_window(model)
+    if window is not None and longest > window:  # cut off, a prompt would lack its end, where its reply begins
+        raise DataError(f"a prompt of {longest} tokens", f"at most {window}, the model's window", "shorten it")
+    return TextPasses(model, tokenizer, pairs, batch_tokens=batch_tokens, scored=False, keep=True)
+
+
+def as_requests(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> list[Text]:
+    """Prompts as ``generate`` takes them: texts are a user's messages where the model chats.
+
+    Raises DataError for no prompts, or one that is neither a text nor messages.
+    """
     refuse_one_text(prompts)
     if not isinstance(prompts, list | tuple) or not prompts:
         raise DataError(describe_value(prompts) if prompts else "no prompts", "a list of at least one request")
     chats = is_chat_model(model, tokenizer)
-    pairs: list[tuple[Text, Text]] = []
-    for number, prompt in enumerate(prompts):
-        text = check_text(prompt, f"prompt {number}")
-        if isinstance(text, str) and not chats:
-            pairs.append(("", text))
-        else:
-            pairs.append(([{"role": "user", "content": text}] if isinstance(text, str) else text, ""))
-    _, mask = encode_prompts(tokenizer, [text or prompt for prompt, text in pairs])
-    longest, window = int(mask.sum(1).max()), context_window(model)
-    if window is not None and longest > window:  # cut off, a prompt would lack its end, where its reply begins
-        raise DataError(f"a prompt of {longest} tokens", f"at most {window}, the model's window", "shorten it")
-    return TextPasses(model, tokenizer, pairs, batch_tokens=batch_tokens, scored=False, keep=True)
+    texts = [check_text(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
+    return [[{"role": "user", "content": text}] if chats and isinstance(text, str) else text for text in texts]
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str | int]) -> list[int]:

@@ -57,7 +57,13 @@ def listed(interventions: Interventions) -> list[Intervention]:
 
 
 def refuse_gate(item: Intervention) -> None:
-    """Raises SteeringError for an intervention with a gate, which no other engine has."""
+    """Raises SteeringError for an intervention with a gate or a strength that prompts decide, which engines lack."""
+    if item.strength_reading is not None:
+        raise SteeringError(
+            f"{kind_of(item)}, whose strength each prompt decides",
+            "a strength that is a number, where other engines steer",
+            "steer with fgsteer.steer, or export an Add",
+        )
     if item.when is not None:
         raise SteeringError(
             f"{kind_of(item)} with a gate (when=…)",

@@ -13,6 +13,7 @@ and replace what they read, as far as bounds say.
     projecting.py  those that set or bound projections
     rotating.py  rotation in a plane
     gates.py     the conditions under which one acts
+    readings.py  what conditions and strengths go by
     features.py  those that change the activations of SAE features
     cached.py    steering of cached keys and values, which is no such equation
     values.py    their numbers and vectors, checked and turned into tensors
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fgsteer.interventions.adding import AdaptiveAdd as AdaptiveAdd
     from fgsteer.interventions.adding import Add as Add
+    from fgsteer.interventions.adding import AddByPrompt as AddByPrompt
     from fgsteer.interventions.adding import AddKeepingNorm as AddKeepingNorm
     from fgsteer.interventions.adding import AddRelative as AddRelative
     from fgsteer.interventions.base import DirectionIntervention as DirectionIntervention
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
 from fgsteer.interventions.scopes import SCOPES as SCOPES
 from fgsteer.interventions.scopes import Scope as Scope
 
-_MODULES = ("base", "adding", "features", "gates", "kernel", "projecting", "rotating", "stacking", "values")
+_MODULES = ("base", "adding", "features", "gates", "readings", "kernel", "projecting", "rotating", "stacking", "values")
 
 if not TYPE_CHECKING:  # with it, type checkers would take any name
 

@@ -13,11 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgsteer.errors import SteeringError
+from fgsteer.errors.checks import describe_value
 from fgsteer.interventions.base import DirectionIntervention, InterventionFields, set_fields
+from fgsteer.interventions.gates import Reading, check_reading
 from fgsteer.interventions.kernel import Update
 from fgsteer.interventions.values import (
     Scalar,
     as_tensor,
+    check_bounds,
     check_equal_width,
     finite_scalar,
     finite_vector,
@@ -177,4 +181,75 @@ class AdaptiveAdd(DirectionIntervention):
             read=self.read.float().to(row.device)[None, None],
             lo=torch.where(strength >= 0, zero, -unbounded),
             hi=torch.where(strength > 0, unbounded, zero),
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class AddByPrompt(DirectionIntervention):
+    """Adds a direction as strongly as a prompt calls for: ``h' = h + clip(s·(r + b), lo, hi)·v``, r read of the prompt.
+
+    The strength is decided once, for each row by its own prompt, and kept for all that the row generates. It is the
+    rule of AdaSteer (arXiv 2504.09466).
+
+    Args:
+        direction: The direction v, (d_model,), that is added.
+        reading: What r is: a reading of prompts, such as ``fg.Probe(w, 8).last()`` or a ``fg.Preview``.
+        bias: The number b that is added to r.
+        coefficient: The slope s.
+        at_least: The least strength lo; None for no bound.
+        at_most: The largest strength hi; None for no bound.
+
+    The other arguments are those of ``Intervention``.
+
+    Raises:
+        SteeringError: A vector or a number is not finite, the reading is not one of prompts, or the bounds cross.
+        PairingError: The direction is not one floating-point vector, or the reading is above the place of acting.
+    """
+
+    reading: Reading
+    bias: Scalar = 0.0
+    coefficient: Scalar = 1.0
+    at_least: float | None = None
+    at_most: float | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            direction: Tensor,
+            reading: Reading,
+            bias: Scalar = 0.0,
+            coefficient: Scalar = 1.0,
+            at_least: float | None = None,
+            at_most: float | None = None,
+            **common: Unpack[InterventionFields],
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.reading, Reading) or not self.reading.pooling:
+            raise SteeringError(
+                describe_value(self.reading),
+                "a reading of prompts, which decides how strongly each is steered",
+                "write reading=fg.Probe(w, 8).last(), or fg.Preview(fg.Probe(w, 8)) for one of a pass of its own",
+            )
+        check_reading(self.reading, self.hookpoint)
+        numbers = {name: finite_scalar(name, getattr(self, name)) for name in ("bias", "coefficient")}
+        low, high = check_bounds("an AddByPrompt", self.at_least, self.at_most)
+        set_fields(self, **numbers, at_least=low, at_most=high)
+
+    @property
+    def strength_reading(self) -> Reading:
+        """What the strength goes by."""
+        return self.reading
+
+    def update(self) -> Update:
+        """The update with w = v, read = r, λ = −s, α = s·b, between the bounds."""
+        row = self.direction.float()[None, None]
+        strength = as_tensor(self.coefficient, row)
+        limits = (self.at_least, self.at_most)
+        low, high = (None if value is None else as_tensor(value, row) for value in limits)
+        return Update(
+            write=row, const=strength * as_tensor(self.bias, row), lam=-strength, of_prompt=True, lo=low, hi=high
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fgsteer.errors.checks import check_flags
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.interventions.gates import Gate, check_gate
+from fgsteer.interventions.gates import Gate, Reading, check_gate
 from fgsteer.interventions.kernel import Update
 from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.token_scopes import parse_scope
@@ -83,6 +83,17 @@ class Intervention(OneLineRepr, ABC):
     def source(self) -> Hookpoint | None:
         """Where it reads, if that is elsewhere than where it acts, as features of a transcoder are."""
         return None
+
+    @property
+    def strength_reading(self) -> Reading | None:
+        """What is read of a prompt that decides how strongly it acts there; None where no prompt decides that."""
+        return None
+
+    @property
+    def readings(self) -> list[Reading]:
+        """All that decides whether and how strongly it acts: what its gate and its strength go by."""
+        of_gate = [] if self.when is None else [condition.reading for condition in self.when.conditions]
+        return of_gate if self.strength_reading is None else [*of_gate, self.strength_reading]
 
     @property
     def trained(self) -> bool:

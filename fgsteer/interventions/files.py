@@ -21,11 +21,12 @@ from torch import Tensor
 from fgsteer.errors import PairingError, SteeringError
 from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import a
-from fgsteer.interventions.adding import AdaptiveAdd, Add, AddKeepingNorm, AddRelative
+from fgsteer.interventions.adding import AdaptiveAdd, Add, AddByPrompt, AddKeepingNorm, AddRelative
 from fgsteer.interventions.cached import CacheSteering, SteeringItem
 from fgsteer.interventions.features import ClampFeature
-from fgsteer.interventions.gates import Both, Condition, Cosine, Either, Feature, Gate, Not, Probe, Projection, Reading
+from fgsteer.interventions.gates import Both, Condition, Either, Gate, Not, Reading
 from fgsteer.interventions.projecting import Ablate, Affine, Clamp, ClampSubspace
+from fgsteer.interventions.readings import Cosine, Feature, Preview, Probe, Projection, TanhCosine
 from fgsteer.interventions.rotating import Rotate
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.fingerprints import sae_identity
@@ -35,12 +36,14 @@ from fgsteer.storage.json_files import text_sha256
 
 FILE_KIND = "steering"
 _KEEP = "only these can be loaded again; keep your own class in your code"
-_ADDING = (Add, AddRelative, AddKeepingNorm, AdaptiveAdd)
+_ADDING = (Add, AddRelative, AddKeepingNorm, AdaptiveAdd, AddByPrompt)
 _KINDS = (*_ADDING, Ablate, Affine, Clamp, ClampSubspace, ClampFeature, Rotate, CacheSteering)
-_READINGS = (Cosine, Feature, Probe, Projection)
+_READINGS = (Cosine, Feature, Preview, Probe, Projection, TanhCosine)
 KINDS: dict[str, type[SteeringItem]] = {kind.__name__: kind for kind in _KINDS}
 _HASHES: WeakKeyDictionary[SAE, str] = WeakKeyDictionary()
 READINGS: dict[str, type[Reading]] = {kind.__name__: kind for kind in _READINGS}
+# what a reading knows of what else it is made of
+_DERIVED: dict[type[Reading], tuple[str, ...]] = {Feature: ("hookpoint",), Preview: ("hookpoint", "pooling")}
 
 
 @dataclass
@@ -48,12 +51,13 @@ class _Writer:
     """Turns values into JSON, and collects the tensors that these name."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)  # by the id of a tensor, which several may share
 
     def value(self, value: Any) -> Any:
         if isinstance(value, Tensor) and not value.ndim:
             return float(value.detach())
         if isinstance(value, Tensor):
-            name = f"tensor_{len(self.tensors)}"
+            name = self.names.setdefault(id(value), f"tensor_{len(self.tensors)}")
             self.tensors[name] = value
             return {"tensor": name}
         if isinstance(value, Hookpoint):
@@ -62,6 +66,8 @@ class _Writer:
             return {"sae": steering_sae_sha256(value)}
         if isinstance(value, Gate):
             return self.gate(value)
+        if isinstance(value, Reading):
+            return self.reading(value)
         if isinstance(value, Mapping):
             return {str(key): self.value(entry) for key, entry in value.items()}
         if isinstance(value, tuple):
@@ -91,18 +97,20 @@ class _Writer:
             raise SteeringError(
                 f"a gate of the class {type(gate).__name__}", "readings that are compared and combined", _KEEP
             )
-        reading = gate.reading
+        return {
+            "reading": self.reading(gate.reading),
+            "threshold": gate.threshold,
+            "fires_above": gate.fires_above,
+        }
+
+    def reading(self, reading: Reading) -> dict[str, Any]:
         if READINGS.get(type(reading).__name__) is not type(reading):
             raise SteeringError(
                 f"{a(type(reading).__name__)}, a reading of your own",
                 f"one of {', '.join(READINGS)}",
                 _KEEP,
             )
-        return {
-            "reading": {"kind": type(reading).__name__, **self.fields_of(reading)},
-            "threshold": gate.threshold,
-            "fires_above": gate.fires_above,
-        }
+        return {"kind": type(reading).__name__, **self.fields_of(reading)}
 
 
 @dataclass
@@ -119,6 +127,10 @@ class _Loader:
             return self.tensors[value["tensor"]]
         if isinstance(value, dict) and set(value) == {"sae"}:
             return self.saes[value["sae"]]
+        if name == "reading":
+            return self.reading(value)
+        if name == "readings":
+            return [self.reading(entry) for entry in value]
         if isinstance(value, dict):
             return {int(key): entry for key, entry in value.items()}
         return value
@@ -135,11 +147,13 @@ class _Loader:
             return reduce(join, [self.gate(part) for part in entry.get("all", entry.get("any"))])
         if "not" in entry:
             return ~self.gate(entry["not"])
-        arguments = self.arguments(entry["reading"])
-        kind = READINGS[entry["reading"]["kind"]]
-        if kind is Feature:
-            arguments.pop("hookpoint")  # the SAE's
-        return Condition(kind(**arguments), entry["threshold"], entry["fires_above"])
+        return Condition(self.reading(entry["reading"]), entry["threshold"], entry["fires_above"])
+
+    def reading(self, entry: Mapping[str, Any]) -> Reading:
+        kind, arguments = READINGS[entry["kind"]], self.arguments(entry)
+        for name in _DERIVED.get(kind, ()):
+            arguments.pop(name, None)
+        return kind(**arguments)
 
 
 def _parts(gate: Gate, kind: type[Both] | type[Either]) -> list[Gate]:

@@ -5,28 +5,27 @@
 A reading is a number of each token: a feature's activation, a projection, a cosine or a probe's score. Comparing it
 with a threshold gives a condition, and conditions combine by ``&``, ``|`` and ``~``. A reading of tokens is decided
 for each token; ``last()``, ``mean()`` and ``max()`` make it one of the prompt, which is decided when the prompt has
-been read and then kept for that row.
+been read and then kept for that row, as ``of_mean()`` does, which reads the mean of the prompt's activations.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NoReturn, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fgsteer.errors import PairingError, SteeringError
-from fgsteer.errors.checks import describe_value, is_whole_number
+from fgsteer.errors.checks import describe_value
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.interventions.values import finite_number, finite_vector, unit_and_norm
+from fgsteer.interventions.values import finite_number
 from fgsteer.models.hookpoints import Hookpoint
-from fgsteer.saes.sae import SAE
 
-Pooling = Literal["", "last", "mean", "max"]
+Pooling = Literal["", "last", "mean", "max", "of_mean"]
 SelfReading = TypeVar("SelfReading", bound="Reading")
 Mask = Bool[Tensor, "batch tokens"]
 
@@ -144,7 +143,7 @@ class Reading(OneLineRepr, ABC):
     Args:
         hookpoint: Where it is read: a Hookpoint, its name, or a layer.
         pooling: "" for a number of each token; "last", "mean" or "max" over the prompt's tokens, without a start
-            token, for one of the prompt.
+            token, for one of the prompt; "of_mean" for what is read of the mean of their activations.
     """
 
     hookpoint: Hookpoint
@@ -152,8 +151,9 @@ class Reading(OneLineRepr, ABC):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hookpoint", Hookpoint.parse(self.hookpoint))
-        if self.pooling not in ("", "last", "mean", "max"):
-            raise SteeringError(f"pooling = {self.pooling!r}", "'', 'last', 'mean' or 'max'", "call .mean() instead")
+        if self.pooling not in get_args(Pooling):
+            kinds = ", ".join(map(repr, get_args(Pooling)))
+            raise SteeringError(f"pooling = {self.pooling!r}", f"one of {kinds}", "call .mean() instead")
 
     @property
     @abstractmethod
@@ -175,6 +175,23 @@ class Reading(OneLineRepr, ABC):
     def max(self: SelfReading) -> SelfReading:
         """The largest over a prompt's tokens, as one of the prompt."""
         return self._pooled("max")
+
+    def of_mean(self: SelfReading) -> SelfReading:
+        """The reading of the mean of a prompt's activations, as one of the prompt."""
+        return self._pooled("of_mean")
+
+    def of_prompt(self, h: Float[Tensor, "batch tokens d_model"], prompt: Mask) -> Float[Tensor, "batch 1"]:
+        """The number of each row's prompt, whose tokens the mask tells; nan for a prompt without a token."""
+        if self.pooling != "of_mean":
+            return pool(self.values(h), prompt, self.pooling)
+        count = prompt.sum(1, keepdim=True)
+        mean = torch.where(prompt[..., None], h.float(), 0.0).sum(1) / count.clamp(min=1)
+        return torch.where(count > 0, self.values(mean[:, None]), torch.nan)
+
+    @property
+    def parts(self) -> tuple[Reading, ...]:
+        """The readings of activations that it is made of: itself, unless it is of several."""
+        return (self,)
 
     @property
     def device(self) -> torch.device:
@@ -202,146 +219,6 @@ class Reading(OneLineRepr, ABC):
         return Condition(self, threshold, fires_above=False)
 
 
-def _copied(name: str, value: Any) -> Tensor:
-    """A float32 copy of a vector, which training it further does not reach: gates pass on no gradient."""
-    return finite_vector(name, value.detach() if isinstance(value, Tensor) else value)
-
-
-@dataclass(frozen=True, eq=False, init=False, repr=False)
-class _Along(Reading):
-    """A reading along a direction."""
-
-    direction: Float[Tensor, " d_model"]
-    _unit: Tensor = field(init=False, repr=False, compare=False)
-
-    def __init__(self, direction: Any, hookpoint: Hookpoint | str | int | None = None, pooling: Pooling = "") -> None:
-        place = getattr(direction, "hookpoint", None) if hookpoint is None else hookpoint
-        if place is None:
-            raise SteeringError(
-                "a direction without a hookpoint", "a place to read at", "pass a SteeringVector, or hookpoint="
-            )
-        values: dict[str, Any] = {
-            "direction": _copied("direction", getattr(direction, "direction", direction)),
-            "hookpoint": place,
-            "pooling": pooling,
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "_unit", unit_and_norm(self.direction)[0])  # raises for a zero direction
-        self.__post_init__()
-
-    @property
-    def d_model(self) -> int:
-        return self.direction.shape[0]
-
-
-class Projection(_Along):
-    """The projection ``v̂·h`` of each token, in units of the residual stream.
-
-    Args:
-        direction: The direction v: a ``SteeringVector``, or a tensor (d_model,).
-        hookpoint: Where it is read; by default the vector's hookpoint.
-        pooling: As in ``Reading``; ``last()``, ``mean()`` and ``max()`` set it.
-    """
-
-    def values(self, h: Float[Tensor, "batch tokens d_model"]) -> Float[Tensor, "batch tokens"]:
-        """v̂·h."""
-        return h.float() @ self._unit.to(h.device)
-
-
-class Cosine(_Along):
-    """The cosine of each token with a direction, ``v̂·h/‖h‖``, with its sign: the condition of CAST (arXiv 2409.05907).
-
-    The published code compares ``|cos|``, which a vector and its opposite have in common.
-
-    Args:
-        direction: The direction v: a ``SteeringVector``, or a tensor (d_model,).
-        hookpoint: Where it is read; by default the vector's hookpoint.
-        pooling: As in ``Reading``. ``mean()`` is the mean of the tokens' cosines.
-    """
-
-    def values(self, h: Float[Tensor, "batch tokens d_model"]) -> Float[Tensor, "batch tokens"]:
-        """v̂·h/‖h‖, 0 for h = 0."""
-        wide = h.float()
-        norm = wide.norm(dim=-1)
-        return (wide @ self._unit.to(h.device)) / torch.where(norm > 0, norm, 1.0)
-
-
-@dataclass(frozen=True, eq=False, init=False, repr=False)
-class Probe(Reading):
-    """A linear probe's score of each token, ``w·h + b``.
-
-    Args:
-        weight: The weights w, (d_model,).
-        hookpoint: Where it is read.
-        bias: The bias b.
-        pooling: As in ``Reading``.
-    """
-
-    weight: Float[Tensor, " d_model"]
-    bias: float = 0.0
-
-    def __init__(
-        self, weight: Tensor, hookpoint: Hookpoint | str | int, bias: float = 0.0, pooling: Pooling = ""
-    ) -> None:
-        values: dict[str, Any] = {
-            "weight": _copied("weight", weight),
-            "bias": finite_number("bias", bias),
-            "hookpoint": hookpoint,
-            "pooling": pooling,
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-        self.__post_init__()
-
-    @property
-    def d_model(self) -> int:
-        """The width of the weights."""
-        return self.weight.shape[0]
-
-    def values(self, h: Float[Tensor, "batch tokens d_model"]) -> Float[Tensor, "batch tokens"]:
-        """w·h + b."""
-        return h.float() @ self.weight.float().to(h.device) + self.bias
-
-
-@dataclass(frozen=True, eq=False, init=False, repr=False)
-class Feature(Reading):
-    """The activation of an SAE's feature at each token.
-
-    Args:
-        sae: The SAE, which is read where it reads: a transcoder at its input.
-        feature: The feature's id.
-        pooling: As in ``Reading``.
-    """
-
-    sae: SAE
-    feature: int
-
-    def __init__(self, sae: SAE, feature: int, pooling: Pooling = "") -> None:
-        if not is_whole_number(feature):
-            raise SteeringError(f"feature {feature!r:.40}", "the id of a feature", "pass a whole number")
-        sae.direction(feature)  # raises for a feature that the SAE does not have
-        values: dict[str, Any] = {
-            "sae": sae,
-            "feature": int(feature),
-            "hookpoint": sae.hookpoint if sae.reads is None else sae.reads,
-            "pooling": pooling,
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-        self.__post_init__()
-
-    @property
-    def d_model(self) -> int:
-        """The width that the SAE reads."""
-        return self.sae.W_enc.shape[0]
-
-    def values(self, h: Float[Tensor, "batch tokens d_model"]) -> Float[Tensor, "batch tokens"]:
-        """f_j(h)."""
-        sae = self.sae.to(h.device, torch.float32)
-        return sae.encode_selected(h.float(), [self.feature])[..., 0]
-
-
 def check_gate(gate: object, hookpoint: Hookpoint) -> None:
     """Check the gate of an intervention at a hookpoint.
 
@@ -354,10 +231,29 @@ def check_gate(gate: object, hookpoint: Hookpoint) -> None:
             "write when=fg.Feature(sae, 123) > 2.0, or leave it out to act always",
         )
     for condition in gate.conditions:
-        at = condition.reading.hookpoint
-        if not at.precedes(hookpoint) and at != hookpoint:
-            raise PairingError(
-                f"a condition that is read at {at}, for an intervention at {hookpoint}",
-                "a condition that is read where the intervention acts, or before it",
-                "what comes later in a pass is not known yet: read at an earlier layer, or steer at a later one",
-            )
+        check_reading(condition.reading, hookpoint)
+
+
+def check_reading(reading: Reading, hookpoint: Hookpoint) -> None:
+    """Check a reading that an intervention at a hookpoint goes by. Raises PairingError for one above that place."""
+    at = reading.hookpoint
+    if reading.parts == (reading,) and not at.precedes(hookpoint) and at != hookpoint:
+        raise PairingError(
+            f"a condition that is read at {at}, for an intervention at {hookpoint}",
+            "a condition that is read where the intervention acts, or before it",
+            "what comes later in a pass is not known yet: read at an earlier layer, steer at a later one, or read the "
+            "prompt ahead in a pass of its own with fg.Preview(reading)",
+        )
+
+
+def pool(values: Float[Tensor, "batch tokens"], prompt: Mask, pooling: str) -> Float[Tensor, "batch 1"]:
+    """The last, mean or largest of values over each row's prompt; nan for a prompt without a token."""
+    none = ~prompt.any(1, keepdim=True)
+    if pooling == "mean":
+        pooled = torch.where(prompt, values, 0.0).sum(1, keepdim=True) / prompt.sum(1, keepdim=True)
+    elif pooling == "max":
+        pooled = torch.where(prompt, values, -torch.inf).amax(1, keepdim=True)
+    else:
+        column = torch.arange(values.shape[1], device=values.device)
+        pooled = values.gather(1, torch.where(prompt, column, 0).amax(1, keepdim=True))
+    return torch.where(none, torch.nan, pooled)

@@ -22,8 +22,8 @@ from fgsteer.saes.selected import SelectedFeatures
 class Update:
     """A rank-k update for R rows: ``h += Σⱼ clip(constⱼ − λⱼ·read(h)ⱼ, loⱼ, hiⱼ) wⱼ`` (R = 1 serves every row).
 
-    What is read is ``read · h``, or the activations of features of ``sae``, of h or of the activations at ``source``;
-    without either, the update is constant.
+    What is read is ``read · h``, or the activations of features of ``sae``, of h or of the activations at ``source``,
+    or a number of each row's prompt, which the caller has; without any, the update is constant.
 
     Args:
         write: The vectors w that are written, (R, k, d_model).
@@ -32,6 +32,7 @@ class Update:
         read: The vectors that h is projected on, (R, k, d_model).
         sae: The SAE whose feature activations are read.
         features: Ids of the k features, where ``sae`` has more than those.
+        of_prompt: Whether what is read is a number of the prompt.
         lo: The least that each strength may be, (R, k); None where none is bounded from below.
         hi: The most that each strength may be, (R, k); None where none is bounded from above.
         plane: A vector that is added once for each unit of the norm of what is read, (R, d_model).
@@ -48,6 +49,7 @@ class Update:
     read: Float[Tensor, "rows k d_model"] | None = None
     sae: SAE | None = None
     features: tuple[int, ...] = ()
+    of_prompt: bool = False
     lo: Float[Tensor, "rows k"] | None = None
     hi: Float[Tensor, "rows k"] | None = None
     plane: Float[Tensor, "rows d_model"] | None = None
@@ -88,8 +90,8 @@ class Update:
 
     @property
     def reads(self) -> bool:
-        """Whether the change depends on the activation's direction."""
-        return self.read is not None or self.sae is not None
+        """Whether the change depends on the activation's direction, or on the prompt."""
+        return self.read is not None or self.sae is not None or self.of_prompt
 
     def strengths(self, values: Tensor | None) -> Tensor:
         """What each w is multiplied by, given what is read, (…, k); (R, k) where nothing is."""
@@ -104,20 +106,25 @@ class Update:
                 amounts = limit(amounts, bound[:, None] if amounts.ndim == 3 and len(bound) > 1 else bound)
         return amounts
 
-    def change(self, h: Float[Tensor, "batch tokens d_model"], source: Tensor | None = None) -> Tensor:
+    def change(
+        self, h: Float[Tensor, "batch tokens d_model"], source: Tensor | None = None, prompt: Tensor | None = None
+    ) -> Tensor:
         """The change of h, (batch, tokens, d_model) or broadcastable to it, in the dtype of ``write``.
 
-        ``source`` holds the activations at ``self.source``, where that is elsewhere. Raises SteeringError without.
+        ``source`` holds the activations at ``self.source``, where that is elsewhere, and ``prompt`` (batch, 1) what was
+        read of prompts, where that counts. Raises SteeringError without.
         """
         if self.fixed is not None:
             return self.fixed
         if self.source is not None and source is None:
             raise SteeringError(f"activations without those at {self.source}", "both", "pass source= to apply")
+        if self.of_prompt and prompt is None:
+            raise SteeringError("activations without what was read of their prompts", "both", "pass prompt= to apply")
         wide = h.to(self.write.dtype)
+        values: Tensor | None = None
         if self.weights is not None:
-            values = None
             change = _times(self._bounded(_linear(wide, self.weights, self.const)), self.write)
-        elif (values := self._read(wide if source is None else source.to(self.write.dtype))) is None:
+        elif (values := self._values(wide, source, prompt)) is None:
             change = self.strengths(None)[:, None] @ self.write
         else:
             change = _times(self.strengths(values), self.write)
@@ -129,8 +136,14 @@ class Update:
             change = change * torch.where(self.relative[:, None, None], wide.norm(dim=-1, keepdim=True), 1.0)
         return change
 
-    def _read(self, wide: Float[Tensor, "batch tokens d_model"]) -> Tensor | None:
-        """What is read of activations in the dtype of ``write``, (batch, tokens, k); None where nothing is."""
+    def _values(
+        self, wide: Float[Tensor, "batch tokens d_model"], source: Tensor | None, prompt: Tensor | None
+    ) -> Tensor | None:
+        """What is read, of activations in ``write``'s dtype or of prompts, (batch, tokens, k); None for nothing."""
+        if self.of_prompt:
+            assert prompt is not None
+            return prompt.to(self.write)[..., None]
+        wide = wide if source is None else source.to(self.write.dtype)
         if self.encoder is not None:
             return self.encoder.read(wide)
         if self.sae is not None:
@@ -157,13 +170,14 @@ def apply(
     update: Update,
     where: Tensor | None = None,
     source: Tensor | None = None,
+    prompt: Tensor | None = None,
 ) -> Tensor:
     """Add the update's change, cast to h's dtype, to ``h``: a new tensor, as h is not written to.
 
     A mask ``where (batch, tokens)`` limits the change; elsewhere h comes back bit for bit. ``source`` holds what an
-    update reads that reads elsewhere than at h.
+    update reads that reads elsewhere than at h, and ``prompt`` (batch, 1) what one reads that reads prompts.
     """
-    change = update.change(h, source)
+    change = update.change(h, source, prompt)
     moved = h + (change if change.dtype == h.dtype else change.to(h.dtype))
     if update.keep_norm is not None:
         moved = torch.where(update.keep_norm[:, None, None], _with_norm_of(h, change), moved)

@@ -59,4 +59,4 @@ def _stack_linear(updates: Mapping[int, Update], count: int) -> Update:
             else:
                 part[number] = value
         parts[name] = part
-    return Update(**parts)
+    return Update(**parts, of_prompt=any(update.of_prompt for update in updates.values()))

@@ -148,6 +148,15 @@ INTERVENTIONS = (
         "Adds the vector as strongly as its vector of reading finds in each activation.",
     ),
     InterventionSpec(
+        "add_by_prompt",
+        "AddByPrompt",
+        "coefficient",
+        "h + clip(s·(r + b), lo, hi)·v",
+        "Adds a direction as strongly as a reading r of the prompt calls for, decided once for each prompt.",
+        of_vector=False,
+        example="direction=a.direction, reading=fg.Projection(a).last(), hookpoint=a.hookpoint",
+    ),
+    InterventionSpec(
         "clamp_feature",
         "ClampFeature",
         "targets",

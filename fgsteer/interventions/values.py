@@ -17,6 +17,7 @@ from fgsteer.errors import PairingError, SteeringError
 from fgsteer.errors.checks import check_number
 
 Scalar = float | Float[Tensor, ""]  # a tensor where it requires grad, else a float
+Bounding = Scalar | None
 
 
 def finite_number(name: str, value: float) -> float:
@@ -128,15 +129,21 @@ def bounds_or_target(
             "a number as target, or in its place one as lowest or highest value, or both of these",
             "pass target=, or at_least= and at_most=",
         )
-    checked = {name: finite_scalar(name, value) for name, value in given.items() if value is not None}
-    low, high = checked.get("at_least"), checked.get("at_most")
+    low, high = check_bounds(what, at_least, at_most)
+    return None if target is None else finite_scalar("target", target), low, high
+
+
+def check_bounds(what: str, at_least: Bounding, at_most: Bounding) -> tuple[Bounding, Bounding]:
+    """Bounds as finite numbers, None for none. Raises SteeringError for others, and where they cross."""
+    low = None if at_least is None else finite_scalar("at_least", at_least)
+    high = None if at_most is None else finite_scalar("at_most", at_most)
     if low is not None and high is not None and not torch.compiler.is_compiling() and float(low) > float(high):
         raise SteeringError(
             f"{what} to at least {float(low):g} and at most {float(high):g}",
             "a lowest value that is not above the highest",
             "exchange at_least and at_most",
         )
-    return checked.get("target"), low, high
+    return low, high
 
 
 def unit_and_norm(direction: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states
+from fgsteer.interventions.readings import Preview
 from fgsteer.models.hookpoints import blocks_of, decoder_of, uncompiled, why_not_added
 from fgsteer.models.properties import virtual_tokens
 from fgsteer.steering.entries import Entry, interventions_of
@@ -38,7 +39,10 @@ def unchanged_blocks(entry: Entry, blocks: int) -> int:
     """The number of lowest blocks, of so many, below all that an entry changes or reads."""
     items = interventions_of(entry)
     places = [at for item in items for at in (item.hookpoint, item.source) if at is not None]
-    places += [condition.reading.hookpoint for i in items if i.when is not None for condition in i.when.conditions]
+    readings = [reading for item in items for reading in item.readings]
+    if any(isinstance(reading, Preview) for reading in readings):
+        return 0  # the prompt is read ahead by the whole model
+    places += [reading.hookpoint for reading in readings]
     return min([blocks, *(at.layer + (at.site == "resid_post") for at in places)])
 
 

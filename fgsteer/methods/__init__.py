@@ -7,6 +7,7 @@ table.py         the rows, ``build`` and ``register``
 difference.py    from the residual stream alone: CAA, ACE, PCA
 prompt_pairs.py  from one pair of prompts, a vector for each token: ActAdd
 caching.py       steering of cached keys and values, from contrastive prompts
+grains.py        from what the words of prompts that matter do: GrAInS
 sae_methods.py   through an SAE: FGAA, SAE-TS, chosen features
 denoising.py     CAA less what the features show to be noise, and what an SAE does not reconstruct
 target_atoms.py  steering target atoms (STA)

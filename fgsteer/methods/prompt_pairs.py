@@ -75,7 +75,7 @@ def act_add(
         raise DataError(
             f"a prompt of {max(map(len, rows))} tokens", f"at most {window}, the model's window", "shorten it"
         )
-    pad_id = 0 if len(rows[0]) == len(rows[1]) else _padding_id(tokenizer, padding)
+    pad_id = 0 if len(rows[0]) == len(rows[1]) else padding_id(tokenizer, padding)
     ids = pad(rows, pad_id)[0].to(input_device(model))
     acts = record(model, ids, torch.ones_like(ids), [where])[where].float()
     differs = (ids[0] != ids[1]).cumsum(0) > 0
@@ -95,7 +95,7 @@ def act_add(
     ]
 
 
-def _padding_id(tokenizer: PreTrainedTokenizerBase, padding: str | None) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase, padding: str | None) -> int:
     """The token to pad with. Raises DataError for a text that is not one token, or a tokenizer without pad and EOS."""
     if padding is None:
         known = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -104,8 +104,8 @@ def _padding_id(tokenizer: PreTrainedTokenizerBase, padding: str | None) -> int:
         ids = tokenizer(padding, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise DataError(
-            f"padding={padding!r:.40}, which is {len(ids)} tokens of this tokenizer",
+            f"{padding!r:.40} to pad with, which is {len(ids)} tokens of this tokenizer",
             "a text of one token, or a tokenizer with a pad or an EOS token",
-            'pass padding=" ", or two prompts of as many tokens',
+            'pass " ", or two prompts of as many tokens',
         )
     return int(ids[0])

@@ -67,6 +67,12 @@ def check_intervention(item: object) -> None:
             "an intervention on activations",
             "steer with fgsteer.steer, which can do all",
         )
+    if item.strength_reading is not None:
+        raise SteeringError(
+            f"{a(type(item).__name__)} in vLLM, whose strength each prompt decides",
+            "a strength that is a number, or one that each token decides",
+            "steer with fgsteer.steer, which can do all",
+        )
 
 
 def _rows_of_vector(vector: SteeringVector) -> TableRows:

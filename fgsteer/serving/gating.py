@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fgsteer.errors import SteeringError
 from fgsteer.interventions.files import steering_sae_sha256
-from fgsteer.interventions.gates import Both, Condition, Cosine, Either, Feature, Gate, Not, Probe, Projection, Reading
+from fgsteer.interventions.gates import Both, Condition, Either, Gate, Not, Reading
+from fgsteer.interventions.readings import Cosine, Feature, Probe, Projection
 from fgsteer.serving.feature_rows import encoder_rows
 from fgsteer.serving.rows import CLAUSES, ConditionRow, block_of
 

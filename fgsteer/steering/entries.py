@@ -80,8 +80,7 @@ def checked_rows(model: PreTrainedModel, steering: Steering, per_row: bool | Non
         check_pairing(model, item.hookpoint, item.d_model, item.model_name, type(item).__name__)
         if item.source is not None:
             check_pairing(model, item.source, item.d_model, "", "transcoder")
-        for condition in () if item.when is None else item.when.conditions:
-            reading = condition.reading
+        for reading in (part for each in item.readings for part in each.parts):
             check_pairing(model, reading.hookpoint, reading.d_model, "", type(reading).__name__)
     return rows
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fgsteer.errors import SteeringError
 from fgsteer.errors.wording import count
-from fgsteer.interventions.gates import Both, Condition, Either, Feature, Gate, Mask, Not, Reading
+from fgsteer.interventions.gates import Both, Condition, Either, Gate, Mask, Not, Reading, pool
+from fgsteer.interventions.readings import Feature, Preview
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
 from fgsteer.saes.selected import SelectedFeatures
@@ -39,7 +40,8 @@ class Readings:
     def __init__(self, positions: Positions) -> None:
         self.positions = positions
         self.prompt: ScopeMask | None = None
-        self.places: list[_Place] = []
+        self.whole: ScopeMask | None = None  # the prompt with its start token, which previews read
+        self.places: list[Place] = []
         self.features: list[_Features] = []
         self.sources: list[Source] = []
         self.cache: weakref.ref[Any] | None = None  # that of the prompts that were read last
@@ -47,7 +49,7 @@ class Readings:
     @property
     def hookpoints(self) -> list[Hookpoint]:
         """Where something is read."""
-        gates = [place.reading.hookpoint for place in self.places]
+        gates = [place.reading.hookpoint for place in self.places if not isinstance(place.reading, Preview)]
         return list(dict.fromkeys([*gates, *(source.hookpoint for source in self.sources)]))
 
     def source(self, hookpoint: Hookpoint | None) -> Source | None:
@@ -66,7 +68,7 @@ class Readings:
             return None
         if isinstance(gate, Both | Either):
             if conditions := _same_features(gate, type(gate)):
-                place = self._place(conditions[0].reading, tuple(c.reading.feature for c in conditions))
+                place = self.place(conditions[0].reading, tuple(c.reading.feature for c in conditions))
                 thresholds = torch.tensor([condition.threshold for condition in conditions])
                 kind = "all" if isinstance(gate, Both) else "any"
                 return GateNode(kind, place=place, threshold=thresholds, above=conditions[0].fires_above)
@@ -79,18 +81,22 @@ class Readings:
                 "readings that are compared with thresholds and combined by &, | and ~",
                 "write a reading of your own, with values(h), instead of a gate",
             )
-        place = self._place(gate.reading)
+        place = self.place(gate.reading)
         return GateNode("read", place=place, threshold=torch.tensor(gate.threshold), above=gate.fires_above)
 
-    def _place(self, reading: Reading, several: tuple[int, ...] = ()) -> _Place:
+    def place(self, reading: Reading, several: tuple[int, ...] = ()) -> Place:
+        """Where a reading is noted: one place for all that share it, or for several features of one SAE."""
         for place in self.places:
             if place.reading is reading and place.several == several:
                 return place
         if reading.pooling and self.prompt is None:
             self.prompt = ScopeMask("prompt", bos=False)
             self.positions.masks = [*self.positions.masks, self.prompt]
+        if isinstance(reading, Preview) and self.whole is None:
+            self.whole = ScopeMask("prompt", bos=True)
+            self.positions.masks = [*self.positions.masks, self.whole]
         features = self._features(reading.sae, several or (reading.feature,)) if isinstance(reading, Feature) else None
-        self.places.append(_Place(self, reading, features, several))
+        self.places.append(Place(self, reading, features, several))
         return self.places[-1]
 
     def _features(self, sae: SAE, ids: tuple[int, ...]) -> _Features:
@@ -129,7 +135,7 @@ class Readings:
     def take(self, hookpoint: Hookpoint, h: Tensor) -> None:
         """Read the activations (batch, tokens, d_model) that come to a hookpoint, before anything there acts."""
         for place in self.places:
-            if place.reading.hookpoint == hookpoint:
+            if place.reading.hookpoint == hookpoint and not isinstance(place.reading, Preview):
                 place.value = place.read(h)
 
     def keep(self, hookpoint: Hookpoint, h: Tensor) -> None:
@@ -168,7 +174,7 @@ class GateNode:
     kind: str
     first: GateNode | None = None
     second: GateNode | None = None
-    place: _Place | None = None
+    place: Place | None = None
     threshold: Tensor | None = None
     above: bool = True
     kept: Tensor | None = None  # a reading of prompts, and what was decided by it
@@ -186,7 +192,7 @@ class GateNode:
         second = self.second.open_for(h)
         return first & second if self.kind == "and" else first | second
 
-    def _decide(self, place: _Place, device: torch.device) -> Mask:
+    def _decide(self, place: Place, device: torch.device) -> Mask:
         """The comparison of what was read in this pass, which is made once for each reading of prompts."""
         value = place.noted()
         if self.kept is value and self.decision is not None:
@@ -217,7 +223,7 @@ def _same_features(gate: Gate, kind: type[Both | Either]) -> list[Any]:
 
 
 @dataclass(eq=False)
-class _Place:
+class Place:
     """A reading, and what was read of the running pass and of the prompts."""
 
     owner: Readings
@@ -245,28 +251,39 @@ class _Place:
             return self._by_token(h)
         assert prompt is not None
         if not prompt.empty:
-            self._refuse_parts()
+            self.refuse_parts()
             assert prompt.mask is not None
-            self.kept = pool(self._by_token(h), prompt.mask.to(h.device), self.reading.pooling)
+            if self.features is None or self.reading.pooling == "of_mean":
+                self.kept = self._ready(h).of_prompt(h, prompt.mask.to(h.device))
+            else:
+                self.kept = pool(self._by_token(h), prompt.mask.to(h.device), self.reading.pooling)
+        return self.for_rows(len(h))
+
+    def for_rows(self, rows: int) -> Tensor:
+        """What was read of the prompts, (rows, 1), for a pass of so many rows. Raises SteeringError for other ones."""
         kept = self.kept
-        if kept is None or len(h) % len(kept):
+        if kept is None or rows % len(kept):
             decided = 0 if kept is None else len(kept)
             raise SteeringError(
-                f"a gate on prompts in a pass of {count(len(h), 'row')}, after prompts of {count(decided, 'row')}",
+                f"a gate on prompts in a pass of {count(rows, 'row')}, after prompts of {count(decided, 'row')}",
                 "a pass that goes on from the prompts that were read inside the block, in their order",
                 "open the block before the prompts are read, and do not add or drop rows inside",
             )
-        return kept if len(kept) == len(h) else kept.repeat_interleave(len(h) // len(kept), 0)
+        return kept if len(kept) == rows else kept.repeat_interleave(rows // len(kept), 0)
 
     def _by_token(self, h: Tensor) -> Tensor:
         if self.features is not None:
             assert isinstance(self.reading, Feature)
             return self.features.read(self.several or self.reading.feature, h)
+        return self._ready(h).values(h)
+
+    def _ready(self, h: Tensor) -> Reading:
+        """The reading with its tensors where the activations are."""
         if self.ready is None or self.ready.device != h.device:
             self.ready = self.reading.to(h.device)
-        return self.ready.values(h)
+        return self.ready
 
-    def _refuse_parts(self) -> None:
+    def refuse_parts(self) -> None:
         """Raises SteeringError for a pass that holds a part of the prompt alone."""
         positions = self.owner.positions
         if positions.columns_before > positions.virtual or not positions.prompt_is_cached:
@@ -301,16 +318,3 @@ class _Features:
         if list(feature) == self.ids:
             return self.acts
         return self.acts[..., [self.ids.index(one) for one in feature]]
-
-
-def pool(values: Tensor, prompt: Mask, pooling: str) -> Tensor:
-    """The last, mean or largest of values (batch, tokens) over each row's prompt, (batch, 1); nan without a token."""
-    none = ~prompt.any(1, keepdim=True)
-    if pooling == "mean":
-        pooled = torch.where(prompt, values, 0.0).sum(1, keepdim=True) / prompt.sum(1, keepdim=True)
-    elif pooling == "max":
-        pooled = torch.where(prompt, values, -torch.inf).amax(1, keepdim=True)
-    else:
-        column = torch.arange(values.shape[1], device=values.device)
-        pooled = values.gather(1, torch.where(prompt, column, 0).amax(1, keepdim=True))
-    return torch.where(none, torch.nan, pooled)

@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fgsteer.interventions.base import Intervention
-from fgsteer.interventions.gates import Gate
+from fgsteer.interventions.gates import Gate, Reading
 from fgsteer.interventions.kernel import Update, apply
 from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.stacking import stack
 from fgsteer.models.hookpoints import Hookpoint
-from fgsteer.steering.gating import GateNode, Source
+from fgsteer.steering.gating import GateNode, Place, Source
 from fgsteer.steering.masks import ScopeMask
 from fgsteer.steering.ranges import activation_dtype, change_bound, check_amount
 
@@ -39,6 +39,8 @@ class UpdateGroup:
         gate: The gate under which it acts, or None.
         node: The gate as hooks evaluate it.
         source: What a transcoder reads, as hooks keep it.
+        reading: What of the prompt decides the strength, or None.
+        place: What was read of the prompts, as hooks keep it.
         ran: Whether any pass held tokens of the scope.
         ready_key: The device, dtype and repeats that ``ready`` was made for.
         ready: The update and row mask as the running passes need them.
@@ -53,6 +55,8 @@ class UpdateGroup:
     gate: Gate | None = None
     node: GateNode | None = None
     source: Source | None = None
+    reading: Reading | None = None
+    place: Place | None = None
     ran: bool = False
     ready_key: tuple[torch.device, torch.dtype, int] | None = None
     ready: tuple[Update, Tensor] | None = None
@@ -73,7 +77,12 @@ class UpdateGroup:
             gate = self.node.open_for(h)
             where = gate if where is None else where & gate
         source = None if self.source is None else self.source.noted().to(h.device)
-        return apply(h, update, where, source)
+        if self.place is None:
+            return apply(h, update, where, source)
+        prompt = self.place.noted().to(h.device)
+        read = ~prompt.isnan()  # of a prompt that has a token
+        where = read.expand(h.shape[:2]) if where is None else where & read
+        return apply(h, update, where, prompt=prompt)
 
     def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> tuple[Update, Tensor]:
         """The update and row mask for hidden states of a dtype on a device, each row repeated.
@@ -101,17 +110,17 @@ class UpdateGroup:
 
 def group_by_update(rows: Sequence[Sequence[Intervention]]) -> list[UpdateGroup]:
     """Updates in order of application: the n-th intervention of every row at a hookpoint together."""
-    table: dict[tuple[Hookpoint, int, Scope, bool, Gate | None], list[Intervention | None]] = {}
+    table: dict[tuple[Hookpoint, int, Scope, bool, Gate | None, Reading | None], list[Intervention | None]] = {}
     for number, items in enumerate(rows):
         depth: dict[Hookpoint, int] = {}
         for item in items:
             turn = depth.get(item.hookpoint, 0)
             depth[item.hookpoint] = turn + 1
-            key = (item.hookpoint, turn, item.scope, item.bos, item.when)
+            key = (item.hookpoint, turn, item.scope, item.bos, item.when, item.strength_reading)
             table.setdefault(key, [None] * len(rows))[number] = item
     masks: dict[tuple[Scope, bool], ScopeMask] = {}
     groups = []
-    for (hookpoint, _, scope, bos, gate), column in sorted(table.items(), key=lambda entry: entry[0][:2]):
+    for (hookpoint, _, scope, bos, gate, reading), column in sorted(table.items(), key=lambda entry: entry[0][:2]):
         tokens = masks.setdefault((scope, bos), ScopeMask(scope, bos))
         trained = any(item is not None and item.trained for item in column)
         for number, (update, numbers) in enumerate(stack(column)):
@@ -119,7 +128,9 @@ def group_by_update(rows: Sequence[Sequence[Intervention]]) -> list[UpdateGroup]
             row_mask = torch.zeros(len(rows), dtype=torch.bool)
             row_mask[numbers] = True
             needs_row_mask = len(rows) > 1 and len(update.write) == 1
-            groups.append(UpdateGroup(hookpoint, tokens, update, remake, row_mask, needs_row_mask, gate))
+            groups.append(
+                UpdateGroup(hookpoint, tokens, update, remake, row_mask, needs_row_mask, gate, reading=reading)
+            )
     return groups
 
 

@@ -36,6 +36,7 @@ from fgsteer.steering.entries import Steering, checked_rows
 from fgsteer.steering.gating import Readings
 from fgsteer.steering.groups import UpdateGroup, check_amounts, group_by_update
 from fgsteer.steering.positions import Positions, parse_prompt_lengths
+from fgsteer.steering.previews import Previews, reads_ahead
 from fgsteer.steering.recomputation import Recomputation
 from fgsteer.steering.shadows import as_new_function, refuse, refuse_copies, shadow
 
@@ -84,6 +85,8 @@ class SteeringHooks:
         self.readings = Readings(self.positions)
         for group in self.groups:
             group.node, group.source = self.readings.add(group.gate), self.readings.source(group.update.source)
+            group.place = None if group.reading is None else self.readings.place(group.reading)
+        self.previews = Previews(model, self.readings)
         self.cache_changes = CacheChanges(model, rows, self.positions, self.readings)
         virtual_tokens(model)  # raises for what cannot be placed, before any pass
         self.is_peft = hasattr(model, "active_peft_config")  # PEFT may put virtual tokens before texts
@@ -146,6 +149,8 @@ class SteeringHooks:
 
     def _begin_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the decoder is about to run on."""
+        if reads_ahead(self.positions.key):
+            return
         self.recomputation.begin()
         self.cache_changes.check_pass()
         if not (torch.compiler.is_compiling() or self.positions.generating):
@@ -166,6 +171,7 @@ class SteeringHooks:
         mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
         self.positions.begin_pass(tokens, cache, mask, position_ids, virtual)
         self.readings.begin_pass(cache)
+        self.previews.begin_pass(ids)
         self.any_pass = True
 
     def _end_pass(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -190,6 +196,8 @@ class SteeringHooks:
 
     def _apply(self, hookpoint: Hookpoint, groups: Sequence[UpdateGroup], h: Tensor) -> Tensor:
         """Apply the groups in order to hidden states of any layout, after what gates read of them."""
+        if reads_ahead(self.positions.key):
+            return h
         self.recomputation.check()  # a pass may have begun before the hooks were set
         batch, length = self.positions.batch, self.positions.pass_columns
         repeats = 1 if self.rows == 1 else batch // self.rows

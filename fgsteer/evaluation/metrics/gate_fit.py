@@ -7,24 +7,26 @@ fg.generate(model, tokenizer, prompt, steering=vec.add(8.0, when=fitted.gate))
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgsteer.activations.recording import record
-from fgsteer.activations.tokens import encode_prompts
+from fgsteer.activations.tokens import pad, prompt_ids
 from fgsteer.data.chat import Text
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.evaluation.judges.learning import auc
-from fgsteer.interventions.gates import Condition, Reading
+from fgsteer.interventions.gates import Condition, Reading, pool
+from fgsteer.interventions.readings import Preview
 from fgsteer.models.properties import input_device, start_token_finder
-from fgsteer.steering.gating import pool
+from fgsteer.steering.previews import read_ahead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,52 +101,88 @@ def fit_gate(
         HookpointError: The model lacks a hookpoint.
     """
     choices = [readings] if isinstance(readings, Reading) else list(readings)
-    if not choices or min(len(act_on), len(leave)) < LEAST:
-        raise DataError(
-            f"{len(choices)} readings, {len(act_on)} prompts to act on and {len(leave)} to leave",
-            f"at least one reading and {LEAST} prompts of each kind",
-            "pass more prompts: one half chooses the gate, the other one reports it",
-        )
-    found = [_values(model, tokenizer, choices, prompts) for prompts in (act_on, leave)]
+    if not choices:
+        raise DataError("no readings", "at least one reading to choose from")
+    check_sides(act_on, leave)
+    found = [read_prompts(model, tokenizer, choices, prompts) for prompts in (act_on, leave)]
     best: tuple[float, float, Condition, Tensor, Tensor] | None = None
     for number, reading in enumerate(choices):
         for above in (True, False):
             positive, negative = (values[number, int(above)] for values in found)
-            threshold, f1 = _best_threshold(positive[::2], negative[::2], above)
-            area = _auroc(positive[::2], negative[::2], above)
+            threshold, f1 = best_threshold(positive[::2], negative[::2], above)
+            area = auroc(positive[::2], negative[::2], above)
             if best is None or (f1, area) > best[:2]:
                 best = f1, area, Condition(reading, threshold, above), positive, negative
     assert best is not None
     *_, gate, positive, negative = best
-    halves = [_scores(gate, positive[start::2], negative[start::2]) for start in (0, 1)]
+    halves = [
+        scores_of((gate.compare(a), gate.compare(b)), auroc(a, b, gate.fires_above))
+        for a, b in ((positive[start::2], negative[start::2]) for start in (0, 1))
+    ]
     return GateFit(gate, *halves)
 
 
-def _values(
+def check_sides(act_on: Sequence[Text], leave: Sequence[Text]) -> None:
+    """Raises DataError for too few prompts of a kind to choose a gate on one half and report it on the other."""
+    if min(len(act_on), len(leave)) < LEAST:
+        raise DataError(
+            f"{len(act_on)} prompts to act on and {len(leave)} to leave",
+            f"at least {LEAST} prompts of each kind",
+            "pass more prompts: one half chooses the gate, the other one reports it",
+        )
+
+
+def read_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, readings: Sequence[Reading], prompts: Sequence[Text]
-) -> Tensor:
-    """What each reading is of each prompt: its lowest and highest, (readings, 2, prompts); equal where it is pooled."""
-    is_start, columns = start_token_finder(model), []
-    for start in range(0, len(prompts), ROWS):
-        ids, attention = encode_prompts(tokenizer, list(prompts[start : start + ROWS]))
-        ids, attention = ids.to(input_device(model)), attention.to(input_device(model))
-        states = record(model, ids, attention, [reading.hookpoint for reading in readings])
-        first = attention.bool() & (attention.cumsum(1) == 1)
-        of_prompt = attention.bool() & ~(first & is_start(ids))
-        rows = []
-        for reading in readings:
-            values = reading.values(states[reading.hookpoint])
-            mask = of_prompt.to(values.device)
-            if reading.pooling:
-                ends = [pool(values, mask, reading.pooling)] * 2
-            else:
-                ends = [-pool(-values, mask, "max"), pool(values, mask, "max")]
-            rows.append(torch.cat(ends, 1).T)
-        columns.append(torch.stack(rows).double().cpu())
+) -> Float[Tensor, "readings 2 prompts"]:
+    """What each reading is of each prompt, its lowest and its highest, which are equal where it is pooled."""
+    columns = []
+    for values, of_prompt in values_by_token(model, tokenizer, readings, prompts):
+        ends = [
+            [value, value] if reading.pooling else [pool(sign * value, of_prompt, "max") * sign for sign in (-1, 1)]
+            for reading, value in zip(readings, values, strict=True)
+        ]
+        columns.append(torch.stack([torch.cat(pair, 1).T for pair in ends]))
     return torch.cat(columns, 2)
 
 
-def _best_threshold(positive: Tensor, negative: Tensor, above: bool) -> tuple[float, float]:
+def values_by_token(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, readings: Sequence[Reading], prompts: Sequence[Text]
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """What each reading is of each token (batch, tokens), or of the prompt (batch, 1), and which are the prompt's.
+
+    Values are in float64 on the CPU, of one batch of prompts after the other.
+    """
+    is_start = start_token_finder(model)
+    for start in range(0, len(prompts), ROWS):
+        ids, attention = right_padded(model, tokenizer, prompts[start : start + ROWS])
+        real = attention.bool()
+        of_prompt = real & ~((attention.cumsum(1) == 1) & is_start(ids))
+        previews = [reading for reading in readings if isinstance(reading, Preview)]
+        ahead = dict(zip(map(id, previews), read_ahead(model, ids, real, previews), strict=True))
+        places = [reading.hookpoint for reading in readings if not isinstance(reading, Preview)]
+        states = record(model, ids, attention, places) if places else {}
+        values = []
+        for reading in readings:
+            if isinstance(reading, Preview):
+                values.append(ahead[id(reading)].double().cpu())
+                continue
+            h = states[reading.hookpoint]
+            pooled = reading.of_prompt(h, of_prompt.to(h.device)) if reading.pooling else reading.values(h)
+            values.append(pooled.double().cpu())
+        yield values, of_prompt.cpu()
+
+
+def right_padded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]
+) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
+    """Ids and attention mask of prompts, padded on the right, where no position depends on padding."""
+    rows = prompt_ids(tokenizer, prompts)
+    ids, attention = (part.to(input_device(model)) for part in pad(rows, 0))
+    return ids, attention
+
+
+def best_threshold(positive: Tensor, negative: Tensor, above: bool) -> tuple[float, float]:
     """The threshold of the best F1, and that F1."""
     values = sorted({value for value in torch.cat([positive, negative]).tolist() if not math.isnan(value)})
     if not values:
@@ -164,18 +202,19 @@ def _f1(positive: Tensor, negative: Tensor, threshold: float, above: bool) -> fl
     return 2 * rightly / (rightly + wrongly + len(positive))
 
 
-def _auroc(positive: Tensor, negative: Tensor, above: bool) -> float:
+def auroc(positive: Tensor, negative: Tensor, above: bool) -> float:
+    """The probability that a prompt to act on is further on the side of opening than one to leave; ties count half."""
     area = float(auc(positive, negative))
     return area if above else 1 - area
 
 
-def _scores(gate: Condition, positive: Tensor, negative: Tensor) -> GateScores:
-    threshold, above = gate.threshold, gate.fires_above
-    rightly, wrongly = _opened(positive, threshold, above), _opened(negative, threshold, above)
+def scores_of(opened: tuple[Tensor, Tensor], area: float) -> GateScores:
+    """The scores of decisions on prompts to act on and to leave, given the area under the ROC curve."""
+    (rightly, wrongly), sizes = (int(side.sum()) for side in opened), (len(opened[0]), len(opened[1]))
     return GateScores(
         precision=rightly / (rightly + wrongly) if rightly + wrongly else float("nan"),
-        recall=rightly / len(positive),
-        f1=_f1(positive, negative, threshold, above),
-        auroc=_auroc(positive, negative, above),
-        prompts=(len(positive), len(negative)),
+        recall=rightly / sizes[0],
+        f1=2 * rightly / (rightly + wrongly + sizes[0]),
+        auroc=area,
+        prompts=sizes,
     )
