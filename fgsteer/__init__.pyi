@@ -100,6 +100,7 @@ from fgsteer.interventions.projecting import Ablate as Ablate
 from fgsteer.interventions.projecting import Affine as Affine
 from fgsteer.interventions.projecting import Clamp as Clamp
 from fgsteer.interventions.projecting import ClampSubspace as ClampSubspace
+from fgsteer.interventions.remapping import Remap as Remap
 from fgsteer.interventions.rotating import Rotate as Rotate
 from fgsteer.interventions.token_scopes import at as at
 from fgsteer.interventions.token_scopes import ends as ends
@@ -157,6 +158,11 @@ from fgsteer.training.quality import measure_sae as measure_sae
 from fgsteer.training.settings import SAETraining as SAETraining
 from fgsteer.training.train import fit_sae as fit_sae
 from fgsteer.training.train import train_sae as train_sae
+from fgsteer.transfer.autoencoder import AutoencoderTraining as AutoencoderTraining
+from fgsteer.transfer.fitting import fit_transfer as fit_transfer
+from fgsteer.transfer.mapping import TransferMap as TransferMap
+from fgsteer.transfer.quality import TransferQuality as TransferQuality
+from fgsteer.transfer.quality import measure_transfer as measure_transfer
 from fgsteer.vector.feature_weight import FeatureWeight as FeatureWeight
 from fgsteer.vector.steering_vector import SteeringVector as SteeringVector
 

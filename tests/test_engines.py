@@ -44,6 +44,7 @@ def examples() -> dict[str, Any]:
         "rotate": fg.Rotate(hookpoint=AT, direction=v.direction, other=other, by=30.0, **where),
         "rotate, to an angle": fg.Rotate(hookpoint=AT, direction=v.direction, other=other, to=30.0, **where),
         "adaptive_add": fg.SteeringVector(v.direction, AT, read=other).adaptive_add(**where),
+        "remap": fg.Remap(hookpoint=AT, weight=torch.randn(32, 32) / 8, bias=other, **where),
         "clamp_feature": fg.edit(sae, {3: 2.0, 4: "off"}, **where),
         "a TopK SAE's features": fg.edit(make_sae("topk"), {3: 2.0}, **where),
         "a transcoder's features": fg.edit(transcoder, {3: 2.0}, **where),

@@ -26,6 +26,7 @@ from fgsteer.interventions.cached import CacheSteering, SteeringItem
 from fgsteer.interventions.features import ClampFeature
 from fgsteer.interventions.gates import Both, Condition, Cosine, Either, Feature, Gate, Not, Probe, Projection, Reading
 from fgsteer.interventions.projecting import Ablate, Affine, Clamp, ClampSubspace
+from fgsteer.interventions.remapping import Remap
 from fgsteer.interventions.rotating import Rotate
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.fingerprints import sae_identity
@@ -36,7 +37,7 @@ from fgsteer.storage.json_files import text_sha256
 FILE_KIND = "steering"
 _KEEP = "only these can be loaded again; keep your own class in your code"
 _ADDING = (Add, AddRelative, AddKeepingNorm, AdaptiveAdd)
-_KINDS = (*_ADDING, Ablate, Affine, Clamp, ClampSubspace, ClampFeature, Rotate, CacheSteering)
+_KINDS = (*_ADDING, Ablate, Affine, Clamp, ClampSubspace, ClampFeature, Rotate, Remap, CacheSteering)
 _READINGS = (Cosine, Feature, Probe, Projection)
 KINDS: dict[str, type[SteeringItem]] = {kind.__name__: kind for kind in _KINDS}
 _HASHES: WeakKeyDictionary[SAE, str] = WeakKeyDictionary()

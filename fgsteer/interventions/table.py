@@ -148,6 +148,15 @@ INTERVENTIONS = (
         "Adds the vector as strongly as its vector of reading finds in each activation.",
     ),
     InterventionSpec(
+        "remap",
+        "Remap",
+        "strength",
+        "h + s·(f(h) − h)",
+        "Replaces activations, in part or in full, by what a map between two models makes of them.",
+        of_vector=False,
+        example="weight=W, bias=b, hookpoint=6",
+    ),
+    InterventionSpec(
         "clamp_feature",
         "ClampFeature",
         "targets",
