@@ -116,6 +116,7 @@ from fgsteer.interventions.readings import Preview as Preview
 from fgsteer.interventions.readings import Probe as Probe
 from fgsteer.interventions.readings import Projection as Projection
 from fgsteer.interventions.readings import TanhCosine as TanhCosine
+from fgsteer.interventions.remapping import Remap as Remap
 from fgsteer.interventions.rotating import Rotate as Rotate
 from fgsteer.interventions.token_scopes import at as at
 from fgsteer.interventions.token_scopes import ends as ends
@@ -174,6 +175,11 @@ from fgsteer.training.quality import measure_sae as measure_sae
 from fgsteer.training.settings import SAETraining as SAETraining
 from fgsteer.training.train import fit_sae as fit_sae
 from fgsteer.training.train import train_sae as train_sae
+from fgsteer.transfer.autoencoder import AutoencoderTraining as AutoencoderTraining
+from fgsteer.transfer.fitting import fit_transfer as fit_transfer
+from fgsteer.transfer.mapping import TransferMap as TransferMap
+from fgsteer.transfer.quality import TransferQuality as TransferQuality
+from fgsteer.transfer.quality import measure_transfer as measure_transfer
 from fgsteer.vector.feature_weight import FeatureWeight as FeatureWeight
 from fgsteer.vector.steering_vector import SteeringVector as SteeringVector
 

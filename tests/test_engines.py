@@ -47,6 +47,7 @@ def examples() -> dict[str, Any]:
         "add_by_prompt": fg.AddByPrompt(
             hookpoint=AT, direction=v.direction, reading=fg.Projection(other, 0).last(), **where
         ),
+        "remap": fg.Remap(hookpoint=AT, weight=torch.randn(32, 32) / 8, bias=other, **where),
         "clamp_feature": fg.edit(sae, {3: 2.0, 4: "off"}, **where),
         "a TopK SAE's features": fg.edit(make_sae("topk"), {3: 2.0}, **where),
         "a transcoder's features": fg.edit(transcoder, {3: 2.0}, **where),

@@ -102,6 +102,7 @@ def numbers(folder):
         "density": lambda p: fg.FeatureDensity.load(p).first,
         "examples": lambda p: fg.FeatureExamples.load(p).activations,
         "effects": lambda p: fg.EffectApproximator.load(p).M,
+        "transfer": lambda p: fg.TransferMap.load(p).weight,
         "json": lambda p: torch.tensor(json_files.read_json(p)),
         "page": lambda p: torch.tensor([int(word) for word in p.read_text().split()]),
     }
@@ -128,7 +129,7 @@ def kill_writers(folder, kills, seed):
         os.kill(pid, signal.SIGKILL)
         assert ended(pid) == -signal.SIGKILL
         found = numbers(folder)
-        assert len(found) == 7
+        assert len(found) == 8
         assert all(len(values) == 1 for values in found.values()), found
         seen.append(tuple(sorted(min(values) for values in found.values())))
     return seen
@@ -137,7 +138,7 @@ def kill_writers(folder, kills, seed):
 def test_kill_leaves_every_file_whole(tmp_path):
     kill_writers(tmp_path, 4, seed=0)
     write_all(tmp_path, 2)
-    assert len(list(tmp_path.iterdir())) == 7  # what was left of others' goes with the next write
+    assert len(list(tmp_path.iterdir())) == 8  # what was left of others' goes with the next write
     assert numbers(tmp_path) == {kind: {2} for kind in numbers(tmp_path)}
 
 

@@ -35,6 +35,7 @@ LOADS: dict[str, Callable[[Path], object]] = {
     "density": fg.FeatureDensity.load,
     "examples": fg.FeatureExamples.load,
     "effects": fg.EffectApproximator.load,
+    "transfer": fg.TransferMap.load,
     "clamp": load_stages,
 }
 

@@ -14,6 +14,7 @@ from fgsteer.interventions import Update, apply, stack
 from fgsteer.storage.files import write_tensors
 from tests.helpers.saes import make_sae
 from tests.helpers.steering import batch, direction, naive_everywhere, rows_of, run, vector
+from tests.helpers.tiny import D_MODEL
 
 AT = fg.Hookpoint(1)
 EDITS = {
@@ -43,6 +44,14 @@ def operations(layer=1):
         ),
         "subspace removed": fg.ClampSubspace(directions=torch.stack([v.direction, other, third]), **at),
         "subspace": fg.ClampSubspace(directions=torch.stack([v.direction, other]), targets=[2.0, -1.0], **at),
+        "remapped": fg.Remap(weight=tensors(7, (D_MODEL, D_MODEL))[0] / 6, bias=other, strength=0.6, **at),
+        "remapped, hidden": fg.Remap(
+            weight=tensors(8, (D_MODEL, 40))[0] / 6,
+            bias=third,
+            hidden_weight=tensors(9, (40, D_MODEL))[0] / 6,
+            hidden_bias=tensors(10, (40,))[0],
+            **at,
+        ),
         "rotated by": fg.Rotate(direction=v.direction, other=other, by=70.0, **at),
         "rotated to": fg.Rotate(direction=v.direction, other=other, to=-120.0, **at),
     }
@@ -206,6 +215,7 @@ def test_no_ops_keep_every_bit(dtype):
         fg.AdaptiveAdd(direction=v.direction, read=v.direction, coefficient=0.0, **at),
         fg.AdaptiveAdd(direction=v.direction, read=v.direction, bias=-1e4, **at),
         fg.Rotate(direction=v.direction, other=direction(2), by=0.0, **at),
+        fg.Remap(weight=torch.eye(32) * 2, bias=direction(3), strength=0, **at),
         fg.edit(sae, {3: ("at_least", -1.0), 5: ("at_most", 1e4), 7: ("times", 1.0), 8: ("plus", 0.0)}),
     ]
     for item in items:
@@ -215,11 +225,13 @@ def test_no_ops_keep_every_bit(dtype):
 def test_rows_of_every_kind_share_an_update():
     items = [*operations().values(), None, vector(4).add(0.5), vector(5).affine(0.3)]
     (h,) = tensors(6, (len(items), 5, 32))
-    ((update, numbers),) = stack(items)
-    assert numbers == [n for n, item in enumerate(items) if item is not None]
+    own = {n for n, item in enumerate(items) if isinstance(item, fg.Remap)}  # as many terms as the stream is wide
+    *alone, (update, numbers) = stack(items)
+    assert [numbers for _, numbers in alone] == [[n] for n in sorted(own)]
+    assert numbers == [n for n, item in enumerate(items) if item is not None and n not in own]
     out = apply(h, update)
     for row, (item, before, after) in enumerate(zip(items, h, out, strict=True)):
-        if item is None:
+        if item is None or row in own:
             assert torch.equal(after, before)
         else:
             alone = apply(before[None], item.update())[0]
@@ -272,7 +284,7 @@ def test_what_is_refused():
         fg.AdaptiveAdd(hookpoint=AT, direction=v.direction, read=torch.ones(3))
 
 
-@pytest.mark.parametrize("kind", ["adaptive", "rotate", "subspace", "bounds"])
+@pytest.mark.parametrize("kind", ["adaptive", "rotate", "subspace", "bounds", "remap"])
 def test_values_are_trained_through(llama, tokenizer, kind):
     ids = tokenizer("the man sat on the ship", return_tensors="pt")["input_ids"]
     first, other = direction(1).requires_grad_(), direction(2).requires_grad_()
@@ -281,6 +293,7 @@ def test_values_are_trained_through(llama, tokenizer, kind):
         "rotate": lambda: fg.Rotate(hookpoint=AT, direction=first, other=other, to=20.0),
         "subspace": lambda: fg.ClampSubspace(hookpoint=AT, directions=torch.stack([first, other])),
         "bounds": lambda: fg.Clamp(hookpoint=AT, direction=first + other, at_most=-3.0),
+        "remap": lambda: fg.Remap(hookpoint=AT, weight=torch.outer(first, other), bias=other),
     }[kind]()
     with fg.steer(llama, item):
         llama(ids, labels=ids).loss.backward()

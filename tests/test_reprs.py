@@ -57,6 +57,7 @@ def made(tmp_path_factory):
         *(vector.add_relative(0.3), vector.add_keeping_norm(2.0), vector.clamp(at_least=1 / 3, at_most=2 / 3)),
         fg.ClampSubspace(directions=torch.randn(9, 4096), targets=[1 / 3] * 9, **common),
         fg.Rotate(direction=wide, other=narrow, by=1 / 3, **common),
+        fg.Remap(weight=torch.randn(9, 9), bias=torch.randn(9), strength=1 / 3, **common),
         fg.AdaptiveAdd(direction=wide, read=narrow, bias=1 / 3, **common),
         fg.CacheSteering(
             layers=range(60),
@@ -98,6 +99,9 @@ def made(tmp_path_factory):
         fg.SAEQuality(10**9, 10**6, *[1 / 3] * 6),
         *(score, fg.DirectionSelection(vector, score, Table([score] * 99), (9, 9), (9, 9))),
         fg.ResidualShift(AT, torch.randn(64, 4096), wide, wide, 64, {"name": LONG}),
+        fg.TransferMap(torch.randn(9, 64), narrow[:9], narrow[:9], AT, AT, source_model={"name": LONG}),
+        fg.TransferQuality(10**9, 10**6, *[1 / 3] * 9, wide),
+        fg.AutoencoderTraining(lr=1 / 3),
         fg.audit(model, tokenizer, tiny_model("llama", seed=1), texts),
         *(AT, fg.Hookpoint.parse("model.layers.3.mlp")),
     ]

@@ -33,6 +33,7 @@ FLOORS = (
     "effects",
     "methods",
     "directions",
+    "transfer",
     "features",
     "training",
     "evaluation",

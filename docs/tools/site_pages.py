@@ -56,6 +56,7 @@ TITLES = {
     "effects": "Effects",
     "methods": "Methods",
     "directions": "Refusal directions",
+    "transfer": "Transfer between models",
     "features": "Features",
     "training": "Training of SAEs",
     "evaluation": "Evaluation",

@@ -5,7 +5,7 @@ apply_template(tokenizer, [{"role": "user", "content": "Hello"}], add_generation
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fgsteer.errors import DataError
@@ -32,9 +32,11 @@ def check_unicode(text: str, where: str) -> str:
 
 
 def refuse_one_text(texts: object) -> None:
-    """Raise DataError for one string in the place of a list of texts."""
+    """Raise DataError for one string in the place of a list of texts, and for what holds none."""
     if isinstance(texts, str):
         raise DataError(f"one text, {texts!r:.40}", "a list of texts", "pass [text]")
+    if not isinstance(texts, Iterable):
+        raise DataError(f"{a(type(texts).__name__)} as texts", "a list of texts")
 
 
 def check_text(value: object, where: str, *, empty: bool = False) -> Text:

@@ -12,6 +12,7 @@ and replace what they read, as far as bounds say.
     adding.py    those that add a direction
     projecting.py  those that set or bound projections
     rotating.py  rotation in a plane
+    remapping.py  replacement by what a map between two models gives
     gates.py     the conditions under which one acts
     readings.py  what conditions and strengths go by
     features.py  those that change the activations of SAE features
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fgsteer.interventions.projecting import Affine as Affine
     from fgsteer.interventions.projecting import Clamp as Clamp
     from fgsteer.interventions.projecting import ClampSubspace as ClampSubspace
+    from fgsteer.interventions.remapping import Remap as Remap
     from fgsteer.interventions.rotating import Rotate as Rotate
     from fgsteer.interventions.stacking import stack as stack
     from fgsteer.interventions.values import Scalar as Scalar
@@ -56,7 +58,19 @@ if TYPE_CHECKING:
 from fgsteer.interventions.scopes import SCOPES as SCOPES
 from fgsteer.interventions.scopes import Scope as Scope
 
-_MODULES = ("base", "adding", "features", "gates", "readings", "kernel", "projecting", "rotating", "stacking", "values")
+_MODULES = (
+    "base",
+    "adding",
+    "features",
+    "gates",
+    "readings",
+    "kernel",
+    "projecting",
+    "remapping",
+    "rotating",
+    "stacking",
+    "values",
+)
 
 if not TYPE_CHECKING:  # with it, type checkers would take any name
 

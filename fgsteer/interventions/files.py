@@ -27,6 +27,7 @@ from fgsteer.interventions.features import ClampFeature
 from fgsteer.interventions.gates import Both, Condition, Either, Gate, Not, Reading
 from fgsteer.interventions.projecting import Ablate, Affine, Clamp, ClampSubspace
 from fgsteer.interventions.readings import Cosine, Feature, Preview, Probe, Projection, TanhCosine
+from fgsteer.interventions.remapping import Remap
 from fgsteer.interventions.rotating import Rotate
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.fingerprints import sae_identity
@@ -37,7 +38,7 @@ from fgsteer.storage.json_files import text_sha256
 FILE_KIND = "steering"
 _KEEP = "only these can be loaded again; keep your own class in your code"
 _ADDING = (Add, AddRelative, AddKeepingNorm, AdaptiveAdd, AddByPrompt)
-_KINDS = (*_ADDING, Ablate, Affine, Clamp, ClampSubspace, ClampFeature, Rotate, CacheSteering)
+_KINDS = (*_ADDING, Ablate, Affine, Clamp, ClampSubspace, ClampFeature, Rotate, Remap, CacheSteering)
 _READINGS = (Cosine, Feature, Preview, Probe, Projection, TanhCosine)
 KINDS: dict[str, type[SteeringItem]] = {kind.__name__: kind for kind in _KINDS}
 _HASHES: WeakKeyDictionary[SAE, str] = WeakKeyDictionary()

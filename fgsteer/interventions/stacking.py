@@ -19,23 +19,23 @@ UNBOUNDED = {"lo": -math.inf, "hi": math.inf}
 def stack(rows: Sequence[Intervention | None]) -> list[tuple[Update, list[int]]]:
     """Updates that apply one intervention to each row, with the rows that each of them changes.
 
-    Interventions that project share one update, in which other rows have w = 0; those that read features have one
-    update each. Scopes are not looked at: callers group rows by scope first.
+    Interventions that project share one update, in which other rows have w = 0; those that read features, or have as
+    many terms as the stream is wide, have one update each. Scopes are not looked at: callers group rows by scope first.
     """
-    feature_rows: dict[int, tuple[Update, list[int]]] = {}
+    own_rows: dict[int, tuple[Update, list[int]]] = {}
     linear: dict[int, Update] = {}
     for number, item in enumerate(rows):
         if item is None:
             continue
-        if id(item) in feature_rows:
-            feature_rows[id(item)][1].append(number)
+        if id(item) in own_rows:
+            own_rows[id(item)][1].append(number)
             continue
         update = item.update()
-        if update.sae is None:
+        if update.sae is None and update.write.shape[1] < update.write.shape[2]:
             linear[number] = update
         else:
-            feature_rows[id(item)] = update, [number]
-    updates = list(feature_rows.values())
+            own_rows[id(item)] = update, [number]
+    updates = list(own_rows.values())
     if linear:
         updates.append((_stack_linear(linear, len(rows)), list(linear)))
     return updates

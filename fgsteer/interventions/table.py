@@ -157,6 +157,15 @@ INTERVENTIONS = (
         example="direction=a.direction, reading=fg.Projection(a).last(), hookpoint=a.hookpoint",
     ),
     InterventionSpec(
+        "remap",
+        "Remap",
+        "strength",
+        "h + s·(f(h) − h)",
+        "Replaces activations, in part or in full, by what a map between two models makes of them.",
+        of_vector=False,
+        example="weight=W, bias=b, hookpoint=6",
+    ),
+    InterventionSpec(
         "clamp_feature",
         "ClampFeature",
         "targets",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from fgsteer.activations.batches import Batch
 from fgsteer.data.chat import Text, check_text
@@ -219,6 +219,18 @@ def cross_entropy(
     """
     entry: Any = steering
     return cross_entropies(model, tokenizer, texts, [entry], batch_tokens=batch_tokens)[0]
+
+
+@torch.no_grad()
+def next_token_loss(model: nn.Module, batch: Batch) -> tuple[float, int]:
+    """The sum of cross-entropies of every token of a batch but the first of each row, in nats, and how many they are.
+
+    It is what a plain pass gives, also where ``splice`` puts other activations in the place of the model's own.
+    """
+    logits = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[:, :-1]
+    mask = batch.attention[:, 1:].bool().to(logits.device)
+    targets = batch.ids[:, 1:].to(logits.device)[mask]
+    return float(nn.functional.cross_entropy(logits[mask].float(), targets, reduction="sum")), int(mask.sum())
 
 
 @checked

@@ -25,6 +25,8 @@ def provenance(
         record["model"] = stats.reading.get("model")
         record["reading"] = {key: stats.reading.get(key) for key in ("tokens", "bos", "prepend_bos", "max_tokens")}
         record["data"] = [dict(entry) for entry in stats.data]
+        if "transfer" in stats.reading:  # the map that brought them from another model
+            record["transfer"] = stats.reading["transfer"]
     if sae is not None:
         record["sae"] = {"source": sae.source, "sha256": sae.sha256, "d_sae": sae.d_sae}
         record.setdefault("model", {"name": sae.model_name, "d_model": sae.d_model})

@@ -23,6 +23,7 @@ from fgsteer.interventions import (
     unit_and_norm,
 )
 from fgsteer.interventions.projecting import ClampSubspace
+from fgsteer.interventions.remapping import Remap
 from fgsteer.interventions.rotating import Rotate
 from fgsteer.serving.feature_rows import rows_of_clamp
 from fgsteer.serving.gating import conditions_of
@@ -38,8 +39,8 @@ def rows_of(item: SteeringVector | Intervention) -> TableRows:
 
     Raises:
         HookpointError: The hookpoint is within a block.
-        SteeringError: The vector is zero, or the intervention rotates to an angle, or has a gate of a prompt, or one
-            that is read elsewhere.
+        SteeringError: The vector is zero, or the intervention rotates to an angle, replaces activations by a map's, or
+            has a gate of a prompt, or one that is read elsewhere.
         PairingError: No row can read the features of the clamp's SAE (normalised input).
     """
     if isinstance(item, SteeringVector):
@@ -51,6 +52,12 @@ def rows_of(item: SteeringVector | Intervention) -> TableRows:
             rows = rows_of_clamp(item)
         elif isinstance(item, AdaptiveAdd):
             rows = _rows_of_adaptive(item)
+        elif isinstance(item, Remap):
+            raise SteeringError(
+                "a Remap in vLLM, which would need more rows of the table than the model is wide",
+                "a change along a few vectors",
+                "steer with fgsteer.steer, which can do all",
+            )
         else:
             rows = _rows_of_update(item)
         if item.when is not None:

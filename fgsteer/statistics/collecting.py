@@ -132,7 +132,7 @@ def collect(
         "max_tokens": max_tokens,
     }
     batching: Batching[Batch | SharedBatch] = choose_batching(model) if share_prefixes else batch_rows
-    chunks = split_into_chunks(_interleave(contrast))
+    chunks = split_into_chunks(interleave(contrast))
     token_reader = TokenReader(
         tokenizer, rule=tokens, bos=bos, prepend_bos=prepend, max_tokens=max_tokens, window=context_window(model)
     )
@@ -157,7 +157,7 @@ def collect(
             shards = Shards(work, "collected texts", plan, fresh=fresh)
             sums = join_sums(_sum_in_shards(shards, chunks, chunk_reader, total))
     chunk_reader.sinks.warn()
-    return _statistics(sums, contrast, reading)
+    return statistics_of(sums, contrast, reading)
 
 
 @dataclass(eq=False)
@@ -207,14 +207,14 @@ class ChunkReader:
             residuals = pool(values, index)
             if not self.token_reader.bos:  # the special token before a text, when it is asked for, is a sink
                 self.sinks.add(values, hookpoint)
-            _check_finite(residuals, f"activations at {hookpoint}", batch.rows)
+            check_finite(residuals, f"activations at {hookpoint}", batch.rows)
             if hookpoint in self.hookpoints:
                 means.append(("residual", hookpoint, residuals))
             if sae is not None and hookpoint == sae.input_hookpoint:
                 if values.device not in self.sae_on:
                     self.sae_on[values.device] = sae.to(values.device, torch.float32)
                 features = pool_features(self.sae_on[values.device], values, index)
-                _check_finite(features, f"SAE features at {hookpoint}", batch.rows)
+                check_finite(features, f"SAE features at {hookpoint}", batch.rows)
                 means.append(("feature", sae.hookpoint, features))
         return means
 
@@ -243,7 +243,7 @@ def _sum_in_shards(
     return sums_of_shards(shards, shards.each(chunks, make, text_sha256, report))
 
 
-def _statistics(sums: Sums, contrast: ContrastSet, reading: Mapping[str, Any]) -> ContrastStatistics:
+def statistics_of(sums: Sums, contrast: ContrastSet, reading: Mapping[str, Any]) -> ContrastStatistics:
     """Arrange the sums of a contrast's texts as statistics."""
     tables: dict[Space, dict[Hookpoint, Contrast]] = {"residual": {}, "feature": {}}
     for space, hookpoint, positive in sums.moments:
@@ -259,7 +259,7 @@ def _statistics(sums: Sums, contrast: ContrastSet, reading: Mapping[str, Any]) -
     return ContrastStatistics(tables["residual"], tables["feature"], reading, (data,), pooled)
 
 
-def _check_finite(means: Tensor, what: str, rows: Sequence[TokenRow]) -> None:
+def check_finite(means: Tensor, what: str, rows: Sequence[TokenRow]) -> None:
     """Raise DataError, naming the text, for a mean that is not finite."""
     bad = (~torch.isfinite(means).all(1)).nonzero()[:, 0].tolist()
     if bad:
@@ -270,7 +270,7 @@ def _check_finite(means: Tensor, what: str, rows: Sequence[TokenRow]) -> None:
         )
 
 
-def _interleave(contrast: ContrastSet) -> Iterator[LabelledText]:
+def interleave(contrast: ContrastSet) -> Iterator[LabelledText]:
     """Yield pairs first, both sides of each together, so that what they share is found within one chunk."""
     positives, negatives = list(contrast.side(True)), list(contrast.side(False))
     pairs = len(contrast.pairs)
@@ -282,7 +282,7 @@ def _interleave(contrast: ContrastSet) -> Iterator[LabelledText]:
 
 
 def _split_sides(pooled: Tensor, contrast: ContrastSet) -> Pooled:
-    """Split pooled activations, in the order of ``_interleave``, into the two sides."""
+    """Split pooled activations, in the order of ``interleave``, into the two sides."""
     pairs, unpaired = len(contrast.pairs), len(contrast.pairs) + contrast.count(True)
     positive = torch.cat([pooled[: 2 * pairs : 2], pooled[2 * pairs : unpaired]])
     negative = torch.cat([pooled[1 : 2 * pairs : 2], pooled[unpaired:]])

@@ -33,7 +33,7 @@ class AttentionSinks:
 
     def add(self, values: Float[Tensor, "tokens width"], hookpoint: Hookpoint) -> None:
         """Count the tokens of a batch whose norm is more than MASSIVE times the median, without waiting for a GPU."""
-        norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+        norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.promote_types(values.dtype, torch.float32))
         if len(norms):
             median = norms.median()
             massive = (norms > MASSIVE * median).sum()

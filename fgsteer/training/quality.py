@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fgsteer.activations.batches import Batch, batch_rows, default_batch_tokens
 from fgsteer.data.chat import Text
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked
+from fgsteer.likelihood.scoring import next_token_loss
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import input_device
 from fgsteer.statistics.sinks import MASSIVE
@@ -144,8 +145,9 @@ class _Measured:
             return hidden
 
         with splice(self.model, self.sae.hookpoint, keep):
-            self.losses["ce"] += self._loss(batch)
-        self.scored += int(batch.attention[:, 1:].sum())
+            loss, scored = next_token_loss(self.model, batch)
+        self.losses["ce"] += loss
+        self.scored += scored
         h = recorded[0]
         norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32)
         selected = batch.selected.to(h.device)
@@ -171,14 +173,7 @@ class _Measured:
                 return hidden.index_put((kept,), new.to(hidden.dtype))
 
             with splice(self.model, sae.hookpoint, put):
-                self.losses[name] += self._loss(batch)
-
-    def _loss(self, batch: Batch) -> float:
-        """The sum of cross-entropies of all tokens but the first, padding aside."""
-        logits = self.model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[:, :-1]
-        mask = batch.attention[:, 1:].bool().to(logits.device)
-        targets = batch.ids[:, 1:].to(logits.device)[mask]
-        return float(nn.functional.cross_entropy(logits[mask].float(), targets, reduction="sum"))
+                self.losses[name] += next_token_loss(self.model, batch)[0]
 
     def result(self) -> SAEQuality:
         """The figures of all batches."""

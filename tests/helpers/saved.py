@@ -21,5 +21,6 @@ def things(n, width):
         "statistics": fg.ContrastStatistics({at: Contrast(moments, moments)}),
         "density": fg.FeatureDensity(full.double(), full.double(), full.double(), n, "x"),
         "examples": fg.FeatureExamples(torch.arange(width // 10), tokens, tokens.float(), slots, "x"),
+        "transfer": fg.TransferMap(full[None], full[:1], full[:1], at, at),
         "effects": fg.EffectApproximator(full[None], full, at, "x"),
     }

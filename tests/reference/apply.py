@@ -188,6 +188,18 @@ def rotate(h, first, other, by=None, to=None):
     return out
 
 
+def remap(h, weight, bias, hidden_weight=None, hidden_bias=None, strength=1.0):
+    """(1 - s) h + s f(h), f(h) = W h + b, or W relu(W1 h + b1) + b (METHODS_SEEDS S2)."""
+    out = np.array(h, dtype=np.float64)
+    for token in range(len(out)):
+        x = [float(value) for value in out[token]]
+        if hidden_weight is not None:
+            x = [max(_dot(row, x) + float(b), 0.0) for row, b in zip(hidden_weight, hidden_bias, strict=True)]
+        mapped = np.array([_dot(row, x) + float(b) for row, b in zip(weight, bias, strict=True)])
+        out[token] = (1 - strength) * out[token] + strength * mapped
+    return out
+
+
 def edit_features(h, encode_fn, W_dec_row_dict, edits):
     """h + sum_j (f'_j - f_j) W_dec[j], with f'_j of the edit's rule (METHODS_MORE 0 and 4, Min-clamp)."""
     rules: dict[str, Callable[[float, float], float]] = {
