@@ -36,6 +36,7 @@ FLOORS = (
     "features",
     "training",
     "evaluation",
+    "mechanisms",
     "export",
     "hub",
     "serving",
