@@ -143,7 +143,9 @@ def plain_logits(
 def steering_faithfulness(
     model: PreTrainedModel, attribution: SteeringAttribution, steerings: Mapping[str, Entry]
 ) -> Table[Faithful]:
-    """How near other steerings come to the attributed one, on its texts: ``1 − KL(steered‖other)/KL(steered‖unsteered)``.
+    """How near other steerings come to the attributed one, on its texts.
+
+    That is ``1 − KL(steered‖other) / KL(steered‖unsteered)``, with the sums over texts above and below.
 
     Args:
         model: The model that was attributed.
@@ -166,4 +168,3 @@ def steering_faithfulness(
             depth = unchanged_blocks(steering, first)
             agreements[name].add(base, steered, plain_logits(model, text, depth, steering))
     return Table(Faithful.of(name, agreement) for name, agreement in agreements.items())
-

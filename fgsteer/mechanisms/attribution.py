@@ -23,7 +23,16 @@ from fgsteer.errors.wording import count
 from fgsteer.mechanisms.gradients import Captured, edge_effects, node_changes
 from fgsteer.mechanisms.graph import SteeringGraph
 from fgsteer.mechanisms.parts import BlockParts, block_parts
-from fgsteer.mechanisms.texts import Run, SteeredText, first_block, from_block, logits_of, read_texts, site_of, text_device
+from fgsteer.mechanisms.texts import (
+    Run,
+    SteeredText,
+    first_block,
+    from_block,
+    logits_of,
+    read_texts,
+    site_of,
+    text_device,
+)
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.steering.entries import Entry
 

@@ -289,7 +289,7 @@ class _CircuitRun:
         return [*changes, (last, False, self._read_logits)]
 
     def _stream(self, key: object, first: int, count: int) -> Float[Tensor, "rows readers tokens d_model"]:
-        """What ``count`` readers from number ``first`` on read: the unsteered stream and what their kept edges bring."""
+        """What ``count`` readers from ``first`` on read: the unsteered stream and what their kept edges bring."""
         base = self.engine.streams[key]
         nodes = len(self.changed)
         weights = self.kept[:, :nodes, first : first + count].to(base.device, base.dtype)
@@ -327,4 +327,3 @@ class _CircuitRun:
 
     def _read_logits(self, h: Tensor) -> Tensor:
         return self._stream("logits", len(self.engine.graph.readers) - 1, 1)[:, 0].reshape(h.shape)
-

@@ -6,7 +6,7 @@ print(found.attribution.table()[:10]); print(found.sparsity)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,7 @@ def explain(
     bos: bool = False,
     steps: int = 10,
     max_new_tokens: int = 16,
+    sizes: Mapping[str, Sequence[int]] | None = None,
     controls: int = 2,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
@@ -140,6 +141,7 @@ def explain(
         bos: Whether it is added at a start token at position 0 too.
         steps: As in ``attribute_steering``.
         max_new_tokens: As in ``attribute_steering``.
+        sizes: The sizes of circuits, {"edges": …, "heads": …}; by default eight of each, up to all.
         controls: How many random circuits of each size are run.
         seed: The seed of everything random.
         progress: A function that is called with the name of each stage as it begins.
@@ -162,9 +164,9 @@ def explain(
     )
     options: dict[str, Any] = {"held_out": held_out, "controls": controls, "seed": seed}
     tell("circuits of edges")
-    edges = circuit_faithfulness(model, found, **options)
+    edges = circuit_faithfulness(model, found, (sizes or {}).get("edges"), **options)
     tell("circuits of heads")
-    heads = circuit_faithfulness(model, found, kind="heads", **options)
+    heads = circuit_faithfulness(model, found, (sizes or {}).get("heads"), kind="heads", **options)
     tell("freezing")
     freezing = freeze_steering(model, held_out)
     tell("sparsity")

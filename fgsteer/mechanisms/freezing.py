@@ -50,8 +50,9 @@ def freeze_steering(
     """How much of steering is left with parts of the unsteered run held fixed, on an attribution's texts.
 
     Frozen at all blocks that read what is steered: attention weights ("qk"), values ("ov") or the outputs of MLPs
-    ("mlp"), at every token what the unsteered run has there (arXiv 2604.08524). With all three, only ``W_U·Norm(h + v)``
-    is left of it, with h the last block's output.
+    ("mlp"), at every token what the unsteered run has there (arXiv 2604.08524). With all three, only
+    ``W_U·Norm(h + v)`` is left of it, with h what the last block gives unsteered. Attention is computed outright
+    ("eager") in all runs, which in Gemma 2 differs from the fused kernels.
 
     Args:
         model: The model that was attributed.
@@ -68,11 +69,11 @@ def freeze_steering(
     default: list[Any] = ["qk", "ov", "mlp", ("qk", "ov"), PARTS]
     sets = [parse_parts(freeze) for freeze in (default if freezes is None else freezes)]
     parts = block_parts(model, first_block(attribution.hookpoint))
-    agreements = [Agreement() for _ in sets]
+    agreements, weights = [Agreement() for _ in sets], any("qk" in names for names in sets)
     with eager_attention(model):
         for text in attribution.texts:
             ids, last = text_device(model, text), len(text.ids) - text.prompt_length
-            base = FrozenRun(model, parts, ids)
+            base = FrozenRun(model, parts, ids, weights=weights)
             lengths = [text.prompt_length]
             steered = base.steered_logits(attribution.steering, (), lengths, last)[0]
             for names, agreement in zip(sets, agreements, strict=True):
@@ -124,8 +125,10 @@ def generate_frozen(
             numbers = sorted(running)
             if not numbers:
                 break
-            ids, mask = (t.to(input_device(model)) for t in pad([rows[n] for n in numbers], tokenizer.pad_token_id or 0))
-            run = FrozenRun(model, parts, ids, mask)
+            ids, mask = (
+                t.to(input_device(model)) for t in pad([rows[n] for n in numbers], tokenizer.pad_token_id or 0)
+            )
+            run = FrozenRun(model, parts, ids, mask, weights="qk" in names)
             logits = run.steered_logits(steering, names, [lengths[n] for n in numbers])
             for place, n in enumerate(numbers):
                 token = int(logits[place, len(rows[n]) - 1].argmax())
@@ -166,6 +169,7 @@ class FrozenRun:
         parts: The blocks whose parts may be frozen.
         ids: The tokens, padded on the right.
         mask: Their attention mask; by default no token is padding.
+        weights: Whether attention weights are to be frozen.
     """
 
     def __init__(
@@ -174,6 +178,8 @@ class FrozenRun:
         parts: Sequence[BlockParts],
         ids: Int[Tensor, "rows tokens"],
         mask: Int[Tensor, "rows tokens"] | None = None,
+        *,
+        weights: bool = True,
     ) -> None:
         self.model, self.parts, self.ids = model, parts, ids
         self.mask = torch.ones_like(ids) if mask is None else mask
@@ -186,9 +192,9 @@ class FrozenRun:
                 ("mlp", part.mlp_added, False),
             ):
                 changes.append((module, is_input, partial(self._keep, (name, part.layer))))
-        with splice_modules(changes), self._keeping_weights():
+        with splice_modules(changes), self._keeping_weights(parts if weights else ()):
             self.logits = self._pass()
-        for part in parts:
+        for part in parts if weights else ():
             self._check(part)
 
     def _pass(self) -> Float[Tensor, "rows tokens vocabulary"]:
@@ -200,7 +206,7 @@ class FrozenRun:
         return h
 
     @contextmanager
-    def _keeping_weights(self) -> Iterator[None]:
+    def _keeping_weights(self, parts: Sequence[BlockParts]) -> Iterator[None]:
         """Hooks that keep the attention weights that attention modules return beside their output."""
 
         def keep(layer: int, module: nn.Module, _: Any, output: Any) -> None:
@@ -209,7 +215,7 @@ class FrozenRun:
                 raise _other_attention(module, "that returns no weights")
             self.kept["qk", layer] = weights
 
-        handles = [part.attention.register_forward_hook(partial(keep, part.layer)) for part in self.parts]
+        handles = [part.attention.register_forward_hook(partial(keep, part.layer)) for part in parts]
         try:
             yield
         finally:
@@ -222,9 +228,8 @@ class FrozenRun:
         own = self._mixed(part, self.kept["ov", part.layer])
         real = self.mask.bool().to(z.device)
         error = float((own - z)[real].abs().max()) / max(float(z[real].abs().max()), 1e-30)
-        if not error < ROUNDING * torch.finfo(z.dtype).eps and z.dtype != torch.float64:
-            raise _other_attention(part.attention, "whose heads give something else than weights times values")
-        if not error < 1e-5:  # softmax is computed in float32 in models of float64 too
+        eps = max(torch.finfo(z.dtype).eps, torch.finfo(torch.float32).eps)  # softmax is float32 in float64 models too
+        if not error < ROUNDING * eps:
             raise _other_attention(part.attention, "whose heads give something else than weights times values")
 
     def _mixed(self, part: BlockParts, output: Tensor) -> Float[Tensor, "rows tokens width"]:

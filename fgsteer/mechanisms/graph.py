@@ -82,7 +82,9 @@ class SteeringGraph:
     @cached_property
     def edges(self) -> Bool[Tensor, "nodes readers"]:
         """Which readers come after which nodes."""
-        written = torch.tensor([2 * node.layer + (node.kind == "MLP") if node.layer >= 0 else -1 for node in self.nodes])
+        written = torch.tensor(
+            [2 * node.layer + (node.kind == "MLP") if node.layer >= 0 else -1 for node in self.nodes]
+        )
         last = 2 * max((node.layer for node in self.nodes), default=0) + 2
         read = torch.tensor([last if r.kind == LOGITS else 2 * r.layer + self._late(r) for r in self.readers])
         return written[:, None] < read

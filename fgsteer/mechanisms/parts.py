@@ -85,7 +85,8 @@ class BlockParts:
         """What the output projection makes of each head's output: ``W_O^h z_h``, without its bias."""
         weight = _matrix(self.output)  # (d_model, heads · d_head)
         by_head = weight.reshape(len(weight), self.heads, -1)
-        return torch.einsum("...hk,dhk->...hd", z.to(weight.device).unflatten(-1, (self.heads, -1)), by_head)
+        apart = z.to(weight.device).reshape(*z.shape[:-1], self.heads, -1)
+        return torch.einsum("...hk,dhk->...hd", apart, by_head)
 
     def written(self, z: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows heads d_model"]:
         """What each head writes to the stream: ``W_O^h z_h``, scaled as the norm after attention scales their sum."""
@@ -97,7 +98,8 @@ class BlockParts:
         gain = norm_gain(self.post_norm, summed.shape[-1]).to(summed)
         plain = summed * gain  # the norm gives this times one number a token
         scale = (self.post_norm(summed) * plain).sum(-1, keepdim=True) / plain.square().sum(-1, keepdim=True)
-        return parts * (scale * gain)[..., None, :]
+        scaled: Tensor = parts * (scale * gain)[..., None, :]
+        return scaled
 
     def values(self, output: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens kv_heads d_head"]:
         """The values of each key-value head in the output of the module that makes them."""
@@ -117,8 +119,8 @@ def is_linear(module: object) -> bool:
 
 def project(reader: Reader, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_head"]:
     """What one head's part of a projection makes of what it reads."""
-    bias = reader.module.bias
-    own: Any = None if bias is None else bias[reader.entries]
+    bias: Any = reader.module.bias
+    own = None if bias is None else bias[reader.entries]
     return nn.functional.linear(x, _matrix(reader.module)[reader.entries], own)
 
 
@@ -129,11 +131,11 @@ def norm_gain(norm: nn.Module | None, width: int) -> Float[Tensor, " d_model"]:
         return torch.ones(width)
     parameter = next(norm.parameters(), torch.zeros(1))
     probe = torch.ones(width, dtype=torch.float64)
-    probe[: width // 2] = -1.0
-    probe[-1] -= probe.sum()  # mean 0, so that norms that subtract the mean read it as it is
+    probe[: width // 2] = -(width - width // 2) / (width // 2)  # mean 0, so that norms that subtract it change nothing
     probe = (probe * PROBE_SCALE).to(parameter.device, parameter.dtype)
     read = norm(probe[None])[0] - norm(torch.zeros_like(probe)[None])[0]
-    return read.double() / probe.double() * probe.double().square().mean().sqrt()
+    gain: Tensor = read.double() / probe.double() * probe.double().square().mean().sqrt()
+    return gain
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def sparsify(
     rescale: bool = True,
     seed: int = 0,
 ) -> SteeringVector:
-    """A vector with those entries alone whose share of the effect is τ times their share of the norm (arXiv 2604.08524).
+    """A vector with those entries alone whose share of its effect is τ times that of its norm (arXiv 2604.08524).
 
     Entry i stays if ``|e_i|/‖e‖ ≥ τ·|v_i|/‖v‖``. As ``e = v ⊙ ḡ``, that is ``|ḡ_i| ≥ τ·‖e‖/‖v‖``: the size of an
     entry does not count, its gradient alone. The rest is 0, and the result has the norm of v.
@@ -90,11 +90,10 @@ def sparsify(
     )
 
 
-def kept_by_ratio(
-    v: Float[Tensor, " d_model"], e: Float[Tensor, " d_model"], tau: float
-) -> Bool[Tensor, " d_model"]:
+def kept_by_ratio(v: Float[Tensor, " d_model"], e: Float[Tensor, " d_model"], tau: float) -> Bool[Tensor, " d_model"]:
     """The entries with ``|e_i|/‖e‖ ≥ τ·|v_i|/‖v‖``, of those that are not 0."""
-    return (e.abs() * v.norm() >= tau * v.abs() * e.norm()) & (v != 0)
+    kept: Tensor = (e.abs() * v.norm() >= tau * v.abs() * e.norm()) & (v != 0)
+    return kept
 
 
 def kept_entries(vector: SteeringVector) -> Bool[Tensor, " d_model"]:

@@ -31,7 +31,6 @@ from fgsteer.steering.hooks import steer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fgsteer.interventions import Intervention
 
 Run = Literal["steered", "unsteered"]
 
@@ -111,7 +110,9 @@ def read_texts(
         tails = _continued(model, tokenizer, inputs, entry, max_new_tokens)
     else:
         if isinstance(completions, str) or len(completions) != len(asked):
-            raise DataError(f"{len(completions)} completions for {len(asked)} prompts", "one for each prompt, in a list")
+            raise DataError(
+                f"{len(completions)} completions for {len(asked)} prompts", "one for each prompt, in a list"
+            )
         encoded: Any = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions]
         tails = [torch.tensor(ids, dtype=torch.long) for ids in encoded]
         if not all(map(len, tails)):
@@ -133,7 +134,7 @@ def _continued(
     """The ids of greedy continuations, each up to its end of text."""
     options: Any = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id or 0}
     with steer(model, interventions_of(steering)):
-        output: Any = model.generate(**inputs, **options)  # type: ignore[arg-type]
+        output: Any = model.generate(**inputs, **options)
     ids: Tensor = output if isinstance(output, Tensor) else output.sequences
     ends = torch.tensor(sorted(eos_ids(model)), device=ids.device)
     tails = []

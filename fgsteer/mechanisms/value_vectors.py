@@ -88,9 +88,7 @@ def value_vectors(
         numbers: list[int | None] = [None, *range(part.heads)]
         vectors = torch.cat([heads.sum(0, keepdim=True), heads])
         lens = [top_tokens(model, tokenizer, sign * vectors, tokens) for sign in (1.0, -1.0)]
-        rows += [
-            ValueVector(part.layer, *row) for row in zip(numbers, vectors.float().cpu(), *lens, strict=True)
-        ]
+        rows += [ValueVector(part.layer, *row) for row in zip(numbers, vectors.float().cpu(), *lens, strict=True)]
     return Table(rows)
 
 

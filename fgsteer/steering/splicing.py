@@ -18,9 +18,7 @@ from fgsteer.models.hookpoints import Hookpoint, resolve
 Change = tuple[nn.Module, bool, Callable[[Tensor], Tensor]]  # a module, whether its input is changed, and how
 
 
-def splice(
-    model: nn.Module, hookpoint: Hookpoint, replace: Callable[[Tensor], Tensor]
-) -> AbstractContextManager[None]:
+def splice(model: nn.Module, hookpoint: Hookpoint, replace: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
     """Replace what is at a hookpoint for the block, in every forward pass.
 
     Args:
