@@ -100,8 +100,8 @@ def combine(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         orders = [parts[name]["orders"] for name in ("caa", "fgaa")]
         for kind, sizes in AGREE.items():
             agreement[kind] = {size: fg.iou(*({*order[kind][:size]} for order in orders)) for size in sizes}
-        pair = [torch.tensor(parts[name]["direction"]) for name in ("caa", "fgaa")]
-        agreement["cosine"] = float(torch.cosine_similarity(*pair, dim=0))
+        first, second = (torch.tensor(parts[name]["direction"]) for name in ("caa", "fgaa"))
+        agreement["cosine"] = float(torch.cosine_similarity(first, second, dim=0))
     hidden = ("direction", "orders")
     vectors = {name: {k: v for k, v in part.items() if k not in hidden} for name, part in parts.items()}
     return {"vectors": vectors, "agreement": agreement}
