@@ -38,6 +38,7 @@ FLOORS = (
     "training",
     "evaluation",
     "conditional",
+    "mechanisms",
     "export",
     "hub",
     "serving",

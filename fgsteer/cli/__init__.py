@@ -39,6 +39,7 @@ from fgsteer.cli import (  # noqa: F401  each registers its command
     effects,
     eval,
     examples,
+    explain,
     export,
     features,
     fold,

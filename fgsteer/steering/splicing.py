@@ -6,8 +6,8 @@ with splice(model, sae.hookpoint, lambda h: sae.decode(sae.encode(h))):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states
 from fgsteer.models.hookpoints import Hookpoint, resolve
 
+Change = tuple[nn.Module, bool, Callable[[Tensor], Tensor]]  # a module, whether its input is changed, and how
 
-@contextmanager
-def splice(model: nn.Module, hookpoint: Hookpoint, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+
+def splice(model: nn.Module, hookpoint: Hookpoint, replace: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
     """Replace what is at a hookpoint for the block, in every forward pass.
 
     Args:
@@ -28,21 +29,33 @@ def splice(model: nn.Module, hookpoint: Hookpoint, replace: Callable[[Tensor], T
     Raises:
         HookpointError: The model lacks the hookpoint.
     """
-    module, is_input = resolve(model, hookpoint)
+    return splice_modules([(*resolve(model, hookpoint), replace)])
 
+
+@contextmanager
+def splice_modules(changes: Iterable[Change]) -> Iterator[None]:
+    """Replace inputs or outputs of modules for the block, in every forward pass."""
+    with ExitStack() as stack:
+        for module, is_input, replace in changes:
+            if is_input:
+                handle = module.register_forward_pre_hook(_before(replace), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(_after(replace))
+            stack.callback(handle.remove)
+        yield
+
+
+def _before(replace: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (replace(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": replace(kwargs["hidden_states"])}
 
+    return before
+
+
+def _after(replace: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         return replace_hidden_states(output, replace(hidden_states_of(output)))
 
-    if is_input:
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return after
