@@ -212,27 +212,31 @@ class _Search:
         self.tail = _template_tail(model, tokenizer, prompts)
         self.heads: list[list[int]] = []
         for row in sorted(rows, key=lambda row: row.index):
-            ids = list(row.ids)
-            if self.tail and ids[-len(self.tail) :] != self.tail:
+            if self.tail and list(row.ids[-len(self.tail) :]) != self.tail:
                 raise DataError(
                     f"{row.where}, after which the chat template writes other tokens than after {_MARK!r}",
                     "prompts that end in a user's message",
                     "pass texts, or conversations whose last message is a user's",
                 )
-            self.heads.append(ids[: len(ids) - len(self.tail)])
+            self.heads.append(list(row.ids[: len(row.ids) - len(self.tail)]))
         self.allowed = _allowed_tokens(tokenizer, model)
+        first = prompts[0]
+        self.context = first if isinstance(first, str) else first[-1]["content"]
+        ids: Any = tokenizer(self.context, add_special_tokens=False)["input_ids"]
+        self.context_ids: list[int] = list(ids)
 
     def text(self, suffix: Sequence[int]) -> str:
-        """The suffix as it stands after a prompt; words of a tokenizer without spaces of its own are parted by one."""
-        text = self.tokenizer.decode(list(suffix))
-        words = self.tokenizer("a b", add_special_tokens=False)["input_ids"]
-        apart = self.tokenizer.decode(words[:1]) + self.tokenizer.decode(words[1:]) == "ab"
-        return f" {text}" if apart else str(text)
+        """The suffix as it stands after a prompt, with the space that its first token may need."""
+        before, whole = (
+            self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            for ids in (self.context_ids, [*self.context_ids, *suffix])
+        )
+        return str(whole)[len(before) :]
 
     def is_stable(self, suffix: Sequence[int]) -> bool:
-        """Whether the suffix, written and read again, is the same tokens."""
-        again: Any = self.tokenizer(self.text(suffix), add_special_tokens=False)["input_ids"]
-        return list(again) == list(suffix)
+        """Whether the suffix, written after a prompt and read again, is the same tokens."""
+        again: Any = self.tokenizer(self.context + self.text(suffix), add_special_tokens=False)["input_ids"]
+        return list(again) == [*self.context_ids, *suffix]
 
     def random_suffix(self, length: int, generator: torch.Generator) -> list[int]:
         """A random suffix that is stable, or the last of some that were drawn."""
