@@ -41,29 +41,10 @@ CONCEPTS = ("anger", "love", "sea", "formal")  # whose likelihood is swept, besi
 SIGNS = {1: ("towards", BLUE, "o-"), -1: ("away", ORANGE, "s--")}
 
 
-def ab_questions(replies: fg.ContrastSet, chats: bool) -> fg.ContrastSet:
-    """Pairs of replies as questions with the answers A and B; the reply with the behavior is A in every other one."""
-
-    def question(number: int, pair: fg.ContrastPair) -> fg.ContrastPair:
-        first, second = (pair.positive, pair.negative) if number % 2 == 0 else (pair.negative, pair.positive)
-        asked = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"]
-        text = f"Which is the better reply to the question below?\n{asked}\n(A) {first}\n(B) {second}\n"
-        answers = ("A", "B") if number % 2 == 0 else ("B", "A")
-        if chats:
-            return fg.ContrastPair(*answers, prompt=[{"role": "user", "content": f"{text}Answer with A or B alone."}])
-        return fg.ContrastPair(*answers, prompt=f"{text}Answer:")
-
-    held_out = replies.held_out
-    assert held_out is not None, "shipped sets have a held-out part"
-    parts = [[question(n, pair) for n, pair in enumerate(one.pairs)] for one in (replies, held_out)]
-    name = f"{replies.name}, A or B"
-    return fg.ContrastSet(name, parts[0], held_out=fg.ContrastSet(f"{name}:held_out", parts[1]))
-
-
 def behaviors(chats: bool) -> dict[str, tuple[fg.ContrastSet, Any]]:
     """Contrast sets by name, each with the rule of the tokens that its vectors are built from."""
     replies = [fg.load_contrast(name) for name in fg.shipped_contrasts(chat=True)]
-    questions = [(ab_questions(one, chats), "letter") for one in replies]
+    questions = [(fg.ab_questions(one, chat=chats), "letter") for one in replies]
     likelihoods = [(fg.load_contrast(name), "all") for name in CONCEPTS]
     likelihoods += [(one, "answer") for one in replies if chats]
     return {one.name: (one, rule) for one, rule in (*questions, *likelihoods)}

@@ -75,20 +75,6 @@ def test_what_was_read_is_correlated_by_rank(run, script, monkeypatch):
         blind.check(read[1:], key, Path("blind.json"))
 
 
-def test_questions_of_a_or_b_do_not_give_the_answer_away(script):
-    answers = script("answers")
-    replies = fg.load_contrast("cheerful")
-    for chats in (True, False):
-        made = answers.ab_questions(replies, chats)
-        assert [pair.positive for pair in made.pairs[:2]] == ["A", "B"]
-        assert Counter(pair.positive for pair in made.pairs) == {"A": 20, "B": 20}
-        for pair, reply in zip(made.pairs, replies.pairs, strict=True):
-            text = pair.prompt[-1]["content"] if chats else pair.prompt
-            assert f"({pair.positive}) {reply.positive}\n" in text
-            assert f"({pair.negative}) {reply.negative}\n" in text
-        assert len(made.held_out.pairs) == 20
-
-
 def test_the_finding_of_a_sweep_is_that_of_its_cells(script):
     answers = script("answers")
 

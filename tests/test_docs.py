@@ -243,6 +243,10 @@ def test_the_figures_in_readme_and_docs_are_those_of_the_results(monkeypatch):
     texts = importlib.import_module("texts")
     for name in ("default", "smollm2"):
         assert f"<!-- texts {name} -->\n{texts.docs_text(name)}<!-- /texts {name} -->" in page
+    patterns = importlib.import_module("patterns")
+    guide = patterns.GUIDE.read_text("utf-8")
+    for part in patterns.TABLES:
+        assert f"<!-- patterns {part} -->\n{patterns.docs_text(part)}<!-- /patterns {part} -->" in guide
     table = speed.markdown(json.loads(speed.RESULTS.read_text("utf-8")))
     assert speed.MARK.search(speed.PAGE.read_text("utf-8"))[0] == f"<!-- speed -->\n{table}<!-- /speed -->"
 
@@ -279,6 +283,21 @@ def test_the_tables_of_a_page_are_those_of_the_code(page, site):
     text = page.read_text(encoding="utf-8")
     assert len(site.MARKS.findall(text)) == text.count("<!-- table: ")
     assert site.with_tables(text) == text, "python docs/tools/site_pages.py writes them"
+
+
+def test_what_the_table_of_systems_names_is_there(site):
+    rows = site.systems()
+    assert len({row["system"] for row in rows}) == len(rows) > 10
+    for row in rows:
+        text = (DOCS / row["page"]).read_text(encoding="utf-8")
+        assert row["names"], row["system"]
+        assert set(row["names"]) <= set(vars(fg)["__all__"]), row["system"]
+        assert any(name in text for name in row["names"]), f"{row['page']} has nothing of {row['system']}"
+        assert set(row["commands"]) <= set(the_commands()), row["system"]
+        assert row["tests"], row["system"]
+        assert all((ROOT / path).is_file() for path in row["tests"]), row["system"]
+        assert (row["results"] is None) == (row["measured"] == ""), row["system"]
+        assert row["results"] is None or (ROOT / "benchmarks" / "results" / row["results"]).is_file(), row["system"]
 
 
 def test_every_table_stands_in_a_page_and_says_what_the_code_says(site):

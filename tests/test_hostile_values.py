@@ -69,6 +69,7 @@ def files(tmp_path_factory):
         "generate": ["the king", "-v", vector],
         "info": [],
         "orthogonalize": ["-v", vector, "-o", str(at / "without")],
+        "patterns": ["sea"],
         "saes": [],
         "serve": ["m"],
         "sweep": ["sea"],

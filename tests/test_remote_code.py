@@ -82,6 +82,7 @@ def commands(folder, at):
         "fold": (*one, "-o", at / "folded"),
         "generate": ("the king", *one),
         "orthogonalize": ("-v", vector, "-o", at / "without"),
+        "patterns": ("sea",),
         "sweep": ("sea",),
         "train-sae": (corpus, "-o", at / "sae", "--hookpoint", 1, "--held-out", 1),
     }

@@ -103,6 +103,12 @@ def made(tmp_path_factory):
         fg.TransferQuality(10**9, 10**6, *[1 / 3] * 9, wide),
         fg.AutoencoderTraining(lr=1 / 3),
         fg.audit(model, tokenizer, tiny_model("llama", seed=1), texts),
+        fg.PerplexityPoint(1 / 3, 1 / 3, 1 / 3),
+        fg.SamplePoint(10**6, *[1 / 3] * 5),
+        fg.SignedSlopes(10**6, 1 / 3, 1 / 3, interval, interval, interval, LONG),
+        fg.StyleEffect(LONG, LONG, interval, interval, interval),
+        fg.OpenStyle([LONG] * 99, fg.KeywordJudge(), LONG),
+        fg.SuffixSearch(LONG, (10**6,) * 99, (1 / 3,) * 99, wide, wide, torch.randn(9, 4096), 1 / 3, 1 / 3),
         *(AT, fg.Hookpoint.parse("model.layers.3.mlp")),
     ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import posixpath
 import re
 from collections import Counter
@@ -252,6 +253,59 @@ def interventions_table() -> str:
     )
 
 
+SYSTEMS = Path(__file__).with_name("systems.jsonl")  # a system a line
+UNMEASURED = "not measured yet"
+BENCHMARKS = ROOT / "benchmarks" / "results"
+FIGURE = re.compile(r"\{([^{}:]+)(:[^{}]+)?\}")
+
+
+def systems() -> list[dict[str, Any]]:
+    """The systems of papers, each with its functions, commands, page, tests, and file of results."""
+    return [json.loads(line) for line in SYSTEMS.read_text(encoding="utf-8").splitlines()]
+
+
+def systems_table() -> str:
+    """Every system with its functions, its tests, and what was measured."""
+    return markdown(
+        "system | functions and commands | tests | measured",
+        (
+            (
+                f"[{row['system']}](../{row['page']}) ([arXiv {row['paper']}](https://arxiv.org/abs/{row['paper']}))",
+                ", ".join(
+                    [*(f"`fg.{name}`" for name in row["names"]), *(f"`fgsteer {name}`" for name in row["commands"])]
+                ),
+                ", ".join(f"`{path}`" for path in row["tests"]),
+                measured(row),
+            )
+            for row in systems()
+        ),
+    )
+
+
+def measured(row: dict[str, Any]) -> str:
+    """What was measured, with each ``{place:format}`` filled in from the file of results.
+
+    A place is the keys and indices that lead to a figure of a JSON file, or a row's name and a column of a Markdown
+    table, with slashes between them.
+    """
+    if row["results"] is None:
+        return UNMEASURED
+    file = BENCHMARKS / row["results"]
+    content = file.read_text(encoding="utf-8")
+
+    def fill(match: re.Match[str]) -> str:
+        *keys, last = match[1].split("/")
+        if file.suffix == ".md":
+            line = next(line for line in content.splitlines() if line.startswith(f"| {keys[0]} |"))
+            return line.split("|")[int(last) + 1].strip()
+        value: Any = json.loads(content)
+        for key in (*keys, last):
+            value = value[int(key) if isinstance(value, list) else key]
+        return format(value, (match[2] or ":")[1:]).replace("-", "−")
+
+    return f"{FIGURE.sub(fill, row['measured'])} (`{row['results']}`)"
+
+
 # Tables that stand in the pages, between marks; python docs/tools/site_pages.py writes them anew.
 TABLES: dict[str, Callable[[], str]] = {
     "contrasts": contrasts_table,
@@ -260,6 +314,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "interventions": interventions_table,
     "judges": judges_table,
     "methods": methods_table,
+    "systems": systems_table,
 }
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.S)
 REGISTRY = "<!-- registry -->"  # another one with every version of sae-lens: it is made when the site is built

@@ -46,6 +46,7 @@ from fgsteer.cli import (  # noqa: F401  each registers its command
     generate,
     info,
     orthogonalize,
+    patterns,
     saes,
     serve,
     sweep,

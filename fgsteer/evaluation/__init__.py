@@ -5,6 +5,7 @@ metrics     coherence, cross-entropy and probabilities of answers, steerability,
 bench       making a benchmark's run: plan, conditions, generators, distributors, files
 runs        a run loaded: records, settings chosen on one half, tables, pictures, the report
 sweep       layers, strengths and signs compared without generating
+patterns    where steering holds, how many texts it needs, what it costs, what undoes it
 page_parts  the parts of an HTML page of results
 drawing     the style and layouts that all pictures share
 tasks       tasks of lm-evaluation-harness under steering

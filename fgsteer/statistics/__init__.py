@@ -4,5 +4,6 @@ sinks.py       a warning of attention sinks, whose huge activations decide every
 collecting.py  ``collect``: the pass over the texts
 sums.py        what it keeps of the texts so far, in shards
 contrast.py    ``ContrastStatistics``: what methods read, merged and stored
+sample_size.py how near a vector of few texts is to that of all texts
 moments.py     count, mean and squared deviations of examples
 """
