@@ -11,6 +11,11 @@ from fgsteer.data.shipped import shipped_contrasts as shipped_contrasts
 from fgsteer.directions.auditing import Audit as Audit
 from fgsteer.directions.auditing import audit as audit
 from fgsteer.directions.candidates import candidate_directions as candidate_directions
+from fgsteer.directions.cone_training import train_cone as train_cone
+from fgsteer.directions.cone_training import train_refusal_direction as train_refusal_direction
+from fgsteer.directions.cones import ConceptCone as ConceptCone
+from fgsteer.directions.independence import Independence as Independence
+from fgsteer.directions.independence import representational_independence as representational_independence
 from fgsteer.directions.prompts import refusal_scores as refusal_scores
 from fgsteer.directions.removal import ablate_everywhere as ablate_everywhere
 from fgsteer.directions.selection import DirectionScore as DirectionScore
