@@ -135,8 +135,7 @@ def _feature_ids(text: str) -> list[int]:
 
 def _describe_direction(vector: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     """What a vector is and the tokens that its direction raises and lowers. Raises PairingError."""
-    from fgsteer.features.description import top_tokens
-    from fgsteer.models.unembedding import residual_direction
+    from fgsteer.models.unembedding import residual_direction, top_tokens
 
     vector.check(model)
     written = residual_direction(model, vector.hookpoint, vector.direction)

@@ -18,7 +18,7 @@ from fgsteer.errors import PairingError
 from fgsteer.errors.checks import check_range, checked_after
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.methods.selection import feature_id
-from fgsteer.models.unembedding import logit_lens, residual_direction
+from fgsteer.models.unembedding import residual_direction, top_tokens
 from fgsteer.saes.examples import Excerpt, FeatureExamples
 from fgsteer.saes.sae import SAE
 from fgsteer.vector import SteeringVector
@@ -68,17 +68,6 @@ class FeatureRow(OneLineRepr):
             "lowers": " ".join(self.lowered),
             "found because": "; ".join(self.why),
         }
-
-
-def top_tokens(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directions: torch.Tensor, n: int = 6
-) -> list[tuple[str, ...]]:
-    """The n tokens that each direction (rows, d_model) raises most, read through the model's final norm and head.
-
-    Raises DataError for directions of another width.
-    """
-    ids = logit_lens(model, directions).topk(n, dim=-1).indices
-    return [tuple(tokenizer.decode([int(i)]).strip() for i in row) for row in ids]
 
 
 def feature_link(sae: SAE, feature: int) -> str:

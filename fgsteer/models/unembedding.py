@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -10,6 +12,9 @@ from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import a
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve
 from fgsteer.models.properties import d_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FINAL_NORMS = (
     "norm",
@@ -93,3 +98,14 @@ def logit_lens(model: nn.Module, directions: torch.Tensor) -> torch.Tensor:
     if isinstance(narrow := getattr(decoder, "project_out", None), nn.Module):  # OPT-350m
         rows = narrow(rows)
     return (rows @ weight.T).float()
+
+
+def top_tokens(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directions: torch.Tensor, n: int = 6
+) -> list[tuple[str, ...]]:
+    """The n tokens that each direction (rows, d_model) raises most, read through the model's final norm and head.
+
+    Raises DataError for directions of another width.
+    """
+    ids = logit_lens(model, directions).topk(n, dim=-1).indices
+    return [tuple(tokenizer.decode([int(i)]).strip() for i in row) for row in ids]
