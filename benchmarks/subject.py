@@ -2,6 +2,7 @@
 
 subject = load_subject("smollm2")                                    what ships in pretrained/smollm2
 subject = load_subject("path/of/a/model", ["path/of/an/sae"])        one's own
+model, tokenizer = load_organism("refusal")                          a model organism of pretrained/organisms
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fgsteer.evaluation.bench.plan import BenchPlan
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
+ORGANISMS = ROOT / "pretrained" / "organisms"
 EFFECTS_FILE = "effects.safetensors"  # beside the SAE that they were measured on
 # Settings are chosen on these concepts where a model is dear to measure; the other ten choose nothing.
 TUNING_CONCEPTS = ("anger", "crime", "london", "love", "music", "sea")
@@ -100,6 +102,22 @@ def load_subject(name: str, saes: Sequence[str] = ()) -> Subject:
     effects = [fg.load_effects(path) for folder in folders if (path := folder / EFFECTS_FILE).is_file()]
     by_layer = {sae.hookpoint.layer: sae.to(model.device) for sae in loaded}
     return Subject(Path(name).name, model, tokenizer, by_layer, {one.hookpoint.layer: one for one in effects})
+
+
+def load_organism(name: str) -> tuple[Any, Any]:
+    """A model organism of ``pretrained/organisms`` and its tokenizer: SmolLM2 with the adapter merged, in float32.
+
+    Raises DataError for a name that there is not.
+    """
+    from peft import PeftModel
+
+    if not (ORGANISMS / name / "adapter_config.json").is_file():
+        names = sorted(path.parent.name for path in ORGANISMS.glob("*/adapter_config.json"))
+        raise DataError(
+            f"the organism {name!r:.40}", f"one of {', '.join(names)}", "or build it with pretrained/organisms.py"
+        )
+    model, tokenizer = fg.load_model("smollm2", dtype="float32", device="cpu")
+    return PeftModel.from_pretrained(model, ORGANISMS / name).merge_and_unload().eval(), tokenizer
 
 
 def results_folder(name: str, kind: str = "concepts") -> Path:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fgsteer as fg
 from fgsteer.directions.candidates import template_positions
+from tests.helpers.cli import invoke
 from tests.helpers.steering import vector
 from tests.helpers.tiny import ALL_FAMILIES, D_MODEL, model_of, tiny_model, word_tokenizer
 from tests.reference import directions as reference
@@ -269,6 +270,47 @@ def test_several_directions_are_removed_together(wide):
         fg.orthogonalize(changed, vector(8))
     with pytest.raises(fg.SteeringError, match="make up"):
         fg.orthogonalize(wide, [vectors[0], vectors[0] * 2.0])
+
+
+def test_the_command_writes_a_checkpoint_without_directions(tmp_path):
+    """Of one vector or several, in float32 or another dtype; what it writes computes what hooks compute."""
+    wide, tokenizer = fg.load_model("default", device="cpu", dtype="float32")
+    files = []
+    for seed in (6, 7):
+        files.append(tmp_path / f"{seed}.safetensors")
+        draw = torch.Generator().manual_seed(seed)
+        fg.SteeringVector(torch.randn(wide.config.hidden_size, generator=draw), 1).save(files[-1])
+    out = tmp_path / "without"
+    told = json.loads(invoke("orthogonalize", "-v", files[0], "-v", files[1], "-o", out, "--json").stdout)
+    assert [told[key] for key in ("out", "model", "dtype")] == [str(out), "default", "float32"]
+    assert len(told["orthogonalised"]) == 2
+    changed, its_tokenizer = (Auto.from_pretrained(out) for Auto in (AutoModelForCausalLM, AutoTokenizer))
+    ids = its_tokenizer("She said that", return_tensors="pt", return_token_type_ids=False)["input_ids"]
+    vectors = [fg.SteeringVector.load(file) for file in files]
+    with torch.no_grad():
+        plain = wide(ids).logits
+        with fg.steer(wide, fg.ablate_everywhere(wide, vectors)):
+            hooked = wide(ids).logits
+        # float32 sums in another order, through four blocks, against logits of size 10
+        assert torch.allclose(changed(ids).logits, hooked, atol=1e-3, rtol=0)
+    assert not torch.allclose(plain, hooked, atol=0.1)
+    assert tokenizer.get_vocab() == its_tokenizer.get_vocab()
+    shown = invoke("orthogonalize", "-v", files[0], "-o", tmp_path / "one", "--dtype", "bfloat16").stdout
+    assert shown == f"{tmp_path / 'one'}: default in bfloat16, without 1 direction\n"
+    with pytest.raises(fg.FormatError, match="exists"):
+        invoke("orthogonalize", "-v", files[0], "-o", out)
+
+
+def test_a_command_that_cannot_orthogonalise_writes_nothing(tmp_path):
+    narrow, out = tmp_path / "narrow.safetensors", tmp_path / "without"
+    vector(4).save(narrow)
+    with pytest.raises(fg.PairingError, match="made for another model"):
+        invoke("orthogonalize", "-v", narrow, "-o", out)
+    model_of("bloom").save_pretrained(tmp_path / "bloom")
+    word_tokenizer().save_pretrained(tmp_path / "bloom")
+    with pytest.raises(fg.SteeringError, match="ablate_everywhere"):
+        invoke("orthogonalize", "-m", tmp_path / "bloom", "-v", narrow, "-o", out)
+    assert not out.exists()
 
 
 def recorded(model, steering, ids, places):

@@ -68,6 +68,7 @@ def files(tmp_path_factory):
         "fold": ["-v", vector, "-o", str(at / "folded")],
         "generate": ["the king", "-v", vector],
         "info": [],
+        "orthogonalize": ["-v", vector, "-o", str(at / "without")],
         "saes": [],
         "serve": ["m"],
         "sweep": ["sea"],

@@ -81,6 +81,7 @@ def commands(folder, at):
         "features": (vector,),
         "fold": (*one, "-o", at / "folded"),
         "generate": ("the king", *one),
+        "orthogonalize": ("-v", vector, "-o", at / "without"),
         "sweep": ("sea",),
         "train-sae": (corpus, "-o", at / "sae", "--hookpoint", 1, "--held-out", 1),
     }

@@ -44,6 +44,7 @@ from fgsteer.cli import (  # noqa: F401  each registers its command
     fold,
     generate,
     info,
+    orthogonalize,
     saes,
     serve,
     sweep,

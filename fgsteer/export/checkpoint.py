@@ -45,14 +45,28 @@ def write(
         SteeringError, HookpointError, PairingError: As ``fold`` raises them.
     """
     new_folder_target(folder)
+    folded = fold(model, listed(interventions), copy=copy)
+    save(folded, folder, tokenizer)
+    return folded
+
+
+def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Write a model, such as an orthogonalised one, and its tokenizer into a new folder, all of it or nothing.
+
+    Args:
+        model: The model.
+        folder: The folder to make. It may be there if it is empty.
+        tokenizer: Its tokenizer, which is written as it was before it padded; None writes the model alone.
+
+    Raises:
+        FormatError: The folder is not free or cannot be written.
+    """
     if tokenizer is not None:
         tokenizer = _as_saved(tokenizer, model)
-    folded = fold(model, listed(interventions), copy=copy)
     with atomic_folder(folder) as temporary:
-        folded.save_pretrained(temporary)
+        model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-    return folded
 
 
 def export(interventions: Sequence[Intervention], path: Path, inputs: ExportInputs) -> list[Path]:
