@@ -27,7 +27,7 @@ from fgsteer.storage.json_files import read_json, write_json
 
 PAGE = ROOT / "docs" / "guides" / "methods.md"
 CONTRAST, LAYER = "cheerful", 14
-PAIRS, HELD_OUT, NEUTRAL = 12, 24, 8
+PAIRS, HELD_OUT, NEUTRAL = 12, 20, 8
 RISE = 0.1  # nats a token, of neutral texts
 STEPS, TOP = 20, 5
 RESAMPLES = 2000
