@@ -179,3 +179,16 @@ def test_methods_are_added_to_results(script, tmp_path):
     assert strengths["arms"] == {"love": [{"method": "caa"}, {"method": "sta"}]}
     assert strengths["identity"]["plan"]["methods"] == ["unsteered", "caa", "sta", "fgaa"]
     assert not list(tmp_path.glob("added*"))
+
+
+def test_the_guide_says_what_the_gates_measured(script):
+    gates = script("gates")
+    content = json.loads((gates.results_folder("default") / "gates.json").read_text("utf-8"))
+    table = gates.table(content)
+    assert gates.published(gates.PAGE, "gates", table) == gates.PAGE.read_text("utf-8")
+    assert set(content["rows"]) == set(gates.NAMES)
+    for rows in content["rows"].values():
+        for row in rows:
+            if row["recall"]:  # a gate that opens on none has no precision
+                wrongly = row["recall"] * row["prompts"][0] * (1 / row["precision"] - 1)
+                assert row["unchanged_leave"] == pytest.approx(1 - wrongly / row["prompts"][1])

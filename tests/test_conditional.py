@@ -301,6 +301,13 @@ def test_cast_is_its_loops(llama, tokenizer, pooling, similarity):
     assert run(llama, as_batch(tokenizer, prompts), guard, per_row=False) == expected
 
 
+def test_prompts_that_end_alike_are_told_apart_above_the_embeddings(llama, tokenizer):
+    """As all do under a chat template: the last token's embedding is the same for all of them."""
+    act_on, leave = ([f"{prompt} yes" for prompt in side] for side in (HARMFUL, HARMLESS))
+    guard: Any = fg.cast(llama, tokenizer, act_on, leave, vector(1, layer=1), pooling="last")
+    assert guard.gate.reading.hookpoint == fg.Hookpoint(1, "resid_pre")
+
+
 def test_a_condition_keeps_the_mean_that_centring_loses():
     """Differences that are one vector and noise: uncentred, the vector is found."""
     from fgsteer.conditional.cast import condition_vector

@@ -100,8 +100,12 @@ def cast(
     kind = Cosine if similarity == "cosine" else TanhCosine
     readings = []
     for place in places:
-        reading = kind(condition_vector(states[0][place], states[1][place]).float(), place)
-        readings.append(reading.of_mean() if pooling == "mean" else reading.last())
+        condition = condition_vector(states[0][place], states[1][place])
+        if condition is not None:  # below all blocks, prompts that end alike have equal last tokens
+            reading = kind(condition.float(), place)
+            readings.append(reading.of_mean() if pooling == "mean" else reading.last())
+    if not readings:
+        raise SelectionError("equal activations of both kinds of prompts", "prompts of two kinds that differ")
     asked = [as_requests(model, tokenizer, side) for side in (act_on, leave)]
     fit = fit_gate(model, tokenizer, readings, *asked)
     added = [v.add(coefficient, scope=scope, bos=bos, when=fit.gate) for v in vectors]
@@ -110,11 +114,11 @@ def cast(
 
 def condition_vector(
     act_on: Float[Tensor, "n d_model"], leave: Float[Tensor, "m d_model"]
-) -> Float[Tensor, " d_model"]:
-    """The first right singular vector of ``(aᵢ − bᵢ)/2``, pointing along their mean. Raises SelectionError for none."""
+) -> Float[Tensor, " d_model"] | None:
+    """The first right singular vector of ``(aᵢ − bᵢ)/2``, pointing along their mean; None where all are 0."""
     pairs = min(len(act_on), len(leave))
     halves = (act_on[:pairs] - leave[:pairs]) / 2
     if not float(halves.norm()) > 0:
-        raise SelectionError("equal activations of both kinds of prompts", "prompts of two kinds that differ")
+        return None
     first: Tensor = torch.linalg.svd(halves, full_matrices=False).Vh[0]
     return -first if float(first @ halves.mean(0)) < 0 else first

@@ -68,7 +68,7 @@ def vector(model, pairs, layer, top, steps, special, replaced_by):
     for prompt, positive, negative in pairs:
         values = attributions(model, prompt, positive, negative, steps)
         for sign in (1, -1):
-            order = sorted(range(len(prompt)), key=lambda n, s=sign, v=values: -s * v[n])
+            order = sorted(range(len(prompt)), key=[-sign * value for value in values].__getitem__)
             order = [n for n in order if prompt[n] not in special and sign * values[n] > 0][:top]
             if not order:
                 continue
