@@ -122,9 +122,10 @@ class _Study:
         from fgsteer.models.chat import is_chat_model
 
         self.model, self.tokenizer, self.rule, self.batch_tokens = model, tokenizer, rule, batch_tokens
-        self.chat, self.replies = is_chat_model(model, tokenizer), texts
+        self.chat = is_chat_model(model, tokenizer)
+        self.replies: Any = texts
         conversations = any(not isinstance(pair.prompt, str) for pair in texts.pairs)
-        self.texts = fg.plain_questions(texts) if conversations and not self.chat else texts
+        self.texts: Any = fg.plain_questions(texts) if conversations and not self.chat else texts
         self.stats = fg.collect(
             model, tokenizer, self.texts, hookpoints=layer, tokens=rule, batch_tokens=batch_tokens, keep_pooled=True
         )
