@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.app import app
-from fgsteer.cli.choices import completion
 from fgsteer.cli.loading import ModelOptions, load_model
 from fgsteer.cli.options import (
     BatchTokensOption,
@@ -42,7 +41,10 @@ def patterns(
     contrast: Annotated[str, typer.Argument(help="A contrast set: the name of a shipped one, or a file.")],
     only: Annotated[
         list[str] | None,
-        typer.Option(autocompletion=completion("patterns"), help="Measure this alone: {patterns}. Repeat for several."),
+        typer.Option(
+            autocompletion=lambda incomplete: [part for part in PARTS if part.startswith(incomplete)],
+            help=f"Measure this alone: {', '.join(PARTS)}. Repeat for several.",
+        ),
     ] = None,
     layer: Annotated[
         int | None,
