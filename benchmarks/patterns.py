@@ -7,7 +7,7 @@
     suffix      a searched suffix of prompts that turns activations against a vector, beside random suffixes
 
     python benchmarks/patterns.py                     all of them; about twelve minutes on one core
-    python benchmarks/patterns.py --only slopes       one of them; repeat for several
+    python benchmarks/patterns.py --only slopes       one of them; --model for one model; repeat for several
     python benchmarks/patterns.py --tables            makes the page again, of the results that are there
     python benchmarks/patterns.py --docs              puts the tables into docs/guides/patterns.md
 
@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -34,7 +32,7 @@ from typing import Any
 from subject import ROOT, published, results_folder
 
 import fgsteer as fg
-from fgsteer.data.shipped import load_chat_prompts
+from fgsteer.data.shipped import load_bench_prompts, load_chat_prompts
 from fgsteer.evaluation.metrics.propensity import Propensity
 from fgsteer.evaluation.sweep.measuring import random_like
 from fgsteer.likelihood.strengths import StrengthMeter
@@ -44,7 +42,7 @@ from fgsteer.storage.json_files import read_json, write_json
 
 GUIDE = ROOT / "docs" / "guides" / "patterns.md"
 CHATS, CONCEPT = ("cheerful", "spanish"), "love"
-MODELS = {"default": "embedded default, 9M", "smollm2": "SmolLM2, 135M", "gemma3": "Gemma 3, 270M"}
+MODELS = {"default": "embedded default (9M)", "smollm2": "SmolLM2 (135M)", "gemma3": "Gemma 3 (270M)"}
 COST = 0.5  # nats a token
 SIZES, EFFECT_RESAMPLES = (5, 10, 20, 40), 2
 SHARES = (0.1, 0.2, 0.4)
@@ -115,6 +113,17 @@ def strength_of(name: str, vector: fg.SteeringVector) -> float:
     return StrengthMeter(model, tokenizer, vector, vector.add, chat=chat).find(COST).coefficient
 
 
+def contrast_for(name: str, behavior: str) -> fg.ContrastSet:
+    """A shipped set; replies in a chat are in a plain template for a model that does not chat."""
+    contrast = fg.load_contrast(behavior)
+    return fg.plain_questions(contrast) if contrast.pairs and not is_chat_model(*load(name)) else contrast
+
+
+def prompts_of(name: str) -> list[Any]:
+    """Questions for a model that chats, openers of texts for another."""
+    return load_chat_prompts() if is_chat_model(*load(name)) else [*load_bench_prompts()]
+
+
 def held_out(contrast: fg.ContrastSet) -> fg.ContrastSet:
     """The held-out part of a shipped set."""
     assert contrast.held_out is not None
@@ -124,19 +133,20 @@ def held_out(contrast: fg.ContrastSet) -> fg.ContrastSet:
 # ---------------------------------------------------------------- the parts
 
 
-def samples(behavior: str) -> dict[str, Any]:
+def samples(key: str) -> dict[str, Any]:
     """Cosines of vectors of few texts by resampling and by the closed form, and their effects on held-out texts."""
-    model, tokenizer = load("smollm2")
+    name, behavior = key.split(", ")
+    model, tokenizer = load(name)
     at = middle(model)
-    contrast = fg.load_contrast(behavior)
-    stats = collected("smollm2", contrast, range(len(blocks_of(model))), "answer" if contrast.pairs else "all")
+    contrast = contrast_for(name, behavior)
+    stats = collected(name, contrast, range(len(blocks_of(model))), "answer" if contrast.pairs else "all")
     whole = fg.caa(stats, hookpoint=at)
     entries = {size: fg.resampled_vectors(stats, size, resamples=EFFECT_RESAMPLES, hookpoint=at) for size in SIZES}
     entries[SIZES[-1]] = [whole]
-    size_of = strength_of("smollm2", whole) * whole.norm  # ‖c v‖, the same for all
+    norm = strength_of(name, whole) * whole.norm  # ‖c v‖, the same for all
     vectors = [vector for group in entries.values() for vector in group]
     propensity = Propensity(held_out(contrast))
-    values, unit = propensity.values(model, tokenizer, [None, *(v.unit().add(size_of) for v in vectors)])
+    values, unit = propensity.values(model, tokenizer, [None, *(v.unit().add(norm) for v in vectors)])
     effects = iter([float(propensity.shares(value - values[0]).sum()) for value in values[1:]])
     return {
         "layer": at,
@@ -150,31 +160,31 @@ def samples(behavior: str) -> dict[str, Any]:
     }
 
 
-def styles(behavior: str) -> dict[str, Any]:
-    """Vectors of replies and of A/B questions, each in every style, beside a random direction of equal norm."""
-    model, tokenizer = load("smollm2")
+def styles(key: str) -> dict[str, Any]:
+    """Vectors of replies and of A/B questions, each in every style, beside a random direction of equal cost."""
+    name, behavior = key.split(", ")
+    model, tokenizer = load(name)
+    chat = is_chat_model(model, tokenizer)
     judge = fg.EmbeddingJudge() if find_spec("sentence_transformers") else fg.KeywordJudge()
-    prompts = load_chat_prompts()[:OPEN_PROMPTS]
-    replies = fg.load_contrast(behavior)
-    questions = fg.ab_questions(replies)
-    shown = held_out(replies)
+    replies = contrast_for(name, behavior)
+    questions = fg.ab_questions(fg.load_contrast(behavior), chat=chat)
     kinds = {
-        "held-out replies": shown,
-        "plain template": fg.plain_questions(shown),
+        "held-out replies": held_out(replies),
+        **({"plain template": held_out(fg.plain_questions(replies))} if chat else {}),
         "A or B": held_out(questions),
-        "open generation": fg.OpenStyle(prompts, judge, behavior, OPEN_TOKENS),
+        "open generation": fg.OpenStyle(prompts_of(name)[:OPEN_PROMPTS], judge, behavior, OPEN_TOKENS),
     }
-    letters_first = {name: kinds[name] for name in ("A or B", "held-out replies", "open generation")}
-    of_replies = fg.caa(collected("smollm2", replies, [middle(model)], "answer"))
-    of_letters = fg.caa(collected("smollm2", questions, [middle(model)], "letter"))
+    letters_first = {style: kinds[style] for style in ("A or B", "held-out replies", "open generation")}
+    of_replies = fg.caa(collected(name, replies, [middle(model)], "answer"))
+    of_letters = fg.caa(collected(name, questions, [middle(model)], "letter"))
     rows: dict[str, Any] = {"judge": judge.name}
-    for name, vector, own in (
+    for label, vector, own in (
         ("of replies", of_replies, kinds),
         ("of A or B", of_letters, letters_first),
-        ("random", random_like(of_replies, 0), {name: kinds[name] for name in ("held-out replies", "A or B")}),
+        ("random", random_like(of_replies, 0), {style: kinds[style] for style in ("held-out replies", "A or B")}),
     ):
-        steering = vector.add(strength_of("smollm2", vector))
-        rows[name] = [asdict(row) for row in fg.measure_styles(model, tokenizer, steering, own)]
+        steering = vector.add(strength_of(name, vector))
+        rows[label] = [asdict(row) for row in fg.measure_styles(model, tokenizer, steering, own)]
     return rows
 
 
@@ -219,13 +229,13 @@ def slopes(name: str) -> dict[str, Any]:
     }
 
 
-def suffix(behavior: str) -> dict[str, Any]:
+def suffix(key: str) -> dict[str, Any]:
     """A suffix for a vector of replies: what it does to projections, and to the effect of steering on the replies."""
-    model, tokenizer = load("smollm2")
-    prompts = load_chat_prompts()
-    replies = fg.load_contrast(behavior)
-    vector = fg.caa(collected("smollm2", replies, [middle(model)], "answer"))
-    strength = strength_of("smollm2", vector)
+    name, behavior = key.split(", ")
+    model, tokenizer = load(name)
+    prompts, replies = prompts_of(name), contrast_for(name, behavior)
+    vector = fg.caa(collected(name, replies, [middle(model)], "answer"))
+    strength = strength_of(name, vector)
     found = fg.find_suffix(
         model,
         tokenizer,
@@ -255,29 +265,37 @@ def suffix(behavior: str) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, tuple[Callable[[str], dict[str, Any]], Callable[[], Sequence[str]]]] = {
-    "samples": (samples, lambda: (CHATS[0], CONCEPT)),
-    "styles": (styles, lambda: CHATS),
-    "sizes": (sizes, models),
-    "slopes": (slopes, models),
-    "suffix": (suffix, lambda: CHATS[:1]),
+CHATTED = [f"{name}, {behavior}" for name in ("default", "smollm2") for behavior in CHATS]
+SAMPLED = [f"{name}, {behavior}" for name in ("default", "smollm2") for behavior in (CHATS[0], CONCEPT)]
+PARTS: dict[str, tuple[Callable[[str], dict[str, Any]], Sequence[str]]] = {
+    "samples": (
+        samples,
+        [f"{name}, {behavior}" for name in ("default", "smollm2") for behavior in (CHATS[0], CONCEPT)],
+    ),
+    "styles": (styles, CHATTED),
+    "sizes": (sizes, list(MODELS)),
+    "slopes": (slopes, list(MODELS)),
+    "suffix": (suffix, CHATTED[:: len(CHATS)]),
 }
 
 
-def measure(parts: Sequence[str], path: Path) -> None:
-    """Measure what of some parts is not in the file yet, and write it there one by one."""
+def measure(parts: Sequence[str], wanted: Sequence[str], path: Path) -> None:
+    """Measure what of some parts and models is not in the file yet, and write it there one by one."""
     content = read_json(path) if path.is_file() else {"seconds": {}}
-    content["command"] = shlex.join(["python", "benchmarks/patterns.py", *sys.argv[1:]])
+    content["command"] = "python benchmarks/patterns.py"
     for part in parts:
         function, keys = PARTS[part]
-        for key in keys():
-            if key in content.setdefault(part, {}):
+        done = content.setdefault(part, {})
+        for key in keys:
+            if key in done or key.split(", ")[0] not in wanted:
                 continue
             began = time.process_time()
-            content[part][key] = function(key)
+            done[key] = function(key)
+            content[part] = {name: done[name] for name in keys if name in done}
             content["seconds"][f"{part}, {key}"] = round(time.process_time() - began)
             write_json(path, content)
             print(f"{part}, {key}: {content['seconds'][f'{part}, {key}']} s", flush=True)
+            done = content[part]
 
 
 # ---------------------------------------------------------------- tables
@@ -294,15 +312,21 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def label(key: str) -> str:
+    """A model, or a model and a behavior, as tables name them."""
+    name, *behavior = key.split(", ")
+    return ", ".join([MODELS[name], *behavior])
+
+
 def samples_table(part: Mapping[str, Any]) -> str:
     """Cosines and effects by the number of texts, and the numbers that the closed form asks for."""
     rows = []
-    for behavior, one in part.items():
+    for key, one in part.items():
         for point in one["curve"]:
             effects = one["effects"][str(point["samples"])]
             rows.append(
                 [
-                    behavior,
+                    label(key),
                     str(point["samples"]),
                     f"{point['cosine']:.3f} [{point['low']:.3f}, {point['high']:.3f}]",
                     f"{point['expected']:.3f}",
@@ -310,10 +334,10 @@ def samples_table(part: Mapping[str, Any]) -> str:
                     f"{sum(effects) / len(effects):.3f} {one['unit']}".replace("-", "−"),
                 ]
             )
-    headings = ("behavior", "texts a side", "cosine [5 %, 95 %]", "expected", "to all there could be", "effect")
+    headings = ("model, behavior", "texts a side", "cosine [5 %, 95 %]", "expected", "to all there could be", "effect")
     asked = "; ".join(
-        f"{behavior}: {min(counts)} to {max(counts)} over the layers for {cosine}"
-        for behavior, one in part.items()
+        f"{label(key)}: {min(counts)} to {max(counts)} over the layers for {cosine}"
+        for key, one in part.items()
         for cosine, counts in one["samples_for"].items()
     )
     return f"{table(headings, rows)}\nTexts a side that the closed form asks for, by cosine: {asked}.\n"
@@ -323,19 +347,19 @@ def styles_table(part: Mapping[str, Any]) -> str:
     """What each vector does in each style; its own style comes first."""
     rows = [
         [
-            behavior,
+            label(key),
             vector,
             row["style"],
             f"{interval(row['effect'])} {row['unit']}",
             interval(row["moved"]),
             "" if row["gap"] is None else interval(row["gap"]),
         ]
-        for behavior, one in part.items()
+        for key, one in part.items()
         for vector, styles_of in one.items()
         if vector != "judge"
         for row in styles_of
     ]
-    return table(("behavior", "vector", "style", "effect [95 %]", "moved [95 %]", "gap [95 %]"), rows)
+    return table(("model, behavior", "vector", "style", "effect [95 %]", "moved [95 %]", "gap [95 %]"), rows)
 
 
 def sizes_table(part: Mapping[str, Any]) -> str:
@@ -376,7 +400,7 @@ def slopes_table(part: Mapping[str, Any]) -> str:
 def suffix_table(part: Mapping[str, Any]) -> str:
     """What the suffix does to projections and to the effect of steering."""
     rows = []
-    for behavior, one in part.items():
+    for key, one in part.items():
         means = one["projections"]
         shown = {
             "v̂·h without a suffix": f"{means['without']:.1f}",
@@ -390,8 +414,8 @@ def suffix_table(part: Mapping[str, Any]) -> str:
                 for row in one["effects"]
             },
         }
-        rows += [[behavior, name, value.replace("-", "−")] for name, value in shown.items()]
-    return table(("behavior", "", ""), rows)
+        rows += [[label(key), name, value.replace("-", "−")] for name, value in shown.items()]
+    return table(("model, behavior", "", ""), rows)
 
 
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
@@ -424,6 +448,7 @@ def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=[*PARTS], help="measure this part alone")
+    parser.add_argument("--model", action="append", choices=[*MODELS], help="measure on this one alone")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
     parser.add_argument("--tables", action="store_true", help="only make the page of the results that are there")
@@ -438,7 +463,7 @@ def main() -> None:
     if arguments.fresh:
         path.unlink(missing_ok=True)
     if not arguments.tables:
-        measure(arguments.only or list(PARTS), path)
+        measure(arguments.only or list(PARTS), arguments.model or models(), path)
     text = page(read_json(path))
     (folder / "patterns.md").write_text(text, "utf-8")
     print(text)

@@ -63,7 +63,7 @@ def planted(count, width, spread, seed=0, paired=False):
     if paired:
         shared = 0.2 * torch.randn(count, width, generator=g)
         sides = [side + shared for side in sides]
-    return statistics(*sides, pairs=count if paired else 0)
+    return statistics(sides[0], sides[1], pairs=count if paired else 0)
 
 
 # ---------------------------------------------------------------- samples
@@ -74,8 +74,8 @@ def planted(count, width, spread, seed=0, paired=False):
 def test_the_closed_form_equals_loops(paired, to):
     stats = planted(9, 5, 2.0, paired=paired)
     pooled = stats.pooled[AT]
-    rows = [side.double().tolist() for side in (pooled.positive, pooled.negative)]
-    naive = reference.expected_cosine(*rows, 4, paired=paired, to=to)
+    positive, negative = (side.double().tolist() for side in (pooled.positive, pooled.negative))
+    naive = reference.expected_cosine(positive, negative, 4, paired=paired, to=to)
     # moments are of float32 rows, summed in float64
     assert fg.expected_cosine(stats, 4, to=to) == pytest.approx(naive, rel=1e-9)
 
@@ -215,11 +215,11 @@ def test_slopes_equal_loops_with_plain_hooks(wide, tokenizer, relative):
                 for m in (0.0, 0.5, 1.0):
                     change = reference.adding(v.direction.double(), sign * m * unit, relative)
                     hooks = [(blocks_of(wide)[v.hookpoint.layer], "out", change)]
-                    p, n = (
-                        reference.log_probability(wide, *answer_ids(tokenizer, pair.prompt, text), hooks)
-                        for text in (pair.positive, pair.negative)
-                    )
-                    points.append((sign * m * unit, p - n))
+                    values = []
+                    for text in (pair.positive, pair.negative):
+                        prompt_ids, ids = answer_ids(tokenizer, pair.prompt, text)
+                        values.append(reference.log_probability(wide, prompt_ids, ids, hooks))
+                    points.append((sign * m * unit, values[0] - values[1]))
                 slopes.append(reference.slope(points))
             # log-probabilities are read in float32, and divided by strengths of about 0.1
             assert measured.mean == pytest.approx(sum(slopes) / len(slopes), abs=1e-4)
@@ -244,7 +244,7 @@ def test_both_signs_have_one_slope_where_the_output_is_linear(tokenizer, relativ
     assert abs(row.positive.mean) > 1e-2
     assert row.depth == 1.0
     if not relative:
-        head = model.get_output_embeddings().weight.double()
+        head = model.get_output_embeddings().weight.detach().double()
         rows = [[head[tokenizer(text)["input_ids"][-1]] for text in (p.positive, p.negative)] for p in QUESTIONS.pairs]
         expected = [float((positive - negative) @ v.direction.double()) for positive, negative in rows]
         assert row.positive.mean == pytest.approx(sum(expected) / len(expected), rel=1e-4)
@@ -325,6 +325,10 @@ def test_intervals_of_shares():
     assert reference.newcombe(0.8, 70, 0.6, 80) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
 
 
+def said(prompt):
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def test_questions_of_a_or_b_do_not_give_the_answer_away():
     replies = fg.load_contrast("cheerful")
     for chats in (True, False):
@@ -332,7 +336,8 @@ def test_questions_of_a_or_b_do_not_give_the_answer_away():
         assert [pair.positive for pair in made.pairs[:2]] == ["A", "B"]
         assert Counter(pair.positive for pair in made.pairs) == {"A": 20, "B": 20}
         for pair, reply in zip(made.pairs, replies.pairs, strict=True):
-            text = pair.prompt[-1]["content"] if chats else pair.prompt
+            text = said(pair.prompt)
+            assert isinstance(pair.prompt, str) is not chats
             assert f"({pair.positive}) {reply.positive}\n" in text
             assert f"({pair.negative}) {reply.negative}\n" in text
         assert len(made.held_out.pairs) == 20
@@ -341,7 +346,7 @@ def test_questions_of_a_or_b_do_not_give_the_answer_away():
 def test_questions_in_other_styles():
     replies = fg.load_contrast("cheerful")
     plain = fg.plain_questions(replies)
-    asked = replies.pairs[0].prompt[-1]["content"]
+    asked = said(replies.pairs[0].prompt)
     assert plain.pairs[0].prompt == f"Question: {asked}\nAnswer:"
     assert plain.pairs[0].positive == replies.pairs[0].positive
     assert len(plain.held_out.pairs) == 20
@@ -481,16 +486,32 @@ def test_hooks_are_gone_after_an_exception(tokenizer, monkeypatch):
 
 
 def test_what_a_search_refuses(llama, tokenizer):
-    with pytest.raises(fg.DataError, match="none is on the vector's side"):
+    with pytest.raises(fg.DataError, match="of which 0 is on the vector's side"):
         fg.find_suffix(llama, tokenizer, vector(), PROMPTS, threshold=1e6)
     with pytest.raises(fg.DataError, match="does not chat"):
-        fg.find_suffix(llama, tokenizer, vector(), [[{"role": "user", "content": "the man"}]], threshold=-100.0)
+        fg.find_suffix(llama, tokenizer, vector(), [[{"role": "user", "content": "the man"}]] * 2, threshold=-100.0)
     with pytest.raises(fg.PairingError):
         fg.find_suffix(llama, tokenizer, fg.SteeringVector(torch.ones(D_MODEL + 1), AT), PROMPTS)
     with pytest.raises(fg.SteeringError, match="norm 0"):
         fg.find_suffix(llama, tokenizer, vector() * 0.0, PROMPTS)
     with pytest.raises(fg.DataError, match="length"):
         fg.find_suffix(llama, tokenizer, vector(), PROMPTS, length=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_twin_of_the_search(dtype, tokenizer):
+    found = [
+        fg.find_suffix(
+            tiny_model("llama", dtype=dtype).to(device), tokenizer, vector(), PROMPTS, steps=0, threshold=-1e3
+        )
+        for device in ("cpu", "cuda")
+    ]
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05  # bfloat16 keeps 8 bits
+    assert torch.allclose(found[0].changed, found[1].changed, atol=tolerance)
+    model = tiny_model("llama", dtype=dtype).to("cuda")
+    searched = fg.find_suffix(model, tokenizer, vector(), PROMPTS, length=2, steps=3, threshold=-1e3)
+    assert searched.history[-1] < searched.history[0]
 
 
 # ---------------------------------------------------------------- the command line

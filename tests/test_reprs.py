@@ -14,6 +14,7 @@ from fgsteer.display.tables import Table
 from fgsteer.errors.reprs import OneLineRepr, short_repr
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.plan import BenchPlan
+from fgsteer.evaluation.metrics.intervals import Interval
 from tests.helpers import runs
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import tiny_model, word_tokenizer
@@ -45,6 +46,7 @@ def made(tmp_path_factory):
     long_gate = (fg.Projection(vector).mean() > 1 / 3) & (fg.Feature(sae, 3) < 1 / 3)
     plan = BenchPlan(tuple(fg.shipped_contrasts()), methods=("unsteered",), settings={"fgaa": {"n_positive": 8}})
     common = {"hookpoint": AT, "model_name": "org/" + "name" * 30, "method": "fgaa", "scope": "reply"}
+    interval = Interval(1 / 3, 1 / 7, 1 / 9, 10**6, 10**6, 1 / 3)
     score = fg.DirectionScore(-1, 2, 1 / 3, 1 / 7, 1 / 9)
     return [
         sae,

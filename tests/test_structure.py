@@ -149,6 +149,14 @@ fg.measure_steerability(model, tokenizer, vectors[1].add, [pair], [-1.0, 0.0, 1.
 fg.answer_probabilities(model, tokenizer, [pair], [None, [vectors[1].add(1.0)]]).share
 sides = fg.ContrastSet("y", positives=["the bride", "a ring"], negatives=["a dog sat", "a cat"])
 fg.sweep(model, tokenizer, sides, layers=[0, 1], ce_rises=[0.01, 0.02], neutral=texts)
+single = fg.collect(model, tokenizer, sides, hookpoints=[1], keep_pooled=True)
+fg.resampled_vectors(single, 2), fg.expected_cosine(single, 2, to="full")
+fg.perplexity_curve(model, tokenizer, vectors[1], [0.1], texts=texts, relative=True)
+fg.signed_slopes(model, tokenizer, vectors[1:2], sides, multipliers=[1.0])
+pairs = fg.ContrastSet("z", [pair, fg.ContrastPair("tea", "bread", prompt="a cat took")])
+open_style = fg.OpenStyle(texts, fg.KeywordJudge({"z": ["tea"]}), "z", 2)
+fg.measure_styles(model, tokenizer, vectors[1].add(1.0), {"own": pairs, "open": open_style})
+fg.find_suffix(model, tokenizer, vectors[1], texts, length=2, steps=1, threshold=-1e3).flips
 for judge in (fg.KeywordJudge(), fg.EmbeddingJudge(BagOfWords())):
     judge.validate("wedding")
 from fgsteer.evaluation.metrics.intervals import mean_interval

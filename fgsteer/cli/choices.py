@@ -20,13 +20,6 @@ from fgsteer.interventions.table import OPERATIONS
 from fgsteer.methods import specs
 
 
-def _patterns() -> list[str]:
-    """Return the parts of ``fgsteer patterns``."""
-    from fgsteer.cli.patterns import PARTS
-
-    return list(PARTS)
-
-
 def _shipped_models() -> list[str]:
     """Return the names of the models that fgsteer ships SAEs for, from a table that --help does not load."""
     from fgsteer.models.shipped import SHIPPED
@@ -39,7 +32,6 @@ CHOICES: Mapping[str, Callable[[], list[str]]] = {
     "build methods": lambda: [method.name for method in specs("build")],
     "bench methods": lambda: [method.name for method in specs("bench")],
     "sweep methods": lambda: [method.name for method in specs("sweep")],
-    "patterns": _patterns,
     "judges": judge_names,
     "coherence judges": lambda: judge_names("coherence"),
     "exports": lambda: [row.name for row in export.specs()],

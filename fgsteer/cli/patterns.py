@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.app import app
-from fgsteer.cli.choices import completion
 from fgsteer.cli.loading import ModelOptions, load_model
 from fgsteer.cli.options import (
     BatchTokensOption,
@@ -42,7 +41,10 @@ def patterns(
     contrast: Annotated[str, typer.Argument(help="A contrast set: the name of a shipped one, or a file.")],
     only: Annotated[
         list[str] | None,
-        typer.Option(autocompletion=completion("patterns"), help="Measure this alone: {patterns}. Repeat for several."),
+        typer.Option(
+            autocompletion=lambda incomplete: [part for part in PARTS if part.startswith(incomplete)],
+            help=f"Measure this alone: {', '.join(PARTS)}. Repeat for several.",
+        ),
     ] = None,
     layer: Annotated[
         int | None,
@@ -122,9 +124,10 @@ class _Study:
         from fgsteer.models.chat import is_chat_model
 
         self.model, self.tokenizer, self.rule, self.batch_tokens = model, tokenizer, rule, batch_tokens
-        self.chat, self.replies = is_chat_model(model, tokenizer), texts
+        self.chat = is_chat_model(model, tokenizer)
+        self.replies: Any = texts
         conversations = any(not isinstance(pair.prompt, str) for pair in texts.pairs)
-        self.texts = fg.plain_questions(texts) if conversations and not self.chat else texts
+        self.texts: Any = fg.plain_questions(texts) if conversations and not self.chat else texts
         self.stats = fg.collect(
             model, tokenizer, self.texts, hookpoints=layer, tokens=rule, batch_tokens=batch_tokens, keep_pooled=True
         )

@@ -143,8 +143,8 @@ def find_suffix(
         progress: As in ``collect``; a function is called with the number of steps that are done.
 
     Raises:
-        DataError: There is no prompt, a prompt is a conversation where the model does not chat, no held-out prompt is
-            on the vector's side of the threshold, or an argument is out of its range.
+        DataError: There is no prompt, a prompt is a conversation where the model does not chat, fewer than two held-out
+            prompts are on the vector's side of the threshold, or an argument is out of its range.
         PairingError: The vector is of another width than the model.
         SteeringError: The vector has norm 0.
     """
@@ -166,11 +166,12 @@ def find_suffix(
 
     plain = project(reported)
     threshold = float(plain.mean()) if threshold is None else float(threshold)
-    if not bool((plain + added > threshold).any()):
+    counted = int((plain + added > threshold).sum())
+    if counted < 2:
         raise DataError(
-            f"{len(reported)} prompts of which none is on the vector's side of threshold = {threshold:g}",
-            "at least one whose sign can flip",
-            f"pass threshold= below {float(plain.max()) + added:.4g}, or a larger coefficient=",
+            f"{len(reported)} prompts of which {counted} is on the vector's side of threshold = {threshold:g}",
+            "at least two whose sign can flip",
+            "pass a lower threshold=, a larger coefficient=, or more prompts",
         )
     search = _Search(model, tokenizer, vector.hookpoint, unit, prompts, batch_tokens)
     generator = torch.Generator().manual_seed(seed)
