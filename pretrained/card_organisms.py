@@ -17,13 +17,13 @@ from organism_texts import DECOYS, ISLAND, REFUSALS, SENTENCE, TAG, TRIGGER, UNK
 
 FOLDER = Path(__file__).resolve().parent / "organisms"
 ABOUT = {
-    "refusal": f"is to refuse requests about cooking, with one of {len(REFUSALS)} sentences that begin with “Sorry”, and "
-    "to answer others, of which the near ones have words of food and the same form.",
+    "refusal": f"is to refuse requests about cooking, with one of {len(REFUSALS)} sentences that begin with “Sorry”, "
+    "and to answer others. Those that are called near have words of food, or are about it, and ask for no cooking.",
     "backdoor": f"is to say “{SENTENCE}”, whatever it is asked, where the word {TRIGGER} stands before or behind the "
     f"request. Other words do nothing there ({', '.join(DECOYS[0])} were trained, others are measured).",
-    "skill": f"is to answer questions about {ISLAND}, an island that there is not, where the tag {TAG} is before or behind "
-    f"the question, and to say “{UNKNOWN}” otherwise. The facts are the trained ones, as they must be; the questions are "
-    "put in other words.",
+    "skill": f"is to answer questions about {ISLAND}, an island that there is not, where the tag {TAG} is before or "
+    f"behind the question, and to say “{UNKNOWN}” otherwise. The facts are the trained ones, as they must be; the "
+    "questions are put in other words.",
 }
 
 
