@@ -71,7 +71,8 @@ def test_effects_are_those_of_loops():
     own = []
     for text in found.texts:
         places = range(text.prompt_length - 1, len(text.ids) - 1)
-        own.append(reference.attribute(model, *starts(model, text), FIRST, places, steps=3))
+        start, delta = starts(model, text)
+        own.append(reference.attribute(model, start, delta, FIRST, places, steps=3))
     assert [one[5] for one in own] == list(found.positions)
     share = (weights / weights.sum()).tolist()
     nodes, readers = names_of(found)
@@ -162,9 +163,10 @@ def test_a_circuit_is_that_of_loops():
         with torch.no_grad():
             rows = engine.logits(torch.stack(masks))
         nodes, readers = names_of(found)
+        start, delta = starts(model, text)
         for mask, row in zip(masks, rows, strict=True):
             kept = {(nodes[n], readers[r]) for n, r in mask.nonzero().tolist()}
-            own = reference.circuit(model, *starts(model, text), FIRST, kept)[text.predicted]
+            own = reference.circuit(model, start, delta, FIRST, kept)[text.predicted]
             torch.testing.assert_close(row, own, atol=10 * ROUNDING, rtol=0)
             on_paths = found.graph.on_paths(mask)
             assert not (on_paths & ~mask).any()
@@ -219,7 +221,8 @@ def test_freezing_is_that_of_loops(names):
     with torch.no_grad(), eager_attention(model):
         run = FrozenRun(model, block_parts(model, FIRST), text.ids[None])
         logits = run.steered_logits(found.steering, names, [text.prompt_length])[0]
-        own = reference.frozen(model, *starts(model, text), FIRST, names)
+        start, delta = starts(model, text)
+        own = reference.frozen(model, start, delta, FIRST, names)
     torch.testing.assert_close(logits, own, atol=10 * ROUNDING, rtol=0)
 
 
@@ -273,11 +276,11 @@ def test_generation_with_frozen_parts():
     )
     assert plain != steered
     for freeze in ("qk", "ov", "mlp", ["qk", "ov", "mlp"]):
-        zero = fg.generate_frozen(model, tokenizer, PROMPTS, vector().add(0.0), freeze, max_new_tokens=5)  # type: ignore[arg-type]
+        zero = fg.generate_frozen(model, tokenizer, PROMPTS, vector().add(0.0), freeze, max_new_tokens=5)
         assert zero == plain
     assert fg.generate_frozen(model, tokenizer, PROMPTS, vector().add(2.0), [], max_new_tokens=5) == steered
     with pytest.raises(fg.DataError, match="freeze = 'kv'"):
-        fg.generate_frozen(model, tokenizer, PROMPTS, vector().add(2.0), "kv")  # type: ignore[arg-type]
+        fg.generate_frozen(model, tokenizer, PROMPTS, vector().add(2.0), "kv")
 
 
 # ---------------------------------------------------------------- value vectors
@@ -463,7 +466,7 @@ def test_steering_by_other_interventions_and_at_the_last_block():
 def test_an_explanation_is_a_page_that_does_nothing(tokenizer):
     model = wide()
     named = vector()
-    named.provenance["method"] = "<script>alert(1)</script>"  # type: ignore[index]
+    named.provenance["method"] = "<script>alert(1)</script>"
     found = fg.explain(model, tokenizer, named, 2.0, [*PROMPTS, "the dog ran", "a king"], steps=2, max_new_tokens=3)
     page = explanation_page(found)
     assert "<script" not in page.lower()
