@@ -1,11 +1,12 @@
-"""What carries a vector's effect in SmolLM2: attribution, circuits, freezing and sparsity, of three vectors.
+"""What carries a vector's effect: attribution, circuits, freezing and sparsity, in the default model or in SmolLM2.
 
 Two vectors of one concept, by the difference of means (CAA) and by features (FGAA), each as strong as costs half a nat,
-and the refusal direction of the organism in pretrained/organisms, where that is there, added once to requests that it
-answers. Circuits and entries are chosen on every other prompt, and measured on the rest.
+and, in SmolLM2, the refusal direction of the organism in pretrained/organisms, where that is there, added once to
+requests that it answers. Circuits and entries are chosen on every other prompt, and measured on the rest.
 
-    python benchmarks/mechanisms.py             writes results/smollm2/mechanisms.json and mechanisms.md
-    python benchmarks/mechanisms.py --docs      puts the table into docs/guides/mechanisms.md
+    python benchmarks/mechanisms.py                  writes results/mechanisms.json and mechanisms.md
+    python benchmarks/mechanisms.py --model smollm2  writes those in results/smollm2
+    python benchmarks/mechanisms.py --docs           puts the tables that there are into docs/guides/mechanisms.md
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +25,54 @@ from subject import ORGANISMS, ROOT, load_organism, published, results_folder
 
 import fgsteer as fg
 from fgsteer.data.shipped import load_bench_prompts
-from fgsteer.mechanisms.circuits import circuit_order
+from fgsteer.mechanisms.circuits import Kind, circuit_order
 from fgsteer.storage.json_files import read_json, write_json
 
 sys.path.insert(0, str(ROOT / "pretrained"))
 from organism_texts import requests
 
 GUIDE = ROOT / "docs" / "guides" / "mechanisms.md"
-CONCEPT, LAYER, COST = "wedding", 12, 0.5
+CONCEPT, COST = "wedding", 0.5
 PROMPTS, TOKENS, STEPS, CONTROLS, BUILT_FROM = 20, 10, 10, 2, 32
-SIZES = {"edges": (30, 100, 300, 1000, 3000, 6000, 10000, 15000), "heads": (0, 2, 4, 8, 16, 32, 64, 96, 128)}
-AGREE = {"edges": (100, 300, 1000), "heads": (8, 16, 32)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured in one model.
+
+    Args:
+        sae: The SAE of FGAA's features, at whose layer all vectors are.
+        edges: The sizes of circuits of edges.
+        heads: The sizes of circuits of heads.
+        shown: {kind: three sizes} at which circuits of two vectors are compared; the table tells of the middle one.
+    """
+
+    sae: str
+    edges: tuple[int, ...]
+    heads: tuple[int, ...]
+    shown: dict[Kind, tuple[int, int, int]]
+
+
+PLANS = {
+    "default": Plan(
+        "layer_2", (1, 3, 10, 20, 40, 80, 120), (0, 1, 2, 3, 4, 5, 6, 8), {"edges": (10, 20, 40), "heads": (1, 2, 4)}
+    ),
+    "smollm2": Plan(
+        "layer_12",
+        (30, 100, 300, 1000, 3000, 6000, 10000, 15000),
+        (0, 2, 4, 8, 16, 32, 64, 96, 128),
+        {"edges": (300, 1000, 3000), "heads": (8, 16, 32)},
+    ),
+}
 FAITHFUL, KEPT = 0.85, 0.9
 NAMES = {"caa": "wedding, CAA", "fgaa": "wedding, FGAA", "refusal": "refusal of the organism"}
 Case = tuple[Any, Any, fg.SteeringVector, float, list[Any], bool]
 
 
-def concept_case(method: str) -> Case:
-    """SmolLM2, a vector of the concept by a method, its strength, and openers of texts."""
-    model, tokenizer = fg.load_model("smollm2", dtype="float32", device="cpu")
-    sae = fg.load_sae("smollm2", f"layer_{LAYER}")
+def concept_case(name: str, method: str) -> Case:
+    """A model, a vector of the concept by a method, its strength, and openers of texts."""
+    model, tokenizer = fg.load_model(name, dtype="float32", device="cpu")
+    sae = fg.load_sae(name, PLANS[name].sae)
     stats = fg.collect(model, tokenizer, fg.load_contrast(CONCEPT), sae=sae)
     vector = fg.caa(stats) if method == "caa" else fg.fgaa(stats, sae)
     neutral = list(fg.load_neutral()[0])[:16]
@@ -54,22 +84,23 @@ def refusal_case() -> Case:
     """The organism that refuses requests about cooking, its difference of means, and other requests."""
     model, tokenizer = load_organism("refusal")
     cooking, other = (requests(kind) for kind in ("cooking", "other"))
+    layer = int(PLANS["smollm2"].sae.removeprefix("layer_"))
     found = fg.candidate_directions(model, tokenizer, cooking[0][:BUILT_FROM], other[0][:BUILT_FROM], positions=[-1])
-    vector = fg.SteeringVector(found[0, LAYER].float(), fg.Hookpoint(LAYER, "resid_pre"))
+    vector = fg.SteeringVector(found[0, layer].float(), fg.Hookpoint(layer, "resid_pre"))
     asked = [[{"role": "user", "content": text}] for text in other[1][:PROMPTS]]
     return model, tokenizer, vector, 1.0, asked, True
 
 
-CASES: dict[str, Callable[[], Case]] = {
-    "caa": lambda: concept_case("caa"),
-    "fgaa": lambda: concept_case("fgaa"),
-    "refusal": refusal_case,
-}
+def cases(name: str) -> list[str]:
+    """The vectors of a model."""
+    refuses = name == "smollm2" and (ORGANISMS / "refusal" / "adapter_config.json").is_file()
+    return ["caa", "fgaa", *(["refusal"] if refuses else [])]
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, case: str) -> dict[str, Any]:
     """Explain one vector, with the order of its edges and heads for comparison with others."""
-    model, tokenizer, vector, coefficient, prompts, bos = CASES[name]()
+    made = refusal_case() if case == "refusal" else concept_case(name, case)
+    (model, tokenizer, vector, coefficient, prompts, bos), plan = made, PLANS[name]
     found = fg.explain(
         model,
         tokenizer,
@@ -79,9 +110,9 @@ def measure(name: str) -> dict[str, Any]:
         bos=bos,
         steps=STEPS,
         max_new_tokens=TOKENS,
-        sizes=SIZES,
+        sizes={"edges": plan.edges, "heads": plan.heads},
         controls=CONTROLS,
-        progress=lambda stage: print(f"{time.strftime('%H:%M:%S')} {name}: {stage}", flush=True),
+        progress=lambda stage: print(f"{time.strftime('%H:%M:%S')} {case}: {stage}", flush=True),
     )
     content = found.as_dict()
     heads = {row["name"] for row in content["nodes"][:12]}
@@ -89,22 +120,22 @@ def measure(name: str) -> dict[str, Any]:
     content["value_vectors"] = [
         row for row in content["value_vectors"] if row["head"] is None or f"L{row['layer']}.H{row['head']}" in heads
     ]
-    orders = {kind: circuit_order(found.attribution, kind)[: max(sizes)] for kind, sizes in AGREE.items()}  # type: ignore[arg-type]
+    orders = {kind: circuit_order(found.attribution, kind)[: max(sizes)] for kind, sizes in plan.shown.items()}
     return {**content, "direction": [round(x, 6) for x in vector.direction.tolist()], "orders": orders}
 
 
-def combine(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def combine(name: str, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """All vectors, and how far the two of the concept agree."""
     agreement: dict[str, Any] = {}
     if {"caa", "fgaa"} <= parts.keys():
-        orders = [parts[name]["orders"] for name in ("caa", "fgaa")]
-        for kind, sizes in AGREE.items():
+        orders = [parts[one]["orders"] for one in ("caa", "fgaa")]
+        for kind, sizes in PLANS[name].shown.items():
             agreement[kind] = {size: fg.iou(*({*order[kind][:size]} for order in orders)) for size in sizes}
-        first, second = (torch.tensor(parts[name]["direction"]) for name in ("caa", "fgaa"))
+        first, second = (torch.tensor(parts[one]["direction"]) for one in ("caa", "fgaa"))
         agreement["cosine"] = float(torch.cosine_similarity(first, second, dim=0))
     hidden = ("direction", "orders")
-    vectors = {name: {k: v for k, v in part.items() if k not in hidden} for name, part in parts.items()}
-    return {"vectors": vectors, "agreement": agreement}
+    vectors = {one: {k: v for k, v in part.items() if k not in hidden} for one, part in parts.items()}
+    return {"model": name, "vectors": vectors, "agreement": agreement}
 
 
 def least(points: list[dict[str, Any]], key: str, share: float, value: str = "faithfulness") -> str:
@@ -127,10 +158,9 @@ def table(content: dict[str, Any]) -> str:
         row(f"left with {frozen} frozen", lambda one, place=place: interval(one["freezing"][place]))  # type: ignore[misc]
     row(f"heads for {FAITHFUL:.0%}", lambda one: least(one["heads"], "size", FAITHFUL))
     row(f"edges for {FAITHFUL:.0%}", lambda one: least(one["edges"], "size", FAITHFUL))
-    row("1,000 edges keep", lambda one: interval(at(one["edges"], 1000)))
-    row("1,000 random edges", lambda one: f"{at(one['edges'], 1000)['random']:.2f}")
-    row("16 heads keep", lambda one: interval(at(one["heads"], 16)))
-    row("16 random heads", lambda one: f"{at(one['heads'], 16)['random']:.2f}")
+    for kind, sizes in PLANS[content["model"]].shown.items():
+        row(f"{sizes[1]:,} {kind} keep", lambda one, kind=kind, n=sizes[1]: interval(at(one[kind], n)))  # type: ignore[misc]
+        row(f"{sizes[1]:,} random {kind}", lambda one, kind=kind, n=sizes[1]: f"{at(one[kind], n)['random']:.2f}")  # type: ignore[misc]
     for by in ("ratio", "entries", "effects", "random"):
         what = {"ratio": "by share of effect", "entries": "largest entries", "effects": "largest effects"}.get(by, by)
         row(
@@ -140,7 +170,9 @@ def table(content: dict[str, Any]) -> str:
     found = content["agreement"]
     text = "\n".join(lines) + "\n"
     if found:
-        shown = [f"{value:.2f} of {int(size):,} {kind}" for kind in AGREE for size, value in found[kind].items()]
+        shown = [
+            f"{value:.2f} of {int(size):,} {kind}" for kind in ("edges", "heads") for size, value in found[kind].items()
+        ]
         text += (
             f"\nThe circuits of both vectors of the concept, whose cosine is {found['cosine']:.2f}, agree (IoU) in "
             f"{', '.join(shown)}.\n"
@@ -161,28 +193,30 @@ def interval(row: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--work", type=Path, help="folder of finished vectors, from which a run that was stopped goes on"
-    )
-    parser.add_argument("--docs", action="store_true", help="only put the table into docs/guides/mechanisms.md")
+    parser.add_argument("--model", choices=sorted(PLANS), default="default", help="the model that is measured")
+    parser.add_argument("--work", type=Path, help="folder of finished vectors, from which a stopped run goes on")
+    parser.add_argument("--docs", action="store_true", help="only put the tables into docs/guides/mechanisms.md")
     arguments = parser.parse_args()
-    folder = results_folder("smollm2")
-    if not arguments.docs:
-        parts = {}
-        for name in CASES:
-            if name == "refusal" and not (ORGANISMS / name / "adapter_config.json").is_file():
-                continue
-            kept = None if arguments.work is None else arguments.work / f"{name}.json"
-            parts[name] = read_json(kept) if kept is not None and kept.is_file() else measure(name)
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_json(kept, parts[name])
-        command = shlex.join(["python", "benchmarks/mechanisms.py"])
-        write_json(folder / "mechanisms.json", {"command": command, **combine(parts)})
-    content = read_json(folder / "mechanisms.json")
-    (folder / "mechanisms.md").write_text(table(content), "utf-8")
     if arguments.docs:
-        GUIDE.write_text(published(GUIDE, "mechanisms", table(content)), "utf-8")
+        for name in PLANS:
+            if (path := results_folder(name) / "mechanisms.json").is_file():
+                GUIDE.write_text(published(GUIDE, f"mechanisms {name}", table(read_json(path))), "utf-8")
+        return
+    parts = {}
+    for case in cases(arguments.model):
+        kept = None if arguments.work is None else arguments.work / f"{arguments.model}-{case}.json"
+        if kept is not None and kept.is_file():
+            parts[case] = read_json(kept)
+            continue
+        parts[case] = measure(arguments.model, case)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, parts[case])
+    words = ["python", "benchmarks/mechanisms.py", *(["--model", "smollm2"] if arguments.model == "smollm2" else [])]
+    content = {"command": shlex.join(words), **combine(arguments.model, parts)}
+    folder = results_folder(arguments.model)
+    write_json(folder / "mechanisms.json", content)
+    (folder / "mechanisms.md").write_text(table(content), "utf-8")
     print(table(content))
 
 

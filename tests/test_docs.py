@@ -249,6 +249,11 @@ def test_the_figures_in_readme_and_docs_are_those_of_the_results(monkeypatch):
         assert f"<!-- patterns {part} -->\n{patterns.docs_text(part)}<!-- /patterns {part} -->" in guide
     table = speed.markdown(json.loads(speed.RESULTS.read_text("utf-8")))
     assert speed.MARK.search(speed.PAGE.read_text("utf-8"))[0] == f"<!-- speed -->\n{table}<!-- /speed -->"
+    mechanisms = importlib.import_module("mechanisms")
+    page = mechanisms.GUIDE.read_text("utf-8")
+    for name in re.findall(r"<!-- mechanisms (\w+) -->", page):
+        content = json.loads((mechanisms.results_folder(name) / "mechanisms.json").read_text("utf-8"))
+        assert mechanisms.published(mechanisms.GUIDE, f"mechanisms {name}", mechanisms.table(content)) == page
 
 
 # ---------------------------------------------------------------- tables

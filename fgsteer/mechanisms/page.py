@@ -26,17 +26,19 @@ _STYLE = (
 .map td{min-width:2.3rem;text-align:right;border:1px solid var(--card);padding:.15rem .3rem}.map td.s5{font-weight:600}
 .map tbody tr>:last-child{border-left:.4rem solid var(--card)}
 .chart{display:block;width:100%;max-width:34rem;height:auto;margin:.25rem 0}
-.chart text{fill:var(--quiet);font-size:11px}.chart line{stroke:var(--line)}
+.chart text{fill:var(--quiet);font-size:13px}.chart line{stroke:var(--line)}
 .chart polyline{fill:none;stroke-width:2}.chart circle{stroke:none}
-.own polyline{stroke:var(--link)}.own circle,text.own{fill:var(--link)}
-.second polyline{stroke:#c2571a}.second circle,text.second{fill:#c2571a}
-.third polyline{stroke:#2f8f5b}.third circle,text.third{fill:#2f8f5b}
-.random polyline{stroke:var(--quiet);stroke-dasharray:4 3}.random circle{fill:var(--quiet)}
-.words td:nth-child(n+3){white-space:normal;text-align:left;min-width:12rem;overflow-wrap:anywhere;unicode-bidi:isolate}
+.own polyline{stroke:var(--link)}.own circle,b.own{fill:var(--link);color:var(--link)}
+.second polyline{stroke:#c2571a}.second circle,b.second{fill:#c2571a;color:#c2571a}
+.third polyline{stroke:#2f8f5b}.third circle,b.third{fill:#2f8f5b;color:#2f8f5b}
+.random polyline{stroke:var(--quiet);stroke-dasharray:4 3}.random circle,b.random{fill:var(--quiet);color:var(--quiet)}
+.words :is(td,th):nth-child(n+3){
+ white-space:normal;text-align:left;min-width:12rem;overflow-wrap:anywhere;unicode-bidi:isolate}
 .words th{white-space:nowrap}
 """
 )
-WIDTH, HEIGHT, LEFT, RIGHT, TOP_EDGE, BOTTOM = 460, 230, 34, 8, 34, 32  # of a chart, in its own units
+WIDTH, HEIGHT, LEFT, RIGHT, TOP_EDGE, BOTTOM = 460, 210, 34, 16, 10, 28  # of a chart, in its own units
+APART = 34  # of numbers below a chart, at least
 
 
 def write_explanation(path: str | Path, found: Explanation) -> None:
@@ -90,7 +92,8 @@ def _least(points: Iterable[CircuitPoint], what: str) -> str:
     """How many edges or heads are enough."""
     for point in sorted(points, key=lambda point: point.size):
         if point.faithfulness >= FAITHFUL:
-            return f"{point.size:,} {what} ({point.share:.1%}) keep {point.faithfulness:.0%} of the effect."
+            random = "" if point.random is None else f", as many random ones {point.random:.0%}"
+            return f"{point.size:,} {what} ({point.share:.1%}) keep {point.faithfulness:.0%} of the effect{random}."
     return f"No circuit of {what} that was run keeps {FAITHFUL:.0%} of the effect."
 
 
@@ -227,18 +230,20 @@ def _chart(series: Sequence[Series], label: str) -> str:
         across = place(10**left, y).split(",")[1]
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{across}" y2="{across}"/>')
         parts.append(f'<text x="{LEFT - 4}" y="{across}" dy="3.5" text-anchor="end">{y:.1f}</text>')
-    for x in sorted({x for _, _, own in series[:1] for x, _ in own}):
-        along = place(x, low).split(",")[0]
-        parts.append(f'<text x="{along}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{_short(x)}</text>')
-    step = (WIDTH - LEFT) / len(series)
-    for number, (name, kind, own) in enumerate(series):
+    last = float("-inf")
+    for x in sorted({x for _, _, own in series for x, _ in own}):
+        along = float(place(x, low).split(",")[0])
+        if along - last >= APART:
+            parts.append(f'<text x="{along}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{_short(x)}</text>')
+            last = along
+    for _, kind, own in series:
         drawn = [place(x, y) for x, y in own]
         dots = "".join('<circle cx="{}" cy="{}" r="2.5"/>'.format(*dot.split(",")) for dot in drawn)
         parts.append(f'<g class="{kind}"><polyline points="{" ".join(drawn)}"/>{dots}</g>')
-        parts.append(f'<text class="{kind}" x="{LEFT + number * step:.0f}" y="12">● {escaped(name)}</text>')
+    legend = " ".join(f'<b class="{kind}">●</b> {escaped(name)}' for name, kind, _ in series)
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escaped(label)}">'
-        f"{''.join(parts)}</svg>"
+        f'<p class="legend">{legend}</p><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escaped(label)}">{"".join(parts)}</svg>'
     )
 
 
