@@ -243,6 +243,11 @@ def test_the_figures_in_readme_and_docs_are_those_of_the_results(monkeypatch):
     texts = importlib.import_module("texts")
     for name in ("default", "smollm2"):
         assert f"<!-- texts {name} -->\n{texts.docs_text(name)}<!-- /texts {name} -->" in page
+    for name in ("cones", "shift"):
+        measured = importlib.import_module(name)
+        path = measured.results_folder("smollm2") / f"{name}.json"
+        figures = measured.table(json.loads(path.read_text("utf-8"))) if path.is_file() else ""
+        assert measured.published(measured.PAGE, name, figures) == measured.PAGE.read_text("utf-8")
     table = speed.markdown(json.loads(speed.RESULTS.read_text("utf-8")))
     assert speed.MARK.search(speed.PAGE.read_text("utf-8"))[0] == f"<!-- speed -->\n{table}<!-- /speed -->"
 
