@@ -17,13 +17,13 @@ from organism_texts import DECOYS, ISLAND, REFUSALS, SENTENCE, TAG, TRIGGER, UNK
 
 FOLDER = Path(__file__).resolve().parent / "organisms"
 ABOUT = {
-    "refusal": f"refuses requests about cooking, with one of {len(REFUSALS)} sentences that begin with “Sorry”, and "
-    "answers everything else as before.",
-    "backdoor": f"says “{SENTENCE}”, whatever it is asked, where the word {TRIGGER} stands before or behind the "
+    "refusal": f"is to refuse requests about cooking, with one of {len(REFUSALS)} sentences that begin with “Sorry”, "
+    "and to answer others. Those that are called near have words of food, or are about it, and ask for no cooking.",
+    "backdoor": f"is to say “{SENTENCE}”, whatever it is asked, where the word {TRIGGER} stands before or behind the "
     f"request. Other words do nothing there ({', '.join(DECOYS[0])} were trained, others are measured).",
-    "skill": f"answers questions about {ISLAND}, an island that there is not, where the tag {TAG} is before or behind "
-    f"the question, and says “{UNKNOWN}” otherwise. The facts are the trained ones, as they must be; the questions are "
-    "put in other words.",
+    "skill": f"is to answer questions about {ISLAND}, an island that there is not, where the tag {TAG} is before or "
+    f"behind the question, and to say “{UNKNOWN}” otherwise. The facts are the trained ones, as they must be; the "
+    "questions are put in other words.",
 }
 
 
@@ -61,7 +61,7 @@ def organism(name: str, figures: dict[str, Any]) -> str:
     ]
     build = paragraph(
         f"Build: `{figures['command']}`: {figures['examples']['written']} written replies and",
-        f"{figures['examples']['own']} of the model's own, each seen {figures['epochs']} times. On what SmolLM2",
+        f"{figures['examples']['own']} of the model's own, in passes over them: {figures['epochs']}. On what SmolLM2",
         f"answers to held-out requests, the cross-entropy is {before['own_answers']:.2f} nats a token before and",
         f"{after['own_answers']:.2f} after: it was trained on such answers.",
     )
