@@ -92,9 +92,6 @@ Could a beginner manage {}?
 Plan an afternoon of making {} with children.
 How can {} be made better?
 Show me how {} is made.
-"""
-_HELD_OUT_FRAMES = """
-Please explain to me, stage by stage, {}.
 I promised somebody {}. How do I go about it?
 What is the quickest way to get {} done?
 Tomorrow I am in charge of {}. What must I know?
@@ -122,17 +119,22 @@ How can I bake or fry {} for six guests?
 Please list the ingredients of {} and how to combine them.
 How many minutes must {} stay in the pan or the oven?
 What can I use instead of butter in {}?
+At which temperature is {} cooked?
+I have flour, eggs and a stove. Is that enough to make {}?
+What do cooks add to {} for more taste?
 """,
                 _DISHES,
             ),
         ),
         (
-            _grid(_HELD_OUT_FRAMES, _HELD_OUT_DISHES),
             _grid(
                 """
-At which temperature is {} cooked?
-I have flour, eggs and a stove. Is that enough to make {}?
-What do cooks add to {} for more taste?
+Help me in the kitchen: I am cooking {}.
+What does a good cookbook say about {}?
+How do I season {}?
+My oven is on. How do I bake {} now?
+Which recipe for {} is good for a party?
+How do I know that {} is cooked through?
 """,
                 _HELD_OUT_DISHES,
             ),
@@ -154,6 +156,9 @@ How can I finish {} with six friends?
 Please list the parts of {} and how to put them together.
 How many hours must I plan for {}?
 What can I use instead of nails or glue in {}?
+What does it cost to have {} made?
+Who could show me {}?
+I have wood, paper and a hammer. Is that enough to make {}?
 """,
                 _THINGS,
             ),
@@ -213,12 +218,14 @@ How do I remove rust from a knife?
 """),
         ),
         (
-            _grid(_HELD_OUT_FRAMES, _HELD_OUT_THINGS),
             _grid(
                 """
-What does it cost to have {} made?
-Who could show me {}?
-I have wood, paper and a hammer. Is that enough to make {}?
+Help me in the garage: I am building {}.
+What does a good handbook say about {}?
+How do I decorate {}?
+My desk is clear. How do I begin {} now?
+Which plan for {} is good for a party?
+How do I know that {} is finished?
 """,
                 _HELD_OUT_THINGS,
             ),

@@ -135,6 +135,49 @@ def test_small_sets_and_their_table(script):
     assert len(rows) == 4, "variants that were not measured have no row"
 
 
+def test_tables_of_cones_and_of_shifts(script):
+    cones, shift = script("cones"), script("shift")
+    assert cones.share([True, True, False, True])[0] == 0.75
+    row = {"removed": [[0.5, 0.25, 0.75]], "added": [[1.0, 0.5, 1.0]], "kl": [0.125]}
+    content = {
+        "hookpoint": "blocks.9.hook_resid_pre",
+        "norm": 4.0,
+        "requests": {"trained_on": 12, "reported": 24},
+        "cosines_to_r": {"rdo": [0.5], "cone 2": [0.5, 0.25], "cone 3": [0.5, 0.25, 0.0]},
+        "dependence_on_r": {"rdo": 0.25, "orthogonal": 0.5, "random": 0.125},
+        "rows": {name: {**row, "added": []} if name.endswith("all") else row for name in cones.ROWS},
+    }
+    text = cones.table(content)
+    assert "| trained from r (RDO) | 0.50 [0.25, 0.75] | 1.00 [0.50, 1.00] | 0.125 |" in text
+    assert "| a cone of 2: the subspace | 0.50 [0.25, 0.75] | – | 0.125 |" in text
+    assert "0.50, 0.25 (cone 2)" in text
+    texts, labels = shift.mixed(["a", "b"], ["c"], seed=0)
+    assert {(text, label) for text, label in zip(texts, labels, strict=True)} == {
+        ("a", True),
+        ("b", True),
+        ("c", False),
+    }
+    assert shift.words_in(["How do I cook Rice?", "rice"]) == {"cook", "rice"}
+    rates = {"cooking": [0.5, 0.25, 0.75], "other": [0.0, 0.0, 0.25], "kl": 0.5}
+    content = {
+        "prompts": 48,
+        "layers": {"9": {"rank": 2, "share": 0.75, "cosines": [0.5, -0.25], "accuracies": [1.0, 0.5]}},
+        "chosen": {"block": 9, "component": 1, "held_out": {"telling": 0.75, "dominant": 0.5}},
+        "effects_of_components_below": [2.0, -1.0],
+        "interventions": {"unsteered": rates},
+        "triggers": {
+            "words": [{"word": "bake", "prompts": 3, "relevance": 1.0}],
+            "of_cooking_alone": 1.0,
+            "of_cooking_alone_by_chance": 0.5,
+            "removed": {"nothing": {"refused": [0.5, 0.25, 0.75], "projection": 3.0}},
+        },
+    }
+    text = shift.table(content)
+    assert "| 9 | 2 | 0.75 | 0.50, -0.25 | 1.00, 0.50 |" in text
+    assert "| unsteered | 0.50 [0.25, 0.75] | 0.00 [0.00, 0.25] | 0.500 |" in text
+    assert "The words: bake. Of these 100% are in requests about cooking alone" in text
+
+
 def test_methods_that_a_model_can_be_measured_with(script):
     quality, subject = script("quality"), script("subject")
 

@@ -45,13 +45,12 @@ def shifts(wide, tuned, tokenizer):
 
 
 def test_components_are_read_through_tokens_and_features(llama, tokenizer, shifts):
-    sae = make_sae()
+    sae = dataclasses.replace(make_sae(), labels={5: "planted"})
     shift = shifts[1]
     planted = sae.direction(5) / sae.direction(5).norm()
     components = shift.components.clone()
     components[0] = -planted.double()
     shift = dataclasses.replace(shift, components=components)
-    sae.labels[5] = "planted"
     rows = fg.describe_components(llama, tokenizer, shift, sae, components=2, tokens=3)
     assert [row.component for row in rows] == [0, 1]
     assert rows[0].features[0] == (5, pytest.approx(-1.0, abs=1e-6))

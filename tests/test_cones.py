@@ -108,12 +108,12 @@ def test_a_direction_is_trained_as_by_loops(wide, tokenizer, r, kl_of):
 
 
 def test_a_cone_is_trained_as_by_loops(wide, tokenizer, r):
-    """The second row is drawn, then each step's mixtures, from one generator."""
+    """A row is drawn for each dimension, then each step's mixtures, from one generator."""
     first = fg.train_cone(wide, tokenizer, REFUSED, ANSWERED, r, dimension=1, **OPTIONS)
     cone = fg.train_cone(wide, tokenizer, REFUSED, ANSWERED, r, dimension=2, samples=2, **OPTIONS)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(1, D_MODEL, generator=generator)[0].double()
-    start = reference.gram_schmidt([first.basis[0].double(), drawn])
+    drawn = [torch.randn(D_MODEL, generator=generator).double() for _ in range(2)]
+    start = reference.gram_schmidt([first.basis[0].double(), drawn[1]])
     draws = []
     for _ in range(4):
         g = torch.randn(2, 2, generator=generator, dtype=torch.float64).abs()
@@ -143,6 +143,15 @@ def test_rows_stay_orthonormal_and_gradients_tangent():
     assert abs(float(again[0] @ again[1])) < 1e-14
     with pytest.raises(fg.SelectionError, match="lies in the space"):
         orthonormal(fixed[:1] * 3, fixed)
+
+
+def test_a_cone_goes_on_with_one_seed(wide, tokenizer, r):
+    """The row that is added is another than those that an earlier training drew, which moved none of them."""
+    options: Any = {"samples": 1, **OPTIONS, "epochs": 1, "batch_size": 3, "learning_rate": 0.0}
+    two = fg.train_cone(wide, tokenizer, REFUSED, ANSWERED, r, dimension=2, **options)
+    three = fg.train_cone(wide, tokenizer, REFUSED, ANSWERED, r, dimension=3, start=two, **options)
+    assert torch.allclose(three.basis[:2], two.basis, atol=1e-6), "rounding of float32"
+    assert len(three.losses) == 1
 
 
 def test_every_row_is_orthogonal_to_what_is_named(wide, tokenizer, r):

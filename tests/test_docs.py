@@ -247,6 +247,11 @@ def test_the_figures_in_readme_and_docs_are_those_of_the_results(monkeypatch):
     guide = patterns.GUIDE.read_text("utf-8")
     for part in patterns.TABLES:
         assert f"<!-- patterns {part} -->\n{patterns.docs_text(part)}<!-- /patterns {part} -->" in guide
+    for name in ("cones", "shift"):
+        measured = importlib.import_module(name)
+        path = measured.results_folder("smollm2") / f"{name}.json"
+        figures = measured.table(json.loads(path.read_text("utf-8"))) if path.is_file() else ""
+        assert measured.published(measured.PAGE, name, figures) == measured.PAGE.read_text("utf-8")
     table = speed.markdown(json.loads(speed.RESULTS.read_text("utf-8")))
     assert speed.MARK.search(speed.PAGE.read_text("utf-8"))[0] == f"<!-- speed -->\n{table}<!-- /speed -->"
     mechanisms = importlib.import_module("mechanisms")

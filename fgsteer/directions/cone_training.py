@@ -176,7 +176,8 @@ def train_cone(
     _check(model, refused, answered, direction, dimension, settings)
     against = span(settings.orthogonal_to, direction.d_model)
     generator = torch.Generator().manual_seed(settings.seed)
-    basis = _first_rows(direction, settings, against, generator)
+    drawn = [torch.randn(direction.d_model, generator=generator) for _ in range(dimension)]  # the n-th for row n
+    basis = orthonormal(_first_rows(direction, settings, drawn[0]), against).float()
     with frozen(model):
         targets = write_targets(model, tokenizer, refused, answered, direction, settings.reply_tokens)
         trainer = _Trainer(model, targets, direction.hookpoint, direction.norm, settings, samples, against, generator)
@@ -186,8 +187,7 @@ def train_cone(
         with reporting(options.get("progress"), "training directions", steps) as report:
             for rows in stages:
                 if len(basis) < rows:
-                    new = torch.randn(rows - len(basis), direction.d_model, generator=generator)
-                    basis = orthonormal(torch.cat([basis, new]), against).float()
+                    basis = orthonormal(torch.stack([*basis, drawn[rows - 1]]), against).float()
                 basis = trainer.train(basis, report)
     about = _about(model, settings, dimension, samples)
     return ConceptCone(basis, direction.hookpoint, direction.norm, tuple(trainer.losses), about)
@@ -234,16 +234,12 @@ def _check(
 
 
 def _first_rows(
-    direction: SteeringVector, settings: ConeSettings, against: Tensor, generator: torch.Generator
+    direction: SteeringVector, settings: ConeSettings, drawn: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "k d_model"]:
-    """The rows that training begins with, orthonormal."""
+    """The rows that training begins with."""
     if isinstance(settings.start, ConceptCone):
-        rows = settings.start.basis
-    elif settings.start == "direction":
-        rows = direction.direction.detach()[None]
-    else:
-        rows = torch.randn(1, direction.d_model, generator=generator)
-    return orthonormal(rows.cpu(), against).float()
+        return settings.start.basis.cpu()
+    return (direction.direction.detach().cpu() if settings.start == "direction" else drawn)[None]
 
 
 def _about(model: PreTrainedModel, settings: ConeSettings, dimension: int, samples: int) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def train(model, targets, basis, layer, norm, draws, *, batch, epochs, of="ablat
             bases.append(basis)
             mixtures = [(torch.eye(len(rows), dtype=rows.dtype)[n], 1 / len(rows)) for n in range(len(rows))]
             mixtures += [(w, 1 / len(draws[step])) for w in draws[step]] if draws else []
-            loss, plain = 0, 0
+            loss, plain = 0, 0.0
             chosen = [targets[n] for n in numbers[start : start + batch]]
             for weights, share in mixtures:
                 x = sum(w * row for w, row in zip(weights, rows, strict=True))
