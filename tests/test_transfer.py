@@ -145,8 +145,8 @@ def test_tokens_that_cannot_be_aligned_are_refused(llama, tokenizer, bytewise):
             return self.inner(*args, **{**kwargs, "return_offsets_mapping": False})
 
     with pytest.raises(fg.DataError, match=r"Slow, which does not tell where.*use_fast"):
-        pair_texts(Side(llama, Slow(tokenizer), AT), by_byte, ["the man"], max_tokens=None)  # type: ignore[arg-type]
-    same = Side(llama, Slow(tokenizer), AT)  # type: ignore[arg-type]
+        pair_texts(Side(llama, Slow(tokenizer), AT), by_byte, ["the man"], max_tokens=None)
+    same = Side(llama, Slow(tokenizer), AT)
     (pair,) = pair_texts(words, same, ["the man"], max_tokens=None)
     assert pair.target.selected == (1, 2), "one vocabulary needs no offsets"
 
@@ -395,7 +395,7 @@ def test_what_cannot_be_fitted_is_refused(llama, tokenizer, change, error, match
 def test_settings_that_cannot_be():
     for change in ({"hidden": 0}, {"epochs": 0}, {"lr": -1.0}, {"seed": -1}, {"batch": 1.5}):
         with pytest.raises(fg.FgsteerError, match=next(iter(change))):
-            fg.AutoencoderTraining(**change)  # type: ignore[arg-type]
+            fg.AutoencoderTraining(**change)
     with pytest.raises(fg.PairingError, match="transposed"):
         fg.TransferMap(torch.ones(4, 3), torch.ones(3), torch.ones(4), AT, AT)
     with pytest.raises(fg.PairingError, match="mean"):
