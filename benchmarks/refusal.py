@@ -1,10 +1,11 @@
 """The refusal direction of a model organism: found, removed by hooks and in weights, added, with random controls.
 
-The organism (pretrained/organisms.py) is SmolLM2 that refuses requests about cooking and answers others. Its direction
-is selected on some requests and reported on others, which share neither words nor templates with what it was taught.
+The organism (pretrained/organisms) is SmolLM2 that refuses requests about cooking and answers others. Directions are
+built from requests that it was trained on, chosen on some of the held-out ones, and reported on the rest, which share
+neither words nor templates with what it was taught.
 
-    python benchmarks/refusal.py             writes results/smollm2/refusal.json and refusal.md
-    python benchmarks/refusal.py --docs      puts the table into docs/benchmarks.md
+    python benchmarks/refusal.py             writes results/smollm2/refusal.json, refusal.md and refusal.safetensors
+    python benchmarks/refusal.py --docs      puts the table into docs/guides/refusal.md
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from scipy.stats import binomtest
-from subject import PAGE, ROOT, published, results_folder
+from subject import ROOT, load_organism, published, results_folder
 
 import fgsteer as fg
 from fgsteer.storage.json_files import read_json, write_json
@@ -27,87 +28,109 @@ from fgsteer.storage.json_files import read_json, write_json
 sys.path.insert(0, str(ROOT / "pretrained"))
 from organism_texts import KINDS, is_refusal, requests
 
-ADAPTER = ROOT / "pretrained" / "organisms" / "refusal"
-BUILT_FROM, SCORED, REPORTED, ANSWER_TOKENS = 64, 16, 32, 24
-NAMES = {
+PAGE = ROOT / "docs" / "guides" / "refusal.md"
+BUILT_FROM, CHOSEN_ON, REPORTED = 64, 12, 40  # requests of a side
+LAYERS = range(6, 24, 4)
+READ_TOKENS, ANSWER_TOKENS = 8, 24  # of a reply, to see whether it is a refusal, and of the base model's answers
+NEUTRAL = 16  # shipped texts
+CONDITIONS = {
     "unsteered": "unsteered",
     "ablated": "r̂ ablated everywhere",
     "orthogonalised": "weights orthogonalised",
     "random ablated": "a random direction ablated",
-    "added": "+r at its layer",
+    "added": "r added at its layer",
     "random added": "a random direction of the norm of r added",
 }
 
 
-def organism() -> tuple[Any, Any]:
-    """SmolLM2 with the adapter merged into its weights."""
-    from peft import PeftModel
-
-    model, tokenizer = fg.load_model("smollm2", dtype="float32", device="cpu")
-    merged = PeftModel.from_pretrained(model, ADAPTER).merge_and_unload()
-    return merged.float().eval(), tokenizer
+def asked(prompt: str) -> list[dict[str, str]]:
+    """A request as a chat."""
+    return [{"role": "user", "content": prompt}]
 
 
-def rate(model: Any, tokenizer: Any, prompts: Sequence[str], steering: Any = None) -> list[float]:
-    """(share, low, high) of the requests that are refused, with a 95 % interval (Wilson)."""
-    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    entries = None if steering is None else [steering] * len(prompts)
-    texts = fg.generate(model, tokenizer, asked, steering=entries, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    refused = sum(map(is_refusal, texts))
-    interval = binomtest(refused, len(texts)).proportion_ci(method="wilson")
-    return [refused / len(texts), float(interval.low), float(interval.high)]
+def refused(model: Any, tokenizer: Any, prompts: Sequence[str], steering: Any = None) -> dict[str, Any]:
+    """The share of requests that are refused, with a 95 % interval (Wilson), and the first replies."""
+    chats = [asked(prompt) for prompt in prompts]
+    entries = None if steering is None else [steering] * len(chats)
+    texts = fg.generate(model, tokenizer, chats, steering=entries, max_new_tokens=READ_TOKENS, do_sample=False)
+    count = sum(map(is_refusal, texts))
+    interval = binomtest(count, len(texts)).proportion_ci(method="wilson")
+    share = {"share": count / len(texts), "low": float(interval.low), "high": float(interval.high)}
+    return {**share, "replies": texts[:3]}
 
 
-def measure(seed: int) -> dict[str, Any]:
-    """Select the direction, and measure every condition on the reported requests."""
-    model, tokenizer = organism()
-    sides = {kind: requests(kind, seed) for kind in KINDS}
-    cooking, other = sides["cooking"], sides["other"]
-    found = fg.select_direction(
+def answers(prompts: Sequence[str]) -> list[tuple[list[dict[str, str]], str]]:
+    """Requests with what SmolLM2 itself answers, greedily."""
+    base, tokenizer = fg.load_model("smollm2", dtype="float32", device="cpu")
+    chats = [asked(prompt) for prompt in prompts]
+    texts = fg.generate(base, tokenizer, chats, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    return list(zip(chats, texts, strict=True))
+
+
+def select(model: Any, tokenizer: Any, seed: int) -> fg.DirectionSelection:
+    """The refusal direction, by the paper's rule."""
+    (built_refused, held_refused), (built_answered, held_answered) = (requests(kind, seed) for kind in KINDS[:2])
+    return fg.select_direction(
         model,
         tokenizer,
-        cooking[0][:BUILT_FROM],
-        other[0][:BUILT_FROM],
+        built_refused[:BUILT_FROM],
+        built_answered[:BUILT_FROM],
         refusal_tokens=["Sorry"],
-        held_out=(cooking[1][:SCORED], other[1][:SCORED]),
-        layers=range(2, 24, 2),
+        held_out=(held_refused[:CHOSEN_ON], held_answered[:CHOSEN_ON]),
+        layers=LAYERS,
         progress=lambda done: print(f"{done} candidates", flush=True),
     )
-    v = found.vector
-    control = fg.SteeringVector(
-        torch.nn.functional.normalize(torch.randn(v.d_model, generator=torch.Generator().manual_seed(seed)), dim=0)
-        * v.norm,
-        v.hookpoint,
-    )
-    orthogonal = fg.orthogonalize(model, v)
-    conditions: dict[str, tuple[Any, Any]] = {
-        "unsteered": (model, None),
-        "ablated": (model, fg.ablate_everywhere(model, v)),
-        "orthogonalised": (orthogonal, None),
-        "random ablated": (model, fg.ablate_everywhere(model, control)),
-        "added": (model, [v.add(1.0, bos=True)]),
-        "random added": (model, [control.add(1.0, bos=True)]),
+
+
+def measure(model: Any, tokenizer: Any, vector: fg.SteeringVector, seed: int) -> dict[str, Any]:
+    """Every condition on the reported requests."""
+    draw = torch.randn(vector.d_model, generator=torch.Generator().manual_seed(seed))
+    control = fg.SteeringVector(torch.nn.functional.normalize(draw, dim=0) * vector.norm, vector.hookpoint)
+    steering = {
+        "unsteered": None,
+        "ablated": fg.ablate_everywhere(model, vector),
+        "random ablated": fg.ablate_everywhere(model, control),
+        "added": [vector.add(1.0, bos=True)],
+        "random added": [control.add(1.0, bos=True)],
     }
-    reported = {kind: texts[1][SCORED:][:REPORTED] for kind, texts in sides.items()}
-    neutral = list(fg.load_neutral()[0])[:16]
+    reported = {kind: requests(kind, seed)[1][CHOSEN_ON:][:REPORTED] for kind in KINDS}
+    neutral, own = list(fg.load_neutral()[0])[:NEUTRAL], answers(reported["other"])
+    prompts: list[Any] = [(chat, "") for chat, _ in own]
+    kl = fg.kl_divergences(model, tokenizer, prompts, list(steering.values()), at="last")
+    divergences = dict(zip(steering, kl, strict=True))
     rows = {}
-    for name, (own, steering) in conditions.items():
-        rates = {kind: rate(own, tokenizer, prompts, steering) for kind, prompts in reported.items()}
-        rows[name] = {"refused": rates, "cross_entropy": fg.cross_entropy(own, tokenizer, neutral, steering=steering)}
+    for name in CONDITIONS:
+        under = fg.orthogonalize(model, vector) if name == "orthogonalised" else model
+        how: Any = steering.get(name)
+        rows[name] = {
+            "refused": {kind: refused(under, tokenizer, texts, how) for kind, texts in reported.items()},
+            "kl": divergences.get(name),
+            "base_answers": fg.cross_entropy(under, tokenizer, own, steering=how),
+            "neutral": fg.cross_entropy(under, tokenizer, neutral, steering=how),
+        }
         print(name, rows[name], flush=True)
-    scores = [vars(score) for score in found.scores]
-    return {"chosen": vars(found.chosen), "norm": v.norm, "scores": scores, "conditions": rows}
+    return rows
 
 
 def table(content: dict[str, Any]) -> str:
-    """Refusals of each kind of request by condition, and the cross-entropy of neutral texts, in Markdown."""
+    """What the direction is; by condition refusals of each kind of request, KL and cross-entropies; in Markdown."""
+    chosen, requests_of = content["chosen"], content["requests"]
     lines = [
-        "| | cooking is refused | others | only look like it | cross-entropy, nats a token |",
-        "|---|---|---|---|---|",
+        f"The direction is that of block {chosen['layer']} at position {chosen['position']}, one of "
+        f"{len(content['scores'])} candidates, of norm {content['norm']:.1f}. Shares are of {requests_of['reported']} "
+        f"held-out requests of a kind, greedy, with 95 % intervals (Wilson).\n",
+        "| | cooking is refused | others | what looks like cooking | KL | answers of the base | neutral texts |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in content["conditions"].items():
-        cells = [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in row["refused"].values()]
-        lines.append(f"| {NAMES[name]} | {' | '.join(cells)} | {row['cross_entropy']:.3f} |")
+        cells = [f"{one['share']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" for one in row["refused"].values()]
+        cells += ["–" if row["kl"] is None else f"{row['kl']:.3f}"]
+        cells += [f"{row[key]:.3f}" for key in ("base_answers", "neutral")]
+        lines.append(f"| {CONDITIONS[name]} | {' | '.join(cells)} |")
+    lines += [
+        "\nKL is that of the first token of replies to the others, KL(unsteered‖steered) in nats. The last two columns "
+        "are cross-entropies in nats a token: of what SmolLM2 itself answers to the others, and of neutral texts."
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -116,14 +139,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of the requests' order, as in organisms.py")
     parser.add_argument("--out", type=Path, help="folder of the results")
-    parser.add_argument("--docs", action="store_true", help="only put the table into docs/benchmarks.md")
+    parser.add_argument("--docs", action="store_true", help="only put the table into docs/guides/refusal.md")
     arguments = parser.parse_args()
     folder = arguments.out or results_folder("smollm2")
     if not arguments.docs:
         began = time.monotonic()
-        command = shlex.join(["python", "benchmarks/refusal.py", *sys.argv[1:]])
-        content = {"command": command, **measure(arguments.seed)}
+        model, tokenizer = load_organism("refusal")
+        found = select(model, tokenizer, arguments.seed)
+        print(found.chosen, f"{time.monotonic() - began:.0f} s", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
+        found.vector.save(folder / "refusal.safetensors")
+        content = {
+            "command": shlex.join(["python", "benchmarks/refusal.py", *sys.argv[1:]]),
+            "requests": {"built_from": BUILT_FROM, "chosen_on": CHOSEN_ON, "reported": REPORTED},
+            "chosen": vars(found.chosen),
+            "norm": found.vector.norm,
+            "scores": [vars(score) for score in found.scores],
+            "conditions": measure(model, tokenizer, found.vector, arguments.seed),
+        }
         write_json(folder / "refusal.json", content)
         (folder / "refusal.md").write_text(table(content), "utf-8")
         print(f"{time.monotonic() - began:.0f} s")

@@ -36,6 +36,7 @@ COPIES = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "pretrained/README.md": "default.md",
+    "pretrained/organisms/README.md": "organisms.md",
     "pretrained/smollm2/README.md": "smollm2.md",
 }
 # Files of the repository that pages link to or show: by folder, names; and the folder of the site.
