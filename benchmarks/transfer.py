@@ -43,8 +43,8 @@ STEERED = (("smollm2", "default"), ("gemma", "smollm2"))  # pairs whose vectors 
 CONCEPTS = ("war", "wedding")  # reported; no map is fitted to their texts
 COST, PROMPTS, NEW_TOKENS, MEASURED = 0.5, 32, 24, 4  # nats a token; held-out texts of each side of a concept
 # of the organism: requests that maps and directions are made of, on which a layer is chosen, that are reported
-MADE_OF, CHOSEN_ON, REPORTED, READ_TOKENS, ANSWER_TOKENS = 40, 8, 24, 8, 24
-SWITCHED = (8, 14, 20)  # layers that are tried
+MADE_OF, CHOSEN_ON, REPORTED, READ_TOKENS, ANSWER_TOKENS = 24, 8, 16, 4, 16
+SWITCHED = (8, 16)  # layers that are tried
 NAMES = {
     "base": "base",
     "base, switched": "base, switched to the organism's activations",
