@@ -43,8 +43,8 @@ STEERED = (("smollm2", "default"), ("gemma", "smollm2"))  # pairs whose vectors 
 CONCEPTS = ("war", "wedding")  # reported; no map is fitted to their texts
 COST, PROMPTS, NEW_TOKENS, MEASURED = 0.5, 32, 24, 4  # nats a token; held-out texts of each side of a concept
 # of the organism: requests that maps and directions are made of, on which a layer is chosen, that are reported
-MADE_OF, CHOSEN_ON, REPORTED, READ_TOKENS, ANSWER_TOKENS = 40, 8, 24, 8, 24
-SWITCHED = (8, 14, 20)  # layers that are tried
+MADE_OF, CHOSEN_ON, REPORTED, READ_TOKENS, ANSWER_TOKENS = 24, 8, 16, 4, 16
+SWITCHED = (8, 16)  # layers that are tried
 NAMES = {
     "base": "base",
     "base, switched": "base, switched to the organism's activations",
@@ -204,8 +204,8 @@ def organism(done: dict[str, Any], keep: Callable[[], None]) -> None:
     tried = {}
     for layer in SWITCHED:
         place = fg.Hookpoint(layer, "resid_pre")
-        to = fg.fit_transfer(*both["base"], *both["organism"], read, place, place)
-        back = fg.fit_transfer(*both["organism"], *both["base"], read, place, place)
+        to = fg.fit_transfer(*both["base"], *both["organism"], read, place, place, identity=True)
+        back = fg.fit_transfer(*both["organism"], *both["base"], read, place, place, identity=True)
         scores = {
             name: float(fg.refusal_scores(*both[name], chosen_on, ["Sorry"], steering=[m.switch()]).mean())
             for name, m in (("base", to), ("organism", back))
@@ -305,6 +305,8 @@ def vectors_table(content: dict[str, Any]) -> str:
 def organism_table(content: dict[str, Any]) -> str:
     """Refusals by condition, in Markdown."""
     part = content.get("organism", {})
+    if not part.get("conditions"):
+        return "Not measured yet: `python benchmarks/transfer.py --parts organism` does.\n"
     lines = ["| | cooking is refused | others are | cross-entropy, nats a token |", "|---|---|---|---|"]
     for name, row in part.get("conditions", {}).items():
         cells = [percent(interval) for interval in row["refused"].values()]
@@ -334,8 +336,7 @@ def main() -> None:
 
     if not arguments.docs:
         began = time.monotonic()
-        gemma = [] if arguments.gemma is None else ["--gemma", "build/gemma"]
-        content["command"] = shlex.join(["python", "benchmarks/transfer.py", *gemma])
+        content["command"] = shlex.join(["python", "benchmarks/transfer.py", "--gemma", "build/gemma"])
         for part in arguments.parts:
             if arguments.fresh:
                 content[part] = {}

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from scipy.stats import spearmanr
 
 import fgsteer as fg
@@ -235,3 +236,24 @@ def test_the_guide_says_what_the_gates_measured(script):
             if row["recall"]:  # a gate that opens on none has no precision
                 wrongly = row["recall"] * row["prompts"][0] * (1 / row["precision"] - 1)
                 assert row["unchanged_leave"] == pytest.approx(1 - wrongly / row["prompts"][1])
+
+
+def test_the_guide_of_transfer_says_what_was_measured(script):
+    transfer = script("transfer")
+    content = json.loads((transfer.results_folder("smollm2") / "transfer.json").read_text("utf-8"))
+    page = transfer.GUIDE.read_text("utf-8")
+    for mark, table in transfer.TABLES.items():
+        assert f"<!-- transfer {mark} -->\n{table(content)}<!-- /transfer {mark} -->" in page
+
+
+def test_a_switch_turned_to_random_directions_changes_as_much(script):
+    transfer = script("transfer")
+    g = torch.Generator().manual_seed(0)
+    W, b, h = (torch.randn(*shape, generator=g) for shape in ((8, 8), (8,), (5, 8)))
+    one = fg.TransferMap(W, b, b, 1, 1)
+    two = transfer.turned(one, 0)
+    change, other = one(h) - h, two(h) - h
+    # float32 of matrices that were multiplied in float64
+    torch.testing.assert_close(change.norm(dim=1), other.norm(dim=1), atol=1e-5, rtol=1e-5)
+    assert float(torch.cosine_similarity(change, other).abs().mean()) < 0.6
+    assert float(transfer.drawn(8, 3.0, 0).norm()) == pytest.approx(3)

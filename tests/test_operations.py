@@ -226,8 +226,8 @@ def test_rows_of_every_kind_share_an_update():
     items = [*operations().values(), None, vector(4).add(0.5), vector(5).affine(0.3)]
     (h,) = tensors(6, (len(items), 5, 32))
     own = {n for n, item in enumerate(items) if isinstance(item, fg.Remap)}  # as many terms as the stream is wide
-    *alone, (update, numbers) = stack(items)
-    assert [numbers for _, numbers in alone] == [[n] for n in sorted(own)]
+    *apart, (update, numbers) = stack(items)
+    assert [rows for _, rows in apart] == [[n] for n in sorted(own)]
     assert numbers == [n for n, item in enumerate(items) if item is not None and n not in own]
     out = apply(h, update)
     for row, (item, before, after) in enumerate(zip(items, h, out, strict=True)):

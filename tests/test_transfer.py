@@ -145,8 +145,8 @@ def test_tokens_that_cannot_be_aligned_are_refused(llama, tokenizer, bytewise):
             return self.inner(*args, **{**kwargs, "return_offsets_mapping": False})
 
     with pytest.raises(fg.DataError, match=r"Slow, which does not tell where.*use_fast"):
-        pair_texts(Side(llama, Slow(tokenizer), AT), by_byte, ["the man"], max_tokens=None)  # type: ignore[arg-type]
-    same = Side(llama, Slow(tokenizer), AT)  # type: ignore[arg-type]
+        pair_texts(Side(llama, Slow(tokenizer), AT), by_byte, ["the man"], max_tokens=None)
+    same = Side(llama, Slow(tokenizer), AT)
     (pair,) = pair_texts(words, same, ["the man"], max_tokens=None)
     assert pair.target.selected == (1, 2), "one vocabulary needs no offsets"
 
@@ -206,6 +206,37 @@ def test_a_planted_map_is_returned(wide, tokenizer):
     assert quality.fvu < 1e-10
     assert quality.ce_spliced == pytest.approx(quality.ce, abs=1e-5)
     assert abs(quality.ce_ablated - quality.ce) > 0.01, "the mean says other things"
+
+
+def test_a_map_that_is_held_to_the_identity(wide, tokenizer):
+    """Ridge regression of the difference, which with a large λ is the identity and a shift."""
+    small = 0.05 * torch.randn(D_MODEL, D_MODEL, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    tuned = planted(wide, torch.eye(D_MODEL, dtype=torch.float64) + small, torch.ones(D_MODEL, dtype=torch.float64))
+    found = fit(wide, tokenizer, tuned, ridge=0.1, identity=True, max_norm_ratio=None)
+    ids, pairs = naive_pairs(tokenizer, TEXTS)
+    x, y = reference.paired_states(wide, ids, 1, tuned, ids, 1, pairs)
+    weight, bias = reference.ridge(x, y - x, 0.1)
+    assert np.abs(found.weight.numpy() - weight - np.eye(D_MODEL)).max() < 1e-5
+    assert np.abs(found.bias.numpy() - bias).max() < 1e-4
+    assert np.abs(found.mean.numpy() - y.mean(0)).max() < 1e-5
+    held = fit(wide, tokenizer, tuned, ridge=1e12, identity=True)
+    assert torch.allclose(held.weight, torch.eye(D_MODEL), atol=1e-6)
+    same = fit(wide, tokenizer, wide, identity=True)
+    assert torch.equal(same.weight, torch.eye(D_MODEL))
+    assert not same.bias.any()
+    few: Any = {"texts": TEXTS[:10], "hookpoint_a": 1, "hookpoint_b": 1, "max_tokens": 3}  # 20 tokens, 32 dimensions
+    errors = [
+        fg.measure_transfer(
+            fg.fit_transfer(wide, tokenizer, tuned, tokenizer, identity=identity, **few),
+            wide,
+            tokenizer,
+            tuned,
+            tokenizer,
+            HELD_OUT,
+        ).fvu
+        for identity in (True, False)
+    ]
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_massive_activations_are_left_out(wide, tokenizer):
@@ -381,6 +412,7 @@ def test_what_does_not_fit_the_map_is_refused(wide, bytewise, tokenizer):
         ({"texts": ["</s>"] * 20}, fg.DataError, "pair of tokens"),
         ({"kind": "quadratic"}, fg.DataError, "affine, autoencoder"),
         ({"ridge": -1.0}, fg.DataError, "ridge"),
+        ({"kind": "autoencoder", "identity": True}, fg.DataError, "affine map between models of one width"),
         ({"max_norm_ratio": 0.5}, fg.DataError, "more than 1"),
         ({"hookpoint_b": 9}, fg.HookpointError, "block"),
         ({"texts": None}, fg.DataError, "a list of texts"),
@@ -395,7 +427,7 @@ def test_what_cannot_be_fitted_is_refused(llama, tokenizer, change, error, match
 def test_settings_that_cannot_be():
     for change in ({"hidden": 0}, {"epochs": 0}, {"lr": -1.0}, {"seed": -1}, {"batch": 1.5}):
         with pytest.raises(fg.FgsteerError, match=next(iter(change))):
-            fg.AutoencoderTraining(**change)  # type: ignore[arg-type]
+            fg.AutoencoderTraining(**change)
     with pytest.raises(fg.PairingError, match="transposed"):
         fg.TransferMap(torch.ones(4, 3), torch.ones(3), torch.ones(4), AT, AT)
     with pytest.raises(fg.PairingError, match="mean"):

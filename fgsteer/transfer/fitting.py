@@ -15,10 +15,10 @@ from fgsteer.data.chat import Text, refuse_one_text
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.effects.ridge import LinearMoments, ridge_path
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import check_range, checked
+from fgsteer.errors.checks import check_flags, check_range, checked
 from fgsteer.errors.wording import count
-from fgsteer.models.hookpoints import Hookpoint, resolve
-from fgsteer.models.pairing import model_identity
+from fgsteer.models.hookpoints import Hookpoint
+from fgsteer.models.pairing import model_identity, width_at
 from fgsteer.statistics.sinks import MASSIVE
 from fgsteer.storage.json_files import text_sha256
 from fgsteer.transfer.autoencoder import AutoencoderTraining, train_autoencoder
@@ -47,6 +47,7 @@ def fit_transfer(
     *,
     kind: Literal["affine", "autoencoder"] = "affine",
     ridge: float | None = None,
+    identity: bool = False,
     training: AutoencoderTraining | None = None,
     max_tokens: int | None = MAX_TOKENS,
     prepend_bos: bool | None = None,
@@ -76,6 +77,9 @@ def fit_transfer(
             ``f(x) = W₂ ReLU(W₁x + b₁) + b₂``, trained with Adam.
         ridge: λ of the affine map in mean eigenvalues of the centred ``XᵀX``; 0 is least squares. By default the λ with
             the least error on the held-out texts, on which the fit is then made too.
+        identity: Whether λ of the affine map holds it to the identity instead of to zero: ``f(x) = x + V x + b``, with
+            V from ridge regression of ``h_B − h_A``. It is for a base model and one that was tuned from it, whose
+            difference is small.
         training: The size, schedule and seed of an autoencoder; by default those of ``AutoencoderTraining``.
         max_tokens: Tokens that are read of a text, from its beginning; None reads all.
         prepend_bos: As in ``collect``, for both models.
@@ -84,7 +88,8 @@ def fit_transfer(
         progress: As in ``collect``; a function is called with the number of texts read.
 
     Returns:
-        The map, with what it was fitted to in ``about``.
+        The map, with what it was fitted to in ``about``. ``held_out_error`` there is the mean squared error on held-out
+        tokens in variances of what is fitted: h_B, or its difference to h_A.
 
     Raises:
         DataError: There are too few texts or tokens, they cannot be aligned, or a value is out of its range.
@@ -97,8 +102,14 @@ def fit_transfer(
         Side(model_a, tokenizer_a, Hookpoint.parse(hookpoint_a)),
         Side(model_b, tokenizer_b, Hookpoint.parse(hookpoint_b)),
     )
-    for side in sides:
-        resolve(side.model, side.hookpoint)
+    widths = [width_at(side.model, side.hookpoint) for side in sides]
+    check_flags(identity=identity)
+    if identity and (kind != "affine" or widths[0] != widths[1]):
+        raise DataError(
+            f'identity=True with kind="{kind}" between widths {widths[0]} and {widths[1]}',
+            "an affine map between models of one width",
+            "leave identity out",
+        )
     if ridge is not None:
         check_range("ridge", ridge, 0, 1e12)
     numbered = list(enumerate(texts))
@@ -117,7 +128,7 @@ def fit_transfer(
     acts = PairedActivations(*sides, max_norm_ratio, batch_tokens)
     with reporting(progress, "reading paired texts", sum(map(len, paired))) as report:
         if kind == "affine":
-            parts, figures = _fit_affine(acts, paired, ridge, report)
+            parts, figures = _fit_affine(acts, paired, ridge, identity, report)
         else:
             parts, figures = _fit_autoencoder(acts, paired, training or AutoencoderTraining(), report)
     about = {
@@ -144,6 +155,7 @@ def _fit_affine(
     acts: PairedActivations,
     paired: Sequence[Sequence[PairedText]],
     ridge: float | None,
+    identity: bool,
     report: Callable[[int], None],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The affine map from streamed moments in float64; λ chosen on held-out texts, on which the fit is made too."""
@@ -154,9 +166,10 @@ def _fit_affine(
         total: LinearMoments | None = None
         for piece in pieces(half):
             x, y, _ = acts.read(piece)
+            wanted = y.double() - x.double() if identity else y.double()
             if unit is None:  # any positive unit gives the same fit for the same λ; this one weighs dimensions alike
-                unit = _unit_of(y)
-            part = LinearMoments.of(x, y.double() / unit)
+                unit = _unit_of(wanted)
+            part = LinearMoments.of(x, wanted / unit)
             total = part if total is None else total + part
             done += len(piece)
             report(done)
@@ -169,29 +182,38 @@ def _fit_affine(
         raise DataError(
             f"{train.count} tokens to fit to and {held_out.count} held out", "at least two of each", "pass more texts"
         )
-    share = ridge
-    if share is None:
-        scale = train.mean_eigenvalue()
-        scores = ridge_path(train, held_out, [scale * each for each in RIDGES])
-        share = RIDGES[max(range(len(RIDGES)), key=lambda n: scores[n])]
-    fitted, intercept = train.fit(share * train.mean_eigenvalue())
     deviations = held_out.about(torch.zeros_like(train.x), train.y / train.count).yy
-    error = max(held_out.squared_error(fitted, intercept) / deviations, 0.0)  # rounding, where the fit is exact
+    share = _best_ridge(train, held_out, deviations) if ridge is None else ridge
+    fitted, intercept = train.fit(share * train.mean_eigenvalue())
+    error = held_out.squared_error(fitted, intercept) / deviations if deviations > 0 else 0.0
     M, b = everything.fit(share * everything.mean_eigenvalue())
     parts = {"weight": (M * unit).T, "bias": b * unit, "mean": everything.y / everything.count * unit}
+    if identity:
+        parts["weight"] = parts["weight"] + torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
+        parts["mean"] = parts["mean"] + everything.x / everything.count
     figures = {
         "kind": "affine",
         "tokens": train.count,
         "held_out_tokens": held_out.count,
         "ridge_in_mean_eigenvalues": share,
-        "held_out_error": error,
+        "identity": identity,
+        "held_out_error": max(error, 0.0),  # rounding, where the fit is exact
     }
     return {name: part.float().contiguous() for name, part in parts.items()}, figures
 
 
+def _best_ridge(train: LinearMoments, held_out: LinearMoments, deviations: float) -> float:
+    """The λ with the least error on held-out tokens, in mean eigenvalues; the largest where there is nothing to fit."""
+    if not deviations > 0:
+        return RIDGES[-1]
+    scale = train.mean_eigenvalue()
+    scores = ridge_path(train, held_out, [scale * share for share in RIDGES])
+    return RIDGES[max(range(len(RIDGES)), key=lambda n: scores[n])]
+
+
 def _unit_of(y: Tensor) -> Tensor:
-    """The standard deviation of each dimension, in float64; 1 where it does not vary."""
-    unit = y.double().std(0)
+    """The standard deviation of each dimension of y in float64; 1 where it does not vary."""
+    unit = y.std(0)
     return torch.where(unit > 0, unit, 1.0)
 
 

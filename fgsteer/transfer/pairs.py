@@ -211,4 +211,5 @@ def _record(side: Side, rows: Sequence[TokenRow], batch_tokens: int | None) -> F
     for batch, h in map_with_oom_backoff(batches, read):
         for number, row in enumerate(batch.rows):
             acts[row.index] = h[number, torch.tensor(row.selected, device=h.device)].float()
-    return torch.cat([acts[row.index] for row in rows])
+    values = torch.cat([acts[row.index] for row in rows])
+    return values.cpu() if values.device.type == "mps" else values  # which has no float64 for the fit
