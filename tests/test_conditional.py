@@ -454,7 +454,7 @@ def test_adasteers_anchors_are_0_and_100(llama, tokenizer):
 
 
 def test_published_rules_give_published_strengths():
-    """METHODS_SEEDS S6, at t of 0 and 100."""
+    """The published constants, at t of 0 and 100."""
     formulas = {
         "Llama-3.1-8B-Instruct": (
             lambda t: min(max(0.02 * (t + 60), -0.22), -0.08),

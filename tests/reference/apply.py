@@ -14,7 +14,7 @@ def _dot(a, b):
 
 
 def _unit(r):
-    """r / ||r||, the r-hat of METHODS 2."""
+    """r / ||r||, the unit direction r-hat."""
     r = np.array(r, dtype=np.float64)
     norm = math.sqrt(_dot(r, r))
     if norm == 0:
@@ -35,7 +35,7 @@ def _tokens(h, where):
 
 
 def add(h, v, c, where=None):
-    """h + c v (METHODS 1; arXiv 2312.06681)."""
+    """h + c v (arXiv 2312.06681)."""
     out = np.array(h, dtype=np.float64)
     v = np.array(v, dtype=np.float64)
     for token in _tokens(out, where):
@@ -44,7 +44,7 @@ def add(h, v, c, where=None):
 
 
 def ablate(h, r, where=None):
-    """h - (r-hat . h) r-hat (METHODS 2-3; arXiv 2406.11717)."""
+    """h - (r-hat . h) r-hat (arXiv 2406.11717)."""
     out = np.array(h, dtype=np.float64)
     direction = _unit(r)
     for token in _tokens(out, where):
@@ -53,7 +53,7 @@ def ablate(h, r, where=None):
 
 
 def clamp(h, r, target, where=None):
-    """h + (target - r-hat . h) r-hat (DESIGN, interventions table, row Clamp)."""
+    """h + (target - r-hat . h) r-hat."""
     out = np.array(h, dtype=np.float64)
     direction = _unit(r)
     for token in _tokens(out, where):
@@ -62,7 +62,7 @@ def clamp(h, r, target, where=None):
 
 
 def affine(h, r, reference, alpha, where=None):
-    """h - proj_r(h) + proj_r(reference) + alpha r, reference = r- (METHODS 2; arXiv 2411.09003)."""
+    """h - proj_r(h) + proj_r(reference) + alpha r, reference = r- (arXiv 2411.09003)."""
     out = np.array(h, dtype=np.float64)
     r = np.array(r, dtype=np.float64)
     direction = _unit(r)
@@ -74,7 +74,7 @@ def affine(h, r, reference, alpha, where=None):
 
 
 def clamp_feature(h, encode_fn, W_dec_row_dict, targets, where=None):
-    """h + sum_j (t_j - f_j(h)) W_dec[j], every f_j read from the original h (DESIGN, table, row ClampFeature)."""
+    """h + sum_j (t_j - f_j(h)) W_dec[j], every f_j read from the original h."""
     original = np.array(h, dtype=np.float64)
     out = original.copy()
     for token in _tokens(out, where):
@@ -85,7 +85,7 @@ def clamp_feature(h, encode_fn, W_dec_row_dict, targets, where=None):
 
 
 def positions(scope, length, prompt_length, first, *, bos=False, real=None):
-    """Token indices of a scope, padding and (unless bos) the BOS slot left out (DESIGN, scope; METHODS 1 and 5)."""
+    """Token indices of a scope, padding and (unless bos) the BOS slot left out."""
     kind, _, numbers = scope.partition(":")
     if scope not in SCOPES and kind not in ("first", "last", "ends", "at"):
         raise ValueError(f"unknown scope {scope!r}")
@@ -130,7 +130,7 @@ def positions(scope, length, prompt_length, first, *, bos=False, real=None):
 
 
 def add_relative(h, v, c):
-    """h + c ||h|| v-hat, token by token (METHODS_MORE 4, Norm)."""
+    """h + c ||h|| v-hat, token by token."""
     out = np.array(h, dtype=np.float64)
     direction = _unit(v)
     for token in range(len(out)):
@@ -139,7 +139,7 @@ def add_relative(h, v, c):
 
 
 def add_keeping_norm(h, v, c):
-    """(h + c v) ||h|| / ||h + c v|| (METHODS_MORE 4, Norm: rescaled over the last dimension)."""
+    """(h + c v) ||h|| / ||h + c v||."""
     out = np.array(h, dtype=np.float64)
     for token in range(len(out)):
         moved = out[token] + c * np.array(v, dtype=np.float64)
@@ -148,7 +148,7 @@ def add_keeping_norm(h, v, c):
 
 
 def adaptive_add(h, u, a, b, s):
-    """h + s relu(a . h + b) u (METHODS_MORE 3, PSR)."""
+    """h + s relu(a . h + b) u."""
     out = np.array(h, dtype=np.float64)
     for token in range(len(out)):
         out[token] = out[token] + s * max(_dot(a, out[token]) + b, 0.0) * np.array(u, dtype=np.float64)
@@ -156,7 +156,7 @@ def adaptive_add(h, u, a, b, s):
 
 
 def bound(h, r, at_least=-math.inf, at_most=math.inf):
-    """Each token moved along r-hat until its projection is within bounds (METHODS_MORE 4, Cap/floor)."""
+    """Each token moved along r-hat until its projection is within bounds."""
     out = np.array(h, dtype=np.float64)
     direction = _unit(r)
     for token in range(len(out)):
@@ -189,7 +189,7 @@ def rotate(h, first, other, by=None, to=None):
 
 
 def remap(h, weight, bias, hidden_weight=None, hidden_bias=None, strength=1.0):
-    """(1 - s) h + s f(h), f(h) = W h + b, or W relu(W1 h + b1) + b (METHODS_SEEDS S2)."""
+    """(1 - s) h + s f(h), f(h) = W h + b, or W relu(W1 h + b1) + b."""
     out = np.array(h, dtype=np.float64)
     for token in range(len(out)):
         x = [float(value) for value in out[token]]
@@ -201,7 +201,7 @@ def remap(h, weight, bias, hidden_weight=None, hidden_bias=None, strength=1.0):
 
 
 def edit_features(h, encode_fn, W_dec_row_dict, edits):
-    """h + sum_j (f'_j - f_j) W_dec[j], with f'_j of the edit's rule (METHODS_MORE 0 and 4, Min-clamp)."""
+    """h + sum_j (f'_j - f_j) W_dec[j], with f'_j of the edit's rule."""
     rules: dict[str, Callable[[float, float], float]] = {
         "set": lambda f, x: x,
         "at_least": max,

@@ -4,14 +4,14 @@ import torch
 
 
 def cached(model, ids):
-    """[(keys, values)] of the last of these ids in every layer, each (n_kv_heads, d_head) (METHODS_SEEDS S8)."""
+    """[(keys, values)] of the last of these ids in every layer, each (n_kv_heads, d_head)."""
     with torch.no_grad():
         cache = model(torch.tensor([ids]), use_cache=True).past_key_values
     return [(layer.keys[0, :, -1], layer.values[0, :, -1]) for layer in cache.layers]
 
 
 def mean_difference(model, sides, layer, which):
-    """Mean over positive prompts less mean over negative ones of keys (0) or values (1) (METHODS_SEEDS S8)."""
+    """Mean over positive prompts less mean over negative ones of keys (0) or values (1)."""
     means = []
     for prompts in sides:
         total = 0.0
@@ -22,7 +22,7 @@ def mean_difference(model, sides, layer, which):
 
 
 def greedy(model, ids, changes, new, edit=None):
-    """Greedy tokens after a prompt, whose cache is changed before its last token is read (METHODS_SEEDS S8).
+    """Greedy tokens after a prompt, whose cache is changed before its last token is read.
 
     changes: {layer: (what is added to keys, to values)}; edit(hidden states, number of tokens before them, tokens of
     the prompt) changes what blocks give, where it is not None: {block: edit}.

@@ -1,4 +1,4 @@
-"""Conditional defences by loops (METHODS_SEEDS S6): plain hooks on a Llama-type model, one prompt after the other."""
+"""Conditional defences by loops: plain hooks on a Llama-type model, one prompt after the other."""
 
 from __future__ import annotations
 

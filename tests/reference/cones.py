@@ -1,4 +1,4 @@
-"""Refusal directions by gradient, cones and independence by loops (METHODS_SEEDS S5): one prompt at a time."""
+"""Refusal directions by gradient, cones and independence by loops: one prompt at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The refusal direction by loops (METHODS_SEEDS S1): plain hooks on a Llama-type model, one prompt at a time."""
+"""The refusal direction by loops: plain hooks on a Llama-type model, one prompt at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Effects of a vector on generated text (METHODS 6), one row, one token and one number at a time."""
+"""Effects of a vector on generated text, one row, one token and one number at a time."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Evaluation figures (METHODS 7) in plain Python floats: one text, one token and one number at a time."""
+"""Evaluation figures in plain Python floats: one text, one token and one number at a time."""
 
 import math
 

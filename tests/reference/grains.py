@@ -1,4 +1,4 @@
-"""GrAInS by loops (METHODS_SEEDS S8): one pair, one point of the integral and one token at a time."""
+"""GrAInS by loops: one pair, one point of the integral and one token at a time."""
 
 from __future__ import annotations
 

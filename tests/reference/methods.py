@@ -1,4 +1,4 @@
-"""The builders of METHODS 1, 4, 5 and 6 written straight from their equations."""
+"""The builders of vectors, written straight from their equations."""
 
 import math
 
@@ -29,12 +29,12 @@ def unit(v):
 
 
 def caa(pos, neg):
-    """v = mean(h+) - mean(h-) (METHODS 1; arXiv 2312.06681)."""
+    """v = mean(h+) - mean(h-) (arXiv 2312.06681)."""
     return _mean(pos) - _mean(neg)
 
 
 def signed_min_max(x):
-    """n(x) = sign(x) (|x| - min|x|) / (max|x| - min|x|), zeros when max == min (METHODS 4 step 3; arXiv 2505.20322)."""
+    """n(x) = sign(x) (|x| - min|x|) / (max|x| - min|x|), zeros when max == min (arXiv 2505.20322)."""
     size = [abs(float(v)) for v in x]
     low, high = min(size), max(size)
     out = np.zeros(len(size), dtype=np.float64)
@@ -50,7 +50,7 @@ def signed_min_max(x):
 
 
 def sta_statistics(z_pos, z_neg):
-    """(delta_a, delta_f, s): amplitude, frequency and score (METHODS 4 steps 2-3; arXiv 2505.20322)."""
+    """(delta_a, delta_f, s): amplitude, frequency and score (arXiv 2505.20322)."""
     delta_a = _mean(z_pos) - _mean(z_neg)
     n_features = len(delta_a)
     delta_f = np.zeros(n_features, dtype=np.float64)
@@ -66,7 +66,7 @@ def sta_statistics(z_pos, z_neg):
 
 
 def sta(z_pos, z_neg, W_dec, v_caa, *, p=0.35, mode="act_and_freq", atoms="signed", compat=False, norm_match=True):
-    """(direction, {feature: delta_a}) of Steering Target Atoms (METHODS 4 steps 2-5 and traps; arXiv 2505.20322)."""
+    """(direction, {feature: delta_a}) of Steering Target Atoms (arXiv 2505.20322)."""
     if mode not in ("act_and_freq", "act", "freq"):
         raise ValueError(f"unknown mode {mode!r}")
     if atoms not in ("signed", "positive"):
@@ -114,7 +114,7 @@ def sta(z_pos, z_neg, W_dec, v_caa, *, p=0.35, mode="act_and_freq", atoms="signe
 
 
 def fgaa_target(z_pos, z_neg, *, density=None, max_density=0.01, bos_features=(), n_positive, n_negative):
-    """Target t (K,): difference, density filter, BOS filter, signed top-k (METHODS 5 steps 1-4; arXiv 2501.09929)."""
+    """Target t (K,): difference, density filter, BOS filter, signed top-k (arXiv 2501.09929)."""
     difference = _mean(z_pos) - _mean(z_neg)
     n_features = len(difference)
     if density is not None:
@@ -138,7 +138,7 @@ def fgaa_target(z_pos, z_neg, *, density=None, max_density=0.01, bos_features=()
 
 
 def project_decoder(t, W_dec):
-    """t @ W_dec without b_dec (METHODS 5, 'without an approximator'; arXiv 2411.02193 baseline)."""
+    """t @ W_dec without b_dec (arXiv 2411.02193 baseline)."""
     W_dec = np.array(W_dec, dtype=np.float64)
     direction = np.zeros(W_dec.shape[1], dtype=np.float64)
     for j in range(W_dec.shape[0]):
@@ -188,7 +188,7 @@ def caa_denoised(z_pos, z_neg, h_pos, h_neg, W_dec, *, shrinkage, threshold):
 
 
 def project_effects(t, M, b, lambda_b=1.0):
-    """M t/||M t|| - lambda_b M b/||M b||, not renormalised (METHODS 5 step 5 and METHODS 6; arXiv 2411.02193)."""
+    """M t/||M t|| - lambda_b M b/||M b||, not renormalised (arXiv 2411.02193)."""
     M = np.array(M, dtype=np.float64)
     d, n_features = M.shape
     towards = np.zeros(d, dtype=np.float64)
@@ -204,7 +204,7 @@ def project_effects(t, M, b, lambda_b=1.0):
 
 
 def ridge(X, Y, lam):
-    """M = (Xc'Xc + lam I)^-1 Xc'Yc (sums, not means), b = mean(Y) - mean(X) M (METHODS 6; arXiv 2411.02193)."""
+    """M = (Xc'Xc + lam I)^-1 Xc'Yc (sums, not means), b = mean(Y) - mean(X) M (arXiv 2411.02193)."""
     X = np.array(X, dtype=np.float64)
     Y = np.array(Y, dtype=np.float64)
     n, d = X.shape

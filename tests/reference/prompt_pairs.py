@@ -16,7 +16,7 @@ def block_inputs(model, block, ids):
 
 
 def vectors(model, block, positive, negative, c, pad):
-    """c (h+_i - h-_i) of every token i, the shorter prompt padded on the right (METHODS_SEEDS S8; arXiv 2308.10248)."""
+    """c (h+_i - h-_i) of every token i, the shorter prompt padded on the right (arXiv 2308.10248)."""
     n = max(len(positive), len(negative))
     positive, negative = (row + [pad] * (n - len(row)) for row in (positive, negative))
     return c * (block_inputs(model, block, positive) - block_inputs(model, block, negative))

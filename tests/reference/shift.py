@@ -1,4 +1,4 @@
-"""Relevance, effects and interventions by component by loops (METHODS_SEEDS S4), on a Llama-type model."""
+"""Relevance, effects and interventions by component by loops, on a Llama-type model."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def _per_feature(values, n_features):
 
 
 def normalise_input(x, input_norm):
-    """Input normalisation as sae-lens does it (DESIGN, traps); layer_norm divides by the unbiased std + 1e-5."""
+    """Input normalisation as sae-lens does it; layer_norm divides by the unbiased std + 1e-5."""
     x = _vector(x)
     d = len(x)
     if input_norm == "none":
@@ -55,7 +55,7 @@ def encode(
     rescale_acts_by_decoder_norm=False,
     input_norm="none",
 ):
-    """E(x) of one activation (d,) -> (K,), the encoder that METHODS 4-5 call E; sae-lens's conventions (DESIGN)."""
+    """E(x) of one activation (d,) -> (K,), the encoder; sae-lens's conventions."""
     W_enc = np.array(W_enc, dtype=np.float64)
     W_dec = np.array(W_dec, dtype=np.float64)
     b_dec = _vector(b_dec)
@@ -105,7 +105,7 @@ def encode(
 
 
 def moments(samples):
-    """(count, mean, m2) of (n,) arrays by definition, in two passes; m2 = sum (x - mean)^2 (DESIGN, types 4)."""
+    """(count, mean, m2) of (n,) arrays by definition, in two passes; m2 = sum (x - mean)^2."""
     samples = [_vector(s) for s in samples]
     if not samples:
         raise ValueError("moments of no samples")
@@ -120,7 +120,7 @@ def moments(samples):
 
 
 def pooled(encodings):
-    """Mean over tokens of the encodings, not the encoding of the mean (METHODS 4 step 1, 5 step 1)."""
+    """Mean over tokens of the encodings, not the encoding of the mean."""
     total = None
     count = 0
     for block in encodings:
@@ -133,7 +133,7 @@ def pooled(encodings):
 
 
 def density(docs):
-    """Token-level density without BOS, and share of firing documents with their argmax on BOS (METHODS 5 steps 2-3)."""
+    """Token-level density without BOS, and share of firing documents with their argmax on BOS."""
     docs = [np.array(doc, dtype=np.float64) for doc in docs]
     if not docs:
         raise ValueError("density of no documents")
