@@ -16,9 +16,9 @@ from fgsteer.display.tables import Cell, Table
 from fgsteer.errors import HookpointError
 from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.models.unembedding import top_tokens
 from fgsteer.mechanisms.parts import BlockParts, block_parts, norm_gain, norm_linear, project
 from fgsteer.mechanisms.texts import first_block
+from fgsteer.models.unembedding import top_tokens
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
