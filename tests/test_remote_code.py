@@ -77,6 +77,7 @@ def commands(folder, at):
         "effects": ("-o", at / "e"),
         "eval": ("--tasks", "hellaswag", *one),
         "examples": (corpus, "-o", at / "x"),
+        "explain": (vector,),
         "export": (vector, "--to", "lm-eval", "-c", 1, "-o", at / "v.pt"),
         "features": (vector,),
         "fold": (*one, "-o", at / "folded"),

@@ -57,11 +57,13 @@ TITLES = {
     "likelihood": "Likelihood and strength",
     "effects": "Effects",
     "methods": "Methods",
-    "directions": "Refusal directions",
+    "directions": "Refusal directions and cones",
     "transfer": "Transfer between models",
     "features": "Features",
     "training": "Training of SAEs",
     "evaluation": "Evaluation",
+    "conditional": "Conditional defences",
+    "mechanisms": "What drives steering",
     "export": "Exports",
     "errors": "Errors and warnings",
 }
@@ -257,7 +259,7 @@ def interventions_table() -> str:
 SYSTEMS = Path(__file__).with_name("systems.jsonl")  # a system a line
 UNMEASURED = "not measured yet"
 BENCHMARKS = ROOT / "benchmarks" / "results"
-FIGURE = re.compile(r"\{([^{}:]+)(:[^{}]+)?\}")
+FIGURE = re.compile(r"\{([^{}]+?)(:\.\d+[fg%])?\}")
 
 
 def systems() -> list[dict[str, Any]]:
