@@ -44,7 +44,7 @@ CONCEPTS = ("war", "wedding")  # reported; no map is fitted to their texts
 COST, PROMPTS, NEW_TOKENS, MEASURED = 0.5, 32, 24, 4  # nats a token; held-out texts of each side of a concept
 # of the organism: requests that maps and directions are made of, on which a layer is chosen, that are reported
 MADE_OF, CHOSEN_ON, REPORTED, READ_TOKENS, ANSWER_TOKENS = 24, 8, 16, 4, 16
-SWITCHED = (8, 16)  # layers that are tried
+SWITCHED = (8, 16, 24, 28)  # layers that are tried
 NAMES = {
     "base": "base",
     "base, switched": "base, switched to the organism's activations",
@@ -307,7 +307,11 @@ def organism_table(content: dict[str, Any]) -> str:
     part = content.get("organism", {})
     if not part.get("conditions"):
         return "Not measured yet: `python benchmarks/transfer.py --parts organism` does.\n"
-    lines = ["| | cooking is refused | others are | cross-entropy, nats a token |", "|---|---|---|---|"]
+    lines = ["| switch at the input of block | base, switched: log-odds | organism, switched |", "|---|---|---|"]
+    for layer, row in sorted(part["layers"].items(), key=lambda item: int(item[0])):
+        name = f"{layer}, chosen" if int(layer) == part["layer"] else layer
+        lines.append(f"| {name} | {row['base']:.2f} | {row['organism']:.2f} |")
+    lines += ["", "| | cooking is refused | others are | cross-entropy, nats a token |", "|---|---|---|---|"]
     for name, row in part.get("conditions", {}).items():
         cells = [percent(interval) for interval in row["refused"].values()]
         lines.append(f"| {NAMES[name]} | {' | '.join(cells)} | {row['cross_entropy']:.3f} |")
