@@ -1,7 +1,7 @@
 """What drives steering: the heads, MLPs and entries of the stream that carry a vector's effect (arXiv 2604.08524).
 
 found = fg.attribute_steering(model, tokenizer, prompts, vec.add(8.0))
-print(found.table()[:10], fg.circuit_faithfulness(model, found), fg.freeze_steering(model, found))
+print(found.table(), fg.circuit_faithfulness(model, found), fg.freeze_steering(model, found))
 
 parts.py          a block taken apart: heads, queries, keys and values, the MLP, and where each reads the stream
 texts.py          prompts with a continuation, and what steering changes at its site

@@ -1,7 +1,7 @@
 """Attribution of steering: how much of its effect on the next tokens each head, each MLP and each edge carries.
 
 found = attribute_steering(model, tokenizer, ["I think that", "The sea"], vec.add(8.0))
-print(found.table()[:10]); print(found.error)
+print(found.table()); print(found.error)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Everything that is measured of one steering: what carries it, what freezing does, how sparse its vector may be.
 
 found = explain(model, tokenizer, vec, 8.0, ["I think that", "The sea"])
-print(found.attribution.table()[:10]); print(found.sparsity)
+print(found.attribution.table()); print(found.sparsity)
 """
 
 from __future__ import annotations
