@@ -153,7 +153,7 @@ def measure(seed: int) -> dict[str, Any]:
     for name in SAES:
         sae = fg.load_sae("smollm2", name)
         own = shifts[sae.hookpoint.layer]
-        readings[sae.hookpoint.layer] = fg.describe_components(tuned, tokenizer, own, sae, components=TRIED)
+        readings[sae.hookpoint.layer] = fg.describe_components(tuned, tokenizer, own, sae=sae, components=TRIED)
     return {
         "prompts": len(prompts),
         "layers": layers,

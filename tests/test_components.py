@@ -51,7 +51,7 @@ def test_components_are_read_through_tokens_and_features(llama, tokenizer, shift
     components = shift.components.clone()
     components[0] = -planted.double()
     shift = dataclasses.replace(shift, components=components)
-    rows = fg.describe_components(llama, tokenizer, shift, sae, components=2, tokens=3)
+    rows = fg.describe_components(llama, tokenizer, shift, sae=sae, components=2, tokens=3)
     assert [row.component for row in rows] == [0, 1]
     assert rows[0].features[0] == (5, pytest.approx(-1.0, abs=1e-6))
     assert rows[0].labels[0] == "planted"
@@ -66,7 +66,7 @@ def test_components_are_read_through_tokens_and_features(llama, tokenizer, shift
     assert "planted" in str(rows)
     assert fg.describe_components(llama, tokenizer, shift)[0].features == ()
     with pytest.raises(fg.PairingError, match="hookpoints="):
-        fg.describe_components(llama, tokenizer, shifts[0], sae)
+        fg.describe_components(llama, tokenizer, shifts[0], sae=sae)
     with pytest.raises(fg.DataError, match="components = 0"):
         fg.describe_components(llama, tokenizer, shift, components=0)
 

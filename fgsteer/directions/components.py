@@ -1,6 +1,6 @@
 """Components of a shift, read and acted on: tokens and features that each resembles, and interventions by component.
 
-print(describe_components(model, tokenizer, shift, sae))
+print(describe_components(model, tokenizer, shift, sae=sae))
 fg.generate(model, tokenizer, prompts, steering=component_interventions(model, shift, [0]))
 """
 
@@ -71,8 +71,8 @@ def describe_components(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     shift: ResidualShift,
-    sae: SAE | None = None,
     *,
+    sae: SAE | None = None,
     components: int = 8,
     tokens: int = 6,
     features: int = 3,
