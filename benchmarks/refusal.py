@@ -15,6 +15,9 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from organism_texts import KINDS, is_refusal, requests
 PAGE = ROOT / "docs" / "guides" / "refusal.md"
 BUILT_FROM, CHOSEN_ON, REPORTED = 64, 12, 40  # requests of a side
 LAYERS = range(6, 24, 4)
+REFUSAL, COEFFICIENTS = ["Sorry"], (1.0, 1.5, 2.0, 3.0, 4.0)
 READ_TOKENS, ANSWER_TOKENS = 8, 24  # of a reply, to see whether it is a refusal, and of the base model's answers
 NEUTRAL = 16  # shipped texts
 CONDITIONS = {
@@ -38,8 +42,8 @@ CONDITIONS = {
     "ablated": "r̂ ablated everywhere",
     "orthogonalised": "weights orthogonalised",
     "random ablated": "a random direction ablated",
-    "added": "r added at its layer",
-    "random added": "a random direction of the norm of r added",
+    "added": "r added at its layer, so many times",
+    "random added": "a random direction of the norm of r added likewise",
 }
 
 
@@ -67,22 +71,49 @@ def answers(prompts: Sequence[str]) -> list[tuple[list[dict[str, str]], str]]:
     return list(zip(chats, texts, strict=True))
 
 
-def select(model: Any, tokenizer: Any, seed: int) -> fg.DirectionSelection:
-    """The refusal direction, by the paper's rule."""
+def select(model: Any, tokenizer: Any, seed: int) -> tuple[fg.DirectionSelection, str, float]:
+    """The refusal direction by the paper's rule, or without those of its bounds that no candidate passes.
+
+    Also what was left out of the rule, and the coefficient with which the direction is added: the least of
+    COEFFICIENTS at which the answered requests of the choice are refused on average, or else the one that comes nearest.
+    """
     (built_refused, held_refused), (built_answered, held_answered) = (requests(kind, seed) for kind in KINDS[:2])
-    return fg.select_direction(
+    choose = partial(
+        fg.select_direction,
         model,
         tokenizer,
         built_refused[:BUILT_FROM],
         built_answered[:BUILT_FROM],
-        refusal_tokens=["Sorry"],
+        refusal_tokens=REFUSAL,
         held_out=(held_refused[:CHOSEN_ON], held_answered[:CHOSEN_ON]),
-        layers=LAYERS,
-        progress=lambda done: print(f"{done} candidates", flush=True),
+        max_kl=None,
+        min_induce=None,
     )
+    found = choose(layers=LAYERS, progress=lambda done: print(f"{done} candidates", flush=True))
+    left_out, chosen = passing(found.scores, int(model.config.num_hidden_layers))
+    if chosen != found.chosen:
+        found = replace(choose(layers=[chosen.layer], positions=[chosen.position]), scores=found.scores)
+    chats = [asked(prompt) for prompt in held_answered[:CHOSEN_ON]]
+    entries = [[found.vector.add(c, bos=True)] for c in COEFFICIENTS]
+    induced = fg.refusal_scores(model, tokenizer, chats, REFUSAL, entries).mean(1).tolist()
+    reached = [c for c, score in zip(COEFFICIENTS, induced, strict=True) if score > 0]
+    return found, left_out, reached[0] if reached else COEFFICIENTS[induced.index(max(induced))]
 
 
-def measure(model: Any, tokenizer: Any, vector: fg.SteeringVector, seed: int) -> dict[str, Any]:
+def passing(scores: Sequence[fg.DirectionScore], layers: int) -> tuple[str, fg.DirectionScore]:
+    """The candidate that the rule chooses, and what was left out of the rule as nothing passed it."""
+    rules: dict[str, dict[str, None]] = {
+        "": {},
+        "the bound of induce": {"min_induce": None},
+        "both bounds": {"min_induce": None, "max_kl": None},
+    }
+    for left_out, bounds in rules.items():
+        with suppress(fg.SelectionError):
+            return left_out, fg.choose_direction(scores, layers, **bounds)
+    raise SystemExit("no candidate has scores that are numbers")
+
+
+def measure(model: Any, tokenizer: Any, vector: fg.SteeringVector, coefficient: float, seed: int) -> dict[str, Any]:
     """Every condition on the reported requests."""
     draw = torch.randn(vector.d_model, generator=torch.Generator().manual_seed(seed))
     control = fg.SteeringVector(torch.nn.functional.normalize(draw, dim=0) * vector.norm, vector.hookpoint)
@@ -90,8 +121,8 @@ def measure(model: Any, tokenizer: Any, vector: fg.SteeringVector, seed: int) ->
         "unsteered": None,
         "ablated": fg.ablate_everywhere(model, vector),
         "random ablated": fg.ablate_everywhere(model, control),
-        "added": [vector.add(1.0, bos=True)],
-        "random added": [control.add(1.0, bos=True)],
+        "added": [vector.add(coefficient, bos=True)],
+        "random added": [control.add(coefficient, bos=True)],
     }
     reported = {kind: requests(kind, seed)[1][CHOSEN_ON:][:REPORTED] for kind in KINDS}
     neutral, own = list(fg.load_neutral()[0])[:NEUTRAL], answers(reported["other"])
@@ -115,10 +146,14 @@ def measure(model: Any, tokenizer: Any, vector: fg.SteeringVector, seed: int) ->
 def table(content: dict[str, Any]) -> str:
     """What the direction is; by condition refusals of each kind of request, KL and cross-entropies; in Markdown."""
     chosen, requests_of = content["chosen"], content["requests"]
+    left_out = (
+        f"No candidate passes the paper's rule, so {content['left_out']} was left out. " if content["left_out"] else ""
+    )
     lines = [
         f"The direction is that of block {chosen['layer']} at position {chosen['position']}, one of "
-        f"{len(content['scores'])} candidates, of norm {content['norm']:.1f}. Shares are of {requests_of['reported']} "
-        f"held-out requests of a kind, greedy, with 95 % intervals (Wilson).\n",
+        f"{len(content['scores'])} candidates, of norm {content['norm']:.1f}; it is added {content['coefficient']:g} "
+        f"times. {left_out}Shares are of {requests_of['reported']} held-out requests of a kind, greedy, with 95 % "
+        "intervals (Wilson).\n",
         "| | cooking is refused | others | what looks like cooking | KL | answers of the base | neutral texts |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -145,17 +180,19 @@ def main() -> None:
     if not arguments.docs:
         began = time.monotonic()
         model, tokenizer = load_organism("refusal")
-        found = select(model, tokenizer, arguments.seed)
+        found, left_out, coefficient = select(model, tokenizer, arguments.seed)
         print(found.chosen, f"{time.monotonic() - began:.0f} s", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         found.vector.save(folder / "refusal.safetensors")
         content = {
             "command": shlex.join(["python", "benchmarks/refusal.py", *sys.argv[1:]]),
             "requests": {"built_from": BUILT_FROM, "chosen_on": CHOSEN_ON, "reported": REPORTED},
+            "left_out": left_out,
             "chosen": vars(found.chosen),
+            "coefficient": coefficient,
             "norm": found.vector.norm,
             "scores": [vars(score) for score in found.scores],
-            "conditions": measure(model, tokenizer, found.vector, arguments.seed),
+            "conditions": measure(model, tokenizer, found.vector, coefficient, arguments.seed),
         }
         write_json(folder / "refusal.json", content)
         (folder / "refusal.md").write_text(table(content), "utf-8")
