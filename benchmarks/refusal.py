@@ -74,8 +74,8 @@ def answers(prompts: Sequence[str]) -> list[tuple[list[dict[str, str]], str]]:
 def select(model: Any, tokenizer: Any, seed: int) -> tuple[fg.DirectionSelection, str, float]:
     """The refusal direction by the paper's rule, or without those of its bounds that no candidate passes.
 
-    Also what was left out of the rule, and the coefficient with which the direction is added: the least of
-    COEFFICIENTS at which the answered requests of the choice are refused on average, or else the one that comes nearest.
+    Also what was left out of the rule, and the coefficient with which the direction is added: the least at which the
+    answered requests of the choice are refused on average, or else the one that comes nearest.
     """
     (built_refused, held_refused), (built_answered, held_answered) = (requests(kind, seed) for kind in KINDS[:2])
     choose = partial(
@@ -102,7 +102,7 @@ def select(model: Any, tokenizer: Any, seed: int) -> tuple[fg.DirectionSelection
 
 def passing(scores: Sequence[fg.DirectionScore], layers: int) -> tuple[str, fg.DirectionScore]:
     """The candidate that the rule chooses, and what was left out of the rule as nothing passed it."""
-    rules: dict[str, dict[str, None]] = {
+    rules: dict[str, dict[str, Any]] = {
         "": {},
         "the bound of induce": {"min_induce": None},
         "both bounds": {"min_induce": None, "max_kl": None},
@@ -146,9 +146,7 @@ def measure(model: Any, tokenizer: Any, vector: fg.SteeringVector, coefficient: 
 def table(content: dict[str, Any]) -> str:
     """What the direction is; by condition refusals of each kind of request, KL and cross-entropies; in Markdown."""
     chosen, requests_of = content["chosen"], content["requests"]
-    left_out = (
-        f"No candidate passes the paper's rule, so {content['left_out']} was left out. " if content["left_out"] else ""
-    )
+    left_out = content["left_out"] and f"No candidate passes the paper's rule, so {content['left_out']} was left out. "
     lines = [
         f"The direction is that of block {chosen['layer']} at position {chosen['position']}, one of "
         f"{len(content['scores'])} candidates, of norm {content['norm']:.1f}; it is added {content['coefficient']:g} "
