@@ -100,7 +100,7 @@ def made(tmp_path_factory):
         *(score, fg.DirectionSelection(vector, score, Table([score] * 99), (9, 9), (9, 9))),
         fg.ResidualShift(AT, torch.randn(64, 4096), wide, wide, 64, {"name": LONG}),
         fg.TransferMap(torch.randn(9, 64), narrow[:9], narrow[:9], AT, AT, source_model={"name": LONG}),
-        fg.TransferQuality(10**9, 10**6, *[1 / 3] * 9, wide),
+        fg.TransferQuality(10**9, 10**6, 1 / 3, 1 / 3, 1 / 3, 1 / 3, 1 / 3, 9.1, 9.2, 9.3, 1 / 3, wide),
         fg.AutoencoderTraining(lr=1 / 3),
         fg.audit(model, tokenizer, tiny_model("llama", seed=1), texts),
         *(AT, fg.Hookpoint.parse("model.layers.3.mlp")),

@@ -41,8 +41,9 @@ def naive_everywhere(rows, item):
             rows, item.directions.double().numpy(), item.targets or [0] * len(item.directions)
         )
     if isinstance(item, fg.Remap):
-        parts = (item.weight, item.bias, item.hidden_weight, item.hidden_bias)
-        return reference.remap(rows, *(None if p is None else p.double().numpy() for p in parts), item.strength)
+        hidden = () if item.hidden_weight is None else (item.hidden_weight.numpy(), item.hidden_bias.numpy())
+        layers = dict(zip(("hidden_weight", "hidden_bias"), hidden, strict=False))
+        return reference.remap(rows, item.weight.numpy(), item.bias.numpy(), strength=item.strength, **layers)
     v = item.direction.double().numpy()
     if isinstance(item, fg.Clamp) and item.target is None:
         bounds = {name: b for name in ("at_least", "at_most") if (b := getattr(item, name)) is not None}
