@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from scipy.stats import binomtest
 from subject import ROOT, load_organism, published, results_folder
 
 import fgsteer as fg
+from fgsteer.models.hookpoints import blocks_of
 from fgsteer.storage.json_files import read_json, write_json
 
 sys.path.insert(0, str(ROOT / "pretrained"))
@@ -31,7 +33,8 @@ from organism_texts import is_refusal, requests
 
 PAGE = ROOT / "docs" / "guides" / "cones.md"
 BUILT_FROM, CHOSEN_ON, TRAINED_ON, REPORTED = 32, 12, 12, 24  # requests of a side
-LAYERS = (9, 12, 15)  # whose inputs the first direction is chosen among
+LAYERS, POSITIONS = (6, 9, 12, 15, 18), (-1, -5)  # which the difference of means is chosen among
+BOUNDS = ((0.1, 0.0), (0.5, 0.0), (0.5, None), (None, None))  # of KL and of the induce score; the paper's first
 READ_TOKENS = 4  # of a reply: its first word says whether it is a refusal
 SAMPLED = 2  # directions of a cone
 TRAINING: dict[str, Any] = {"reply_tokens": 16, "batch_size": 4, "learning_rate": 1e-2}
@@ -64,21 +67,30 @@ def share(answers: Sequence[bool]) -> list[float]:
 
 
 def select(model: Any, tokenizer: Any, seed: int) -> fg.SteeringVector:
-    """The difference of means at the last token of lowest bypass score; the rule's bounds may leave none of so few."""
+    """The difference of means by the paper's rule, under the first of some bounds that leave a candidate."""
     cooking, other = (requests(kind, seed)[0] for kind in ("cooking", "other"))
-    end = BUILT_FROM + CHOSEN_ON
-    return fg.select_direction(
+    built, held_out = slice(BUILT_FROM), slice(BUILT_FROM, BUILT_FROM + CHOSEN_ON)
+    scores = fg.select_direction(
         model,
         tokenizer,
-        cooking[:BUILT_FROM],
-        other[:BUILT_FROM],
+        cooking[built],
+        other[built],
         refusal_tokens=["Sorry"],
-        held_out=(cooking[BUILT_FROM:end], other[BUILT_FROM:end]),
-        positions=[-1],
+        held_out=(cooking[held_out], other[held_out]),
+        positions=POSITIONS,
         layers=LAYERS,
+        filter_requests=False,
         max_kl=None,
         min_induce=None,
-    ).vector
+    ).scores
+    print(scores, flush=True)
+    for max_kl, min_induce in BOUNDS:
+        with suppress(fg.SelectionError):
+            chosen = fg.choose_direction(scores, len(blocks_of(model)), max_kl=max_kl, min_induce=min_induce)
+            break
+    print(chosen, flush=True)
+    r = fg.candidate_directions(model, tokenizer, cooking[built], other[built], positions=[chosen.position])
+    return fg.SteeringVector(r[0, chosen.layer].float(), fg.Hookpoint(chosen.layer, "resid_pre"))
 
 
 def kept(path: Path, make: Callable[[], Any]) -> fg.ConceptCone:
