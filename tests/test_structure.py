@@ -35,6 +35,7 @@ FLOORS = (
     "directions",
     "features",
     "training",
+    "learning",
     "evaluation",
     "export",
     "hub",
