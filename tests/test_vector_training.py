@@ -17,6 +17,7 @@ from fgsteer.learning import losses, response_passes, run
 from fgsteer.learning.spaces import FeatureSpace, ResidualSpace, ShiftFeatures
 from fgsteer.methods.separable import soft_threshold
 from fgsteer.vector.steering_vector import SteeringVector
+from tests.helpers.cli import invoke, invoke_on_cpu
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import D_MODEL, model_of, tiny_model
 from tests.reference import training as reference
@@ -392,7 +393,9 @@ def test_several_vectors_at_once_are_those_of_one_at_a_time(name, space, wide, t
     """With other numbers of examples, so that one goes on alone; each has the random numbers that it has alone."""
     settings = fg.VectorTraining.published(name, epochs=3, batch=2, init=None if name == "reps" else 0.1)
     options: Any = {"objective": settings, "batch_tokens": 64}
-    options |= {"hookpoint": AT} if space == "residual" else {"space": "sae", "sae": make_sae(), "features": [3, 11, 17]}
+    options |= (
+        {"hookpoint": AT} if space == "residual" else {"space": "sae", "sae": make_sae(), "features": [3, 11, 17]}
+    )
     many = fg.train_many(wide, tokenizer, {"a": PREFERENCES, "b": OTHERS}, **options)
     for key, data in (("a", PREFERENCES), ("b", OTHERS)):
         alone = fg.train(wide, tokenizer, data, **options)
@@ -521,6 +524,28 @@ def test_a_trained_vector_is_a_file(llama, tokenizer, tmp_path):
     assert provenance["hyperparameters"]["factors"] == list(fg.VectorTraining.published("reps").factors)
     assert provenance["model"]["layers"] == 3
     assert not vector.direction.requires_grad
+
+
+def test_the_command_writes_the_vector_that_the_function_returns(tmp_path):
+    """On the default, in its SAE's space, with the features' weights in the file."""
+    rows = [{"prompt": p, "chosen": winner, "rejected": loser} for p, winner, loser in PREFERENCES]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "v.safetensors"
+    settings = ["--objective", "simpo", "--set", "epochs=2", "--set", "factors=[4, 8]", "--no-strengths"]
+    result = invoke_on_cpu(
+        "train", tmp_path / "pairs.jsonl", "-o", out, "--space", "sae", "--features", 5, "--json", *settings
+    )
+    told = json.loads(result.stdout)
+    vector = SteeringVector.load(out)
+    model, tokenizer = fg.load_model("default", device="cpu")
+    recipe = fg.VectorTraining.published("simpo", epochs=2, factors=(4.0, 8.0))
+    expected = fg.train(
+        model, tokenizer, PREFERENCES, objective=recipe, space="sae", sae=fg.load_sae("default"), features=5
+    )
+    assert torch.equal(vector.direction, expected.direction)
+    assert vector.features == pytest.approx(dict(expected.features))
+    assert (told["features"], told["training"]["steps"]) == (5, 2)
+    assert invoke("train", "love", "-o", out, "--objective", "dpo").exit_code == 2
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ TITLES = {
     "directions": "Refusal directions",
     "features": "Features",
     "training": "Training of SAEs",
+    "learning": "Training of vectors",
     "evaluation": "Evaluation",
     "export": "Exports",
     "errors": "Errors and warnings",
