@@ -151,6 +151,9 @@ from fgsteer.interventions.token_scopes import at as at
 from fgsteer.interventions.token_scopes import ends as ends
 from fgsteer.interventions.token_scopes import first as first
 from fgsteer.interventions.token_scopes import last as last
+from fgsteer.learning.settings import VectorTraining as VectorTraining
+from fgsteer.learning.train import train as train
+from fgsteer.learning.train import train_many as train_many
 from fgsteer.likelihood.calibration import calibrate as calibrate
 from fgsteer.likelihood.calibration import calibrate_grid as calibrate_grid
 from fgsteer.likelihood.calibration import calibrate_many as calibrate_many
@@ -188,6 +191,7 @@ from fgsteer.methods.sae_methods import from_features as from_features
 from fgsteer.methods.sae_methods import sae_ts as sae_ts
 from fgsteer.methods.scores import SCORES as SCORES
 from fgsteer.methods.selection import select_features as select_features
+from fgsteer.methods.separable import sae_ssv as sae_ssv
 from fgsteer.methods.target_atoms import sta as sta
 from fgsteer.models.hookpoints import Hookpoint as Hookpoint
 from fgsteer.models.loading import load_model as load_model

@@ -36,6 +36,7 @@ FLOORS = (
     "transfer",
     "features",
     "training",
+    "learning",
     "evaluation",
     "conditional",
     "mechanisms",

@@ -61,6 +61,7 @@ TITLES = {
     "transfer": "Transfer between models",
     "features": "Features",
     "training": "Training of SAEs",
+    "learning": "Training of vectors",
     "evaluation": "Evaluation",
     "conditional": "Conditional defences",
     "mechanisms": "What drives steering",

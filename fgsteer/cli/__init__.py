@@ -16,6 +16,7 @@ Nothing heavy is imported before a command runs: ``fgsteer --help`` needs no tor
     method_settings.py  the settings of a method, checked against its signature
     bench_setup.py      what ``bench`` makes of its options
     outputs.py          what commands write, apart from what they read
+    vector_reports.py   a vector that was made, and what strengths of it cost
     printing.py         results, as text or JSON, and progress
     messages.py         messages with options of the command line in place of arguments
 """
@@ -50,6 +51,7 @@ from fgsteer.cli import (  # noqa: F401  each registers its command
     saes,
     serve,
     sweep,
+    train,
     train_sae,
 )
 from fgsteer.cli.app import Command, app

@@ -11,7 +11,6 @@ from fgsteer.cli.app import app
 from fgsteer.cli.choices import completion
 from fgsteer.cli.loading import (
     ModelOptions,
-    interventions,
     load_effects,
     load_model,
     load_sae,
@@ -19,10 +18,10 @@ from fgsteer.cli.loading import (
 )
 from fgsteer.cli.method_settings import check_inputs, check_settings, feature_weights
 from fgsteer.cli.options import DeviceOption, DtypeOption, JsonOption, OutOption, SaeIdOption, SaeOption
-from fgsteer.cli.printing import say, show
+from fgsteer.cli.printing import show
 from fgsteer.cli.values import parse_settings
-from fgsteer.errors import DataError, FgsteerError
-from fgsteer.errors.wording import count
+from fgsteer.cli.vector_reports import describe_vector, measure_strengths, print_vector
+from fgsteer.errors import DataError
 from fgsteer.methods import spec
 
 
@@ -89,51 +88,16 @@ def build(
         inputs["sae"] = load_sae(sae, sae_id, "" if stats is None else model_of(inputs["stats"].reading))
     vector = fg.build(method, **inputs)
     vector.save(out)
-    described: dict[str, Any] = {
-        "out": str(out),
-        "method": method,
-        "hookpoint": str(vector.hookpoint),
-        "norm": vector.norm,
-        "features": len(vector.features),
-    }
+    described = describe_vector(out, method, vector)
     if strengths:
         options = ModelOptions(model or model_of(vector.provenance), device, dtype, fetch=model is not None)
-        described |= _strengths(vector, spec(method).operation, options)
-    show(described, as_json, _print_vector)
 
+        def load() -> tuple[Any, Any]:
+            if not options.name:
+                raise DataError(
+                    "a vector that names no model", "the model that it was made for", "name it with --model"
+                )
+            return load_model(options)
 
-def _strengths(vector: Any, operation: str, options: ModelOptions) -> dict[str, Any]:
-    """What strengths of a vector cost on a model; nothing where that cannot be measured, which a note says."""
-    from fgsteer.likelihood.strengths import StrengthMeter
-    from fgsteer.models.chat import is_chat_model
-
-    try:
-        if not options.name:
-            raise DataError("a vector that names no model", "the model that it was made for", "name it with --model")
-        parts = load_model(options)
-        chat = is_chat_model(*parts)
-        scope = "reply" if chat else "all"
-        meter = StrengthMeter(*parts, vector, lambda c: interventions([(vector, c)], operation, scope)[0], chat=chat)
-        rows = [strength.as_dict() for strength in meter.useful()]
-    except FgsteerError as error:
-        say(f"note: What strengths cost is not measured. {error}", err=True)
-        return {}
-    return {
-        "activation_norm": meter.activation_norm,
-        "relative_norm": vector.norm / meter.activation_norm,
-        "operation": operation,
-        "scope": scope,
-        "strengths": rows,
-    }
-
-
-def _print_vector(v: dict[str, Any]) -> None:
-    say(f"{v['out']}: {v['method']} at {v['hookpoint']}, norm {v['norm']:.3f}, {count(v['features'], 'feature')}")
-    if "strengths" not in v:
-        return
-    where = "replies in a chat" if v["scope"] == "reply" else "text"
-    say(f"Activations there have a median norm of {v['activation_norm']:.3g}: ‖v‖/‖h‖ = {v['relative_norm']:.3g}.")
-    say(f"What strengths cost neutral {where} (--op {v['operation']} --scope {v['scope']}), in nats a token:")
-    say(f"{'-c':>10}{'cost':>8}{'‖c·v‖/‖h‖':>12}")
-    for row in v["strengths"]:
-        say(f"{row['coefficient']:>10g}{row['cost']:>8.2f}{row['relative_norm']:>12.2f}")
+        described |= measure_strengths(vector, spec(method).operation, load)
+    show(described, as_json, print_vector)

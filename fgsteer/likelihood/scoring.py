@@ -54,7 +54,7 @@ class LogProbabilities(OneLineRepr):
         return -self.sums / self.counts
 
 
-def _target_log_probabilities(logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+def target_log_probabilities(logits: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """The log-softmax of the logits at the targets, in float32, piece by piece to stay in a processor's cache."""
     size = max(1, MAX_FLOAT32_LOGITS // logits.shape[-1])
     log_probabilities = []
@@ -121,7 +121,7 @@ def text_log_probabilities(passes: TextPasses, texts: int, steering: Sequence[En
         counts[indices] = batch.selected[:, 1:].sum(1).cpu().double()
         targets = batch.ids[:, 1:][batch.selected[:, 1:]]
         by_token = rearrange(logits, "interventions n vocabulary -> (interventions n) vocabulary")
-        chosen = _target_log_probabilities(by_token, targets.to(logits.device).repeat(len(logits)))
+        chosen = target_log_probabilities(by_token, targets.to(logits.device).repeat(len(logits)))
         by_intervention = rearrange(chosen, "(interventions n) -> interventions n", interventions=len(logits))
         sums[torch.tensor(numbers)[:, None], torch.tensor(indices)] = _row_sums(batch, by_intervention)
     return LogProbabilities(sums, counts)

@@ -11,6 +11,7 @@ grains.py        from what the words of prompts that matter do: GrAInS
 sae_methods.py   through an SAE: FGAA, SAE-TS, chosen features
 denoising.py     CAA less what the features show to be noise, and what an SAE does not reconstruct
 target_atoms.py  steering target atoms (STA)
+separable.py     twice the difference of means, on the features that separate best (SAE-SSV)
 selection.py     which features are chosen: filters, a score, and their weights
 scores.py        the scores by which features are ranked
 projection.py    from feature weights to a direction

@@ -255,6 +255,15 @@ _BUILT_IN = (
         paper="arXiv 2501.09929",
     ),
     MethodSpec(
+        "sae_ssv",
+        "SAE-SSV",
+        "Supervised steering in an SAE's space: twice the difference of means, on the features that separate best.",
+        function="fgsteer.methods.separable:sae_ssv",
+        needs="sae",
+        offered=("build", "bench"),
+        paper="arXiv 2505.16188",
+    ),
+    MethodSpec(
         "fgaa_error",
         "FGAA + error",
         "FGAA with what the SAE does not reconstruct of the contrast: CAA less the features that are not chosen.",
