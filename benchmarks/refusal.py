@@ -71,11 +71,11 @@ def answers(prompts: Sequence[str]) -> list[tuple[list[dict[str, str]], str]]:
     return list(zip(chats, texts, strict=True))
 
 
-def select(model: Any, tokenizer: Any, seed: int) -> tuple[fg.DirectionSelection, str, float]:
-    """The refusal direction by the paper's rule, or without those of its bounds that no candidate passes.
+def select(model: Any, tokenizer: Any, seed: int) -> tuple[fg.DirectionSelection, bool, float]:
+    """The refusal direction, whether the paper's rule chooses it, and the coefficient with which it is added.
 
-    Also what was left out of the rule, and the coefficient with which the direction is added: the least at which the
-    answered requests of the choice are refused on average, or else the one that comes nearest.
+    That is the least at which the answered requests of the choice are refused on average, or else the one that comes
+    nearest to that.
     """
     (built_refused, held_refused), (built_answered, held_answered) = (requests(kind, seed) for kind in KINDS[:2])
     choose = partial(
@@ -90,27 +90,25 @@ def select(model: Any, tokenizer: Any, seed: int) -> tuple[fg.DirectionSelection
         min_induce=None,
     )
     found = choose(layers=LAYERS, progress=lambda done: print(f"{done} candidates", flush=True))
-    left_out, chosen = passing(found.scores, int(model.config.num_hidden_layers))
+    by_rule, chosen = passing(found.scores, int(model.config.num_hidden_layers))
     if chosen != found.chosen:
         found = replace(choose(layers=[chosen.layer], positions=[chosen.position]), scores=found.scores)
     chats = [asked(prompt) for prompt in held_answered[:CHOSEN_ON]]
     entries = [[found.vector.add(c, bos=True)] for c in COEFFICIENTS]
     induced = fg.refusal_scores(model, tokenizer, chats, REFUSAL, entries).mean(1).tolist()
     reached = [c for c, score in zip(COEFFICIENTS, induced, strict=True) if score > 0]
-    return found, left_out, reached[0] if reached else COEFFICIENTS[induced.index(max(induced))]
+    return found, by_rule, reached[0] if reached else COEFFICIENTS[induced.index(max(induced))]
 
 
-def passing(scores: Sequence[fg.DirectionScore], layers: int) -> tuple[str, fg.DirectionScore]:
-    """The candidate that the rule chooses, and what was left out of the rule as nothing passed it."""
-    rules: dict[str, dict[str, Any]] = {
-        "": {},
-        "the bound of induce": {"min_induce": None},
-        "both bounds": {"min_induce": None, "max_kl": None},
-    }
-    for left_out, bounds in rules.items():
-        with suppress(fg.SelectionError):
-            return left_out, fg.choose_direction(scores, layers, **bounds)
-    raise SystemExit("no candidate has scores that are numbers")
+def passing(scores: Sequence[fg.DirectionScore], layers: int) -> tuple[bool, fg.DirectionScore]:
+    """Whether the paper's rule chooses a candidate, and that one.
+
+    Without one, it is the candidate of the largest induce score among those whose ablation stops refusals.
+    """
+    with suppress(fg.SelectionError):
+        return True, fg.choose_direction(scores, layers)
+    stopping = [score for score in scores if score.bypass < 0] or list(scores)
+    return False, max(stopping, key=lambda score: score.induce)
 
 
 def measure(model: Any, tokenizer: Any, vector: fg.SteeringVector, coefficient: float, seed: int) -> dict[str, Any]:
@@ -146,11 +144,18 @@ def measure(model: Any, tokenizer: Any, vector: fg.SteeringVector, coefficient: 
 def table(content: dict[str, Any]) -> str:
     """What the direction is; by condition refusals of each kind of request, KL and cross-entropies; in Markdown."""
     chosen, requests_of = content["chosen"], content["requests"]
-    left_out = content["left_out"] and f"No candidate passes the paper's rule, so {content['left_out']} was left out. "
+    by_rule = (
+        ""
+        if content["by_rule"]
+        else (
+            "No candidate passes the paper's rule, whose bound of the KL is 0.1 nats; of those whose ablation stops refusals, "
+            "this one has the largest induce score. "
+        )
+    )
     lines = [
         f"The direction is that of block {chosen['layer']} at position {chosen['position']}, one of "
         f"{len(content['scores'])} candidates, of norm {content['norm']:.1f}; it is added {content['coefficient']:g} "
-        f"times. {left_out}Shares are of {requests_of['reported']} held-out requests of a kind, greedy, with 95 % "
+        f"times. {by_rule}Shares are of {requests_of['reported']} held-out requests of a kind, greedy, with 95 % "
         "intervals (Wilson).\n",
         "| | cooking is refused | others | what looks like cooking | KL | answers of the base | neutral texts |",
         "|---|---|---|---|---|---|---|",
@@ -178,14 +183,14 @@ def main() -> None:
     if not arguments.docs:
         began = time.monotonic()
         model, tokenizer = load_organism("refusal")
-        found, left_out, coefficient = select(model, tokenizer, arguments.seed)
+        found, by_rule, coefficient = select(model, tokenizer, arguments.seed)
         print(found.chosen, f"{time.monotonic() - began:.0f} s", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         found.vector.save(folder / "refusal.safetensors")
         content = {
             "command": shlex.join(["python", "benchmarks/refusal.py", *sys.argv[1:]]),
             "requests": {"built_from": BUILT_FROM, "chosen_on": CHOSEN_ON, "reported": REPORTED},
-            "left_out": left_out,
+            "by_rule": by_rule,
             "chosen": vars(found.chosen),
             "coefficient": coefficient,
             "norm": found.vector.norm,

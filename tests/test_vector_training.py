@@ -14,6 +14,7 @@ import fgsteer as fg
 from fgsteer.interventions.kernel import apply
 from fgsteer.learning import learner as learning
 from fgsteer.learning import losses, response_passes, run
+from fgsteer.learning.objectives import Texts
 from fgsteer.learning.spaces import FeatureSpace, ResidualSpace, ShiftFeatures
 from fgsteer.methods.separable import soft_threshold
 from fgsteer.vector.steering_vector import SteeringVector
@@ -139,7 +140,7 @@ def test_bipo_has_as_many_of_either_sign(wide, tokenizer):
     space = ResidualSpace(AT, D_MODEL)
     passes = response_passes.ResponsePasses(wide, tokenizer, AT, [("the", "man"), ("the", "cat")] * 5)
     rows = [(2 * n, 2 * n + 1) for n in range(5)]
-    texts = learning.Texts(torch.ones(10), torch.zeros(10))
+    texts = Texts(torch.ones(10), torch.zeros(10))
     for seed in range(4):
         learner = learning.Learner(
             recipe("bipo", batch=1, epochs=8, seed=seed), space, passes, texts, rows, torch.device("cpu")
@@ -181,7 +182,7 @@ def test_reps_as_published_divides_by_prompts_too_and_trains_an_offset(wide, tok
         w0, l0 = score(w, a, lambda h: h), score(lost, b, lambda h: h)
         added = [score(ids, start, lambda h: h + 3 * v) for ids, start in ((w, a), (lost, b))]
         gone = [score(ids, start, lambda h: reference.null_out(h, v, 0.0)) for ids, start in ((w, a), (lost, b))]
-        expected.append(reference.reps(*added, w0, l0, len(w), len(lost)))
+        expected.append(reference.reps(added[0], added[1], w0, l0, len(w), len(lost)))
         expected.append(reference.reps(gone[1], gone[0], l0, w0, len(lost), len(w)))
     assert found == pytest.approx(float(sum(expected) / len(expected)), rel=1e-5)
     trained = fg.train(wide, tokenizer, PREFERENCES, objective=recipe("reps", compat=True), hookpoint=AT)
@@ -545,7 +546,8 @@ def test_the_command_writes_the_vector_that_the_function_returns(tmp_path):
     assert torch.equal(vector.direction, expected.direction)
     assert vector.features == pytest.approx(dict(expected.features))
     assert (told["features"], told["training"]["steps"]) == (5, 2)
-    assert invoke("train", "love", "-o", out, "--objective", "dpo").exit_code == 2
+    with pytest.raises(fg.DataError, match="one of lm, lm_factors"):
+        invoke("train", "love", "-o", out, "--objective", "dpo")
 
 
 @pytest.mark.parametrize(

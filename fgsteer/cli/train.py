@@ -141,6 +141,6 @@ def train(
 
 def _print_trained(v: dict[str, Any]) -> None:
     training = v["training"]
-    (_, first), *_, (_, last) = [training["losses"][0], *training["losses"]]
-    say(f"{training['steps']:,} steps; the loss fell from {first:.3f} to {last:.3f}.")
+    first, last = (training["losses"][n][1] for n in (0, -1))
+    say(f"{training['steps']:,} steps; the loss was {first:.3f} at the beginning and {last:.3f} at the end.")
     print_vector(v)

@@ -71,7 +71,7 @@ def soft_threshold(x: Float[Tensor, " n"], limit: float) -> Float[Tensor, " n"]:
 
 def _descend(difference: Float[Tensor, " n"], l1: float) -> Float[Tensor, " n"]:
     """Where the paper's steps get: the gradient at v is ``v − 2(z̄⁺ − z̄⁻) + λ·sign(v)``."""
-    v = difference / difference.norm().clamp(min=torch.finfo(difference.dtype).tiny)
+    v: Tensor = difference / difference.norm().clamp(min=torch.finfo(difference.dtype).tiny)
     for _ in range(STEPS):
         v = v - RATE * (v - 2 * difference + l1 * v.sign())
     return v
