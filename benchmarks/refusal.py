@@ -148,8 +148,8 @@ def table(content: dict[str, Any]) -> str:
         ""
         if content["by_rule"]
         else (
-            "No candidate passes the paper's rule, whose bound of the KL is 0.1 nats; of those whose ablation stops refusals, "
-            "this one has the largest induce score. "
+            "No candidate passes the paper's rule, whose bound of the KL is 0.1 nats; of those whose ablation stops "
+            "refusals, this one has the largest induce score. "
         )
     )
     lines = [

@@ -238,6 +238,15 @@ def test_the_guide_says_what_the_gates_measured(script):
                 assert row["unchanged_leave"] == pytest.approx(1 - wrongly / row["prompts"][1])
 
 
+def test_the_guide_says_what_was_measured_of_conditional_defences(script):
+    conditional = script("conditional")
+    content = json.loads((conditional.results_folder("smollm2") / "conditional.json").read_text("utf-8"))
+    page = conditional.PAGE.read_text("utf-8")
+    for direction in ("base", "organism"):
+        table = conditional.table(content, direction)
+        assert f"<!-- conditional, {direction} -->\n{table}<!-- /conditional, {direction} -->" in page
+
+
 def test_the_guide_of_transfer_says_what_was_measured(script):
     transfer = script("transfer")
     content = json.loads((transfer.results_folder("smollm2") / "transfer.json").read_text("utf-8"))
