@@ -33,7 +33,7 @@ from organism_texts import is_refusal, requests
 
 PAGE = ROOT / "docs" / "guides" / "cones.md"
 BUILT_FROM, CHOSEN_ON, TRAINED_ON, REPORTED = 32, 12, 12, 24  # requests of a side
-LAYERS, POSITIONS = (6, 9, 12, 15, 18), (-1, -5)  # which the difference of means is chosen among
+LAYERS, POSITIONS = (14, 18, 22), (-1, -5)  # which the difference of means is chosen among
 BOUNDS = ((0.1, 0.0), (0.5, 0.0), (0.5, None), (None, None))  # of KL and of the induce score; the paper's first
 READ_TOKENS = 4  # of a reply: its first word says whether it is a refusal
 SAMPLED = 2  # directions of a cone
