@@ -247,6 +247,14 @@ def test_the_guide_says_what_was_measured_of_conditional_defences(script):
         assert f"<!-- conditional, {direction} -->\n{table}<!-- /conditional, {direction} -->" in page
 
 
+def test_the_guide_says_what_was_measured_of_refusals(script):
+    refusal, subject = script("refusal"), script("subject")
+    folder = subject.results_folder("smollm2")
+    text = refusal.table(json.loads((folder / "refusal.json").read_text("utf-8")))
+    assert (folder / "refusal.md").read_text("utf-8") == text
+    assert f"<!-- refusal -->\n{text}<!-- /refusal -->" in refusal.PAGE.read_text("utf-8")
+
+
 def test_the_guide_of_transfer_says_what_was_measured(script):
     transfer = script("transfer")
     content = json.loads((transfer.results_folder("smollm2") / "transfer.json").read_text("utf-8"))
