@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import fgsteer as fg
+from fgsteer.conditional.recipe import Conditional
+from fgsteer.steering.splicing import splice
 from tests.helpers.steering import NEW, PROMPTS, batch, direction, run, vector
 from tests.helpers.tiny import D_MODEL, LAYERS
 from tests.reference import conditional as reference
@@ -348,7 +351,7 @@ def test_scans_is_its_loops(llama, tokenizer):
 
     values = [[sigma(p) for p in side] for side in (HARMFUL, HARMLESS)]
     gate: Any = guard.gate
-    threshold = gate.gate.threshold
+    threshold = math.nextafter(gate.threshold, math.inf)  # open from here on
     for scores, start in ((guard.fitted, 0), (guard.held_out, 1)):
         opened = [sum(v >= threshold for v in side[start::2]) for side in values]
         assert scores.recall == opened[0] / 4
@@ -612,3 +615,63 @@ def test_the_effect_is_the_divergence_of_the_next_token(llama, tokenizer):
         total += sum(float(a) * (float(a.log()) - float(b.log())) for a, b in zip(p, q, strict=True))
     assert effect.kl_act_on == pytest.approx(total / 3, rel=1e-3)  # float32 logits
     assert effect.unchanged_act_on == 0
+
+
+# ---------------------------------------------------------------- a pass that reads ahead, inside others
+
+
+def _ahead(llama, tokenizer):
+    vector = fg.SteeringVector(torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0)), fg.Hookpoint(0))
+    weight = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1))
+    seen = []
+
+    class Noted(fg.Probe):
+        def values(self, h):
+            value = super().values(h)
+            seen.append(value.flatten().tolist())
+            return value
+
+    ids = tokenizer("the king said a", return_tensors="pt")["input_ids"]
+    return vector.add(30.0, when=fg.Preview(Noted(weight, 2)) > 0.0), ids, seen
+
+
+@torch.no_grad()
+def test_no_other_hook_acts_on_a_pass_that_reads_ahead(llama, tokenizer):
+    steering, ids, seen = _ahead(llama, tokenizer)
+    with fg.steer(llama, steering):
+        llama(ids)
+    with splice(llama, fg.Hookpoint(1), lambda h: h * 0.5), fg.steer(llama, steering):
+        llama(ids)
+    assert seen[0] == seen[1]
+
+
+@torch.no_grad()
+def test_recording_holds_the_steered_pass_and_not_the_one_before_it(llama, tokenizer):
+    steering, ids, _ = _ahead(llama, tokenizer)
+    at = fg.Hookpoint(1)
+    with fg.steer(llama, steering):
+        got = fg.record(llama, ids, torch.ones_like(ids), [at])[at]
+        wanted = llama(ids, output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(got, wanted)
+
+
+def test_what_reads_ahead_is_not_attributed(llama, tokenizer):
+    steering, _, _ = _ahead(llama, tokenizer)
+    with pytest.raises(fg.SteeringError, match="reads prompts ahead"):
+        fg.attribute_steering(llama, tokenizer, ["the king said"], steering, max_new_tokens=2)
+
+
+def test_a_conditional_is_one_entry_for_as_many_prompts(llama, tokenizer):
+    gate = fg.Projection(torch.ones(D_MODEL), 0).last() > -1e9
+    v = fg.SteeringVector(torch.ones(D_MODEL), fg.Hookpoint(1))
+    scores: Any = None
+    guard = Conditional([v.add(3.0, when=gate), v.add(2.0, when=gate)], gate=gate, fitted=scores, held_out=scores)
+    prompts = ["the king said", "a dog ran"]
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    got = fg.generate(llama, tokenizer, prompts, steering=guard, **options)
+    assert got == fg.generate(llama, tokenizer, prompts, steering=list(guard), per_row=False, **options)
+
+
+def test_what_is_no_reading_is_not_read_ahead():
+    with pytest.raises(fg.SteeringError, match="reading"):
+        fg.Preview(3)

@@ -1,4 +1,7 @@
-"""Where prompts end in the forward passes that run now: noted by the code that runs them, read by ``steer``."""
+"""What the forward passes that run now are: noted by the code that runs them, read by ``steer`` and by other hooks.
+
+Where prompts end in them, and whether they read a prompt ahead of the pass that is steered.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from fgsteer.models.properties import input_device
 
 PassKey = tuple[int, int]  # the id of a decoder, and a thread
 _ends: dict[PassKey, Tensor] = {}  # where prompts end in the passes that run now
+_ahead: set[PassKey] = set()  # models that read ahead now, by thread
 
 
 def pass_key(model: nn.Module) -> PassKey:
@@ -43,3 +47,24 @@ def note_prompt_ends(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]
 def noted_prompt_ends(key: PassKey) -> Int[Tensor, " batch"] | None:
     """Return what ``note_prompt_ends`` noted for the pass that runs now, None outside of it."""
     return _ends.get(key)
+
+
+@contextmanager
+def reading_ahead(model: nn.Module) -> Iterator[None]:
+    """Note that this thread's passes of the model read prompts ahead: no block steers them, and no other hook acts."""
+    key = pass_key(model)
+    _ahead.add(key)
+    try:
+        yield
+    finally:
+        _ahead.discard(key)
+
+
+def reads_ahead(key: PassKey) -> bool:
+    """Return whether the pass that runs now reads a prompt ahead."""
+    return not torch.compiler.is_compiling() and key in _ahead
+
+
+def thread_reads_ahead() -> bool:
+    """Return whether a pass that reads ahead runs in this thread, of whichever model."""
+    return not torch.compiler.is_compiling() and any(thread == threading.get_ident() for _, thread in _ahead)

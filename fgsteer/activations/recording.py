@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fgsteer.activations.outputs import hidden_states_of, reshape_by_token
+from fgsteer.activations.prompt_ends import pass_key, reads_ahead
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve
@@ -66,12 +67,15 @@ def record(
     if not wanted:
         raise DataError("no hookpoint", "at least one hookpoint to record at", "pass hookpoints=")
     recorded: dict[Hookpoint, Tensor] = {}
-    this_thread = threading.get_ident()
+    this_thread, key = threading.get_ident(), pass_key(model)
+    is_ahead = reads_ahead(key)
     virtual = virtual_tokens(model)
     run = model if virtual else decoder_of(model)  # PEFT puts virtual tokens in front where the whole model is called
 
     def keep(hookpoint: Hookpoint, value: Tensor) -> None:
         if threading.get_ident() != this_thread:  # another thread's pass, which goes on as it is
+            return
+        if reads_ahead(key) != is_ahead:  # a gate's own pass inside the one that is recorded
             return
         batch, length = ids.shape
         if value.numel() == batch * (virtual + length) * value.shape[-1]:  # not those of a prefix, which are in a cache

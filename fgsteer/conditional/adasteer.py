@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from fgsteer.conditional.statistics import check_places, model_name_of
-from fgsteer.errors import SelectionError
+from fgsteer.errors import DataError, SelectionError
 from fgsteer.errors.checks import checked
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.interventions.adding import AddByPrompt
@@ -110,10 +110,13 @@ def adasteer(
         Two additions for each block output that both statistics hold. The published rules steer all blocks.
 
     Raises:
+        DataError: There are not two rules.
         PairingError: The statistics are of other widths or places, or lack a rule's layer.
         SelectionError: Two classes have the same mean at a block.
     """
     places = check_places(rejection, harmfulness)
+    if len(rules) != 2 or not all(isinstance(rule, AdaSteerRule) for rule in rules):
+        raise DataError(f"rules={rules!r:.60}", "two rules, of rejection and of harmfulness", "pass two AdaSteerRules")
     coordinates = [
         adasteer_coordinate(stats, rule.layer) for stats, rule in zip((rejection, harmfulness), rules, strict=True)
     ]

@@ -76,6 +76,8 @@ def cast(
         SelectionError: Both kinds of prompts have the same activations.
     """
     vectors = [behavior] if isinstance(behavior, SteeringVector) else list(behavior)
+    if not all(isinstance(vector, SteeringVector) for vector in vectors):
+        raise SteeringError("a behavior that is no vector", "a SteeringVector, or several", "wrap a direction in one")
     if not vectors or pooling not in ("mean", "last") or similarity not in ("cosine", "published"):
         raise SteeringError(
             f"{len(vectors)} vectors, pooling={pooling!r:.20} and similarity={similarity!r:.20}",

@@ -56,6 +56,8 @@ def infer_aligner(
     places = check_places(stats, aligned)
     if layers is not None:
         wanted = [Hookpoint(layer) for layer in layers]
+        if not wanted:
+            raise PairingError("layers=[]", "at least one layer", "leave layers= out for all that have statistics")
         if missing := [at for at in wanted if at not in places]:
             raise PairingError(
                 f"layers={[at.layer for at in wanted]}, without statistics at {missing[0]}",

@@ -22,6 +22,8 @@ class Conditional(list[Intervention]):
         held_out: The same on the other half.
     """
 
+    is_one_entry = True  # also where there are as many prompts as interventions
+
     def __init__(
         self, interventions: Iterable[Intervention], *, gate: Gate, fitted: GateScores, held_out: GateScores
     ) -> None:

@@ -5,6 +5,7 @@ guard = scans(model, tokenizer, harmful, harmless, strength=3.5)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,7 @@ def scans(
     values = [read_prompts(model, tokenizer, [sigma], side)[0, 0] for side in asked]
     if threshold is None:
         threshold, _ = best_threshold(values[0][::2], values[1][::2], True)
-    is_harmful, is_harmless = ~(sigma < threshold), sigma < threshold - neutral
+    is_harmful, is_harmless = sigma > math.nextafter(threshold, -math.inf), sigma < threshold - neutral
     halves = [
         scores_of((a >= threshold, b >= threshold), auroc(a, b, True))
         for a, b in ((values[0][start::2], values[1][start::2]) for start in (0, 1))

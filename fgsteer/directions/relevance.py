@@ -240,6 +240,9 @@ def words_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt: Tex
     ends = [len(tokenizer.decode(list(ids[: n + 1]), clean_up_tokenization_spaces=False)) for n in range(len(ids))]
     whole = str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
     begin = whole.rfind(text)
+    if begin < 0:  # a template that strips messages
+        text = text.strip()
+        begin = whole.rfind(text)
     if begin < 0:  # a tokenizer that normalises texts
         begin, text = 0, whole
     spans = [(begin + match.start(), begin + match.end(), match[0]) for match in WORD.finditer(text)]

@@ -209,7 +209,7 @@ class Preview(Reading):
     def __init__(
         self, readings: Reading | Sequence[Reading], *, appended: Sequence[int] = (), position: int = -1
     ) -> None:
-        parts = (readings,) if isinstance(readings, Reading) else tuple(readings)
+        parts: tuple[Any, ...] = tuple(readings) if isinstance(readings, list | tuple) else (readings,)
         if not parts or not all(isinstance(p, Reading) and not p.pooling for p in parts):
             raise SteeringError(
                 describe_value(readings) if not parts else "a preview of what is pooled, or of what is no reading",

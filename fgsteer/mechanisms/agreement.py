@@ -67,8 +67,11 @@ class Agreement:
 
     @property
     def faithfulness(self) -> float:
-        """``1 − KL(steered‖other) / KL(steered‖unsteered)``: 1 for the steered run, 0 for the unsteered one."""
-        return 1 - sum(self.kl) / sum(self.kl_base)
+        """``1 − KL(steered‖other) / KL(steered‖unsteered)``: 1 for the steered run, 0 for the unsteered one.
+
+        It is nan where steering changes nothing.
+        """
+        return 1 - sum(self.kl) / sum(self.kl_base) if sum(self.kl_base) else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -6,6 +6,7 @@ print(found.table()); print(found.error)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -104,7 +105,8 @@ class SteeringAttribution(OneLineRepr):
         rows = []
         for node, effect in zip(self.graph.nodes[1:], self.node_effects[1:].tolist(), strict=True):
             head = node.head if node.kind == "head" else None
-            rows.append(NodeEffect(str(node), node.layer, head, effect, effect / self.difference))
+            share = effect / self.difference if self.difference else math.nan
+            rows.append(NodeEffect(str(node), node.layer, head, effect, share))
         return Table(sorted(rows, key=lambda row: -abs(row.effect)))
 
 

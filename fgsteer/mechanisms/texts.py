@@ -21,6 +21,7 @@ from fgsteer.errors import DataError, HookpointError, SteeringError
 from fgsteer.errors.checks import check_range
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
+from fgsteer.interventions.readings import Preview
 from fgsteer.likelihood.lower_blocks import can_skip_blocks, output_of_blocks, skip_blocks
 from fgsteer.models.hookpoints import Hookpoint, blocks_of, uncompiled
 from fgsteer.models.properties import eos_ids, input_device, virtual_tokens
@@ -60,7 +61,14 @@ def site_of(model: nn.Module, steering: Entry) -> Hookpoint:
 
     Raises SteeringError for none or several places, HookpointError for another site.
     """
-    places = {item.hookpoint for item in interventions_of(steering)}
+    items = interventions_of(steering)
+    if any(isinstance(reading, Preview) for item in items for reading in item.readings):
+        raise SteeringError(
+            "steering by a gate or a strength that reads prompts ahead (fg.Preview)",
+            "steering that is decided in the pass itself",
+            "measure the same interventions without when=, on prompts where they act",
+        )
+    places = {item.hookpoint for item in items}
     if len(places) != 1:
         shown = " and ".join(sorted(map(str, places))) or "nothing"
         raise SteeringError(f"steering at {shown}", "interventions at one hookpoint", "take them one by one")

@@ -61,7 +61,7 @@ def items_by_row(steering: Steering, per_row: bool | None) -> list[list[Steering
             f"{a(type(steering).__name__)} to steer with", "an intervention or a list of them", _MAKE_ONE
         )
     by_row = any(not isinstance(entry, SteeringItem) for entry in steering) if per_row is None else per_row
-    if not by_row:
+    if not by_row or getattr(steering, "is_one_entry", False):
         return [items_of(steering)]
     return [items_of(entry) for entry in steering]
 
@@ -92,6 +92,8 @@ def is_per_prompt(steering: Steering, prompts: int, per_row: bool | None) -> boo
     """
     if not isinstance(steering, list | tuple):
         return None
+    if getattr(steering, "is_one_entry", False):
+        return False
     flat = all(isinstance(entry, SteeringItem) for entry in steering)
     if per_row is None and flat and len(steering) == prompts > 1:
         raise SteeringError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states, reshape_by_token
-from fgsteer.activations.prompt_ends import pass_key
+from fgsteer.activations.prompt_ends import pass_key, reads_ahead
 from fgsteer.errors import SteeringError, UntouchedWarning
 from fgsteer.errors.checks import checked, warn
 from fgsteer.errors.wording import count
@@ -36,7 +36,7 @@ from fgsteer.steering.entries import Steering, checked_rows
 from fgsteer.steering.gating import Readings
 from fgsteer.steering.groups import UpdateGroup, check_amounts, group_by_update
 from fgsteer.steering.positions import Positions, parse_prompt_lengths
-from fgsteer.steering.previews import Previews, reads_ahead
+from fgsteer.steering.previews import Previews
 from fgsteer.steering.recomputation import Recomputation
 from fgsteer.steering.shadows import as_new_function, refuse, refuse_copies, shadow
 

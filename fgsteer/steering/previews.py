@@ -6,14 +6,13 @@ previews.begin_pass(ids)                      in the hook before a pass of the d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from fgsteer.activations.prompt_ends import PassKey, pass_key
+from fgsteer.activations.prompt_ends import reading_ahead
 from fgsteer.activations.recording import record
 from fgsteer.activations.tokens import pad
 from fgsteer.errors import SteeringError
@@ -21,24 +20,6 @@ from fgsteer.interventions.readings import Preview
 from fgsteer.models.hookpoints import Hookpoint, blocks_of, decoder_of, uncompiled
 from fgsteer.models.properties import input_device
 from fgsteer.steering.gating import Readings
-
-_running: set[PassKey] = set()  # models that read ahead now, by thread
-
-
-def reads_ahead(key: PassKey) -> bool:
-    """Whether the pass that runs now reads ahead, and is therefore steered by no block."""
-    return not torch.compiler.is_compiling() and key in _running
-
-
-@contextmanager
-def _unsteered(model: nn.Module) -> Iterator[None]:
-    """Let this thread's passes of the model run as if no block were open."""
-    key = pass_key(model)
-    _running.add(key)
-    try:
-        yield
-    finally:
-        _running.discard(key)
 
 
 def read_ahead(
@@ -77,7 +58,7 @@ def states_ahead(
     """
     rows = [[*row, *appended] or [0] for row in prompts]
     padded, attention = (tensor.to(input_device(model)) for tensor in pad(rows, 0))
-    with _unsteered(model):
+    with reading_ahead(model):
         states = record(model, padded, attention, places)
     number = torch.arange(len(rows))
     column = torch.tensor([max(0, len(row) + position) for row in prompts])

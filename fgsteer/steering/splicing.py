@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states
+from fgsteer.activations.prompt_ends import thread_reads_ahead
 from fgsteer.models.hookpoints import Hookpoint, resolve
 
 Change = tuple[nn.Module, bool, Callable[[Tensor], Tensor]]  # a module, whether its input is changed, and how
@@ -47,6 +48,8 @@ def splice_modules(changes: Iterable[Change]) -> Iterator[None]:
 
 def _before(replace: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if thread_reads_ahead():
+            return args, kwargs
         if args:
             return (replace(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": replace(kwargs["hidden_states"])}
@@ -56,6 +59,6 @@ def _before(replace: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
 def _after(replace: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        return replace_hidden_states(output, replace(hidden_states_of(output)))
+        return None if thread_reads_ahead() else replace_hidden_states(output, replace(hidden_states_of(output)))
 
     return after
