@@ -47,8 +47,8 @@ def introduction(figures: dict[str, Any], index: dict[str, Any]) -> str:
         f"vocabulary {recipe['vocab_size']:,}, context {recipe['context']}, tied embeddings, bfloat16);",
         f"{KINDS[recipe['sae_kind']]} sparse autoencoders on the residual stream after blocks {layers}",
         f"({recipe['sae_width']:,} features, {recipe['sae_k']} active, float16, trained with sae-lens on",
-        f"{recipe['sae_tokens'] / 1e6:.1f} M tokens), with densities, labels and excerpts; and the effect approximators",
-        f"of {' and '.join(f'`{name}`' for name in figures['effects'])}. `load_sae(\"default\")` gives",
+        f"{recipe['sae_tokens'] / 1e6:.1f} M tokens), with densities, labels and excerpts; and the effect",
+        f'approximators of {" and ".join(f"`{name}`" for name in figures["effects"])}. `load_sae("default")` gives',
         f'`{index["sae"]}`, `load_sae("default", "layer_N")` the others.',
         f"{sum(entry['bytes'] for entry in index['files'].values()) / 1e6:.1f} MB in all. It exists so that everything",
         "in this package can be tried, tested and compared anywhere, in minutes, without a download.",
@@ -178,9 +178,7 @@ def features(figures: dict[str, Any], recipe: dict[str, Any]) -> str:
 """
 
 
-def effects(
-    name: str, found: dict[str, Any], recipe: dict[str, Any], title: str, how_run: str
-) -> str:
+def effects(name: str, found: dict[str, Any], recipe: dict[str, Any], title: str, how_run: str) -> str:
     """How well effects on features are predicted."""
     plan, sampling = found["plan"], found["plan"]["sampling"]
     share = f"λ = {found['ridge_in_mean_eigenvalues']:.2g} mean eigenvalues, by validation"

@@ -180,6 +180,9 @@ def test_admission_holds_amounts_against_the_engines_dtype(dtype):
     assert control.admit(request(steering("v", op="ablate")))
 
 
+EVERYWHERE = (0.0, 99.0, *[0.0] * 6)  # one run of positions
+
+
 def step(table, batch, plans, hidden, residual):
     batch.plans = plans
     starts = np.arange(len(plans) + 1, dtype=np.int32) * (len(hidden) // len(plans))
@@ -199,7 +202,7 @@ def test_the_table_lets_nothing_overflow_and_unsteered_tokens_alone(dtype, const
     table.fill(1.0, rows | {"threshold": torch.full((2,), -math.inf)})
     hidden, residual = (3 * normal(1, 12, WIDTH)).to(dtype), (3 * normal(2, 12, WIDTH)).to(dtype)
     out = step(
-        table, batch, {"a": [(1.0, const, -1.0, -math.inf, math.inf, mode, 0.0, 99.0)], "b": None}, hidden, residual
+        table, batch, {"a": [(1.0, const, -1.0, -math.inf, math.inf, mode, *EVERYWHERE)], "b": None}, hidden, residual
     )
     assert out.dtype == dtype
     stream = out[:6].float() + residual[:6].float()
@@ -218,7 +221,7 @@ def test_an_entry_that_the_model_itself_makes_large_is_kept(monkeypatch):
     table.fill(1.0, rows_of(v).tensors)
     hidden = normal(3, 4, WIDTH)
     hidden[:, 5] = 1e9
-    out = step(table, batch, {"a": [(1.0, 2.0 * v.norm, 0.0, -math.inf, math.inf, 0.0, 0.0, 99.0)]}, hidden, None)
+    out = step(table, batch, {"a": [(1.0, 2.0 * v.norm, 0.0, -math.inf, math.inf, 0.0, *EVERYWHERE)]}, hidden, None)
     others = [i for i in range(WIDTH) if i != 5]
     torch.testing.assert_close((out - hidden)[:, others], (2 * v.direction)[others].expand(4, -1))
     assert (out[:, 5] >= 0.99e9).all()

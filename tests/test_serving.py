@@ -48,14 +48,14 @@ def run(items, hidden, residual):
     for tag, (served, operation, scale, wanted) in enumerate(items, start=1):
         if served is not None:
             table.fill(float(tag), served.tensors)
-            batch.plans[str(tag)] = [(tag, *served.amounts(operation, scale), *wanted.span(PROMPT, True))]
+            batch.plans[str(tag)] = [(tag, *served.amounts(operation, scale), *wanted.slot(PROMPT, True))]
     count = len(hidden) // len(items)
     starts = np.arange(len(items) + 3, dtype=np.int32) * count  # longer than the batch, as vLLM's is
     batch.write_plan([str(tag) for tag in range(1, len(items) + 1)], starts, torch.arange(count).repeat(len(items)))
     return table(hidden, residual)
 
 
-@pytest.mark.parametrize("scope", [*reference.SCOPES, "first:2", "last:2"])
+@pytest.mark.parametrize("scope", [*reference.SCOPES, "first:2", "last:2", "ends:1,2", "ends:3,9", "at:0", "at:0,2"])
 @pytest.mark.parametrize("bos", [False, True])
 def test_one_batch_equals_the_loops_token_by_token(scope, bos):
     wanted = RequestedSteering("x", None, 1.0, scope, bos)
@@ -155,7 +155,7 @@ def test_hooked_blocks_equal_steer(llama, tokenizer):
             (
                 4.0,
                 *rows_of(v).amounts("affine", 1.0),
-                *RequestedSteering("v", None, 1.0, "prompt", False).span(99, True),
+                *RequestedSteering("v", None, 1.0, "prompt", False).slot(99, True),
             ),
         )
         starts, places = np.array([0, ids.shape[1]]), torch.arange(ids.shape[1])
@@ -292,7 +292,7 @@ def test_names_come_and_go_while_requests_run():
     first = request(steering("love", scale=2.0, scope="generated"))
     control.admit(first)
     (plan,) = first.sampling_params.extra_args[PLAN]
-    assert plan[1:] == [pytest.approx(2.0 * vector(0).norm), 0.0, -math.inf, math.inf, 0.0, 3, math.inf]
+    assert plan[1:] == [pytest.approx(2.0 * vector(0).norm), 0.0, -math.inf, math.inf, 0.0, 3, math.inf, *[0.0] * 6]
     engine.live = [first.request_id]
     control.load("love", vector(3))  # replaced: the request under way keeps its rows
     assert (engine.tables[1].owner == plan[0]).sum() == 1
@@ -319,8 +319,9 @@ def test_a_start_token_at_position_0_is_spared_and_a_word_is_not(scope, bos):
         ids = [first, 2, 7]
         made = request(steering("love", scope=scope, bos=bos), ids=ids)
         control.admit(made)
-        start, end = made.sampling_params.extra_args[PLAN][0][COLUMNS:]
-        places = [i for i in range(6) if start <= i < end]
+        bounds = made.sampling_params.extra_args[PLAN][0][COLUMNS:]
+        runs = list(zip(bounds[::2], bounds[1::2], strict=True))
+        places = [i for i in range(6) if any(start <= i < end for start, end in runs)]
         assert places == reference.positions(scope, 6, len(ids), 0, bos=bos or first == 5)
     if scope == "reply":  # by its earlier name, as clients may still send it
         assert parse_request({"steer": "love", "steer_scope": "last_prompt_on"})[0].scope == "reply"

@@ -257,7 +257,7 @@ def test_clamps_keep_their_scope_in_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("item", "why"),
     [
-        (vector().add(1.0, scope="at:0,2"), "one run of tokens"),
+        (vector().add(1.0, scope="at:0,2,4,6,8"), "at most 4 runs"),
         (vector().add(1.0, when=fg.Projection(vector()).mean() > 0.0), "gate of each token"),
         (vector(0, 2).add(1.0, when=fg.Projection(vector(0, 1)) > 0.0), "where the intervention acts"),
         (vector().add(1.0, when=fg.Feature(NORMED, 3) > 0.0), "input_norm"),
@@ -310,7 +310,7 @@ def test_lists_are_read_strictly():
         ('[{"name": "a", "scale": ' + "9" * 400 + "}]", r"steer\[0\].scale"),
         ('[{"name": "a"}, {"name": "b", "op": "turn"}]', r"steer\[1\].op"),
         ('[{"name": "a", "op": ["add"]}]', r"steer\[0\].op"),
-        ('[{"name": "a", "scope": "at:1"}]', r"steer\[0\].scope"),
+        ('[{"name": "a", "scope": "at:1,3,5,7,9"}]', r"steer\[0\].scope"),
         ('[{"name": "a", "scope": {}}]', r"steer\[0\].scope"),
         ('[{"name": "a", "bos": "yes"}]', r"steer\[0\].bos"),
         ('[{"name": "a", "bos": []}]', r"steer\[0\].bos"),
@@ -712,3 +712,11 @@ def test_salts_tell_gates_apart():
         control.admit(asked)
         salts.append(asked.cache_salt)
     assert len(set(salts)) == len(salts) == len(made)
+
+
+def test_positions_that_a_prompt_lacks_are_refused():
+    control = control_of()
+    control.load("v", vector())
+    assert control.admit(request(steering("v", scope="at:0,2"), ids=[5, 6, 7]))
+    with pytest.raises(fg.SteeringError, match=r"positions from 0 to 2.*at:1,3"):
+        control.admit(request(steering("v", scope="at:1,3"), ids=[5, 6, 7]))

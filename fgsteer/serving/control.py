@@ -344,9 +344,9 @@ class Control:
         return loaded
 
     def _numbers(self, asked: RequestedSteering, stage: Stage, length: int, starts: bool | None) -> list[float]:
-        """The numbers of a slot after its tag: the amounts, then the first position and the end."""
+        """The numbers of a slot after its tag: the amounts, then the first position and the end of each run."""
         amounts = stage.amounts(asked.operation, asked.scale, self.dtype)
-        return [*amounts, *asked.with_defaults(stage.scope, stage.bos).span(length, starts)]
+        return [*amounts, *asked.with_defaults(stage.scope, stage.bos).slot(length, starts)]
 
     @cached_property
     def _start_ids(self) -> frozenset[int]:

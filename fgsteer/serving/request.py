@@ -22,7 +22,7 @@ from fgsteer.interventions.table import OPERATIONS
 from fgsteer.interventions.token_scopes import parse_scope
 from fgsteer.serving.inline import encode_vector, inline_name
 from fgsteer.serving.rows import check_name
-from fgsteer.serving.sources import check_one_run
+from fgsteer.serving.sources import MAX_RUNS, check_runs, runs_of
 from fgsteer.storage.json_files import parse_json
 from fgsteer.vector import SteeringVector
 
@@ -55,29 +55,53 @@ class RequestedSteering:
         own_bos = bos if self.bos is None else self.bos
         return replace(self, scope=scope if self.scope is None else self.scope, bos=own_bos)
 
-    def span(self, prompt_length: int, start_token: bool | None) -> tuple[float, float]:
-        """The positions (first, end) that are steered, where the end is not.
+    def runs(self, prompt_length: int, start_token: bool | None) -> list[tuple[float, float]]:
+        """The runs of positions (first, end) that are steered, where the end is not.
 
         ``start_token`` says whether a start token is at position 0. Raises SteeringError where it is not known (None)
-        and the answer depends on it.
+        and the answer depends on it, and for positions that the prompt does not have.
         """
         scope = self.scope or "all"
-        starts = {"generated": prompt_length, "reply": prompt_length - 1, "last_prompt": prompt_length - 1}
-        first = starts.get(scope, 0)
-        end = prompt_length if is_of_prompt(scope) else math.inf
-        counts = counted(scope)
-        if counts is not None and counts[0] == "last":
-            first = max(0, prompt_length - counts[1][0])
-        if first > 0 or self.bos:
-            return first, min(end, counts[1][0]) if counts is not None and counts[0] == "first" else end
+        kind, numbers = counted(scope) or (scope, ())
+        if kind == "at":
+            if max(numbers) >= prompt_length:
+                raise SteeringError(
+                    f"the scope {scope} for a prompt of {prompt_length} tokens",
+                    f"positions from 0 to {prompt_length - 1}",
+                    "leave positions out that the prompt does not have",
+                )
+            return list(runs_of(n for n in numbers if n or not self._skipped(start_token)))
+        if kind in ("last", "ends"):
+            last: tuple[float, float] = max(0, prompt_length - numbers[-1]), prompt_length
+        else:
+            first = {"generated": prompt_length, "reply": prompt_length - 1, "last_prompt": prompt_length - 1}.get(
+                kind, 0
+            )
+            last = first, prompt_length if is_of_prompt(scope) else math.inf
+        if kind in ("first", "ends") or last[0] == 0:
+            begin = self._skipped(start_token)
+            last = max(last[0], begin), last[1]
+            if kind in ("first", "ends"):
+                head = begin, min(prompt_length, begin + numbers[0])
+                return [head, last] if kind == "ends" else [head]
+        return [last]
+
+    def _skipped(self, start_token: bool | None) -> int:
+        """How many tokens at the beginning are not steered: 1 for a start token. Raises SteeringError as ``runs``."""
+        if self.bos:
+            return 0
         if start_token is None:
             raise SteeringError(
                 "a prompt of embeddings, whose first may or may not be that of a start token",
                 "a prompt of token ids",
                 'send steer_bos = 1 to steer position 0 too, or steer_scope = "generated"',
             )
-        first = int(start_token)
-        return first, min(end, first + counts[1][0]) if counts is not None and counts[0] == "first" else end
+        return int(start_token)
+
+    def slot(self, prompt_length: int, start_token: bool | None) -> list[float]:
+        """The runs as a plan's slot holds them: two numbers each, and (0, 0) for those that there are not."""
+        runs = self.runs(prompt_length, start_token)
+        return [float(bound) for run in runs + [(0.0, 0.0)] * (MAX_RUNS - len(runs)) for bound in run]
 
 
 def steering(
@@ -219,7 +243,7 @@ def _parse_entry(entry: Mapping[str, Any], prefix: str) -> RequestedSteering:
     if scope is not None:
         scope = RENAMED_SCOPES.get(scope, scope) if isinstance(scope, str) else scope
         try:
-            scope = check_one_run(parse_scope(scope), f"{prefix}scope")
+            scope = check_runs(parse_scope(scope), f"{prefix}scope")
         except SteeringError as error:
             raise SteeringError(
                 f"{prefix}scope = {describe_value(scope)}", f"a scope as {prefix}scope", str(error)

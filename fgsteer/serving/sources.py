@@ -9,7 +9,7 @@ same tokens, so that a vector at every layer takes one slot of a request's plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,15 +73,31 @@ class Stage:
 Source = SteeringVector | Intervention | Sequence[SteeringItem] | Sequence[Stage] | TableRows | str | Path
 
 
-def check_one_run(scope: Scope, what: str) -> Scope:
-    """The scope, if its tokens are one run. Raises SteeringError for single positions."""
-    if (counts := counted(scope)) is not None and counts[0] in ("ends", "at"):
+MAX_RUNS = 4
+"""How many runs of neighbouring tokens a scope may hold in an engine."""
+
+
+def check_runs(scope: Scope, what: str) -> Scope:
+    """The scope, if its tokens are few runs. Raises SteeringError for positions that are scattered."""
+    counts = counted(scope)
+    if counts is not None and counts[0] == "at" and len(runs := runs_of(counts[1])) > MAX_RUNS:
         raise SteeringError(
-            f"{what} = {scope}",
-            "one run of tokens: all, prompt, generated, reply, last_prompt, first:N or last:N",
-            "steer single positions with fgsteer.steer",
+            f"{what} = {scope}, which is {len(runs)} runs of positions",
+            f"at most {MAX_RUNS} runs of neighbouring positions",
+            "steer scattered positions with fgsteer.steer",
         )
     return scope
+
+
+def runs_of(positions: Iterable[int]) -> list[tuple[int, int]]:
+    """The runs (first, end) of neighbouring positions, where the end is not one of them."""
+    runs: list[tuple[int, int]] = []
+    for position in sorted(set(positions)):
+        if runs and runs[-1][1] == position:
+            runs[-1] = runs[-1][0], position + 1
+        else:
+            runs.append((position, position + 1))
+    return runs
 
 
 def save_clamp(clamp: ClampFeature, path: str | Path) -> None:
@@ -103,7 +119,7 @@ def save_clamp(clamp: ClampFeature, path: str | Path) -> None:
     rows = rows_of(clamp)
     if rows.conditions:
         raise SteeringError("a clamp with a gate (when=…)", "a clamp that always acts", "use fgsteer.save_steering")
-    header: dict[str, Any] = {"hookpoint": str(clamp.hookpoint), "scope": str(check_one_run(clamp.scope, "scope"))}
+    header: dict[str, Any] = {"hookpoint": str(clamp.hookpoint), "scope": str(check_runs(clamp.scope, "scope"))}
     header["bos"] = clamp.bos
     header |= {name: {str(j): float(t) for j, t in given.items()} for name, given in clamp.detach().edits.items()}
     if rows.sae:
@@ -133,7 +149,7 @@ def load_stages(path: str | Path, saes: Sequence[SAE] = ()) -> tuple[Stage, ...]
         if rows.features and len(rows.features) != len(rows.bias):
             raise ValueError("it has other numbers of rows and features")
         _ = rows.layer
-        scope, bos = check_one_run(parse_scope(header.get("scope", "all")), "scope"), header.get("bos", False)
+        scope, bos = check_runs(parse_scope(header.get("scope", "all")), "scope"), header.get("bos", False)
         if not isinstance(bos, bool):
             raise ValueError("bos is neither true nor false")
     return (Stage((rows,), scope, bos),)
@@ -174,7 +190,7 @@ def _stages_of(items: Sequence[Intervention]) -> tuple[Stage, ...]:
         return rows.is_late, item.scope, item.bos, rows.scaled, rows.mode
 
     for rows, item in sorted(((rows_of(item), item) for item in items), key=lambda pair: pair[0].is_late):
-        check_one_run(item.scope, "scope")
+        check_runs(item.scope, "scope")
         busy = [n for n, stage in enumerate(stages) if rows.layer in [other.layer for other, _ in stage]]
         later = range(max(busy, default=-1) + 1, len(stages))
         place = next((n for n in later if kind(*stages[n][0]) == kind(rows, item)), None)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from fgsteer.errors import HookpointError, PairingError, SteeringError
 from fgsteer.errors.wording import a
 from fgsteer.serving.rows import CLAUSES, KEEP_NORM, RELATIVE
+from fgsteer.serving.sources import MAX_RUNS
 from fgsteer.steering.ranges import max_change
 
 FREE = -1.0
 COLUMNS = 6  # of a slot of a token's plan: tag, const, gain, lo, hi, mode
-Slot = tuple[float, float, float, float, float, float, float, float]  # these, then the first position and the end
+Slot = Sequence[float]  # these, then the first position and the end of each of MAX_RUNS runs
 Plan = Sequence[Slot]
 
 
@@ -240,13 +241,13 @@ class Batch:
         self._is_steered = any(plans)
         if not self._is_steered:
             return
-        by_request = np.zeros((len(self.tokens), COLUMNS + 2, len(plans)), dtype=np.float32)
+        by_request = np.zeros((len(self.tokens), COLUMNS + 2 * MAX_RUNS, len(plans)), dtype=np.float32)
         for number, plan in enumerate(plans):
             if plan:
                 by_request[: len(plan), :, number] = plan
         by_token = np.repeat(by_request, np.diff(starts[: len(plans) + 1]), axis=2)
         columns = torch.from_numpy(by_token).to(self.tokens.device)
         count = columns.shape[2]
-        at, first, end = positions[:count], columns[:, COLUMNS], columns[:, COLUMNS + 1]
-        columns[:, 0] *= (at >= first) & (at < end)
+        at, first, end = positions[:count], columns[:, COLUMNS::2], columns[:, COLUMNS + 1 :: 2]
+        columns[:, 0] *= ((at >= first) & (at < end)).any(1)
         self.tokens[:, :, :count] = columns[:, :COLUMNS]

@@ -15,7 +15,7 @@ from fgsteer.interventions.table import INTERVENTIONS
 from fgsteer.serving.converting import check_intervention, rows_of
 from fgsteer.serving.request import steering
 from fgsteer.serving.rows import VECTOR_OPERATIONS, TableRows
-from fgsteer.serving.sources import check_one_run
+from fgsteer.serving.sources import check_runs
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def servable(item: Intervention) -> tuple[TableRows, dict[str, Any]]:
     """
     check_intervention(item)
     item = item.detach()
-    options: dict[str, Any] = {"scope": check_one_run(item.scope, "scope"), "bos": item.bos}
+    options: dict[str, Any] = {"scope": check_runs(item.scope, "scope"), "bos": item.bos}
     own = [s for s in INTERVENTIONS if s.of_vector and s.kind == type(item).__name__]
     given = [spec for spec in own if not spec.amount or getattr(item, spec.amount) is not None]
     is_of_vector = len(given) == 1 and given[0].name in VECTOR_OPERATIONS

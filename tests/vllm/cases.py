@@ -152,6 +152,8 @@ def cases(source: str = DEFAULT) -> tuple[Case, ...]:
             steering("late", op="at_least", scale=4 * late.norm, scope=fg.last(3)),
             late.clamp(at_least=4 * late.norm, scope=fg.last(3)),
         ),
+        Case("both ends", c, steering("late", scale=2.0, scope="ends:2,3"), late.add(2.0, scope="ends:2,3")),
+        Case("positions", d, steering("first", scale=2.0, scope="at:1,3,4"), first.add(2.0, scope="at:1,3,4")),
         Case("relative", e, steering("middle", op="add_relative", scale=0.6), middle.add_relative(0.6)),
         Case("norm kept", b, steering("middle", op="add_keeping_norm", scale=2.0), middle.add_keeping_norm(2.0)),
         Case("a TopK SAE's features", a, steering("competing"), s["competing"]),
