@@ -74,6 +74,7 @@ def files(tmp_path_factory):
         "saes": [],
         "serve": ["m"],
         "sweep": ["sea"],
+        "train": ["dialogue", "-o", str(at / "trained"), "--hookpoint", "1"],
         "train-sae": [corpus, "-o", str(at / "sae"), "--hookpoint", "1", "--held-out", "1"],
     }
 

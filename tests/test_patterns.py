@@ -396,6 +396,7 @@ def test_a_step_finds_the_best_token_where_all_are_tried(llama, tokenizer):
 
 
 def test_the_gradient_is_that_of_one_hot_rows(llama, tokenizer):
+    before = [parameter.grad for parameter in llama.parameters()]
     search = search_of(llama, tokenizer)
     suffix = search.allowed[[3, 11]].tolist()
     places = [[len(head), len(head) + 1] for head in search.heads]
@@ -404,7 +405,7 @@ def test_the_gradient_is_that_of_one_hot_rows(llama, tokenizer):
     size = llama.get_input_embeddings().num_embeddings
     naive = reference.one_hot_gradient(llama, rows, places, blocks_of(llama)[1], unit, size)
     assert torch.allclose(search.gradient(suffix), naive, atol=1e-5 * float(naive.abs().max()))  # float32
-    assert all(parameter.grad is None for parameter in llama.parameters())
+    assert all(p.grad is grad for p, grad in zip(llama.parameters(), before, strict=True))
 
 
 def test_a_suffix_is_searched_on_some_prompts_and_reported_on_others(llama, tokenizer):

@@ -85,6 +85,7 @@ def commands(folder, at):
         "orthogonalize": ("-v", vector, "-o", at / "without"),
         "patterns": ("sea",),
         "sweep": ("sea",),
+        "train": ("dialogue", "-o", at / "trained", "--hookpoint", 1),
         "train-sae": (corpus, "-o", at / "sae", "--hookpoint", 1, "--held-out", 1),
     }
     takes_sae = {"bench", "demo", "density", "effects", "examples", "features"}

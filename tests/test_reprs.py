@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +113,39 @@ def made(tmp_path_factory):
         fg.OpenStyle([LONG] * 99, fg.KeywordJudge(), LONG),
         fg.SuffixSearch(LONG, (10**6,) * 99, (1 / 3,) * 99, wide, wide, torch.randn(9, 4096), 1 / 3, 1 / 3),
         *(AT, fg.Hookpoint.parse("model.layers.3.mlp")),
+        *recipes(wide, vector),
+        *mechanisms(model, tokenizer, texts, wide),
+        fg.ConceptCone(torch.linalg.qr(torch.randn(4096, 3))[0].T, AT, 1 / 3, (1 / 3,) * 999, provenance),
+        fg.Independence(narrow[:60], narrow[:60]),
+        fg.ComponentRow(10**6, 1 / 3, (LONG,) * 9, (LONG,) * 9, ((10**6, 1 / 3),) * 9, (LONG,) * 9),
+        fg.TokenRelevance((LONG,) * 99, (LONG,) * 99, wide, 1 / 3),
+        fg.TriggerWord(LONG, 10**6, 1 / 3),
+        fg.VectorTraining(lr=1 / 3),
+    ]
+
+
+def recipes(wide, vector):
+    """What decides by prompts."""
+    return [
+        fg.AddByPrompt(direction=wide, hookpoint=AT, reading=fg.Projection(vector).last(), bias=1 / 3),
+        fg.Preview([fg.Projection(vector)] * 40, appended=[7] * 40),
+        fg.TanhCosine(vector),
+        fg.AdaSteerRule(8, 1 / 3, 1 / 7, 1 / 9),
+        fg.GateEffect(1 / 3, 1 / 7, 1 / 9, 1 / 11),
+    ]
+
+
+def mechanisms(model, tokenizer, texts, wide):
+    """What says why steering works."""
+    pushed = fg.SteeringVector(torch.ones(32), 0).add(40.0)
+    found = fg.attribute_steering(model, tokenizer, texts, pushed, metric="kl", steps=2, max_new_tokens=2)
+    circuit = fg.CircuitPoint("edges", 10**6, 1 / 3, 10**6, 1 / 3, 1 / 7, 1 / 9, 1 / 11, 1 / 13)
+    faithful = fg.Faithful(LONG, 1 / 3, 1 / 7, 1 / 9, 1 / 11, 1 / 13)
+    value = fg.ValueVector(10**6, 10**6, wide, (LONG,) * 99, (LONG,) * 99)
+    tables: Any = (Table([circuit] * 99), Table([circuit] * 99), Table([faithful] * 99), Table(), Table([value] * 99))
+    return [
+        *(found, circuit, faithful, value, fg.NodeEffect("L29.H17", 29, 17, 1 / 3, 1 / 7)),
+        fg.Explanation(found, found, *tables, settings={"prompt": LONG}),
     ]
 
 

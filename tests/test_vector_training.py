@@ -571,9 +571,10 @@ def test_the_command_writes_the_vector_that_the_function_returns(tmp_path):
 )
 def test_refusals(options, error, match, llama, tokenizer):
     given: Any = {"hookpoint": None if "sae" in options else AT, **options}
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in llama.modules()]
     with pytest.raises(error, match=f"(?i){match}"):
         fg.train(llama, tokenizer, PREFERENCES, **given)
-    assert not any(m._forward_hooks for m in llama.modules())
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in llama.modules()] == hooks
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str | int]
 
     Raises DataError for none, for an id that the vocabulary lacks, and for a text of several tokens.
     """
-    refuse_one_text(tokens)
+    if isinstance(tokens, str):
+        refuse_one_text(tokens)
     if not isinstance(tokens, list | tuple):
         raise DataError(describe_value(tokens), "a list of tokens", "pass refusal_tokens=['I']")
     ids = []

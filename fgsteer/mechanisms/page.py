@@ -44,7 +44,7 @@ APART = 34  # of numbers below a chart, at least
 def write_explanation(path: str | Path, found: Explanation) -> None:
     """Write an explanation as a page. Raises FormatError where the file cannot be written."""
     with atomic_write(path) as temporary:
-        temporary.write_text(explanation_page(found), "utf-8")
+        temporary.write_text(explanation_page(found), encoding="utf-8")
 
 
 def explanation_page(found: Explanation) -> str:
