@@ -63,7 +63,7 @@ def files(tmp_path_factory):
         "effects": ["-o", str(at / "e"), "--sae", "s"],
         "eval": ["--tasks", "x", "-v", vector],
         "examples": [corpus, "-o", str(at / "x"), "--sae", "s"],
-        "explain": [vector],
+        "explain": [vector, "-m", "m"],
         "export": [vector, "--to", "lm-eval", "-o", str(at / "v.pt"), "-m", "m"],
         "features": ["--feature", "1", "--sae", "s"],
         "fold": ["-v", vector, "-o", str(at / "folded")],
