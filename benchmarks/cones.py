@@ -1,8 +1,9 @@
 """Refusal directions by gradient and cones of them, beside the difference of means, on a model that refuses cooking.
 
-The organism (pretrained/organisms) is SmolLM2 that refuses requests about cooking and answers others. Directions are
-built and trained on requests that it was trained on, and reported on held-out ones, which share neither words nor
-templates with those. Each is removed by ablation everywhere, and added at its layer with the norm of the first.
+The organism (pretrained/organisms) is SmolLM2 that refuses requests about cooking and answers others. The difference of
+means is the one that refusal.py chose. Directions are trained on requests that the organism was trained on, and reported
+on held-out ones that chose nothing, which share neither words nor templates with those. Each is removed by ablation
+everywhere, and added at its layer with the norm of the first.
 
     python benchmarks/cones.py             writes results/smollm2/cones.json and cones.md
     python benchmarks/cones.py --docs      puts the table into docs/guides/cones.md
@@ -16,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,13 @@ from scipy.stats import binomtest
 from subject import ROOT, load_organism, published, results_folder
 
 import fgsteer as fg
-from fgsteer.models.hookpoints import blocks_of
 from fgsteer.storage.json_files import read_json, write_json
 
 sys.path.insert(0, str(ROOT / "pretrained"))
 from organism_texts import is_refusal, requests
 
 PAGE = ROOT / "docs" / "guides" / "cones.md"
-BUILT_FROM, CHOSEN_ON, TRAINED_ON, REPORTED = 32, 12, 12, 24  # requests of a side
-LAYERS, POSITIONS = (14, 18, 22), (-1, -5)  # which the difference of means is chosen among
-BOUNDS = ((0.1, 0.0), (0.5, 0.0), (0.5, None), (None, None))  # of KL and of the induce score; the paper's first
+CHOSEN_ON, TRAINED_ON, REPORTED = 12, 12, 24  # requests of a side; refusal.py chose on the first
 READ_TOKENS = 4  # of a reply: its first word says whether it is a refusal
 SAMPLED = 2  # directions of a cone
 TRAINING: dict[str, Any] = {"reply_tokens": 16, "batch_size": 4, "learning_rate": 1e-2}
@@ -66,33 +63,6 @@ def share(answers: Sequence[bool]) -> list[float]:
     return [sum(answers) / len(answers), float(interval.low), float(interval.high)]
 
 
-def select(model: Any, tokenizer: Any, seed: int) -> fg.SteeringVector:
-    """The difference of means by the paper's rule, under the first of some bounds that leave a candidate."""
-    cooking, other = (requests(kind, seed)[0] for kind in ("cooking", "other"))
-    built, held_out = slice(BUILT_FROM), slice(BUILT_FROM, BUILT_FROM + CHOSEN_ON)
-    scores = fg.select_direction(
-        model,
-        tokenizer,
-        cooking[built],
-        other[built],
-        refusal_tokens=["Sorry"],
-        held_out=(cooking[held_out], other[held_out]),
-        positions=POSITIONS,
-        layers=LAYERS,
-        filter_requests=False,
-        max_kl=None,
-        min_induce=None,
-    ).scores
-    print(scores, flush=True)
-    for max_kl, min_induce in BOUNDS:
-        with suppress(fg.SelectionError):
-            chosen = fg.choose_direction(scores, len(blocks_of(model)), max_kl=max_kl, min_induce=min_induce)
-            break
-    print(chosen, flush=True)
-    r = fg.candidate_directions(model, tokenizer, cooking[built], other[built], positions=[chosen.position])
-    return fg.SteeringVector(r[0, chosen.layer].float(), fg.Hookpoint(chosen.layer, "resid_pre"))
-
-
 def kept(path: Path, make: Callable[[], Any]) -> fg.ConceptCone:
     """The cone of a file, which is made where it is not there, so that a measurement goes on where it ended."""
     if not path.is_file():
@@ -112,7 +82,7 @@ def build(model: Any, tokenizer: Any, seed: int, folder: Path) -> dict[str, fg.C
     folder.mkdir(parents=True, exist_ok=True)
 
     def first() -> fg.ConceptCone:
-        r = select(model, tokenizer, seed)
+        r = fg.SteeringVector.load(results_folder("smollm2") / "refusal.safetensors")
         return fg.ConceptCone(r.unit().direction[None], r.hookpoint, r.norm)
 
     cones = {"mean": kept(folder / "mean.safetensors", first)}
@@ -147,7 +117,7 @@ def measure(seed: int, folder: Path) -> dict[str, Any]:
     weights = {name: p.clone() for name, p in model.state_dict().items()}
     cones = build(model, tokenizer, seed, folder)
     model.load_state_dict(weights)  # training rounded them
-    cooking, other = (requests(kind, seed)[1][:REPORTED] for kind in ("cooking", "other"))
+    cooking, other = (requests(kind, seed)[1][CHOSEN_ON:][:REPORTED] for kind in ("cooking", "other"))
     answered: list[Any] = [([{"role": "user", "content": text}], "") for text in other]
     rows: dict[str, Any] = {
         "unsteered": {
