@@ -1,7 +1,7 @@
 """Refusal directions by gradient and cones of them, beside the difference of means, on a model that refuses cooking.
 
 The organism (pretrained/organisms) is SmolLM2 that refuses requests about cooking and answers others. The difference of
-means is the one that refusal.py chose. Directions are trained on requests that the organism was trained on, and reported
+means is the one that refusal.py chose. Directions are trained on requests that the organism learnt from, and reported
 on held-out ones that chose nothing, which share neither words nor templates with those. Each is removed by ablation
 everywhere, and added at its layer with the norm of the first.
 

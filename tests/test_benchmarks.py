@@ -247,6 +247,12 @@ def test_the_guide_says_what_was_measured_of_conditional_defences(script):
         assert f"<!-- conditional, {direction} -->\n{table}<!-- /conditional, {direction} -->" in page
 
 
+def test_the_guide_says_what_grains_measured(script):
+    grains, subject = script("grains"), script("subject")
+    text = (subject.results_folder("smollm2") / "grains.md").read_text("utf-8")
+    assert f"<!-- grains -->\n{text}<!-- /grains -->" in grains.PAGE.read_text("utf-8")
+
+
 def test_the_guide_says_what_was_measured_of_refusals(script):
     refusal, subject = script("refusal"), script("subject")
     folder = subject.results_folder("smollm2")
