@@ -676,3 +676,5 @@ def test_a_conditional_is_one_entry_for_as_many_prompts(llama, tokenizer):
 def test_what_is_no_reading_is_not_read_ahead():
     with pytest.raises(fg.SteeringError, match="reading"):
         fg.Preview(3)
+    with pytest.raises(fg.SteeringError, match="one token of each prompt"):
+        preview().mean()

@@ -160,7 +160,8 @@ class _Study:
         from fgsteer.models.hookpoints import blocks_of
 
         layers = fg.depth_layers(len(blocks_of(self.model)))
-        stats = fg.collect(self.model, self.tokenizer, self.texts, hookpoints=layers, tokens=self.rule)
+        options: dict[str, Any] = {"tokens": self.rule, "batch_tokens": self.batch_tokens}
+        stats = fg.collect(self.model, self.tokenizer, self.texts, hookpoints=layers, **options)
         vectors = [fg.caa(stats, hookpoint=layer) for layer in layers]
         return fg.signed_slopes(
             self.model,

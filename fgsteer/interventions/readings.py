@@ -238,6 +238,13 @@ class Preview(Reading):
             object.__setattr__(self, name, value)
         self.__post_init__()
 
+    def _pooled(self, pooling: Pooling) -> Preview:
+        raise SteeringError(
+            f"{pooling}() of a preview, which is of one token of each prompt already",
+            "a preview as it is, compared with a threshold",
+            "pass position= to say which token is read",
+        )
+
     @property
     def parts(self) -> tuple[Reading, ...]:
         """The readings that it is the mean of."""
