@@ -28,7 +28,7 @@ INSTALLED = find_spec("vllm") is not None
 
 def serving(bench: Bench) -> Iterator[Row]:
     """One batch of requests: none of them steered, all by one vector, each by its own."""
-    for name in ("default",) if bench.quick else ("default", "smollm2"):
+    for name in ("default",) if bench.quick or list(bench.models) == ["default"] else ("default", "smollm2"):
         engines = dict(_engines(name, bench))
         try:
             new = 4 if bench.quick else NEW_TOKENS
