@@ -145,7 +145,7 @@ def mechanisms(model, tokenizer, texts, wide):
     tables: Any = (Table([circuit] * 99), Table([circuit] * 99), Table([faithful] * 99), Table(), Table([value] * 99))
     return [
         *(found, circuit, faithful, value, fg.NodeEffect("L29.H17", 29, 17, 1 / 3, 1 / 7)),
-        fg.Explanation(found, found, *tables, settings={"prompt": LONG}),
+        fg.Explanation(found, found, *tables, {"prompt": LONG}),
     ]
 
 
