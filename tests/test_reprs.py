@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
 
 import numpy as np
 import pytest
@@ -142,10 +141,10 @@ def mechanisms(model, tokenizer, texts, wide):
     circuit = fg.CircuitPoint("edges", 10**6, 1 / 3, 10**6, 1 / 3, 1 / 7, 1 / 9, 1 / 11, 1 / 13)
     faithful = fg.Faithful(LONG, 1 / 3, 1 / 7, 1 / 9, 1 / 11, 1 / 13)
     value = fg.ValueVector(10**6, 10**6, wide, (LONG,) * 99, (LONG,) * 99)
-    tables: Any = (Table([circuit] * 99), Table([circuit] * 99), Table([faithful] * 99), Table(), Table([value] * 99))
+    circuits, values = Table([circuit] * 99), Table([value] * 99)
     return [
         *(found, circuit, faithful, value, fg.NodeEffect("L29.H17", 29, 17, 1 / 3, 1 / 7)),
-        fg.Explanation(found, found, *tables, {"prompt": LONG}),
+        fg.Explanation(found, found, circuits, circuits, Table([faithful] * 99), Table(), values, {"prompt": LONG}),
     ]
 
 
