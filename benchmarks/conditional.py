@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
-from subject import ROOT, load_organism, published, results_folder
+from subject import ROOT, load_organism, published, results_folder, share
 
 import fgsteer as fg
 from fgsteer.storage.json_files import read_json, write_json
@@ -72,9 +71,8 @@ def refused(model: Any, tokenizer: Any, prompts: Sequence[str], steering: Any) -
     """The share of requests that are refused, with a 95 % interval (Wilson)."""
     options = {} if steering is None else {"steering": steering, "per_row": False}
     texts = fg.generate(model, tokenizer, chats(prompts), max_new_tokens=TOKENS, do_sample=False, **options)
-    hits = sum(map(is_refusal, texts))
-    interval = binomtest(hits, len(texts)).proportion_ci(method="wilson")
-    return {"share": hits / len(texts), "low": float(interval.low), "high": float(interval.high)}
+    mean, low, high = share(sum(map(is_refusal, texts)), len(texts))
+    return {"share": mean, "low": low, "high": high}
 
 
 def refusing_vector(model: Any, tokenizer: Any, prompts: Sequence[str]) -> tuple[fg.SteeringVector, float, list[Any]]:

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
-from subject import ROOT, load_organism, published, results_folder
+from subject import ROOT, load_organism, published, results_folder, share
 
 import fgsteer as fg
 from fgsteer.storage.json_files import read_json, write_json
@@ -49,18 +48,12 @@ ROWS = {
 }
 
 
-def refused(model: Any, tokenizer: Any, prompts: Sequence[str], steering: Any = None) -> list[bool]:
-    """Whether each request is refused."""
+def refused(model: Any, tokenizer: Any, prompts: Sequence[str], steering: Any = None) -> list[float]:
+    """(share, low, high) of the requests that are refused."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     entries = None if steering is None else [steering] * len(chats)
     texts = fg.generate(model, tokenizer, chats, steering=entries, max_new_tokens=READ_TOKENS, do_sample=False)
-    return [is_refusal(text) for text in texts]
-
-
-def share(answers: Sequence[bool]) -> list[float]:
-    """(share, low, high) of those that are true, with a 95 % interval (Wilson)."""
-    interval = binomtest(sum(answers), len(answers)).proportion_ci(method="wilson")
-    return [sum(answers) / len(answers), float(interval.low), float(interval.high)]
+    return share(sum(map(is_refusal, texts)), len(texts))
 
 
 def kept(path: Path, make: Callable[[], Any]) -> fg.ConceptCone:
@@ -121,8 +114,8 @@ def measure(seed: int, folder: Path) -> dict[str, Any]:
     answered: list[Any] = [([{"role": "user", "content": text}], "") for text in other]
     rows: dict[str, Any] = {
         "unsteered": {
-            "removed": [share(refused(model, tokenizer, cooking))],
-            "added": [share(refused(model, tokenizer, other))],
+            "removed": [refused(model, tokenizer, cooking)],
+            "added": [refused(model, tokenizer, other)],
             "kl": [0.0],
         }
     }
@@ -130,8 +123,8 @@ def measure(seed: int, folder: Path) -> dict[str, Any]:
     def row(name: str, removals: Sequence[Any], additions: Sequence[Any]) -> None:
         kls = fg.kl_divergences(model, tokenizer, answered, removals, at="last")
         rows[name] = {
-            "removed": [share(refused(model, tokenizer, cooking, one)) for one in removals],
-            "added": [share(refused(model, tokenizer, other, one)) for one in additions],
+            "removed": [refused(model, tokenizer, cooking, one) for one in removals],
+            "added": [refused(model, tokenizer, other, one) for one in additions],
             "kl": kls,
         }
         print(name, rows[name], flush=True)

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
-from subject import ROOT, load_organism, published, results_folder
+from subject import ROOT, load_organism, published, results_folder, share
 
 import fgsteer as fg
 from fgsteer.storage.json_files import read_json, write_json
@@ -57,10 +56,8 @@ def refused(model: Any, tokenizer: Any, prompts: Sequence[str], steering: Any = 
     chats = [asked(prompt) for prompt in prompts]
     entries = None if steering is None else [steering] * len(chats)
     texts = fg.generate(model, tokenizer, chats, steering=entries, max_new_tokens=READ_TOKENS, do_sample=False)
-    count = sum(map(is_refusal, texts))
-    interval = binomtest(count, len(texts)).proportion_ci(method="wilson")
-    share = {"share": count / len(texts), "low": float(interval.low), "high": float(interval.high)}
-    return {**share, "replies": texts[:3]}
+    mean, low, high = share(sum(map(is_refusal, texts)), len(texts))
+    return {"share": mean, "low": low, "high": high, "replies": texts[:3]}
 
 
 def answers(prompts: Sequence[str]) -> list[tuple[list[dict[str, str]], str]]:

@@ -19,6 +19,7 @@ from fgsteer.data.shipped import load_bench_prompts, load_chat_prompts
 from fgsteer.errors import DataError
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.plan import BenchPlan
+from fgsteer.evaluation.patterns.styles import wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -124,6 +125,12 @@ def results_folder(name: str, kind: str = "concepts") -> Path:
     """Where the results of a model are: those of the embedded default in ``results``, others in folders there."""
     folder = RESULTS if name == "default" else RESULTS / name
     return folder / kind if kind != "concepts" else folder
+
+
+def share(hits: int, total: int) -> list[float]:
+    """(share, low, high) of what holds, with a 95 % interval (Wilson)."""
+    interval = wilson(float(hits), total)
+    return [interval.mean, interval.low, interval.high]
 
 
 def published(path: Path, mark: str, text: str) -> str:

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
-from subject import ROOT, load_organism, published, results_folder
+from subject import ROOT, load_organism, published, results_folder, share
 
 import fgsteer as fg
 from fgsteer.data.shipped import load_bench_prompts
@@ -71,12 +70,6 @@ def load(name: str, gemma: Path | None) -> tuple[Any, Any]:
     options = {"gguf_file": files[0]} if files else {}
     model, tokenizer = fg.load_model(str(gemma), dtype="bfloat16", device="cpu", **options)
     return model, tokenizer
-
-
-def share(hits: int, texts: int) -> list[float]:
-    """A share of texts with its 95 % interval (Wilson)."""
-    interval = binomtest(hits, texts).proportion_ci(method="wilson")
-    return [hits / texts, float(interval.low), float(interval.high)]
 
 
 def drawn(width: int, norm: float, seed: int) -> torch.Tensor:
