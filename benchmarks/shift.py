@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cones import refused, share
+from cones import refused
 from subject import ROOT, load_organism, published, results_folder
 
 import fgsteer as fg
@@ -78,7 +78,7 @@ def acted(
     answered: list[Any] = [([{"role": "user", "content": text}], "") for text in texts["other"]]
     found = {}
     for name, steering in conditions.items():
-        found[name] = {kind: share(refused(model, tokenizer, own, steering)) for kind, own in texts.items()}
+        found[name] = {kind: refused(model, tokenizer, own, steering) for kind, own in texts.items()}
         kl = 0.0 if steering is None else fg.kl_divergences(model, tokenizer, answered, [steering], at="last")[0]
         found[name]["kl"] = kl
         print(name, found[name], flush=True)
@@ -98,7 +98,7 @@ def traced(model: Any, tokenizer: Any, v: fg.SteeringVector, texts: dict[str, li
     def effect(own: list[Any]) -> dict[str, Any]:
         states = last_states(model, tokenizer, own, [v.hookpoint], None)[v.hookpoint]
         return {
-            "refused": share(refused(model, tokenizer, own)),
+            "refused": refused(model, tokenizer, own),
             "projection": float((states @ v.direction.double()).mean()),
         }
 

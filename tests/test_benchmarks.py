@@ -138,7 +138,7 @@ def test_small_sets_and_their_table(script):
 
 def test_tables_of_cones_and_of_shifts(script):
     cones, shift = script("cones"), script("shift")
-    assert cones.share([True, True, False, True])[0] == 0.75
+    assert cones.share(3, 4)[0] == 0.75
     row = {"removed": [[0.5, 0.25, 0.75]], "added": [[1.0, 0.5, 1.0]], "kl": [0.125]}
     content = {
         "hookpoint": "blocks.9.hook_resid_pre",
