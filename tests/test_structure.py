@@ -40,6 +40,7 @@ FLOORS = (
     "evaluation",
     "conditional",
     "mechanisms",
+    "receipts",
     "export",
     "hub",
     "serving",
