@@ -104,7 +104,8 @@ def measure_dose(
 def _context_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> list[int]:
     """The ids of texts one after the other, of so many tokens."""
     order, shuffle = list(texts), random.Random(0).shuffle
-    parts, ids = [], []
+    parts: list[str] = []
+    ids: list[int] = []
     while len(ids) < length:
         parts += order
         ids = prompt_ids(tokenizer, [" ".join(parts)])[0]

@@ -34,9 +34,14 @@ if TYPE_CHECKING:
 
 REPLY_TOKENS = 32
 CONVERSATIONS = (
-    ("Hello! What can you tell me about rivers?", "Which one is the longest?", "And how do people use them?", "Thanks."),
+    (
+        "What can you tell me about rivers?",
+        "Which one is the longest?",
+        "And how do people use them?",
+        "Thanks.",
+    ),
     ("I want to learn how to cook rice.", "How much water do I need?", "What goes well with it?", "Sum it up for me."),
-    ("What should I see on a day in a town?", "I like old houses.", "What if it rains?", "How do I get home at night?"),
+    ("What should I see in a town?", "I like old houses.", "What if it rains?", "How do I get home at night?"),
 )
 
 

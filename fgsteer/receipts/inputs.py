@@ -16,9 +16,8 @@ from fgsteer.data.contrast_files import as_contrast
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked
-from fgsteer.evaluation.metrics.intervals import Interval
+from fgsteer.evaluation.metrics.intervals import Interval, wilson
 from fgsteer.evaluation.metrics.propensity import Propensity
-from fgsteer.evaluation.patterns.styles import wilson
 from fgsteer.steering.entries import Entry
 
 if TYPE_CHECKING:
@@ -63,9 +62,7 @@ def wrong_way(
     return wilson(int((moved < 0).sum()), len(moved))
 
 
-def moves(
-    change: Float[Tensor, " texts"], positives: int, pairs: int
-) -> Float[Tensor, " inputs"]:
+def moves(change: Float[Tensor, " texts"], positives: int, pairs: int) -> Float[Tensor, " inputs"]:
     """How far each input moves towards the behavior: pairs, then single positives, then single negatives."""
     positive, negative = change[:positives], change[positives:]
     return torch.cat(

@@ -198,7 +198,7 @@ def _parsed(kind: Any, value: Any, name: str) -> Any:
         if not isinstance(value, list | tuple):
             raise TypeError(f"{name} is no list")
         kinds = get_args(kind)
-        each = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else kinds
+        each = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else list(kinds)
         return tuple(_parsed(one, entry, name) for one, entry in zip(each, value, strict=True))
     if get_origin(kind) is dict:
         if not isinstance(value, Mapping):

@@ -17,8 +17,7 @@ from fgsteer.directions.prompts import refusal_scores
 from fgsteer.errors import SteeringError
 from fgsteer.errors.checks import checked
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.evaluation.metrics.intervals import mean_interval
-from fgsteer.evaluation.patterns.styles import wilson
+from fgsteer.evaluation.metrics.intervals import mean_interval, wilson
 from fgsteer.models.chat import is_chat_model
 from fgsteer.receipts.retention import Change
 from fgsteer.steering.entries import Entry

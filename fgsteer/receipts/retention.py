@@ -20,8 +20,7 @@ from fgsteer.data.shipped import load_choices, load_neutral
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked, is_whole_number
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.evaluation.metrics.intervals import Interval, mean_interval
-from fgsteer.evaluation.patterns.styles import wilson
+from fgsteer.evaluation.metrics.intervals import Interval, mean_interval, wilson
 from fgsteer.evaluation.tasks import run_tasks
 from fgsteer.likelihood.scoring import log_probabilities
 from fgsteer.steering.entries import Entry, interventions_of
@@ -147,10 +146,12 @@ def answered_rightly(
     for number, choice in enumerate(asked):
         whole = isinstance(choice, tuple | list) and len(choice) == 3 and is_whole_number(choice[2])
         if not whole or isinstance(choice[1], str) or not 0 <= choice[2] < len(choice[1]) or len(choice[1]) < 2:
-            raise DataError(f"question {number}: {choice!r:.80}", "(question, [answers], the right one's number from 0)")
+            raise DataError(
+                f"question {number}: {choice!r:.80}", "(question, [answers], the right one's number from 0)"
+            )
     texts: Any = [(f"Question: {question}\nAnswer:", answer) for question, answers, _ in asked for answer in answers]
     sums = log_probabilities(model, tokenizer, texts, steering, batch_tokens=batch_tokens).sums
-    parts = sums.split([len(answers) for _, answers, _ in asked], 1)
+    parts = torch.split(sums, [len(answers) for _, answers, _ in asked], 1)
     return torch.stack([part.argmax(1) == right for part, (_, _, right) in zip(parts, asked, strict=True)], 1)
 
 
