@@ -286,10 +286,10 @@ def _next_log_probabilities(
     columns = torch.tensor(lengths)[:, None] - 1 + torch.arange(tails.shape[1])
     options: dict[str, Any] = {}
     forward: Callable[..., Any] = uncompiled(model).forward
-    if "logits_to_keep" in inspect.signature(forward).parameters and has_plain_blocks(model):
-        if not virtual_tokens(model):
-            kept, columns = torch.unique(columns, return_inverse=True)
-            options["logits_to_keep"] = kept.to(input_device(model))
+    is_plain = has_plain_blocks(model) and not virtual_tokens(model)
+    if "logits_to_keep" in inspect.signature(forward).parameters and is_plain:
+        kept, columns = torch.unique(columns, return_inverse=True)
+        options["logits_to_keep"] = kept.to(input_device(model))
     device = input_device(model)
     with ExitStack() as stack:
         stack.enter_context(note_prompt_ends(model, lengths))

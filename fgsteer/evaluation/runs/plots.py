@@ -160,7 +160,7 @@ def own_text_curves(run: Run) -> Figure:
     """
     figure, panels = panel_grid(run.swept, method_name)
     rates = [base_rate(run, concept) for concept in run.concepts]
-    known = [rate for rate in rates if rate is not None]
+    known = [rate.mean or rate.high for rate in rates if rate is not None]
     start = mean(known) if known and len(known) == len(rates) else None
     curves = {method: [(p.kl or 0.0, p.behavior) for p in curve(run, method)] for method in run.swept}
     most = max(kl for points in curves.values() for kl, _ in points)

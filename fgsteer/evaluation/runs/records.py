@@ -248,7 +248,10 @@ class Run(OneLineRepr):
         return sorted({s.matched for s in self.settings if s.matched is not None})
 
     def values(self, setting: Setting, half: str = "report", measure: str = "bcs") -> dict[Unit, float]:
-        """{unit: bcs, behavior, coherence, kl or distinct}. Raises DataError where the half has no record of the setting."""
+        """{unit: bcs, behavior, coherence, kl or distinct}.
+
+        Raises DataError where the half has no record of the setting.
+        """
         if (setting, half) not in self.cells:
             raise DataError(
                 f"no record of {setting.describe()} in the half {half!r}",

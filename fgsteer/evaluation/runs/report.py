@@ -47,8 +47,8 @@ CHIPS = (
 )
 
 OWN_TEXT = (
-    "own-text KL: KL from the unsteered model along a text that the steered one wrote, in nats a text, at temperature 1 "
-    "with nothing cut off. Least: no steering shows so much of the behavior for less, by the means of unsteered and "
+    "own-text KL: KL from the unsteered model along a text that the steered one wrote, in nats a text, at temperature "
+    "1 with nothing cut off. Least: no steering shows so much of the behavior for less, by the means of unsteered and "
     "steered texts, each of them an estimate. Distinct: the share of different 3-grams, of which loops have few."
 )
 

@@ -134,24 +134,30 @@ def average_table(run: Run, matched: float | None = None, baseline: str = BASELI
 def _own_text_cost(run: Run, settings: Sequence[Setting]) -> OwnTextCost:
     """What the own texts of one setting of each concept cost."""
     kl, distinct = (over_prompts([run.values(s, measure=m) for s in settings]) for m in ("kl", "distinct"))
-    rates = [base_rate(run, setting.concept) for setting in settings]
-    known = [
-        least_kl(p, run.mean(s, measure="behavior")) for p, s in zip(rates, settings, strict=True) if p is not None
-    ]
-    return OwnTextCost(kl, mean(known) if len(known) == len(settings) else None, distinct)
+    least = [_least(run, setting) for setting in settings]
+    known = [nats for nats in least if nats is not None]
+    return OwnTextCost(kl, mean(known) if len(known) == len(least) else None, distinct)
 
 
-def base_rate(run: Run, concept: str) -> float | None:
+def _least(run: Run, setting: Setting) -> float | None:
+    """What the behavior of a setting's texts costs at the least; None without unsteered texts."""
+    rate, behavior = base_rate(run, setting.concept), run.mean(setting, measure="behavior")
+    if rate is None:
+        return None
+    return 0.0 if rate.mean <= behavior <= rate.high and not rate.mean else least_kl(rate.mean or rate.high, behavior)
+
+
+def base_rate(run: Run, concept: str) -> Interval | None:
     """The mean behavior of a concept's unsteered texts, on the half "report"; None without any.
 
-    Where none of them shows any, it is the upper end of Wilson's interval over prompts: what is never seen in few texts
-    need not be impossible.
+    Where none of them shows any, the upper end of Wilson's interval over prompts stands for it: what is never seen in
+    few texts need not be impossible.
     """
     settings = [s for s in run.settings if s[:2] == (concept, UNSTEERED) and s.matched is None]
     if not settings:
         return None
     behavior = over_prompts([run.values(settings[0], measure="behavior")])
-    return behavior.mean or wilson(0, behavior.clusters).high
+    return behavior if behavior.mean else wilson(0, behavior.clusters)
 
 
 def compare(run: Run, method: str, baseline: str = BASELINE, matched: float | None = None) -> Interval:
