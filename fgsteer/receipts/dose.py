@@ -1,6 +1,6 @@
-"""How large a vector's change is beside the activations, at the length at which a model is used.
+"""How large a change is beside the activations, at the length at which a model is used.
 
-measure_dose(model, tokenizer, vec, 8.0).relative        ‖c·v‖ / mean‖h‖ over the last tokens of a long context
+measure_dose(model, tokenizer, vec.add(8.0)).relative      ‖c·v‖ / mean‖h‖ over the last tokens of a long context
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from fgsteer.activations.recording import record
 from fgsteer.activations.tokens import prompt_ids
 from fgsteer.data.shipped import load_neutral
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import check_number, check_range, checked
+from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
+from fgsteer.interventions.base import Intervention
+from fgsteer.interventions.kernel import apply
 from fgsteer.models.properties import context_window, input_device
-from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,9 +37,10 @@ class Dose(OneLineRepr):
     """How large a change is beside the activations.
 
     Args:
-        relative: ``‖c·v‖ / mean‖h‖`` over the last tokens of a long context.
+        relative: ``mean‖Δh‖ / mean‖h‖``, with ``‖Δh‖ = ‖c·v‖`` where c·v is added, over the last tokens of a long
+            context.
         mean_norm: The mean norm of the activations there.
-        short_norm: Their mean norm over the first tokens, as many as the last ones; short prompts overstate norms.
+        short_norm: Their mean norm over the first tokens, as many as the last ones; short prompts overstate it.
         context: The tokens of the context.
         last: How many of them are its last ones.
     """
@@ -60,22 +62,21 @@ class Dose(OneLineRepr):
 def measure_dose(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    vector: SteeringVector,
-    coefficient: float,
+    steering: Intervention,
     *,
     texts: Sequence[str] | None = None,
     context: int = CONTEXT,
     last: int = LAST,
 ) -> Dose:
-    """The relative dose ``‖c·v‖ / mean‖h‖`` at deployment length: over the last tokens of a long context.
+    """The relative dose ``mean‖Δh‖ / mean‖h‖`` at deployment length: over the last tokens of a long context.
 
-    The first tokens of a text have norms many times those of later ones, so that doses on short prompts look small.
+    Of ``vec.add(c)`` it is ``‖c·v‖ / mean‖h‖``. The first tokens of a text have norms many times those of later ones,
+    so that doses on short prompts look small. A gate counts as open.
 
     Args:
         model: A Hugging Face causal language model.
         tokenizer: Its tokenizer.
-        vector: The vector.
-        coefficient: Its coefficient c.
+        steering: An intervention whose change depends on the activation that it changes, or on nothing.
         texts: Texts that are put one after the other, and again in another order, until the context is full; by
             default the shipped neutral ones.
         context: The tokens of the context, at most the model's window.
@@ -83,8 +84,8 @@ def measure_dose(
 
     Raises:
         DataError: There is no text, or the last tokens are more than half of the context.
+        SteeringError: The change depends on the prompt or on activations elsewhere.
     """
-    check_number("coefficient", coefficient)
     check_range("context", context, 2, MAX_COUNT, whole=True)
     check_range("last", last, 1, MAX_COUNT, whole=True)
     plain = list(load_neutral()[0] if texts is None else texts)
@@ -95,10 +96,12 @@ def measure_dose(
     if not 1 <= last <= length // 2:
         raise DataError(f"last = {last} of a context of {length} tokens", f"at most {length // 2}")
     ids = torch.tensor([_context_ids(tokenizer, plain, length)], device=input_device(model))
-    values = record(model, ids, torch.ones_like(ids), [vector.hookpoint])[vector.hookpoint][0]
-    norms = values.float().norm(dim=-1)
+    values = record(model, ids, torch.ones_like(ids), [steering.hookpoint])[steering.hookpoint].float()
+    norms, end = values[0].norm(dim=-1), values[:, -last:]
     mean = float(norms[-last:].mean())
-    return Dose(abs(coefficient) * vector.norm / mean, mean, float(norms[:last].mean()), length, last)
+    update = steering.update().prepare(end.device, end.dtype)
+    change = float((apply(end, update) - end).norm(dim=-1).mean())
+    return Dose(change / mean, mean, float(norms[:last].mean()), length, last)
 
 
 def _context_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> list[int]:

@@ -115,7 +115,7 @@ def receipt(
         return measure_refusals(*both, steering, *requests, _given("refusal_tokens", refusal_tokens or None))
 
     measures: dict[str, Callable[[], Any]] = {
-        "dose": lambda: measure_dose(*both, vector, coefficient, context=context),
+        "dose": lambda: measure_dose(*both, steering, context=context),
         "own_text": own_text,
         "wrong_way": inputs,
         "retention": lambda: measure_retention(*both, steering, choices=choices, tasks=tasks, limit=limit),

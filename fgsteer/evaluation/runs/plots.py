@@ -8,6 +8,7 @@ Each function takes a run and returns a matplotlib Figure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,12 +159,15 @@ def own_text_curves(run: Run) -> Figure:
     By convexity the curve of ``least_kl`` from the mean rate bounds the averages of concepts and prompts too. Raises
     DataError where concepts have grids of unequal lengths.
     """
+    from matplotlib.ticker import NullFormatter
+
     figure, panels = panel_grid(run.swept, method_name)
     rates = [base_rate(run, concept) for concept in run.concepts]
     known = [rate.mean or rate.high for rate in rates if rate is not None]
     start = mean(known) if known and len(known) == len(rates) else None
     curves = {method: [(p.kl or 0.0, p.behavior) for p in curve(run, method)] for method in run.swept}
-    most = max(kl for points in curves.values() for kl, _ in points)
+    costs = [kl for points in curves.values() for kl, _ in points if kl > 0]
+    least, most = min(costs, default=0.1), max(costs, default=1.0)
     baseline = sorted(curves.get(BASELINE, []))
     dashed: dict[str, Any] = {"color": QUIET, "mfc": PAPER, "ms": 2.5, "lw": 1}
     for method, axis in panels:
@@ -173,11 +177,14 @@ def own_text_curves(run: Run) -> Figure:
         axis.plot([x for x, _ in baseline], [y for _, y in baseline], "s--", **dashed)
         points = sorted(curves[method])
         axis.plot([x for x, _ in points], [y for _, y in points], "o-", color=BLUE)
-        axis.set(xlim=(0, 1.08 * most), ylim=(0, 1.05), yticks=(0, 0.5, 1))
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda nats, _: plain_number(nats, max(0, -math.floor(math.log10(nats)))))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set(xlim=(least / 10, 1.5 * most), ylim=(0, 1.05), yticks=(0, 0.5, 1))
         axis.set_yticklabels(["0", ".5", "1"])
     handles = [mark("the method, by coefficient", "o-", color=BLUE)]
     handles += [mark(method_name(BASELINE), "s--", **dashed)] if baseline else []
-    handles += [] if start is None else [mark("the least KL of a behavior", "--", color=ORANGE, lw=1)]
+    handles += [] if start is None else [mark("least possible KL", "--", color=ORANGE, lw=1)]
     legend(figure, handles, columns=2)
     figure.supxlabel("KL on own text, nats a text")
     figure.supylabel("behavior")
