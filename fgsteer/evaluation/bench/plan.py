@@ -64,7 +64,7 @@ class BenchPlan(OneLineRepr):
     concepts: tuple[str, ...]
     methods: tuple[str, ...] = field(default_factory=default_methods)
     layers: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
-    ce_rises: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
+    ce_rises: tuple[float, ...] = (0.015625, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
     kls: tuple[float, ...] = ()
     matched: float | None = 0.5
     halves: tuple[str, ...] = HALVES
