@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import fgsteer as fg
 from fgsteer.effects.rollouts import Sampling, choose
+from fgsteer.errors.escaping import escape_markdown
 from fgsteer.evaluation.metrics import own_text
 from fgsteer.evaluation.metrics.own_text import check_untruncated, distinct_grams, own_texts, token_divergences
 from fgsteer.evaluation.metrics.propensity import Propensity
@@ -24,12 +25,12 @@ from tests.reference import receipts as reference
 
 PROMPTS = ["the man sat", "a cat"]
 CHOICES = [("the man", ["sat", "a ring"], 0), ("a cat", ["ran", "sat on"], 1), ("the king", ["was old", "is"], 0)]
-END, WORDS, LENGTH = 4, 5, 3  # of a model whose texts can all be written down
+END, WORDS, LENGTH = 3, 4, 3  # of a model whose texts can all be written down
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A model of five tokens, one of which ends a text, in float64."""
+    """A model of four tokens, one of which ends a text, in float64."""
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(**shape, vocab_size=WORDS, eos_token_id=END, bos_token_id=0, initializer_range=0.3)
@@ -75,7 +76,7 @@ def test_the_sum_over_tokens_is_the_divergence_of_whole_texts(small, push, stren
 def test_no_steering_shows_an_event_for_less_and_the_tilt_attains_it(small, push):
     texts = list(reference.all_texts(WORDS, LENGTH, {END}))
     plain = torch.tensor([reference.text_probability(small, [1], text) for text in texts], dtype=torch.float64)
-    event = torch.tensor([3 in text for text in texts])
+    event = torch.tensor([2 in text for text in texts])
     p = float(plain[event].sum())
     for q in (0.9 * p, p, 0.5 * (1 + p), 1.0):
         tilted = torch.where(event, plain * q / p, plain * (1 - q) / (1 - p))
@@ -88,7 +89,7 @@ def test_no_steering_shows_an_event_for_less_and_the_tilt_attains_it(small, push
         )
         nats = float((steered * (steered / plain).log()).sum())
         assert nats > fg.least_kl(p, float(steered[event].sum()))
-    scores = torch.tensor([text.count(3) / LENGTH for text in texts], dtype=torch.float64)
+    scores = torch.tensor([text.count(2) / LENGTH for text in texts], dtype=torch.float64)
     weights = plain * (2.0 * scores).exp()
     weights /= weights.sum()
     mean = float(weights @ scores)
@@ -116,7 +117,7 @@ def test_known_values_of_the_least_kl():
 
 
 def test_divergences_against_loops_with_padding_and_other_plain_prompts(small, push):
-    prompts, plain = [[1, 2, 3], [2], [3, 1]], [[3], [2], [3, 1, 1]]
+    prompts, plain = [[1, 2, 3], [2], [2, 1]], [[2, 2], [2], [1, 2, 1]]
     tails = torch.tensor([[1, 2, 3], [3, 3, 0], [0, 1, 2]])
     for excluded in ((), (END,)):
         entries = [push.add(2.0), None, [push.add(1.0), push.add(0.5)]]
@@ -145,7 +146,7 @@ def test_steering_that_does_nothing_costs_nothing_and_one_token_needs_no_sample(
 
 
 def test_a_text_ends_at_its_end_and_what_follows_costs_nothing(llama, tokenizer, vector, monkeypatch):
-    end = llama.generation_config.eos_token_id
+    end = llama.config.eos_token_id
     tails = torch.tensor([[5, 6, end, 7], [8, 9, 10, 11]])
     monkeypatch.setattr(own_text, "rollout", lambda model, prompts, *_, **__: (torch.cat([prompts[0], tails], 1), None))
     own = fg.own_text_kl(llama, tokenizer, PROMPTS, vector.add(2.0), max_new_tokens=4)
@@ -213,7 +214,8 @@ def test_own_texts_that_cannot_be_measured_are_refused(llama, tokenizer, vector)
         fg.own_text_kl(llama, tokenizer, ["the man"], None)
     with pytest.raises(fg.DataError, match="one for each prompt"):
         fg.own_text_kl(llama, tokenizer, PROMPTS, None, plain_prompts=["a"])
-    cached = fg.CacheSteering([1], torch.zeros(1, 2, 8), torch.ones(1, 2, 8), 0.0, 1.0, 32)
+    moved = {"keys": torch.zeros(1, 2, 8), "values": torch.ones(1, 2, 8)}
+    cached = fg.CacheSteering(layers=[1], **moved, key_coefficient=0.0, value_coefficient=1.0, d_model=32)
     with pytest.raises(fg.SteeringError, match="CacheSteering"):
         fg.own_text_kl(llama, tokenizer, PROMPTS, cached)
     with pytest.raises(fg.DataError):
@@ -463,7 +465,7 @@ def test_a_receipt_is_stored_when_asked_and_stands_on_the_card(slip, vector, tmp
     assert parse_receipt(loaded.provenance["receipt"]) == slip
     text = card(loaded)
     assert "## Receipt" in text
-    assert f"{slip.dose.relative:.3f}" in text
+    assert all(escape_markdown(fact) in text for fact in slip.facts().values())
     assert "## Receipt" not in card(2.0 * loaded), "a receipt is of the vector as it was measured"
     broken = {**slip.as_dict(), "dose": {"relative": "much"}}
     assert "## Receipt" not in card(fg.SteeringVector(vector.direction, 1, provenance={"receipt": broken}))

@@ -75,7 +75,7 @@ def diagnose(
     from fgsteer.storage.files import is_tensors
 
     chosen = None if vector is None else fg.SteeringVector.load(vector)
-    check_receipt(coefficient, store, chosen)
+    _check_receipt(coefficient, store, chosen)
     if chosen is not None and hookpoint:
         raise DataError("both", "either --vector or --hookpoint", "leave out --hookpoint: a vector has its own")
     places_asked = hookpoints(hookpoint)
@@ -109,10 +109,10 @@ def diagnose(
         output["receipt"] = slip.as_dict()
         if store:
             slip.stored_in(chosen).save(vector)
-    show(output, as_json, _print_diagnosis)
+    show(output, as_json, print_diagnosis)
 
 
-def check_receipt(coefficient: float | None, store: bool, vector: Any) -> None:
+def _check_receipt(coefficient: float | None, store: bool, vector: Any) -> None:
     """Raises DataError for a receipt without a vector, or to be stored without a strength."""
     if coefficient is not None and vector is None:
         raise DataError("-c without a vector", "a vector whose receipt is measured", "name its file with --vector")
@@ -170,7 +170,8 @@ def _collect(
     return statistics
 
 
-def _print_diagnosis(output: dict[str, Any]) -> None:
+def print_diagnosis(output: dict[str, Any]) -> None:
+    """Print a diagnosis, and the receipt where one was measured."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")

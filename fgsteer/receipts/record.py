@@ -197,8 +197,8 @@ def _parsed(kind: Any, value: Any, name: str) -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise TypeError(f"{name} is no list")
-        kinds = get_args(kind)
-        each = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else list(kinds)
+        entries = get_args(kind)
+        each: list[Any] = [entries[0]] * len(value) if entries[-1] is Ellipsis else list(entries)
         return tuple(_parsed(one, entry, name) for one, entry in zip(each, value, strict=True))
     if get_origin(kind) is dict:
         if not isinstance(value, Mapping):

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 PROMPTS, LAYERS, PAIRS = 8, 8, 24
 FOCUS, QUERIES, TOP = 0.8, 0.25, 0.2
 ROUNDING = 8  # times the dtype's, below which W_q v counts as 0
+LEAST_TOKENS = 8  # of a prompt
 SENTENCES = 5  # of the shipped neutral texts, in a prompt
 
 
@@ -180,7 +181,7 @@ def _moments(
     with eager_attention(model):
         for number, row in enumerate(prompt_ids(tokenizer, texts)):
             first = len(row) - max(1, round(queries * len(row)))
-            if first < 2:
+            if len(row) < LEAST_TOKENS:
                 raise DataError(f"prompt {number} of {len(row)} tokens", "at least eight tokens", "pass longer prompts")
             check_window(model, len(row), f"prompt {number}")
             kept = _keys_and_weights(model, parts, row)

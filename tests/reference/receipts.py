@@ -9,13 +9,20 @@ import torch
 
 
 def next_distribution(model, ids, change=None, layer=None, excluded=()):
-    """The distribution of the token after ``ids``, with ``change`` added to a block's output by a hook of its own."""
+    """The distribution of the token after ``ids``, with ``change`` added to a block's output by a hook of its own.
+
+    The special token that a text begins with is not steered.
+    """
     handle = None
     if change is not None:
-        block = model.model.layers[layer]
-        handle = block.register_forward_hook(
-            lambda _, __, out: (out[0] + change, *out[1:]) if isinstance(out, tuple) else out + change
-        )
+
+        def add(_, __, output):
+            rows = [row + 0 * change for row in output[0]]
+            for n in range(int(ids[0] == model.config.bos_token_id), len(ids)):
+                rows[n] = rows[n] + change
+            return torch.stack(rows)[None]
+
+        handle = model.model.layers[layer].register_forward_hook(add)
     try:
         with torch.no_grad():
             logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1].double()
