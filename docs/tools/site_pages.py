@@ -65,6 +65,7 @@ TITLES = {
     "evaluation": "Evaluation",
     "conditional": "Conditional defences",
     "mechanisms": "What drives steering",
+    "receipts": "Receipts",
     "export": "Exports",
     "errors": "Errors and warnings",
 }
