@@ -47,10 +47,11 @@ def train(
         str,
         typer.Option(
             "--objective",
-            help="What is minimised: lm and lm_factors (the winning answers alone), bipo, reps and simpo (winning "
-            "against losing answers), or reft_r1 (both, at a strength that each text sets).",
+            help="What is minimised: lm_relative (the winning answers alone) and reps_relative (winning against losing "
+            "ones), which suit any model; or with the constants of papers lm and lm_factors, bipo, reps and simpo, or "
+            "reft_r1 (both, at a strength that each text sets).",
         ),
-    ] = "reps",
+    ] = "lm_relative",
     space: Annotated[
         str,
         typer.Option(
@@ -100,7 +101,7 @@ def train(
 ) -> None:
     """Train a steering vector by gradient descent through the model, which stays as it is.
 
-    Rates, strengths and epochs are those that the objective was published with. The vector is written to a file, and
+    Rates, strengths and epochs are those of the objective's recipe. The vector is written to a file, and
     what its strengths cost is shown, as fgsteer build does.
     """
     import fgsteer as fg

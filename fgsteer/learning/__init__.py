@@ -1,12 +1,12 @@
 """Train steering vectors by gradient descent through a model that stays as it is.
 
-    vector = fg.train(model, tokenizer, "cheerful", objective="reps", hookpoint=12)
+    vector = fg.train(model, tokenizer, "cheerful", hookpoint=12)
     vector = fg.train(model, tokenizer, pairs, space="sae", sae=sae, features=256)      weights of features
     fg.generate(model, tokenizer, prompts, steering=vector.add(8.0))
 
 In the order in which data flows:
 
-    settings.py    ``VectorTraining``: the objectives, with the constants that they were published with
+    settings.py    ``VectorTraining``: objectives with their constants, fgsteer's own and published ones
     examples.py    what is learned from: winning and losing answers
     response_passes.py  log-probabilities of answers under steering, with gradients, above the steered block alone
     losses.py      the losses, as functions of log-probabilities
@@ -15,4 +15,5 @@ In the order in which data flows:
     learner.py     one vector in training: its order of examples, optimizer, early stopping and state
     run.py         vectors that are trained in common batches, and their checkpoint
     train.py       ``train`` and ``train_many``
+    bench.py       both spaces as methods of the benchmark
 """

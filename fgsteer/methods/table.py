@@ -45,8 +45,8 @@ class MethodSpec:
         function: The function that returns the ``SteeringVector``, or "module:name" of it, which is imported when
             it is first used. It takes its inputs by name: ``stats`` (``ContrastStatistics``), ``sae``, ``effects``
             (``EffectApproximator``), ``features`` (ids), and keywords of its own with defaults. The benchmark can also
-            give ``hookpoint``, ``d_model`` and ``seed`` to a function that requires them. Empty for a condition
-            of the benchmark that applies no vector.
+            give ``hookpoint``, ``d_model`` and ``seed``, and ``model``, ``tokenizer`` and ``contrast`` for training,
+            to a function that requires them. Empty for a condition of the benchmark that applies no vector.
         needs: What it needs at a layer: "layer" (the statistics of the residual stream there), "sae" (an SAE of that
             layer too), or "effects" (the effects measured on that SAE too). "nothing" for a condition without a vector.
         offered: The commands that offer it: "build" (and ``fg.build``), "bench", and "sweep", for which the function
@@ -279,6 +279,22 @@ _BUILT_IN = (
         needs="effects",
         offered=("bench",),
         paper="arXiv 2501.09929",
+    ),
+    MethodSpec(
+        "trained",
+        "trained vector",
+        "A vector that is trained to make the positive texts likely.",
+        function="fgsteer.learning.bench:trained",
+        needs="layer",
+        offered=("bench",),
+    ),
+    MethodSpec(
+        "trained_features",
+        "trained features",
+        "Weights of an SAE's features that are trained to make the positive texts likely.",
+        function="fgsteer.learning.bench:trained_features",
+        needs="sae",
+        offered=("bench",),
     ),
     MethodSpec(
         "minus_bias",

@@ -163,6 +163,9 @@ class ConceptConditions:
             "hookpoint": self._hookpoint,
             "d_model": lambda _: self.model.config.get_text_config().hidden_size,
             "seed": self._seed,
+            "model": lambda _: self.model,
+            "tokenizer": lambda _: self.tokenizer,
+            "contrast": lambda _: self.contrast,
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SelectionWarning)  # 40 texts a side: said in the report's plan
