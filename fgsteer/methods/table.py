@@ -57,6 +57,8 @@ class MethodSpec:
         in_context: Whether the benchmark puts examples of the behavior before each prompt.
         paper: Where the method was published, such as "arXiv 2312.06681".
         instructs: Whether the benchmark asks for the behavior in a system message, which needs a chat template.
+        trains: Whether it trains through the model, which takes minutes where others take seconds: a benchmark runs it
+            only if it is named.
 
     Raises:
         ArgumentError: A field is not one of the values above.
@@ -74,6 +76,7 @@ class MethodSpec:
     in_context: bool = False
     paper: str = ""
     instructs: bool = False
+    trains: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
@@ -287,6 +290,7 @@ _BUILT_IN = (
         function="fgsteer.learning.bench:trained",
         needs="layer",
         offered=("bench",),
+        trains=True,
     ),
     MethodSpec(
         "trained_features",
@@ -295,6 +299,7 @@ _BUILT_IN = (
         function="fgsteer.learning.bench:trained_features",
         needs="sae",
         offered=("bench",),
+        trains=True,
     ),
     MethodSpec(
         "minus_bias",

@@ -39,8 +39,9 @@ def bench_methods() -> tuple[str, ...]:
 
 
 def default_methods() -> tuple[str, ...]:
-    """The methods that a benchmark runs unless others are named: those that every tokenizer serves."""
-    return tuple(name for name in bench_methods() if not spec(name, "bench").instructs)
+    """The methods that a benchmark runs unless others are named: those that every tokenizer serves, without training."""
+    rows = [spec(name, "bench") for name in bench_methods()]
+    return tuple(row.name for row in rows if not row.instructs and not row.trains)
 
 
 def check_methods(methods: Iterable[str]) -> None:
