@@ -83,11 +83,12 @@ def test_relative_units_are_other_rates_and_first_values(space, wide, tokenizer)
     assert float(got.direction.norm()) > 0
 
 
-def test_the_default_recipe_is_lm_in_relative_units(wide, tokenizer):
+def test_the_default_recipe_is_reps_in_relative_units(wide, tokenizer):
     plain = fg.train(wide, tokenizer, PREFERENCES, hookpoint=AT)
     named = fg.train(wide, tokenizer, PREFERENCES, hookpoint=AT, objective=fg.VectorTraining())
     assert torch.equal(plain.direction, named.direction)
-    losses = [loss for _, loss in plain.provenance["training"]["losses"]]
+    lm = fg.train(wide, tokenizer, PREFERENCES, hookpoint=AT, objective="lm_relative")
+    losses = [loss for _, loss in lm.provenance["training"]["losses"]]
     assert losses[-1] < losses[0]
     with pytest.raises(fg.DataError, match="norm 1"):
         fg.VectorTraining(objective="reft_r1")
@@ -582,14 +583,14 @@ def test_the_command_writes_the_vector_that_the_function_returns(tmp_path):
     assert torch.equal(vector.direction, expected.direction)
     assert vector.features == pytest.approx(dict(expected.features))
     assert (told["features"], told["training"]["steps"]) == (5, 2)
-    with pytest.raises(fg.DataError, match="one of lm_relative, reps_relative, lm, lm_factors"):
+    with pytest.raises(fg.DataError, match="one of reps_relative, lm_relative, lm, lm_factors"):
         invoke("train", "love", "-o", out, "--objective", "dpo")
 
 
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"objective": "dpo"}, fg.DataError, "one of lm_relative, reps_relative, lm, lm_factors, bipo"),
+        ({"objective": "dpo"}, fg.DataError, "one of reps_relative, lm_relative, lm, lm_factors, bipo"),
         ({"space": "sae"}, fg.SelectionError, "pass sae="),
         ({"space": "dense"}, fg.DataError, "'residual' or 'sae'"),
         ({"hookpoint": None}, fg.DataError, "pass hookpoint=12"),

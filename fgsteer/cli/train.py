@@ -47,11 +47,11 @@ def train(
         str,
         typer.Option(
             "--objective",
-            help="What is minimised: lm_relative (the winning answers alone) and reps_relative (winning against losing "
-            "ones), which suit any model; or with the constants of papers lm and lm_factors, bipo, reps and simpo, or "
+            help="What is minimised: reps_relative (winning against losing answers) and lm_relative (the winning ones "
+            "alone), which suit any model; or with the constants of papers lm and lm_factors, bipo, reps and simpo, or "
             "reft_r1 (both, at a strength that each text sets).",
         ),
-    ] = "lm_relative",
+    ] = "reps_relative",
     space: Annotated[
         str,
         typer.Option(

@@ -1,6 +1,6 @@
 """Training as methods of the benchmark, which gives them the model and the contrast set.
 
-vector = trained_features(model, tokenizer, fg.load_contrast("sea"), sae, objective="lm_relative")
+vector = trained_features(model, tokenizer, fg.load_contrast("sea"), sae, objective="reps_relative")
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def trained(
     contrast: ContrastSet,
     hookpoint: Hookpoint,
     *,
-    objective: str = "lm_relative",
+    objective: str = "reps_relative",
     **settings: Any,
 ) -> SteeringVector:
     """``train`` in the residual stream, with the settings of an objective's recipe and changes. Raises as it does."""
@@ -38,7 +38,7 @@ def trained_features(
     contrast: ContrastSet,
     sae: SAE,
     *,
-    objective: str = "lm_relative",
+    objective: str = "reps_relative",
     features: int | None = FEATURES,
     **settings: Any,
 ) -> SteeringVector:

@@ -19,7 +19,7 @@ MAX_NUMBER = 1e6
 
 @dataclass(frozen=True)
 class VectorTraining:
-    """Settings of the training of a steering vector: by default the recipe "lm_relative", which suits any model.
+    """Settings of the training of a steering vector: by default the recipe "reps_relative", which suits any model.
 
     ``VectorTraining.published`` gives those of a paper.
 
@@ -55,16 +55,16 @@ class VectorTraining:
         DataError: A value is out of range.
     """
 
-    objective: Objective = "lm"
+    objective: Objective = "reps"
     lr: float = 0.03
     epochs: int = 6
     batch: int = 6
     schedule: Schedule = "linear"
     warm_up: int = 0
-    clip: float | None = None
+    clip: float | None = 1.0
     weight_decay: float = 0.0
-    init: float | None = 0.0
-    factors: tuple[float, ...] = (1.0,)
+    init: float | None = None
+    factors: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     dropout: float = 0.0
     beta: float = 1.0
     margin: float = 0.0
@@ -116,7 +116,7 @@ class VectorTraining:
         """Return the settings of a recipe in ``RECIPES``, with changes.
 
         Args:
-            name: "lm_relative" or "reps_relative", which are fgsteer's own and suit any model, or one with the
+            name: "reps_relative" or "lm_relative", which are fgsteer's own and suit any model, or one with the
                 constants of a paper: "lm", "lm_factors", "bipo", "reps", "reft_r1" or "simpo".
             **changes: Settings that are to be others, such as ``epochs=20``.
 
@@ -137,19 +137,27 @@ class VectorTraining:
 
 
 EVEN_TO_TWENTY = tuple(2.0 * n for n in range(1, 11))  # of RePS and its control
-_RAW = VectorTraining(relative=False, init=None)
+_RAW = VectorTraining(objective="lm", clip=None, factors=(1.0,), relative=False)
 RECIPES = {
-    # fgsteer's own: rate, epochs and strength chosen on six concepts of the embedded default model
-    "lm_relative": VectorTraining(),
-    # RePS in the same units, likewise; its strengths are shares of an activation's norm
-    "reps_relative": VectorTraining(objective="reps", init=None, clip=1.0, factors=(0.25, 0.5, 0.75, 1.0)),
+    # fgsteer's own: rates, epochs and strengths, as shares of an activation's norm, chosen on six concepts
+    "reps_relative": VectorTraining(),
+    "lm_relative": VectorTraining(objective="lm", clip=None, init=0.0, factors=(1.0,)),
     # AxBench's Lang. (arXiv 2501.17148)
     "lm": replace(_RAW, objective="lm", lr=0.01, epochs=3, init=0.01),
     # the control of RePS (arXiv 2505.20809); batches of 6, two of them to a step
     "lm_factors": replace(_RAW, objective="lm", lr=0.04, epochs=6, batch=12, init=0.01, factors=EVEN_TO_TWENTY),
     # arXiv 2406.00045, and with YaPO's features 2601.08441, of 20 epochs
     "bipo": replace(
-        _RAW, objective="bipo", lr=5e-4, epochs=100, batch=4, schedule="cosine", warm_up=100, init=0.0, beta=0.1, seed=11
+        _RAW,
+        objective="bipo",
+        lr=5e-4,
+        epochs=100,
+        batch=4,
+        schedule="cosine",
+        warm_up=100,
+        init=0.0,
+        beta=0.1,
+        seed=11,
     ),
     # arXiv 2505.20809, as for Gemma-2-2B; for 9B it has lr 0.08 and dropout 0.1
     "reps": replace(_RAW, objective="reps", lr=0.04, epochs=18, clip=1.0, factors=EVEN_TO_TWENTY),

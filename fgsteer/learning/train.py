@@ -50,7 +50,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     data: Trainable,
     *,
-    objective: str | VectorTraining = "lm_relative",
+    objective: str | VectorTraining = "reps_relative",
     space: Literal["residual", "sae"] = "residual",
     hookpoint: Hookpoint | str | int | None = None,
     sae: SAE | None = None,
@@ -75,7 +75,7 @@ def train(
     | ``reft_r1`` | ``−log π(y)`` by token of both answers, at the strength that each text reads | arXiv 2501.17148 |
     | ``simpo`` | ``−log σ(β/n_w·log π(y_w) − β/n_l·log π(y_l) − γ)`` | arXiv 2405.14734 |
 
-    where ``c = max(log π₀(y_l) − log π₀(y_w), 1)``. "lm_relative" and "reps_relative" are the first and the third
+    where ``c = max(log π₀(y_l) − log π₀(y_w), 1)``. "reps_relative" and "lm_relative" are the third and the first
     with rates and strengths in units of the activations, which suit any model; the other names have the factors,
     rates and epochs of the papers. A vector is trained in float32, whatever the dtype of the model.
 
@@ -84,7 +84,7 @@ def train(
         tokenizer: Its tokenizer.
         data: A ContrastSet, the name of a shipped one, a path or pairs, as ``collect`` takes them, or a list of
             preferences (prompt, winning answer, losing answer). Texts without pairs are paired in their order.
-        objective: "lm_relative" or "reps_relative"; or "lm", "lm_factors", "bipo", "reps", "reft_r1" or "simpo", with
+        objective: "reps_relative" or "lm_relative"; or "lm", "lm_factors", "bipo", "reps", "reft_r1" or "simpo", with
             the published settings; or settings, such as ``VectorTraining.published("reps", epochs=6)``.
         space: Whether the vector itself is trained ("residual"), or weights of an SAE's features ("sae"), from which
             the vector is ``Σⱼ wⱼ W_dec[j]``.
@@ -135,7 +135,7 @@ def train_many(
     tokenizer: PreTrainedTokenizerBase,
     data: Mapping[str, Trainable],
     *,
-    objective: str | VectorTraining = "lm_relative",
+    objective: str | VectorTraining = "reps_relative",
     space: Literal["residual", "sae"] = "residual",
     hookpoint: Hookpoint | str | int | None = None,
     sae: SAE | None = None,

@@ -286,7 +286,7 @@ _BUILT_IN = (
     MethodSpec(
         "trained",
         "trained vector",
-        "A vector that is trained to make the positive texts likely.",
+        "A vector that is trained through the model to prefer the positive texts.",
         function="fgsteer.learning.bench:trained",
         needs="layer",
         offered=("bench",),
@@ -295,7 +295,7 @@ _BUILT_IN = (
     MethodSpec(
         "trained_features",
         "trained features",
-        "Weights of an SAE's features that are trained to make the positive texts likely.",
+        "Weights of an SAE's features that are trained through the model to prefer the positive texts.",
         function="fgsteer.learning.bench:trained_features",
         needs="sae",
         offered=("bench",),

@@ -39,7 +39,7 @@ def bench_methods() -> tuple[str, ...]:
 
 
 def default_methods() -> tuple[str, ...]:
-    """The methods that a benchmark runs unless others are named: those that every tokenizer serves, without training."""
+    """The methods that a benchmark runs unless others are named: those without training, for every tokenizer."""
     rows = [spec(name, "bench") for name in bench_methods()]
     return tuple(row.name for row in rows if not row.instructs and not row.trains)
 
