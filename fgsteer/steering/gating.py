@@ -2,7 +2,7 @@
 
     readings = Readings(positions)
     gate = readings.add(item.when)
-    readings.take(hookpoint, h)             in the hook at a hookpoint, before anything there acts
+    readings.places_at(hookpoint)           what the hook at a hookpoint reads, before anything there acts
     gate.open_for(h)                        the tokens at which the gate is open
 
 One reading is read once in a pass, so that all gates that share it decide alike. Gates are made into objects that hold
@@ -127,22 +127,28 @@ class Readings:
                 "open the block before the prompt is read, and one block for each conversation",
             )
 
+    def go_on(self) -> None:
+        """Forget what was read of the tokens of the last pass, and keep what was read of prompts."""
+        for place in self.places:
+            if not place.reading.pooling:
+                place.value = None
+        for features in self.features:
+            features.seen = features.acts = None
+        for source in self.sources:
+            source.value = None
+
     def end_pass(self, cache: Any) -> None:
         """Note the cache that a pass over prompts has filled, so that decisions are not taken for those of others."""
         if self.prompt is not None and not self.prompt.empty and not torch.compiler.is_compiling():
             self.cache = None if cache is None else weakref.ref(cache)
 
-    def take(self, hookpoint: Hookpoint, h: Tensor) -> None:
-        """Read the activations (batch, tokens, d_model) that come to a hookpoint, before anything there acts."""
-        for place in self.places:
-            if place.reading.hookpoint == hookpoint and not isinstance(place.reading, Preview):
-                place.value = place.read(h)
+    def places_at(self, hookpoint: Hookpoint) -> list[Place]:
+        """What is read of the activations that come to a hookpoint, before anything there acts."""
+        return [p for p in self.places if p.reading.hookpoint == hookpoint and not isinstance(p.reading, Preview)]
 
-    def keep(self, hookpoint: Hookpoint, h: Tensor) -> None:
-        """Keep the activations (batch, tokens, d_model) that go on from a hookpoint, after what acts there."""
-        for source in self.sources:
-            if source.hookpoint == hookpoint:
-                source.value = h
+    def sources_at(self, hookpoint: Hookpoint) -> list[Source]:
+        """What is kept of the activations that go on from a hookpoint, after what acts there."""
+        return [source for source in self.sources if source.hookpoint == hookpoint]
 
 
 @dataclass(eq=False)
@@ -181,9 +187,9 @@ class GateNode:
     decision: Tensor | None = None
 
     def open_for(self, h: Tensor) -> Mask:
-        """The tokens (batch, tokens) of these activations at which it is open."""
+        """The tokens (batch, tokens) of these activations at which it is open, or the rows (batch, 1)."""
         if self.place is not None:
-            return self._decide(self.place, h.device).expand(h.shape[:2])
+            return self._decide(self.place, h.device)
         assert self.first is not None
         first = self.first.open_for(h)
         if self.kind == "not":

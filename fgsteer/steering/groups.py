@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fgsteer.interventions.base import Intervention
 from fgsteer.interventions.gates import Gate, Reading
-from fgsteer.interventions.kernel import Update, apply
+from fgsteer.interventions.kernel import ReadyUpdate, Update, apply
 from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.stacking import stack
 from fgsteer.models.hookpoints import Hookpoint
@@ -59,7 +60,7 @@ class UpdateGroup:
     place: Place | None = None
     ran: bool = False
     ready_key: tuple[torch.device, torch.dtype, int] | None = None
-    ready: tuple[Update, Tensor] | None = None
+    ready: tuple[ReadyUpdate, Tensor] | None = None
 
     def apply_to(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
         """The updated hidden states; h itself where the pass holds none of the tokens."""
@@ -72,7 +73,7 @@ class UpdateGroup:
             where = where.to(h.device)
         if self.needs_row_mask:
             rows = row_mask[:, None]
-            where = rows.expand(h.shape[:2]) if where is None else where & rows
+            where = rows if where is None else where & rows
         if self.node is not None:
             gate = self.node.open_for(h)
             where = gate if where is None else where & gate
@@ -81,10 +82,10 @@ class UpdateGroup:
             return apply(h, update, where, source)
         prompt = self.place.noted().to(h.device)
         read = ~prompt.isnan()  # of a prompt that has a token
-        where = read.expand(h.shape[:2]) if where is None else where & read
+        where = read if where is None else where & read
         return apply(h, update, where, prompt=prompt)
 
-    def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> tuple[Update, Tensor]:
+    def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> tuple[ReadyUpdate, Tensor]:
         """The update and row mask for hidden states of a dtype on a device, each row repeated.
 
         Kept for later passes, unless values are trained: then each pass has its own values and graph.
@@ -106,6 +107,24 @@ class UpdateGroup:
 
     def _holds(self, rows: Tensor | bool) -> bool:
         return rows if isinstance(rows, bool) else bool((rows.cpu() & self.row_mask).any())
+
+
+class Site(NamedTuple):
+    """What happens at one hookpoint: what acts there, what is read before that, and what is kept after it."""
+
+    groups: list[UpdateGroup]
+    places: list[Place]
+    sources: list[Source]
+
+    def apply_to(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
+        """The hidden states after all groups, in order."""
+        for place in self.places:
+            place.value = place.read(h)
+        for group in self.groups:
+            h = group.apply_to(h, repeats)
+        for source in self.sources:
+            source.value = h
+        return h
 
 
 def group_by_update(rows: Sequence[Sequence[Intervention]]) -> list[UpdateGroup]:
