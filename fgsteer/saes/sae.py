@@ -38,8 +38,8 @@ PIECE_ELEMENTS = 1 << 18  # pre-activations that a JumpReLU handles at once: aff
 
 
 def _jumprelu(pre: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-    """Compute ``relu(pre) · 1[pre > threshold]``, on a CPU in place, in pieces that stay in its cache."""
-    if pre.device.type != "cpu" or not pre.numel():
+    """Compute ``relu(pre) · 1[pre > threshold]``, on a CPU in pieces that stay in its cache."""
+    if pre.device.type != "cpu" or pre.numel() <= PIECE_ELEMENTS:
         return pre.relu() * (pre > threshold)
     rows = pre.view(-1, pre.shape[-1])
     size = max(1, PIECE_ELEMENTS // rows.shape[1])

@@ -186,6 +186,13 @@ class GateNode:
     kept: Tensor | None = None  # a reading of prompts, and what was decided by it
     decision: Tensor | None = None
 
+    @property
+    def is_of_prompts(self) -> bool:
+        """Whether all of it was decided when the prompts were read."""
+        if self.place is not None:
+            return bool(self.place.reading.pooling)
+        return all(node.is_of_prompts for node in (self.first, self.second) if node is not None)
+
     def open_for(self, h: Tensor) -> Mask:
         """The tokens (batch, tokens) of these activations at which it is open, or the rows (batch, 1)."""
         if self.place is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -43,6 +42,8 @@ class UpdateGroup:
         reading: What of the prompt decides the strength, or None.
         place: What was read of the prompts, as hooks keep it.
         ran: Whether any pass held tokens of the scope.
+        decided: Where it acts in passes that go on from the last one, where that is the same in all of them: a mask, or
+            True for everywhere, or False for nowhere.
         ready_key: The device, dtype and repeats that ``ready`` was made for.
         ready: The update and row mask as the running passes need them.
     """
@@ -59,6 +60,7 @@ class UpdateGroup:
     reading: Reading | None = None
     place: Place | None = None
     ran: bool = False
+    decided: Tensor | bool | None = None
     ready_key: tuple[torch.device, torch.dtype, int] | None = None
     ready: tuple[ReadyUpdate, Tensor] | None = None
 
@@ -68,7 +70,28 @@ class UpdateGroup:
             return h
         self.ran = True
         update, row_mask = self.prepare(h.device, h.dtype, repeats)
+        where = self._where(h, row_mask)
+        source = None if self.source is None else self.source.noted().to(h.device)
+        if self.place is None:
+            return apply(h, update, where, source)
+        prompt = self.place.noted().to(h.device)
+        read = ~prompt.isnan()  # of a prompt that has a token
+        where = read if where is None else where & read
+        return apply(h, update, where, prompt=prompt)
+
+    def go_on(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
+        """As ``apply_to``, in a pass that goes on from the last one."""
+        where = self.decided
+        if where is False or self.tokens.empty:
+            return h
+        if where is None:
+            return self.apply_to(h, repeats)
+        return apply(h, self.prepare(h.device, h.dtype, repeats)[0], None if where is True else where)
+
+    def _where(self, h: Tensor, row_mask: Tensor) -> Tensor | None:
+        """The tokens (batch, tokens), or rows (batch, 1), at which it acts; None for all."""
         where = self.tokens.mask
+        stays = where is None and self.source is None and self.place is None
         if where is not None:
             where = where.to(h.device)
         if self.needs_row_mask:
@@ -77,13 +100,9 @@ class UpdateGroup:
         if self.node is not None:
             gate = self.node.open_for(h)
             where = gate if where is None else where & gate
-        source = None if self.source is None else self.source.noted().to(h.device)
-        if self.place is None:
-            return apply(h, update, where, source)
-        prompt = self.place.noted().to(h.device)
-        read = ~prompt.isnan()  # of a prompt that has a token
-        where = read if where is None else where & read
-        return apply(h, update, where, prompt=prompt)
+            stays = stays and self.node.is_of_prompts
+        self.decided = _summary(where) if stays and not torch.compiler.is_compiling() else None
+        return where
 
     def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> tuple[ReadyUpdate, Tensor]:
         """The update and row mask for hidden states of a dtype on a device, each row repeated.
@@ -109,12 +128,27 @@ class UpdateGroup:
         return rows if isinstance(rows, bool) else bool((rows.cpu() & self.row_mask).any())
 
 
-class Site(NamedTuple):
-    """What happens at one hookpoint: what acts there, what is read before that, and what is kept after it."""
+def _summary(where: Tensor | None) -> Tensor | bool:
+    """A mask, or True or False where it is so everywhere; other devices than the CPU are not waited for."""
+    if where is None:
+        return True
+    if where.device.type != "cpu":
+        return where
+    return bool(where.any()) and (bool(where.all()) or where)
 
-    groups: list[UpdateGroup]
-    places: list[Place]
-    sources: list[Source]
+
+class Site:
+    """What happens at one hookpoint.
+
+    Args:
+        groups: What acts there.
+        places: What is read before that.
+        sources: What is kept after it.
+    """
+
+    def __init__(self, groups: Sequence[UpdateGroup], places: Sequence[Place], sources: Sequence[Source]) -> None:
+        self.groups, self.places, self.sources = groups, places, sources
+        self.places_of_tokens = [place for place in places if not place.reading.pooling]
 
     def apply_to(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
         """The hidden states after all groups, in order."""
@@ -122,6 +156,16 @@ class Site(NamedTuple):
             place.value = place.read(h)
         for group in self.groups:
             h = group.apply_to(h, repeats)
+        for source in self.sources:
+            source.value = h
+        return h
+
+    def go_on(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
+        """As ``apply_to``, in a pass that goes on from the last one: what was read of prompts stands."""
+        for place in self.places_of_tokens:
+            place.value = place.read(h)
+        for group in self.groups:
+            h = group.go_on(h, repeats)
         for source in self.sources:
             source.value = h
         return h

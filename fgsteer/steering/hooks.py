@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states, reshape_by_token
@@ -157,11 +158,11 @@ class SteeringHooks:
         arguments = dict(zip(self.decoder_arguments, args, strict=False)) | kwargs if args else kwargs
         ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         tokens: Tensor = arguments["inputs_embeds"] if ids is None else ids
-        if not torch.compiler.is_compiling() and self.positions.go_on(tokens, arguments.get("past_key_values"), mask):
+        if not is_compiling() and self.positions.go_on(tokens, arguments.get("past_key_values"), mask):
             self.readings.go_on()
             return
         self.cache_changes.check_pass()
-        if not (torch.compiler.is_compiling() or self.positions.generating):
+        if not (is_compiling() or self.positions.generating):
             self.warn_replaced()
         batch = tokens.shape[0]
         if self.rows > 1 and (batch % self.rows if self.positions.generating else batch != self.rows):
@@ -200,12 +201,15 @@ class SteeringHooks:
 
     def _apply(self, site: Site, h: Tensor) -> Tensor:
         """Apply what acts at a site to hidden states of any layout."""
+        batch, length = self.positions.batch, self.positions.pass_columns
+        repeats = 1 if self.rows == 1 else batch // self.rows
+        fits = h.shape[:-1] == (batch, length)
+        if not is_compiling() and self.positions.goes_on and fits and self.recomputation.is_same_pass():
+            return site.go_on(h, repeats)
         if reads_ahead(self.positions.key):
             return h
         self.recomputation.check()  # a pass may have begun before the hooks were set
-        batch, length = self.positions.batch, self.positions.pass_columns
-        repeats = 1 if self.rows == 1 else batch // self.rows
-        if h.shape[:-1] == (batch, length):
+        if fits:
             return site.apply_to(h, repeats)
         return site.apply_to(reshape_by_token(h, batch, length), repeats).reshape(h.shape)
 
