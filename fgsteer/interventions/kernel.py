@@ -222,7 +222,7 @@ def apply(
 ) -> Tensor:
     """Add the update's change, cast to h's dtype, to ``h``: a new tensor, as h is not written to.
 
-    A mask ``where``, broadcastable to (batch, tokens), limits the change; elsewhere h comes back bit for bit.
+    A mask ``where``, (batch, tokens) or (batch, tokens, 1), limits the change; elsewhere h comes back bit for bit.
     ``source`` holds what an update reads that reads elsewhere than at h, and ``prompt`` (batch, 1) what one reads that
     reads prompts.
     """
@@ -231,7 +231,9 @@ def apply(
     moved = h + (change if change.dtype == h.dtype else change.to(h.dtype))
     if ready.keep_norm is not None:
         moved = torch.where(ready.keep_norm, _with_norm_of(h, change), moved)
-    return moved if where is None else torch.where(where.unsqueeze(-1), moved, h)
+    if where is None:
+        return moved
+    return torch.where(where if where.ndim == 3 else where.unsqueeze(-1), moved, h)
 
 
 def _with_norm_of(h: Float[Tensor, "batch tokens d_model"], change: Tensor) -> Float[Tensor, "batch tokens d_model"]:

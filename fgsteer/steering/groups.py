@@ -75,7 +75,7 @@ class UpdateGroup:
         if self.place is None:
             return apply(h, update, where, source)
         prompt = self.place.noted().to(h.device)
-        read = ~prompt.isnan()  # of a prompt that has a token
+        read = ~prompt.isnan().unsqueeze(-1)  # of a prompt that has a token
         where = read if where is None else where & read
         return apply(h, update, where, prompt=prompt)
 
@@ -89,14 +89,13 @@ class UpdateGroup:
         return apply(h, self.prepare(h.device, h.dtype, repeats)[0], None if where is True else where)
 
     def _where(self, h: Tensor, row_mask: Tensor) -> Tensor | None:
-        """The tokens (batch, tokens), or rows (batch, 1), at which it acts; None for all."""
+        """The tokens (batch, tokens, 1), or rows (batch, 1, 1), at which it acts; None for all."""
         where = self.tokens.mask
         stays = where is None and self.source is None and self.place is None
         if where is not None:
-            where = where.to(h.device)
+            where = where.to(h.device).unsqueeze(-1)
         if self.needs_row_mask:
-            rows = row_mask[:, None]
-            where = rows if where is None else where & rows
+            where = row_mask if where is None else where & row_mask
         if self.node is not None:
             gate = self.node.open_for(h)
             where = gate if where is None else where & gate
@@ -112,7 +111,7 @@ class UpdateGroup:
         key = (device, dtype, repeats)
         if self.ready is None or self.ready_key != key or self.remake is not None:
             update = self.update if self.remake is None else self.remake()
-            row_mask = self.row_mask.repeat_interleave(repeats).to(device)
+            row_mask = self.row_mask.repeat_interleave(repeats).to(device)[:, None, None]
             self.ready_key, self.ready = key, (update.prepare(device, dtype, repeats), row_mask)
         return self.ready
 
