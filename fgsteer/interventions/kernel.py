@@ -193,7 +193,9 @@ class ReadyUpdate:
         """What is read of activations or of prompts, (batch, tokens, k). Raises SteeringError where it is missing."""
         if self.of_prompt:
             if prompt is None:
-                raise SteeringError("activations without what was read of their prompts", "both", "pass prompt= to apply")
+                raise SteeringError(
+                    "activations without what was read of their prompts", "both", "pass prompt= to apply"
+                )
             return prompt.to(self.write)[..., None]
         if self.source is not None:
             if source is None:

@@ -212,6 +212,14 @@ class GateNode:
             return bool(self.place.reading.pooling)
         return all(node.is_of_prompts for node in (self.first, self.second) if node is not None)
 
+    def prepare(self, device: torch.device) -> None:
+        """Move thresholds to a device, but for single numbers, which may stay on the CPU."""
+        if self.threshold is not None and self.threshold.ndim and self.threshold.device != device:
+            self.threshold = self.threshold.to(device)
+        for node in (self.first, self.second):
+            if node is not None:
+                node.prepare(device)
+
     def open_for(self, h: Tensor) -> Tensor:
         """The tokens (batch, tokens, 1) of these activations at which it is open, or the rows (batch, 1, 1)."""
         if self.place is not None:
@@ -226,9 +234,8 @@ class GateNode:
         value = place.noted()
         if self.kept is value and self.decision is not None:
             return self.decision
+        self.prepare(device)
         assert self.threshold is not None
-        if self.threshold.ndim and self.threshold.device != device:  # a number may stay on the CPU
-            self.threshold = self.threshold.to(device)
         met = self.compare(value.to(device), self.threshold)
         if not self.threshold.ndim:
             met = met.unsqueeze(-1)
@@ -309,10 +316,17 @@ class Place:
             return self.features.read(self.several or self.reading.feature, h)
         return self._ready(h).values(h)
 
+    def prepare(self, device: torch.device) -> None:
+        """Have what is read with where the activations are."""
+        if self.features is not None:
+            self.features.prepare(device)
+        if (self.features is None or self.reading.pooling) and self.device != device:
+            self.ready, self.device = self.reading.to(device), device
+
     def _ready(self, h: Tensor) -> Reading:
         """The reading with its tensors where the activations are."""
-        if self.ready is None or self.device != h.device:
-            self.ready, self.device = self.reading.to(h.device), h.device
+        self.prepare(h.device)
+        assert self.ready is not None
         return self.ready
 
     def refuse_parts(self) -> None:
@@ -345,8 +359,9 @@ class _Features:
             return
         wide = self.sae.to(device, torch.float32)
         competes = wide.activation == "topk"
-        self.encoder, self.device = SelectedFeatures(wide, self.ids) if competes else wide.restrict(self.ids), device
+        self.encoder = SelectedFeatures(wide, self.ids) if competes else wide.restrict(self.ids)
         self.weight = self.encoder.W_enc.T.contiguous() if self.is_raw and isinstance(self.encoder, SAE) else None
+        self.device = device
 
     def _encode(self, h: Tensor) -> Tensor:
         if isinstance(self.encoder, SelectedFeatures):

@@ -44,6 +44,7 @@ class UpdateGroup:
         ran: Whether any pass held tokens of the scope.
         decided: Where it acts in passes that go on from the last one, where that is the same in all of them: a mask, or
             True for everywhere, or False for nowhere.
+        is_summed_up: Whether it was looked at whether ``decided`` is the same everywhere.
         ready_key: The device, dtype and repeats that ``ready`` was made for.
         ready: The update and row mask as the running passes need them.
     """
@@ -61,6 +62,7 @@ class UpdateGroup:
     place: Place | None = None
     ran: bool = False
     decided: Tensor | bool | None = None
+    is_summed_up: bool = False
     ready_key: tuple[torch.device, torch.dtype, int] | None = None
     ready: tuple[ReadyUpdate, Tensor] | None = None
 
@@ -81,11 +83,13 @@ class UpdateGroup:
 
     def go_on(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
         """As ``apply_to``, in a pass that goes on from the last one."""
+        if self.decided is None:
+            return self.apply_to(h, repeats)
+        if not self.is_summed_up:
+            self.decided, self.is_summed_up = _summary(self.decided), True
         where = self.decided
         if where is False or self.tokens.empty:
             return h
-        if where is None:
-            return self.apply_to(h, repeats)
         return apply(h, self.prepare(h.device, h.dtype, repeats)[0], None if where is True else where)
 
     def _where(self, h: Tensor, row_mask: Tensor) -> Tensor | None:
@@ -100,7 +104,10 @@ class UpdateGroup:
             gate = self.node.open_for(h)
             where = gate if where is None else where & gate
             stays = stays and self.node.is_of_prompts
-        self.decided = _summary(where) if stays and not torch.compiler.is_compiling() else None
+        if torch.compiler.is_compiling() or not stays:  # a compiled graph leaves no tensor behind
+            self.decided = None
+        else:
+            self.decided, self.is_summed_up = True if where is None else where, where is None
         return where
 
     def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> tuple[ReadyUpdate, Tensor]:
@@ -127,11 +134,9 @@ class UpdateGroup:
         return rows if isinstance(rows, bool) else bool((rows.cpu() & self.row_mask).any())
 
 
-def _summary(where: Tensor | None) -> Tensor | bool:
+def _summary(where: Tensor | bool) -> Tensor | bool:
     """A mask, or True or False where it is so everywhere; other devices than the CPU are not waited for."""
-    if where is None:
-        return True
-    if where.device.type != "cpu":
+    if isinstance(where, bool) or where.device.type != "cpu":
         return where
     return bool(where.any()) and (bool(where.all()) or where)
 
@@ -148,6 +153,15 @@ class Site:
     def __init__(self, groups: Sequence[UpdateGroup], places: Sequence[Place], sources: Sequence[Source]) -> None:
         self.groups, self.places, self.sources = groups, places, sources
         self.places_of_tokens = [place for place in places if not place.reading.pooling]
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Make what hidden states of a dtype on a device need, before any pass, so that no compiled graph does."""
+        for place in self.places:
+            place.prepare(device)
+        for group in self.groups:
+            group.prepare(device, dtype)
+            if group.node is not None:
+                group.node.prepare(device)
 
     def apply_to(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
         """The hidden states after all groups, in order."""

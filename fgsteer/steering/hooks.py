@@ -132,8 +132,7 @@ class SteeringHooks:
             changed[id(module)] = module
             weight = next(module.parameters(), None)
             if weight is not None and weight.is_floating_point() and not weight.is_meta:
-                for group in groups:  # before any pass, so that no graph holds it
-                    group.prepare(weight.device, weight.dtype)
+                site.prepare(weight.device, weight.dtype)
         if callable(getattr(self.model, "generate", None)):
             shadow(self.model, "generate", self._noting_prompt(self.model.generate), hooks)  # type: ignore[arg-type]
         for name in _THREADED_GENERATION:

@@ -107,9 +107,9 @@ class Positions:
         self.goes_on, last = False, self.decoded
         if last is None or cache is None or last.cache() is not cache or last.shape != tokens.shape:
             return False
-        before = cache.layers[last.layer].get_seq_length()
+        before: int = cache.layers[last.layer].get_seq_length()
         plain = not self.generating and (attention_mask is not None or noted_prompt_ends(self.key) is not None)
-        if plain or before < self.prompt_columns:
+        if plain or before < (self.prompt_columns or 0):
             return False
         self.goes_on, self.columns_before = True, before
         return True
