@@ -41,6 +41,11 @@ class Decoded:
     layer: int
     shape: torch.Size
 
+    def columns(self, cache: Any) -> int:
+        """The columns that the cache holds now."""
+        count: int = cache.layers[self.layer].get_seq_length()
+        return count
+
 
 class Positions:
     """Tells each scope's mask which tokens of the running pass it holds.
@@ -105,9 +110,9 @@ class Positions:
         Then all holds that was found out of the last one, and nothing needs to be told to the masks.
         """
         self.goes_on, last = False, self.decoded
-        if last is None or cache is None or last.cache() is not cache or last.shape != tokens.shape:
+        if last is None or cache is None or last.shape != tokens.shape or last.cache() is not cache:
             return False
-        before: int = cache.layers[last.layer].get_seq_length()
+        before: int = last.columns(cache)
         plain = not self.generating and (attention_mask is not None or noted_prompt_ends(self.key) is not None)
         if plain or before < (self.prompt_columns or 0):
             return False
