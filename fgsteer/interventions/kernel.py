@@ -94,7 +94,7 @@ class Update:
             return replace(ready, weights=-ready.lam[:, None] * read[0] if alone else -(ready.lam.mT * read).mT)
         if self.of_prompt:
             return ready
-        fixed = ready.bounded(ready.const) @ ready.write
+        fixed = (ready.bounded(ready.const) @ ready.write).view(-1, 1, self.write.shape[-1])
         as_it_is = self.relative is None and self.keep_norm is None
         return replace(ready, fixed=fixed.to(dtype) if as_it_is else fixed)
 
@@ -132,7 +132,7 @@ class ReadyUpdate:
         read: The vectors that h is projected on, where the norm of that counts too, (d_model, k) or (R, d_model, k).
         weights: ``−λ·read``, where h is projected: the strengths are ``const + weights · h``. (k, d_model), as linear
             layers have it, or (R, d_model, k).
-        fixed: The change itself, where nothing is read, (d_model,) or (R, 1, d_model).
+        fixed: The change itself, where nothing is read, (R, 1, d_model).
     """
 
     write: Tensor
@@ -155,7 +155,12 @@ class ReadyUpdate:
         """Strengths within the bounds."""
         if self.lo is None and self.hi is None:
             return strengths
-        return torch.clamp(strengths, self.lo, self.hi)
+        if not torch.is_grad_enabled():
+            return torch.clamp(strengths, self.lo, self.hi)
+        for bound, limit in ((self.lo, torch.maximum), (self.hi, torch.minimum)):
+            if bound is not None:  # at a bound half of the gradient is passed on, so that training can leave it
+                strengths = limit(strengths, bound)
+        return strengths
 
     def change(
         self, h: Float[Tensor, "batch tokens d_model"], source: Tensor | None = None, prompt: Tensor | None = None
