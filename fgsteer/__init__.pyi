@@ -147,6 +147,7 @@ from fgsteer.interventions.readings import Projection as Projection
 from fgsteer.interventions.readings import TanhCosine as TanhCosine
 from fgsteer.interventions.remapping import Remap as Remap
 from fgsteer.interventions.rotating import Rotate as Rotate
+from fgsteer.interventions.scaling import Scale as Scale
 from fgsteer.interventions.token_scopes import at as at
 from fgsteer.interventions.token_scopes import ends as ends
 from fgsteer.interventions.token_scopes import first as first

@@ -61,6 +61,7 @@ def made(tmp_path_factory):
         fg.Rotate(direction=wide, other=narrow, by=1 / 3, **common),
         fg.Remap(weight=torch.randn(9, 9), bias=torch.randn(9), strength=1 / 3, **common),
         fg.AdaptiveAdd(direction=wide, read=narrow, bias=1 / 3, **common),
+        fg.Scale(width=4096, coefficient=1 / 3, read=narrow, **common),
         fg.CacheSteering(
             layers=range(60),
             keys=torch.randn(60, 9, 128),

@@ -37,6 +37,7 @@ class Update:
         hi: The most that each strength may be, (R, k); None where none is bounded from above.
         plane: A vector that is added once for each unit of the norm of what is read, (R, d_model).
         relative: The rows whose change is multiplied by the norm of h, (R,).
+        entrywise: The rows whose change is multiplied by h, entry by entry, (R,).
         keep_norm: The rows whose result is scaled to the norm of h, (R,).
         fixed: The change itself, multiplied out, where nothing is read.
         encoder: What reads the k features, where ``sae`` has more than those.
@@ -54,6 +55,7 @@ class Update:
     hi: Float[Tensor, "rows k"] | None = None
     plane: Float[Tensor, "rows d_model"] | None = None
     relative: Bool[Tensor, " rows"] | None = None
+    entrywise: Bool[Tensor, " rows"] | None = None
     keep_norm: Bool[Tensor, " rows"] | None = None
     fixed: Float[Tensor, "rows 1 d_model"] | None = None
     encoder: SelectedFeatures | None = None
@@ -78,7 +80,7 @@ class Update:
         ready = replace(self, sae=sae, encoder=encoder, **tensors)
         if ready.read is not None and ready.plane is None:
             return replace(ready, weights=-ready.lam[..., None] * ready.read)
-        if ready.reads or ready.relative is not None:
+        if ready.reads or ready.relative is not None or ready.entrywise is not None:
             return ready
         fixed = ready.strengths(None)[:, None] @ ready.write
         return replace(ready, fixed=fixed.to(dtype) if self.keep_norm is None else fixed)
@@ -134,6 +136,8 @@ class Update:
             change = change * self.sae.input_scale(wide)
         if self.relative is not None:
             change = change * torch.where(self.relative[:, None, None], wide.norm(dim=-1, keepdim=True), 1.0)
+        if self.entrywise is not None:
+            change = change * torch.where(self.entrywise[:, None, None], wide, 1.0)
         return change
 
     def _values(
