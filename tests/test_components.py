@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.interventions.projecting import SubtractProjection
 from fgsteer.directions.relevance import words_of
 from fgsteer.interventions import apply
+from fgsteer.interventions.projecting import SubtractProjection
 from tests.helpers.saes import make_sae
 from tests.helpers.steering import direction, vector
 from tests.helpers.tiny import D_MODEL, tiny_model
