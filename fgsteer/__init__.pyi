@@ -152,6 +152,8 @@ from fgsteer.interventions.token_scopes import at as at
 from fgsteer.interventions.token_scopes import ends as ends
 from fgsteer.interventions.token_scopes import first as first
 from fgsteer.interventions.token_scopes import last as last
+from fgsteer.learning.adaptive import AdaptiveTraining as AdaptiveTraining
+from fgsteer.learning.adaptive import train_adaptive as train_adaptive
 from fgsteer.learning.settings import VectorTraining as VectorTraining
 from fgsteer.learning.train import train as train
 from fgsteer.learning.train import train_many as train_many

@@ -15,4 +15,6 @@ In the order in which data flows:
     learner.py     one vector in training: its order of examples, optimizer, early stopping and state
     run.py         vectors that are trained in common batches, and their checkpoint
     train.py       ``train`` and ``train_many``
+    changes.py     what an instruction changes: activations of an answer with it and without it
+    adaptive.py    ``train_adaptive``: a strength that depends on the token, at one layer or several
 """

@@ -21,6 +21,7 @@ from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.token_scopes import parse_scope
 from fgsteer.learning.examples import Trainable, examples_of, preference_set
 from fgsteer.learning.learner import Learner
+from fgsteer.learning.losses import loss_curve
 from fgsteer.learning.objectives import OBJECTIVES, Rows, Texts
 from fgsteer.learning.response_passes import ResponsePasses, device_at
 from fgsteer.learning.run import Run
@@ -40,7 +41,6 @@ from fgsteer.vector import SteeringVector
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CURVE_POINTS = 50  # of the losses that a vector notes
 FEATURES = 256  # that are trained by default
 
 
@@ -339,16 +339,9 @@ def _vector(
     record["data"] = [
         {"name": contrast.name, "sha256": contrast.sha256, "count": [contrast.count(True), contrast.count(False)]}
     ]
-    record["training"] = {"steps": learner.step, "losses": _curve(learner.losses)}
+    record["training"] = {"steps": learner.step, "losses": loss_curve(learner.losses)}
     if learner.held_out_losses:
         record["training"]["held_out_losses"] = learner.held_out_losses
     if objective == "reft_r1":
         record["training"]["a_max"] = learner.largest_reading()
     return SteeringVector(direction.cpu(), space.hookpoint, features=features, provenance=record)
-
-
-def _curve(losses: Sequence[float]) -> list[list[float]]:
-    """At most so many points (step, mean loss of the steps since the point before)."""
-    size = max(1, -(-len(losses) // CURVE_POINTS))
-    parts = [losses[start : start + size] for start in range(0, len(losses), size)]
-    return [[min(len(losses), (n + 1) * size), sum(part) / len(part)] for n, part in enumerate(parts)]
