@@ -218,7 +218,7 @@ def test_training_lowers_what_it_minimises(llama, tokenizer):
     for objective in (fg.AdaptiveTraining("ll", steps=40), fg.AdaptiveTraining("mse", steps=40)):
         vectors = fg.train_adaptive(llama, tokenizer, TRIPLES, hookpoints=[AT, ABOVE], objective=objective)
         losses = [loss for _, loss in vectors[0].provenance["training"]["losses"]]
-        assert losses[-1] < 0.9 * losses[0]
+        assert losses[-1] < 0.95 * losses[0]
         assert all(0 < v.provenance["training"]["active_share"] <= 1 for v in vectors)
         assert all(v.norm == pytest.approx(1.0, abs=1e-6) for v in vectors)
 
