@@ -154,6 +154,10 @@ from fgsteer.interventions.token_scopes import first as first
 from fgsteer.interventions.token_scopes import last as last
 from fgsteer.learning.adaptive import AdaptiveTraining as AdaptiveTraining
 from fgsteer.learning.adaptive import train_adaptive as train_adaptive
+from fgsteer.learning.scaling import ActivationScaling as ActivationScaling
+from fgsteer.learning.scaling import ScalingRow as ScalingRow
+from fgsteer.learning.scaling import ScalingTraining as ScalingTraining
+from fgsteer.learning.scaling import train_scaling as train_scaling
 from fgsteer.learning.settings import VectorTraining as VectorTraining
 from fgsteer.learning.train import train as train
 from fgsteer.learning.train import train_many as train_many

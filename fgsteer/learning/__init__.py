@@ -16,5 +16,6 @@ In the order in which data flows:
     run.py         vectors that are trained in common batches, and their checkpoint
     train.py       ``train`` and ``train_many``
     changes.py     what an instruction changes: activations of an answer with it and without it
+    scaling.py     ``train_scaling``: factors that activations are multiplied by
     adaptive.py    ``train_adaptive``: a strength that depends on the token, at one layer or several
 """
