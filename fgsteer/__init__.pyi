@@ -154,6 +154,8 @@ from fgsteer.interventions.token_scopes import first as first
 from fgsteer.interventions.token_scopes import last as last
 from fgsteer.learning.adaptive import AdaptiveTraining as AdaptiveTraining
 from fgsteer.learning.adaptive import train_adaptive as train_adaptive
+from fgsteer.learning.kl_then_steer import KLThenSteerTraining as KLThenSteerTraining
+from fgsteer.learning.kl_then_steer import kl_then_steer as kl_then_steer
 from fgsteer.learning.scaling import ActivationScaling as ActivationScaling
 from fgsteer.learning.scaling import ScalingRow as ScalingRow
 from fgsteer.learning.scaling import ScalingTraining as ScalingTraining
