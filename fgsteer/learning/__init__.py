@@ -15,4 +15,5 @@ In the order in which data flows:
     learner.py     one vector in training: its order of examples, optimizer, early stopping and state
     run.py         vectors that are trained in common batches, and their checkpoint
     train.py       ``train`` and ``train_many``
+    masks.py       ``learned_mask``: which features a vector needs
 """

@@ -33,19 +33,21 @@ class Answer:
         prompt: The ids of the prompt's tokens.
         ids: The ids of the answer's, without those that end a text.
         text: The answer.
+        ended: Whether the model ended it, before the tokens ran out.
     """
 
     prompt: list[int]
     ids: list[int]
     text: str
+    ended: bool
 
     def row(self, index: int) -> TokenRow:
-        """Prompt and answer as a row of tokens, of which those are selected that chose a token of the answer.
+        """Prompt and answer as a row of tokens; selected are those that chose a token of the answer, or its end.
 
-        They begin with the prompt's last token and end before the answer's last.
+        They begin with the prompt's last token; the answer's last is among them where the model ended it.
         """
         first = len(self.prompt) - 1
-        chose = range(first, first + len(self.ids))
+        chose = range(first, first + len(self.ids) + self.ended)
         return TokenRow([*self.prompt, *self.ids], chose, index, start=0, prompt_length=len(self.prompt))
 
 
@@ -88,7 +90,8 @@ def greedy_answers(
         texts = _continue(model, tokenizer, [encoded[n] for n in numbers], max(budgets[n] for n in numbers), steering)
         for n, ids in zip(numbers, texts, strict=True):
             kept = ids[: budgets[n]]
-            answers[n] = Answer(encoded[n], kept, str(tokenizer.decode(kept, skip_special_tokens=True)))
+            text = str(tokenizer.decode(kept, skip_special_tokens=True))
+            answers[n] = Answer(encoded[n], kept, text, len(kept) < budgets[n])
         if progress is not None:
             progress(len(answers))
     return [answers[n] for n in range(len(encoded))]
