@@ -2,6 +2,10 @@
 
 from fgsteer import export as export
 from fgsteer.activations.recording import record as record
+from fgsteer.authoring.checks import Advice as Advice
+from fgsteer.authoring.describing import describe_contrast as describe_contrast
+from fgsteer.authoring.linting import lint_contrast as lint_contrast
+from fgsteer.authoring.losing import losing_answers as losing_answers
 from fgsteer.conditional.adasteer import ADASTEER_RULES as ADASTEER_RULES
 from fgsteer.conditional.adasteer import AdaSteerRule as AdaSteerRule
 from fgsteer.conditional.adasteer import adasteer as adasteer
@@ -12,6 +16,7 @@ from fgsteer.conditional.prompts import prompt_statistics as prompt_statistics
 from fgsteer.conditional.recipe import Conditional as Conditional
 from fgsteer.conditional.scans import scans as scans
 from fgsteer.data.contrast_files import load_contrast as load_contrast
+from fgsteer.data.contrast_files import save_contrast as save_contrast
 from fgsteer.data.contrasts import ContrastPair as ContrastPair
 from fgsteer.data.contrasts import ContrastSet as ContrastSet
 from fgsteer.data.corpora import read_documents as read_documents
@@ -156,6 +161,7 @@ from fgsteer.learning.adaptive import AdaptiveTraining as AdaptiveTraining
 from fgsteer.learning.adaptive import train_adaptive as train_adaptive
 from fgsteer.learning.kl_then_steer import KLThenSteerTraining as KLThenSteerTraining
 from fgsteer.learning.kl_then_steer import kl_then_steer as kl_then_steer
+from fgsteer.learning.masks import learned_mask as learned_mask
 from fgsteer.learning.scaling import ActivationScaling as ActivationScaling
 from fgsteer.learning.scaling import ScalingRow as ScalingRow
 from fgsteer.learning.scaling import ScalingTraining as ScalingTraining
@@ -215,6 +221,20 @@ from fgsteer.saes.loading import load_sae as load_sae
 from fgsteer.saes.registry import RegistryRow as RegistryRow
 from fgsteer.saes.registry import registry as registry
 from fgsteer.saes.sae import SAE as SAE
+from fgsteer.selection.confidence import confidence_change as confidence_change
+from fgsteer.selection.correlation import largest_chance_correlation as largest_chance_correlation
+from fgsteer.selection.corrsteer import CorrSteer as CorrSteer
+from fgsteer.selection.corrsteer import corrsteer as corrsteer
+from fgsteer.selection.effects import causal_effect as causal_effect
+from fgsteer.selection.effects import measured_effect as measured_effect
+from fgsteer.selection.outcomes import OutcomeChange as OutcomeChange
+from fgsteer.selection.pooled import FeatureActivations as FeatureActivations
+from fgsteer.selection.pooled import max_activations as max_activations
+from fgsteer.selection.rank import rank_features as rank_features
+from fgsteer.selection.ranking import FeatureRanking as FeatureRanking
+from fgsteer.selection.ranking import RankedFeature as RankedFeature
+from fgsteer.selection.separation import calibrated_f1 as calibrated_f1
+from fgsteer.selection.separation import max_auc as max_auc
 from fgsteer.statistics.collecting import collect as collect
 from fgsteer.statistics.contrast import Contrast as Contrast
 from fgsteer.statistics.contrast import ContrastStatistics as ContrastStatistics

@@ -15,8 +15,9 @@ In the order in which data flows:
     learner.py     one vector in training: its order of examples, optimizer, early stopping and state
     run.py         vectors that are trained in common batches, and their checkpoint
     train.py       ``train`` and ``train_many``
+    masks.py       ``learned_mask``: which features a vector needs
     changes.py     what an instruction changes: activations of an answer with it and without it
-    kl_then_steer.py  ``kl_then_steer``: a model that stays as it is under steering
-    scaling.py     ``train_scaling``: factors that activations are multiplied by
     adaptive.py    ``train_adaptive``: a strength that depends on the token, at one layer or several
+    scaling.py     ``train_scaling``: factors that activations are multiplied by
+    kl_then_steer.py  ``kl_then_steer``: a model that stays as it is under steering
 """
