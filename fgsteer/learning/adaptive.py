@@ -354,7 +354,7 @@ class _Trainer:
                     self.held_out_losses.append(self._loss(self.held_out))
                 if self.held_out_losses[-1] == min(self.held_out_losses):
                     best = [p.detach().clone() for p in self.parameters]
-            report(step + 1, self.settings.steps)
+            report(step + 1, self.settings.steps, note=lambda: f"loss {self.losses[-1]:.3f}")
         with torch.no_grad():
             for parameter, value in zip(self.parameters, best, strict=False):
                 parameter.copy_(value)

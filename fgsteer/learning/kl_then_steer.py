@@ -137,7 +137,7 @@ def kl_then_steer(
         with reporting(progress, "training a model to stay as it is under steering", steps) as report:
             for step in range(steps):
                 trainer.step(step)
-                report(step + 1, steps)
+                report(step + 1, steps, note=lambda: f"KL {trainer.losses[-1]:.4f}")
         trained: PreTrainedModel = student.model
     return trained
 

@@ -281,7 +281,7 @@ class _Trainer:
             if not math.isfinite(losses[-1]):
                 raise DataError(f"a loss of {losses[-1]} at step {step}", "a finite loss", "lower lr")
             optimizer.step()
-            report(step + 1, self.settings.steps)
+            report(step + 1, self.settings.steps, note=lambda: f"loss {losses[-1]:.3f}")
         return losses
 
     def backward(self, batch: Sequence[int]) -> float:

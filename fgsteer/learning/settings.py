@@ -41,6 +41,8 @@ class VectorTraining:
             trains an offset of the strength that is then dropped, and divides by the tokens of prompt and answer;
             "bipo" draws the sign of each batch on its own, so that signs are unbalanced; "reft_r1" leaves the last
             step's norm on the vector.
+        checkpointing: Whether the blocks above the hookpoint keep only what goes into them, and are computed again for
+            gradients: less memory, for about a third more time.
         patience: Hold out every second example, measure the loss on these after each epoch, stop after so many epochs
             without a better one, and return the best; None trains on all examples to the end.
         seed: The seed of first values, order, strengths and signs.
@@ -66,6 +68,7 @@ class VectorTraining:
     top: int = 8
     l1: float = 0.005
     compat: bool = False
+    checkpointing: bool = False
     patience: int | None = None
     seed: int = 0
 
@@ -88,7 +91,7 @@ class VectorTraining:
         ):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low, high)
-        check_flags(compat=self.compat)
+        check_flags(compat=self.compat, checkpointing=self.checkpointing)
         self._check_factors()
         if self.objective == "reps" and self.init == 0:
             raise DataError("init = 0 for reps", "first values other than 0, as it divides by the norm of the vector")
