@@ -121,6 +121,14 @@ def made(tmp_path_factory):
         fg.TokenRelevance((LONG,) * 99, (LONG,) * 99, wide, 1 / 3),
         fg.TriggerWord(LONG, 10**6, 1 / 3),
         fg.VectorTraining(lr=1 / 3),
+        *(fg.AdaptiveTraining(lr=1 / 3), fg.ScalingTraining(lr=1 / 3), fg.KLThenSteerTraining(lr=1 / 3)),
+        fg.ScalingRow(AT, "ends:100,100", 1 / 3, 1 / 3),
+        fg.ActivationScaling(
+            tuple(fg.Scale(width=4096, read=wide, **common) for _ in range(60)),
+            (1 / 3,) * 200,
+            (1 / 3, 1 / 3),
+            {"examples": 10**6},
+        ),
     ]
 
 
