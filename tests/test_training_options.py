@@ -178,7 +178,8 @@ def test_blocks_are_computed_again(tokenizer):
     for checkpointing in (False, True):
         runs = []
         handles = [
-            layer.self_attn.register_forward_hook(lambda *_, runs=runs: runs.append(1)) for layer in model.model.layers[1:]
+            layer.self_attn.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+            for layer in model.model.layers[1:]
         ]
         sizes: list[int] = []
 
