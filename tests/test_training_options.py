@@ -187,6 +187,11 @@ def test_blocks_are_computed_again(tokenizer):
             sizes.append(tensor.numel())
             return tensor
 
+        if checkpointing:  # which keeps what goes into a block beside what it tells autograd
+            handles += [
+                layer.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(args[0].numel()))
+                for layer in model.model.layers[1:]
+            ]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             log_probabilities(model, tokenizer, AT, v, checkpointing=checkpointing, batch_tokens=4096)
         counts.append(len(runs))

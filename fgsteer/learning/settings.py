@@ -42,7 +42,7 @@ class VectorTraining:
             "bipo" draws the sign of each batch on its own, so that signs are unbalanced; "reft_r1" leaves the last
             step's norm on the vector.
         checkpointing: Whether the blocks above the hookpoint keep only what goes into them, and are computed again for
-            gradients: less memory, for about a third more time.
+            gradients: less memory, for a second forward pass of theirs.
         patience: Hold out every second example, measure the loss on these after each epoch, stop after so many epochs
             without a better one, and return the best; None trains on all examples to the end.
         seed: The seed of first values, order, strengths and signs.
