@@ -61,6 +61,7 @@ def made(tmp_path_factory):
         fg.Rotate(direction=wide, other=narrow, by=1 / 3, **common),
         fg.Remap(weight=torch.randn(9, 9), bias=torch.randn(9), strength=1 / 3, **common),
         fg.AdaptiveAdd(direction=wide, read=narrow, bias=1 / 3, **common),
+        fg.Scale(width=4096, coefficient=1 / 3, read=narrow, **common),
         fg.CacheSteering(
             layers=range(60),
             keys=torch.randn(60, 9, 128),
@@ -120,6 +121,14 @@ def made(tmp_path_factory):
         fg.TokenRelevance((LONG,) * 99, (LONG,) * 99, wide, 1 / 3),
         fg.TriggerWord(LONG, 10**6, 1 / 3),
         fg.VectorTraining(lr=1 / 3),
+        *(fg.AdaptiveTraining(lr=1 / 3), fg.ScalingTraining(lr=1 / 3), fg.KLThenSteerTraining(lr=1 / 3)),
+        fg.ScalingRow(AT, "ends:100,100", 1 / 3, 1 / 3),
+        fg.ActivationScaling(
+            tuple(fg.Scale(width=4096, read=wide, **common) for _ in range(60)),
+            (1 / 3,) * 200,
+            (1 / 3, 1 / 3),
+            {"examples": 10**6},
+        ),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,6 @@ from fgsteer.cli.values import hookpoints, parse_settings, present_scope, writab
 from fgsteer.cli.vector_reports import describe_vector, measure_strengths, print_vector
 from fgsteer.data.file_kinds import CONTRAST_KINDS
 from fgsteer.errors import DataError
-from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.storage.ranks import Ranks
 
 
@@ -68,11 +68,13 @@ def train(
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     features: Annotated[
-        int,
+        str,
         typer.Option(
-            "--features", min=0, max=MAX_COUNT, help="How many features are trained, those that differ most; 0 for all."
+            "--features",
+            help="Which features are trained: how many, those that differ most; 0 for all; or a selection, such as "
+            "spare:0.07, corrsteer:32 or ssv:128.",
         ),
-    ] = 256,
+    ] = "256",
     nonnegative: Annotated[
         bool, typer.Option("--nonnegative", help="Keep feature activations from becoming negative, as YaPO does.")
     ] = False,
@@ -109,6 +111,7 @@ def train(
     recipe = fg.VectorTraining.published(objective, **parse_settings(settings or []))
     data = fg.load_contrast(contrast)
     at = None if hookpoint is None else (hookpoints([hookpoint]) or [None])[0]
+    chosen = _features(features)
     check_device(device, dtype)
     if Ranks.from_env().world > 1:
         raise DataError("several processes for train", "one process", "train other vectors in the other processes")
@@ -125,7 +128,7 @@ def train(
             space=space,  # type: ignore[arg-type]
             hookpoint=at,
             sae=autoencoder,
-            features=features or None,
+            features=chosen,
             nonnegative=nonnegative,
             scope=scope,  # type: ignore[arg-type]
             batch_tokens=batch_tokens,
@@ -138,6 +141,16 @@ def train(
     if strengths:
         described |= measure_strengths(vector, "add", lambda: (language_model, tokenizer))
     show(described, as_json, _print_trained)
+
+
+def _features(text: str) -> Any:
+    """What ``fg.train`` takes: a number, a selection, or None for all. Raises SelectionError and DataError."""
+    from fgsteer.learning.selections import parse_selection
+
+    number = int(text) if re.fullmatch("[0-9]{1,15}", text) else text
+    features = None if number == 0 else number
+    parse_selection(features)
+    return features
 
 
 def _print_trained(v: dict[str, Any]) -> None:

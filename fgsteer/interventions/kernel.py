@@ -36,6 +36,7 @@ class Update:
         hi: The most that each strength may be, (R, k); None where none is bounded from above.
         plane: A vector that is added once for each unit of the norm of what is read, (R, d_model).
         relative: The rows whose change is multiplied by the norm of h, (R,).
+        entrywise: The rows whose change is multiplied by h, entry by entry, (R,).
         keep_norm: The rows whose result is scaled to the norm of h, (R,).
     """
 
@@ -50,6 +51,7 @@ class Update:
     hi: Float[Tensor, "rows k"] | None = None
     plane: Float[Tensor, "rows d_model"] | None = None
     relative: Bool[Tensor, " rows"] | None = None
+    entrywise: Bool[Tensor, " rows"] | None = None
     keep_norm: Bool[Tensor, " rows"] | None = None
 
     def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> ReadyUpdate:
@@ -83,6 +85,7 @@ class Update:
             hi=by_token("hi"),
             plane=by_token("plane"),
             relative=None if self.relative is None else moved("relative")[:, None, None],  # type: ignore[index]
+            entrywise=None if self.entrywise is None else moved("entrywise")[:, None, None],  # type: ignore[index]
             keep_norm=None if self.keep_norm is None else moved("keep_norm")[:, None, None],  # type: ignore[index]
         )
         if self.sae is not None:
@@ -95,7 +98,7 @@ class Update:
         if self.of_prompt:
             return ready
         fixed = (ready.bounded(ready.const) @ ready.write).view(-1, 1, self.write.shape[-1])
-        as_it_is = self.relative is None and self.keep_norm is None
+        as_it_is = self.relative is None and self.entrywise is None and self.keep_norm is None
         return replace(ready, fixed=fixed.to(dtype) if as_it_is else fixed)
 
     @property
@@ -126,6 +129,7 @@ class ReadyUpdate:
         hi: The most that each strength may be, shaped as ``const``; None where none is bounded from above.
         plane: What is added for each unit of the norm of what is read, (d_model,) or (R, 1, d_model).
         relative: The rows whose change is multiplied by the norm of h, (R, 1, 1).
+        entrywise: The rows whose change is multiplied by h, entry by entry, (R, 1, 1).
         keep_norm: The rows whose result is scaled to the norm of h, (R, 1, 1).
         sae: The SAE whose feature activations are read.
         encoder: What reads its features, where it has more than those.
@@ -144,6 +148,7 @@ class ReadyUpdate:
     hi: Tensor | None = None
     plane: Tensor | None = None
     relative: Tensor | None = None
+    entrywise: Tensor | None = None
     keep_norm: Tensor | None = None
     sae: SAE | None = None
     encoder: SelectedFeatures | None = None
@@ -183,6 +188,9 @@ class ReadyUpdate:
                 change = change * self.sae.input_scale(self._wide(h))
         if self.relative is not None:
             change = change * torch.where(self.relative, self._wide(h).norm(dim=-1, keepdim=True), 1.0)
+        if self.entrywise is not None:
+            wide = self._wide(h)
+            change = change * torch.where(self.entrywise, wide, torch.ones_like(wide))
         return change
 
     def _wide(self, h: Tensor) -> Tensor:

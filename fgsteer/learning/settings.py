@@ -43,6 +43,8 @@ class VectorTraining:
             trains an offset of the strength that is then dropped, and divides by the tokens of prompt and answer;
             "bipo" draws the sign of each batch on its own, so that signs are unbalanced; "reft_r1" leaves the last
             step's norm on the vector.
+        checkpointing: Whether the blocks above the hookpoint keep only what goes into them, and are computed again for
+            gradients: less memory, for a second forward pass of theirs.
         patience: Hold out every second example, measure the loss on these after each epoch, stop after so many epochs
             without a better one, and return the best; None trains on all examples to the end.
         relative: Whether trained numbers are in units in which a vector of random signs is as long as the median
@@ -71,6 +73,7 @@ class VectorTraining:
     top: int = 8
     l1: float = 0.005
     compat: bool = False
+    checkpointing: bool = False
     patience: int | None = None
     relative: bool = True
     seed: int = 0
@@ -94,7 +97,7 @@ class VectorTraining:
         ):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low, high)
-        check_flags(compat=self.compat, relative=self.relative)
+        check_flags(compat=self.compat, checkpointing=self.checkpointing, relative=self.relative)
         self._check_factors()
         if self.objective == "reft_r1" and self.relative:
             raise DataError("relative=True for reft_r1", "relative=False, as it keeps the vector at norm 1")

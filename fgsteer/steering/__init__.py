@@ -15,6 +15,7 @@ In the order in which data flows:
     shadows.py        functions set on a module for a while, over its own
     recomputation.py  gradient checkpointing, which runs layers again
     generation.py     ``generate``: texts that a steered model writes
+    answers.py        greedy answers with their tokens, in batches
     splicing.py       ``splice``: other hidden states in the place of a model's own
     streaming.py      ``stream``: one text, as it is written
     comparison.py     ``compare``: texts unsteered and steered, side by side

@@ -11,13 +11,10 @@ asks only what the first had no answer to.
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import torch
@@ -29,7 +26,7 @@ from fgsteer.errors import JudgeError
 from fgsteer.errors.checks import describe_value, is_whole_number
 from fgsteer.errors.escaping import json_text
 from fgsteer.evaluation.judges.answer_cache import HIGHEST_SCORE, LOWEST_SCORE, AnswerCache, parse_score
-from fgsteer.evaluation.judges.chat_client import OPENAI, BrokenAnswerError, ChatClient
+from fgsteer.evaluation.judges.chat_client import OPENAI, BrokenAnswerError, ChatClient, ask_all
 from fgsteer.evaluation.judges.protocols import check_texts
 from fgsteer.evaluation.judges.table import JudgeOptions
 from fgsteer.evaluation.metrics.answers import with_prompts
@@ -196,43 +193,10 @@ class EndpointJudge:
         prompts = [_prompt(text, behavior) for text in texts]
         keys = list(map(self._key, prompts))
         asked = {question[0]: question for question in zip(keys, prompts, texts, strict=True)}
-        self._ask_all([question for key, question in asked.items() if key not in self._cache.scores])
+        left = [question for key, question in asked.items() if key not in self._cache.scores]
+        ask_all(left, lambda question, stop: self._ask(*question, stop), self._concurrency)
         scores = torch.tensor([self._cache.scores[key] for key in keys], dtype=torch.float32)
         return (scores - LOWEST_SCORE) / (HIGHEST_SCORE - LOWEST_SCORE)
-
-    def _ask_all(self, questions: Sequence[tuple[str, str, str]]) -> None:
-        """Ask every question and keep its score; after the first failure no new question is asked.
-
-        The threads are daemons, for which an exiting process does not wait: Ctrl-C ends at once.
-        """
-        left, stop = deque(questions), Event()
-        done: SimpleQueue[Exception | None] = SimpleQueue()
-
-        def work() -> None:
-            with contextlib.suppress(IndexError):  # none is left
-                while not stop.is_set():
-                    question = left.popleft()
-                    try:
-                        self._ask(*question, stop)
-                        done.put(None)
-                    except Exception as error:
-                        done.put(error)
-
-        threads: list[Thread] = []
-        try:
-            for _ in range(min(self._concurrency, len(questions))):
-                threads.append(Thread(target=work, daemon=True))
-                threads[-1].start()
-            for _ in questions:
-                if (error := done.get()) is not None:
-                    raise error
-        except Exception:
-            stop.set()
-            for thread in threads:
-                thread.join()
-            raise
-        finally:
-            stop.set()
 
     def _ask(self, key: str, prompt: str, text: str, stop: Event) -> None:
         """Ask for one score and keep it. Raises JudgeError naming the text."""
