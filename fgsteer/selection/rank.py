@@ -19,6 +19,7 @@ from fgsteer.methods.selection import feature_contrast, score_features
 from fgsteer.saes.sae import SAE
 from fgsteer.selection.confidence import confidence_change
 from fgsteer.selection.effects import causal_effect
+from fgsteer.selection.names import RANKINGS
 from fgsteer.selection.pooled import halves_of, max_activations
 from fgsteer.selection.ranking import FeatureRanking
 from fgsteer.selection.separation import calibrated_f1, max_auc
@@ -27,7 +28,6 @@ from fgsteer.statistics.collecting import collect
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-RANKINGS = ("max_auc", "calibrated_f1", "confidence_change", "causal_effect", *SCORES)
 CANDIDATES = 64  # the first features by max_auc, among which confidence_change chooses
 
 
