@@ -15,8 +15,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ NAME = "default"
 RISE, NEUTRAL = 0.1, 12  # nats a token, and the neutral texts that are read
 RESAMPLES = 2000
 SUPPORT = 10  # positive texts that F1 asks for: a concept has 40
-MASKED = {"features": 32, "epochs": 4, "strength": 4.0}
+CANDIDATES = 64  # the first by MaxAUC, among which Δ confidence chooses
+MASKED: dict[str, Any] = {"features": 32, "epochs": 3, "strength": 4.0}
 SELECTIONS = {
     "max_auc": "MaxAUC",
     "calibrated_f1": "calibrated F1",
@@ -46,13 +46,18 @@ SELECTIONS = {
 }
 
 
-def choose(name: str, parts: tuple[Any, Any, fg.SAE], contrast: fg.ContrastSet, effects: Any) -> fg.FeatureRanking:
-    """The ranking of a concept's features by a selection; the held-out part chooses nothing."""
-    if name == "learned_mask":
-        return fg.learned_mask(*parts, contrast, **MASKED)
-    extra: dict[str, Any] = {"min_support": SUPPORT} if name == "calibrated_f1" else {}
-    effects = effects if name == "causal_effect" else None
-    return fg.rank_features(*parts, contrast, by=name, effects=effects, progress=False, **extra)
+def choose(parts: tuple[Any, Any, fg.SAE], contrast: fg.ContrastSet, effects: Any) -> dict[str, fg.FeatureRanking]:
+    """The ranking of a concept's features by each selection; the held-out part chooses nothing."""
+    model, tokenizer, sae = parts
+    activations = fg.max_activations(*parts, contrast, progress=False)
+    first = fg.max_auc(activations)
+    rankings = {"max_auc": first, "calibrated_f1": fg.calibrated_f1(activations, min_support=SUPPORT, permutations=0)}
+    for name in ("mean_difference", "pearson"):
+        rankings[name] = fg.rank_features(*parts, contrast, by=name, progress=False)
+    rankings["causal_effect"] = fg.causal_effect(sae, effects, first[:1])
+    rankings["confidence_change"] = fg.confidence_change(*parts, first[:CANDIDATES], progress=False)
+    rankings["learned_mask"] = fg.learned_mask(*parts, contrast, progress=False, **MASKED)
+    return rankings
 
 
 def push(model: Any, tokenizer: Any, held_out: fg.ContrastSet, entries: Sequence[Any]) -> torch.Tensor:
@@ -65,50 +70,43 @@ def push(model: Any, tokenizer: Any, held_out: fg.ContrastSet, entries: Sequence
     return sides[0] - sides[1]
 
 
-def measure(concepts: Sequence[str]) -> dict[str, Any]:
-    """Every selection on every concept."""
+def measure(concepts: Sequence[str], done: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+    """Every selection on every concept that is not done; ``keep`` gets what is done after each."""
     model, tokenizer = fg.load_model(NAME, device="cpu")
     sae, effects = fg.load_sae(NAME), fg.load_effects(NAME)
-    parts = (model, tokenizer, sae)
     neutral = list(fg.load_neutral()[0])[:NEUTRAL]
-    random = torch.Generator().manual_seed(0)
-    rows: dict[str, Any] = {}
-    for concept in concepts:
+    for number, concept in enumerate(concepts):
+        if concept in done:
+            continue
         contrast = fg.load_contrast(concept)
         assert contrast.held_out is not None
-        seconds, chosen, compared = {}, {}, {}
-        for name in SELECTIONS:
-            began = time.monotonic()
-            if name == "random":
-                ids = list(choose("max_auc", parts, contrast, effects))
-                chosen[name] = ids[int(torch.randint(len(ids), (), generator=random))]
-            else:
-                ranking = choose(name, parts, contrast, effects)
-                chosen[name], compared[name] = ranking[0], ranking.compared
-            seconds[name] = time.monotonic() - began
-        held_out = fg.max_activations(*parts, contrast, progress=False).half(False)
-        areas = auroc(held_out[0][:, list(chosen.values())], held_out[1][None])[0]
-        vectors = [fg.from_features(sae, j) for j in chosen.values()]
-        makes = [vector.add for vector in vectors]
+        rankings = choose((model, tokenizer, sae), contrast, effects)
+        chosen = {name: ranking[0] for name, ranking in rankings.items()}
+        fire = list(rankings["max_auc"])
+        random = torch.Generator().manual_seed(number)
+        chosen["random"] = fire[int(torch.randint(len(fire), (), generator=random))]
+        values, positive = fg.max_activations(model, tokenizer, sae, contrast, progress=False).half(False)
+        areas = auroc(values[:, list(chosen.values())], positive[None])[0]
+        makes = [fg.from_features(sae, j).add for j in chosen.values()]
         strengths = fg.calibrate_many(model, tokenizer, makes, neutral, target_ce_rise=RISE)
         entries = [make(strength) for make, strength in zip(makes, strengths, strict=True)]
         pushes = push(model, tokenizer, contrast.held_out, entries)
-        rows[concept] = {
+        done[concept] = {
             name: {
                 "feature": j,
                 "label": sae.labels.get(j, ""),
                 "auroc": float(areas[n]),
                 "push": float(pushes[n]),
                 "strength": float(strengths[n]),
-                "compared": compared.get(name),
-                "seconds": seconds[name],
+                "compared": rankings[name].compared if name in rankings else None,
             }
             for n, (name, j) in enumerate(chosen.items())
         }
+        done[concept]["max_auc"]["chance"] = rankings["max_auc"].chance
+        keep(done)
         print(
-            concept, {name: (row["feature"], round(row["auroc"], 2)) for name, row in rows[concept].items()}, flush=True
+            concept, {name: (row["feature"], round(row["auroc"], 2)) for name, row in done[concept].items()}, flush=True
         )
-    return {"model": NAME, "sae": sae.source, "rise": RISE, "concepts": rows}
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
@@ -122,27 +120,26 @@ def interval(values: Sequence[float]) -> dict[str, float]:
 def table(content: Mapping[str, Any]) -> str:
     """Selections with the AUROC and the push of the features that they chose, in Markdown."""
     concepts = content["concepts"]
-    first = next(iter(concepts.values()))
     lines = [
-        f"One feature of {content['sae']} for each of {len(concepts)} concepts, chosen on 40 + 40 texts, and "
-        "reported on 20 + 20 others; means with 95 % intervals over concepts. As MaxAUC: for how many concepts it is the "
-        "same feature.\n",
-        "| selection | AUROC on held-out texts | change of the margin, nats a token | as MaxAUC | seconds |",
-        "|---|---|---|---|---|",
+        f"One feature of {content['sae']} for each of {len(concepts)} concepts, chosen on 40 + 40 texts and reported on "
+        "20 + 20 others; means with 95 % intervals over concepts.\n",
+        "| selection | AUROC on held-out texts | change of the margin, nats a token | the feature of MaxAUC |",
+        "|---|---|---|---|",
     ]
-    for name in first:
+    for name, title in SELECTIONS.items():
         rows = [concept[name] for concept in concepts.values()]
         cells = []
         for key, sign in (("auroc", ""), ("push", "+")):
             found = interval([row[key] for row in rows])
             cells.append(f"{found['mean']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]")
         same = sum(concept[name]["feature"] == concept["max_auc"]["feature"] for concept in concepts.values())
-        seconds = sum(row["seconds"] for row in rows) / len(rows)
-        lines.append(f"| {SELECTIONS[name]} | {' | '.join(cells)} | {same} of {len(rows)} | {seconds:.1f} |")
-    compared = [concept["max_auc"]["compared"] for concept in concepts.values()]
+        lines.append(f"| {title} | {' | '.join(cells)} | {same} of {len(rows)} |")
+    first = [concept["max_auc"] for concept in concepts.values()]
+    compared, chance = [row["compared"] for row in first], [row["chance"] for row in first]
     lines.append(
-        f"\nMaxAUC compared {min(compared):,} to {max(compared):,} features that fire. The margin is log p of positive "
-        f"texts less that of negative ones, at a cost of {content['rise']:g} nats a token on neutral texts."
+        f"\nMaxAUC compared {min(compared):,} to {max(compared):,} features, of which the best would have an AUROC of "
+        f"{min(chance):.2f} to {max(chance):.2f} by chance on the texts that choose. The margin is log p of positive texts "
+        f"less that of negative ones, at a cost of {content['rise']:g} nats a token on neutral texts."
     )
     return "\n".join(lines) + "\n"
 
@@ -150,18 +147,23 @@ def table(content: Mapping[str, Any]) -> str:
 def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--concept", action="append", help="a concept; repeat for several; by default all")
+    parser.add_argument("--fresh", action="store_true", help="start over, where results of some concepts are there")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--docs", action="store_true", help="only put the table into docs/guides/choose-features.md")
     arguments = parser.parse_args()
     folder = arguments.out or results_folder(NAME)
+    path = folder / "selection.json"
     if not arguments.docs:
         command = shlex.join(["python", "benchmarks/selection.py", *sys.argv[1:]])
-        content = {"command": command, **measure(arguments.concept or fg.shipped_contrasts())}
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "selection.json", content)
+        content = {"command": command, "model": NAME, "sae": f"{NAME}/layer_2", "rise": RISE, "concepts": {}}
+        if path.is_file() and not arguments.fresh:
+            content = read_json(path)
+        measure(
+            fg.shipped_contrasts(), content["concepts"], lambda done: write_json(path, {**content, "concepts": done})
+        )
         (folder / "selection.md").write_text(table(content), "utf-8")
-    text = table(read_json(folder / "selection.json"))
+    text = table(read_json(path))
     if arguments.docs:
         PAGE.write_text(published(PAGE, "selection", text), "utf-8")
     print(text)
