@@ -48,13 +48,12 @@ SELECTIONS = {
 
 def choose(parts: tuple[Any, Any, fg.SAE], contrast: fg.ContrastSet, effects: Any) -> dict[str, fg.FeatureRanking]:
     """The ranking of a concept's features by each selection; the held-out part chooses nothing."""
-    model, tokenizer, sae = parts
     activations = fg.max_activations(*parts, contrast, progress=False)
     first = fg.max_auc(activations)
     rankings = {"max_auc": first, "calibrated_f1": fg.calibrated_f1(activations, min_support=SUPPORT, permutations=0)}
     for name in ("mean_difference", "pearson"):
         rankings[name] = fg.rank_features(*parts, contrast, by=name, progress=False)
-    rankings["causal_effect"] = fg.causal_effect(sae, effects, first[:1])
+    rankings["causal_effect"] = fg.causal_effect(parts[2], effects, first[:1])
     rankings["confidence_change"] = fg.confidence_change(*parts, first[:CANDIDATES], progress=False)
     rankings["learned_mask"] = fg.learned_mask(*parts, contrast, progress=False, **MASKED)
     return rankings
@@ -104,9 +103,7 @@ def measure(concepts: Sequence[str], done: dict[str, Any], keep: Callable[[dict[
         }
         done[concept]["max_auc"]["chance"] = rankings["max_auc"].chance
         keep(done)
-        print(
-            concept, {name: (row["feature"], round(row["auroc"], 2)) for name, row in done[concept].items()}, flush=True
-        )
+        print(concept, {name: row["feature"] for name, row in done[concept].items()}, flush=True)
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
@@ -121,7 +118,7 @@ def table(content: Mapping[str, Any]) -> str:
     """Selections with the AUROC and the push of the features that they chose, in Markdown."""
     concepts = content["concepts"]
     lines = [
-        f"One feature of {content['sae']} for each of {len(concepts)} concepts, chosen on 40 + 40 texts and reported on "
+        f"One feature of {content['sae']} for each of {len(concepts)} concepts, chosen on 40 + 40 texts, reported on "
         "20 + 20 others; means with 95 % intervals over concepts.\n",
         "| selection | AUROC on held-out texts | change of the margin, nats a token | the feature of MaxAUC |",
         "|---|---|---|---|",
@@ -138,8 +135,8 @@ def table(content: Mapping[str, Any]) -> str:
     compared, chance = [row["compared"] for row in first], [row["chance"] for row in first]
     lines.append(
         f"\nMaxAUC compared {min(compared):,} to {max(compared):,} features, of which the best would have an AUROC of "
-        f"{min(chance):.2f} to {max(chance):.2f} by chance on the texts that choose. The margin is log p of positive texts "
-        f"less that of negative ones, at a cost of {content['rise']:g} nats a token on neutral texts."
+        f"{min(chance):.2f} to {max(chance):.2f} by chance on the texts that choose. The margin is log p of positive "
+        f"texts less that of negative ones, at a cost of {content['rise']:g} nats a token on neutral texts."
     )
     return "\n".join(lines) + "\n"
 
@@ -156,7 +153,13 @@ def main() -> None:
     if not arguments.docs:
         command = shlex.join(["python", "benchmarks/selection.py", *sys.argv[1:]])
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"command": command, "model": NAME, "sae": f"{NAME}/layer_2", "rise": RISE, "concepts": {}}
+        content: dict[str, Any] = {
+            "command": command,
+            "model": NAME,
+            "sae": f"{NAME}/layer_2",
+            "rise": RISE,
+            "concepts": {},
+        }
         if path.is_file() and not arguments.fresh:
             content = read_json(path)
         measure(
