@@ -101,6 +101,8 @@ def features(
     from fgsteer.features.cards import print_features, write_page
 
     _check_sources({"a vector": file, "--feature": feature, "--search": search, "--contrast": contrast})
+    if contrast is None and (settings or effects or rank != "max_auc"):
+        raise DataError("--rank, --set or --effects without --contrast", "a contrast set to rank features for")
     ranked = None if contrast is None else _Ranked(contrast, rank, settings or [], effects, sae_id)
     if corpus is not None and examples is not None:
         raise DataError("both", "either --corpus or --examples", "both say where excerpts come from: leave one out")
