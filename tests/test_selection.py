@@ -71,9 +71,8 @@ def test_auroc_and_f1_are_those_of_loops(table, base_rate):
 def test_calibrated_f1_does_not_depend_on_how_many_are_positive():
     """And is F1 where the share of positives is that of the world; the published example is .1357."""
     for share in (0.001, 0.2, 0.5, 0.9):
-        tp, fp, fn = 0.8 * share, 0.01 * (1 - share), 0.2 * share
-        counts = (torch.tensor(x, dtype=torch.float64) for x in (tp, fp, fn))
-        assert float(calibrated(*counts, share, 1e-3)) == pytest.approx(0.1357, abs=5e-5)
+        tp, fp, fn = torch.tensor([0.8 * share, 0.01 * (1 - share), 0.2 * share], dtype=torch.float64)
+        assert float(calibrated(tp, fp, fn, share, 1e-3)) == pytest.approx(0.1357, abs=5e-5)
     plain = 2 * 0.8 * 1e-3 / (2 * 0.8 * 1e-3 + 0.01 * 0.999 + 0.2 * 1e-3)
     assert reference.f1_of_rates(0.8, 0.01, 1e-3) == pytest.approx(plain, rel=1e-12)
 

@@ -120,7 +120,7 @@ def learn_mask(model, layer, rows, writes, order, *, lr, sparsity, first, last):
         temperature = first * (last / first) ** (step / max(1, len(order) - 1))
         gate = [torch.tensor(1 / (1 + math.exp(-x / temperature)), dtype=torch.float64, requires_grad=True) for x in m]
         vector = sum(g * w for g, w in zip(gate, writes, strict=True))
-        total, tokens = 0.0, 0
+        total, tokens = torch.zeros((), dtype=torch.float64), 0
         for row in batch:
             ids, start = rows[row]
 
