@@ -257,6 +257,10 @@ def test_names_that_rank_nothing(llama, tokenizer, sae):
         fg.rank_features(llama, tokenizer, sae, SET, by="fame")
     with pytest.raises(fg.SelectionError, match="Pass effects="):
         fg.rank_features(llama, tokenizer, sae, SET, by="causal_effect")
+    with pytest.raises(fg.SelectionError, match="k with by='welch_t'"):
+        fg.rank_features(llama, tokenizer, sae, SET, by="welch_t", k=3)
+    with pytest.raises(fg.ArgumentError, match="fame"):
+        fg.rank_features(llama, tokenizer, sae, SET, fame=3)
     score = fg.rank_features(llama, tokenizer, sae, SET, by="mean_difference")
     half = fg.ContrastSet("half", positives=TEXTS[::2], negatives=OTHERS[::2])
     moments = fg.collect(llama, tokenizer, half, sae=sae).at("feature")[1]

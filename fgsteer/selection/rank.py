@@ -82,6 +82,8 @@ def rank_features(
         raise SelectionError(f"by={by!r:.60}", f"one of {', '.join(RANKINGS)}")
     if by == "causal_effect" and effects is None:
         raise SelectionError("by='causal_effect' without effects", "the effects of this SAE", "pass effects=")
+    if settings and by in ("causal_effect", *SCORES):
+        raise SelectionError(f"{', '.join(settings)} with by={by!r}", f"no settings, which {by} does not take")
     given = as_contrast(contrast)
     reading: dict[str, Any] = {"tokens": tokens, "batch_tokens": batch_tokens, "progress": progress}
     if by in SCORES:
