@@ -59,6 +59,7 @@ def files(tmp_path_factory):
         "collect": ["sea", "-o", str(at / "s"), "--sae", "s"],
         "demo": [],
         "density": [corpus, "-o", str(at / "d"), "--sae", "s"],
+        "describe-contrast": ["is happy", "-o", str(at / "happy.json")],
         "diagnose": ["sea"],
         "effects": ["-o", str(at / "e"), "--sae", "s"],
         "eval": ["--tasks", "x", "-v", vector],
@@ -69,6 +70,7 @@ def files(tmp_path_factory):
         "fold": ["-v", vector, "-o", str(at / "folded")],
         "generate": ["the king", "-v", vector],
         "info": [],
+        "lint": ["love"],
         "orthogonalize": ["-v", vector, "-o", str(at / "without")],
         "patterns": ["sea"],
         "saes": [],
@@ -136,7 +138,7 @@ def test_what_is_right_comes_as_far_as_the_model(files, run):
     """Else the tests below would see another error than theirs."""
     assert set(files) == set(COMMANDS)
     for name, arguments in files.items():
-        if name in ("build", "info", "saes"):
+        if name in ("build", "info", "lint", "saes"):
             assert run(name, *arguments, "--json")[0] == 0, name
         else:
             assert refused(run, name, *arguments) == "error: A model is loaded.", name

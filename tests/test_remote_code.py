@@ -73,6 +73,7 @@ def commands(folder, at):
         "collect": ("sea", "-o", at / "s", "--no-sae", "--hookpoint", 1),
         "demo": ("sea",),
         "density": (corpus, "-o", at / "d"),
+        "describe-contrast": ("is happy", "-o", at / "happy.json"),
         "diagnose": ("sea",),
         "effects": ("-o", at / "e"),
         "eval": ("--tasks", "hellaswag", *one),

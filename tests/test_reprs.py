@@ -129,6 +129,21 @@ def made(tmp_path_factory):
             (1 / 3, 1 / 3),
             {"examples": 10**6},
         ),
+        *selections(sae, vector, wide, narrow),
+    ]
+
+
+def selections(sae, vector, wide, narrow):
+    """What ranks features, and advice on contrast data."""
+    ranking = fg.FeatureRanking.of(
+        "max_auc", narrow[:4000], sae, held_out=wide[:4000], chance=1 / 3, settings={"a": LONG}
+    )
+    change = fg.OutcomeChange(10**6, 1 / 3, 1 / 7, 10**6, 10**6)
+    return [
+        *(ranking, fg.RankedFeature(10**6, 1 / 3, 1 / 7, LONG), change),
+        fg.FeatureActivations(torch.randn(9, 4000), wide[:9] > 0, wide[:9] > 0, sae, {"contrast": LONG}),
+        fg.CorrSteer((vector,) * 30, (ranking,) * 30, change, (change,) * 30, 10**9, 1 / 3, "A"),
+        fg.Advice("leakage", LONG, 1 / 3, LONG, serious=True, details={"texts": [LONG] * 99}),
     ]
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SYSTEM = "You are an assistant who {description}. Answer every message in that way, in a few sentences."
 LONGEST_DESCRIPTION = 2000  # characters
 Chat = list[Message]
+Write = Callable[[WorkFile, Callable[[int], None]], None]  # adds what a file lacks, and reports how much it holds
 
 
 @checked
@@ -114,55 +115,68 @@ def describe_contrast(
         )
     set_name = check_name(_name_of(behavior) if name is None else name)
     chats = draw_prompts(prompts, n, seed)
-    plan: dict[str, Any]
-    asked = {"description": behavior, "prompts": text_sha256([list(chat) for chat in chats])}
     if isinstance(model, str):
         client = ChatClient(
             model, base_url=base_url, api_key=api_key, timeout=timeout, attempts=attempts, backoff=backoff
         )
-        writer = EndpointWriter(client, behavior, concurrency=concurrency)
-        plan = {**asked, "model": {"name": model, "asks": text_sha256(writer.identity)}}
-        questions = [_question(chat) for chat in chats]
-
-        def write(kept: WorkFile, report: Callable[[int], None]) -> None:
-            def keep(number: int, positive: str, negative: str) -> None:
-                kept.add(number, positive, negative)
-                report(len(kept.pairs))
-
-            writer.write({i: text for i, text in enumerate(questions) if i not in kept.pairs}, keep)
-
+        plan, write = _by_endpoint(EndpointWriter(client, behavior, concurrency=concurrency), chats)
+    elif model is None or tokenizer is None:
+        raise ArgumentError(
+            f"{'no model' if model is None else 'a model'} and {describe_value(tokenizer)} for tokenizer",
+            "a chat model with its tokenizer, or the name of a model at an address",
+            'pass model=model, tokenizer=tokenizer, or model="gpt-4o-mini"',
+        )
     else:
-        if model is None or tokenizer is None:
-            raise ArgumentError(
-                f"{'no model' if model is None else 'a model'} and {describe_value(tokenizer)} for tokenizer",
-                "a chat model with its tokenizer, or the name of a model at an address",
-                'pass model=model, tokenizer=tokenizer, or model="gpt-4o-mini"',
-            )
-        loaded, words = model, tokenizer
-        instruction = _instruction(system, behavior)
-        told = [_told(words, chat, instruction) for chat in chats]
-        plan = {**asked, "system": instruction, "max_new_tokens": max_new_tokens, "rows": rows}
-        plan |= {} if work is None else run_fingerprint(loaded, words)
-
-        def write(kept: WorkFile, report: Callable[[int], None]) -> None:
-            for start in range(0, len(chats), rows):  # a batch is made anew as a whole, so that it is the same
-                numbers = range(start, min(start + rows, len(chats)))
-                if all(number in kept.pairs for number in numbers):
-                    continue
-                sides = [
-                    greedy_answers(loaded, words, [side[i] for i in numbers], max_new_tokens=max_new_tokens, rows=rows)
-                    for side in (told, chats)
-                ]
-                for number, positive, negative in zip(numbers, *sides, strict=True):
-                    kept.add(number, positive.text.strip(), negative.text.strip())
-                report(len(kept.pairs))
-
+        plan, write = _by_model(model, tokenizer, chats, _instruction(system, behavior), max_new_tokens, rows)
+        plan |= {} if work is None else run_fingerprint(model, tokenizer)
+    plan |= {"description": behavior, "prompts": text_sha256([list(chat) for chat in chats])}
     with ExitStack() as stack:
         if work is not None:
             stack.enter_context(exclusive_lock(work))
         kept = WorkFile(work, plan, fresh=fresh)
         write(kept, stack.enter_context(reporting(progress, f"writing {set_name}", len(chats))))
     return _as_set(set_name, behavior, chats, kept)
+
+
+def _by_endpoint(writer: EndpointWriter, chats: Sequence[Chat]) -> tuple[dict[str, Any], Write]:
+    """What the answers of an endpoint depend on, and how they are got."""
+    questions = [_question(chat) for chat in chats]
+
+    def write(kept: WorkFile, report: Callable[[int], None]) -> None:
+        def keep(number: int, positive: str, negative: str) -> None:
+            kept.add(number, positive, negative)
+            report(len(kept.pairs))
+
+        writer.write({i: text for i, text in enumerate(questions) if i not in kept.pairs}, keep)
+
+    return {"model": {"name": writer.client.model, "asks": text_sha256(writer.identity)}}, write
+
+
+def _by_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Sequence[Chat],
+    instruction: str,
+    max_new_tokens: int,
+    rows: int,
+) -> tuple[dict[str, Any], Write]:
+    """What the answers of a model that is loaded depend on, besides it, and how they are got."""
+    told = [_told(tokenizer, chat, instruction) for chat in chats]
+
+    def write(kept: WorkFile, report: Callable[[int], None]) -> None:
+        for start in range(0, len(chats), rows):  # a batch is made anew as a whole, so that it is the same
+            numbers = range(start, min(start + rows, len(chats)))
+            if all(number in kept.pairs for number in numbers):
+                continue
+            sides = [
+                greedy_answers(model, tokenizer, [side[i] for i in numbers], max_new_tokens=max_new_tokens, rows=rows)
+                for side in (told, chats)
+            ]
+            for number, positive, negative in zip(numbers, *sides, strict=True):
+                kept.add(number, positive.text.strip(), negative.text.strip())
+            report(len(kept.pairs))
+
+    return {"system": instruction, "max_new_tokens": max_new_tokens, "rows": rows}, write
 
 
 def draw_prompts(prompts: Sequence[Text] | None, n: int, seed: int) -> list[Chat]:

@@ -49,7 +49,7 @@ def near_duplicates(texts: Sequence[str], similar: float = SIMILAR) -> list[tupl
     found = []
     for number, one in enumerate(sets):
         rarest = sorted(one, key=lambda shingle: (frequency[shingle], shingle))
-        rarest = rarest[: len(one) - math.ceil(similar * len(one)) + 1]
+        rarest = rarest[: len(one) - math.ceil(similar * len(one) - 1e-9) + 1]
         for other in sorted({n for shingle in rarest for n in seen[shingle]}):
             share = len(one & sets[other]) / len(one | sets[other])
             if share >= similar:

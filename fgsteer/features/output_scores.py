@@ -79,7 +79,7 @@ def output_scores(
     vocabulary = len(model.get_output_embeddings().weight)
     if not 1 <= top_tokens <= vocabulary:
         raise SelectionError(
-            f"top_tokens = {top_tokens}", f"1 to {vocabulary}, the vocabulary's size", "leave it out for 20"
+            f"top_tokens = {top_tokens}", f"from 1 to {vocabulary}, the vocabulary's size", "leave it out for 20"
         )
     amplified = AmplifiedFeatures(model, tokenizer, sae, prompt, coefficient)
     scores = torch.zeros(sae.d_sae, dtype=torch.float64)

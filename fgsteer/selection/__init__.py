@@ -12,6 +12,7 @@ In the order in which data flows:
     separation.py   ``max_auc`` and ``calibrated_f1``: how well a feature tells the sides apart
     confidence.py   ``confidence_change``: how much an amplified feature changes the model's certainty
     effects.py      ``causal_effect`` and ``measured_effect``: what steering with a feature does to others
+    names.py        the names of rankings, for help texts
     rank.py         ``rank_features``: any of these by its name
     outcomes.py     how answers change, and the ratio of side effects
     corrsteer.py    ``corrsteer``: features that go with good answers, at one layer or at several

@@ -82,6 +82,7 @@ def corrsteer(
     variant: Variant = "A",
     max_new_tokens: int = 16,
     correct_above: float = 0.5,
+    min_fired: int = 1,
     rows: int = ROWS,
     batch_tokens: int | None = None,
     progress: Progress = None,
@@ -107,6 +108,8 @@ def corrsteer(
         variant: "S", "A" or "P".
         max_new_tokens: The tokens of an answer, at most.
         correct_above: The reward above which an answer is correct.
+        min_fired: A feature is compared if it fires in at least so many of the answers that choose. The paper compares
+            all; one that fires in two or three of them correlates highly by chance.
         rows: The prompts that are answered together.
         batch_tokens: The tokens in a pass that reads answers, as in ``collect``.
         progress: As in ``collect``; a function is called with the number of answers.
@@ -122,7 +125,8 @@ def corrsteer(
     chosen = [saes] if isinstance(saes, SAE) else list(saes)
     _check(model, chosen, prompts, reward, variant)
     check_number("correct_above", correct_above)
-    check_range("max_new_tokens", max_new_tokens, 1, MAX_COUNT, whole=True)
+    for name, value in (("max_new_tokens", max_new_tokens), ("min_fired", min_fired)):
+        check_range(name, value, 1, MAX_COUNT, whole=True)
     check_range("rows", rows, 1, MAX_COUNT, whole=True)
     parts = [[n for n in range(len(prompts)) if n % 4 in keep] for keep in ((0, 1), (2,), (3,))]
     chooses, validates, reports = parts
@@ -138,7 +142,9 @@ def corrsteer(
             )
         readings = _read(model, tokenizer, chosen, [answers[n] for n in chooses + reports], batch_tokens)
         found = [
-            _correlate(sae, pooled, [rewards[n] for n in chooses], [rewards[n] for n in reports], correct_above)
+            _correlate(
+                sae, pooled, [[rewards[n] for n in part] for part in (chooses, reports)], correct_above, min_fired
+            )
             for sae, pooled in zip(chosen, readings, strict=True)
         ]
         rankings = [ranking for ranking, _ in found]
@@ -261,15 +267,20 @@ def _read(
 
 
 def _correlate(
-    sae: SAE, pooled: Sequence[Tensor], chooses: Sequence[float], reports: Sequence[float], correct_above: float
+    sae: SAE, pooled: Sequence[Tensor], rewards: Sequence[Sequence[float]], correct_above: float, min_fired: int
 ) -> tuple[FeatureRanking, Float[Tensor, " d_sae"]]:
-    """The ranking of an SAE's features by r, and their mean activations over correct answers. Raises SelectionError."""
+    """The ranking of an SAE's features by r, and their mean activations over correct answers.
+
+    ``rewards`` are those of the answers that choose and of those that report, in the order of ``pooled``.
+    Raises SelectionError where no answer is correct.
+    """
+    chooses = rewards[0]
     halves = []
-    for start, rewards in ((0, chooses), (len(chooses), reports)):
+    for start, part in ((0, chooses), (len(chooses), rewards[1])):
         found = Correlation.empty(sae.d_sae)
-        for n, reward in enumerate(rewards):
+        for n, reward in enumerate(part):
             found.add(pooled[start + n][None], torch.tensor([reward]))
-        halves.append(found.r())
+        halves.append(found)
     correct = [pooled[n] for n, reward in enumerate(chooses) if reward > correct_above]
     if not correct:
         raise SelectionError(
@@ -278,12 +289,13 @@ def _correlate(
     total = torch.zeros(sae.d_sae, dtype=torch.float64)
     for maxima in correct:
         total += maxima.double()
-    compared = int((~halves[0].isnan()).sum())
+    r = torch.where(halves[0].x.fired >= min_fired, halves[0].r(), torch.nan)
+    compared = int((~r.isnan()).sum())
     ranking = FeatureRanking.of(
         "correlation",
-        halves[0],
+        r,
         sae,
-        held_out=halves[1],
+        held_out=halves[1].r(),
         chance=largest_chance_correlation(len(chooses), compared) if compared else None,
         settings={"answers": len(chooses), "correct": len(correct), "hookpoint": str(sae.hookpoint)},
     )

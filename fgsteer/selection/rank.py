@@ -19,6 +19,7 @@ from fgsteer.methods.selection import feature_contrast, score_features
 from fgsteer.saes.sae import SAE
 from fgsteer.selection.confidence import confidence_change
 from fgsteer.selection.effects import causal_effect
+from fgsteer.selection.names import RANKINGS
 from fgsteer.selection.pooled import halves_of, max_activations
 from fgsteer.selection.ranking import FeatureRanking
 from fgsteer.selection.separation import calibrated_f1, max_auc
@@ -27,7 +28,6 @@ from fgsteer.statistics.collecting import collect
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-RANKINGS = ("max_auc", "calibrated_f1", "confidence_change", "causal_effect", *SCORES)
 CANDIDATES = 64  # the first features by max_auc, among which confidence_change chooses
 
 
@@ -82,6 +82,8 @@ def rank_features(
         raise SelectionError(f"by={by!r:.60}", f"one of {', '.join(RANKINGS)}")
     if by == "causal_effect" and effects is None:
         raise SelectionError("by='causal_effect' without effects", "the effects of this SAE", "pass effects=")
+    if settings and by in ("causal_effect", *SCORES):
+        raise SelectionError(f"{', '.join(settings)} with by={by!r}", f"no settings, which {by} does not take")
     given = as_contrast(contrast)
     reading: dict[str, Any] = {"tokens": tokens, "batch_tokens": batch_tokens, "progress": progress}
     if by in SCORES:

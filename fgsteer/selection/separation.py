@@ -18,7 +18,8 @@ from fgsteer.selection.ranking import FeatureRanking
 
 PERMUTATIONS = 20  # of labels, whose best scores say what chance gives
 COLUMNS = 1 << 10  # features that are sorted at once: bounds memory, not results
-Score = Callable[[Float[Tensor, "texts features"], Bool[Tensor, " texts"]], Float[Tensor, " features"]]
+# of the activations and several assignments of sides to texts
+Score = Callable[[Float[Tensor, "texts features"], Bool[Tensor, "k texts"]], Float[Tensor, "k features"]]
 
 
 @checked
@@ -81,14 +82,14 @@ def calibrated_f1(
             "add texts, or pass min_support= to do with fewer",
         )
 
-    def score(values: Tensor, positive: Tensor) -> Tensor:
-        return best_f1(values, positive, base_rate)[0]
+    def score(values: Tensor, sides: Tensor) -> Tensor:
+        return best_f1(values, sides, base_rate)[0]
 
     ranking = _ranking("calibrated_f1", activations, score, permutations, seed, {"base_rate": base_rate})
     if ranking.held_out is None:
         return ranking
     ids = list(ranking)
-    thresholds = _by_columns(lambda v, p: best_f1(v, p, base_rate)[1], *activations.half(True))[ids]
+    thresholds = _scores(lambda v, sides: best_f1(v, sides, base_rate)[1], *activations.half(True))[ids]
     values, positive = activations.half(False)
     held_out = f1_at(values[:, ids], positive, thresholds.float(), base_rate)
     return FeatureRanking(**{**vars(ranking), "held_out": held_out})
@@ -114,42 +115,47 @@ def _ranking(
             "check the hookpoint and the tokens that are read",
         )
     random = torch.Generator().manual_seed(seed)
-    compared = values[:, fires]
-    best = [
-        float(_by_columns(score, compared, positive[torch.randperm(len(positive), generator=random)]).max())
-        for _ in range(permutations)
-    ]
+    permuted = [positive[torch.randperm(len(positive), generator=random)] for _ in range(permutations)]
+    chance = None
+    if permuted:
+        chance = float(_by_columns(score, values[:, fires], torch.stack(permuted)).amax(1).median())
     return FeatureRanking.of(
         by,
-        _by_columns(score, values, positive),
+        _scores(score, values, positive),
         activations.sae,
         candidates=fires,
-        held_out=_by_columns(score, *activations.half(False)) if activations.reports else None,
-        chance=float(torch.tensor(best, dtype=torch.float64).median()) if best else None,
+        held_out=_scores(score, *activations.half(False)) if activations.reports else None,
+        chance=chance,
         settings={**activations.about, **settings, "permutations": permutations, "seed": seed},
     )
 
 
-def _by_columns(score: Score, values: Tensor, positive: Tensor) -> Float[Tensor, " features"]:
+def _by_columns(score: Score, values: Tensor, sides: Tensor) -> Float[Tensor, "k features"]:
     """A score of all features, some at a time."""
     starts = range(0, values.shape[1], COLUMNS)
-    return torch.cat([score(values[:, start : start + COLUMNS], positive) for start in starts])
+    return torch.cat([score(values[:, start : start + COLUMNS], sides) for start in starts], 1)
 
 
-def auroc(values: Float[Tensor, "texts features"], positive: Bool[Tensor, " texts"]) -> Float[Tensor, " features"]:
+def _scores(score: Score, values: Tensor, positive: Tensor) -> Float[Tensor, " features"]:
+    """A score of all features for one assignment of sides."""
+    return _by_columns(score, values, positive[None])[0]
+
+
+def auroc(values: Float[Tensor, "texts features"], sides: Bool[Tensor, "k texts"]) -> Float[Tensor, "k features"]:
     """``P(a⁺ > a⁻) + P(a⁺ = a⁻)/2`` of each column: ``(Σ rank⁺ − n⁺(n⁺ + 1)/2)/(n⁺n⁻)``, ties sharing a rank."""
     ordered, order = values.sort(0)
     number = torch.arange(1, len(values) + 1, dtype=torch.float64)[:, None].expand(values.shape)
-    # of equal values the first and the last number, halved
+    # of equal values the mean of the first number and the last
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[1:] = ordered[1:] != ordered[:-1]
     first = torch.where(new, number, 0.0).cummax(0).values
     ends = torch.ones_like(new)
     ends[:-1] = new[1:]
     last = torch.where(ends, number, float(len(values) + 1)).flip(0).cummin(0).values.flip(0)
-    total = ((first + last) / 2 * positive[order]).sum(0)
-    p, n = int(positive.sum()), int((~positive).sum())
-    return (total - p * (p + 1) / 2) / (p * n)
+    ranks = torch.zeros(values.shape, dtype=torch.float64).scatter_(0, order, (first + last) / 2)
+    labels = sides.double()
+    p, n = labels.sum(1, keepdim=True), (1 - labels).sum(1, keepdim=True)
+    return (labels @ ranks - p * (p + 1) / 2) / (p * n)
 
 
 def calibrated(tp: Tensor, fp: Tensor, fn: Tensor, share: float, base_rate: float) -> Tensor:
@@ -159,23 +165,26 @@ def calibrated(tp: Tensor, fp: Tensor, fn: Tensor, share: float, base_rate: floa
 
 
 def best_f1(
-    values: Float[Tensor, "texts features"], positive: Bool[Tensor, " texts"], base_rate: float
-) -> tuple[Float[Tensor, " features"], Float[Tensor, " features"]]:
+    values: Float[Tensor, "texts features"], sides: Bool[Tensor, "k texts"], base_rate: float
+) -> tuple[Float[Tensor, "k features"], Float[Tensor, "k features"]]:
     """The best F1ᶜ of each column over thresholds, and that threshold: texts with at least as much are found.
 
     Thresholds are the values above 0; of equal F1ᶜ the highest.
     """
     ordered, order = values.sort(0, descending=True)
-    labels = positive[order].double()
-    tp, fp = labels.cumsum(0), (1 - labels).cumsum(0)
-    last = torch.ones_like(ordered, dtype=torch.bool)  # of equal values, which a threshold takes together
-    last[:-1] = ordered[:-1] != ordered[1:]
-    total = float(positive.sum())
-    scores = calibrated(tp, fp, total - tp, total / len(positive), base_rate)
-    scores = torch.where(last & (ordered > 0), scores, -1.0)
-    best, place = scores.max(0)
-    thresholds = ordered.gather(0, place[None])[0]
-    return best.clamp(min=0), torch.where(best > 0, thresholds, torch.inf).double()
+    allowed = ordered > 0
+    allowed[:-1] &= ordered[:-1] != ordered[1:]  # a threshold takes equal values together
+    found = []
+    for positive in sides:
+        labels = positive[order].double()
+        total = float(positive.sum())
+        tp, fp = labels.cumsum(0), (1 - labels).cumsum(0)
+        scores = torch.where(allowed, calibrated(tp, fp, total - tp, total / len(positive), base_rate), -1.0)
+        best, place = scores.max(0)
+        threshold = torch.where(best > 0, ordered.gather(0, place[None])[0].double(), torch.inf)
+        found.append((best.clamp(min=0), threshold))
+    scores, thresholds = (torch.stack(part) for part in zip(*found, strict=True))
+    return scores, thresholds
 
 
 def f1_at(

@@ -15,7 +15,7 @@ from torch import Tensor
 from fgsteer.activations.tokens import TokenRow, pad, prompt_ids
 from fgsteer.data.chat import Text
 from fgsteer.display.progress import Report
-from fgsteer.models.properties import check_window, eos_ids, input_device
+from fgsteer.models.properties import check_window, input_device, special_ids
 from fgsteer.steering.entries import Entry
 from fgsteer.steering.hooks import steer
 
@@ -108,7 +108,7 @@ def _continue(
     with steer(model, steering, per_row=False):
         output = model.generate(input_ids=ids, attention_mask=mask, **options)
     written: Tensor = (output if isinstance(output, Tensor) else output.sequences)[:, ids.shape[1] :]
-    ends = eos_ids(model)
+    ends = special_ids(("eos_token_id",), model.generation_config)  # at which generation stops
     texts = []
     for row in written.tolist():
         end = next((n for n, token in enumerate(row) if token in ends), len(row))

@@ -310,6 +310,7 @@ def ask_all(questions: Sequence[T], ask: Callable[[T, Event], None], concurrency
                     done.put(None)
                 except Exception as error:
                     done.put(error)
+                    stop.set()
 
     threads: list[Thread] = []
     try:
