@@ -39,12 +39,36 @@ def encode(sae, row):
     )  # fmt: skip
 
 
+def check_numbers(token, n, ids, sae, passes, blocks):
+    """Doses, features, log-probabilities and divergences of one token against those of two plain passes."""
+    before, after = passes
+    rough = {"rel": 2e-3, "abs": 2e-4}  # float32 activations, against the same ones whose edits are in float64
+    doses = [reference.dose(after[1][id(block)][n], after[0][id(block)][n]) for block in blocks]
+    assert token.dose == pytest.approx(max(doses), **rough)
+    for values, one in ((token.features_before, before), (token.features_after, after)):
+        expected = encode(sae, one[0][id(blocks[1])][n])
+        assert list(values) == pytest.approx([expected[j] for j in (3, 0, 7)], **rough)
+    if not n:
+        assert token.log_probability_before is token.kl_steered_unsteered is None
+        return
+    log_q, log_p = (reference.log_softmax(one[2][n - 1]) for one in (before, after))
+    assert token.log_probability_before == pytest.approx(log_q[ids[n]], **rough)
+    assert token.log_probability_after == pytest.approx(log_p[ids[n]], **rough)
+    assert token.kl_steered_unsteered == pytest.approx(reference.kl(log_p, log_q), **rough)
+    assert token.kl_unsteered_steered == pytest.approx(reference.kl(log_q, log_p), **rough)
+    assert [t.id for t in token.top_before] == reference.likeliest(log_q, 5)
+    assert [t.log_probability for t in token.top_after] == pytest.approx(sorted(log_p)[:-6:-1], **rough)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trace_is_that_of_two_plain_passes(family, tokenizer):
     model, sae = model_of(family), make_sae("relu")
     v, low = direction(1), direction(2)
-    side = direction(9)
-    gate = fg.Projection(fg.SteeringVector(side, fg.Hookpoint(1))) > 0.0
+    side = direction(9) / direction(9).norm()
+    every = [tokenizer(p + c)["input_ids"] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    states = [fg.record(model, torch.tensor([ids]), None, [fg.Hookpoint(1)])[fg.Hookpoint(1)][0] for ids in every]
+    middle = float((torch.cat(states) @ side).median())  # so that the gate is open at some tokens and shut at others
+    gate = fg.Projection(fg.SteeringVector(side, fg.Hookpoint(1))) > middle
     items = [
         fg.Add(hookpoint=1, direction=v, coefficient=0.5, scope="reply", when=gate),
         fg.Add(hookpoint=0, direction=low, coefficient=-0.25),
@@ -62,7 +86,7 @@ def test_trace_is_that_of_two_plain_passes(family, tokenizer):
         where = []
 
         def is_open(row):
-            return float(side.double().numpy() @ row) > 0
+            return float(side.double().numpy() @ row) > middle
 
         def steer_low(rows, count=count):
             return reference.add_where(rows, low, -0.25, range(1, count))
@@ -79,33 +103,16 @@ def test_trace_is_that_of_two_plain_passes(family, tokenizer):
             return changed
 
         edits = [(first, steer_low), (second, steer_gated), (second, steer_last)]
-        before, after = reference.two_passes(model, ids, edits)
+        passes = reference.two_passes(model, ids, edits)
         opened += len(where)
         for n, token in enumerate(text.tokens):
-            add, lower, ablate = token.actions
-            assert add.acts == (n in where)
-            assert add.strength == (0.5 if n in where else 0.0)
-            assert add.gate == is_open(after[1][id(second)][n])
-            assert lower.strength == (-0.25 if n else 0.0)
-            assert ablate.acts == (n >= start)
-            assert ablate.gate is None
-            # float32 activations of a few blocks against the same ones whose edits are in float64
-            rough = {"rel": 2e-3, "abs": 2e-4}
-            doses = [reference.dose(after[1][id(b)][n], after[0][id(b)][n]) for b in (first, second)]
-            assert token.dose == pytest.approx(max(doses), **rough)
-            for values, one in ((token.features_before, before), (token.features_after, after)):
-                expected = encode(sae, one[0][id(second)][n])
-                assert list(values) == pytest.approx([expected[j] for j in (3, 0, 7)], **rough)
-            if not n:
-                assert token.log_probability_before is token.kl_steered_unsteered is None
-                continue
-            log_q, log_p = (reference.log_softmax(one[2][n - 1]) for one in (before, after))
-            assert token.log_probability_before == pytest.approx(log_q[ids[n]], **rough)
-            assert token.log_probability_after == pytest.approx(log_p[ids[n]], **rough)
-            assert token.kl_steered_unsteered == pytest.approx(reference.kl(log_p, log_q), **rough)
-            assert token.kl_unsteered_steered == pytest.approx(reference.kl(log_q, log_p), **rough)
-            assert [t.id for t in token.top_before] == reference.likeliest(log_q, 5)
-            assert [t.log_probability for t in token.top_after] == pytest.approx(sorted(log_p)[:-6:-1], **rough)
+            gate_open = is_open(passes[1][1][id(second)][n])
+            assert [(a.acts, a.gate, a.strength) for a in token.actions[:2]] == [
+                (n in where, gate_open, 0.5 if n in where else 0.0),
+                (n > 0, None, -0.25 if n else 0.0),
+            ]
+            assert (token.actions[2].acts, token.actions[2].gate) == (n >= start, None)
+            check_numbers(token, n, ids, sae, passes, (first, second))
     assert 0 < opened < sum(len(text.written) + 1 for text in found.texts)
 
 
