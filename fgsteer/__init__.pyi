@@ -51,6 +51,7 @@ from fgsteer.directions.triggers import find_triggers as find_triggers
 from fgsteer.directions.triggers import remove_words as remove_words
 from fgsteer.effects.approximator import EffectApproximator as EffectApproximator
 from fgsteer.effects.approximator import load_effects as load_effects
+from fgsteer.effects.rollouts import Sampling as Sampling
 from fgsteer.errors import ArgumentError as ArgumentError
 from fgsteer.errors import BusyError as BusyError
 from fgsteer.errors import DataError as DataError
@@ -247,6 +248,17 @@ from fgsteer.steering.comparison import compare as compare
 from fgsteer.steering.generation import generate as generate
 from fgsteer.steering.hooks import steer as steer
 from fgsteer.steering.streaming import stream as stream
+from fgsteer.traces.changes import FeatureChange as FeatureChange
+from fgsteer.traces.changes import FeatureChanges as FeatureChanges
+from fgsteer.traces.changes import feature_changes as feature_changes
+from fgsteer.traces.results import NextToken as NextToken
+from fgsteer.traces.results import TokenAction as TokenAction
+from fgsteer.traces.results import Trace as Trace
+from fgsteer.traces.results import TracedFeature as TracedFeature
+from fgsteer.traces.results import TracedIntervention as TracedIntervention
+from fgsteer.traces.results import TracedText as TracedText
+from fgsteer.traces.results import TracedToken as TracedToken
+from fgsteer.traces.trace import trace as trace
 from fgsteer.training.activation_store import ActivationStore as ActivationStore
 from fgsteer.training.activation_store import store_activations as store_activations
 from fgsteer.training.quality import SAEQuality as SAEQuality

@@ -42,6 +42,7 @@ FLOORS = (
     "authoring",
     "conditional",
     "mechanisms",
+    "traces",
     "export",
     "hub",
     "serving",

@@ -67,6 +67,7 @@ TITLES = {
     "authoring": "Contrast data",
     "conditional": "Conditional defences",
     "mechanisms": "What drives steering",
+    "traces": "What steering did",
     "export": "Exports",
     "errors": "Errors and warnings",
 }

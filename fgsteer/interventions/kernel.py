@@ -167,6 +167,20 @@ class ReadyUpdate:
                 strengths = limit(strengths, bound)
         return strengths
 
+    def amounts(
+        self, h: Float[Tensor, "batch tokens d_model"], source: Tensor | None = None, prompt: Tensor | None = None
+    ) -> Tensor:
+        """The strengths at each token of h, (batch, tokens, k) or broadcastable to it. As ``change`` has them.
+
+        What a row is ``relative`` to, the norm of h, is not in them.
+        """
+        if self.weights is not None:
+            return self.bounded(_linear(self._wide(h), self.weights, self.const))
+        if self.fixed is not None or (self.read is None and self.sae is None and not self.of_prompt):
+            return self.bounded(self.const)
+        values = self._values(h, source, prompt)
+        return self.bounded(torch.addcmul(self.const, self.lam, values, value=-1))
+
     def change(
         self, h: Float[Tensor, "batch tokens d_model"], source: Tensor | None = None, prompt: Tensor | None = None
     ) -> Tensor:

@@ -23,6 +23,7 @@ from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.steering.gating import GateNode, Place, Source
 from fgsteer.steering.masks import ScopeMask
 from fgsteer.steering.ranges import activation_dtype, change_bound, check_amount
+from fgsteer.steering.watching import Step
 
 
 @dataclass(eq=False)
@@ -41,6 +42,8 @@ class UpdateGroup:
         source: What a transcoder reads, as hooks keep it.
         reading: What of the prompt decides the strength, or None.
         place: What was read of the prompts, as hooks keep it.
+        watcher: Where each of its steps is noted, or None.
+        number: Its number among the updates of the block.
         ran: Whether any pass held tokens of the scope.
         decided: Where it acts in passes that go on from the last one, where that is the same in all of them: a mask, or
             True for everywhere, or False for nowhere.
@@ -60,6 +63,8 @@ class UpdateGroup:
     source: Source | None = None
     reading: Reading | None = None
     place: Place | None = None
+    watcher: list[Step] | None = None
+    number: int = 0
     ran: bool = False
     decided: Tensor | bool | None = None
     is_summed_up: bool = False
@@ -72,14 +77,18 @@ class UpdateGroup:
             return h
         self.ran = True
         update, row_mask = self.prepare(h.device, h.dtype, repeats)
-        where = self._where(h, row_mask)
+        where, gate = self._where(h, row_mask)
         source = None if self.source is None else self.source.noted().to(h.device)
-        if self.place is None:
-            return apply(h, update, where, source)
-        prompt = self.place.noted().to(h.device)
-        read = ~prompt.isnan().unsqueeze(-1)  # of a prompt that has a token
-        where = read if where is None else where & read
-        return apply(h, update, where, prompt=prompt)
+        prompt = None if self.place is None else self.place.noted().to(h.device)
+        if prompt is not None:
+            read = ~prompt.isnan().unsqueeze(-1)  # of a prompt that has a token
+            where = read if where is None else where & read
+        changed = apply(h, update, where, source, prompt)
+        if self.watcher is not None:
+            masks = [None if mask is None else mask.squeeze(-1).expand(h.shape[:2]) for mask in (where, gate)]
+            before, after = h.detach(), changed.detach()
+            self.watcher.append(Step(self.number, self.hookpoint, update, before, after, *masks, source, prompt))
+        return changed
 
     def go_on(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
         """As ``apply_to``, in a pass that goes on from the last one."""
@@ -92,10 +101,13 @@ class UpdateGroup:
             return h
         return apply(h, self.prepare(h.device, h.dtype, repeats)[0], None if where is True else where)
 
-    def _where(self, h: Tensor, row_mask: Tensor) -> Tensor | None:
-        """The tokens (batch, tokens, 1), or rows (batch, 1, 1), at which it acts; None for all."""
-        where = self.tokens.mask
-        stays = where is None and self.source is None and self.place is None
+    def _where(self, h: Tensor, row_mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The tokens (batch, tokens, 1), or rows (batch, 1, 1), at which it acts, and where its gate is open.
+
+        None is for all.
+        """
+        where, gate = self.tokens.mask, None
+        stays = where is None and self.source is None and self.place is None and self.watcher is None
         if where is not None:
             where = where.to(h.device).unsqueeze(-1)
         if self.needs_row_mask:
@@ -108,7 +120,7 @@ class UpdateGroup:
             self.decided = None
         else:
             self.decided, self.is_summed_up = True if where is None else where, where is None
-        return where
+        return where, gate
 
     def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> tuple[ReadyUpdate, Tensor]:
         """The update and row mask for hidden states of a dtype on a device, each row repeated.
