@@ -51,7 +51,7 @@ def mean_difference(
 ) -> Float[Tensor, " d_model"]:
     """DiffMean: ``mean_t h⁺_t − mean_t h⁻_t`` over tokens, scaled to norm 1, in float64."""
     difference = positive.double().mean(0) - negative.double().mean(0)
-    return difference / difference.norm()
+    return _unit(difference)
 
 
 def first_component(
@@ -62,7 +62,7 @@ def first_component(
     A component has no sign of its own: it is turned ``towards`` a direction, where the published code leaves it.
     """
     centred = positive.double() - positive.double().mean(0)
-    component = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
+    component: Tensor = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
     return component if component @ towards >= 0 else -component
 
 
@@ -72,8 +72,12 @@ def probe_direction(
     """A linear probe: the weights of logistic regression that tells positive tokens from negative ones, of norm 1."""
     x = torch.cat([positive, negative]).double()
     y = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).double()
-    weights, _ = logistic(x, y, torch.ones_like(y), ridge)
-    return weights / weights.norm()
+    return _unit(logistic(x, y, torch.ones_like(y), ridge)[0])
+
+
+def _unit(direction: Tensor) -> Tensor:
+    unit: Tensor = direction / direction.norm()
+    return unit
 
 
 def max_auc_feature(largest: Float[Tensor, "texts d_sae"], positive: Sequence[bool]) -> tuple[int, float]:

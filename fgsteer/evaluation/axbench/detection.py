@@ -46,7 +46,9 @@ def aurocs(readings: Float[Tensor, "texts n"], positive: Bool[Tensor, " texts"])
 
     Raises DataError without texts of both kinds.
     """
-    return torch.cat([auc(part[positive], part[~positive]) for part in readings.split(COLUMNS_AT_ONCE, dim=1)])
+    up, down = readings[positive], readings[~positive]
+    starts = range(0, readings.shape[1], COLUMNS_AT_ONCE)
+    return torch.cat([auc(up[:, n : n + COLUMNS_AT_ONCE], down[:, n : n + COLUMNS_AT_ONCE]) for n in starts])
 
 
 def youden_threshold(positives: Sequence[float], negatives: Sequence[float]) -> float | None:

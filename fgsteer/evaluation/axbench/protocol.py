@@ -66,7 +66,7 @@ class AxBenchPlan:
 
     def __post_init__(self) -> None:
         if self.methods is not None:
-            if isinstance(self.methods, str) or not isinstance(self.methods, Sequence) or not self.methods:
+            if not isinstance(self.methods, tuple | list) or not self.methods:
                 raise ArgumentError(f"methods = {describe_value(self.methods)}", "a list of names", "leave it out")
             object.__setattr__(self, "methods", tuple(dict.fromkeys(contestant(name).name for name in self.methods)))
         if self.mode not in get_args(Mode):

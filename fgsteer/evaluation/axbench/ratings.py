@@ -195,10 +195,8 @@ class EmbeddingRater:
 
         Raises JudgeError where sentence-transformers is not installed.
         """
-        encoder = self._judge
         sets = [self._contrast(concept) for concept in concepts]
         self._judge = EmbeddingJudge(self._model, contrasts=sets, device=self._device)
-        self._judge.share_embeddings(encoder)
         usual = self._likeness(unsteered)
         self._usual = max(fmean(usual) if usual else 0.0, 1e-6)
         areas = [validation_auc(self._judge, contrast) for contrast in sets]
@@ -221,7 +219,8 @@ class EmbeddingRater:
         """The cosine of each answer with its instruction, at least 0; 0 for a blank answer."""
         if not answers:
             return []
-        texts, asked = (self._judge.embed([part[n] for part in answers]) for n in (1, 0))
+        texts = self._judge.embed([answer.text for answer in answers])
+        asked = self._judge.embed([answer.instruction for answer in answers])
         cosines = cosine_similarity(texts, asked).clamp(min=0).tolist()
         return [value if answer.text.strip() else 0.0 for value, answer in zip(cosines, answers, strict=True)]
 

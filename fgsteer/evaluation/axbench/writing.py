@@ -154,11 +154,12 @@ class AnswerWriter:
         def measure() -> dict[str, Any]:
             texts = [text for part in answers.texts for text in part]
             scores = coherence.measure(texts, plain * len(answers.factors))
-            values = [None if math.isnan(v) else round(v, 6) for v in scores.cross_entropy.tolist()]
-            size = len(plain)
+            entropies = [None if math.isnan(v) else round(v, 6) for v in scores.cross_entropy.tolist()]
+            coherences = [round(v, 6) for v in scores.coherence.tolist()]
+            parts = [slice(n, n + len(plain)) for n in range(0, len(texts), len(plain))]
             return {
-                "cross_entropies": [values[n : n + size] for n in range(0, len(values), size)],
-                "coherences": [[round(v, 6) for v in part.tolist()] for part in scores.coherence.split(size)],
+                "cross_entropies": [entropies[part] for part in parts],
+                "coherences": [coherences[part] for part in parts],
             }
 
         kept = self.folder.kept("measures", name, measure)

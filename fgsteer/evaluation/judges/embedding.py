@@ -105,10 +105,6 @@ class EmbeddingJudge:
         """``validation_auc`` on the concept's training sentences, which vectors are built from but it never saw."""
         return validation_auc(self, self._contrasts[concept])
 
-    def share_embeddings(self, other: EmbeddingJudge) -> None:
-        """Take over the encoder of a judge of the same model, and the embeddings that it has made."""
-        self._encoder, self._embeddings = other._encoder or self._encoder, other._embeddings
-
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "texts d"]:
         """Unit embeddings, (texts, d) float32. Raises JudgeError, FormatError."""
         new = [text for text in dict.fromkeys(texts) if text not in self._embeddings]
