@@ -70,7 +70,10 @@ def write(folder, *, parquet=False, tables=None):
     for part in ("generate", "inference"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     lines(folder / "generate" / "metadata.jsonl", metadata)
-    for path, listed in ((folder / "generate" / "train_data", train), (folder / "inference" / "latent_eval_data", evaluation)):
+    for path, listed in (
+        (folder / "generate" / "train_data", train),
+        (folder / "inference" / "latent_eval_data", evaluation),
+    ):
         if parquet:
             import pyarrow
             from pyarrow import parquet as files

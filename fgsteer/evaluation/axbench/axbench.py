@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RUN = "axbench"
+NOT_NOTED = ("methods", "settings", "batch_rows")  # methods may be added to a run; each has a note of its own settings
 
 
 @checked
@@ -120,11 +121,13 @@ def axbench(
         "hookpoint": str(at),
         "sae": sae_identity(sae),
         "effects": None if effects is None else effects.sha256,
-        "plan": {key: value for key, value in plan.as_dict().items() if key not in ("methods", "batch_rows")},
+        "plan": {key: value for key, value in plan.as_dict().items() if key not in NOT_NOTED},
     }
     folder = RunFolder(out, noted, fresh=fresh)
     units = len(rows) * len(data.concepts) * (2 if write else 1)
     with exclusive_lock(folder.path, RUN), reporting(progress, "running AxBench", units) as report:
+        for row in rows:
+            folder.check_settings(row.name, plan.settings.get(row.name, {}))
         run = _Run(model, tokenizer, data, rows, folder, plan, at, sae, effects, report)
         run.build()
         answers = run.write() if write else {}

@@ -21,7 +21,7 @@ from fgsteer.storage.plans import check_same_plan
 from fgsteer.storage.targets import make_folder
 from fgsteer.vector import SteeringVector
 
-PARTS = ("vectors", "readings", "losers", "texts", "measures")
+PARTS = ("settings", "vectors", "readings", "losers", "texts", "measures")
 PLAN, RESULTS, TABLE, CHECKPOINT = "plan.json", "results.json", "table.md", "training.safetensors"
 
 
@@ -43,7 +43,8 @@ class RunFolder:
         noted = self.path / PLAN
         if fresh and noted.exists():
             self._clear()
-        if noted.exists():
+            write_json(noted, dict(plan))
+        elif noted.exists():
             check_same_plan(self.path, read_json(noted), plan)
         elif any((self.path / part).exists() for part in PARTS):
             raise PairingError(
@@ -65,6 +66,11 @@ class RunFolder:
                     file.unlink()
         for name in (RESULTS, TABLE, CHECKPOINT, PLAN):
             (self.path / name).unlink(missing_ok=True)
+
+    def check_settings(self, method: str, settings: Mapping[str, Any]) -> None:
+        """Note the settings of a method. Raises PairingError where it was begun with others."""
+        noted = self.kept("settings", method, lambda: settings)
+        check_same_plan(self.path / "settings" / f"{method}.json", noted, settings)
 
     def vector_path(self, method: str, concept: int) -> Path:
         """Where the vector of a method for a concept is kept."""
