@@ -120,6 +120,18 @@ def made(tmp_path_factory):
         fg.TokenRelevance((LONG,) * 99, (LONG,) * 99, wide, 1 / 3),
         fg.TriggerWord(LONG, 10**6, 1 / 3),
         fg.VectorTraining(lr=1 / 3),
+        *axbench_parts(),
+    ]
+
+
+def axbench_parts():
+    """What AxBench's files hold, its settings, and a result."""
+    text = fg.AxBenchText(LONG, LONG, losing=LONG)
+    concept = fg.AxBenchConcept(10**6, LONG, 10**6, "text", (text,) * 99, (text,) * 99, (text,) * 99)
+    content = {"methods": [{}] * 99, "concepts": 500, "data": LONG, "model": "org/" + LONG, "judge": LONG}
+    return [
+        *(text, concept, fg.AxBenchData(LONG, (concept,) * 99, (LONG,) * 805, 10**6)),
+        *(fg.AxBenchPlan(), fg.AxBenchResult(content)),
     ]
 
 
