@@ -115,11 +115,13 @@ def run(arguments: argparse.Namespace, work: Path) -> fg.AxBenchResult:
     model, tokenizer = fg.load_model("smollm2", device="cpu", dtype=arguments.dtype)
     sae = fg.load_sae("smollm2", arguments.sae)
     effects = fg.load_effects("smollm2", arguments.sae)
-    examples = fg.load_examples(sae)
-    features = {
-        name: fg.find_features(model, tokenizer, sae, name, examples=examples, top=1)[0].id for name in NEIGHBOURS
-    }
     work.mkdir(exist_ok=True)
+    noted = work / f"features-{arguments.sae}.json"
+    if not noted.exists():
+        examples = fg.load_examples(sae)
+        found = {n: fg.find_features(model, tokenizer, sae, n, examples=examples, top=1)[0].id for n in NEIGHBOURS}
+        write_json(noted, found)
+    features = read_json(noted)
     data = fg.load_axbench(make_folder(work / NAME, features, arguments.texts))
     settings = {name: {"epochs": arguments.epochs} for name in arguments.methods if name.split("_sae")[0] in TRAINED}
     plan = fg.AxBenchPlan(
@@ -138,7 +140,16 @@ def run(arguments: argparse.Namespace, work: Path) -> fg.AxBenchResult:
         print(f"{time.strftime('%H:%M:%S')} {done}", flush=True)
 
     return fg.axbench(
-        model, tokenizer, data, work / "run", sae=sae, effects=effects, rater=rater, plan=plan, progress=say
+        model,
+        tokenizer,
+        data,
+        work / "run",
+        sae=sae,
+        effects=effects,
+        rater=rater,
+        plan=plan,
+        write=arguments.write,
+        progress=say,
     )
 
 
@@ -171,6 +182,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="of an answer")
     parser.add_argument("--rows", type=int, default=32, help="answers that are written together")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--no-write", dest="write", action="store_false", help="measure detection alone")
     parser.add_argument("--docs", action="store_true", help="put what the results file says into the guide")
     arguments = parser.parse_args()
     folder = results_folder("smollm2")

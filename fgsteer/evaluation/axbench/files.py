@@ -33,8 +33,8 @@ COLUMNS = ("input", "output", "output_concept", "concept_genre", "category", "da
 EVALUATION_COLUMNS = (*COLUMNS, "sae_link", "sae_id")
 
 
-@dataclass(frozen=True)
-class AxBenchText:
+@dataclass(frozen=True, repr=False)
+class AxBenchText(OneLineRepr):
     """An instruction with an answer.
 
     Attributes:

@@ -16,6 +16,7 @@ import numpy as np
 from fgsteer.errors import ArgumentError, DataError
 from fgsteer.errors.checks import check_range, describe_value
 from fgsteer.errors.limits import MAX_COUNT
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.evaluation.axbench.contestants import check_settings, contestant
 from fgsteer.steering.generation import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 
@@ -27,8 +28,8 @@ HIGHEST_RATING = 2.0
 MAX_FACTOR = 1e6
 
 
-@dataclass(frozen=True)
-class AxBenchPlan:
+@dataclass(frozen=True, repr=False)
+class AxBenchPlan(OneLineRepr):
     """Settings of a run of AxBench; the defaults are the published ones.
 
     Attributes:

@@ -14,8 +14,9 @@ from typing import Any
 from fgsteer.errors.checks import checked
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.wording import count
+from fgsteer.evaluation.axbench.contestants import contestant
 from fgsteer.evaluation.axbench.folders import RESULTS, TABLE
-from fgsteer.evaluation.axbench.published import COLUMNS, column_of, verdict
+from fgsteer.evaluation.axbench.published import COLUMNS, DETECTION, column_of, verdict
 from fgsteer.models.names import bare_name
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.files import refuse_damaged
@@ -147,9 +148,6 @@ def _interval(score: Mapping[str, float] | None) -> str:
 
 def published_of(method: str) -> dict[str, Any]:
     """The published figures of a method, by column, and its published AUROC."""
-    from fgsteer.evaluation.axbench.contestants import contestant
-    from fgsteer.evaluation.axbench.published import DETECTION
-
     row = contestant(method)
     scores = {column.name: column.scores[row.published] for column in COLUMNS if row.published in column.scores}
     area = DETECTION.get(row.published or row.label) if row.space == "residual" else None
