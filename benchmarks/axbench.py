@@ -5,7 +5,8 @@ concept answers a request for a sentence, and loses to the sentence beside it in
 texts of the evaluation, those of another concept its hard negatives. Instructions are the shipped questions. A
 concept's feature is the one that ``fg.find_features`` finds for its name.
 
-    python benchmarks/axbench.py --work axbench-run       writes results/smollm2/axbench.json and axbench.md
+    python benchmarks/axbench.py                          writes results/smollm2/axbench.json and axbench.md
+    python benchmarks/axbench.py --no-write               the same for detection alone, without answers
     python benchmarks/axbench.py --docs                   puts the table into docs/guides/axbench.md
 
 A run that was stopped goes on in the folder of --work.
@@ -162,8 +163,11 @@ METHODS = (
 def page(content: dict[str, Any]) -> str:
     """What was done, and the table, in Markdown."""
     result = fg.AxBenchResult({key: value for key, value in content.items() if key != "command"})
+    what = (
+        "protocol on our own concepts with an embedding judge" if content["judge"] else "detection on our own concepts"
+    )
     return (
-        "AxBench's protocol on our own concepts with an embedding judge; not comparable with the published table.\n\n"
+        f"AxBench's {what}; not comparable with the published table.\n\n"
         f"{result.table}\nCommand: `{content['command']}`\n"
     )
 
@@ -191,10 +195,9 @@ def main() -> None:
         command = " ".join(["python", "benchmarks/axbench.py", *map(shlex.quote, sys.argv[1:])])
         write_json(folder / "axbench.json", {"command": command, **result.content})
     text = page(read_json(folder / "axbench.json"))
+    (folder / "axbench.md").write_text(text, "utf-8")
     if arguments.docs:
         PAGE.write_text(published(PAGE, "axbench", text), "utf-8")
-    else:
-        (folder / "axbench.md").write_text(text, "utf-8")
     print(text)
 
 

@@ -16,7 +16,7 @@ from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.axbench.contestants import contestant
 from fgsteer.evaluation.axbench.folders import RESULTS, TABLE
-from fgsteer.evaluation.axbench.published import COLUMNS, DETECTION, column_of, verdict
+from fgsteer.evaluation.axbench.published import COLUMNS, DETECTION, PublishedColumn, column_of, verdict
 from fgsteer.models.names import bare_name
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.files import refuse_damaged
@@ -92,10 +92,13 @@ def load_axbench_result(path: str | Path) -> AxBenchResult:
 def _about(content: Mapping[str, Any]) -> list[str]:
     """What was run, in a few sentences."""
     plan, judge = content["plan"], content["judge"]
+    subject = f"{count(content['concepts'], 'concept')} of {content['data']}"
+    place = f"in {bare_name(content['model'])} at {content['hookpoint']}"
+    if all(row["perplexity"] is None for row in content["methods"]):
+        return [f"{subject}, detected {place}; no answers were written."]
     verb = "added" if plan["mode"] == "steer" else "suppressed"
     sentences = [
-        f"{count(content['concepts'], 'concept')} of {content['data']} {verb} in {bare_name(content['model'])} at "
-        f"{content['hookpoint']}; {content['chosen_on']} of {plan['instructions']} instructions choose a concept's "
+        f"{subject} {verb} {place}; {content['chosen_on']} of {plan['instructions']} instructions choose a concept's "
         f"factor, the others report; {len(plan['factors'])} factors, {plan['max_new_tokens']} tokens, temperature "
         f"{plan['temperature']:g}."
     ]
@@ -112,27 +115,33 @@ def _about(content: Mapping[str, Any]) -> list[str]:
 
 
 def _rows(content: Mapping[str, Any]) -> list[str]:
+    """The table, best score first, or without scores best detection first; columns without a figure are left out."""
     own = column_of(content["model"], content["layer"])
     columns = [own] if own else list(COLUMNS)
-    heading = ["method", "score [95 %]", "concept", "instruction", "fluency", "perplexity", "AUROC", "hard negatives"]
-    heading += [f"published {column.name}" for column in columns] + ["published AUROC"]
-    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
-    rows = sorted(content["methods"], key=lambda row: -(row["score"]["mean"] if row["score"] else 0))
-    for row in rows:
-        published = [_number(row["published"]["scores"].get(column.name)) for column in columns]
-        ratings, found = row["ratings"] or {}, row["detection"] or {}
-        cells = [
-            row["label"],
-            _interval(row["score"]),
-            *(_number(ratings.get(name)) for name in ("concept", "instruction", "fluency")),
-            _number(row["perplexity"], 1),
-            _number(found.get("auroc")),
-            _number(found.get("hard_average")),
-            *published,
-            _number(row["published"]["auroc"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    table = [_cells(row, columns) for row in sorted(content["methods"], key=_standing, reverse=True)]
+    shown = [name for name in table[0] if any(cells[name] for cells in table)]
+    lines = [f"| {' | '.join(shown)} |", "|---" * len(shown) + "|"]
+    return lines + [f"| {' | '.join(cells[name] for name in shown)} |" for cells in table]
+
+
+def _standing(row: Mapping[str, Any]) -> tuple[float, float]:
+    return (row["score"]["mean"] if row["score"] else -1.0, row["detection"]["auroc"] if row["detection"] else -1.0)
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[PublishedColumn]) -> dict[str, str]:
+    """A method's figures by heading."""
+    ratings, found, published = row["ratings"] or {}, row["detection"] or {}, row["published"]
+    return {
+        "method": row["label"],
+        "score [95 %]": _interval(row["score"]),
+        **{name: _number(ratings.get(name)) for name in ("concept", "instruction", "fluency")},
+        "perplexity": _number(row["perplexity"], 1),
+        "AUROC": _number(found.get("auroc")),
+        "without hard negatives": _number(found.get("auroc_plain")),
+        "accuracy": _number(found.get("hard_average")),
+        **{f"published {column.name}": _number(published["scores"].get(column.name)) for column in columns},
+        "published AUROC": _number(published["auroc"]),
+    }
 
 
 def _number(value: float | None, digits: int = 3) -> str:
