@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fgsteer.errors.checks import checked
-from fgsteer.errors.escaping import escape_text
+from fgsteer.errors.reprs import short_repr
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.axbench.contestants import contestant
 from fgsteer.evaluation.axbench.folders import RESULTS, TABLE
@@ -36,10 +36,10 @@ class AxBenchResult:
 
     def __repr__(self) -> str:
         content = self.content
+        names = {name: short_repr(str(content[name] or "none")) for name in ("data", "judge")}
         return (
             f"AxBenchResult({count(len(content['methods']), 'method')}, {count(content['concepts'], 'concept')} of "
-            f"{escape_text(str(content['data']))[:40]}, model {escape_text(bare_name(content['model']))[:40]}, judge "
-            f"{escape_text(str(content['judge'] or 'none'))[:40]})"
+            f"{names['data']}, model {short_repr(bare_name(content['model']))}, judge {names['judge']})"
         )
 
     @property
