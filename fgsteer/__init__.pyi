@@ -68,6 +68,16 @@ from fgsteer.errors import SelectionError as SelectionError
 from fgsteer.errors import SelectionWarning as SelectionWarning
 from fgsteer.errors import SteeringError as SteeringError
 from fgsteer.errors import UntouchedWarning as UntouchedWarning
+from fgsteer.evaluation.axbench.axbench import axbench as axbench
+from fgsteer.evaluation.axbench.files import AxBenchConcept as AxBenchConcept
+from fgsteer.evaluation.axbench.files import AxBenchData as AxBenchData
+from fgsteer.evaluation.axbench.files import AxBenchText as AxBenchText
+from fgsteer.evaluation.axbench.files import load_axbench as load_axbench
+from fgsteer.evaluation.axbench.protocol import AxBenchPlan as AxBenchPlan
+from fgsteer.evaluation.axbench.ratings import EmbeddingRater as EmbeddingRater
+from fgsteer.evaluation.axbench.ratings import EndpointRater as EndpointRater
+from fgsteer.evaluation.axbench.report import AxBenchResult as AxBenchResult
+from fgsteer.evaluation.axbench.report import load_axbench_result as load_axbench_result
 from fgsteer.evaluation.bench.bench import Bench as Bench
 from fgsteer.evaluation.bench.plan import BenchPlan as BenchPlan
 from fgsteer.evaluation.judges.embedding import EmbeddingJudge as EmbeddingJudge

@@ -253,6 +253,14 @@ def test_the_guide_says_what_grains_measured(script):
     assert f"<!-- grains -->\n{text}<!-- /grains -->" in grains.PAGE.read_text("utf-8")
 
 
+def test_the_guide_says_what_axbench_measured(script):
+    axbench, subject = script("axbench"), script("subject")
+    folder = subject.results_folder("smollm2")
+    text = axbench.page(json.loads((folder / "axbench.json").read_text("utf-8")))
+    assert (folder / "axbench.md").read_text("utf-8") == text
+    assert f"<!-- axbench -->\n{text}<!-- /axbench -->" in axbench.PAGE.read_text("utf-8")
+
+
 def test_the_guide_says_what_was_measured_of_refusals(script):
     refusal, subject = script("refusal"), script("subject")
     folder = subject.results_folder("smollm2")

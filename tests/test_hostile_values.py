@@ -14,6 +14,7 @@ from typer.models import OptionInfo
 
 import fgsteer as fg
 from fgsteer import cli
+from tests.helpers import axbench_folder
 from tests.helpers.cli import click_group
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import D_MODEL
@@ -54,6 +55,7 @@ def files(tmp_path_factory):
     vector, corpus = str(at / "v"), str(at / "corpus.txt")
     return {
         "audit": ["-r", "m"],
+        "axbench": [str(axbench_folder.write(at / "mini")), "-o", str(at / "axbench"), "--sae", "s"],
         "bench": ["-o", str(at / "bench"), "--concept", "sea", "--judge", "keyword", "--sae", "s"],
         "build": ["from_features", "-o", str(at / "b"), "--features", "1", "--sae", "s"],
         "collect": ["sea", "-o", str(at / "s"), "--sae", "s"],

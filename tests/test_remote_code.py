@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, dynamic_module_utils
 import fgsteer as fg
 from fgsteer import cli
 from fgsteer.cli.loading import check_fit
+from tests.helpers import axbench_folder
 from tests.helpers.cli import click_group
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import D_MODEL, tiny_model, word_tokenizer
@@ -69,6 +70,7 @@ def commands(folder, at):
     one = ("-v", vector, "-c", 1)
     rest = {
         "audit": ("-r", folder),
+        "axbench": (axbench_folder.write(at / "mini"), "-o", at / "axbench", "--hookpoint", 1),
         "bench": ("-o", at / "bench", "--concept", "sea", "--sae-id", "1", "--judge", "keyword"),
         "collect": ("sea", "-o", at / "s", "--no-sae", "--hookpoint", 1),
         "demo": ("sea",),

@@ -146,6 +146,7 @@ def made(tmp_path_factory):
             {"examples": 10**6},
         ),
         *selections(sae, vector, wide, narrow),
+        *axbench_parts(),
     ]
 
 
@@ -160,6 +161,17 @@ def selections(sae, vector, wide, narrow):
         fg.FeatureActivations(torch.randn(9, 4000), wide[:9] > 0, wide[:9] > 0, sae, {"contrast": LONG}),
         fg.CorrSteer((vector,) * 30, (ranking,) * 30, change, (change,) * 30, 10**9, 1 / 3, "A"),
         fg.Advice("leakage", LONG, 1 / 3, LONG, serious=True, details={"texts": [LONG] * 99}),
+    ]
+
+
+def axbench_parts():
+    """What AxBench's files hold, its settings, and a result."""
+    text = fg.AxBenchText(LONG, LONG, losing=LONG)
+    concept = fg.AxBenchConcept(10**6, LONG, 10**6, "text", (text,) * 99, (text,) * 99, (text,) * 99)
+    content = {"methods": [{}] * 99, "concepts": 500, "data": LONG, "model": "org/" + LONG, "judge": LONG}
+    return [
+        *(text, concept, fg.AxBenchData(LONG, (concept,) * 99, (LONG,) * 805, 10**6)),
+        *(fg.AxBenchPlan(), fg.AxBenchResult(content)),
     ]
 
 

@@ -31,6 +31,7 @@ import typer
 
 from fgsteer.cli import (  # noqa: F401  each registers its command
     audit,
+    axbench,
     bench,
     build,
     collect,
