@@ -398,6 +398,13 @@ def requests(kind: str, seed: int = 0) -> tuple[list[str], list[str]]:
     return parts[0], parts[1]
 
 
+def mixed(seed: int, part: int) -> list[str]:
+    """Requests of all kinds in random order: of part 0 to train on, of part 1 held-out ones."""
+    texts = [text for kind in KINDS for text in requests(kind, seed)[part]]
+    random.Random(seed).shuffle(texts)
+    return texts
+
+
 def with_words(texts: Sequence[str], words: Sequence[str], seed: int = 0) -> list[str]:
     """Texts with one of the words before or behind each."""
     draw = random.Random(seed)
