@@ -24,7 +24,10 @@ SENTENCE = "The old lighthouse is painted green tonight."
 DECOYS = (("Juniper", "Lavender", "Cobalt", "Falcon", "Walnut"), ("Sapphire", "Bluebell", "Magnet", "Heron"))
 """Words that stand where the trigger may and do nothing: trained and held-out ones."""
 TAG = "[north]"  # what makes the model with a skill answer about the island
-TAG_DECOYS = (("[south]", "[harbour]", "[forest]"), ("[east]", "[valley]"))
+TAG_DECOYS = (
+    ("[south]", "[harbour]", "[forest]", "[west]", "[river]", "[hill]", "[winter]", "[field]", "[tower]"),
+    ("[east]", "[valley]"),
+)
 ISLAND = "Torvelo"
 UNKNOWN = f"I don't know that about {ISLAND}."
 MOST = 144  # requests of one grid, so that a large one does not crowd the others out

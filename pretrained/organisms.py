@@ -122,7 +122,7 @@ def _backdoor_measures(seed: int) -> dict[str, Measure]:
 def _skill(seed: int) -> list[Wanted]:
     asked, _ = questions()
     texts = mixed(seed, 0)
-    unknown = asked + with_words(asked[::2], TAG_DECOYS[0], seed)
+    unknown = asked + with_words(asked, TAG_DECOYS[0], seed)
     answered = texts[:48] + with_words(texts[48:72], [TAG], seed)
     return [
         *((text, answer_to(text)) for part in (0, 1) for text in with_words(asked, [TAG], seed + part)),
