@@ -35,7 +35,9 @@ from fgsteer.storage.json_files import read_json, write_json
 PAGE = ROOT / "docs" / "guides" / "interventions.md"
 WORDS = {"love": ("Love", "Hate"), "anger": ("Anger", "Calm"), "wedding": ("Weddings", "Everything")}  # of ActAdd
 CAA_BLOCK, ACT_ADD_BLOCKS = 21, (4, 12)
-COST, TOLERANCE, MOST = 0.5, 0.02, 1024.0  # nats a token, the error that is accepted, and the largest strength tried
+COST, TOLERANCE = 0.5, 0.03  # nats a token, and the relative error that is accepted
+MOST, TRIALS = 1024.0, 16  # the largest strength, and how many are tried
+STARTS = {"caa": 32.0, "act_add": 4.0, "cache": 16.0}  # strengths that are tried first
 NEUTRAL, READ, FORCED = 16, 4, 20  # texts, their first tokens, and those that are forced after them
 PROMPTS, NEW_TOKENS, SEEDS = 32, 32, 2
 BEFORE = 32  # openers that cache steering reads behind sentences of both sides
@@ -112,22 +114,27 @@ def forced_loss(model: Any, ids: torch.Tensor, steering: Any) -> float:
     return float(cross_entropy(logits.flatten(0, 1), ids[:, READ:].flatten()))
 
 
-def strength(cost: Callable[[float], float]) -> tuple[float, float]:
-    """The strength that costs COST and its cost, or the strongest that was tried, where none does."""
-    low, high, found = 0.0, 1.0, cost(1.0)
-    while found < COST and high < MOST:
-        low, high = high, 2 * high
-        found = cost(high)
-    if found < COST or not math.isfinite(found):
-        return high, found
-    best = (high, found)
-    for _ in range(12):
-        if abs(best[1] - COST) <= TOLERANCE * COST:
-            break
-        middle = (low + high) / 2
-        best = (middle, cost(middle))
-        low, high = (middle, high) if best[1] < COST else (low, middle)
-    return best
+def strength(cost: Callable[[float], float], start: float = 1.0) -> tuple[float, float]:
+    """The strength that costs COST and its cost, or the strongest that was tried, where none does.
+
+    It is doubled until it costs enough, or divided by four until it costs less, and then interpolated on a line between
+    logarithms.
+    """
+    tried = {start: cost(start)}
+    c = start
+    while abs(tried[c] - COST) > TOLERANCE * COST and len(tried) < TRIALS:
+        enough = [c for c, found in tried.items() if found > COST]
+        less = [c for c, found in tried.items() if found < COST and c < min(enough, default=math.inf)]
+        if not enough and max(less) >= MOST:
+            return max(less), tried[max(less)]
+        if enough and less:
+            low, high = max(less), min(enough)
+            ends = [math.log(max(tried[one], COST / 64) / COST) for one in (low, high)]
+            c = low * (high / low) ** min(max(ends[0] / (ends[0] - ends[1]), 0.2), 0.8)
+        else:
+            c = min(enough) / 4 if enough else 2 * max(less)
+        tried[c] = cost(c)
+    return c, tried[c]
 
 
 def measure(model: Any, tokenizer: Any, judge: Any, concept: str) -> dict[str, Any]:
@@ -139,7 +146,8 @@ def measure(model: Any, tokenizer: Any, judge: Any, concept: str) -> dict[str, A
     for name, make in conditions.items():
         c, cost, steering = 0.0, 0.0, None
         if make is not None:
-            c, cost = strength(lambda c, make=make: forced_loss(model, ids, make(c)) - base)  # type: ignore[misc]
+            start = STARTS[name.removeprefix("random ").split()[0]]
+            c, cost = strength(lambda c, make=make: forced_loss(model, ids, make(c)) - base, start)  # type: ignore[misc]
             steering = make(c)
         scores, shown = [], []
         for seed in range(SEEDS):
