@@ -318,13 +318,28 @@ def test_texts_that_are_forced_cost_what_one_pass_over_them_says(script, llama, 
     ids = torch.randint(
         3, llama.config.vocab_size, (2, beginnings.READ + 3), generator=torch.Generator().manual_seed(0)
     )
-    logits = llama(ids).logits[:, beginnings.READ - 1 : -1]
+    logits = llama(ids).logits[:, beginnings.READ - 1 : -1].detach()
     whole = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, beginnings.READ :].flatten())
     # float32 logits of a cache, token by token, and of one pass
     assert beginnings.forced_loss(llama, ids, None) == pytest.approx(float(whole), abs=1e-4)
     vector = fg.SteeringVector(torch.ones(llama.config.hidden_size), fg.Hookpoint(0, "resid_post"))
     assert abs(beginnings.forced_loss(llama, ids, vector.add(4.0)) - float(whole)) > 1e-3
     assert beginnings.forced_loss(llama, ids, vector.add(0.0)) == pytest.approx(float(whole), abs=1e-4)
+
+
+def test_organisms_are_switched_on_requests_that_no_map_has_read(script):
+    transfer = script("transfer")
+    shipped = {path.parent.name for path in script("subject").ORGANISMS.glob("*/adapter_config.json")}
+    assert set(transfer.CASES) == shipped
+    for make in transfer.CASES.values():
+        case = make()
+        for trained, held_out in case.kinds.values():
+            assert len(trained) >= transfer.MADE_OF
+            assert len(held_out) >= transfer.CHOSEN_ON + transfer.REPORTED
+            assert not set(trained) & set(held_out)
+        for request in next(iter(case.kinds.values()))[1]:
+            assert case.acts(request, case.taught(request))
+            assert not case.acts(request, "Here is what I know about that.")
 
 
 def test_a_switch_turned_to_random_directions_changes_as_much(script):
