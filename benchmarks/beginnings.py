@@ -178,7 +178,7 @@ def table(content: Mapping[str, Any]) -> str:
     """Scores by condition over all concepts, and less CAA's, in Markdown."""
     concepts = content["concepts"]
     lines = [
-        f"| | cost, nats a token | {' | '.join(concepts)} | mean [95 %] | less CAA |",
+        f"| | cost, nats a token | mean [95 %] | less CAA | {' | '.join(concepts)} |",
         "|---" * (len(concepts) + 4) + "|",
     ]
     for name, label in NAMES.items():
@@ -191,7 +191,7 @@ def table(content: Mapping[str, Any]) -> str:
         costs = [row["cost"] for row in rows]
         cost = f"{min(costs):.2f}" if max(costs) - min(costs) < 0.05 else f"{min(costs):.2f} to {max(costs):.2f}"
         whole = shown(mean_interval(units, lambda unit: unit[0]))
-        lines.append(f"| {label} | {cost} | {' | '.join(f'{mean:.3f}' for mean in means)} | {whole} | {less} |")
+        lines.append(f"| {label} | {cost} | {whole} | {less} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -215,7 +215,7 @@ def main() -> None:
             content["concepts"][concept] = measure(model, tokenizer, judge, concept)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, content)
-    path.with_suffix(".md").write_text(table(content), "utf-8")
+            path.with_suffix(".md").write_text(table(content), "utf-8")
     print(table(content))
 
 
