@@ -133,7 +133,8 @@ def test_squared_error_is_the_naive_loop(places, wide, tokenizer):
         start = [first / tau, torch.zeros(D_MODEL), torch.ones(())]
         now, losses = reference.train(start, loss, settings.lr, settings.steps)
         expected = [x + y for x, y in zip(expected, losses, strict=True)]
-        u, a, b = reference.values(*now, tau, mean, spread)
+        w, s, c = now
+        u, a, b = reference.values(w, s, c, tau, mean, spread)
         # float32 values; Adam divides gradients by their size, and so magnifies the rounding of small ones
         assert torch.allclose(vector.direction.double(), u, atol=1e-4)
         assert torch.allclose(vector.read.double(), a, rtol=1e-2, atol=1e-3 * float(a.abs().max()))
@@ -173,9 +174,9 @@ def test_likelihood_is_the_naive_loop(places, wide, tokenizer):
         )
         return total / sum(len(ids) - start for ids, start in rows) + short
 
-    start = [t for first, (tau, _, _) in zip(firsts, units, strict=True)
+    begin = [t for first, (tau, _, _) in zip(firsts, units, strict=True)
              for t in (first / tau, torch.zeros(D_MODEL), torch.ones(()))]  # fmt: skip
-    now, losses = reference.train(start, loss, settings.lr, settings.steps)
+    now, losses = reference.train(begin, loss, settings.lr, settings.steps)
     found = [value for _, value in vectors[0].provenance["training"]["losses"]]
     assert found == pytest.approx(losses, rel=1e-5)  # log-probabilities are taken in float32
     for n, vector in enumerate(vectors):
@@ -301,7 +302,7 @@ def test_families_and_sites(family, models, tokenizer):
     model = models[family]
     before = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     for objective in ("ll", "mse"):
-        settings = fg.AdaptiveTraining(objective, steps=2)  # type: ignore[arg-type]
+        settings = fg.AdaptiveTraining(objective, steps=2)
         vectors = fg.train_adaptive(
             model, tokenizer, TRIPLES, hookpoints=[fg.Hookpoint(1, "mlp_out"), 1, 0], objective=settings
         )

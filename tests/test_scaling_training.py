@@ -105,8 +105,8 @@ def test_the_gradient_of_one_linear_site_is_the_logits(tokenizer):
     d = [float((row[a] - row[b]).detach()) for row, (a, b) in zip(
         torch.stack([trainer.logits([n], [])[0] for n in range(4)]), trainer.answers, strict=True
     )]  # fmt: skip
-    expected = torch.tensor([[-sign * (1 + sign * 0.3) * x for sign in (1, -1)] for x in d]).exp().log1p().mean()
-    assert trainer.backward([0, 1, 2, 3]) == pytest.approx(float(expected), rel=1e-5)
+    mean = torch.tensor([[-sign * (1 + sign * 0.3) * x for sign in (1, -1)] for x in d]).exp().log1p().mean()
+    assert trainer.backward([0, 1, 2, 3]) == pytest.approx(float(mean), rel=1e-5)
 
 
 def test_an_answer_is_flipped_both_ways(llama, tokenizer):

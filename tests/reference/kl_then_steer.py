@@ -27,15 +27,15 @@ def logits(model, ids, layers=(), vectors=(), strength=0.0):
 
 def loss(student, teacher, texts, layers=(), vectors=(), strength=0.0):
     """The mean over all tokens of all texts of Σ p log(p/q), p of the steered student and q of the teacher."""
-    total, count = 0.0, 0
+    terms = []
     for ids in texts:
         with torch.no_grad():
             base = logits(teacher, ids)
         found = logits(student, ids, layers, vectors, strength)
         for own, other in zip(found, base, strict=True):
             p, q = torch.softmax(own, 0), torch.softmax(other, 0)
-            total, count = total + (p * (torch.log(p) - torch.log(q))).sum(), count + 1
-    return total / count
+            terms.append((p * (torch.log(p) - torch.log(q))).sum())
+    return sum(terms) / len(terms)
 
 
 def mean_difference(model, layer, positives, negatives):

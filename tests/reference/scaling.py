@@ -33,13 +33,13 @@ def other_divergence(base, logits, answers):
 
 def loss(model, examples, factors_of, sizes, weights):
     """The mean over examples and both signs; ``factors_of(m)`` gives the factors by layer, ``sizes`` their ‖·‖₁."""
-    total = 0.0
+    terms = []
     for ids, answers in examples:
         with torch.no_grad():
             base = last_logits(model, ids, {})
         for m in (1.0, -1.0):
             logits = last_logits(model, ids, factors_of(m))
             d = logits[answers[0]] - logits[answers[1]]
-            total = total + torch.log(1 + torch.exp(-m * d))
-            total = total + weights["faithfulness"] * other_divergence(base, logits, answers)
-    return total / (2 * len(examples)) + weights["l1"] * sizes
+            terms.append(torch.log(1 + torch.exp(-m * d)))
+            terms.append(weights["faithfulness"] * other_divergence(base, logits, answers))
+    return sum(terms) / (2 * len(examples)) + weights["l1"] * sizes
