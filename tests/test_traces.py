@@ -60,18 +60,28 @@ def check_numbers(token, n, ids, sae, passes, blocks):
     assert [t.log_probability for t in token.top_after] == pytest.approx(sorted(log_p)[:-6:-1], **rough)
 
 
+def projections(model, tokenizer, item, side):
+    """The projections at layer 1, under an intervention, of each completion's tokens and of the one before."""
+    values = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        ids = tokenizer(prompt + completion, return_tensors="pt")["input_ids"]
+        with fg.steer(model, item):
+            h = fg.record(model, ids, None, [fg.Hookpoint(1)])[fg.Hookpoint(1)][0]
+        values += (h @ side)[len(tokenizer(prompt)["input_ids"]) - 1 :].tolist()
+    return values
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trace_is_that_of_two_plain_passes(family, tokenizer):
     model, sae = model_of(family), make_sae("relu")
     v, low = direction(1), direction(2)
     side = direction(9) / direction(9).norm()
-    every = [tokenizer(p + c)["input_ids"] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    states = [fg.record(model, torch.tensor([ids]), None, [fg.Hookpoint(1)])[fg.Hookpoint(1)][0] for ids in every]
-    middle = float((torch.cat(states) @ side).median())  # so that the gate is open at some tokens and shut at others
+    lower = fg.Add(hookpoint=0, direction=low, coefficient=-0.25)
+    middle = float(np.median(projections(model, tokenizer, lower, side)))  # so that the gate is open here, shut there
     gate = fg.Projection(fg.SteeringVector(side, fg.Hookpoint(1))) > middle
     items = [
         fg.Add(hookpoint=1, direction=v, coefficient=0.5, scope="reply", when=gate),
-        fg.Add(hookpoint=0, direction=low, coefficient=-0.25),
+        lower,
         fg.Ablate(hookpoint=1, direction=low, scope="generated"),
     ]
     found = fg.trace(model, tokenizer, PROMPTS, items, sae, completions=COMPLETIONS, features=[3, 0, 7])
