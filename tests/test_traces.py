@@ -322,12 +322,12 @@ def test_feature_changes_are_those_of_the_texts(llama, tokenizer, sae):
     means = np.zeros((2, 4, sae.d_sae))  # unsteered and steered, by prompt
     for number in range(2):
         ids, mask = rollout(llama, prompts, [None, item], HOW, number)
-        for row in range(8):
-            real = ids[row][mask[row].bool()]
+        for text in range(8):
+            real = ids[text][mask[text].bool()]
             block = blocks_of(llama)[1]
             states = reference.two_passes(llama, real.tolist(), [(block, lambda rows: rows)])[0][0][id(block)]
             acts = np.mean([encode(sae, state) for state in states[-5:]], axis=0)
-            means[row // 4, row % 4] += acts / 2
+            means[text // 4, text % 4] += acts / 2
     changes = means[1] - means[0]
     for row in every.asked:
         own = changes[:, row.id]

@@ -85,9 +85,9 @@ class UpdateGroup:
             where = read if where is None else where & read
         changed = apply(h, update, where, source, prompt)
         if self.watcher is not None:
-            masks = [None if mask is None else mask.squeeze(-1).expand(h.shape[:2]) for mask in (where, gate)]
+            at, opened = (None if mask is None else mask.squeeze(-1).expand(h.shape[:2]) for mask in (where, gate))
             before, after = h.detach(), changed.detach()
-            self.watcher.append(Step(self.number, self.hookpoint, update, before, after, *masks, source, prompt))
+            self.watcher.append(Step(self.number, self.hookpoint, update, before, after, at, opened, source, prompt))
         return changed
 
     def go_on(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
