@@ -1,14 +1,14 @@
 """Trained vectors against CAA, FGAA through effects and examples before the prompt, on concepts that chose nothing.
 
-The recipe of training was chosen on the six concepts of ``subject.TUNING_CONCEPTS``; here others are measured, all methods
-at one layer, each concept at the cost that is best on one half of the prompts, with the scores of the other half. Beside
-the scores stands what training takes: seconds a vector, alone and several in common batches.
+The recipe of training was chosen on the six concepts of ``subject.TUNING_CONCEPTS``. Others are measured here: all
+methods at one layer, each concept at the cost that is best on one half of the prompts, with scores of the other half.
+Beside the scores stands what training takes: seconds a vector, alone and several in common batches.
 
-    python benchmarks/trained.py --model smollm2           at the layer of the best SAE method in tuning.json
-    python benchmarks/trained.py --seconds                 only how long training takes, beside the scores that are there
-    python benchmarks/trained.py --docs                    puts the table into docs/guides/train.md
+    python benchmarks/trained.py --model smollm2      at the layer of the best SAE method in tuning.json
+    python benchmarks/trained.py --seconds            only how long training takes, beside the scores that are there
+    python benchmarks/trained.py --docs               puts the tables into docs/guides/train.md
 
-It writes trained.json and trained.md to the results folder of the model. A command that was killed goes on where it ended.
+It writes trained.json and trained.md to the results folder of the model. A killed command goes on where it ended.
 """
 
 from __future__ import annotations

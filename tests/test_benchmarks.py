@@ -261,6 +261,14 @@ def test_the_guide_says_what_axbench_measured(script):
     assert f"<!-- axbench -->\n{text}<!-- /axbench -->" in axbench.PAGE.read_text("utf-8")
 
 
+def test_the_guide_says_what_trained_vectors_measured(script):
+    trained, subject = script("trained"), script("subject")
+    folder = subject.results_folder("smollm2")
+    text = trained.table(json.loads((folder / "trained.json").read_text("utf-8")))
+    assert (folder / "trained.md").read_text("utf-8").endswith(f"\n\n{text}")
+    assert f"<!-- trained smollm2 -->\n{text}<!-- /trained smollm2 -->" in trained.GUIDE.read_text("utf-8")
+
+
 def test_the_guide_says_what_was_measured_of_refusals(script):
     refusal, subject = script("refusal"), script("subject")
     folder = subject.results_folder("smollm2")
