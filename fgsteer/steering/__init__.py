@@ -16,6 +16,6 @@ In the order in which data flows:
     recomputation.py  gradient checkpointing, which runs layers again
     generation.py     ``generate``: texts that a steered model writes
     splicing.py       ``splice``: other hidden states in the place of a model's own
-    streaming.py      ``stream``: one text, as it is written
+    streaming.py      ``stream``: one text, as it is written, or its tokens
     comparison.py     ``compare``: texts unsteered and steered, side by side
 """
