@@ -218,6 +218,14 @@ from fgsteer.steering.comparison import compare as compare
 from fgsteer.steering.generation import generate as generate
 from fgsteer.steering.hooks import steer as steer
 from fgsteer.steering.streaming import stream as stream
+from fgsteer.traces.results import NextToken as NextToken
+from fgsteer.traces.results import TokenAction as TokenAction
+from fgsteer.traces.results import Trace as Trace
+from fgsteer.traces.results import TracedFeature as TracedFeature
+from fgsteer.traces.results import TracedIntervention as TracedIntervention
+from fgsteer.traces.results import TracedText as TracedText
+from fgsteer.traces.results import TracedToken as TracedToken
+from fgsteer.traces.trace import trace as trace
 from fgsteer.training.activation_store import ActivationStore as ActivationStore
 from fgsteer.training.activation_store import store_activations as store_activations
 from fgsteer.training.quality import SAEQuality as SAEQuality

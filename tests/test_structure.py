@@ -40,6 +40,7 @@ FLOORS = (
     "evaluation",
     "conditional",
     "mechanisms",
+    "traces",
     "export",
     "hub",
     "serving",

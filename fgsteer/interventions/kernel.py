@@ -99,6 +99,15 @@ class Update:
             return self._bounded(self.const)
         return self._bounded(torch.addcmul(self.const[:, None], self.lam[:, None], values, value=-1))
 
+    def amounts(
+        self, h: Float[Tensor, "batch tokens d_model"], source: Tensor | None = None, prompt: Tensor | None = None
+    ) -> Tensor:
+        """The strengths at each token of h, (batch, tokens, k); (R, k) where nothing is read. As ``change`` has them.
+
+        What a row is ``relative`` to, the norm of h, is not in them.
+        """
+        return self.strengths(self._values(h.to(self.write.dtype), source, prompt))
+
     def _bounded(self, amounts: Tensor) -> Tensor:
         """Amounts (R, k) or (batch, tokens, k) within the bounds."""
         for bound, limit in ((self.lo, torch.maximum), (self.hi, torch.minimum)):

@@ -8,6 +8,7 @@ In the order in which data flows:
     positions.py      which tokens of a pass belong to a scope
     gating.py         what gates read in a pass, and where they are open
     previews.py       prompts that are read ahead, in a pass that nothing steers
+    watching.py       ``watch``: what updates were given in a pass, and what they gave
     groups.py         the updates of a block: what acts together, at which hookpoint, for which rows and tokens
     caching.py        steering of the cache: a prompt in two parts, and the change between them
     hooks.py          ``steer``: the hooks that apply updates, set and taken off

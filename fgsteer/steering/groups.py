@@ -23,6 +23,7 @@ from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.steering.gating import GateNode, Place, Source
 from fgsteer.steering.masks import ScopeMask
 from fgsteer.steering.ranges import activation_dtype, change_bound, check_amount
+from fgsteer.steering.watching import Step
 
 
 @dataclass(eq=False)
@@ -41,6 +42,8 @@ class UpdateGroup:
         source: What a transcoder reads, as hooks keep it.
         reading: What of the prompt decides the strength, or None.
         place: What was read of the prompts, as hooks keep it.
+        watcher: Where each of its steps is noted, or None.
+        number: Its number among the updates of the block.
         ran: Whether any pass held tokens of the scope.
         ready_key: The device, dtype and repeats that ``ready`` was made for.
         ready: The update and row mask as the running passes need them.
@@ -57,6 +60,8 @@ class UpdateGroup:
     source: Source | None = None
     reading: Reading | None = None
     place: Place | None = None
+    watcher: list[Step] | None = None
+    number: int = 0
     ran: bool = False
     ready_key: tuple[torch.device, torch.dtype, int] | None = None
     ready: tuple[Update, Tensor] | None = None
@@ -73,16 +78,19 @@ class UpdateGroup:
         if self.needs_row_mask:
             rows = row_mask[:, None]
             where = rows.expand(h.shape[:2]) if where is None else where & rows
-        if self.node is not None:
-            gate = self.node.open_for(h)
+        gate = None if self.node is None else self.node.open_for(h)
+        if gate is not None:
             where = gate if where is None else where & gate
         source = None if self.source is None else self.source.noted().to(h.device)
-        if self.place is None:
-            return apply(h, update, where, source)
-        prompt = self.place.noted().to(h.device)
-        read = ~prompt.isnan()  # of a prompt that has a token
-        where = read.expand(h.shape[:2]) if where is None else where & read
-        return apply(h, update, where, prompt=prompt)
+        prompt = None if self.place is None else self.place.noted().to(h.device)
+        if prompt is not None:
+            read = ~prompt.isnan()  # of a prompt that has a token
+            where = read.expand(h.shape[:2]) if where is None else where & read
+        changed = apply(h, update, where, source, prompt)
+        if self.watcher is not None:
+            step = Step(self.number, self.hookpoint, update, h.detach(), changed.detach(), where, gate, source, prompt)
+            self.watcher.append(step)
+        return changed
 
     def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> tuple[Update, Tensor]:
         """The update and row mask for hidden states of a dtype on a device, each row repeated.

@@ -39,6 +39,7 @@ from fgsteer.steering.positions import Positions, parse_prompt_lengths
 from fgsteer.steering.previews import Previews
 from fgsteer.steering.recomputation import Recomputation
 from fgsteer.steering.shadows import as_new_function, refuse, refuse_copies, shadow
+from fgsteer.steering.watching import watcher_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +84,8 @@ class SteeringHooks:
         masks = list({id(group.tokens): group.tokens for group in self.groups}.values())
         self.positions = Positions(masks, start_token_finder(model), self.rows, prompt_lengths, pass_key(model))
         self.readings = Readings(self.positions)
-        for group in self.groups:
+        for number, group in enumerate(self.groups):
+            group.number, group.watcher = number, watcher_of(self.positions.key)
             group.node, group.source = self.readings.add(group.gate), self.readings.source(group.update.source)
             group.place = None if group.reading is None else self.readings.place(group.reading)
         self.previews = Previews(model, self.readings)
