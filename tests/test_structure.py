@@ -44,6 +44,7 @@ FLOORS = (
     "export",
     "hub",
     "serving",
+    "play",
     "__init__",
     "cli",
     "__main__",

@@ -48,6 +48,7 @@ from fgsteer.cli import (  # noqa: F401  each registers its command
     info,
     orthogonalize,
     patterns,
+    play,
     saes,
     serve,
     sweep,

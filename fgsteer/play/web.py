@@ -9,6 +9,7 @@ at the end ``{"event": "end"}`` or ``{"event": "error", "message": …}``.
 from __future__ import annotations
 
 import logging
+import math
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -100,14 +101,16 @@ async def _events(turns: Turns, work: Callable[[], Any]) -> AsyncIterator[str]:
 
 
 def _line(event: Event) -> str:
-    return f"data: {json_text(event, default=_plain, allow_nan=False)}\n\n"
+    return f"data: {json_text(_plain(event), allow_nan=False)}\n\n"
 
 
 def _plain(value: Any) -> Any:
-    try:
-        return value.item()
-    except (AttributeError, ValueError, RuntimeError):
-        return str(value)
+    """A value for JSON: tuples as lists, numbers that are not finite as None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def serve_page(session: PlaySession, token: str, port: int, ready: Callable[[str], None]) -> None:
