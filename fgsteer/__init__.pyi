@@ -218,6 +218,9 @@ from fgsteer.steering.comparison import compare as compare
 from fgsteer.steering.generation import generate as generate
 from fgsteer.steering.hooks import steer as steer
 from fgsteer.steering.streaming import stream as stream
+from fgsteer.traces.changes import FeatureChange as FeatureChange
+from fgsteer.traces.changes import FeatureChanges as FeatureChanges
+from fgsteer.traces.changes import feature_changes as feature_changes
 from fgsteer.traces.results import NextToken as NextToken
 from fgsteer.traces.results import TokenAction as TokenAction
 from fgsteer.traces.results import Trace as Trace

@@ -10,5 +10,5 @@ In the order in which data flows:
     results.py   ``Trace`` and its parts: texts, tokens, what each intervention did
     trace.py     ``trace``: all of it for prompts
     page.py      a trace as one HTML page
-
+    changes.py   ``feature_changes``: which features rose and fell in generated text, observed and predicted
 """

@@ -96,7 +96,7 @@ def trace(
     """
     texts, items = parse_prompts(prompts), interventions_of(steering)
     checked_rows(model, items, False)
-    chosen = _check_features(sae, features, top)
+    chosen = check_features(sae, features, top)
     if sae is not None:
         check_pairing(model, sae.input_hookpoint, sae.d_model, sae.model_name, "SAE")
     if not texts:
@@ -217,7 +217,7 @@ def _encoded(sae: SAE, found: _RowReading, mask: Tensor | None = None) -> Iterat
         yield before, after
 
 
-def _check_features(sae: SAE | None, features: Sequence[int] | None, top: int) -> list[int] | None:
+def check_features(sae: SAE | None, features: Sequence[int] | None, top: int) -> list[int] | None:
     """The ids of the features that are asked for, None for those that change most. Raises DataError, SelectionError."""
     check_range("top", top, 1, MOST_FEATURES, whole=True)
     if features is None:
@@ -249,8 +249,8 @@ def _check_completions(completions: Sequence[str], prompts: int, options: dict[s
             "leave one of them out",
         )
     if isinstance(completions, str) or not isinstance(completions, Sequence) or len(completions) != prompts:
-        number = "one text" if isinstance(completions, str) else describe_value(completions)
-        got = f"{len(completions)} completions" if isinstance(completions, list | tuple) else number
+        other = "one text" if isinstance(completions, str) else describe_value(completions)
+        got = f"{len(completions)} completions" if isinstance(completions, list | tuple) else other
         raise DataError(
             f"{got} for {count(prompts, 'prompt')}", "one completion for each prompt", "pass a list of as many texts"
         )
