@@ -30,10 +30,10 @@ from fgsteer.play.building import build_steering, build_vector
 from fgsteer.play.code import STEERING_FILE, python_code, server_code, shell_code
 from fgsteer.play.measuring import measure_cost, strength_curve
 from fgsteer.play.plan import ContrastItem, Plan, VectorItem, has_dose, parse_item, parse_plan
+from fgsteer.play.reading import read_texts
 from fgsteer.play.report import Report, report_page
 from fgsteer.play.session import PlaySession
 from fgsteer.play.turns import Event
-from fgsteer.play.reading import read_texts
 from fgsteer.play.writing import Written, write_texts
 from fgsteer.serving.inline import decode_vector, encode_vector
 from fgsteer.steering.generation import generate
@@ -41,6 +41,7 @@ from fgsteer.steering.generation import generate
 Action = Callable[[PlaySession, dict[str, Any]], Iterator[Event]]
 MAX_WORD_CHARS = 200
 MAX_FOUND = 24
+FIRST_PROMPT = "She looked out of the window and"
 MAX_VECTOR_CHARS = 4 << 20  # of base64
 COHERENCE_SAMPLES = 12
 EXAMPLE_TEXTS = 16  # of either side of a contrast set that ships
@@ -72,7 +73,7 @@ def about(session: PlaySession, _: dict[str, Any]) -> Iterator[Event]:
         "edits": list(plans.EDITS),
         "vectors": sorted(session.vectors),
         "contrasts": shipped_contrasts(),
-        "prompt": load_neutral()[1][0],
+        "prompt": FIRST_PROMPT,
         "server": None if session.server is None else session.server.url,
         "judge": None if session.judge is None else {"name": session.judge[0].name, "concept": session.judge[1]},
         "limits": {"text": plans.MAX_TEXT_CHARS, "tokens": plans.MAX_NEW_TOKENS, "seeds": plans.MAX_SEEDS},
@@ -113,7 +114,12 @@ def card(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
     key = _text(body, "sae", MAX_WORD_CHARS)
     sae, examples = session.sae(key), session.examples(key)
     row = describe_features(
-        session.model, session.tokenizer, sae, [body.get("feature")], tokens=8, examples=examples  # type: ignore[list-item]
+        session.model,
+        session.tokenizer,
+        sae,
+        [body.get("feature")],
+        tokens=8,
+        examples=examples,  # type: ignore[list-item]
     )[0]
     yield {"event": "card", "sae": key, "at": str(sae.hookpoint), "row": row.as_dict()}
 
@@ -245,9 +251,7 @@ def open_share(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
     if not isinstance(shared, Mapping) or shared.get("kind") != SHARE_KIND:
         raise DataError(f"{describe_value(shared)}", "a share file of fgsteer play", "choose another file")
     if shared.get("version") != SHARE_VERSION:
-        raise DataError(
-            f"a share file of version {describe_value(shared.get('version'))}", f"version {SHARE_VERSION}"
-        )
+        raise DataError(f"a share file of version {describe_value(shared.get('version'))}", f"version {SHARE_VERSION}")
     plan, vectors = parse_plan(shared.get("plan")), shared.get("vectors", {})
     if not isinstance(vectors, Mapping):
         raise DataError(describe_value(vectors), "vectors by name in a share file")

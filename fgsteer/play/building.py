@@ -84,9 +84,7 @@ def build_intervention(
     return intervention_spec(item.op).make(made, strength, **common)
 
 
-def _edit(
-    session: PlaySession, item: EditItem, feature: int, strength: float, common: dict[str, Any]
-) -> ClampFeature:
+def _edit(session: PlaySession, item: EditItem, feature: int, strength: float, common: dict[str, Any]) -> ClampFeature:
     return edit(session.sae(item.sae), {feature: "off" if item.edit == "off" else (item.edit, strength)}, **common)
 
 

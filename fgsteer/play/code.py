@@ -30,7 +30,8 @@ def python_code(session: PlaySession, plan: Plan) -> str:
     lines = ["import torch", "", "import fgsteer as fg", ""]
     dtype = "" if session.dtype is None else f", dtype={session.dtype!r}"
     lines.append(f"model, tokenizer = fg.load_model({session.model_name!r}{dtype})")
-    names = {key: name for key, name in zip(_sae_keys(plan), _names("sae", len(_sae_keys(plan))), strict=True)}
+    keys = _sae_keys(plan)
+    names = dict(zip(keys, _names("sae", len(keys)), strict=True))
     for key, name in names.items():
         lines.append(f"{name} = {_load_sae(session.sources[key])}")
     lines.append("")
@@ -92,7 +93,9 @@ def _python_item(
     if isinstance(item, FeatureItem):
         return [f"{name} = fg.from_features({saes[item.sae]}, [{item.feature}], normalize=True)"], call
     if isinstance(item, VectorItem):
-        path = Path(f"{item.name}.safetensors") if session.folder is None else session.folder / f"{item.name}.safetensors"
+        path = (
+            Path(f"{item.name}.safetensors") if session.folder is None else session.folder / f"{item.name}.safetensors"
+        )
         return [f"{name} = fg.SteeringVector.load({str(path)!r})"], call
     assert isinstance(item, ContrastItem)
     return _python_contrast(item, name, saes), call

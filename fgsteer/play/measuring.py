@@ -11,6 +11,7 @@ from typing import Any
 
 from fgsteer.errors import DataError
 from fgsteer.interventions import Intervention
+from fgsteer.likelihood.calibration import CE_RISE
 from fgsteer.likelihood.scoring import cross_entropies
 from fgsteer.likelihood.strengths import StrengthMeter, neutral_texts
 from fgsteer.models.hookpoints import Hookpoint
@@ -21,8 +22,8 @@ from fgsteer.vector import SteeringVector
 
 DOSES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 """Of the activations' norm: the strengths whose costs are measured."""
-USUAL_COST = 0.3
-"""Nats per token at which a vector is found to steer clearly while the text stays fluent."""
+USUAL_COST = CE_RISE
+"""Nats per token at which the page begins: the vector steers clearly, and the text is still fluent."""
 WORSE_COST, COLLAPSE_COST = 1.0, 2.0
 """Nats per token from which the language suffers, and from which none is left."""
 

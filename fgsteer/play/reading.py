@@ -117,14 +117,14 @@ def feature_movement(session: PlaySession, written: Written, key: str) -> dict[s
     """The features whose mean activation in the written text rose and fell, as predicted and as observed.
 
     Observed is ``mean_t f_j(steered text) − mean_t f_j(unsteered text)``, both read by the unsteered model, averaged
-    over seeds, with the standard error over seeds where there are several. Features that fire on more than 1 % of tokens
-    are left out, as any two texts differ in them, unless they are named in the plan. Predicted is what the effect approximator
-    says of the sum of all vectors that are added at the SAE's hookpoint, on every token.
+    over seeds, with the standard error over seeds where there are several. Features that fire on more than 1 % of
+    tokens are left out, as any two texts differ in them, unless they are named in the plan. Predicted is what the
+    effect approximator says of the sum of all vectors that are added at the SAE's hookpoint.
 
     Returns:
-        ``rows`` (feature, label, observed, error, predicted), strongest first of what rose and of what fell;
-        ``correlation`` of predicted and observed over the rare features that differ in these texts; ``predicted_by``, "" where
-        nothing is predicted, and then ``why``.
+        ``rows`` (feature, label, observed, error, predicted), from what rose to what fell; ``correlation`` of predicted
+        and observed over the rare features that differ in these texts; ``predicted_by``, "" where nothing is predicted,
+        and then ``why``.
     """
     sae, plan = session.sae(key), written.plan
     differences = []

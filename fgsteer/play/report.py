@@ -75,7 +75,9 @@ def report_page(report: Report) -> str:
         parts.append(card_markup(f"Seed {seed}", texts))
     parts.append(card_markup("Features that rose and fell", _movement(report.movement)))
     parts.append(card_markup("Scores", _scores(report)))
-    code = "".join(f"<h3>{escaped(name)}</h3><pre>{escaped(text, lines=True)}</pre>" for name, text in report.code.items())
+    code = "".join(
+        f"<h3>{escaped(name)}</h3><pre>{escaped(text, lines=True)}</pre>" for name, text in report.code.items()
+    )
     parts.append(card_markup("The same by code", code))
     above = (
         f'<p class="quiet">Shades show how far steering moved each token\'s distribution, KL(steered‖unsteered), up to '

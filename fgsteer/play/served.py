@@ -75,9 +75,7 @@ class SteeringServer:
             except (LookupError, TypeError) as error:
                 raise SteeringError("a server that lists no model", "a running fgsteer serve") from error
 
-    def pieces(
-        self, plan: Plan, steering: Sequence[Intervention], seed: int
-    ) -> Generator[tuple[str, tuple[int, ...]]]:
+    def pieces(self, plan: Plan, steering: Sequence[Intervention], seed: int) -> Generator[tuple[str, tuple[int, ...]]]:
         """All of one text so far, whenever the server has sent more. Token ids stay with the server.
 
         Closing it ends the connection, on which the server ends generation.

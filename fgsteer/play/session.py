@@ -177,8 +177,8 @@ def sae_sources(model: str, sae: str | None, sae_ids: list[str]) -> tuple[dict[s
     """
     shipped = find_shipped(model if sae is None else sae)
     if shipped is not None and not sae_ids:
-        ids = shipped.sae_ids()
-        return {key: SAESource(shipped.name, key) for key in ids}, str(shipped.index()["sae"])
+        ids = shipped.sae_ids()  # by layer: the page begins in the middle, from where steering reaches most of a text
+        return {key: SAESource(shipped.name, key) for key in ids}, ids[len(ids) // 2]
     if sae is None and shipped is None:
         raise DataError(
             f"no SAE for the model {model!r:.80}",

@@ -3,8 +3,8 @@
 turns = Turns()
 async for event in turns.take(lambda: iter([{"event": "text"}])): ...
 
-Work is an iterator of events, which a thread of its own reads. Who waits gets ``{"event": "queue", "place": n}``. Closing
-the async iterator, as a closed tab does, closes the work's iterator at its next event and then frees the turn.
+Work is an iterator of events, which a thread of its own reads. Who waits gets ``{"event": "queue", "place": n}``.
+Closing the async iterator, as a closed tab does, closes the work's iterator at its next event and then frees the turn.
 """
 
 from __future__ import annotations

@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import math
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fgsteer.errors import DataError, FgsteerError
-from fgsteer.errors.escaping import json_text
+from fgsteer.errors import DataError, FgsteerError, FgsteerWarning
+from fgsteer.errors.escaping import escape_text, json_text
 from fgsteer.play.actions import ACTIONS
 from fgsteer.play.guard import Guard
 from fgsteer.play.session import PlaySession
@@ -70,7 +71,7 @@ def make_app(session: PlaySession, token: str, port: int) -> Guard:
                 raise DataError("a body that is no object", "a JSON object")
         except (ValueError, DataError) as error:
             return Response(f"{str(error)[:200]}\n", 400)
-        events = _events(turns, lambda: action(session, body))
+        events = _events(turns, lambda: _with_notes(action(session, body)))
         return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
     routes = [
@@ -83,6 +84,22 @@ def make_app(session: PlaySession, token: str, port: int) -> Guard:
 
 def _file(path: Path, response: type[Response]) -> Response:
     return response(path.read_bytes(), media_type=f"{TYPES[path.suffix]}; charset=utf-8")
+
+
+def _with_notes(events: Iterator[Event]) -> Iterator[Event]:
+    """The events of an action, and each of fgsteer's warnings that comes up meanwhile, as a note."""
+    with closing(events), warnings.catch_warnings(record=True) as caught:  # type: ignore[type-var]
+        warnings.simplefilter("always", FgsteerWarning)
+        for event in events:
+            yield event
+            while caught:
+                yield _note(caught.pop(0))
+        yield from map(_note, caught)
+
+
+def _note(caught: warnings.WarningMessage) -> Event:
+    ours = issubclass(caught.category, FgsteerWarning)
+    return {"event": "note", "message": escape_text(str(caught.message)) if ours else ""}
 
 
 async def _events(turns: Turns, work: Callable[[], Any]) -> AsyncIterator[str]:
@@ -150,4 +167,3 @@ def _announcing(config: Any, ready: Callable[[], None]) -> Any:
             ready()
 
     return Announcing(config)
-

@@ -41,6 +41,7 @@ export async function call(action, body, onEvent, { signal, says } = {}) {
         if (event.event === "queue") showStatus(`waiting, place ${event.place}`);
         else if (event.event === "error") throw new Error(event.message);
         else if (event.event === "end") ended = true;
+        else if (event.event === "note") event.message && showError(event.message);
         else {
           showStatus(says || "working");
           onEvent(event);

@@ -187,6 +187,7 @@ function showMoved(event) {
   if (event.seeds === 1) parts.push("One seed: take more to see an error. ");
   if (event.correlation !== null) parts.push(`Predicted and observed correlate at ${number(event.correlation, 2)} over ${event.fires} features. `);
   else if (event.why) parts.push(event.why);
+  if (event.predicted_by) parts.push("The bars of either are on a scale of their own. ");
   const note = $("moved-note");
   note.replaceChildren(...parts, el("span", { class: "key o" }, "observed"));
   if (event.predicted_by) note.append(el("span", { class: "key p" }, "predicted before anything was written"));

@@ -45,6 +45,7 @@ async function search() {
   const found = await ask("search", { sae: key, by, words }, "found", { says: "searching features" });
   if (!found) return;
   const rows = found.rows.map((row) => foundRow(key, row));
+  $("found").classList.remove("short");
   $("found").replaceChildren(...(rows.length ? rows : [el("li", { class: "quiet" }, "No feature was found. Try another word.")]));
 }
 
@@ -59,7 +60,12 @@ function foundRow(key, row) {
     if (!facts.hidden && !facts.childNodes.length) await showCard(facts, key, row.id);
   });
   const button = el("button", { type: "button", class: "primary", "aria-label": `Add feature ${row.id}, ${label}` }, "Add");
-  button.addEventListener("click", () => add({ kind: "feature", sae: key, feature: row.id }, label));
+  button.addEventListener("click", () => {
+    facts.hidden = true;
+    name.setAttribute("aria-expanded", "false");
+    $("found").classList.add("short");
+    add({ kind: "feature", sae: key, feature: row.id }, label);
+  });
   return el("li", {}, el("div", { class: "head" }, name, button), facts);
 }
 

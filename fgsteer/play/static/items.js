@@ -13,11 +13,13 @@ export function start() {
   render();
 }
 
-// Add an item; where it has a dose, find out what strengths cost and begin where neutral text loses 0.3 nats a token.
+// Add an item; where it has a dose, find out what strengths cost and begin where neutral text loses half a nat a token.
 export async function add(entry, label) {
   const item = addItem(entry, label);
+  $("items").lastElementChild.scrollIntoView({ block: "nearest" });
   if (isDosed(item)) await measure(item, true);
   settled();
+  $(`slider-${item.ui.id}`)?.focus({ preventScroll: true });
 }
 
 const isDosed = (item) => item.kind !== "edit" && state.about.dosed.includes(item.op);
@@ -139,7 +141,9 @@ function zoneGradient(curve) {
   const sorted = last.dose < 0 ? parts.map(([a, b, c]) => [Math.max(b, LOWEST), a, c]).reverse() : parts;
   const shown = sorted.map(([a, b, color]) => `var(--${color}) ${place(a)} ${place(b)}`);
   const gray = "var(--line)";
-  return `linear-gradient(90deg, ${gray} ${place(sorted[0][0])}, ${shown.join(", ")}, ${gray} ${place(sorted.at(-1)[1])})`;
+  const zero = `calc(${place(0)} - 1px)`;
+  const tick = `linear-gradient(90deg, transparent ${zero}, var(--text) ${zero} calc(${place(0)} + 1px), transparent 0)`;
+  return `${tick}, linear-gradient(90deg, ${gray} ${place(sorted[0][0])}, ${shown.join(", ")}, ${gray} ${place(sorted.at(-1)[1])})`;
 }
 
 function amountOf(item) {
