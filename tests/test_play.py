@@ -61,8 +61,12 @@ def texts_of(session, plan):
     return written, events
 
 
-def act(session, name, **body):
-    return list(ACTIONS[name](session, body))
+def act(session, action, **body):
+    return list(ACTIONS[action](session, body))
+
+
+def event_of(name):
+    yield {"event": name}
 
 
 # ---------------------------------------------------------------- plans
@@ -457,11 +461,11 @@ def test_who_leaves_ends_the_work_and_frees_the_turn():
         turns = Turns()
         first = turns.take(endless)
         await anext(first)
-        waiting = turns.take(lambda: iter(()))
+        waiting = turns.take(lambda: event_of("never"))
         assert (await anext(waiting))["place"] == 1
         await waiting.aclose()  # one that waits leaves too
         await first.aclose()
-        assert [e async for e in turns.take(lambda: iter([{"event": "mine"}])) if e["event"] == "mine"]
+        assert [e async for e in turns.take(lambda: event_of("mine")) if e["event"] == "mine"]
         return turns.waiting
 
     assert asyncio.run(asyncio.wait_for(run(), 20)) == 0
@@ -477,7 +481,7 @@ def test_an_error_reaches_who_asked_and_frees_the_turn():
         turns = Turns()
         with pytest.raises(fg.DataError):
             [event async for event in turns.take(broken)]
-        return [event async for event in turns.take(lambda: iter([{"event": "next"}]))]
+        return [event async for event in turns.take(lambda: event_of("next"))]
 
     assert asyncio.run(run())[-1] == {"event": "next"}
 
@@ -625,7 +629,7 @@ def test_a_server_writes_the_texts(session, server, tmp_path):
         written, _ = texts_of(session, plan)
         texts_of(session, plan_of(feature(), seeds=[5], chat=True))
         assert written.texts == {("steered", 5): " the sea", ("unsteered", 5): " the sea"}
-        (put, path, content, key), first, second, chat, _ = Served.seen
+        (put, path, content, key), first, second, _, chat, _ = Served.seen
         assert (put, key) == ("PUT", "Bearer SECRETKEY")
         file = tmp_path / "loaded.safetensors"
         file.write_bytes(content)

@@ -52,11 +52,11 @@ class SteeringServer:
     _loaded: list[str] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
         try:
+            parts = urlsplit(self.url)
             good = parts.scheme in ("http", "https") and parts.hostname and parts.path in ("", "/") and parts.port != 0
         except ValueError:
-            good = False
+            parts, good = urlsplit(""), False
         if not good or parts.username or parts.query or parts.fragment:
             raise DataError(
                 "an address that cannot be used", "the address of fgsteer serve, such as http://127.0.0.1:8000"

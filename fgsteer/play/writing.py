@@ -78,17 +78,17 @@ def _write_one(
     session: PlaySession, plan: Plan, written: Written, column: Column, seed: int
 ) -> Generator[Event, None, dict[str, Any]]:
     """Write one text; each event holds what follows the first ``at`` characters, which further tokens may change."""
-    shown = ""
-    written_ids: tuple[int, ...] = ()
+    text: str = ""
+    ids: tuple[int, ...] = ()
     with closing(_pieces(session, plan, written.steering[column], seed)) as pieces:
         started = time.perf_counter()
-        for text, written_ids in pieces:
+        for piece in pieces:
             if written.first_token_seconds is None:
                 written.first_token_seconds = time.perf_counter() - started
+            shown, (text, ids) = text, piece
             at = _common_length(shown, text)
             yield {"event": "text", "column": column, "seed": seed, "at": at, "text": text[at:]}
-            shown = text
-    return {"text": shown, "ids": written_ids}
+    return {"text": text, "ids": ids}
 
 
 def _pieces(
