@@ -12,14 +12,14 @@ import shlex
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.play import code
+from fgsteer.play import code, writing
 from fgsteer.play.actions import ACTIONS
 from fgsteer.play.building import build_control, build_steering, build_vector
 from fgsteer.play.guard import MAX_BODY_BYTES, Guard
@@ -63,6 +63,10 @@ def texts_of(session, plan):
 
 def act(session, action, **body):
     return list(ACTIONS[action](session, body))
+
+
+def built(session, plan, build=build_steering) -> Any:
+    return build(session, plan)
 
 
 def event_of(name):
@@ -136,7 +140,7 @@ def test_the_usual_scope_reads_a_chats_question_as_it_is():
 def test_items_are_what_the_library_builds(session):
     sae = session.sae(SAE)
     gate = {"sae": SAE, "feature": 7, "above": 2.0, "pooling": "mean"}
-    add, edit, off = build_steering(
+    add, edit, off = built(
         session,
         plan_of(
             feature(gate=gate),
@@ -159,7 +163,7 @@ def test_contrasts_are_built_as_the_methods_build_them(session, method):
     sae = session.sae(SAE)
     contrast = fg.ContrastSet("typed", **TYPED)
     stats = fg.collect(session.model, session.tokenizer, contrast, sae=sae)
-    expected = {"caa": fg.caa, "ace": fg.ace, "fgaa": fg.fgaa, "sta": fg.sta}[method]
+    expected: Any = {"caa": fg.caa, "ace": fg.ace, "fgaa": fg.fgaa, "sta": fg.sta}[method]
     vector = expected(stats) if method in ("caa", "ace") else expected(stats, sae)
     vector = vector if method == "ace" else vector.unit()
     # both read the same activations; only that the SAE is read too differs, which rounds nothing
@@ -169,13 +173,13 @@ def test_contrasts_are_built_as_the_methods_build_them(session, method):
 
 def test_a_random_control_has_the_same_norm_place_scope_and_gate(session):
     plan = plan_of(feature(scope="prompt"), {"kind": "edit", "sae": SAE, "feature": 5, "edit": "set", "amount": 2.0})
-    own, control = build_steering(session, plan), build_control(session, plan)
+    own, control = built(session, plan), built(session, plan, build_control)
     # two norms of the same vector, computed in float32
     assert float(control[0].direction.norm()) == pytest.approx(float(own[0].direction.norm()), rel=1e-5)
     assert abs(float(torch.cosine_similarity(own[0].direction, control[0].direction, dim=0))) < 0.3
     assert (control[0].hookpoint, control[0].scope, control[0].coefficient) == (own[0].hookpoint, "prompt", 150.0)
     assert control[1].features != own[1].features
-    again = build_control(session, plan)
+    again = built(session, plan, build_control)
     assert torch.equal(control[0].direction, again[0].direction)
 
 
@@ -207,9 +211,7 @@ def test_unsteered_texts_are_written_once(session, monkeypatch):
     plan = plan_of(feature(), prompt="Once upon a time", seeds=[0])
     texts_of(session, plan)
     calls = []
-    from fgsteer.play import writing
-
-    real = writing.stream_tokens
+    real = vars(writing)["stream_tokens"]
     monkeypatch.setattr(writing, "stream_tokens", lambda *a, **k: calls.append(k["steering"]) or real(*a, **k))
     texts_of(session, plan)
     assert [steering is None for steering in calls] == [False]
@@ -466,9 +468,10 @@ def test_who_leaves_ends_the_work_and_frees_the_turn():
         await waiting.aclose()  # one that waits leaves too
         await first.aclose()
         assert [e async for e in turns.take(lambda: event_of("mine")) if e["event"] == "mine"]
-        return turns.waiting
+        while turns.waiting:  # until who had the turn has left
+            await asyncio.sleep(0.01)
 
-    assert asyncio.run(asyncio.wait_for(run(), 20)) == 0
+    asyncio.run(asyncio.wait_for(run(), 20))
     assert ended.is_set()
 
 
@@ -633,7 +636,7 @@ def test_a_server_writes_the_texts(session, server, tmp_path):
         assert (put, key) == ("PUT", "Bearer SECRETKEY")
         file = tmp_path / "loaded.safetensors"
         file.write_bytes(content)
-        (loaded,) = fg.load_steering(file)
+        loaded: Any = fg.load_steering(file)[0]
         assert torch.equal(loaded.direction, written.steering["steered"][0].direction)
         assert first[2]["vllm_xargs"]["steer"] == path.rpartition("/")[2]
         assert "vllm_xargs" not in second[2]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from itertools import count
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from fgsteer.data.contrast_files import load_contrast
 from fgsteer.data.shipped import load_neutral, shipped_contrasts
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import describe_value
+from fgsteer.errors.checks import describe_value, is_whole_number
 from fgsteer.evaluation.metrics.coherence import Coherence
 from fgsteer.features.active import seen_features
 from fgsteer.features.description import describe_features
@@ -33,12 +33,12 @@ from fgsteer.play.plan import ContrastItem, Plan, VectorItem, has_dose, parse_it
 from fgsteer.play.reading import read_texts
 from fgsteer.play.report import Report, report_page
 from fgsteer.play.session import PlaySession
-from fgsteer.play.turns import Event
+from fgsteer.play.turns import Event, Events
 from fgsteer.play.writing import Written, write_texts
 from fgsteer.serving.inline import decode_vector, encode_vector
 from fgsteer.steering.generation import generate
 
-Action = Callable[[PlaySession, dict[str, Any]], Iterator[Event]]
+Action = Callable[[PlaySession, dict[str, Any]], Events]
 MAX_WORD_CHARS = 200
 MAX_FOUND = 24
 FIRST_PROMPT = "She looked out of the window and"
@@ -49,7 +49,7 @@ SHARE_KIND, SHARE_VERSION = "fgsteer play", 1
 _runs = count(1)
 
 
-def about(session: PlaySession, _: dict[str, Any]) -> Iterator[Event]:
+def about(session: PlaySession, _: dict[str, Any]) -> Events:
     """What there is to choose from."""
     methods = [{"name": name, "label": spec(name, "build").label} for name in plans.CONTRAST_METHODS]
     dosed = {row.name for row in INTERVENTIONS if row.amount == "coefficient"}
@@ -80,7 +80,7 @@ def about(session: PlaySession, _: dict[str, Any]) -> Iterator[Event]:
     }
 
 
-def search(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def search(session: PlaySession, body: dict[str, Any]) -> Events:
     """Features by a word, or those that fire on a text."""
     key, by = _text(body, "sae", MAX_WORD_CHARS), _text(body, "by", 8)
     sae = session.sae(key)
@@ -109,7 +109,7 @@ def search(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
     yield {"event": "found", "rows": rows}
 
 
-def card(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def card(session: PlaySession, body: dict[str, Any]) -> Events:
     """What is known of one feature."""
     key = _text(body, "sae", MAX_WORD_CHARS)
     sae, examples = session.sae(key), session.examples(key)
@@ -117,14 +117,14 @@ def card(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
         session.model,
         session.tokenizer,
         sae,
-        [body.get("feature")],
+        [_whole(body, "feature")],
         tokens=8,
-        examples=examples,  # type: ignore[list-item]
+        examples=examples,
     )[0]
     yield {"event": "card", "sae": key, "at": str(sae.hookpoint), "row": row.as_dict()}
 
 
-def contrast(_: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def contrast(_: PlaySession, body: dict[str, Any]) -> Events:
     """The first texts of a contrast set that ships, to begin with."""
     name = _text(body, "name", plans.MAX_NAME_CHARS)
     if name not in shipped_contrasts():
@@ -137,7 +137,7 @@ def contrast(_: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
     yield {"event": "contrast", **lists}
 
 
-def strength(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def strength(session: PlaySession, body: dict[str, Any]) -> Events:
     """What strengths of one item cost."""
     item, chat = parse_item(body.get("item")), body.get("chat") is True
     if not has_dose(item):
@@ -145,24 +145,24 @@ def strength(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
     yield {"event": "strength", **strength_curve(session, item, chat=chat)}
 
 
-def cost(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def cost(session: PlaySession, body: dict[str, Any]) -> Events:
     """What everything costs together."""
     yield {"event": "cost", **measure_cost(session, parse_plan(body.get("plan")))}
 
 
-def write(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def write(session: PlaySession, body: dict[str, Any]) -> Events:
     """Write the texts of a plan, then read what steering did to them."""
     plan = parse_plan(body.get("plan"))
     key = _text(body, "sae", MAX_WORD_CHARS)
     report = Report(Written(plan), session.model_name)
     number = next(_runs)
     yield {"event": "run", "run": number}
-    with closing(write_texts(session, plan, report.written)) as events:  # type: ignore[type-var]
+    with closing(write_texts(session, plan, report.written)) as events:
         yield from events
     yield {"event": "texts", "first_token_seconds": report.written.first_token_seconds}
     report.cost = measure_cost(session, plan)
     yield {"event": "cost", **report.cost}
-    with closing(read_texts(session, report.written, key)) as events:  # type: ignore[type-var]
+    with closing(read_texts(session, report.written, key)) as events:
         for event in events:
             report.take(event)
             yield event
@@ -170,7 +170,7 @@ def write(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
     session.kept("run", number, lambda: report)
 
 
-def judge(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def judge(session: PlaySession, body: dict[str, Any]) -> Events:
     """Coherence of the texts of a run, and behavior where there is a judge."""
     report = _report(session, body)
     plan, written = report.written.plan, report.written
@@ -179,8 +179,8 @@ def judge(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
 
     def fit() -> Coherence:
         prompts = load_neutral()[1][:COHERENCE_SAMPLES]
-        options = {"max_new_tokens": plan.max_new_tokens, "do_sample": True}
-        samples = generate(session.model, session.tokenizer, prompts, **options)
+        model, tokenizer = session.model, session.tokenizer
+        samples = generate(model, tokenizer, prompts, max_new_tokens=plan.max_new_tokens, do_sample=True)
         return Coherence.fit(session.model, session.tokenizer, samples)
 
     coherence = session.kept("coherence", plan.max_new_tokens, fit)
@@ -194,7 +194,7 @@ def judge(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
     yield {"event": "scores", **scores}
 
 
-def code(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def code(session: PlaySession, body: dict[str, Any]) -> Events:
     """The code of a plan, and its share file."""
     plan = parse_plan(body.get("plan"))
     yield {
@@ -205,7 +205,7 @@ def code(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
     }
 
 
-def steering_file(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def steering_file(session: PlaySession, body: dict[str, Any]) -> Events:
     """The file of the steering, as ``fgsteer generate --steering`` and ``fgsteer serve`` take it."""
     steering = build_steering(session, parse_plan(body.get("plan")))
     with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +215,7 @@ def steering_file(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]
     yield _file(STEERING_FILE, content)
 
 
-def vector_file(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def vector_file(session: PlaySession, body: dict[str, Any]) -> Events:
     """The vector of an item, as a file; and under the name, as a vector of the page."""
     name, vector = _text(body, "name", plans.MAX_NAME_CHARS), build_vector(session, parse_item(body.get("item")))
     session.add_vector(name, vector)
@@ -223,14 +223,14 @@ def vector_file(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
     yield {"event": "vectors", "vectors": sorted(session.vectors)}
 
 
-def add_vector(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def add_vector(session: PlaySession, body: dict[str, Any]) -> Events:
     """Take a vector's file."""
     vector = decode_vector(_text(body, "content", MAX_VECTOR_CHARS), MAX_VECTOR_CHARS)
     session.add_vector(_text(body, "name", plans.MAX_NAME_CHARS), vector)
     yield {"event": "vectors", "vectors": sorted(session.vectors)}
 
 
-def share(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def share(session: PlaySession, body: dict[str, Any]) -> Events:
     """The share file: everything that is set on the page, with the vectors that it names."""
     plan = parse_plan(body.get("plan"))
     names = [item.name for item in plan.items if isinstance(item, VectorItem)]
@@ -245,7 +245,7 @@ def share(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
     yield {"event": "share", "share": shared}
 
 
-def open_share(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def open_share(session: PlaySession, body: dict[str, Any]) -> Events:
     """Open a share file, which is checked like everything else. Nothing in it is run."""
     shared = body.get("share")
     if not isinstance(shared, Mapping) or shared.get("kind") != SHARE_KIND:
@@ -277,7 +277,7 @@ def _check_known(session: PlaySession, plan: Plan) -> None:
             session.sae(item.gate.sae).direction(item.gate.feature)
 
 
-def page(session: PlaySession, body: dict[str, Any]) -> Iterator[Event]:
+def page(session: PlaySession, body: dict[str, Any]) -> Events:
     """The comparison of a run as one HTML page."""
     yield _file("comparison.html", report_page(_report(session, body)).encode("utf-8", "replace"))
 
@@ -291,6 +291,14 @@ def _report(session: PlaySession, body: dict[str, Any]) -> Report:
 
 def _file(name: str, content: bytes) -> Event:
     return {"event": "file", "name": name, "content": base64.b64encode(content).decode()}
+
+
+def _whole(body: dict[str, Any], name: str) -> int:
+    """A whole number of a request. Raises DataError for anything else."""
+    value = body.get(name)
+    if not is_whole_number(value):
+        raise DataError(f"{describe_value(value)} as {name}", "a whole number")
+    return int(value)
 
 
 def _text(body: dict[str, Any], name: str, most: int) -> str:

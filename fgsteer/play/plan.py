@@ -244,7 +244,9 @@ def parse_plan(value: object) -> Plan:
     for name, listed in (("items", items), ("seeds", seeds)):
         if not isinstance(listed, list | tuple):
             raise DataError(describe_value(listed), f"a list as {name}")
-    return _made(Plan, "a plan", {**entry, "items": tuple(map(parse_item, items)), "seeds": tuple(seeds)})
+    fields_of = {**entry, "items": tuple(map(parse_item, items)), "seeds": tuple(seeds)}
+    plan: Plan = _made(Plan, "a plan", fields_of)
+    return plan
 
 
 def parse_item(value: object) -> Item:
@@ -255,7 +257,8 @@ def parse_item(value: object) -> Item:
         raise DataError(f"{describe_value(kind)} as the kind of an item", f"one of {', '.join(KINDS)}")
     if entry.get("gate") is not None:
         entry["gate"] = _made(GateSetting, "a gate", _object("a gate", entry["gate"]))
-    return _made(KINDS[kind], f"an item of the kind {kind}", entry)
+    item: Item = _made(KINDS[kind], f"an item of the kind {kind}", entry)
+    return item
 
 
 def has_dose(item: Item) -> bool:

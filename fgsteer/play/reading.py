@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from fgsteer.models.properties import context_window
 from fgsteer.play.measuring import activation_norm
 from fgsteer.play.plan import FeatureItem, Plan
 from fgsteer.play.session import PlaySession
-from fgsteer.play.turns import Event
+from fgsteer.play.turns import Events
 from fgsteer.play.writing import COLUMNS, Column, Written
 from fgsteer.traces.results import Trace, TracedText, TracedToken
 from fgsteer.traces.trace import trace
@@ -34,7 +33,7 @@ MOVED = 12
 """How many features of either kind, risen and fallen, are shown."""
 
 
-def read_texts(session: PlaySession, written: Written, key: str) -> Iterator[Event]:
+def read_texts(session: PlaySession, written: Written, key: str) -> Events:
     """What steering did to each token of each text: one event a text, then one with the features that moved."""
     plan = written.plan
     named = named_features(plan, key)

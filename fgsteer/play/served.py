@@ -10,7 +10,7 @@ import hashlib
 import ipaddress
 import json
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -136,7 +136,7 @@ class SteeringServer:
         with closing(connection):
             return bytes(answer.read(MAX_ANSWER_BYTES))
 
-    def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _events(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any]]:
         """The JSON of each event that the server sends."""
         connection, answer = self._connect("POST", path, json.dumps(body).encode())
         with closing(connection):

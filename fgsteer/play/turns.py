@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import closing
 from typing import Any
 
 from fgsteer.errors import BusyError, FgsteerError
 
 Event = dict[str, Any]
-Work = Callable[[], Iterator[Event]]
+Events = Generator[Event]
+Work = Callable[[], Events]
 MAX_WAITING = 32
 _END = object()
 
@@ -35,7 +36,7 @@ class Turns:
         """How many have or wait for the model."""
         return len(self._waiting)
 
-    async def take(self, work: Work) -> AsyncIterator[Event]:
+    async def take(self, work: Work) -> AsyncGenerator[Event]:
         """The events of some work, when its turn has come; before that its place in the queue, 1 for the next.
 
         Raises BusyError where too many wait, and what the work raises.
@@ -55,7 +56,7 @@ class Turns:
             if not started:
                 await self._leave(ticket)
 
-    async def _places(self, ticket: asyncio.Event) -> AsyncIterator[int]:
+    async def _places(self, ticket: asyncio.Event) -> AsyncGenerator[int]:
         """The place of a ticket whenever it changes, until it is first."""
         told = -1
         while (place := self._waiting.index(ticket)) > 0:
@@ -71,7 +72,7 @@ class Turns:
             self._waiting.remove(ticket)
             self._changed.notify_all()
 
-    async def _run(self, work: Work, ticket: asyncio.Event) -> AsyncIterator[Event]:
+    async def _run(self, work: Work, ticket: asyncio.Event) -> AsyncGenerator[Event]:
         """Read the work's events in a thread; the turn ends with the thread, also where nobody reads any more."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Any] = asyncio.Queue()
@@ -80,7 +81,7 @@ class Turns:
         def read() -> None:
             last: Any = _END
             try:
-                with closing(work()) as iterator:  # type: ignore[type-var]
+                with closing(work()) as iterator:
                     for event in iterator:
                         if closed.is_set():
                             break
@@ -88,8 +89,8 @@ class Turns:
             except BaseException as error:  # the reader raises it
                 last = error
             try:
-                loop.call_soon_threadsafe(events.put_nowait, last)
                 asyncio.run_coroutine_threadsafe(self._leave(ticket), loop)
+                loop.call_soon_threadsafe(events.put_nowait, last)
             except RuntimeError:  # the loop has ended, and everybody has left
                 return
 

@@ -12,7 +12,7 @@ import logging
 import math
 import socket
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from fgsteer.errors.escaping import escape_text, json_text
 from fgsteer.play.actions import ACTIONS
 from fgsteer.play.guard import Guard
 from fgsteer.play.session import PlaySession
-from fgsteer.play.turns import Event, Turns, error_event
+from fgsteer.play.turns import Event, Events, Turns, error_event
 from fgsteer.storage.json_files import parse_json
 
 if TYPE_CHECKING:
@@ -86,9 +86,9 @@ def _file(path: Path, response: type[Response]) -> Response:
     return response(path.read_bytes(), media_type=f"{TYPES[path.suffix]}; charset=utf-8")
 
 
-def _with_notes(events: Iterator[Event]) -> Iterator[Event]:
+def _with_notes(events: Events) -> Events:
     """The events of an action, and each of fgsteer's warnings that comes up meanwhile, as a note."""
-    with closing(events), warnings.catch_warnings(record=True) as caught:  # type: ignore[type-var]
+    with closing(events), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FgsteerWarning)
         for event in events:
             yield event
@@ -105,7 +105,7 @@ def _note(caught: warnings.WarningMessage) -> Event:
 async def _events(turns: Turns, work: Callable[[], Any]) -> AsyncIterator[str]:
     """The events of an action as lines of server-sent events. A reader that leaves ends the action."""
     try:
-        async with aclosing(turns.take(work)) as events:  # type: ignore[type-var]
+        async with aclosing(turns.take(work)) as events:
             async for event in events:
                 yield _line(event)
     except FgsteerError as error:
@@ -161,7 +161,7 @@ def _announcing(config: Any, ready: Callable[[], None]) -> Any:
     """A server that says when it answers."""
     import uvicorn
 
-    class Announcing(uvicorn.Server):
+    class Announcing(uvicorn.Server):  # type: ignore[misc]
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             ready()

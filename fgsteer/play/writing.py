@@ -9,7 +9,7 @@ and the command line write it again.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from fgsteer.interventions import Intervention
 from fgsteer.play.building import build_control, build_steering
 from fgsteer.play.plan import Plan
 from fgsteer.play.session import PlaySession
-from fgsteer.play.turns import Event
+from fgsteer.play.turns import Event, Events
 from fgsteer.steering.streaming import stream_tokens
 
 Column = Literal["unsteered", "steered", "random"]
@@ -47,7 +47,7 @@ class Written:
     first_token_seconds: float | None = None
 
 
-def write_texts(session: PlaySession, plan: Plan, written: Written) -> Iterator[Event]:
+def write_texts(session: PlaySession, plan: Plan, written: Written) -> Events:
     """Write every text of a plan, and note them in ``written``.
 
     The unsteered texts of a prompt are kept, and written once. Closing the iterator ends generation at the next token.
@@ -59,7 +59,9 @@ def write_texts(session: PlaySession, plan: Plan, written: Written) -> Iterator[
         for column in COLUMNS:
             if column not in written.steering or (column != "unsteered" and not written.steering[column]):
                 continue
-            kept = session.kept("unsteered", _unsteered_key(plan, seed), dict) if column == "unsteered" else {}
+            kept: dict[str, Any] = {}
+            if column == "unsteered":
+                kept = session.kept("unsteered", _unsteered_key(plan, seed), dict)
             if not kept:
                 with closing(_write_one(session, plan, written, column, seed)) as events:
                     kept |= yield from events

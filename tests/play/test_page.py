@@ -91,6 +91,15 @@ def opened(browser, address):
     assert complaints == []
 
 
+def until(page, expression):
+    """Wait until an expression holds; the page's policy forbids that the browser itself polls a text of code."""
+    for _ in range(PATIENCE // 100):
+        if page.evaluate(expression):
+            return
+        time.sleep(0.1)
+    raise AssertionError(expression)
+
+
 def shot(page, name):
     if folder := os.environ.get("PLAY_SHOTS"):
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
@@ -152,7 +161,7 @@ def test_search_add_slide_write_compare(opened):
     page.press("#seeds", "Tab")
     page.wait_for_selector(".text.random[data-seed='1'] .t")
     page.wait_for_selector(WRITTEN)
-    page.wait_for_function("document.querySelector('#code').textContent.includes('for seed in [0, 1]')")
+    until(page, "document.querySelector('#code').textContent.includes('for seed in [0, 1]')")
     assert page.locator("#texts article").count() == 6
     shot(page, "compared")
     page.click("#judge")
@@ -167,11 +176,11 @@ def test_edits_gates_and_scopes_of_an_item(opened):
     page.check("#items input[aria-label='Only while a feature fires']")
     page.wait_for_selector('#items input[aria-label="The gate\'s threshold"]')
     page.wait_for_selector(WRITTEN)
-    page.wait_for_function("document.querySelector('#code').textContent.includes('when=fg.Feature')")
+    until(page, "document.querySelector('#code').textContent.includes('when=fg.Feature')")
     assert "gate" in page.locator("#color option").all_inner_texts()
     page.select_option("#items select[aria-label='Tokens that are steered']", "generated")
     page.select_option("#items select[aria-label='What it does']", "edit:off")
-    page.wait_for_function("document.querySelector('#code').textContent.includes(\"'off'\")")
+    until(page, "document.querySelector('#code').textContent.includes(\"'off'\")")
     assert "scope='generated'" in page.inner_text("#code")
     page.wait_for_selector(WRITTEN)
 
@@ -180,12 +189,12 @@ def test_a_contrast_is_built(opened):
     page = opened()
     page.click("#contrast summary")
     page.select_option("#example", "sea")
-    page.wait_for_function("document.querySelector('#positives').value.length > 50")
+    until(page, "document.querySelector('#positives').value.length > 50")
     page.select_option("#method", "caa")
     page.select_option("#layer", "3")
     page.click("#contrast .primary")
     page.wait_for_selector(WRITTEN)
-    page.wait_for_function("document.querySelector('#code').textContent.includes('fg.caa(stats, hookpoint=3)')")
+    until(page, "document.querySelector('#code').textContent.includes('fg.caa(stats, hookpoint=3)')")
 
 
 def test_save_share_and_open_again(opened, session, tmp_path):
@@ -193,7 +202,7 @@ def test_save_share_and_open_again(opened, session, tmp_path):
     find_and_add(page)
     page.fill("#prompt", "At dawn")
     page.press("#prompt", "Tab")
-    page.wait_for_function("document.querySelector('#code').textContent.includes('At dawn')")
+    until(page, "document.querySelector('#code').textContent.includes('At dawn')")
     page.wait_for_selector(WRITTEN)
     text = steered(page)
     page.on("dialog", lambda dialog: dialog.accept("wave"))
@@ -239,12 +248,12 @@ def test_by_keyboard_alone(opened):
         if page.evaluate("document.activeElement.textContent") == "Add":
             break
     page.keyboard.press("Enter")
-    page.wait_for_function("document.activeElement.type === 'range'")
+    until(page, "document.activeElement.type === 'range'")
     page.wait_for_selector(WRITTEN)
     before = page.inner_text("#items output")
     for _ in range(3):
         page.keyboard.press("ArrowRight")
-    page.wait_for_function("before => document.querySelector('#items output').textContent !== before", arg=before)
+    until(page, f"document.querySelector('#items output').textContent !== {before!r}")
     page.wait_for_selector(".text.steered .t")
     page.wait_for_selector(WRITTEN)
     page.focus(".text.steered .t")
@@ -283,15 +292,15 @@ def test_a_queue_shows_its_place_and_a_closed_tab_ends_its_text(opened, session)
     first.fill("#tokens", "512")
     first.fill("#temperature", "0")
     first.click("#write")
-    first.wait_for_function("document.querySelector('#texts .body')?.textContent.length > 60")
+    until(first, "document.querySelector('#texts .body')?.textContent.length > 60")
     second.click("#write")
-    second.wait_for_function("document.querySelector('#status').textContent.includes('place 1')")
+    until(second, "document.querySelector('#status').textContent.includes('place 1')")
     first.close()
     second.wait_for_selector(WRITTEN)  # its turn came
     assert not any(module._forward_hooks for module in session.model.modules())
     second.fill("#tokens", "512")
     second.click("#write")
-    second.wait_for_function("document.querySelector('#texts .writing')?.textContent.length > 60")
+    until(second, "document.querySelector('#texts .writing')?.textContent.length > 60")
     second.click("#stop")
     for _ in range(100):
         if not [thread for thread in threading.enumerate() if thread.name == "fgsteer.stream"]:
