@@ -86,7 +86,7 @@ test-vllm: .venv-vllm/installed
 	touch $@
 
 test-play: .venv-play/installed
-	OMP_NUM_THREADS=1 .venv-play/bin/python -m pytest -m 'play or not play' tests/play
+	OMP_NUM_THREADS=1 .venv-play/bin/python -m pytest -m play tests/play
 
 # what .venv has is read from there; the page's packages and the browser's driver are beside it
 .venv-play/installed: pyproject.toml .venv/tested
@@ -94,7 +94,7 @@ test-play: .venv-play/installed
 	.venv-play/bin/python -c "import sysconfig, pathlib; \
 		pathlib.Path(sysconfig.get_path('purelib'), 'base.pth').write_text('import site; site.addsitedir(\"' \
 		+ str(next(pathlib.Path('.venv/lib').resolve().glob('python*/site-packages'))) + '\")')"
-	.venv-play/bin/python -m pip install -q -c constraints.txt 'starlette>=0.46' 'uvicorn>=0.34' httpx playwright
+	.venv-play/bin/python -m pip install -q -c constraints.txt 'starlette>=0.46' 'uvicorn>=0.34' playwright
 	touch $@
 
 soak: .venv-vllm/installed

@@ -32,7 +32,7 @@ from fgsteer.storage.json_files import read_json, write_json
 
 PAGE = ROOT / "docs" / "guides" / "play.md"
 TOKEN = "benchmark"
-REPEATS, WARM_UP = 21, 3
+REPEATS, WARM_UP = 15, 2
 LONG_PROMPT = " ".join(["The ship left the harbor at dawn, and nobody on the shore knew where it was bound."] * 12)
 PROMPTS = {"short": FIRST_PROMPT, "long": LONG_PROMPT}
 

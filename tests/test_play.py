@@ -32,7 +32,7 @@ from fgsteer.play.turns import MAX_WAITING, Turns
 from fgsteer.play.writing import Written, write_texts
 from fgsteer.serving.request import parse_request
 from fgsteer.serving.sources import load_stages
-from tests.helpers.cli import app
+from tests.helpers.cli import app, invoke
 
 SAE, FEATURE = "layer_2", 2326
 SCRIPT = "</p><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -269,7 +269,10 @@ def test_the_events_of_a_run_say_what_steering_did(session):
     html = base64.b64decode(page["content"]).decode()
     assert "<script" not in html
     assert "http" not in html.replace("http-equiv", "")
+    session.judge = fg.KeywordJudge({"looks": ["window"]}), "looks"
     scores = act(session, "judge", run=events[0]["run"])[0]
+    session.judge = None
+    assert {value for values in scores["behavior"].values() for value in values} <= {0.0, 1.0}
     assert all(0 <= value <= 1 for values in scores["coherence"].values() for value in values)
 
 
@@ -416,6 +419,24 @@ def test_searches_and_cards(session):
             act(session, "search", **body)
     with pytest.raises(fg.FgsteerError):
         act(session, "card", sae=SAE, feature="5")
+
+
+def test_the_command_serves_what_its_options_say(session, tmp_path, monkeypatch):
+    served = []
+    monkeypatch.setattr("fgsteer.play.web.need_play", lambda: None)
+    monkeypatch.setattr("fgsteer.play.web.serve_page", lambda *given: (served.append(given), given[3]("http://here")))
+    monkeypatch.setattr("fgsteer.cli.play.load_model", lambda _: (session.model, session.tokenizer))
+    fg.from_features(session.sae(SAE), [FEATURE]).save(tmp_path / "wave.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"no vector")
+    options = ("--sae-id", "layer_1", "--vectors", tmp_path, "--port", 0, "--no-browser", "--judge", "keyword")
+    result = invoke("play", "-m", "default", *options, "--concept", "love", "--server", "http://127.0.0.1:9")
+    assert (result.exit_code, "http://here" in result.output) == (0, True)
+    ((made, token, port, _),) = served
+    assert (list(made.sources), made.first_sae, port, len(token)) == (["layer_1"], "layer_1", 0, 32)
+    assert (list(made.vectors), made.judge[1], made.server.url) == (["wave"], "love", "http://127.0.0.1:9")
+    invoke("play", "-m", "default", "--no-browser")
+    assert (list(served[1][0].sources), served[1][0].first_sae) == (["layer_1", "layer_2", "layer_3"], "layer_2")
+    assert served[1][1] != token
 
 
 # ---------------------------------------------------------------- the queue

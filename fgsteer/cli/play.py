@@ -79,7 +79,7 @@ def play(
     from fgsteer.play.web import need_play, serve_page
 
     need_play()
-    if concept and judge is None and judge_url is not None:
+    if judge is None and judge_url is not None:
         raise DataError("--judge-url without --judge", "the name of the chat model after --judge")
     served = None if server is None else SteeringServer(server, server_key)
     if model is None:

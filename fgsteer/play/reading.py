@@ -27,6 +27,7 @@ from fgsteer.play.turns import Events
 from fgsteer.play.writing import COLUMNS, Column, Written
 from fgsteer.traces.results import Trace, TracedText, TracedToken
 from fgsteer.traces.trace import trace
+from fgsteer.vector import SteeringVector
 
 TOP_FEATURES = 8
 MOVED = 12
@@ -218,8 +219,6 @@ def _added(session: PlaySession, item: Add | AddRelative, plan: Plan) -> Tensor:
     direction = item.direction.detach().float().cpu()
     if isinstance(item, Add):
         return direction * float(item.coefficient)
-    from fgsteer.vector import SteeringVector
-
     vector = SteeringVector(direction, item.hookpoint).unit()
     return vector.direction * float(item.coefficient) * activation_norm(session, item.hookpoint, vector, chat=plan.chat)
 

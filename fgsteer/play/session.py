@@ -44,7 +44,7 @@ class SAESource:
     sae_id: str | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class PlaySession:
     """What the page plays with.
 
@@ -72,9 +72,9 @@ class PlaySession:
     judge: tuple[Judge, str] | None = None
     server: Any = None
     vectors: dict[str, SteeringVector] = field(default_factory=dict)
-    _kept: dict[str, OrderedDict[Hashable, Any]] = field(default_factory=dict, repr=False)
-    _effects: dict[str, EffectApproximator | None] = field(default_factory=dict, repr=False)
-    _examples: dict[str, FeatureExamples | None] = field(default_factory=dict, repr=False)
+    _kept: dict[str, OrderedDict[Hashable, Any]] = field(default_factory=dict)
+    _effects: dict[str, EffectApproximator | None] = field(default_factory=dict)
+    _examples: dict[str, FeatureExamples | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.first_sae = self.first_sae or next(iter(self.sources))

@@ -1,7 +1,7 @@
 // The texts side by side, as they are written; then what steering did to each token, and to the features in them.
 import { call } from "./api.js";
 import { $, el, number, options } from "./dom.js";
-import { drawCost, nameOf } from "./items.js";
+import { drawCost } from "./items.js";
 import { changed, plan, state } from "./state.js";
 
 const NAMES = { unsteered: "Unsteered", steered: "Steered", random: "Random direction of equal norm" };
@@ -220,5 +220,3 @@ async function judge() {
     Object.entries(columns).map(([column, values]) => `${name}, ${NAMES[column].toLowerCase()}: ${number(mean(values), 2)}`));
   $("scores").replaceChildren(el("p", { class: "quiet" }, `${parts.join(" · ")}. From 0 to 1; coherence is against unsteered samples of this model.`));
 }
-
-export const describe = () => state.items.filter((item) => item.on).map(nameOf).join(", ");
