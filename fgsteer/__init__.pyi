@@ -46,6 +46,7 @@ from fgsteer.directions.triggers import find_triggers as find_triggers
 from fgsteer.directions.triggers import remove_words as remove_words
 from fgsteer.effects.approximator import EffectApproximator as EffectApproximator
 from fgsteer.effects.approximator import load_effects as load_effects
+from fgsteer.effects.rollouts import Sampling as Sampling
 from fgsteer.errors import ArgumentError as ArgumentError
 from fgsteer.errors import BusyError as BusyError
 from fgsteer.errors import DataError as DataError

@@ -24,6 +24,21 @@ AT = fg.Hookpoint(1)
 LONG = "the bride wore a ring\n" * 400
 
 
+def traced():
+    """A trace of long texts with its parts, and changes of features."""
+    likely, action = fg.NextToken(3, LONG, -1 / 3), fg.TokenAction(True, None, 1 / 3, 1 / 7)
+    numbers = (-1 / 3, -1 / 7, 1 / 3, 1 / 7)
+    token = fg.TracedToken(3, LONG, "prompt", *numbers, (likely,) * 5, (likely,) * 5, 1 / 3, (action,) * 9)
+    text = fg.TracedText(0, "steered", LONG, 3, (token,) * 400)
+    steered = fg.TracedIntervention("Add", str(AT), "all", LONG, LONG)
+    feature = fg.TracedFeature(3, LONG, 1 / 3, 1 / 7)
+    whole = fg.Trace((LONG,) * 9, (text,) * 9, (steered,) * 9, (feature,) * 64, str(AT), {"model": LONG})
+    change = fg.FeatureChange(3, LONG, 1 / 3, 1 / 7, 1 / 9, 1 / 11, 1 / 13, 1 / 17)
+    table = Table([change] * 20)
+    changes = fg.FeatureChanges(table, table, table, 1 / 3, 1 / 7, "prompts", 9, 9, LONG, {"prompts": 18})
+    return [likely, action, token, text, steered, feature, whole, change, changes, fg.Sampling()]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """One of every public dataclass and of what holds tensors, as large as they come."""
@@ -84,6 +99,7 @@ def made(tmp_path_factory):
         fg.SeenFeature(3, LONG, 0.5, "word"),
         fg.FeatureWeight(3, 1 / 3, 1 / 7, LONG),
         fg.Comparison((LONG,) * 9, (LONG,) * 9, (LONG,) * 9),
+        *traced(),
         pair,
         fg.ContrastSet("x" * 500, pairs=[pair] * 400, held_out=fg.load_contrast("love")),
         fg.LogProbabilities(torch.randn(9, 400), torch.ones(400)),

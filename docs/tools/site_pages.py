@@ -65,6 +65,7 @@ TITLES = {
     "evaluation": "Evaluation",
     "conditional": "Conditional defences",
     "mechanisms": "What drives steering",
+    "traces": "What steering did",
     "export": "Exports",
     "errors": "Errors and warnings",
 }

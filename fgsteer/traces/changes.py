@@ -202,9 +202,14 @@ def feature_changes(
     measured, chooser = clusters[1::2], changes[::2].mean(0)
     if chosen is not None:
         measured, chooser = clusters, torch.zeros_like(observed)
-    tables = (_largest(chooser, top), _largest(-chooser, top), chosen or [])
+    rose, fell, asked = (
+        Table(_row(sae, j, measured, predicted) for j in ids)
+        for ids in (_largest(chooser, top), _largest(-chooser, top), chosen or [])
+    )
     return FeatureChanges(
-        *(Table(_row(sae, j, measured, predicted) for j in ids) for ids in tables),
+        rose,
+        fell,
+        asked,
         None if predicted is None else _correlation(predicted, observed),
         _correlation(changes[::2].mean(0), changes[1::2].mean(0)),
         "prompts" if by_prompt else "seeds",
