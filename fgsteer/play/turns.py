@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import closing
+from contextlib import aclosing, closing
 from typing import Any
 
 from fgsteer.errors import BusyError, FgsteerError
@@ -28,8 +28,8 @@ class Turns:
     """Who waits for the model, and who has it."""
 
     def __init__(self) -> None:
-        self._waiting: list[asyncio.Event] = []
-        self._changed = asyncio.Condition()
+        self._waiting: list[object] = []
+        self._changed = asyncio.Event()  # a new one after each change
 
     @property
     def waiting(self) -> int:
@@ -43,36 +43,37 @@ class Turns:
         """
         if len(self._waiting) > MAX_WAITING:
             raise BusyError(f"{len(self._waiting)} requests that wait for the model", "fewer", "try again later")
-        ticket = asyncio.Event()
+        ticket = object()
         self._waiting.append(ticket)
         started = False
         try:
             async for place in self._places(ticket):
                 yield {"event": "queue", "place": place}
             started = True
-            async for event in self._run(work, ticket):
-                yield event
+            async with aclosing(self._run(work, ticket)) as events:
+                async for event in events:
+                    yield event
         finally:
             if not started:
-                await self._leave(ticket)
+                self._leave(ticket)
 
-    async def _places(self, ticket: asyncio.Event) -> AsyncGenerator[int]:
+    async def _places(self, ticket: object) -> AsyncGenerator[int]:
         """The place of a ticket whenever it changes, until it is first."""
         told = -1
         while (place := self._waiting.index(ticket)) > 0:
             if place != told:
                 told = place
-                yield place
-            async with self._changed:
-                if self._waiting.index(ticket) == place:
-                    await self._changed.wait()
+                yield place  # meanwhile it may change
+            else:
+                await self._changed.wait()
 
-    async def _leave(self, ticket: asyncio.Event) -> None:
-        async with self._changed:
-            self._waiting.remove(ticket)
-            self._changed.notify_all()
+    def _leave(self, ticket: object) -> None:
+        """Give the turn, or the place in the queue, to who is next. It awaits nothing, so no cancelling stops it."""
+        self._waiting.remove(ticket)
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
-    async def _run(self, work: Work, ticket: asyncio.Event) -> AsyncGenerator[Event]:
+    async def _run(self, work: Work, ticket: object) -> AsyncGenerator[Event]:
         """Read the work's events in a thread; the turn ends with the thread, also where nobody reads any more."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Any] = asyncio.Queue()
@@ -89,7 +90,7 @@ class Turns:
             except BaseException as error:  # the reader raises it
                 last = error
             try:
-                asyncio.run_coroutine_threadsafe(self._leave(ticket), loop)
+                loop.call_soon_threadsafe(self._leave, ticket)
                 loop.call_soon_threadsafe(events.put_nowait, last)
             except RuntimeError:  # the loop has ended, and everybody has left
                 return

@@ -12,7 +12,7 @@ import logging
 import math
 import socket
 import warnings
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,13 @@ def make_app(session: PlaySession, token: str, port: int) -> Guard:
         except (ValueError, DataError) as error:
             return Response(f"{str(error)[:200]}\n", 400)
         events = _events(turns, lambda: _with_notes(action(session, body)))
-        return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+        class EventStream(StreamingResponse):  # type: ignore[misc]
+            async def __call__(self, *given: Any) -> None:
+                async with aclosing(events):  # also where the reader has left in the middle of a send
+                    await super().__call__(*given)
+
+        return EventStream(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
     routes = [
         Route("/", page),
@@ -102,7 +108,7 @@ def _note(caught: warnings.WarningMessage) -> Event:
     return {"event": "note", "message": escape_text(str(caught.message)) if ours else ""}
 
 
-async def _events(turns: Turns, work: Callable[[], Any]) -> AsyncIterator[str]:
+async def _events(turns: Turns, work: Callable[[], Any]) -> AsyncGenerator[str]:
     """The events of an action as lines of server-sent events. A reader that leaves ends the action."""
     try:
         async with aclosing(turns.take(work)) as events:
