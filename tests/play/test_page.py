@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="make test-play i
 pytest.importorskip("uvicorn", reason="make test-play installs it")
 
 from fgsteer.play.web import serve_page
+from fgsteer.steering.streaming import stream_tokens
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "chromium"
 SAE, FEATURE, HOSTILE = "layer_2", 2326, 3044
@@ -287,7 +289,20 @@ def test_texts_of_strangers_are_shown_and_not_obeyed(opened):
     assert page.title() == "fgsteer play"
 
 
-def test_a_queue_shows_its_place_and_a_closed_tab_ends_its_text(opened, session):
+def test_a_queue_shows_its_place_and_a_closed_tab_ends_its_text(opened, session, monkeypatch):
+    real = stream_tokens
+
+    def slow(*arguments, **options):
+        """A long text that takes its time, on any machine and past its end."""
+        with closing(real(*arguments, **options)) as generated:
+            for tokens in generated:
+                time.sleep(0.02)
+                yield tokens
+        while options["max_new_tokens"] == 512:
+            time.sleep(0.02)
+            yield []
+
+    monkeypatch.setattr("fgsteer.play.writing.stream_tokens", slow)
     first, second = opened(), opened()
     first.fill("#tokens", "512")
     first.fill("#temperature", "0")
