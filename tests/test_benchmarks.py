@@ -57,6 +57,12 @@ def test_a_blind_reading_draws_evenly_and_hides_the_condition(run, script):
     assert len(blind.draw(run, 500, seed=0)) == 180, "no text is drawn twice"
 
 
+def test_the_page_of_play_says_what_the_results_say(script):
+    play = script("play")
+    result = json.loads((play.results_folder("smollm2") / "play.json").read_text("utf-8"))
+    assert play.published(play.PAGE, "play", play.report(result)) == play.PAGE.read_text("utf-8")
+
+
 def test_what_was_read_is_correlated_by_rank(run, script, monkeypatch):
     blind = script("blind")
     monkeypatch.setattr(blind, "RESAMPLES", 100)

@@ -75,6 +75,7 @@ def files(tmp_path_factory):
         "lint": ["love"],
         "orthogonalize": ["-v", vector, "-o", str(at / "without")],
         "patterns": ["sea"],
+        "play": ["-m", "default"],
         "saes": [],
         "serve": ["m"],
         "sweep": ["sea"],
@@ -100,6 +101,7 @@ def run(monkeypatch, capsys):
     monkeypatch.setattr("fgsteer.cli.demo.run", refuse)
     monkeypatch.setattr("fgsteer.saes.registry._releases", lambda: RELEASES)
     monkeypatch.setattr("fgsteer.serving.server.need_vllm", refuse)
+    monkeypatch.setattr("fgsteer.play.web.need_play", lambda: None)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["fgsteer", *arguments])

@@ -87,11 +87,12 @@ def commands(folder, at):
         "generate": ("the king", *one),
         "orthogonalize": ("-v", vector, "-o", at / "without"),
         "patterns": ("sea",),
+        "play": ("--no-browser",),
         "sweep": ("sea",),
         "train": ("dialogue", "-o", at / "trained", "--hookpoint", 1),
         "train-sae": (corpus, "-o", at / "sae", "--hookpoint", 1, "--held-out", 1),
     }
-    takes_sae = {"bench", "demo", "density", "effects", "examples", "features"}
+    takes_sae = {"bench", "demo", "density", "effects", "examples", "features", "play"}
     for name in takes_sae:
         rest[name] = (*rest[name], "--sae", "mine")
     return [(name, *arguments, "--model", folder) for name, arguments in rest.items()]
@@ -101,6 +102,7 @@ def test_no_command_runs_code_of_a_model_unasked(own, tmp_path, monkeypatch, cap
     folder, mark = own
     monkeypatch.setattr("fgsteer.cli.eval.find_spec", lambda _: True)
     monkeypatch.setattr(fg, "load_sae", lambda *_, **__: make_sae())
+    monkeypatch.setattr("fgsteer.play.web.need_play", lambda: None)
     tried = commands(folder, tmp_path)
     for arguments in tried:
         assert status_of(monkeypatch, *arguments) == 2, arguments

@@ -51,6 +51,7 @@ from fgsteer.cli import (  # noqa: F401  each registers its command
     lint,
     orthogonalize,
     patterns,
+    play,
     saes,
     serve,
     sweep,

@@ -18,6 +18,6 @@ In the order in which data flows:
     generation.py     ``generate``: texts that a steered model writes
     answers.py        greedy answers with their tokens, in batches
     splicing.py       ``splice``: other hidden states in the place of a model's own
-    streaming.py      ``stream``: one text, as it is written
+    streaming.py      ``stream``: one text, as it is written, or its tokens
     comparison.py     ``compare``: texts unsteered and steered, side by side
 """
