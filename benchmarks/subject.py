@@ -19,7 +19,7 @@ from fgsteer.data.shipped import load_bench_prompts, load_chat_prompts
 from fgsteer.errors import DataError
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.plan import BenchPlan
-from fgsteer.evaluation.patterns.styles import wilson
+from fgsteer.evaluation.metrics.intervals import wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

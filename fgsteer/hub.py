@@ -7,6 +7,7 @@ SteeringVector.from_pretrained("me/wedding").add(8.0)
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from fgsteer.errors.escaping import escape_markdown, markdown_code, redact
 from fgsteer.evaluation.drawing import rendered
 from fgsteer.evaluation.runs.plots import setting_curves
 from fgsteer.models.shipped import find_shipped
+from fgsteer.receipts.record import PROVENANCE, parse_receipt
 from fgsteer.storage.atomic import atomic_folder, atomic_write
 from fgsteer.storage.network import describe_unreachable, hub_is_reachable, hub_or_cache
 from fgsteer.vector import FEATURE_FACTS, FILE_NAME, MeasuredRun, SteeringVector
@@ -171,8 +173,10 @@ def card(vector: SteeringVector, settings: Sequence[Setting] = (), run: Measured
     lines = ["---", yaml.safe_dump(head, sort_keys=False) + "---", "", *_summary(vector, model), *_features(vector)]
     if run is not None and best is not None:
         lines += _table(settings, run, best)
+    lines += _receipt(vector)
     lines += _use(hub_model or "…" if shipped is None else shipped.name, best)
-    provenance = {key: value for key, value in vector.provenance.items() if key not in FEATURE_FACTS}
+    left_out = (*FEATURE_FACTS, PROVENANCE)
+    provenance = {key: value for key, value in vector.provenance.items() if key not in left_out}
     block = json.dumps(provenance, indent=1, default=str)  # no line of it begins with what would end the block
     return "\n".join([*lines, "Made with fgsteer. How it was made, in full:", "", "```json", block, "```", ""])
 
@@ -213,6 +217,27 @@ def _features(vector: SteeringVector) -> list[str]:
     if len(vector.features) > MAX_FEATURES:
         lines.append(f"\nand {len(vector.features) - MAX_FEATURES} more of smaller weight.")
     return lines
+
+
+def _receipt(vector: SteeringVector) -> list[str]:
+    """The lines of the receipt that a vector holds, none for a vector without one, or with something else there."""
+    try:
+        receipt = parse_receipt(vector.provenance.get(PROVENANCE))
+    except (TypeError, ValueError):
+        return []
+    if receipt.hookpoint != str(vector.hookpoint) or not math.isclose(receipt.norm, vector.norm, rel_tol=1e-4):
+        return []  # of the vector before it was scaled
+    facts = receipt.facts()
+    lines = [
+        "",
+        "## Receipt",
+        "",
+        "What the vector does besides, at the strength that is named.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    return [*lines, *(f"| {escape_markdown(name)} | {escape_markdown(fact)} |" for name, fact in facts.items())]
 
 
 def _use(model: str, best: Setting | None) -> list[str]:

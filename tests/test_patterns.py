@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from typer.testing import CliRunner
 
 import fgsteer as fg
-from fgsteer.evaluation.patterns.styles import wilson
+from fgsteer.evaluation.metrics.intervals import wilson
 from fgsteer.evaluation.patterns.suffix import _Search
 from fgsteer.models.hookpoints import blocks_of
 from fgsteer.statistics.contrast import Contrast, ContrastStatistics, Pooled

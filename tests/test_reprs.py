@@ -15,6 +15,8 @@ from fgsteer.errors.reprs import OneLineRepr, short_repr
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.metrics.intervals import Interval
+from fgsteer.receipts.record import OwnText
+from fgsteer.receipts.retention import Change
 from tests.helpers import runs
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import tiny_model, word_tokenizer
@@ -147,6 +149,7 @@ def made(tmp_path_factory):
         ),
         *selections(sae, vector, wide, narrow),
         *axbench_parts(),
+        *receipts(interval),
     ]
 
 
@@ -173,6 +176,24 @@ def axbench_parts():
         *(text, concept, fg.AxBenchData(LONG, (concept,) * 99, (LONG,) * 805, 10**6)),
         *(fg.AxBenchPlan(), fg.AxBenchResult(content)),
     ]
+
+
+def receipts(interval):
+    """What a vector does besides."""
+    wide, change = torch.randn(40, 40).double(), Change(interval, interval, interval)
+    turns = ((1 / 3,) * 99,) * 99
+    parts = {
+        "dose": fg.Dose(1 / 3, 1 / 7, 1 / 9, 10**6, 10**6),
+        "own_text": OwnText(interval, interval, 10**6),
+        "wrong_way": interval,
+        "retention": fg.Retention(change, change, {LONG: (1 / 3, 1 / 7)}),
+        "refusals": fg.Refusals(change, change),
+        "drift": fg.Drift(turns, turns, interval, interval),
+        "rerouting": fg.Rerouting(1 / 3, 1 / 7, 1 / 9, 1 / 11, 10**6, (10**6,) * 99, ((1, 2, 1 / 3, 1 / 7),) * 99),
+    }
+    whole = fg.Receipt("caa", "blocks.1.hook_resid_post", 1 / 3, "Add", "all", 1 / 3, **parts, left_out={LONG: LONG})
+    own = fg.OwnTextKL(wide, wide, wide.long(), 10**6, [[LONG] * 40] * 40)
+    return [own, change, *(part for part in parts.values() if part is not interval), whole]
 
 
 def recipes(wide, vector):

@@ -43,6 +43,7 @@ FLOORS = (
     "conditional",
     "mechanisms",
     "traces",
+    "receipts",
     "export",
     "hub",
     "serving",
@@ -162,6 +163,9 @@ pairs = fg.ContrastSet("z", [pair, fg.ContrastPair("tea", "bread", prompt="a cat
 open_style = fg.OpenStyle(texts, fg.KeywordJudge({"z": ["tea"]}), "z", 2)
 fg.measure_styles(model, tokenizer, vectors[1].add(1.0), {"own": pairs, "open": open_style})
 fg.find_suffix(model, tokenizer, vectors[1], texts, length=2, steps=1, threshold=-1e3).flips
+fg.own_text_kl(model, tokenizer, texts, vectors[0].add(1.0), max_new_tokens=3).kl
+asked = [("the man", ["sat", "ran"], 0), ("a cat", ["ran", "is"], 1)]
+fg.receipt(model, tokenizer, vectors[0], 1.0, contrast=sides, prompts=texts, choices=asked, context=32)
 for judge in (fg.KeywordJudge(), fg.EmbeddingJudge(BagOfWords())):
     judge.validate("wedding")
 from fgsteer.evaluation.metrics.intervals import mean_interval

@@ -12,11 +12,14 @@ import typer
 
 from fgsteer.cli.app import app
 from fgsteer.cli.bench_setup import (
+    COSTS,
     DISTRIBUTORS,
     GENERATORS,
+    KLS,
     QUICK,
     BenchOptions,
     choose_engine,
+    cost_fields,
     load_contrasts,
     make_distributor,
     make_generator,
@@ -107,6 +110,23 @@ def bench(
             "for several.",
         ),
     ] = None,
+    cost: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What a cost is: {' or '.join(COSTS)}. The rise in cross-entropy of neutral text in nats a token "
+            "(default), or KL on the steered model's own text in nats a text, which steering that leaves neutral text "
+            "alone cannot escape. Texts are then drawn with nothing cut off, and the report has what each method's "
+            "texts cost against the least that its behavior can cost."
+        ),
+    ] = None,
+    kl: Annotated[
+        list[float] | None,
+        typer.Option(
+            callback=finite,
+            help="A cost at which strength is set with --cost own-text: KL on the model's own text, in nats a text. "
+            f"Repeat for several; by default {', '.join(f'{one:g}' for one in KLS)}.",
+        ),
+    ] = None,
     matched: Annotated[
         float | None,
         typer.Option(callback=finite, help="The one of these costs at which methods are compared besides at best."),
@@ -181,8 +201,9 @@ def bench(
         "settings": settings_by_method(settings or []),
         **own_texts(own_prompts, neutral, field, prompts),
     }
+    plan |= cost_fields(cost, kl, ce_rise, matched)
     plan = {key: value for key, value in plan.items() if value is not None}
-    if ce_rise and matched is None:
+    if (ce_rise or "kls" in plan) and matched is None:
         plan["matched"] = None
     options = BenchOptions(
         out=out,

@@ -11,6 +11,7 @@ from fgsteer.cli.loading import ModelOptions, check_device, documents, load_mode
 from fgsteer.cli.printing import say
 from fgsteer.cli.values import parse_settings
 from fgsteer.errors import DataError
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.judges import table
 from fgsteer.storage.ranks import Ranks
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from fgsteer.evaluation.bench.generators import Generator
     from fgsteer.evaluation.judges.protocols import CoherenceJudge, Judge
 
+COSTS = ("neutral", "own-text")
+KLS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # nats a text of 32 tokens, from hardly any effect to broken text
 GENERATORS = ("transformers", "vllm")
 DISTRIBUTORS = ("none", "torchrun", "ray")
 FORMER_ENGINES = {"hf": ("transformers", None), "vllm": ("vllm", None), "ray": ("transformers", "ray")}
@@ -96,6 +99,26 @@ class BenchOptions:
         chosen = list(self.sae_ids or [None])
         measured = [sae_id for sae_id in chosen if shipped.has_effects(sae_id)]
         return [fg.load_effects(source, sae_id) for sae_id in measured or chosen[:1]]
+
+
+def cost_fields(
+    cost: str | None, kls: Sequence[float] | None, ce_rises: Sequence[float] | None, matched: float | None
+) -> dict[str, Any]:
+    """The plan's fields of --cost and --kl. Raises DataError for another kind of cost, or two of them."""
+    if cost is not None and cost not in COSTS:
+        raise DataError(f"--cost {cost}", " or ".join(COSTS), "the costs themselves are set with --ce-rise or --kl")
+    if kls and cost == COSTS[0]:
+        raise DataError(
+            f"--kl with --cost {cost}", f"--cost {COSTS[1]}", "costs on neutral text are set with --ce-rise"
+        )
+    if not kls and cost != COSTS[1]:
+        return {}
+    if ce_rises:
+        raise DataError("--ce-rise with costs on own text", "--kl", "costs on own text are set with --kl")
+    chosen = tuple(sorted(kls or KLS))
+    if matched is not None and matched not in chosen:
+        raise DataError(f"--matched {matched:g}", f"one of the costs {', '.join(f'{one:g}' for one in chosen)}")
+    return {"kls": chosen, "top_k": MAX_COUNT, "top_p": 1.0}
 
 
 def load_contrasts(concepts: Iterable[str]) -> list[ContrastSet]:

@@ -8,19 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from fgsteer.cli.app import app
-from fgsteer.cli.loading import ModelOptions, check_fit, load_model
+from fgsteer.cli.loading import ModelOptions, check_fit, interventions, load_model
 from fgsteer.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
     ModelOption,
+    OperationOption,
     PrependBosOption,
     RevisionOption,
     TokensOption,
     TrustOption,
 )
 from fgsteer.cli.printing import console, progress_bar, say, show
-from fgsteer.cli.values import hookpoints, token_rule
+from fgsteer.cli.values import finite, hookpoints, token_rule
 from fgsteer.errors import DataError
 from fgsteer.errors.wording import count
 
@@ -41,6 +42,20 @@ def diagnose(
             "--hookpoint", help="A hookpoint to diagnose at, such as blocks.2.hook_resid_post. Repeat for several."
         ),
     ] = None,
+    coefficient: Annotated[
+        float | None,
+        typer.Option(
+            "--coefficient",
+            "-c",
+            callback=finite,
+            help="Also measure a receipt of the vector at this coefficient: its dose beside the activations, what own "
+            "texts cost, inputs that move the wrong way, what is kept, drift over turns, and rerouted attention.",
+        ),
+    ] = None,
+    operation: OperationOption = "add",
+    store: Annotated[
+        bool, typer.Option("--store", help="Store the receipt in the vector's file, whose model card then shows it.")
+    ] = False,
     model: ModelOption = "default",
     tokens: TokensOption = "all",
     prepend_bos: PrependBosOption = None,
@@ -60,6 +75,7 @@ def diagnose(
     from fgsteer.storage.files import is_tensors
 
     chosen = None if vector is None else fg.SteeringVector.load(vector)
+    _check_receipt(coefficient, store, chosen)
     if chosen is not None and hookpoint:
         raise DataError("both", "either --vector or --hookpoint", "leave out --hookpoint: a vector has its own")
     places_asked = hookpoints(hookpoint)
@@ -85,7 +101,43 @@ def diagnose(
     for at in places:
         shown = chosen or fg.caa(built_from, hookpoint=at)
         rows += [{"texts": name, **fg.diagnose(part, shown).as_dict()} for name, part in stats.items()]
-    show({"source": source, "vector": vector and str(vector), "rows": rows}, as_json, _print_diagnosis)
+    output = {"source": source, "vector": vector and str(vector), "rows": rows}
+    if coefficient is not None:
+        contrast = None if is_tensors(source) else source
+        options = ModelOptions(model, device, dtype, revision, trust_remote_code)
+        slip = _receipt(chosen, coefficient, operation, contrast, options, as_json)
+        output["receipt"] = slip.as_dict()
+        if store:
+            slip.stored_in(chosen).save(vector)
+    show(output, as_json, print_diagnosis)
+
+
+def _check_receipt(coefficient: float | None, store: bool, vector: Any) -> None:
+    """Raises DataError for a receipt without a vector, or to be stored without a strength."""
+    if coefficient is not None and vector is None:
+        raise DataError("-c without a vector", "a vector whose receipt is measured", "name its file with --vector")
+    if store and coefficient is None:
+        raise DataError("--store without -c", "the coefficient at which the receipt is measured", "give it with -c")
+
+
+def _receipt(
+    vector: Any, coefficient: float, operation: str, contrast: str | None, model: ModelOptions, as_json: bool
+) -> Any:
+    """The receipt of a vector."""
+    import fgsteer as fg
+    from fgsteer.models.chat import is_chat_model
+
+    parts = load_model(model)
+    scope = "reply" if is_chat_model(*parts) else "all"
+    with progress_bar("parts of the receipt", None, as_json) as progress:
+        return fg.receipt(
+            *parts,
+            vector,
+            coefficient,
+            make=lambda c: interventions([(vector, c)], operation, scope)[0],
+            contrast=contrast,
+            progress=progress,
+        )
 
 
 def _collect(
@@ -118,7 +170,8 @@ def _collect(
     return statistics
 
 
-def _print_diagnosis(output: dict[str, Any]) -> None:
+def print_diagnosis(output: dict[str, Any]) -> None:
+    """Print a diagnosis, and the receipt where one was measured."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
@@ -131,5 +184,11 @@ def _print_diagnosis(output: dict[str, Any]) -> None:
     console().print(table)
     say("agreement: 0 where differences point every way, 1 where all point one way")
     say("d': 0 where the two sides overlap, 2 where they hardly do")
+    if "receipt" in output:
+        from fgsteer.receipts.record import parse_receipt
+
+        say("")
+        for name, fact in parse_receipt(output["receipt"]).facts().items():
+            say(f"{name}: {fact}")
     if any(row["d_prime"] is None for row in output["rows"]):
         say("-: needs two texts of each side and their activations: run fgsteer collect without --no-pooled")

@@ -1,4 +1,4 @@
-"""The contrast sets and neutral texts that ship with the package."""
+"""The contrast sets, neutral texts and questions that ship with the package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fgsteer.storage.json_files import read_json
 
 _DATA = Path(__file__).resolve().parent
 SHIPPED, _REPLIES = _DATA / "contrast_sets", _DATA / "chat_sets"
-_NEUTRAL = _DATA / "neutral.json"
+_NEUTRAL, _CHOICES = _DATA / "neutral.json", _DATA / "multiple_choice.json"
 
 
 def shipped_contrasts(*, chat: bool = False) -> list[str]:
@@ -44,3 +44,8 @@ def load_bench_prompts() -> list[str]:
 def load_chat_prompts() -> list[list[dict[str, str]]]:
     """Load the questions that a benchmark asks a chat model, each as messages, on no behavior in particular."""
     return [[{"role": "user", "content": question}] for question in read_json(_NEUTRAL)["questions"]]
+
+
+def load_choices() -> list[tuple[str, list[str], int]]:
+    """Load the shipped questions of common knowledge, each with four answers and the number of the right one."""
+    return [(row["question"], list(row["answers"]), row["correct"]) for row in read_json(_CHOICES)["questions"]]

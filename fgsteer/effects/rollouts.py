@@ -23,7 +23,7 @@ from fgsteer.activations.recording import record
 from fgsteer.errors.checks import check_range
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.base import Intervention
-from fgsteer.models.properties import check_window, input_device
+from fgsteer.models.properties import check_window, eos_ids, input_device
 from fgsteer.saes.sae import SAE
 from fgsteer.steering.entries import Entry
 from fgsteer.steering.generation import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
@@ -61,6 +61,10 @@ class Sampling:
         check_range("top_p", self.top_p, 1e-20, 1)
         check_range("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
 
+    def truncates(self, vocabulary: int) -> bool:
+        """Whether some tokens of a vocabulary of so many can never be drawn, however likely the model finds them."""
+        return self.top_k < vocabulary or self.top_p < 1
+
     def noise(self, rollout: int, step: int, prompts: int, vocabulary: int) -> Float[Tensor, "prompts vocabulary"]:
         """Standard Gumbel noise for one step, one row per prompt, the same on every device."""
         seed = (self.seed * 1_000_003 + rollout) * 1_000_003 + step
@@ -76,6 +80,9 @@ def choose(
     Row i takes the noise of prompt i mod prompts. With Gumbel noise g this samples from p;
     rows with equal noise and close p choose alike.
     """
+    if not sampling.truncates(logits.shape[-1]):
+        rows = torch.arange(len(logits), device=logits.device) % len(noise)
+        return (logits.float() / sampling.temperature + noise.to(logits.device)[rows]).argmax(-1)
     top, ids = (logits.float() / sampling.temperature).topk(min(sampling.top_k, logits.shape[-1]), dim=-1)
     shares = top.softmax(-1)
     outside = shares.cumsum(-1) - shares >= sampling.top_p  # the likeliest token always stays
@@ -105,6 +112,8 @@ def rollout(
     steering: Sequence[Entry],
     sampling: Sampling,
     number: int = 0,
+    *,
+    may_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Draw one continuation of every prompt under every entry.
 
@@ -114,10 +123,11 @@ def rollout(
         steering: The entries: interventions, lists of them that compose, or None for the unsteered model.
         sampling: How continuations are drawn; nothing of the model's own generation config acts.
         number: The number of the rollout, which the random numbers depend on.
+        may_end: Whether end-of-text is drawn as any other token; what follows it then means nothing.
 
     Returns:
         Ids and mask, (entries × prompts, tokens): by entry, then prompt, the prompt's ids and then exactly
-        ``max_new_tokens`` new ones, end-of-text never among them.
+        ``max_new_tokens`` new ones, end-of-text never among them unless it may be.
     """
     device = input_device(model)
     ids, mask = (part.repeat(len(steering), 1).to(device) for part in prompts)
@@ -125,10 +135,10 @@ def rollout(
     check_window(
         model, length + sampling.max_new_tokens, f"a prompt of {length} tokens and {sampling.max_new_tokens} new ones"
     )
-    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = [] if may_end else sorted(eos_ids(model))
 
     def keep_chosen(so_far: Tensor, logits: Tensor) -> Tensor:
-        if ends is not None:
+        if ends:
             logits[:, ends] = -torch.inf
         noise = sampling.noise(number, so_far.shape[1] - length, count, logits.shape[-1])
         chosen = choose(logits, noise, sampling)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+import torch
 
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import SteeringError
 from fgsteer.errors.checks import check_number, checked
 from fgsteer.interventions.base import Intervention
-from fgsteer.likelihood.cost_curves import POWER, CostCurve
+from fgsteer.likelihood.cost_curves import MAX_ROUNDS, POWER, CostCurve
 from fgsteer.likelihood.passes import TextPasses
 from fgsteer.likelihood.scoring import Scored, mean_cross_entropies, mean_kl_divergences, scored_pairs
 from fgsteer.steering.entries import interventions_of
@@ -260,14 +262,27 @@ def _changes_nothing(item: Intervention) -> bool:
     return update.read is None and update.sae is None and not bool(update.const.any())
 
 
+class Costs(Protocol):
+    """What measures the cost of interventions in a model whose activations have a dtype."""
+
+    dtype: torch.dtype
+
+    def __call__(self, items: Sequence[Intervention], /) -> list[float]:
+        """The cost of each intervention."""
+
+    def guess(self, item: Intervention, target: float, /) -> float:
+        """A multiple of an intervention that may cost the target."""
+
+
 def solve_costs(
-    costs: CostMeter,
+    costs: Costs,
     targets: Sequence[Sequence[float]],
     makes: Sequence[Callable[[float], Intervention]],
     start: float | None = None,
     tolerance: float = TOLERANCE,
     progress: Progress = None,
     known: Sequence[Sequence[tuple[float, float]]] = (),
+    rounds: int = MAX_ROUNDS,
 ) -> list[CostCurve]:
     """Measure each intervention until its targets are met, as far as they can be.
 
@@ -279,6 +294,7 @@ def solve_costs(
         tolerance: As in ``calibrate``.
         progress: As in ``calibrate``.
         known: For each intervention the strengths whose cost is known, and the costs; none by default.
+        rounds: How often strengths are measured, at most.
     """
     for name, value in (("start", start), ("tolerance", tolerance)):
         if value is not None and not 0 < value < math.inf:
@@ -287,7 +303,7 @@ def solve_costs(
     for number, make in enumerate(makes):
         middle = math.prod(targets[number]) ** (1 / len(targets[number]))
         first = costs.guess(make(1.0), middle) if start is None else float(start)
-        curves.append(CostCurve(targets[number], first, tolerance))
+        curves.append(CostCurve(targets[number], first, tolerance, rounds))
         for strength, cost in known[number] if known else ():
             curves[-1].learn(strength, cost)
     with reporting(progress, "calibrating strengths", sum(map(len, targets))) as report:

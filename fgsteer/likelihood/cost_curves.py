@@ -30,10 +30,12 @@ class CostCurve:
         targets: The costs to be met, in any order.
         start: The strength to measure first.
         tolerance: The relative error of a cost that is accepted.
+        most_rounds: The rounds of guesses after which the last ones are taken.
     """
 
-    def __init__(self, targets: Sequence[float], start: float, tolerance: float) -> None:
+    def __init__(self, targets: Sequence[float], start: float, tolerance: float, most_rounds: int = MAX_ROUNDS) -> None:
         self.targets, self.start, self.tolerance = tuple(targets), start, tolerance
+        self.most_rounds = most_rounds
         self.points: list[Point] = []
         self.rounds = 0
         self._found: dict[float, float] = {}
@@ -42,7 +44,7 @@ class CostCurve:
     @property
     def open(self) -> bool:
         """Whether a target is not met yet."""
-        return len(self._found) < len(set(self.targets)) and self.rounds < MAX_ROUNDS
+        return len(self._found) < len(set(self.targets)) and self.rounds < self.most_rounds
 
     @property
     def solved(self) -> int:

@@ -32,8 +32,19 @@ if TYPE_CHECKING:
 _SENTENCES, _TOGETHER = 16, 4  # of the neutral sentences, and how many make one text
 _REQUEST = "Write a few sentences about an ordinary day."
 FIRST_GUESS = 0.25  # of the activations' norm
-DOSES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1, 3 / 2)  # of the activations' norm: what ``useful`` tries
-USEFUL_COSTS = (0.01, 2.0)  # nats per token: below, nothing changes; above, no language is left
+DOSES = (
+    1 / 64,
+    1 / 32,
+    1 / 16,
+    1 / 8,
+    1 / 4,
+    3 / 8,
+    1 / 2,
+    3 / 4,
+    1,
+    3 / 2,
+)  # of the activations' norm: what ``useful`` tries
+USEFUL_COSTS = (0.003, 2.0)  # nats per token: below, trained vectors steer no more; above, no language is left
 TOLERANCE = 0.1  # of the cost that ``find`` is asked for
 
 
@@ -119,7 +130,7 @@ class StrengthMeter:
         return [Strength(c, value - unsteered, abs(c) * size) for c, value in zip(coefficients, steered, strict=True)]
 
     def useful(self) -> list[Strength]:
-        """Measure strengths from 1/32 to 3/2 of the activations' norm; return those that steer and leave language.
+        """Measure strengths from 1/64 to 3/2 of the activations' norm; return those that steer and leave language.
 
         All of them are returned where none does.
         """

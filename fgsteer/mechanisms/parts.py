@@ -117,11 +117,16 @@ def is_linear(module: object) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
+def project_weight(reader: Reader) -> Float[Tensor, "d_head d_model"]:
+    """One head's part of a projection's weight."""
+    return _matrix(reader.module)[reader.entries]
+
+
 def project(reader: Reader, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_head"]:
     """What one head's part of a projection makes of what it reads."""
     bias: Any = reader.module.bias
     own = None if bias is None else bias[reader.entries]
-    return nn.functional.linear(x, _matrix(reader.module)[reader.entries], own)
+    return nn.functional.linear(x, project_weight(reader), own)
 
 
 @torch.no_grad()

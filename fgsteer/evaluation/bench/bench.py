@@ -33,8 +33,9 @@ from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import warn
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.evaluation.bench.conditions import ConceptConditions, bench_methods, steers
+from fgsteer.evaluation.bench.conditions import ConceptConditions, Make, bench_methods, steers
 from fgsteer.evaluation.bench.generators import Generator, TransformersGenerator
+from fgsteer.evaluation.bench.own_costs import OwnTextMeter, Written, check_own_texts, own_strengths, write_own
 from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.bench.run_files import (
     Condition,
@@ -161,12 +162,21 @@ class Bench(OneLineRepr):
         plain = [method for method in bench_methods() if method in plan.methods and not steers(method)]
         conditions = [Condition(concept, method) for method in plain]
         makes = [built.make(method, layer) for method, layer in plan.method_layers]
-        grids = calibrate_grid(self.model, self.tokenizer, makes, self.neutral, target_ce_rises=plan.ce_rises)
-        for number, rise in enumerate(plan.ce_rises):
+        grids = self._strengths(makes)
+        for number, cost in enumerate(plan.costs):
             for (method, layer), coefficients in zip(plan.method_layers, grids, strict=True):
                 if not math.isnan(coefficients[number]):  # nan: no coefficient costs that much
-                    conditions.append(Condition(concept, method, layer, coefficients[number], rise))
+                    of_kind = {"kl" if plan.kls else "ce_rise": cost}
+                    conditions.append(Condition(concept, method, layer, coefficients[number], **of_kind))
         return conditions
+
+    def _strengths(self, makes: Sequence[Make]) -> list[list[float]]:
+        """For each function from a strength to an intervention, the strength of each cost of the plan."""
+        if not self.plan.kls:
+            return calibrate_grid(self.model, self.tokenizer, makes, self.neutral, target_ce_rises=self.plan.ce_rises)
+        tuning = self.plan.prompts_of(HALVES[0])
+        meter = OwnTextMeter(self.model, self.tokenizer, tuning, self.plan.sampling, self.plan.batch_rows)
+        return own_strengths(meter, makes, self.plan.kls)
 
     def batches(self, conditions: Sequence[Condition]) -> Iterator[Batch]:
         """The batches of a concept's conditions, in the order in which they are written."""
@@ -198,18 +208,30 @@ class Bench(OneLineRepr):
 
     def generate_texts(self, batch: Batch) -> list[str]:
         """Generate the texts of the batch's conditions, by condition, then prompt."""
+        return [written.text for written in self._written(batch)]
+
+    def _written(self, batch: Batch) -> list[Written]:
+        """The batch's texts, each with its KL and distinct 3-grams where the plan's costs are those of own texts."""
         prompts, built = self.plan.prompts_of(batch.half), self.concept(batch.conditions[0].concept)
         with_same_prompts: dict[str, tuple[list[Text], list[Condition]]] = {}
         for condition in batch.conditions:
             own_prompts = built.prompts(condition.method, prompts)
             with_same_prompts.setdefault(repr(own_prompts), (own_prompts, []))[1].append(condition)
-        texts_of: dict[Condition, list[str]] = {}
+        texts_of: dict[Condition, list[Written]] = {}
         for own_prompts, conditions in with_same_prompts.values():
             steering = [None if c.layer is None else built.make(c.method, c.layer)(c.coefficient) for c in conditions]
-            texts = self._generate(own_prompts, steering, batch.seed)
+            texts = self._write(own_prompts, prompts, steering, batch.seed)
             for place, condition in enumerate(conditions):
                 texts_of[condition] = texts[place * len(prompts) : (place + 1) * len(prompts)]
         return [text for condition in batch.conditions for text in texts_of[condition]]
+
+    def _write(
+        self, prompts: Sequence[Text], plain: Sequence[Text], steering: Sequence[Any], number: int
+    ) -> list[Written]:
+        """Continuations by intervention, then prompt, each with its KL and distinct 3-grams where they are measured."""
+        if not self.plan.kls:
+            return [Written(text) for text in self._generate(prompts, steering, number)]
+        return write_own(self.model, self.tokenizer, prompts, plain, steering, self.plan.sampling, number)
 
     def records(self, batch: Batch) -> list[EvalRecord]:
         """The batch's texts with their scores; a text at the matched cost is listed for both comparisons.
@@ -217,7 +239,8 @@ class Bench(OneLineRepr):
         Raises DataError for a score that is not a number in its range, as of an empty text.
         """
         prompts = self.plan.prompts_of(batch.half)
-        texts = self.generate_texts(batch)
+        written = self._written(batch)
+        texts = [one.text for one in written]
         prompt_of_text = prompts * len(batch.conditions)
         coherence, cross_entropy = self._coherence(texts, prompt_of_text)
         behavior = self.judge.score(list(map(_judged_text, prompt_of_text, texts)), batch.conditions[0].concept)
@@ -239,10 +262,12 @@ class Bench(OneLineRepr):
                 coherence=round(float(coherence[place]), 6),
                 ce=round(float(cross_entropy[place]), 6),
                 ce_rise=condition.ce_rise,
+                kl=written[place].kl,
+                distinct=written[place].distinct,
             )
             records.append(record)
             if self._is_matched(condition):
-                records.append(replace(record, matched=condition.ce_rise))
+                records.append(replace(record, matched=condition.cost))
         return records
 
     def _coherence(self, texts: Sequence[str], prompts: Sequence[Text]) -> tuple[Tensor, Tensor]:
@@ -255,7 +280,7 @@ class Bench(OneLineRepr):
         return self.coherence.coherence(texts, plain), losses
 
     def _is_matched(self, condition: Condition) -> bool:
-        return condition.ce_rise is not None and condition.ce_rise == self.plan.matched
+        return condition.cost is not None and condition.cost == self.plan.matched
 
     @cached_property
     def _made_of(self) -> dict[str, Any]:
@@ -271,6 +296,8 @@ class Bench(OneLineRepr):
     def identity(self) -> dict[str, Any]:
         """All that the records depend on, as plain JSON: runs with equal ones may share a file."""
         plan = {key: value for key, value in asdict(self.plan).items() if key not in ("neutral", "own_prompts")}
+        if not self.plan.kls:  # as runs of earlier versions have it
+            del plan["kls"]
         plan["prompts"] = [prompt for half in HALVES for prompt in self.plan.prompts_of(half)]
         if self.generator is not None:
             plan["engine"] = self.generator.name
@@ -335,6 +362,8 @@ class Bench(OneLineRepr):
         path = Path(path)
         file_target(path)
         plain = plain_path(path)
+        if self.plan.kls:
+            check_own_texts(self.model, self.plan.sampling, self.generator)
         with exclusive_lock(plain), reporting(progress, "generating texts") as report:
             check_run(path, self.identity, fresh=fresh)
             unpack_run(path)

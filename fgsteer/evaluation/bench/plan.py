@@ -38,7 +38,10 @@ class BenchPlan(OneLineRepr):
             template and those that are trained.
         layers: The layers of every method that steers, or {method: its layers}.
         ce_rises: Costs at which strength is set: nats a token by which the cross-entropy of neutral texts rises.
-        matched: The one of ``ce_rises`` at which methods are compared besides at their best, or None.
+        kls: Costs at which strength is set in place of ``ce_rises``: nats a text of KL on the steered model's own text
+            (``own_text_kl``). Texts must then be drawn at temperature 1 with nothing cut off, and each record has what
+            its text cost.
+        matched: The one of ``costs`` at which methods are compared besides at their best, or None.
         halves: Which halves are run.
         prompts: Number of prompts of each half.
         seeds: Number of seeds of each half, for every prompt.
@@ -61,7 +64,8 @@ class BenchPlan(OneLineRepr):
     concepts: tuple[str, ...]
     methods: tuple[str, ...] = field(default_factory=default_methods)
     layers: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
-    ce_rises: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
+    ce_rises: tuple[float, ...] = (0.015625, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
+    kls: tuple[float, ...] = ()
     matched: float | None = 0.5
     halves: tuple[str, ...] = HALVES
     prompts: int = 16
@@ -115,17 +119,30 @@ class BenchPlan(OneLineRepr):
             raise DataError(f"concepts {listed}", "each name once, in upper or lower case", "rename one of them")
 
     def _check_costs(self) -> None:
-        for rise in self.ce_rises:
-            check_range("a ce_rise", rise, 0, sys.float_info.max)
-        rising = list(self.ce_rises) == sorted(set(self.ce_rises))
-        if not self.ce_rises or not rising or not self.ce_rises[0] > 0:
-            raise DataError(f"ce_rises {self.ce_rises}", "rising numbers above 0", "sort them, each one once")
-        if self.matched is not None and self.matched not in self.ce_rises:
+        for name, costs in (("ce_rises", self.ce_rises), ("kls", self.kls)):
+            for cost in costs:
+                check_range(f"a cost of {name}", cost, 0, sys.float_info.max)
+            rising = list(costs) == sorted(set(costs))
+            if (name == "ce_rises" and not costs) or not rising or (costs and not costs[0] > 0):
+                raise DataError(f"{name} {costs}", "rising numbers above 0", "sort them, each one once")
+        name = "kls" if self.kls else "ce_rises"
+        if self.matched is not None and self.matched not in self.costs:
             raise DataError(
                 f"matched {self.matched}",
-                f"one of the ce_rises {self.ce_rises}",
-                "add it to ce_rises=, or pass matched=None to compare methods only at their best",
+                f"one of the {name} {self.costs}",
+                f"add it to {name}=, or pass matched=None to compare methods only at their best",
             )
+        if self.kls and (self.temperature != 1 or self.top_p != 1):
+            raise DataError(
+                f"kls with temperature = {self.temperature:g} and top_p = {self.top_p:g}",
+                "temperature=1, top_p=1 and top_k of the whole vocabulary",
+                "KL on the steered model's own text is that of the distribution that it draws from: cut nothing off",
+            )
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """The costs at which strength is set: ``kls`` where there are any, else ``ce_rises``."""
+        return self.kls or self.ce_rises
 
     @property
     def all_prompts(self) -> Sequence[Text]:

@@ -32,7 +32,8 @@ BEGINNING = b'{"fgsteer": "bench"'  # by which a header that was cut off is know
 class Condition:
     """What a concept's texts are generated under: a method at a layer with a coefficient, or no steering.
 
-    ``ce_rise`` is the cost in nats a token that the coefficient was calibrated to, None where nothing steers.
+    ``ce_rise`` is the cost in nats a token that the coefficient was calibrated to, ``kl`` that in nats an own text;
+    None where it was calibrated to another, and where nothing steers.
     """
 
     concept: str
@@ -40,6 +41,12 @@ class Condition:
     layer: int | None = None
     coefficient: float = 0.0
     ce_rise: float | None = None
+    kl: float | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """The cost that the coefficient was calibrated to."""
+        return self.ce_rise if self.kl is None else self.kl
 
 
 def strengths_path(path: Path) -> Path:
@@ -87,7 +94,7 @@ def load_conditions(path: Path, identity: Mapping[str, Any]) -> dict[str, list[C
 def _parse_condition(entry: Mapping[str, Any]) -> Condition:
     """A condition of its JSON object. Raises TypeError, ValueError."""
     condition = Condition(**entry)
-    numbers = (condition.coefficient, condition.layer or 0, condition.ce_rise or 0.0)
+    numbers = (condition.coefficient, condition.layer or 0, condition.cost or 0.0)
     texts = (condition.concept, condition.method)
     if not all(isinstance(text, str) for text in texts) or not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"{condition} is not a condition")

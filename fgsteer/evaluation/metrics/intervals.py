@@ -177,3 +177,12 @@ def paired_differences(
             COMPLETE,
         )
     return {unit: first[unit] - second[unit] for unit in first}
+
+
+def wilson(successes: float, trials: int, level: float = LEVEL) -> Interval:
+    """A share with Wilson's score interval (1927); a success may count half."""
+    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    share = successes / trials
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * trials)) / trials) / (1 + z2 / trials)
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half), trials, trials, float(trials))

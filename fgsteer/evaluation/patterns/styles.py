@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float
@@ -24,7 +23,7 @@ from fgsteer.errors.checks import check_range, checked, describe_value
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.evaluation.judges.protocols import Judge
-from fgsteer.evaluation.metrics.intervals import LEVEL, Interval, mean_interval
+from fgsteer.evaluation.metrics.intervals import Interval, mean_interval, wilson
 from fgsteer.evaluation.metrics.propensity import Propensity
 from fgsteer.steering.entries import Entry
 from fgsteer.steering.generation import generate
@@ -192,15 +191,6 @@ def pairs_of(contrast: ContrastSet) -> Sequence[ContrastPair]:
             "pass pairs of replies, such as fg.load_contrast('cheerful')",
         )
     return pairs
-
-
-def wilson(successes: float, trials: int, level: float = LEVEL) -> Interval:
-    """A share with Wilson's score interval (1927); a success may count half."""
-    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
-    share = successes / trials
-    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * trials)) / trials) / (1 + z2 / trials)
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half), trials, trials, float(trials))
 
 
 def _gap(first: Interval, other: Interval) -> Interval:

@@ -28,8 +28,8 @@ from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_number, check_range, checked
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.evaluation.metrics.intervals import Interval, mean_interval
-from fgsteer.evaluation.patterns.styles import pairs_of, wilson
+from fgsteer.evaluation.metrics.intervals import Interval, mean_interval, wilson
+from fgsteer.evaluation.patterns.styles import pairs_of
 from fgsteer.interventions.values import unit_and_norm
 from fgsteer.models.chat import is_chat_model
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve

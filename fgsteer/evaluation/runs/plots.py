@@ -8,6 +8,7 @@ Each function takes a run and returns a matplotlib Figure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,11 +36,13 @@ from fgsteer.evaluation.drawing import (
     save_each,
 )
 from fgsteer.evaluation.metrics.intervals import Interval
-from fgsteer.evaluation.runs.records import Run, Setting
+from fgsteer.evaluation.metrics.own_text import least_kl
+from fgsteer.evaluation.runs.records import Run, Setting, mean
 from fgsteer.evaluation.runs.tables import (
     BASELINE,
     Point,
     average_table,
+    base_rate,
     best_sae_method,
     concept_table,
     curve,
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+BOUND_STEPS = 100
 EQUAL_BCS = (0.2, 0.4, 0.6, 0.8)
 # (measure, label, line and marker, color, line width)
 MEASURES = (
@@ -88,7 +92,7 @@ def pictures(run: Run) -> list[Picture]:
     best, baseline = best_sae_method(run), method_name(BASELINE)
     for matched in (None, *run.targets):
         suffix = "" if matched is None else f"-matched-{matched:g}"
-        at = "at the best coefficient" if matched is None else f"at {matched:g} nats of CE rise"
+        at = "at the best coefficient" if matched is None else f"at {matched:g} {run.cost_unit}"
         caption = f"Average BCS of each method {at}, with 95 % intervals over prompts."
         drawn.append(Picture(f"methods{suffix}", caption, method_bars(run, matched)))
         if best and any(row.method == best and row.difference for row in average_table(run, matched)):
@@ -100,6 +104,12 @@ def pictures(run: Run) -> list[Picture]:
             "the highest BCS and of the last step are written beside their points."
         )
         drawn.append(Picture("frontier", caption, frontier(run)))
+        if run.has_kl:
+            caption = (
+                "Behavior against KL on the steered model's own text along each method's coefficients, averages over "
+                "concepts. No steering is left of the dashed line, drawn from the mean behavior of unsteered texts."
+            )
+            drawn.append(Picture("own-text", caption, own_text_curves(run)))
         caption = "Behavior, coherence and BCS by coefficient, averages over concepts."
         drawn.append(Picture("coefficients", caption, coefficient_curves(run)))
     for method in dict.fromkeys(m for m in (best, BASELINE) if m and len(run.layers(m)) > 1):
@@ -138,6 +148,45 @@ def frontier(run: Run) -> Figure:
     handles.append(mark("equal BCS, .2 to .8", "-", color=LINE, lw=0.7))
     legend(figure, handles, columns=2)
     figure.supxlabel("coherence")
+    figure.supylabel("behavior")
+    return figure
+
+
+@drawing_style()
+def own_text_curves(run: Run) -> Figure:
+    """Behavior against own-text KL along each method's coefficients, a panel a method, with the least that it costs.
+
+    By convexity the curve of ``least_kl`` from the mean rate bounds the averages of concepts and prompts too. Raises
+    DataError where concepts have grids of unequal lengths.
+    """
+    from matplotlib.ticker import NullFormatter
+
+    figure, panels = panel_grid(run.swept, method_name)
+    rates = [base_rate(run, concept) for concept in run.concepts]
+    known = [rate.mean or rate.high for rate in rates if rate is not None]
+    start = mean(known) if known and len(known) == len(rates) else None
+    curves = {method: [(p.kl or 0.0, p.behavior) for p in curve(run, method)] for method in run.swept}
+    costs = [kl for points in curves.values() for kl, _ in points if kl > 0]
+    least, most = min(costs, default=0.1), max(costs, default=1.0)
+    baseline = sorted(curves.get(BASELINE, []))
+    dashed: dict[str, Any] = {"color": QUIET, "mfc": PAPER, "ms": 2.5, "lw": 1}
+    for method, axis in panels:
+        if start is not None:
+            behaviors = [start + (1 - start) * n / BOUND_STEPS for n in range(BOUND_STEPS + 1)]
+            axis.plot([least_kl(start, q) for q in behaviors], behaviors, "--", color=ORANGE, lw=1)
+        axis.plot([x for x, _ in baseline], [y for _, y in baseline], "s--", **dashed)
+        points = sorted(curves[method])
+        axis.plot([x for x, _ in points], [y for _, y in points], "o-", color=BLUE)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda nats, _: plain_number(nats, max(0, -math.floor(math.log10(nats)))))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set(xlim=(least / 10, 1.5 * most), ylim=(0, 1.05), yticks=(0, 0.5, 1))
+        axis.set_yticklabels(["0", ".5", "1"])
+    handles = [mark("the method, by coefficient", "o-", color=BLUE)]
+    handles += [mark(method_name(BASELINE), "s--", **dashed)] if baseline else []
+    handles += [] if start is None else [mark("least possible KL", "--", color=ORANGE, lw=1)]
+    legend(figure, handles, columns=2)
+    figure.supxlabel("KL on own text, nats a text")
     figure.supylabel("behavior")
     return figure
 

@@ -36,7 +36,7 @@ class Unit(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """How a concept's texts were steered. ``matched``: the CE rise (nats) that set the coefficient, or None."""
+    """How a concept's texts were steered. ``matched``: the cost (nats) that set the coefficient, or None."""
 
     concept: str
     method: str
@@ -63,7 +63,7 @@ class EvalRecord(OneLineRepr):
         method: Name of the method, as in its table.
         layer: Layer that was steered; None where nothing was.
         coefficient: Strength of steering; 0 where nothing was steered.
-        matched: The CE rise in nats at which methods are compared, for a record of that comparison; else None.
+        matched: The cost in nats at which methods are compared, for a record of that comparison; else None.
         prompt: Number of the prompt.
         seed: Number of the seed.
         half: "tune" or "report".
@@ -72,6 +72,8 @@ class EvalRecord(OneLineRepr):
         coherence: How coherent the text is, in [0, 1].
         ce: Cross-entropy of the text under the unsteered model, in nats a token.
         ce_rise: Nats a token by which this coefficient raises the cross-entropy of neutral texts, where measured.
+        kl: KL from the unsteered model along the text, in nats, where it was drawn with nothing cut off and measured.
+        distinct: The share of different ones among its 3-grams of tokens, likewise.
 
     Raises:
         DataError: A field has another type, or a value out of its range.
@@ -90,6 +92,8 @@ class EvalRecord(OneLineRepr):
     coherence: float
     ce: float
     ce_rise: float | None = None
+    kl: float | None = None
+    distinct: float | None = None
 
     def __post_init__(self) -> None:
         for name, (kind, may_be_null) in _schema().items():
@@ -119,9 +123,11 @@ class EvalRecord(OneLineRepr):
 
     def as_row(self) -> dict[str, Any]:
         """The record as a JSON object, as it stands in a run's file."""
-        return {name: getattr(self, name) for name in _schema()}
+        row = {name: getattr(self, name) for name in _schema()}
+        return {name: value for name, value in row.items() if value is not None or name not in OWN_TEXT}
 
 
+OWN_TEXT = ("kl", "distinct")  # fields that only records of own texts have
 _EXPECTED = {str: "a text", int: "a whole number", float: "a finite number"}
 
 
@@ -159,9 +165,9 @@ def parse_record(row: Any) -> EvalRecord:
         raise DataError(a(type(row).__name__), "an object")
     values: dict[str, Any] = {}
     for name, (kind, _) in _schema().items():
-        if name not in row:
+        if name not in row and name not in OWN_TEXT:
             raise DataError(f"The field {name!r} is missing.")
-        value = row[name]
+        value = row.get(name)
         try:
             values[name] = float(value) if kind is float and type(value) is int else value
         except OverflowError:
@@ -226,13 +232,26 @@ class Run(OneLineRepr):
                 coefficients.setdefault(setting.method, set()).add(setting.coefficient)
         return [method for method in self.methods if len(coefficients.get(method, ())) > 1]
 
+    @cached_property
+    def has_kl(self) -> bool:
+        """Whether what each text cost the model that wrote it was measured."""
+        return bool(self.records) and all(record.kl is not None for record in self.records)
+
+    @property
+    def cost_unit(self) -> str:
+        """What the costs are in that set coefficients."""
+        return "nats of own-text KL" if self.has_kl else "nats of CE rise"
+
     @property
     def targets(self) -> list[float]:
-        """CE rises (nats) to which coefficients were calibrated."""
+        """Costs, in ``cost_unit``, to which coefficients were calibrated."""
         return sorted({s.matched for s in self.settings if s.matched is not None})
 
     def values(self, setting: Setting, half: str = "report", measure: str = "bcs") -> dict[Unit, float]:
-        """{unit: bcs, behavior or coherence}. Raises DataError where the half has no record of the setting."""
+        """{unit: bcs, behavior, coherence, kl or distinct}.
+
+        Raises DataError where the half has no record of the setting.
+        """
         if (setting, half) not in self.cells:
             raise DataError(
                 f"no record of {setting.describe()} in the half {half!r}",

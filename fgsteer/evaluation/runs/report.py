@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from fgsteer.display.pages import standalone_page
 from fgsteer.errors import DataError
@@ -45,10 +46,25 @@ CHIPS = (
     "activation, and the token where that is largest."
 )
 
+OWN_TEXT = (
+    "own-text KL: KL from the unsteered model along a text that the steered one wrote, in nats a text, at temperature "
+    "1 with nothing cut off. Least: no steering shows so much of the behavior for less, by the means of unsteered and "
+    "steered texts, each of them an estimate. Distinct: the share of different 3-grams, of which loops have few."
+)
+
 Features = Callable[..., Sequence[object]]
 
 
-def write_report(run: Run, path: str | Path, features: Features | None = None) -> None:
+class Facts(Protocol):
+    """What names facts in words, such as a ``Receipt``."""
+
+    def facts(self) -> Mapping[str, str]:
+        """The facts by name."""
+
+
+def write_report(
+    run: Run, path: str | Path, features: Features | None = None, receipts: Mapping[str, Facts] | None = None
+) -> None:
     """Write the report of a run as one HTML page.
 
     Args:
@@ -56,23 +72,27 @@ def write_report(run: Run, path: str | Path, features: Features | None = None) -
         path: The file, such as report.html.
         features: What lists features beside each sample, such as ``partial(seen_features, model, tokenizer, sae)``: it
             is called with a text and ``prompt=``.
+        receipts: Receipts of the run's vectors, each under the name that stands above it.
 
     Raises:
         DataError: The run has no records, or a method lacks a concept.
         FormatError: The file cannot be written.
     """
-    page = html_report(run, features=features)
+    page = html_report(run, features=features, receipts=receipts)
     with atomic_write(path) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))
 
 
-def html_report(run: Run, samples: int = 2, features: Features | None = None) -> str:
+def html_report(
+    run: Run, samples: int = 2, features: Features | None = None, receipts: Mapping[str, Facts] | None = None
+) -> str:
     """A whole HTML page: how it was measured, tables with intervals, pictures, samples, command, versions, hashes.
 
     Args:
         run: The run.
         samples: How many prompts are shown for each concept: the first ones of the report half.
         features: As in ``write_report``.
+        receipts: As in ``write_report``.
 
     Raises:
         DataError: The run has no records, or a method lacks a concept.
@@ -86,12 +106,13 @@ def html_report(run: Run, samples: int = 2, features: Features | None = None) ->
         card_markup("Judge", _judge(run), wide=False),
     ]
     for matched, rows in tables.items():
-        sections.append(card_markup(f"Average over concepts, {_at(matched)}", _average(run, rows, matched)))
+        sections.append(card_markup(f"Average over concepts, {_at(run, matched)}", _average(run, rows, matched)))
     for matched in tables:
         each = concept_table(run, matched)
-        sections.append(card_markup(f"BCS by concept, {_at(matched)}", _matrix(run, each) + _details(each)))
+        sections.append(card_markup(f"BCS by concept, {_at(run, matched)}", _matrix(run, each) + _details(each)))
     for number, picture in enumerate(pictures(run)):
         sections.append(card_markup("", figure_markup(picture, f"p{number}-"), wide=False))
+    sections += [card_markup(f"Receipt: {name}", facts_markup(r.facts())) for name, r in (receipts or {}).items()]
     sections += [card_markup(f"Samples: {c}", _samples(run, c, samples, features), wide=False) for c in run.concepts]
     sections.append(card_markup("How to repeat it", _provenance(run)))
     heading = f"Steering measured: {count(len(run.methods), 'method')} on {count(len(run.concepts), 'concept')}"
@@ -100,16 +121,35 @@ def html_report(run: Run, samples: int = 2, features: Features | None = None) ->
 
 def markdown(run: Run, matched: float | None = None) -> str:
     """The average table in Markdown, best method first (arguments and errors as in ``average_table``)."""
-    lines = [
-        f"| method | BCS [95 %] | difference to {method_name(BASELINE)} [95 %] | n_eff | won, lost (clearly) "
-        "| behavior | coherence |",
-        "|---|---|---|---|---|---|---|",
-    ]
     rows = sorted(average_table(run, matched), key=lambda row: -row.bcs.mean)
-    for row in rows:
-        scores = f"{_interval(row.bcs)} | {_interval(row.difference, sign=True)} | {_worth(row)} | {_won(row)}"
-        lines.append(f"| {method_name(row.method)} | {scores} | {row.behavior.mean:.3f} | {row.coherence.mean:.3f} |")
+    heads, cells = _average_cells(rows)
+    lines = [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *cells)]
+    lines[1] = lines[1].replace(" ", "")
     return "\n".join([*lines, "", _design(rows)]) + "\n"
+
+
+def _average_cells(rows: Sequence[AverageRow]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the table of averages, with what own texts cost where that was measured."""
+    difference = f"difference to {method_name(BASELINE)} [95 %]"
+    heads = ["method", "BCS [95 %]", difference, "n_eff", "won, lost (clearly)", "behavior", "coherence"]
+    cells = [
+        [
+            method_name(row.method),
+            _interval(row.bcs),
+            _interval(row.difference, sign=True),
+            _worth(row),
+            _won(row),
+            f"{row.behavior.mean:.3f}",
+            f"{row.coherence.mean:.3f}",
+        ]
+        for row in rows
+    ]
+    if all(row.own_text is not None for row in rows):
+        heads += ["own-text KL [95 %]", "least", "distinct"]
+        for cell, own in zip(cells, (row.own_text for row in rows if row.own_text), strict=True):
+            least = "" if own.least is None else f"{own.least:.3f}"
+            cell += [_interval(own.kl), least, f"{own.distinct.mean:.3f}"]
+    return heads, cells
 
 
 def _headline(run: Run, rows: Sequence[AverageRow]) -> str:
@@ -146,7 +186,9 @@ def _measured(run: Run) -> str:
     }
     if run.targets:
         targets = ", ".join(f"{t:g}" for t in run.targets)
-        facts["matched"] = f"the coefficient at which neutral texts cost {targets} nats a token more"
+        neutral = f"the coefficient at which neutral texts cost {targets} nats a token more"
+        own = f"the coefficient at which own texts cost {targets} nats each, by other samples than these"
+        facts["matched"] = own if run.has_kl else neutral
     facts["intervals"] = (
         "95 %, Student's t over prompts: the texts of a prompt resemble each other and move every concept together, so "
         "prompts are what is counted; concepts stay as they are. Differences are paired by prompt and seed. n_eff is "
@@ -184,20 +226,7 @@ def _judge(run: Run) -> str:
 
 def _average(run: Run, rows: Sequence[AverageRow], matched: float | None) -> str:
     base = method_name(BASELINE)
-    difference = f"difference to {base} [95 %]"
-    heads = ("method", "BCS [95 %]", difference, "n_eff", "won, lost (clearly)", "behavior", "coherence")
-    cells = [
-        [
-            method_name(row.method),
-            _interval(row.bcs),
-            _interval(row.difference, sign=True),
-            _worth(row),
-            _won(row),
-            f"{row.behavior.mean:.3f}",
-            f"{row.coherence.mean:.3f}",
-        ]
-        for row in sorted(rows, key=lambda row: -row.bcs.mean)
-    ]
+    heads, cells = _average_cells(sorted(rows, key=lambda row: -row.bcs.mean))
     note = f"{_design(rows)} Won and lost: concepts above and below {base}; clearly: those whose interval excludes 0."
     pair = ("fgaa_effects", "fgaa")
     if {*pair} <= {row.method for row in rows}:
@@ -282,8 +311,8 @@ def _provenance(run: Run) -> str:
     )
 
 
-def _at(matched: float | None) -> str:
-    return "best coefficient" if matched is None else f"matched at {matched:g} nats of CE rise"
+def _at(run: Run, matched: float | None) -> str:
+    return "best coefficient" if matched is None else f"matched at {matched:g} {run.cost_unit}"
 
 
 def _won(row: AverageRow) -> str:
@@ -304,12 +333,12 @@ def _worth(row: AverageRow | ConceptRow) -> str:
 
 
 def _design(rows: Sequence[AverageRow]) -> str:
-    """A note on what intervals are over, and what n_eff is."""
+    """A note on what intervals are over, what n_eff is, and what own texts cost."""
     prompts = " to ".join(map(str, sorted({min(r.bcs.clusters for r in rows), max(r.bcs.clusters for r in rows)})))
     return (
         f"Intervals are t intervals over {prompts} prompts; n_eff is how many independent texts would tell as much "
         "of the difference (without one, of the BCS) as these do."
-    )
+    ) + (f" {OWN_TEXT[0].upper()}{OWN_TEXT[1:]}" if all(row.own_text for row in rows) else "")
 
 
 def _interval(value: Interval | None, sign: bool = False) -> str:

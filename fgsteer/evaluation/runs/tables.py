@@ -13,13 +13,14 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from fgsteer.errors import DataError
-from fgsteer.evaluation.metrics.intervals import COMPLETE, Interval, mean_interval, paired_differences
+from fgsteer.evaluation.metrics.intervals import COMPLETE, Interval, mean_interval, paired_differences, wilson
+from fgsteer.evaluation.metrics.own_text import least_kl
 from fgsteer.evaluation.runs.records import Run, Setting, Unit, mean
 from fgsteer.evaluation.runs.settings import best_settings
 from fgsteer.methods import spec
 from fgsteer.vector import MeasuredRun
 
-BASELINE = "caa"
+BASELINE, UNSTEERED = "caa", "unsteered"
 MEASURES = ("behavior", "coherence", "bcs")
 
 
@@ -53,6 +54,19 @@ class AverageRow(NamedTuple):
     lost: int
     clearly_won: int
     clearly_lost: int
+    own_text: OwnTextCost | None = None
+
+
+class OwnTextCost(NamedTuple):
+    """What a method's own texts cost, in nats a text, averages over concepts on the half "report".
+
+    ``least`` is what its behavior costs at the least (``least_kl``), from the means of the unsteered texts and its own;
+    None in a run without unsteered texts. ``distinct`` is the share of different 3-grams.
+    """
+
+    kl: Interval
+    least: float | None
+    distinct: Interval
 
 
 def over_prompts(strata: Sequence[Mapping[Unit, float]]) -> Interval:
@@ -111,9 +125,39 @@ def average_table(run: Run, matched: float | None = None, baseline: str = BASELI
                 lost=sum(d.mean < 0 for d in each),
                 clearly_won=sum(d.low > 0 for d in each),
                 clearly_lost=sum(d.high < 0 for d in each),
+                own_text=_own_text_cost(run, settings) if run.has_kl else None,
             )
         )
     return rows
+
+
+def _own_text_cost(run: Run, settings: Sequence[Setting]) -> OwnTextCost:
+    """What the own texts of one setting of each concept cost."""
+    kl, distinct = (over_prompts([run.values(s, measure=m) for s in settings]) for m in ("kl", "distinct"))
+    least = [_least(run, setting) for setting in settings]
+    known = [nats for nats in least if nats is not None]
+    return OwnTextCost(kl, mean(known) if len(known) == len(least) else None, distinct)
+
+
+def _least(run: Run, setting: Setting) -> float | None:
+    """What the behavior of a setting's texts costs at the least; None without unsteered texts."""
+    rate, behavior = base_rate(run, setting.concept), run.mean(setting, measure="behavior")
+    if rate is None:
+        return None
+    return 0.0 if rate.mean <= behavior <= rate.high and not rate.mean else least_kl(rate.mean or rate.high, behavior)
+
+
+def base_rate(run: Run, concept: str) -> Interval | None:
+    """The mean behavior of a concept's unsteered texts, on the half "report"; None without any.
+
+    Where none of them shows any, the upper end of Wilson's interval over prompts stands for it: what is never seen in
+    few texts need not be impossible.
+    """
+    settings = [s for s in run.settings if s[:2] == (concept, UNSTEERED) and s.matched is None]
+    if not settings:
+        return None
+    behavior = over_prompts([run.values(settings[0], measure="behavior")])
+    return behavior if behavior.mean else wilson(0, behavior.clusters)
 
 
 def compare(run: Run, method: str, baseline: str = BASELINE, matched: float | None = None) -> Interval:
@@ -162,6 +206,7 @@ class Point(NamedTuple):
     behavior: float
     coherence: float
     bcs: float
+    kl: float | None = None
 
 
 def curve(run: Run, method: str, layer: int | None = None, half: str = "report") -> list[Point]:
@@ -187,4 +232,5 @@ def curve(run: Run, method: str, layer: int | None = None, half: str = "report")
 def point_of(run: MeasuredRun, settings: Sequence[Setting], half: str = "report") -> Point:
     """Means over settings, one of each concept. Raises DataError for a setting without records in the half."""
     coefficient = mean([setting.coefficient for setting in settings])
-    return Point(coefficient, *(mean([run.mean(setting, half, m) for setting in settings]) for m in MEASURES))
+    measures = [*MEASURES, *(["kl"] if getattr(run, "has_kl", False) else [])]
+    return Point(coefficient, *(mean([run.mean(setting, half, m) for setting in settings]) for m in measures))

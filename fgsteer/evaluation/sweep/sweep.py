@@ -49,7 +49,7 @@ from fgsteer.vector import SteeringVector
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CE_RISES = (0.05, 0.1, 0.25, 0.5, 1.0)
+CE_RISES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 OFF_TARGET_SHARE = 0.1  # a cost that differs from the one asked for by more than this share of it is noted
 
 UNHELD = "there are no held-out texts: effects are measured on the contrast set itself, which flatters the vector"
