@@ -15,9 +15,11 @@ function showStatus(text) {
 }
 
 // Ask for an action and hand each of its events on; resolves to whether it came to its end.
-export async function call(action, body, onEvent, { signal, says } = {}) {
+// A quiet one leaves the status to what the person waits for.
+export async function call(action, body, onEvent, { signal, says, quiet } = {}) {
+  const tell = quiet ? () => {} : showStatus;
   running += 1;
-  showStatus(says || "working");
+  tell(says || "working");
   let ended = false;
   try {
     const answer = await fetch(`api/${action}`, {
@@ -38,12 +40,12 @@ export async function call(action, body, onEvent, { signal, says } = {}) {
       for (const part of parts) {
         if (!part.startsWith("data: ")) continue;
         const event = JSON.parse(part.slice(6));
-        if (event.event === "queue") showStatus(`waiting, place ${event.place}`);
+        if (event.event === "queue") tell(`waiting, place ${event.place}`);
         else if (event.event === "error") throw new Error(event.message);
         else if (event.event === "end") ended = true;
         else if (event.event === "note") event.message && showError(event.message);
         else {
-          showStatus(says || "working");
+          tell(says || "working");
           onEvent(event);
         }
       }

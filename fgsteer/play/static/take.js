@@ -19,7 +19,7 @@ export function start() {
 }
 
 export async function refresh() {
-  const found = await ask("code", { plan: plan() }, "code");
+  const found = await ask("code", { plan: plan() }, "code", { quiet: true });
   if (!found) return;
   code = found;
   $("take").hidden = false;
