@@ -375,3 +375,15 @@ def test_a_switch_turned_to_random_directions_changes_as_much(script):
     torch.testing.assert_close(change.norm(dim=1), other.norm(dim=1), atol=1e-5, rtol=1e-5)
     assert float(torch.cosine_similarity(change, other).abs().mean()) < 0.6
     assert float(transfer.drawn(8, 3.0, 0).norm()) == pytest.approx(3)
+
+
+def test_the_guide_says_what_receipts_measured(script):
+    receipts = script("receipts")
+    content = json.loads((receipts.results_folder(receipts.MODEL) / "receipts.json").read_text("utf-8"))
+    page = receipts.PAGE.read_text("utf-8")
+    for mark, table in receipts.TABLES.items():
+        assert f"<!-- {mark} -->" in page
+        assert receipts.published(receipts.PAGE, mark, table(content)) == page
+    for row in content["receipts"].values():
+        assert row["dose"]["last"] == 256
+        assert row["own_text"]["max_new_tokens"] == receipts.NEW_TOKENS

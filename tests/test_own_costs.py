@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,7 +135,7 @@ def test_tables_pages_and_pictures_have_the_cost_and_its_bound(run):
     bound, _, measured = axis.lines
     for kl, behavior in zip(bound.get_xdata(), bound.get_ydata(), strict=True):
         assert kl == pytest.approx(fg.least_kl(p, behavior))
-    assert sorted(measured.get_ydata().tolist()) == sorted(
+    assert sorted(np.asarray(measured.get_ydata()).tolist()) == sorted(
         run.mean(s, measure="behavior") for s in run.settings if s.method == "caa" and s.matched is None
     )
 

@@ -68,6 +68,7 @@ TITLES = {
     "conditional": "Conditional defences",
     "mechanisms": "What drives steering",
     "traces": "What steering did",
+    "receipts": "Receipts",
     "export": "Exports",
     "errors": "Errors and warnings",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
@@ -262,6 +262,7 @@ def _changes_nothing(item: Intervention) -> bool:
     return update.read is None and update.sae is None and not bool(update.const.any())
 
 
+@runtime_checkable  # where annotations are checked at run time
 class Costs(Protocol):
     """What measures the cost of interventions in a model whose activations have a dtype."""
 

@@ -16,6 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from fgsteer.display.tables import Cell, facts_html
 from fgsteer.errors import FormatError
 from fgsteer.errors.escaping import escape_text
+from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.receipts.dose import Dose
 from fgsteer.receipts.drift import Drift
@@ -31,7 +32,7 @@ MAX_CHARACTERS = 200  # of a reason
 
 
 @dataclass(frozen=True, repr=False)
-class OwnText:
+class OwnText(OneLineRepr):
     """What the steered model's own texts cost; see ``own_text_kl``.
 
     Args:

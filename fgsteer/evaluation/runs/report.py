@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fgsteer.display.pages import standalone_page
 from fgsteer.errors import DataError
@@ -55,6 +55,7 @@ OWN_TEXT = (
 Features = Callable[..., Sequence[object]]
 
 
+@runtime_checkable  # where annotations are checked at run time
 class Facts(Protocol):
     """What names facts in words, such as a ``Receipt``."""
 
