@@ -329,14 +329,14 @@ def test_feature_changes_are_those_of_the_texts(llama, tokenizer, sae):
             acts = np.mean([encode(sae, state) for state in states[-5:]], axis=0)
             means[text // 4, text % 4] += acts / 2
     changes = means[1] - means[0]
-    for row in every.asked:
-        own = changes[:, row.id]
+    for found in every.asked:
+        own = changes[:, found.id]
         half = 3.182446305284263 * own.std(ddof=1) / 2  # t of 3 degrees of freedom at 97.5 %, over √4
         # float32 activations
-        assert [row.change, row.low, row.high] == pytest.approx(
+        assert [found.change, found.low, found.high] == pytest.approx(
             [own.mean(), own.mean() - half, own.mean() + half], abs=1e-4
         )
-        assert row.steered == pytest.approx(means[1, :, row.id].mean(), abs=1e-4)
+        assert found.steered == pytest.approx(means[1, :, found.id].mean(), abs=1e-4)
     chosen = fg.feature_changes(llama, tokenizer, FOUR, item, sae, top=3, rollouts=2, sampling=HOW)
     order = changes[::2].mean(0)
     assert [row.id for row in chosen.rose] == sorted(range(sae.d_sae), key=lambda j: -order[j])[:3]

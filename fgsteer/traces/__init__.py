@@ -5,10 +5,11 @@
 
 In the order in which data flows:
 
+    parts.py     the parts of a trace: texts, tokens, what each intervention did
     tokens.py    the texts that are traced, as token ids: given ones, or those that the model writes
     passes.py    the unsteered and the steered pass over one text, and what is read of both
-    results.py   ``Trace`` and its parts: texts, tokens, what each intervention did
-    trace.py     ``trace``: all of it for prompts
     page.py      a trace as one HTML page
+    results.py   ``Trace``
+    trace.py     ``trace``: all of it for prompts
     changes.py   ``feature_changes``: which features rose and fell in generated text, observed and predicted
 """

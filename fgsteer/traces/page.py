@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from fgsteer.display.pages import SHADES, standalone_page, visible
 from fgsteer.evaluation.page_parts import STYLE, card_markup, escaped, facts_markup, table_markup
-from fgsteer.traces.results import NextToken, Trace, TracedText, TracedToken
+from fgsteer.traces.parts import NextToken, TracedFeature, TracedIntervention, TracedText, TracedToken
 
 MOST_VIEWS = 16  # of features that colours can show; all are in the tables
 SIGN = {"steered": "what the steered model wrote", "unsteered": "what the unsteered model wrote", "given": "as given"}
@@ -47,6 +48,34 @@ body:has(#view-gate:checked) .g1{background:var(--s4)}body:has(#view-gate:checke
 )
 
 
+class TraceParts(Protocol):
+    """What a page shows, as ``Trace`` has it."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts."""
+
+    @property
+    def texts(self) -> tuple[TracedText, ...]:
+        """Each prompt with its completions."""
+
+    @property
+    def interventions(self) -> tuple[TracedIntervention, ...]:
+        """What steered."""
+
+    @property
+    def features(self) -> tuple[TracedFeature, ...]:
+        """The features whose activations the tokens hold."""
+
+    @property
+    def hookpoint(self) -> str:
+        """Where the features are read."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for."""
+
+
 @dataclass(frozen=True)
 class _View:
     """What colours can show: a number of each token, on one scale for all texts."""
@@ -57,7 +86,7 @@ class _View:
     unit: str = ""
 
 
-def trace_page(found: Trace) -> str:
+def trace_page(found: TraceParts) -> str:
     """The HTML of a trace."""
     views = _views(found)
     scales = {view.name: _scale(view, found) for view in views}
@@ -83,7 +112,7 @@ def trace_page(found: Trace) -> str:
     return standalone_page("What steering did", above, "\n".join(cards), _STYLE + rules)
 
 
-def _views(found: Trace) -> list[_View]:
+def _views(found: TraceParts) -> list[_View]:
     views = [
         _View("kl", "KL(steered‖unsteered)", lambda token: token.kl_steered_unsteered or 0.0, "nats"),
         _View("dose", "dose", lambda token: token.dose, "‖h′ − h‖/‖h‖"),
@@ -98,7 +127,7 @@ def _views(found: Trace) -> list[_View]:
     return views
 
 
-def _scale(view: _View, found: Trace) -> float:
+def _scale(view: _View, found: TraceParts) -> float:
     """The number that gets the strongest colour: the largest of tokens that are not special, which can be far off."""
     numbers = (view.value(token) for text in found.texts for token in text.tokens if token.kind != "special")
     return max((number for number in numbers if math.isfinite(number)), default=0.0)
@@ -111,7 +140,7 @@ def _shade(number: float, largest: float) -> int:
     return SHADES if number >= largest else 1 + int(SHADES * number / largest)
 
 
-def _choices(found: Trace, views: Sequence[_View], scales: dict[str, float]) -> str:
+def _choices(found: TraceParts, views: Sequence[_View], scales: dict[str, float]) -> str:
     """The radio buttons, and what the strongest colour of each means."""
     gated = any(item.gate for item in found.interventions)
     names = [(view.name, view.label) for view in views]
@@ -136,7 +165,7 @@ def _choices(found: Trace, views: Sequence[_View], scales: dict[str, float]) -> 
     )
 
 
-def _text(found: Trace, text: TracedText, views: Sequence[_View], scales: dict[str, float]) -> str:
+def _text(found: TraceParts, text: TracedText, views: Sequence[_View], scales: dict[str, float]) -> str:
     tokens = "".join(
         _token(found, token, place >= text.prompt_tokens, views, scales) for place, token in enumerate(text.tokens)
     )
@@ -152,7 +181,7 @@ def _text(found: Trace, text: TracedText, views: Sequence[_View], scales: dict[s
     )
 
 
-def _token(found: Trace, token: TracedToken, new: bool, views: Sequence[_View], scales: dict[str, float]) -> str:
+def _token(found: TraceParts, token: TracedToken, new: bool, views: Sequence[_View], scales: dict[str, float]) -> str:
     classes = ["t", *(["new"] if new else []), *(["special"] if token.kind == "special" else [])]
     classes += [f"{v.name}-{shade}" for v in views if (shade := _shade(v.value(token), scales[v.name]))]
     if any(action.acts for action in token.actions):
@@ -167,7 +196,7 @@ def _token(found: Trace, token: TracedToken, new: bool, views: Sequence[_View], 
     )
 
 
-def _tip(found: Trace, token: TracedToken) -> str:
+def _tip(found: TraceParts, token: TracedToken) -> str:
     """The tables under a token."""
     lines = [f"<b>“{escaped(token.text)}”</b> {escaped(f'id {token.id}, {token.kind}')}"]
     if token.log_probability_before is not None:
@@ -221,7 +250,7 @@ def _plain_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _features(found: Trace) -> str:
+def _features(found: TraceParts) -> str:
     if not found.features:
         return ""
     note = f'<p class="legend">Means over all tokens that are not special, at {escaped(found.hookpoint)}.</p>'
@@ -237,7 +266,7 @@ def _features(found: Trace) -> str:
     return note + table_markup("features", ("feature", "before", "after", "change"), rows)
 
 
-def _interventions(found: Trace) -> str:
+def _interventions(found: TraceParts) -> str:
     if not found.interventions:
         return "<p>Nothing.</p>"
     rows = [

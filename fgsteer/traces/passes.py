@@ -22,7 +22,7 @@ from fgsteer.models.hookpoints import Hookpoint, uncompiled
 from fgsteer.models.properties import input_device
 from fgsteer.steering.hooks import steer
 from fgsteer.steering.watching import Step, watch
-from fgsteer.traces.results import TokenAction
+from fgsteer.traces.parts import TokenAction
 from fgsteer.traces.tokens import Row
 
 if TYPE_CHECKING:

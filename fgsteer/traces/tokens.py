@@ -18,7 +18,7 @@ from fgsteer.errors import DataError
 from fgsteer.models.properties import check_window
 from fgsteer.steering.entries import Entry
 from fgsteer.steering.generation import generate_ids, seeded
-from fgsteer.traces.results import Source
+from fgsteer.traces.parts import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

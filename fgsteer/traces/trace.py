@@ -25,17 +25,17 @@ from fgsteer.saes.examples import token_texts
 from fgsteer.saes.sae import SAE
 from fgsteer.steering.entries import Entry, checked_rows, interventions_of
 from fgsteer.steering.generation import parse_prompts
-from fgsteer.traces.passes import NextTokens, compare_next_tokens, run_text, token_actions
-from fgsteer.traces.results import (
+from fgsteer.traces.parts import (
     NextToken,
     TokenAction,
     TokenKind,
-    Trace,
     TracedFeature,
     TracedIntervention,
     TracedText,
     TracedToken,
 )
+from fgsteer.traces.passes import NextTokens, compare_next_tokens, run_text, token_actions
+from fgsteer.traces.results import Trace
 from fgsteer.traces.tokens import Row, given_rows, written_rows
 
 if TYPE_CHECKING:
