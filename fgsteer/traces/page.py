@@ -3,7 +3,7 @@
 What the colours show is chosen by radio buttons, which the style sheet reads; the table of a token appears while the
 pointer or the keyboard is on it.
 
-Path("trace.html").write_text(trace_page(found), encoding="utf-8")
+trace_page(found)                                                the text of the file
 """
 
 from __future__ import annotations
