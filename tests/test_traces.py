@@ -316,7 +316,7 @@ def test_feature_changes_are_those_of_the_texts(llama, tokenizer, sae):
     """Changes and intervals by loops over the texts of both models, read by the unsteered one."""
     item = vector().add(2.0)
     every = fg.feature_changes(
-        llama, tokenizer, FOUR, item, sae, features=range(sae.d_sae), rollouts=2, sampling=HOW
+        llama, tokenizer, sae, FOUR, item, features=range(sae.d_sae), rollouts=2, sampling=HOW
     )  # fmt: skip
     prompts = encode_prompts(tokenizer, FOUR)
     means = np.zeros((2, 4, sae.d_sae))  # unsteered and steered, by prompt
@@ -337,7 +337,7 @@ def test_feature_changes_are_those_of_the_texts(llama, tokenizer, sae):
             [own.mean(), own.mean() - half, own.mean() + half], abs=1e-4
         )
         assert found.steered == pytest.approx(means[1, :, found.id].mean(), abs=1e-4)
-    chosen = fg.feature_changes(llama, tokenizer, FOUR, item, sae, top=3, rollouts=2, sampling=HOW)
+    chosen = fg.feature_changes(llama, tokenizer, sae, FOUR, item, top=3, rollouts=2, sampling=HOW)
     order = changes[::2].mean(0)
     assert [row.id for row in chosen.rose] == sorted(range(sae.d_sae), key=lambda j: -order[j])[:3]
     assert [row.id for row in chosen.fell] == sorted(range(sae.d_sae), key=lambda j: order[j])[:3]
@@ -351,7 +351,7 @@ def test_predicted_changes(llama, tokenizer, sae):
     v = vector()
     effects = fg.EffectApproximator(torch.randn(32, 24), torch.randn(24), sae.hookpoint, sae.sha256)
     options = {"effects": effects, "features": range(24), "rollouts": 1, "sampling": HOW}
-    found = fg.feature_changes(llama, tokenizer, FOUR, [v.add(2.0), vector(2).add(-1.0)], sae, **options)
+    found = fg.feature_changes(llama, tokenizer, sae, FOUR, [v.add(2.0), vector(2).add(-1.0)], **options)
     expected = effects.predict(2.0 * v.direction - vector(2).direction)
     assert [row.predicted for row in found.asked] == pytest.approx(expected.tolist(), rel=1e-5)
     observed = [row.change for row in found.asked]
@@ -363,26 +363,26 @@ def test_predicted_changes(llama, tokenizer, sae):
         (vector(layer=0).add(1.0), "acts at"),
         (v.add(1.0, scope="prompt"), "every token"),
     ):
-        other = fg.feature_changes(llama, tokenizer, FOUR, item, sae, **options)
+        other = fg.feature_changes(llama, tokenizer, sae, FOUR, item, **options)
         assert other.correlation is None
         assert why in other.note
         assert other.asked[0].predicted is None
-    other = fg.feature_changes(llama, tokenizer, FOUR, v.add(1.0, scope="reply"), sae, **options)
+    other = fg.feature_changes(llama, tokenizer, sae, FOUR, v.add(1.0, scope="reply"), **options)
     assert other.correlation is not None
     assert "scope='all'" in other.note
 
 
 def test_nothing_changes_without_steering(llama, tokenizer, sae):
-    found = fg.feature_changes(llama, tokenizer, "the man", vector().add(0.0), sae, sampling=HOW)
+    found = fg.feature_changes(llama, tokenizer, sae, "the man", vector().add(0.0), sampling=HOW)
     assert found.rose == found.fell == found.asked == Table()
     assert found.over == "seeds"
     assert math.isnan(found.split_half)
     assert json.dumps(found.as_dict(), allow_nan=False)
     assert found._repr_html_()
     with pytest.raises(fg.DataError, match="at least 4"):
-        fg.feature_changes(llama, tokenizer, FOUR[:3], None, sae, rollouts=3)
+        fg.feature_changes(llama, tokenizer, sae, FOUR[:3], None, rollouts=3)
     with pytest.raises(fg.DataError, match="rollouts"):
-        fg.feature_changes(llama, tokenizer, FOUR, None, sae, rollouts=0)
+        fg.feature_changes(llama, tokenizer, sae, FOUR, None, rollouts=0)
 
 
 def test_command_line(tmp_path):
