@@ -125,7 +125,7 @@ def test_build_shows_strengths_and_generate_finds_one(love, tmp_path):
     coefficients, costs = zip(*((row["coefficient"], row["cost"]) for row in built["strengths"]), strict=True)
     assert len(costs) > 2
     assert list(coefficients) == sorted(coefficients)
-    assert all(0.01 <= cost <= 2 for cost in costs)
+    assert all(0.003 <= cost <= 2 for cost in costs)
     assert built["relative_norm"] == pytest.approx(built["norm"] / built["activation_norm"])
     options = ("-v", love, "--max-new-tokens", "8", "--json")
     told = json.loads(invoke_on_cpu("generate", "It was", "--cost", "0.5", *options).stdout)

@@ -11,14 +11,15 @@ from typing import Any, Literal, get_args
 from fgsteer.errors import ArgumentError, DataError
 from fgsteer.errors.checks import check_flags, check_range
 from fgsteer.errors.limits import MAX_COUNT
+from fgsteer.errors.reprs import OneLineRepr
 
 Objective = Literal["lm", "bipo", "reps", "reft_r1", "simpo"]
 Schedule = Literal["linear", "cosine", "constant"]
 MAX_NUMBER = 1e6
 
 
-@dataclass(frozen=True)
-class VectorTraining:
+@dataclass(frozen=True, repr=False)
+class VectorTraining(OneLineRepr):
     """Settings of the training of a steering vector: by default the recipe "reps_relative", which suits any model.
 
     ``VectorTraining.published`` gives those of a paper.

@@ -59,7 +59,7 @@ def wrong_way(
     moved = moves(values[1] - values[0], propensity.positives, propensity.pairs)
     if not moved.isfinite().all():
         raise DataError("log-probabilities that are not finite", "a strength at which the model still has any")
-    return wilson(int((moved < 0).sum()), len(moved))
+    return wilson(float((moved < 0).sum()), len(moved))
 
 
 def moves(change: Float[Tensor, " texts"], positives: int, pairs: int) -> Float[Tensor, " inputs"]:

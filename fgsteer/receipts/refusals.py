@@ -79,6 +79,6 @@ def measure_refusals(
 
 
 def _share(hit: Bool[Tensor, "entries requests"]) -> Change:
-    shares = [wilson(int(row.sum()), len(row)) for row in hit]
+    shares = [wilson(float(row.sum()), len(row)) for row in hit]
     changes = (hit[1].double() - hit[0].double()).tolist()
     return Change(shares[0], shares[1], mean_interval([dict(enumerate(changes))], lambda number: number))

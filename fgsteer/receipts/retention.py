@@ -105,7 +105,7 @@ def measure_retention(
     losses = log_probabilities(model, tokenizer, pairs, [None, steering], batch_tokens=batch_tokens).cross_entropy
     right = answered_rightly(model, tokenizer, [None, steering], choices, batch_tokens=batch_tokens)
     scores = right.double()
-    shares = [wilson(int(row.sum()), len(row)) for row in right]
+    shares = [wilson(float(row.sum()), len(row)) for row in right]
     return Retention(
         Change(_over_items(losses[0]), _over_items(losses[1]), _over_items(losses[1] - losses[0])),
         Change(shares[0], shares[1], _over_items(scores[1] - scores[0])),
