@@ -1,6 +1,6 @@
 """``feature_changes``: features that rise and fall in what a steered model writes, observed and predicted.
 
-found = feature_changes(model, tokenizer, prompts, vec.add(8.0), sae, effects=fg.load_effects())
+found = feature_changes(model, tokenizer, sae, prompts, vec.add(8.0), effects=fg.load_effects())
 print(found)
 """
 
@@ -139,9 +139,9 @@ class FeatureChanges(OneLineRepr):
 def feature_changes(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    sae: SAE,
     prompts: str | Sequence[Text],
     steering: Entry,
-    sae: SAE,
     *,
     effects: EffectApproximator | None = None,
     features: Sequence[int] | None = None,
@@ -161,9 +161,9 @@ def feature_changes(
     Args:
         model: A Hugging Face causal language model.
         tokenizer: Its tokenizer.
+        sae: The SAE whose features are read.
         prompts: A text, or a list of texts or of conversations.
         steering: One intervention, or a list of them that compose.
-        sae: The SAE whose features are read.
         effects: What predicts the changes, for interventions that add a vector where it was measured.
         features: The features that are measured, by id, on all texts; by default those that change most are chosen.
         top: How many features that rose, and how many that fell.
