@@ -84,7 +84,7 @@ def test_a_planted_strength_is_recovered_exactly():
     activations = [torch.randn(12, D_MODEL, generator=g) * spread + 3 for _ in range(24)]
     changes, a, b, u = planted(activations)
     strength, trainer = trainer_of(fg.AdaptiveTraining("mse", steps=500, penalty=0.0), activations, changes)
-    trainer.run(lambda *_, note: None)
+    trainer.run(lambda *_, **__: None)
     assert trainer.losses[0] > 0.3
     assert trainer.losses[-1] < 1e-10  # of the squared change: what is left is float32 rounding
     assert torch.allclose(strength.read, 2.5 * a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))

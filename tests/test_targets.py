@@ -309,7 +309,7 @@ NAMED = {"contrast", "concept", "held_out", "model", "sae", "rows_of", "effects"
 
 def files_of(name):
     """The parameters of a command that may name a file."""
-    (function,) = (c.callback for c in app.registered_commands if (c.name or c.callback.__name__) == name)
+    (function,) = (c.callback for c in app.registered_commands if (c.name or c.callback.__name__.replace("_", "-")) == name)
     hints = get_type_hints(function)
     return {p for p, hint in hints.items() if "Path" in str(hint)} | NAMED & set(hints)
 

@@ -35,7 +35,7 @@ from fgsteer.errors import DataError
 from fgsteer.errors.limits import MAX_COUNT
 
 
-@app.command(short_help="Show the features of a vector, of ids, of a word, or of a contrast set.")
+@app.command(short_help="Show features of a vector, a word or a contrast set.")
 def features(
     file: Annotated[Path | None, typer.Argument(help="A vector that fgsteer build wrote.")] = None,
     feature: Annotated[

@@ -25,7 +25,8 @@ from fgsteer.play.plan import FeatureItem, Plan
 from fgsteer.play.session import PlaySession
 from fgsteer.play.turns import Events
 from fgsteer.play.writing import COLUMNS, Column, Written
-from fgsteer.traces.results import Trace, TracedText, TracedToken
+from fgsteer.traces.parts import TracedText, TracedToken
+from fgsteer.traces.results import Trace
 from fgsteer.traces.trace import trace
 from fgsteer.vector import SteeringVector
 

@@ -75,7 +75,7 @@ def generate(
     """
     texts = parse_prompts(prompts)
     _, ids = generate_ids(model, tokenizer, texts, steering=steering, per_row=per_row, **options)
-    return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
+    return list(tokenizer.batch_decode(ids, skip_special_tokens=True)) if texts else []
 
 
 def generate_ids(
