@@ -84,7 +84,7 @@ def test_trace_is_that_of_two_plain_passes(family, tokenizer):
         lower,
         fg.Ablate(hookpoint=1, direction=low, scope="generated"),
     ]
-    found = fg.trace(model, tokenizer, PROMPTS, items, sae, completions=COMPLETIONS, features=[3, 0, 7])
+    found = fg.trace(model, tokenizer, PROMPTS, items, sae=sae, completions=COMPLETIONS, features=[3, 0, 7])
     first, second = resolve(model, fg.Hookpoint(0))[0], resolve(model, fg.Hookpoint(1))[0]
     opened = 0
     for text, prompt, completion in zip(found.texts, PROMPTS, COMPLETIONS, strict=True):
@@ -145,7 +145,7 @@ def test_a_strength_is_what_the_direction_is_multiplied_by(llama, tokenizer):
 @pytest.mark.parametrize("nothing", [None, [], "zero"])
 def test_steering_that_changes_nothing_leaves_every_number(llama, tokenizer, sae, nothing):
     items = [vector().add(0.0)] if nothing == "zero" else nothing
-    found = fg.trace(llama, tokenizer, PROMPTS, items, sae, top=4, **NEW)
+    found = fg.trace(llama, tokenizer, PROMPTS, items, sae=sae, top=4, **NEW)
     assert [f.mean_before for f in found.features] == [f.mean_after for f in found.features]
     for steered, unsteered in zip(found.texts[::2], found.texts[1::2], strict=True):
         assert steered == replace(unsteered, source="steered")
@@ -201,11 +201,11 @@ def test_a_conversation(llama, tokenizer):
 
 def test_features_are_those_that_change_most(llama, tokenizer, sae):
     steering = vector().add(0.5)
-    every = fg.trace(llama, tokenizer, PROMPTS, steering, sae, completions=COMPLETIONS, features=range(sae.d_sae))
+    every = fg.trace(llama, tokenizer, PROMPTS, steering, sae=sae, completions=COMPLETIONS, features=range(sae.d_sae))
     words = [token for text in every.texts for token in text.tokens if token.kind != "special"]
     changes = [sum(abs(t.features_after[j] - t.features_before[j]) for t in words) for j in range(sae.d_sae)]
     largest = sorted(range(sae.d_sae), key=lambda j: -changes[j])[:4]
-    top = fg.trace(llama, tokenizer, PROMPTS, steering, sae, completions=COMPLETIONS, top=4)
+    top = fg.trace(llama, tokenizer, PROMPTS, steering, sae=sae, completions=COMPLETIONS, top=4)
     assert [feature.id for feature in top.features] == largest
     assert top.features[0].mean_after == pytest.approx(
         sum(t.features_after[largest[0]] for t in words) / len(words), rel=1e-6
@@ -217,7 +217,7 @@ def test_features_are_those_that_change_most(llama, tokenizer, sae):
 
 def test_half_precision_and_hooks(llama, tokenizer, sae):
     half = model_of("llama", dtype=torch.bfloat16)
-    found = fg.trace(half, tokenizer, PROMPTS, vector().add(1.0), sae, **NEW)
+    found = fg.trace(half, tokenizer, PROMPTS, vector().add(1.0), sae=sae, **NEW)
     assert json.dumps(found.as_dict(), allow_nan=False)
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in llama.modules()]
 
@@ -227,7 +227,7 @@ def test_half_precision_and_hooks(llama, tokenizer, sae):
     handle = blocks_of(llama)[2].register_forward_hook(fail)
     try:
         with pytest.raises(RuntimeError, match="no pass"):
-            fg.trace(llama, tokenizer, PROMPTS, vector().add(1.0), sae, completions=COMPLETIONS)
+            fg.trace(llama, tokenizer, PROMPTS, vector().add(1.0), sae=sae, completions=COMPLETIONS)
     finally:
         handle.remove()
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in llama.modules()] == hooks
@@ -262,16 +262,16 @@ def test_what_cannot_be_traced(llama, tokenizer, sae):
     with pytest.raises(fg.SelectionError, match="no SAE"):
         traced(PROMPTS, features=[1], **NEW)
     with pytest.raises(fg.SelectionError, match="from 0 to 23"):
-        traced(PROMPTS, None, sae, features=[24], **NEW)
+        traced(PROMPTS, None, sae=sae, features=[24], **NEW)
     with pytest.raises(fg.DataError, match="top"):
-        traced(PROMPTS, None, sae, top=65, **NEW)
+        traced(PROMPTS, None, sae=sae, top=65, **NEW)
     with pytest.raises(fg.PairingError):
-        traced(PROMPTS, None, make_sae(d_model=16), **NEW)
+        traced(PROMPTS, None, sae=make_sae(d_model=16), **NEW)
 
 
 def test_page_shows_texts_and_runs_nothing(llama, tokenizer, sae, tmp_path):
     hostile = replace(sae, labels={j: MARKS[j % len(MARKS)] + "<img src=x onerror=alert(1)>" for j in range(sae.d_sae)})
-    found = fg.trace(llama, tokenizer, PROMPTS, vector().add(0.5, when=fg.Feature(sae, 3) > 0.5), hostile, **NEW)
+    found = fg.trace(llama, tokenizer, PROMPTS, vector().add(0.5, when=fg.Feature(sae, 3) > 0.5), sae=hostile, **NEW)
     tokens = found.texts[0].tokens
     evil = tuple(
         replace(t, text=MARKS[n % len(MARKS)], top_after=(fg.NextToken(1, "</span><script>x</script>", -1.0),) * 5)

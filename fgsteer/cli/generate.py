@@ -204,7 +204,7 @@ def _write_traced(
     import fgsteer as fg
 
     model, tokenizer, prompts = asked
-    found = fg.trace(model, tokenizer, prompts, items, sae, features=features, seed=seed, **options)
+    found = fg.trace(model, tokenizer, prompts, items, sae=sae, features=features, seed=seed, **options)
     found.write(path)
     return [[t.completion for t in found.texts if t.source == source] for source in ("unsteered", "steered")]
 

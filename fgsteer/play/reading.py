@@ -78,7 +78,7 @@ def _trace(
         session.tokenizer,
         [plan.text],
         steering or None,
-        session.sae(key),
+        sae=session.sae(key),
         completions=[text],
         features=features or None,
         top=TOP_FEATURES,

@@ -1,6 +1,6 @@
 """Traces: what steering did to each token of a text, and to the features of the texts that a model writes.
 
-    found = fg.trace(model, tokenizer, ["I think that"], vec.add(8.0), sae, top=6, max_new_tokens=32)
+    found = fg.trace(model, tokenizer, ["I think that"], vec.add(8.0), sae=sae, top=6, max_new_tokens=32)
     found.write("trace.html")
 
 In the order in which data flows:

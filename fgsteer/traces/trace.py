@@ -1,6 +1,6 @@
 """``trace``: what steering did to each token of prompts and completions.
 
-found = trace(model, tokenizer, ["I think that"], vec.add(8.0), sae, top=6, max_new_tokens=32)
+found = trace(model, tokenizer, ["I think that"], vec.add(8.0), sae=sae, top=6, max_new_tokens=32)
 print(found); found.write("trace.html")
 """
 
@@ -55,8 +55,8 @@ def trace(
     tokenizer: PreTrainedTokenizerBase,
     prompts: str | Sequence[Text],
     steering: Entry = None,
-    sae: SAE | None = None,
     *,
+    sae: SAE | None = None,
     completions: Sequence[str] | None = None,
     features: Sequence[int] | None = None,
     top: int = 8,
