@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from importlib import util
+from typing import Any
 
 import numpy as np
 import pytest
@@ -352,6 +353,27 @@ def test_a_run_goes_on_and_another_plan_is_refused(llama, tokenizer, data, tmp_p
     (tmp_path / "out" / "texts" / "none-0.json").write_text('{"factors": [0.0], "texts": [["a"]]}')
     with pytest.raises(fg.FormatError, match=r"none-0\.json is damaged"):
         fg.axbench(llama, tokenizer, data, tmp_path / "out", sae=make_sae(), plan=plan(max_new_tokens=5))
+
+
+def test_a_run_that_was_stopped_while_it_saved_vectors_goes_on(llama, tokenizer, data, tmp_path, monkeypatch):
+    """The checkpoint is of a whole group, of which some vectors are there already."""
+    options: Any = {"hookpoint": 1, "plan": plan(methods=("lm",)), "write": False}
+    save, saved = fg.SteeringVector.save, []
+
+    def stop(vector, path):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(path)
+        return save(vector, path)
+
+    monkeypatch.setattr(fg.SteeringVector, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fg.axbench(llama, tokenizer, data, tmp_path, **options)
+    monkeypatch.setattr(fg.SteeringVector, "save", save)
+    assert len(list(tmp_path.glob("vectors/*"))) == 1
+    assert len(list(tmp_path.glob("*training.safetensors"))) == 1
+    fg.axbench(llama, tokenizer, data, tmp_path, **options)
+    assert not list(tmp_path.glob("*training.safetensors"))
 
 
 def test_methods_are_added_to_a_run_and_keep_their_settings(llama, tokenizer, data, tmp_path):

@@ -286,3 +286,45 @@ def test_the_cost_is_the_rise_of_the_cross_entropy(llama, tokenizer, monkeypatch
     assert rise == pytest.approx(steered - base, abs=1e-5)
     assert f"{rise:+.3f}" in said
     assert (later, still) == (rise, due), "it was not yet due again"
+
+
+def test_the_cost_is_that_of_the_vector_in_its_units(llama, tokenizer, monkeypatch):
+    """What the recipes in units of the activations return at their last step, of which the note is measured too."""
+    rises: list[Any] = []
+
+    class Spy(running_cost.TrainingNote):
+        def __call__(self, learners):
+            rises.append(self.measure(learners))
+            return ""
+
+    monkeypatch.setattr("fgsteer.learning.train.TrainingNote", Spy)
+    monkeypatch.setattr("fgsteer.display.progress._without_note", lambda _, *__, note: note())
+    settings = fg.VectorTraining.published("lm_relative", epochs=2)
+    vector = fg.train(llama, tokenizer, CONTRAST, objective=settings, hookpoint=1, progress=lambda *_: None)
+    texts = fg.load_neutral()[0][:8]
+    base = fg.cross_entropy(llama, tokenizer, texts)
+    steered = fg.cross_entropy(llama, tokenizer, texts, steering=vector.add(1.0))
+    assert rises[-1] == pytest.approx(steered - base, abs=1e-5)  # rounding of float32
+    assert abs(rises[-1]) > 1e-4, "the vector does something"
+
+
+def test_a_checkpoint_knows_its_vectors_by_name(llama, tokenizer, tmp_path):
+    data = {"one": PAIRS[:3], "other": PAIRS[2:]}
+    options: Any = {"objective": "lm_relative", "hookpoint": 1, "work": tmp_path / "work", "progress": False}
+    first = fg.train_many(llama, tokenizer, data, **options)
+    again = fg.train_many(llama, tokenizer, dict(reversed(data.items())), **options)
+    assert {name: vector.direction.tolist() for name, vector in again.items()} == {
+        name: vector.direction.tolist() for name, vector in first.items()
+    }
+    assert not torch.equal(first["one"].direction, first["other"].direction)
+
+
+def test_what_would_be_left_unread_is_refused(llama, tokenizer, tmp_path):
+    with pytest.raises(fg.DataError, match="for space 'residual'"):
+        fg.train(llama, tokenizer, CONTRAST, hookpoint=1, features=[1, 2])
+    with pytest.raises(fg.DataError, match="objective"):
+        fg.train(llama, tokenizer, CONTRAST, hookpoint=1, objective=["reps"])  # type: ignore[arg-type]
+    with pytest.raises(fg.FormatError):
+        fg.train(llama, tokenizer, CONTRAST, hookpoint=1, work=tmp_path, fresh=True, progress=False)
+    with pytest.raises(fg.ArgumentError, match="features"):
+        fg.AxBenchPlan(settings={"reps": {"features": 8}})

@@ -112,12 +112,14 @@ class Run:
                 torch.autograd.backward(torch.stack(terms).sum())
         return losses
 
+    def _by_name(self) -> list[Learner]:
+        """The vectors in the order in which a checkpoint has them, whatever the order in which they were given."""
+        return [self.learners[name] for name in sorted(self.learners)]
+
     def _save(self) -> None:
         assert self.checkpoint is not None
         tensors = {
-            f"{n}/{key}": value
-            for n, learner in enumerate(self.learners.values())
-            for key, value in learner.state().items()
+            f"{n}/{key}": value for n, learner in enumerate(self._by_name()) for key, value in learner.state().items()
         }
         write_tensors(self.checkpoint, tensors, kind=KIND, header={"plan": self.plan})
 
@@ -127,6 +129,6 @@ class Run:
         tensors, header = read_tensors(self.checkpoint, kind=KIND)
         check_same_plan(self.checkpoint, header.get("plan"), self.plan)
         with refuse_damaged(self.checkpoint, "a checkpoint of this run", "delete it, and the run starts over"):
-            for n, learner in enumerate(self.learners.values()):
+            for n, learner in enumerate(self._by_name()):
                 own = {key.split("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{n}/")}
                 learner.load(own)

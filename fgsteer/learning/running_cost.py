@@ -63,7 +63,7 @@ class TrainingNote:
             self.passes = TextPasses(self.model, self.tokenizer, pairs, keep=True)
         entries = []
         for learner in learners.values():
-            weights = learner.weights.detach()
+            weights = learner.unit * learner.weights.detach()
             strength = 1.0 if learner.objective.signed else median(learner.settings.factors)
             entries.append(learner.space.add(weights, learner.space.direction(weights), strength))
         base, *steered = mean_cross_entropies(self.passes, TEXTS, [None, *entries])

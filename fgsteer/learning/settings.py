@@ -128,7 +128,7 @@ class VectorTraining(OneLineRepr):
             DataError: There is no such recipe, or a value is out of range.
             ArgumentError: There is no such setting, or a value is of another type.
         """
-        if name not in RECIPES:
+        if not isinstance(name, str) or name not in RECIPES:
             raise DataError(f"objective = {name!r:.60}", f"one of {', '.join(RECIPES)}")
         if unknown := [key for key in changes if key not in cls.__dataclass_fields__ or key == "objective"]:
             names = ", ".join(key for key in cls.__dataclass_fields__ if key != "objective")

@@ -15,7 +15,7 @@ from fgsteer.data.chat import Text
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError, SelectionError
-from fgsteer.errors.checks import check_flags, checked, describe_value
+from fgsteer.errors.checks import check_flags, checked, describe_value, is_whole_number
 from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.token_scopes import parse_scope
 from fgsteer.learning.examples import Trainable, examples_of, preference_set
@@ -182,6 +182,8 @@ def train_many(
     """
     chosen = objective if isinstance(objective, VectorTraining) else VectorTraining.published(objective)
     at = _place(model, space, hookpoint, sae, nonnegative)
+    if space == "residual" and not (is_whole_number(features) and features == FEATURES):
+        raise DataError(f"features={features!r:.60} for space 'residual'", "space='sae', whose features are trained")
     if chosen.objective == "reft_r1" and scope != "all":
         raise DataError(f"scope={scope!r} with reft_r1", "scope='all', as it reads every token", "leave scope out")
     if not isinstance(data, Mapping) or not data:
@@ -215,8 +217,6 @@ def train_many(
     learners = {name: Learner(chosen, spaces[name], passes, texts, rows[name], device) for name in data}
     checkpoint = None if work is None else Path(work)
     plan = {} if checkpoint is None else _plan(model, tokenizer, chosen, contrasts, spaces, sae, at, scope)
-    if checkpoint is not None and fresh:
-        checkpoint.unlink(missing_ok=True)
     total = sum(learner.steps for learner in learners.values())
     run = Run(passes, learners, plan, checkpoint)
     note = TrainingNote(model, tokenizer)
@@ -226,6 +226,8 @@ def train_many(
             run.run(report, note)
         else:
             with exclusive_lock(checkpoint):
+                if fresh and checkpoint.is_file():
+                    checkpoint.unlink()
                 run.run(report, note)
     return {
         name: _vector(model, learner, contrasts[name], spaces[name], sae, selection, nonnegative=nonnegative)

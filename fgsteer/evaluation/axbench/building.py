@@ -21,7 +21,7 @@ from fgsteer.errors import SelectionError, SelectionWarning
 from fgsteer.evaluation.axbench.contestants import Contestant, recipe
 from fgsteer.evaluation.axbench.detection import aurocs
 from fgsteer.evaluation.axbench.files import AxBenchConcept, AxBenchText
-from fgsteer.evaluation.axbench.folders import CHECKPOINT, RunFolder
+from fgsteer.evaluation.axbench.folders import RunFolder
 from fgsteer.evaluation.axbench.protocol import AxBenchPlan
 from fgsteer.evaluation.axbench.reading import as_prompt, token_activations
 from fgsteer.evaluation.judges.embedding import logistic
@@ -143,13 +143,15 @@ class VectorMaker:
 
     def train(self, row: Contestant, concepts: Sequence[AxBenchConcept]) -> None:
         """Train the vectors of a method that are not there yet, several in common batches."""
-        missing = [c for c in concepts if not self.folder.vector_path(row.name, c.id).exists()]
         settings = dict(self.plan.settings.get(row.name, {}))
         features = settings.pop("features", FEATURES)
         chosen = recipe(row, settings, self.plan.seed)
-        for start in range(0, len(missing), self.plan.together):
-            group = missing[start : start + self.plan.together]
-            checkpoint = self.folder.path / CHECKPOINT
+        for start in range(0, len(concepts), self.plan.together):
+            # as a whole, so that a run that was stopped while it saved one goes on from its checkpoint
+            group = concepts[start : start + self.plan.together]
+            if all(self.folder.vector_path(row.name, concept.id).exists() for concept in group):
+                continue
+            checkpoint = self.folder.checkpoint_path(row.name)
             vectors = train_many(
                 self.model,
                 self.tokenizer,

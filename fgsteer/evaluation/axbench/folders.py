@@ -64,7 +64,9 @@ class RunFolder:
             for file in (self.path / part).glob("*.*"):
                 if file.suffix in (".json", ".safetensors"):
                     file.unlink()
-        for name in (RESULTS, TABLE, CHECKPOINT, PLAN):
+        for file in self.path.glob(f"*{CHECKPOINT}"):
+            file.unlink()
+        for name in (RESULTS, TABLE, PLAN):
             (self.path / name).unlink(missing_ok=True)
 
     def check_settings(self, method: str, settings: Mapping[str, Any]) -> None:
@@ -75,6 +77,10 @@ class RunFolder:
     def vector_path(self, method: str, concept: int) -> Path:
         """Where the vector of a method for a concept is kept."""
         return self.path / "vectors" / f"{method}-{concept}.safetensors"
+
+    def checkpoint_path(self, method: str) -> Path:
+        """Where the training of a method's vectors goes on from: a file of each, as methods may be left out later."""
+        return self.path / f"{method}-{CHECKPOINT}"
 
     def vector(self, method: str, concept: int) -> SteeringVector | None:
         """Load a vector that is kept; None where there is none. Raises FormatError for a damaged file."""
