@@ -30,6 +30,7 @@ from fgsteer.play.served import SteeringServer
 from fgsteer.play.session import PlaySession, sae_sources
 from fgsteer.play.turns import MAX_WAITING, Turns
 from fgsteer.play.writing import Written, write_texts
+from fgsteer.serving.inline import encode_vector
 from fgsteer.serving.request import parse_request
 from fgsteer.serving.sources import load_stages
 from tests.helpers.cli import app, invoke
@@ -107,6 +108,8 @@ def test_a_plan_is_the_same_after_a_round_trip():
         {"chat": "yes"},
         {"items": [feature()] * 17},
         {"items": [feature(amount=float("inf"))]},
+        {"items": [feature(amount=10**400)]},
+        {"temperature": 10**400},
         {"items": [feature(amount=True)]},
         {"items": [feature(op="exec")]},
         {"items": [feature(scope="everywhere")]},
@@ -374,6 +377,35 @@ def test_a_share_file_opens_with_its_vectors(with_vector):
             act(with_vector, "open", share={**shared, **change})
 
 
+def test_a_vector_from_elsewhere_replaces_none(with_vector):
+    """A share file steers as it did where it was made, also where another vector has the name here."""
+    own, other = with_vector.vector("sea"), with_vector.vector("sea") * 2.0
+    shared = act(with_vector, "share", plan=plan_of(*PLANS["vector"]).as_json())[0]["share"]
+    assert act(with_vector, "open", share=shared)[0]["plan"] == shared["plan"], "the same vector needs no other name"
+    opened = act(with_vector, "open", share={**shared, "vectors": {"sea": encode_vector(other)}})[0]
+    names = [item["name"] for item in opened["plan"]["items"] if item["kind"] == "vector"]
+    assert set(names) == {"sea-2"}
+    assert torch.equal(with_vector.vector("sea-2").direction, other.direction)
+    added = act(with_vector, "add-vector", name="sea", content=encode_vector(own * 3.0))[0]
+    assert added["name"] == "sea-3"
+    assert torch.equal(fg.SteeringVector.load(with_vector.folder / "sea.safetensors").direction, own.direction)
+
+
+def test_a_file_that_is_no_vector_is_not_written_over(with_vector):
+    path = with_vector.folder / "model.safetensors"
+    path.write_bytes(b"weights")
+    with pytest.raises(fg.DataError, match="another file"):
+        act(with_vector, "save-vector", item=feature(), name="model")
+    assert path.read_bytes() == b"weights"
+    path.unlink()
+
+
+def test_another_vector_of_a_name_has_costs_of_its_own(with_vector):
+    with_vector.kept("curve", "of the old one", list)
+    with_vector.add_vector("sea", with_vector.vector("sea") * 2.0, save=False)
+    assert with_vector.kept("curve", "of the old one", lambda: "measured anew") == "measured anew"
+
+
 def test_a_saved_vector_is_a_file_in_the_folder(with_vector):
     file, names = act(with_vector, "save-vector", item=feature(), name="wave")
     vector = fg.SteeringVector.load(with_vector.folder / "wave.safetensors")
@@ -564,6 +596,9 @@ def test_who_has_the_token_and_comes_from_the_page_is_answered():
     assert "HttpOnly" in cookie
     assert "SameSite=Strict" in cookie
     assert request({**GOOD, "cookie": cookie.partition(";")[0]})[0] == 200
+    own = cookie.partition(";")[0]
+    for other in ('page={"x":1}', "we[ird=1", "no value", "@@", f"{own.partition('=')[0]}=of an older session"):
+        assert request({**GOOD, "cookie": f"{other}; {own}"})[0] == 200, "other programs have cookies here"
     assert request({**GOOD, "authorization": "Bearer secret"})[0] == 200
     policy = headers["content-security-policy"]
     assert "default-src 'none'" in policy
@@ -671,6 +706,9 @@ def test_a_server_writes_the_texts(session, server, tmp_path):
         with pytest.raises(fg.SteeringError) as raised:
             texts_of(session, plan_of(feature(), prompt="fail"))
         assert "SECRETKEY" not in str(raised.value)
+        loads = sum(seen[0] == "PUT" for seen in Served.seen)
+        texts_of(session, plan_of(feature(), prompt="again"))
+        assert sum(seen[0] == "PUT" for seen in Served.seen) == loads + 1, "a server that fails may have lost it"
     finally:
         session.server = None
     assert "SECRETKEY" not in repr(server)

@@ -9,6 +9,7 @@ import base64
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -226,8 +227,8 @@ def vector_file(session: PlaySession, body: dict[str, Any]) -> Events:
 def add_vector(session: PlaySession, body: dict[str, Any]) -> Events:
     """Take a vector's file."""
     vector = decode_vector(_text(body, "content", MAX_VECTOR_CHARS), MAX_VECTOR_CHARS)
-    session.add_vector(_text(body, "name", plans.MAX_NAME_CHARS), vector)
-    yield {"event": "vectors", "vectors": sorted(session.vectors)}
+    name = session.take_vector(_text(body, "name", plans.MAX_NAME_CHARS), vector)
+    yield {"event": "vectors", "vectors": sorted(session.vectors), "name": name}
 
 
 def share(session: PlaySession, body: dict[str, Any]) -> Events:
@@ -255,11 +256,16 @@ def open_share(session: PlaySession, body: dict[str, Any]) -> Events:
     plan, vectors = parse_plan(shared.get("plan")), shared.get("vectors", {})
     if not isinstance(vectors, Mapping):
         raise DataError(describe_value(vectors), "vectors by name in a share file")
+    names: dict[str, str] = {}
     for name, content in vectors.items():
         if not isinstance(content, str):
             raise DataError(describe_value(content), "a vector's file in base64")
-        if name not in session.vectors:
-            session.add_vector(str(name), decode_vector(content, MAX_VECTOR_CHARS), save=False)
+        names[name] = session.take_vector(name, decode_vector(content, MAX_VECTOR_CHARS), save=False)
+    items = (
+        replace(item, name=names.get(item.name, item.name)) if isinstance(item, VectorItem) else item
+        for item in plan.items
+    )
+    plan = replace(plan, items=tuple(items))
     _check_known(session, plan)
     model = shared.get("model")
     other = "" if model == session.model_name else f"It was made with the model {model!r:.80}."

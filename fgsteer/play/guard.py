@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -89,7 +88,7 @@ class Guard:
         if scope["method"] not in ("GET", "POST"):
             return 405, "fgsteer play answers GET and POST."
         by_bearer = self._is_token(headers.get("authorization", "").removeprefix("Bearer "))
-        by_cookie = self._is_token(_cookie(headers.get("cookie", ""), self.cookie))
+        by_cookie = any(map(self._is_token, _cookies(headers.get("cookie", ""), self.cookie)))
         if not (by_bearer or by_cookie or (self._in_address(scope) and scope["method"] == "GET")):
             return 401, "Open the address that fgsteer play printed, with its token."
         if scope["method"] == "POST":
@@ -110,12 +109,10 @@ class Guard:
         return secrets.compare_digest(given.encode(), self.token.encode())
 
 
-def _cookie(header: str, name: str) -> str:
-    try:
-        found = SimpleCookie(header).get(name)
-    except CookieError:
-        return ""
-    return "" if found is None else found.value
+def _cookies(header: str, name: str) -> list[str]:
+    """The values of a cookie, whatever stands beside it: other programs at this address set cookies of any form."""
+    pairs = (part.strip().partition("=") for part in header.split(";"))
+    return [value for key, _, value in pairs if key == name]
 
 
 def _bounded(receive: Receive) -> Receive:

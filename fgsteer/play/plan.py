@@ -6,7 +6,7 @@ plan.as_json()                 what the share file holds; parse_plan makes the s
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -309,7 +309,8 @@ def _check_whole(name: str, value: object, least: int, most: int) -> None:
 
 
 def _check_finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    most = sys.float_info.max  # a whole number of JSON may be larger
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -most <= value <= most:
         raise DataError(f"{describe_value(value)} as {name}", "a finite number")
     return float(value)
 

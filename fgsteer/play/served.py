@@ -84,13 +84,17 @@ class SteeringServer:
         body: dict[str, Any] = {"model": self.model, "stream": True, "max_tokens": plan.max_new_tokens}
         body |= {"temperature": plan.temperature, "seed": seed}
         body |= {"messages": plan.text} if plan.chat else {"prompt": plan.prompt}
-        if steering:
-            body["vllm_xargs"] = request_of(self._load(steering))
+        name = self._load(steering) if steering else ""
+        body |= {"vllm_xargs": request_of(name)} if name else {}
         text = ""
-        with closing(self._events("/v1/chat/completions" if plan.chat else "/v1/completions", body)) as events:
-            for event in events:
-                text += _new_text(event)
-                yield text, ()
+        try:
+            with closing(self._events("/v1/chat/completions" if plan.chat else "/v1/completions", body)) as events:
+                for event in events:
+                    text += _new_text(event)
+                    yield text, ()
+        except SteeringError:  # a server that was started anew has nothing loaded: the next request loads it again
+            self._loaded = [loaded for loaded in self._loaded if loaded != name]
+            raise
 
     def _load(self, steering: Sequence[Intervention]) -> str:
         """Load interventions on the server, under a name that is made of what they are; return the name."""

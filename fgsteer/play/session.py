@@ -10,6 +10,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -72,6 +73,7 @@ class PlaySession:
     judge: tuple[Judge, str] | None = None
     server: Any = None
     vectors: dict[str, SteeringVector] = field(default_factory=dict)
+    _files: set[str] = field(default_factory=set)
     _kept: dict[str, OrderedDict[Hashable, Any]] = field(default_factory=dict)
     _effects: dict[str, EffectApproximator | None] = field(default_factory=dict)
     _examples: dict[str, FeatureExamples | None] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class PlaySession:
         try:
             vector = SteeringVector.load(path)
             self.add_vector(path.stem, vector, save=False)
+            self._files.add(path.stem)
         except (FormatError, DataError, ValueError):
             return
 
@@ -128,7 +131,8 @@ class PlaySession:
     def add_vector(self, name: str, vector: SteeringVector, *, save: bool = True) -> None:
         """Keep a vector under a name, and save it to the folder where there is one.
 
-        Raises DataError for a name that files are not called by, PairingError for a vector that does not fit the model.
+        Raises DataError for a name that files are not called by, or by which the folder has a file that is none of the
+        page's vectors, PairingError for a vector that does not fit the model.
         """
         if not _NAME.fullmatch(name):
             raise DataError(
@@ -140,8 +144,32 @@ class PlaySession:
         if name not in self.vectors and len(self.vectors) >= MAX_VECTORS:
             raise DataError(f"{len(self.vectors)} vectors", f"at most {MAX_VECTORS}", "start anew with other vectors")
         if save and self.folder is not None:
-            vector.save(self.folder / f"{name}.safetensors")
+            path = self.folder / f"{name}.safetensors"
+            if name not in self._files and path.exists():
+                raise DataError(f"the name {name}, which another file in the folder has", "a new name")
+            vector.save(path)
+            self._files.add(name)
+        if name in self.vectors:
+            self._kept.pop("curve", None)  # what the vector of this name cost that was here before
         self.vectors[name] = vector
+
+    def take_vector(self, name: str, vector: SteeringVector, *, save: bool = True) -> str:
+        """Keep a vector from elsewhere, and return its name: the given one, or with a number where another has that.
+
+        Raises as ``add_vector`` does.
+        """
+        names = (f"{name[: MAX_NAME_CHARS - 4]}-{number}" for number in count(2))
+        free = next(n for n in (name, *islice(names, MAX_VECTORS)) if n not in self.vectors or self._is(n, vector))
+        if free not in self.vectors:
+            self.add_vector(free, vector, save=save)
+        return free
+
+    def _is(self, name: str, vector: SteeringVector) -> bool:
+        """Whether the vector of a name steers as another does."""
+        own = self.vectors[name]
+        parts = [(own.direction, vector.direction), (own.reference, vector.reference)]
+        values = [[None if part is None else part.tolist() for part in pair] for pair in parts]
+        return own.hookpoint == vector.hookpoint and all(a == b for a, b in values)
 
     def kept(self, kind: str, key: Hashable, make: Callable[[], Made]) -> Made:
         """What was made of a key before, or is made now; of each kind the last ``MAX_KEPT`` are kept."""

@@ -133,6 +133,6 @@ async function loadVector() {
   $("vector-file").value = "";
   if (found) {
     showVectors(found.vectors);
-    $("vector").value = name;
+    $("vector").value = found.name;
   }
 }
