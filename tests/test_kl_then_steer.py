@@ -218,3 +218,21 @@ def test_settings_out_of_range():
     for changes in ({"rank": 0}, {"lr": 0.0}, {"epochs": 0}, {"batch": 0}, {"probability": 1.5}, {"strength": -1.0}):
         with pytest.raises(fg.DataError):
             fg.KLThenSteerTraining(**changes)
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_a_training_that_stops_leaves_the_model_as_it_was(rank, tokenizer):
+    model = tiny_model("llama")
+    ids = torch.tensor([token_ids(tokenizer)[0]])
+    before = model(ids).logits
+
+    def stop(done, _):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    for _ in range(2):  # the second finds no adapter of the first
+        with pytest.raises(KeyboardInterrupt):
+            settings = training(batch=1, rank=rank, lr=0.1)
+            fg.kl_then_steer(model, tokenizer, TEXTS, [SIDES], hookpoints=AT, settings=settings, progress=stop)
+        assert torch.equal(model(ids).logits, before)
+        assert not hasattr(model, "peft_config")

@@ -639,7 +639,7 @@ def test_published_constants():
         "lm_factors": (0.04, 6, 12, "linear", None, tuple(range(2, 21, 2)), 0.01),
         "bipo": (5e-4, 100, 4, "cosine", None, (1.0,), 0.0),
         "reps": (0.04, 18, 6, "linear", 1.0, tuple(range(2, 21, 2)), None),
-        "reft_r1": (0.01, 3, 6, "linear", 1.0, (1.0,), None),
+        "reft_r1": (0.01, 3, 3, "linear", 1.0, (1.0,), None),
     }
     for name, expected in constants.items():
         s = fg.VectorTraining.published(name)

@@ -165,7 +165,10 @@ class Student:
 
 @contextmanager
 def _student(model: nn.Module, settings: KLThenSteerTraining) -> Iterator[Student]:
-    """The model as it is trained; afterwards it is in eval mode, and none of its weights requires another gradient."""
+    """The model as it is trained; afterwards it is in eval mode, and none of its weights requires another gradient.
+
+    After an exception it is the model that it was.
+    """
     required = {id(p): p.requires_grad for p in model.parameters()}
     training = model.training
     teacher, student = None, model
@@ -177,6 +180,13 @@ def _student(model: nn.Module, settings: KLThenSteerTraining) -> Iterator[Studen
     student.eval()  # dropout would be a difference from the teacher that nothing can learn away
     try:
         yield Student(student, [p for p in student.parameters() if p.requires_grad], teacher)
+    except BaseException:  # also Ctrl-C: half-trained weights look like trained ones
+        if teacher is not None:
+            model.load_state_dict(teacher.state_dict())
+        else:
+            student.unload()
+            vars(model).pop("peft_config", None)
+        raise
     finally:
         for parameter in model.parameters():
             parameter.grad = None

@@ -165,8 +165,8 @@ RECIPES = {
     ),
     # arXiv 2505.20809, as for Gemma-2-2B; for 9B it has lr 0.08 and dropout 0.1
     "reps": replace(_RAW, objective="reps", lr=0.04, epochs=18, clip=1.0, factors=EVEN_TO_TWENTY),
-    # AxBench's ReFT-r1 (arXiv 2501.17148), as for Gemma-2-2B; for 9B it has lr 0.005
-    "reft_r1": replace(_RAW, objective="reft_r1", lr=0.01, epochs=3, clip=1.0),
+    # AxBench's ReFT-r1 (arXiv 2501.17148), as for Gemma-2-2B; for 9B it has lr 0.005. Batches of 6 texts, two a pair
+    "reft_r1": replace(_RAW, objective="reft_r1", lr=0.01, epochs=3, batch=3, clip=1.0),
     # SimPO's loss (arXiv 2405.14734) with the schedule of RePS; β and γ are not those of a paper
     "simpo": replace(_RAW, objective="simpo", lr=0.04, epochs=18, clip=1.0, factors=EVEN_TO_TWENTY),
 }
