@@ -230,9 +230,9 @@ def test_a_training_that_stops_leaves_the_model_as_it_was(rank, tokenizer):
         if done == 2:
             raise KeyboardInterrupt
 
+    settings = training(batch=1, rank=rank, lr=0.1)
     for _ in range(2):  # the second finds no adapter of the first
         with pytest.raises(KeyboardInterrupt):
-            settings = training(batch=1, rank=rank, lr=0.1)
             fg.kl_then_steer(model, tokenizer, TEXTS, [SIDES], hookpoints=AT, settings=settings, progress=stop)
         assert torch.equal(model(ids).logits, before)
         assert not hasattr(model, "peft_config")
