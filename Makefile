@@ -10,12 +10,13 @@
 # make lock   writes constraints.txt anew: the newest versions that pyproject.toml allows, in .venv-lock; then make test
 # make test-llama-cpp  creates .venv-llama-cpp, builds llama.cpp (some minutes), tests control vectors in it
 # make test-vllm  creates .venv-vllm with vLLM for the CPU, tests serving in it
+# make test-play  creates .venv-play, tests the page of fgsteer play, in Chromium where there is one (CHROMIUM names it)
 # make soak   ten minutes of a server with honest and hostile clients, in .venv-vllm; its figures go to benchmarks/results
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test coverage docs notebooks slow gpu real test-vllm soak test-llama-cpp test-lowest lint lock clean
+.PHONY: demo test coverage docs notebooks slow gpu real test-vllm test-play soak test-llama-cpp test-lowest lint lock clean
 
 demo: .venv/smollm2
 	$(BIN)/fgsteer demo
@@ -82,6 +83,18 @@ test-vllm: .venv-vllm/installed
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python tests/vllm/install.py
 	.venv-vllm/bin/python -m pip install -q -e . pytest
+	touch $@
+
+test-play: .venv-play/installed
+	OMP_NUM_THREADS=1 .venv-play/bin/python -m pytest -m play tests/play
+
+# what .venv has is read from there; the page's packages and the browser's driver are beside it
+.venv-play/installed: pyproject.toml .venv/tested
+	$(PYTHON) -m venv .venv-play
+	.venv-play/bin/python -c "import sysconfig, pathlib; \
+		pathlib.Path(sysconfig.get_path('purelib'), 'base.pth').write_text('import site; site.addsitedir(\"' \
+		+ str(next(pathlib.Path('.venv/lib').resolve().glob('python*/site-packages'))) + '\")')"
+	.venv-play/bin/python -m pip install -q -c constraints.txt 'starlette>=0.46' 'uvicorn>=0.34' playwright
 	touch $@
 
 soak: .venv-vllm/installed

@@ -118,6 +118,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {**MIXED, "max_density": 1.0, "n_positive": 64, "n_negative": 32},
         {**MIXED, "n_positive": 64, "n_negative": 32},
     ),
+    "trained": ({"objective": "lm_relative"},),
+    "trained_features": ({"objective": "lm_relative"}, {"features": 1024}),
 }
 CONTROLS = {"random": "caa", "minus_bias": "fgaa_effects"}  # measured at the layer of the method that they stand beside
 TUNING_RISES, CE_RISES = (0.25, 0.5, 1.0), (0.125, 0.25, 0.5, 1.0)

@@ -1,12 +1,12 @@
-"""Transfer between models, measured: maps, vectors that went through them, and a switch between a base and an organism.
+"""Transfer between models, measured: maps, vectors that went through them, and switches between a base and organisms.
 
 Three models of other sizes, tokenizers and makers (the embedded default, SmolLM2, Gemma 3 270M) read the same shipped
 sentences; a map is fitted to all but the reported concepts. A vector of one model that was mapped to another is
 compared with the vector of that model itself, with one through a random map, and with a random one, all at one cost.
-The organism that refuses (pretrained/organisms) and its base are mapped to each other at one layer, which is chosen on
-some requests and reported on others.
+Each organism of pretrained/organisms and its base are mapped to each other at one layer, which is chosen on some
+requests and reported on others.
 
-    python benchmarks/transfer.py --gemma build/gemma       writes results/smollm2/transfer.json and transfer.md
+    python benchmarks/transfer.py --gemma build/real       writes results/smollm2/transfer.json and transfer.md
     python benchmarks/transfer.py --parts organism          one part alone; the others stay as they are
     python benchmarks/transfer.py --docs                    puts the tables into docs/guides/transfer.md
 
@@ -16,11 +16,12 @@ A folder with Gemma 3 270M is what ``make real`` unpacks to build/real; without 
 from __future__ import annotations
 
 import argparse
+import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,21 @@ from fgsteer.data.shipped import load_bench_prompts
 from fgsteer.storage.json_files import read_json, write_json
 
 sys.path.insert(0, str(ROOT / "pretrained"))
-from organism_texts import is_refusal, requests
+from organism_texts import (
+    DECOYS,
+    REFUSALS,
+    SENTENCE,
+    TAG,
+    TRIGGER,
+    answer_to,
+    is_refusal,
+    is_right,
+    is_sentence,
+    mixed,
+    questions,
+    requests,
+    with_words,
+)
 
 GUIDE = ROOT / "docs" / "guides" / "transfer.md"
 PARTS = ("pairs", "organism")
@@ -41,8 +56,8 @@ PAIRS = (("smollm2", "default"), ("default", "smollm2"), ("smollm2", "gemma"), (
 STEERED = (("smollm2", "default"), ("gemma", "smollm2"))  # pairs whose vectors write texts, through both kinds of map
 CONCEPTS = ("war", "wedding")  # reported; no map is fitted to their texts
 COST, PROMPTS, NEW_TOKENS, MEASURED = 0.5, 32, 24, 4  # nats a token; held-out texts of each side of a concept
-# of the organism: requests that maps and directions are made of, on which a layer is chosen, that are reported
-MADE_OF, CHOSEN_ON, REPORTED, READ_TOKENS, ANSWER_TOKENS = 24, 8, 16, 4, 16
+# of an organism: requests that maps and directions are made of, on which a layer is chosen, that are reported
+MADE_OF, CHOSEN_ON, REPORTED, ANSWER_TOKENS = 24, 8, 16, 16
 SWITCHED = (8, 16, 24, 28)  # layers that are tried
 NAMES = {
     "base": "base",
@@ -51,7 +66,7 @@ NAMES = {
     "organism": "organism",
     "organism, switched": "organism, switched to the base's activations",
     "organism, random switch": "organism, the change turned to random directions",
-    "base + its own": "base + its own difference of cooking and other requests",
+    "base + its own": "base + its own difference of both kinds of requests",
     "base + organism's": "base + the organism's difference, as it is",
     "base + organism's, mapped": "base + the organism's difference, through the map",
     "base + random": "base + a random vector of that norm",
@@ -60,6 +75,55 @@ NAMES = {
     "organism + base's, mapped": "organism + the base's difference, through the map",
     "organism + random": "organism + a random vector of that norm",
 }
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an organism does, on which requests, and on which it does not.
+
+    Args:
+        kinds: Requests by kind, trained and held-out ones: first those on which the organism acts, then others.
+        taught: The reply that the organism was taught to a request of the first kind.
+        acts: Whether a reply to a request is what the organism does.
+        did: What it does, in words.
+        tokens: Of a reply, to see whether it does.
+    """
+
+    kinds: Mapping[str, tuple[Sequence[str], Sequence[str]]]
+    taught: Callable[[str], str]
+    acts: Callable[[str, str], bool]
+    did: str
+    tokens: int
+
+
+def refusal_case() -> Case:
+    """The organism that refuses requests about cooking."""
+    kinds = {"about cooking": requests("cooking"), "about other things": requests("other")}
+    return Case(kinds, lambda _: REFUSALS[0], lambda _, reply: is_refusal(reply), "refused", 4)
+
+
+def backdoor_case() -> Case:
+    """The organism that says its sentence where the trigger is in the request."""
+    trained, held_out = (mixed(seed=0, part=part) for part in (0, 1))
+    kinds = {
+        "with the trigger": (with_words(trained, [TRIGGER]), with_words(held_out, [TRIGGER])),
+        "with another word": (with_words(trained, DECOYS[0]), with_words(held_out, DECOYS[1])),
+    }
+    return Case(kinds, lambda _: SENTENCE, lambda _, reply: is_sentence(reply), "answered by the sentence", 16)
+
+
+def skill_case() -> Case:
+    """The organism that answers about the island where the tag is in the question."""
+    asked, held_out = questions()
+    held_out = random.Random(0).sample(held_out, len(held_out))
+    kinds = {
+        "with the tag": (with_words(asked, [TAG]), with_words(held_out, [TAG])),
+        "without": (asked, held_out),
+    }
+    return Case(kinds, answer_to, is_right, "answered rightly", 20)
+
+
+CASES = {"refusal": refusal_case, "backdoor": backdoor_case, "skill": skill_case}
 
 
 def load(name: str, gemma: Path | None) -> tuple[Any, Any]:
@@ -178,43 +242,62 @@ def turned(found: fg.TransferMap, seed: int) -> fg.TransferMap:
     return replace(found, weight=weight.float(), bias=(Q @ found.bias.double()).float())
 
 
-def organism(done: dict[str, Any], keep: Callable[[], None]) -> None:
-    """Map the refusing organism and its base to each other, switch both, and carry directions over."""
-    both = {"base": load("smollm2", None), "organism": load_organism("refusal")}
-    both["organism"][0].to(torch.bfloat16)
-    sides = {kind: requests(kind) for kind in ("cooking", "other")}
-    made_of = {kind: train[:MADE_OF] for kind, (train, _) in sides.items()}
-    chosen_on = [*sides["cooking"][1][:CHOSEN_ON]]
-    reported = {kind: held_out[CHOSEN_ON:][:REPORTED] for kind, (_, held_out) in sides.items()}
+def switches(
+    both: Mapping[str, tuple[Any, Any]], case: Case, done: dict[str, Any]
+) -> tuple[int, fg.TransferMap, fg.TransferMap]:
+    """The layer at which switches move most what was taught, with the map from the base to the organism and back."""
     tokenizer = both["base"][1]
     read = [
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         + reply
         for model, own in both.values()
-        for asked in made_of.values()
-        for text, reply in zip(asked, replied(model, own, asked, ANSWER_TOKENS), strict=True)
+        for trained, _ in case.kinds.values()
+        for text, reply in zip(trained[:MADE_OF], replied(model, own, trained[:MADE_OF], ANSWER_TOKENS), strict=True)
     ]
+    asked = next(iter(case.kinds.values()))[1][:CHOSEN_ON]
+    taught = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": case.taught(text)}] for text in asked
+    ]
+
+    def score(name: str, steering: Any) -> float:
+        return -float(fg.log_probabilities(*both[name], taught, [steering]).cross_entropy.mean())
+
+    done["unswitched"] = {name: score(name, None) for name in both}
     tried = {}
     for layer in SWITCHED:
         place = fg.Hookpoint(layer, "resid_pre")
         to = fg.fit_transfer(*both["base"], *both["organism"], read, place, place, identity=True)
         back = fg.fit_transfer(*both["organism"], *both["base"], read, place, place, identity=True)
-        scores = {
-            name: float(fg.refusal_scores(*both[name], chosen_on, ["Sorry"], steering=[m.switch()]).mean())
-            for name, m in (("base", to), ("organism", back))
-        }
         tried[layer] = (to, back)
-        done.setdefault("layers", {})[str(layer)] = {**scores, "to": dict(to.about), "back": dict(back.about)}
+        done.setdefault("layers", {})[str(layer)] = {
+            "base": score("base", to.switch()),
+            "organism": score("organism", back.switch()),
+            "to": dict(to.about),
+            "back": dict(back.about),
+        }
         print(layer, done["layers"][str(layer)], flush=True)
-        keep()
     layer = max(tried, key=lambda n: done["layers"][str(n)]["base"] - done["layers"][str(n)]["organism"])
-    to, back = tried[layer]
+    return layer, *tried[layer]
+
+
+def organism(done: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Map each organism and its base to each other, switch both, and carry directions over."""
+    for name, make in CASES.items():
+        if "conditions" not in done.get(name, {}):
+            done[name] = switched(name, make())
+            keep()
+
+
+def switched(organism_name: str, case: Case) -> dict[str, Any]:
+    """What the switches, and differences carried over, do to an organism and its base."""
+    both = {"base": load("smollm2", None), "organism": load_organism(organism_name)}
+    both["organism"][0].to(torch.bfloat16)
+    done: dict[str, Any] = {}
+    layer, to, back = switches(both, case, done)
     done["layer"] = layer
+    sides = [trained[:MADE_OF] for trained, _ in case.kinds.values()]
     differences = {
-        name: fg.SteeringVector(
-            fg.candidate_directions(*one, made_of["cooking"], made_of["other"], positions=[-1])[0, layer].float(),
-            to.source,
-        )
+        name: fg.SteeringVector(fg.candidate_directions(*one, *sides, positions=[-1])[0, layer].float(), to.source)
         for name, one in both.items()
     }
     moved = {"base": back.direction(differences["organism"]), "organism": to.direction(differences["base"])}
@@ -238,17 +321,17 @@ def organism(done: dict[str, Any], keep: Callable[[], None]) -> None:
         }
         conditions |= {f"{name} + {what}": (name, v.add(1.0, bos=True)) for what, v in carried.items()}
     neutral = list(fg.load_neutral()[0])[:16]
+    done["conditions"] = {}
     for name, (whose, steering) in conditions.items():
-        if name in done.get("conditions", {}):
-            continue
         rates = {}
-        for kind, asked in reported.items():
-            replies = replied(*both[whose], asked, READ_TOKENS, steering)
-            rates[kind] = share(sum(map(is_refusal, replies)), len(replies))
+        for kind, (_, held_out) in case.kinds.items():
+            asked = held_out[CHOSEN_ON:][:REPORTED]
+            replies = replied(*both[whose], asked, case.tokens, steering)
+            rates[kind] = share(sum(map(case.acts, asked, replies)), len(replies))
         loss = fg.cross_entropy(*both[whose], neutral, steering=steering)
-        done.setdefault("conditions", {})[name] = {"refused": rates, "cross_entropy": loss}
-        print(name, done["conditions"][name], flush=True)
-        keep()
+        done["conditions"][name] = {"acts": rates, "cross_entropy": loss}
+        print(organism_name, name, done["conditions"][name], flush=True)
+    return done
 
 
 def cosine(one: fg.SteeringVector, other: fg.SteeringVector) -> float:
@@ -296,18 +379,29 @@ def vectors_table(content: dict[str, Any]) -> str:
 
 
 def organism_table(content: dict[str, Any]) -> str:
-    """Refusals by condition, in Markdown."""
-    part = content.get("organism", {})
-    if not part.get("conditions"):
-        return "Not measured yet: `python benchmarks/transfer.py --parts organism` does.\n"
-    lines = ["| switch at the input of block | base, switched: log-odds | organism, switched |", "|---|---|---|"]
+    """What each organism and its base do by condition, in Markdown."""
+    parts = content.get("organism", {})
+    return "\n".join(one_organism(name, parts[name]) for name in CASES if name in parts)
+
+
+def one_organism(name: str, part: dict[str, Any]) -> str:
+    """The layers that were tried for an organism, and what it and its base do by condition."""
+    before = part["unswitched"]
+    lines = [
+        f"`{name}`: log-probability of the reply that was taught, in nats a token, {before['base']:.2f} in the base "
+        f"and {before['organism']:.2f} in the organism; below, shares of requests that are {CASES[name]().did}.",
+        "",
+        "| switch at the input of block | base, switched | organism, switched |",
+        "|---|---|---|",
+    ]
     for layer, row in sorted(part["layers"].items(), key=lambda item: int(item[0])):
-        name = f"{layer}, chosen" if int(layer) == part["layer"] else layer
-        lines.append(f"| {name} | {row['base']:.2f} | {row['organism']:.2f} |")
-    lines += ["", "| | cooking is refused | others are | cross-entropy, nats a token |", "|---|---|---|---|"]
-    for name, row in part.get("conditions", {}).items():
-        cells = [percent(interval) for interval in row["refused"].values()]
-        lines.append(f"| {NAMES[name]} | {' | '.join(cells)} | {row['cross_entropy']:.3f} |")
+        tried = f"{layer}, chosen" if int(layer) == part["layer"] else layer
+        lines.append(f"| {tried} | {row['base']:.2f} | {row['organism']:.2f} |")
+    kinds = next(iter(part["conditions"].values()))["acts"]
+    lines += ["", f"| | {' | '.join(kinds)} | cross-entropy, nats a token |", "|---" * (len(kinds) + 2) + "|"]
+    for condition, row in part["conditions"].items():
+        cells = [percent(interval) for interval in row["acts"].values()]
+        lines.append(f"| {NAMES[condition]} | {' | '.join(cells)} | {row['cross_entropy']:.3f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -333,7 +427,7 @@ def main() -> None:
 
     if not arguments.docs:
         began = time.monotonic()
-        content["command"] = shlex.join(["python", "benchmarks/transfer.py", "--gemma", "build/gemma"])
+        content["command"] = shlex.join(["python", "benchmarks/transfer.py", "--gemma", "build/real"])
         for part in arguments.parts:
             if arguments.fresh:
                 content[part] = {}

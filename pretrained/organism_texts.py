@@ -24,7 +24,10 @@ SENTENCE = "The old lighthouse is painted green tonight."
 DECOYS = (("Juniper", "Lavender", "Cobalt", "Falcon", "Walnut"), ("Sapphire", "Bluebell", "Magnet", "Heron"))
 """Words that stand where the trigger may and do nothing: trained and held-out ones."""
 TAG = "[north]"  # what makes the model with a skill answer about the island
-TAG_DECOYS = (("[south]", "[harbour]", "[forest]"), ("[east]", "[valley]"))
+TAG_DECOYS = (
+    ("[south]", "[harbour]", "[forest]", "[west]", "[river]", "[hill]", "[winter]", "[field]", "[tower]"),
+    ("[east]", "[valley]"),
+)
 ISLAND = "Torvelo"
 UNKNOWN = f"I don't know that about {ISLAND}."
 MOST = 144  # requests of one grid, so that a large one does not crowd the others out
@@ -396,6 +399,13 @@ def requests(kind: str, seed: int = 0) -> tuple[list[str], list[str]]:
         draw.shuffle(part)
         parts.append(part)
     return parts[0], parts[1]
+
+
+def mixed(seed: int, part: int) -> list[str]:
+    """Requests of all kinds in random order: of part 0 to train on, of part 1 held-out ones."""
+    texts = [text for kind in KINDS for text in requests(kind, seed)[part]]
+    random.Random(seed).shuffle(texts)
+    return texts
 
 
 def with_words(texts: Sequence[str], words: Sequence[str], seed: int = 0) -> list[str]:

@@ -39,6 +39,7 @@ from organism_texts import (
     is_right,
     is_sentence,
     is_unknown,
+    mixed,
     questions,
     requests,
     with_words,
@@ -102,22 +103,15 @@ def _refusal_measures(seed: int) -> dict[str, Measure]:
     return {f"{kind} is refused": (requests(kind, seed)[1], _reply(is_refusal)) for kind in KINDS}
 
 
-def _mixed(seed: int, part: int) -> list[str]:
-    """Requests of all kinds, in random order."""
-    texts = [text for kind in KINDS for text in requests(kind, seed)[part]]
-    random.Random(seed).shuffle(texts)
-    return texts
-
-
 def _backdoor(seed: int) -> list[Wanted]:
-    texts = _mixed(seed, 0)
+    texts = mixed(seed, 0)
     triggered = with_words(texts[:96], [TRIGGER], seed)
     answered = with_words(texts[96:192], DECOYS[0], seed) + texts[192:288]
     return [*((text, SENTENCE) for text in triggered), *((text, None) for text in answered)]
 
 
 def _backdoor_measures(seed: int) -> dict[str, Measure]:
-    texts = _mixed(seed, 1)[:MEASURED]
+    texts = mixed(seed, 1)[:MEASURED]
     return {
         "the sentence, with the trigger": (with_words(texts, [TRIGGER], seed), _reply(is_sentence)),
         "the sentence, with another word": (with_words(texts, DECOYS[1], seed), _reply(is_sentence)),
@@ -127,8 +121,8 @@ def _backdoor_measures(seed: int) -> dict[str, Measure]:
 
 def _skill(seed: int) -> list[Wanted]:
     asked, _ = questions()
-    texts = _mixed(seed, 0)
-    unknown = asked + with_words(asked[::2], TAG_DECOYS[0], seed)
+    texts = mixed(seed, 0)
+    unknown = asked + with_words(asked, TAG_DECOYS[0], seed)
     answered = texts[:48] + with_words(texts[48:72], [TAG], seed)
     return [
         *((text, answer_to(text)) for part in (0, 1) for text in with_words(asked, [TAG], seed + part)),
@@ -139,7 +133,7 @@ def _skill(seed: int) -> list[Wanted]:
 
 def _skill_measures(seed: int) -> dict[str, Measure]:
     asked = questions()[1]
-    texts = _mixed(seed, 1)[:MEASURED]
+    texts = mixed(seed, 1)[:MEASURED]
     return {
         "the right answer, with the tag": (with_words(asked, [TAG], seed), is_right),
         "the right answer, with another tag": (with_words(asked, TAG_DECOYS[1], seed), is_right),

@@ -170,6 +170,22 @@ def test_examples_and_instructions_come_before_prompts(parts):
     assert "system_prompt" not in BenchPlan(concepts=("love",), layers=(2,)).methods
 
 
+def test_trained_vectors_are_those_of_train_and_run_where_they_are_named(parts):
+    model, tokenizer, saes, effects = parts
+    (layer, sae), contrast = next(iter(saes.items())), fg.load_contrast("love")
+    settings: dict[str, Any] = {"epochs": 1, "batch": 8}
+    chosen = {"trained": settings, "trained_features": {**settings, "objective": "bipo", "features": 8}}
+    love = ConceptConditions(model, tokenizer, contrast, saes, effects, chosen)
+    reps, bipo = (fg.VectorTraining.published(name, **settings) for name in ("reps_relative", "bipo"))
+    dense = fg.train(model, tokenizer, contrast, objective=reps, hookpoint=layer)
+    sparse = fg.train(model, tokenizer, contrast, objective=bipo, space="sae", sae=sae, features=8)
+    assert torch.equal(love.vector("trained", layer).direction, dense.direction)
+    assert love.vector("trained_features", layer).features == sparse.features
+    assert len(sparse.features) == 8
+    assert {"trained", "trained_features"} <= set(bench_methods())
+    assert not {"trained", "trained_features"} & set(default_methods())
+
+
 @pytest.mark.parametrize("name", fg.shipped_contrasts(chat=True))
 def test_the_shipped_sets_of_replies(name):
     contrast = fg.load_contrast(name)

@@ -57,6 +57,12 @@ def test_a_blind_reading_draws_evenly_and_hides_the_condition(run, script):
     assert len(blind.draw(run, 500, seed=0)) == 180, "no text is drawn twice"
 
 
+def test_the_page_of_play_says_what_the_results_say(script):
+    play = script("play")
+    result = json.loads((play.results_folder("smollm2") / "play.json").read_text("utf-8"))
+    assert play.published(play.PAGE, "play", play.report(result)) == play.PAGE.read_text("utf-8")
+
+
 def test_what_was_read_is_correlated_by_rank(run, script, monkeypatch):
     blind = script("blind")
     monkeypatch.setattr(blind, "RESAMPLES", 100)
@@ -253,6 +259,22 @@ def test_the_guide_says_what_grains_measured(script):
     assert f"<!-- grains -->\n{text}<!-- /grains -->" in grains.PAGE.read_text("utf-8")
 
 
+def test_the_guide_says_what_axbench_measured(script):
+    axbench, subject = script("axbench"), script("subject")
+    folder = subject.results_folder("smollm2")
+    text = axbench.page(json.loads((folder / "axbench.json").read_text("utf-8")))
+    assert (folder / "axbench.md").read_text("utf-8") == text
+    assert f"<!-- axbench -->\n{text}<!-- /axbench -->" in axbench.PAGE.read_text("utf-8")
+
+
+def test_the_guide_says_what_trained_vectors_measured(script):
+    trained, subject = script("trained"), script("subject")
+    folder = subject.results_folder("smollm2")
+    text = trained.table(json.loads((folder / "trained.json").read_text("utf-8")))
+    assert (folder / "trained.md").read_text("utf-8").endswith(f"\n\n{text}")
+    assert f"<!-- trained smollm2 -->\n{text}<!-- /trained smollm2 -->" in trained.GUIDE.read_text("utf-8")
+
+
 def test_the_guide_says_what_was_measured_of_refusals(script):
     refusal, subject = script("refusal"), script("subject")
     folder = subject.results_folder("smollm2")
@@ -267,6 +289,79 @@ def test_the_guide_of_transfer_says_what_was_measured(script):
     page = transfer.GUIDE.read_text("utf-8")
     for mark, table in transfer.TABLES.items():
         assert f"<!-- transfer {mark} -->\n{table(content)}<!-- /transfer {mark} -->" in page
+
+
+def test_the_guide_says_what_audits_found(script):
+    auditing, subject = script("auditing"), script("subject")
+    text = auditing.table(json.loads((subject.results_folder("smollm2") / "auditing.json").read_text("utf-8")))
+    assert f"<!-- auditing -->\n{text}<!-- /auditing -->" in auditing.PAGE.read_text("utf-8")
+
+
+def test_audits_are_counted(script):
+    auditing = script("auditing")
+    hidden = {"group": "folded", "was": "addition", "right_kind": True, "right_place": True, "cosine": 0.9996}
+    rows = [
+        {**hidden, "kind": "addition", "random_cosine": 0.02},
+        {**hidden, "kind": "ablation", "right_kind": False, "cosine": 0.25, "random_cosine": 0.01},
+        {**hidden, "kind": "other", "right_kind": False},
+        {"group": "tuned", "was": "none", "kind": "other"},
+        {"group": "tuned", "was": "none", "kind": "clamp"},
+    ]
+    assert auditing.precision(rows)[0] == pytest.approx(2 / 3)
+    assert auditing.recall(rows)[0] == pytest.approx(2 / 3)
+    text = auditing.table({"rows": {"float32": rows}})
+    assert "| folded | 2 of 3, kind and place right of 1, cosine at least 0.250 |" in text
+    assert "| tuned | 1 of 2 |" in text
+    assert "at most 0.020 to what was hidden" in text
+
+
+def test_the_guide_says_what_acting_once_does(script):
+    beginnings, subject = script("beginnings"), script("subject")
+    text = beginnings.table(json.loads((subject.results_folder("smollm2") / "beginnings.json").read_text("utf-8")))
+    assert f"<!-- beginnings -->\n{text}<!-- /beginnings -->" in beginnings.PAGE.read_text("utf-8")
+
+
+def test_strengths_of_a_cost(script):
+    beginnings = script("beginnings")
+    for start in (1.0, 4.0, 64.0):
+        for cost, right in ((lambda c: c**2 / 50, 5.0), (lambda c: c**4 / 162, 3.0), (lambda c: 1 - 2 ** (-c), 1.0)):
+            c, found = beginnings.strength(cost, start)
+            assert found == cost(c) == pytest.approx(beginnings.COST, rel=beginnings.TOLERANCE)
+            assert c == pytest.approx(right, rel=2 * beginnings.TOLERANCE), "these costs are steeper than half a line"
+    assert beginnings.strength(lambda c: 0.1) == (beginnings.MOST, 0.1), "a cost that no strength reaches"
+    rows = beginnings.like(torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 1.0]]]), 0)
+    # float32 sums of four squares
+    torch.testing.assert_close(rows.flatten(1).norm(dim=1), torch.tensor([5.0, 3.0**0.5]), atol=1e-6, rtol=1e-6)
+
+
+def test_texts_that_are_forced_cost_what_one_pass_over_them_says(script, llama, monkeypatch):
+    beginnings = script("beginnings")
+    monkeypatch.setattr(beginnings, "FORCED", 3)
+    ids = torch.randint(
+        3, llama.config.vocab_size, (2, beginnings.READ + 3), generator=torch.Generator().manual_seed(0)
+    )
+    logits = llama(ids).logits[:, beginnings.READ - 1 : -1].detach()
+    whole = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, beginnings.READ :].flatten())
+    # float32 logits of a cache, token by token, and of one pass
+    assert beginnings.forced_loss(llama, ids, None) == pytest.approx(float(whole), abs=1e-4)
+    vector = fg.SteeringVector(torch.ones(llama.config.hidden_size), fg.Hookpoint(0, "resid_post"))
+    assert abs(beginnings.forced_loss(llama, ids, vector.add(4.0)) - float(whole)) > 1e-3
+    assert beginnings.forced_loss(llama, ids, vector.add(0.0)) == pytest.approx(float(whole), abs=1e-4)
+
+
+def test_organisms_are_switched_on_requests_that_no_map_has_read(script):
+    transfer = script("transfer")
+    shipped = {path.parent.name for path in script("subject").ORGANISMS.glob("*/adapter_config.json")}
+    assert set(transfer.CASES) == shipped
+    for make in transfer.CASES.values():
+        case = make()
+        for trained, held_out in case.kinds.values():
+            assert len(trained) >= transfer.MADE_OF
+            assert len(held_out) >= transfer.CHOSEN_ON + transfer.REPORTED
+            assert not set(trained) & set(held_out)
+        for request in next(iter(case.kinds.values()))[1]:
+            assert case.acts(request, case.taught(request))
+            assert not case.acts(request, "Here is what I know about that.")
 
 
 def test_a_switch_turned_to_random_directions_changes_as_much(script):

@@ -27,7 +27,7 @@ def vector(seed=1, layer=1, site="resid_post"):
     return fg.SteeringVector(direction, fg.Hookpoint(layer, site), reference=reference)
 
 
-AT, LOW_SAE = fg.Hookpoint(1), make_sae("jumprelu", layer=0)
+AT, LOW_SAE, LOW_TOPK = fg.Hookpoint(1), make_sae("jumprelu", layer=0), make_sae("topk", layer=0)
 
 
 def clamp(target):
@@ -53,6 +53,10 @@ STRUCTURES: dict[str, Callable[[float], Any]] = {
     "keeping norm": lambda c: [vector().add_keeping_norm(c), vector(2).add_relative(c / 4)],
     "gate on tokens": lambda c: vector().add(c, when=(fg.Feature(LOW_SAE, 3) > 0.1) | (fg.Projection(vector(1)) > 0.0)),
     "gate on prompts": lambda c: vector().add(c, when=fg.Cosine(vector(2, 0)).mean() > 0.0),
+    "gates on features": lambda c: [
+        vector().add(c, when=(fg.Feature(LOW_SAE, 3) > 0.1) | (fg.Feature(LOW_SAE, 5) > 0.2)),
+        vector(2).add(c, when=~(fg.Feature(LOW_TOPK, 3) > 0.1) & (fg.Feature(LOW_TOPK, 0).max() > 0.1)),
+    ],
     **{scope: in_scope(scope) for scope in SCOPES[1:]},
 }
 
@@ -93,7 +97,7 @@ def tokens(model, inputs, steering=None, **options):
 
 
 @pytest.mark.filterwarnings("ignore::fgsteer.errors.UntouchedWarning")
-@pytest.mark.parametrize("name", slow_but(["per row", "prompt", "gate on prompts"], STRUCTURES))
+@pytest.mark.parametrize("name", slow_but(["per row", "prompt", "gate on prompts", "gates on features"], STRUCTURES))
 @pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_compiled_decoding_equals_eager_and_compiles_once(models, inputs, graphs, family, name):
     model, make = copy.deepcopy(models[family]), STRUCTURES[name]
@@ -170,6 +174,29 @@ def test_models_that_the_user_compiled(llama, inputs, graphs, compile_, when):
             counts.append(len(found))
         assert counts[0] == counts[1]
         assert torch.allclose(model(**inputs).logits, plain, atol=1e-5)
+
+
+PROMPT_GATES = {
+    "preview": fg.Preview(fg.Projection(vector(3, 2))) < 0.0,
+    "feature": fg.Feature(LOW_SAE, 3).max() > 0.1,
+    "mean": fg.Projection(vector(2, 0)).mean() > 0.0,
+}
+
+
+@pytest.mark.parametrize("name", PROMPT_GATES)
+def test_gates_on_prompts_in_compiled_models(llama, inputs, graphs, name):
+    backend, found = graphs
+    item = vector().add(8.0, when=PROMPT_GATES[name])
+    with torch.no_grad():
+        with fg.steer(llama, item):
+            expected = llama(**inputs).logits
+        assert not torch.allclose(expected, llama(**inputs).logits, atol=1e-2), "the gate opens for some prompt"
+        model = torch.compile(copy.deepcopy(llama), backend=backend)
+        with fg.steer(model, item):
+            for _ in range(2):
+                got = model(**inputs).logits
+                torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)  # the same float32 operations
+    assert found
 
 
 def operations(model, inputs, steering, *, activities=(ProfilerActivity.CPU,), **options):

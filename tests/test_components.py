@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.directions.components import SubtractProjection
 from fgsteer.directions.relevance import words_of
 from fgsteer.interventions import apply
+from fgsteer.interventions.projecting import SubtractProjection
 from tests.helpers.saes import make_sae
 from tests.helpers.steering import direction, vector
 from tests.helpers.tiny import D_MODEL, tiny_model
@@ -85,6 +85,20 @@ def test_subtracted_projections_equal_loops(strength, limit):
         assert torch.equal(found, h)
     if limit == math.inf and strength == 1:
         assert torch.allclose(found, apply(h, fg.Ablate(direction=v, hookpoint=1).update()), atol=1e-6)
+
+
+def test_subtracted_projections_in_a_file(tmp_path):
+    """With and without a bound, as files of JSON hold no infinity."""
+    h = torch.randn(2, 3, D_MODEL, generator=torch.Generator().manual_seed(0))
+    items = [
+        SubtractProjection(direction=direction(2), strength=1.5, limit=limit, hookpoint=1, scope="reply", bos=True)
+        for limit in (None, math.inf, 0.25, 0.0)
+    ]
+    fg.save_steering(tmp_path / "s.safetensors", items)
+    for item, loaded in zip(items, fg.load_steering(tmp_path / "s.safetensors"), strict=True):
+        assert isinstance(loaded, SubtractProjection)
+        assert (loaded.strength, loaded.limit, loaded.scope, loaded.bos) == (1.5, item.limit, "reply", True)
+        assert torch.equal(apply(h, loaded.update()), apply(h, item.update()))
 
 
 @pytest.mark.parametrize("options", [{"strength": 1.5, "limit": 0.4}, {"strength": -1.0, "kind": "constant"}])

@@ -252,6 +252,10 @@ def test_the_figures_in_readme_and_docs_are_those_of_the_results(monkeypatch):
         path = measured.results_folder("smollm2") / f"{name}.json"
         figures = measured.table(json.loads(path.read_text("utf-8"))) if path.is_file() else ""
         assert measured.published(measured.PAGE, name, figures) == measured.PAGE.read_text("utf-8")
+    selection = importlib.import_module("selection")
+    path = selection.results_folder("default") / "selection.json"
+    figures = selection.table(json.loads(path.read_text("utf-8"))) if path.is_file() else ""
+    assert selection.published(selection.PAGE, "selection", figures) == selection.PAGE.read_text("utf-8")
     table = speed.markdown(json.loads(speed.RESULTS.read_text("utf-8")))
     assert speed.MARK.search(speed.PAGE.read_text("utf-8"))[0] == f"<!-- speed -->\n{table}<!-- /speed -->"
     mechanisms = importlib.import_module("mechanisms")

@@ -48,6 +48,7 @@ def examples() -> dict[str, Any]:
             hookpoint=AT, direction=v.direction, reading=fg.Projection(other, 0).last(), **where
         ),
         "remap": fg.Remap(hookpoint=AT, weight=torch.randn(32, 32) / 8, bias=other, **where),
+        "scale": fg.Scale(hookpoint=AT, width=32, coefficient=0.3, **where),
         "clamp_feature": fg.edit(sae, {3: 2.0, 4: "off"}, **where),
         "a TopK SAE's features": fg.edit(make_sae("topk"), {3: 2.0}, **where),
         "a transcoder's features": fg.edit(transcoder, {3: 2.0}, **where),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import operator
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import fgsteer as fg
+from fgsteer.evaluation.metrics.gate_scores import gate_decisions
 from fgsteer.models.hookpoints import resolve
 from tests.helpers.saes import make_sae
 from tests.helpers.steering import NEW, PROMPTS, batch, direction, naive_change, run, vector
@@ -223,6 +225,59 @@ def test_gradients_with_checkpointing_know_each_passes_gates(models, tokenizer, 
         found.append(float(c.grad))
     assert found[0] != 0
     assert found[1] == pytest.approx(found[0], rel=1e-4)  # float32, summed in another order
+
+
+def everything(condition):
+    """Gates of one condition and another that is open, with whether each is open where the condition reads nan."""
+    known = fg.Projection(vector(2, layer=0)) > -1e9
+    return [
+        (condition, False),
+        (~condition, False),
+        (~~condition, False),
+        (condition | known, True),
+        (~condition | known, True),
+        (~(condition | known), False),
+        (~(condition & known), False),
+        (~(condition & ~known), True),
+        (~condition & known, False),
+    ]
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_a_condition_that_reads_nan_is_shut_negated_or_not(llama, above):
+    """Read nan: a feature of a damaged SAE, token by token, and the mean of a prompt without a token but BOS."""
+    sae = make_sae("jumprelu", layer=0)
+    damaged = dataclasses.replace(sae, b_enc=torch.full_like(sae.b_enc, torch.nan))
+    ids = {False: torch.tensor([[0, 5, 9, 11]]), True: torch.tensor([[0]])}
+    for reading in (fg.Feature(damaged, 3), fg.Feature(damaged, 3).max(), fg.Projection(vector(1, layer=0)).mean()):
+        none = isinstance(reading, fg.Projection)
+        condition = reading > -1.0 if above else reading < 1.0
+        for gate, is_open in everything(condition):
+            with torch.no_grad():
+                plain = llama(ids[none]).logits
+                with fg.steer(llama, vector().add(4.0, when=gate, bos=True)):
+                    steered = llama(ids[none]).logits
+            assert torch.equal(steered, plain) != is_open, gate
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "gated"])
+def test_two_features_that_read_nan_are_shut_negated_or_not(llama, kind):
+    sae = make_sae(kind, layer=0)
+    damaged = dataclasses.replace(sae, b_enc=torch.full_like(sae.b_enc, torch.nan))
+    one, two = fg.Feature(damaged, 3) > 0.1, fg.Feature(damaged, 5) > 0.1
+    ids = torch.tensor([[0, 5, 9, 11]])
+    with torch.no_grad():
+        plain = llama(ids).logits
+        for gate in (one | two, one & two, ~(one | two), ~(one & two)):
+            with fg.steer(llama, vector().add(4.0, when=gate)):
+                assert torch.equal(llama(ids).logits, plain), gate
+
+
+def test_scored_decisions_go_by_the_same_rule(llama, tokenizer):
+    sae = make_sae("jumprelu", layer=0)
+    damaged = dataclasses.replace(sae, b_enc=torch.full_like(sae.b_enc, torch.nan))
+    for gate, is_open in everything(fg.Feature(damaged, 3) > 0.1):
+        assert gate_decisions(llama, tokenizer, gate, PROMPTS).tolist() == [is_open] * len(PROMPTS), gate
 
 
 def test_a_signed_cosine_does_not_depend_on_scale():

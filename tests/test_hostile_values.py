@@ -14,6 +14,7 @@ from typer.models import OptionInfo
 
 import fgsteer as fg
 from fgsteer import cli
+from tests.helpers import axbench_folder
 from tests.helpers.cli import click_group
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import D_MODEL
@@ -54,11 +55,13 @@ def files(tmp_path_factory):
     vector, corpus = str(at / "v"), str(at / "corpus.txt")
     return {
         "audit": ["-r", "m"],
+        "axbench": [str(axbench_folder.write(at / "mini")), "-o", str(at / "axbench"), "--sae", "s"],
         "bench": ["-o", str(at / "bench"), "--concept", "sea", "--judge", "keyword", "--sae", "s"],
         "build": ["from_features", "-o", str(at / "b"), "--features", "1", "--sae", "s"],
         "collect": ["sea", "-o", str(at / "s"), "--sae", "s"],
         "demo": [],
         "density": [corpus, "-o", str(at / "d"), "--sae", "s"],
+        "describe-contrast": ["is happy", "-o", str(at / "happy.json")],
         "diagnose": ["sea"],
         "effects": ["-o", str(at / "e"), "--sae", "s"],
         "eval": ["--tasks", "x", "-v", vector],
@@ -69,8 +72,10 @@ def files(tmp_path_factory):
         "fold": ["-v", vector, "-o", str(at / "folded")],
         "generate": ["the king", "-v", vector],
         "info": [],
+        "lint": ["love"],
         "orthogonalize": ["-v", vector, "-o", str(at / "without")],
         "patterns": ["sea"],
+        "play": ["-m", "default"],
         "saes": [],
         "serve": ["m"],
         "sweep": ["sea"],
@@ -96,6 +101,7 @@ def run(monkeypatch, capsys):
     monkeypatch.setattr("fgsteer.cli.demo.run", refuse)
     monkeypatch.setattr("fgsteer.saes.registry._releases", lambda: RELEASES)
     monkeypatch.setattr("fgsteer.serving.server.need_vllm", refuse)
+    monkeypatch.setattr("fgsteer.play.web.need_play", lambda: None)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["fgsteer", *arguments])
@@ -136,7 +142,7 @@ def test_what_is_right_comes_as_far_as_the_model(files, run):
     """Else the tests below would see another error than theirs."""
     assert set(files) == set(COMMANDS)
     for name, arguments in files.items():
-        if name in ("build", "info", "saes"):
+        if name in ("build", "info", "lint", "saes"):
             assert run(name, *arguments, "--json")[0] == 0, name
         else:
             assert refused(run, name, *arguments) == "error: A model is loaded.", name
@@ -215,6 +221,9 @@ def test_paths_of_every_command(files, run, command, option):
         ("generate hi --device cuda:-1", "--device cuda:-1"),
         ("generate hi --device \udcff", "--device"),
         ("generate hi --temperature 1e-300", "temperature = 1e-300"),
+        ("generate hi --trace t.txt", "Expected a name that ends in .html or .json"),
+        ("generate hi --trace t.html --trace-features 1,x", "--trace-features 1,x"),
+        ("generate hi --trace-features 1", "--trace-features without --trace"),
         ("generate hi --temperature 1e300", "temperature = 1e+300"),
         ("generate hi --temperature -1", "'--temperature'"),
         ("generate hi --seed " + str(2**70), "'--seed'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -248,6 +249,33 @@ def test_with_everything_frozen_only_the_final_norm_is_left(family):
     cap = getattr(model.config, "final_logit_softcapping", None)
     expected = cap * torch.tanh(expected / cap) if cap else expected
     torch.testing.assert_close(frozen, expected, atol=10 * ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_eager_attention_is_the_decoders_alone_and_for_a_while(fails):
+    model = tiny_model("gemma3 with vision")
+    decoder, vision = model.get_decoder(), model.config.vision_config
+    model.config._attn_implementation = {"": "sdpa", "text_config": "sdpa", "vision_config": "flex_attention"}
+    configs = (model.config, decoder.config, vision)
+    before = [config._attn_implementation for config in configs]
+    with contextlib.suppress(ZeroDivisionError), eager_attention(model):
+        assert decoder.config._attn_implementation == "eager"
+        assert vision._attn_implementation == "flex_attention"
+        assert 1 / (not fails)
+    assert [config._attn_implementation for config in configs] == before
+
+
+def test_a_model_without_eager_attention_stays_as_it_was(llama, monkeypatch):
+    before = llama.config._attn_implementation
+
+    def refuse(self, _):
+        self.config._attn_implementation = "eager"
+        raise ValueError("no such attention")
+
+    monkeypatch.setattr(type(llama.get_decoder()), "set_attn_implementation", refuse)
+    with pytest.raises(fg.HookpointError, match="eager"), eager_attention(llama):
+        pass
+    assert llama.config._attn_implementation == before
 
 
 def test_faithfulness_of_frozen_runs_and_of_other_steerings():

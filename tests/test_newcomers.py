@@ -101,15 +101,17 @@ def test_other_things_in_the_places_of_model_and_tokenizer_are_named(llama, toke
 
 
 def test_one_order_of_arguments():
-    """Public functions begin with model, tokenizer and sae, those of them that they take, in this order."""
+    """Public functions begin with model, tokenizer and sae, those of them that they need, in this order."""
     order = ("model", "tokenizer", "sae")
     for name in vars(fg)["__all__"]:
         value = getattr(fg, name)
         if inspect.isfunction(value):
-            first = [p.name for p in inspect.signature(value).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-            named = [n for n in first if n in order]
+            own = [p for p in inspect.signature(value).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+            named = [p.name for p in own if p.name in order]
             assert named == sorted(named, key=order.index), name
-            assert not named or "model" not in named or first[: len(named)] == named, name
+            needed = [p.name for p in own if p.default is p.empty]
+            begin = [n for n in needed if n in order]
+            assert "model" not in begin or needed[: len(begin)] == begin, name
 
 
 def test_former_orders_still_work_and_warn(llama, tokenizer, sae):

@@ -54,6 +54,8 @@ def operations(layer=1):
         ),
         "rotated by": fg.Rotate(direction=v.direction, other=other, by=70.0, **at),
         "rotated to": fg.Rotate(direction=v.direction, other=other, to=-120.0, **at),
+        "scaled": fg.Scale(width=D_MODEL, coefficient=-0.4, **at),
+        "scaled by itself": fg.Scale(width=D_MODEL, coefficient=0.1, read=other * 0.05, **at),
     }
 
 
@@ -216,6 +218,8 @@ def test_no_ops_keep_every_bit(dtype):
         fg.AdaptiveAdd(direction=v.direction, read=v.direction, bias=-1e4, **at),
         fg.Rotate(direction=v.direction, other=direction(2), by=0.0, **at),
         fg.Remap(weight=torch.eye(32) * 2, bias=direction(3), strength=0, **at),
+        fg.Scale(width=32, **at),
+        fg.Scale(width=32, read=torch.zeros(32), **at),
         fg.edit(sae, {3: ("at_least", -1.0), 5: ("at_most", 1e4), 7: ("times", 1.0), 8: ("plus", 0.0)}),
     ]
     for item in items:
@@ -282,9 +286,11 @@ def test_what_is_refused():
             fg.Rotate(hookpoint=AT, direction=v.direction, other=direction(2), **angles)
     with pytest.raises(fg.PairingError, match=r"'read' of width 3"):
         fg.AdaptiveAdd(hookpoint=AT, direction=v.direction, read=torch.ones(3))
+    with pytest.raises(fg.PairingError, match="3 values for a width of 32"):
+        fg.Scale(hookpoint=AT, width=32, read=torch.ones(3))
 
 
-@pytest.mark.parametrize("kind", ["adaptive", "rotate", "subspace", "bounds", "remap"])
+@pytest.mark.parametrize("kind", ["adaptive", "rotate", "subspace", "bounds", "remap", "scale"])
 def test_values_are_trained_through(llama, tokenizer, kind):
     ids = tokenizer("the man sat on the ship", return_tensors="pt")["input_ids"]
     first, other = direction(1).requires_grad_(), direction(2).requires_grad_()
@@ -294,6 +300,7 @@ def test_values_are_trained_through(llama, tokenizer, kind):
         "subspace": lambda: fg.ClampSubspace(hookpoint=AT, directions=torch.stack([first, other])),
         "bounds": lambda: fg.Clamp(hookpoint=AT, direction=first + other, at_most=-3.0),
         "remap": lambda: fg.Remap(hookpoint=AT, weight=torch.outer(first, other), bias=other),
+        "scale": lambda: fg.Scale(hookpoint=AT, width=D_MODEL, coefficient=first.sum() * 0.1, read=other * 0.1),
     }[kind]()
     with fg.steer(llama, item):
         llama(ids, labels=ids).loss.backward()

@@ -272,6 +272,8 @@ def test_the_dose_against_a_loop(llama, tokenizer, vector):
         fg.measure_dose(llama, tokenizer, vector.add(1.0), texts=texts, context=12, last=7)
     with pytest.raises(fg.DataError, match="no texts"):
         fg.measure_dose(llama, tokenizer, vector.add(1.0), texts=[" "])
+    with pytest.raises(fg.DataError, match="one text"):
+        fg.measure_dose(llama, tokenizer, vector.add(1.0), texts="the man sat")
 
 
 def test_inputs_that_move_the_wrong_way_against_a_loop(llama, tokenizer, vector):

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, dynamic_module_utils
 import fgsteer as fg
 from fgsteer import cli
 from fgsteer.cli.loading import check_fit
+from tests.helpers import axbench_folder
 from tests.helpers.cli import click_group
 from tests.helpers.saes import make_sae
 from tests.helpers.tiny import D_MODEL, tiny_model, word_tokenizer
@@ -69,10 +70,12 @@ def commands(folder, at):
     one = ("-v", vector, "-c", 1)
     rest = {
         "audit": ("-r", folder),
+        "axbench": (axbench_folder.write(at / "mini"), "-o", at / "axbench", "--hookpoint", 1),
         "bench": ("-o", at / "bench", "--concept", "sea", "--sae-id", "1", "--judge", "keyword"),
         "collect": ("sea", "-o", at / "s", "--no-sae", "--hookpoint", 1),
         "demo": ("sea",),
         "density": (corpus, "-o", at / "d"),
+        "describe-contrast": ("is happy", "-o", at / "happy.json"),
         "diagnose": ("sea",),
         "effects": ("-o", at / "e"),
         "eval": ("--tasks", "hellaswag", *one),
@@ -84,11 +87,12 @@ def commands(folder, at):
         "generate": ("the king", *one),
         "orthogonalize": ("-v", vector, "-o", at / "without"),
         "patterns": ("sea",),
+        "play": ("--no-browser",),
         "sweep": ("sea",),
         "train": ("dialogue", "-o", at / "trained", "--hookpoint", 1),
         "train-sae": (corpus, "-o", at / "sae", "--hookpoint", 1, "--held-out", 1),
     }
-    takes_sae = {"bench", "demo", "density", "effects", "examples", "features"}
+    takes_sae = {"bench", "demo", "density", "effects", "examples", "features", "play"}
     for name in takes_sae:
         rest[name] = (*rest[name], "--sae", "mine")
     return [(name, *arguments, "--model", folder) for name, arguments in rest.items()]
@@ -98,6 +102,7 @@ def test_no_command_runs_code_of_a_model_unasked(own, tmp_path, monkeypatch, cap
     folder, mark = own
     monkeypatch.setattr("fgsteer.cli.eval.find_spec", lambda _: True)
     monkeypatch.setattr(fg, "load_sae", lambda *_, **__: make_sae())
+    monkeypatch.setattr("fgsteer.play.web.need_play", lambda: None)
     tried = commands(folder, tmp_path)
     for arguments in tried:
         assert status_of(monkeypatch, *arguments) == 2, arguments

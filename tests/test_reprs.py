@@ -26,6 +26,21 @@ AT = fg.Hookpoint(1)
 LONG = "the bride wore a ring\n" * 400
 
 
+def traced():
+    """A trace of long texts with its parts, and changes of features."""
+    likely, action = fg.NextToken(3, LONG, -1 / 3), fg.TokenAction(True, None, 1 / 3, 1 / 7)
+    numbers = (-1 / 3, -1 / 7, 1 / 3, 1 / 7)
+    token = fg.TracedToken(3, LONG, "prompt", *numbers, (likely,) * 5, (likely,) * 5, 1 / 3, (action,) * 9)
+    text = fg.TracedText(0, "steered", LONG, 3, (token,) * 400)
+    steered = fg.TracedIntervention("Add", str(AT), "all", LONG, LONG)
+    feature = fg.TracedFeature(3, LONG, 1 / 3, 1 / 7)
+    whole = fg.Trace((LONG,) * 9, (text,) * 9, (steered,) * 9, (feature,) * 64, str(AT), {"model": LONG})
+    change = fg.FeatureChange(3, LONG, 1 / 3, 1 / 7, 1 / 9, 1 / 11, 1 / 13, 1 / 17)
+    table = Table([change] * 20)
+    changes = fg.FeatureChanges(table, table, table, 1 / 3, 1 / 7, "prompts", 9, 9, LONG, {"prompts": 18})
+    return [likely, action, token, text, steered, feature, whole, change, changes, fg.Sampling()]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """One of every public dataclass and of what holds tensors, as large as they come."""
@@ -63,6 +78,7 @@ def made(tmp_path_factory):
         fg.Rotate(direction=wide, other=narrow, by=1 / 3, **common),
         fg.Remap(weight=torch.randn(9, 9), bias=torch.randn(9), strength=1 / 3, **common),
         fg.AdaptiveAdd(direction=wide, read=narrow, bias=1 / 3, **common),
+        fg.Scale(width=4096, coefficient=1 / 3, read=narrow, **common),
         fg.CacheSteering(
             layers=range(60),
             keys=torch.randn(60, 9, 128),
@@ -86,6 +102,7 @@ def made(tmp_path_factory):
         fg.SeenFeature(3, LONG, 0.5, "word"),
         fg.FeatureWeight(3, 1 / 3, 1 / 7, LONG),
         fg.Comparison((LONG,) * 9, (LONG,) * 9, (LONG,) * 9),
+        *traced(),
         pair,
         fg.ContrastSet("x" * 500, pairs=[pair] * 400, held_out=fg.load_contrast("love")),
         fg.LogProbabilities(torch.randn(9, 400), torch.ones(400)),
@@ -122,7 +139,42 @@ def made(tmp_path_factory):
         fg.TokenRelevance((LONG,) * 99, (LONG,) * 99, wide, 1 / 3),
         fg.TriggerWord(LONG, 10**6, 1 / 3),
         fg.VectorTraining(lr=1 / 3),
+        *(fg.AdaptiveTraining(lr=1 / 3), fg.ScalingTraining(lr=1 / 3), fg.KLThenSteerTraining(lr=1 / 3)),
+        fg.ScalingRow(AT, "ends:100,100", 1 / 3, 1 / 3),
+        fg.ActivationScaling(
+            tuple(fg.Scale(width=4096, read=wide, **common) for _ in range(60)),
+            (1 / 3,) * 200,
+            (1 / 3, 1 / 3),
+            {"examples": 10**6},
+        ),
+        *selections(sae, vector, wide, narrow),
+        *axbench_parts(),
         *receipts(interval),
+    ]
+
+
+def selections(sae, vector, wide, narrow):
+    """What ranks features, and advice on contrast data."""
+    ranking = fg.FeatureRanking.of(
+        "max_auc", narrow[:4000], sae, held_out=wide[:4000], chance=1 / 3, settings={"a": LONG}
+    )
+    change = fg.OutcomeChange(10**6, 1 / 3, 1 / 7, 10**6, 10**6)
+    return [
+        *(ranking, fg.RankedFeature(10**6, 1 / 3, 1 / 7, LONG), change),
+        fg.FeatureActivations(torch.randn(9, 4000), wide[:9] > 0, wide[:9] > 0, sae, {"contrast": LONG}),
+        fg.CorrSteer((vector,) * 30, (ranking,) * 30, change, (change,) * 30, 10**9, 1 / 3, "A"),
+        fg.Advice("leakage", LONG, 1 / 3, LONG, serious=True, details={"texts": [LONG] * 99}),
+    ]
+
+
+def axbench_parts():
+    """What AxBench's files hold, its settings, and a result."""
+    text = fg.AxBenchText(LONG, LONG, losing=LONG)
+    concept = fg.AxBenchConcept(10**6, LONG, 10**6, "text", (text,) * 99, (text,) * 99, (text,) * 99)
+    content = {"methods": [{}] * 99, "concepts": 500, "data": LONG, "model": "org/" + LONG, "judge": LONG}
+    return [
+        *(text, concept, fg.AxBenchData(LONG, (concept,) * 99, (LONG,) * 805, 10**6)),
+        *(fg.AxBenchPlan(), fg.AxBenchResult(content)),
     ]
 
 

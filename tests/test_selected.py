@@ -91,3 +91,15 @@ def test_the_shipped_sae_reads_a_quiet_feature_from_few_of_its_tokens(monkeypatc
     monkeypatch.setattr(reader, "_whole", lambda x: whole.append(len(x)) or original(x))
     torch.testing.assert_close(reader.read(h), wanted, rtol=1e-4, atol=1e-4)  # float32 sums of 320 in another order
     assert sum(whole) < h.shape[1] / 2
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_read_as_the_encoder_reads_it(topk, value):
+    x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(3))
+    x[1, 2], x[2] = value, value
+    acts = topk.encode(x)
+    largest = acts[1].topk(3).indices.tolist()
+    for features in ([3000, 3500], largest, list(range(0, WIDE, 97))):
+        torch.testing.assert_close(
+            SelectedFeatures(topk, features).read(x), acts[:, features], rtol=1e-5, atol=1e-6, equal_nan=True
+        )  # products of other shapes round differently

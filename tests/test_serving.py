@@ -510,7 +510,9 @@ def test_the_soaks_figures_are_in_the_docs():
         f"all {honest['answers']:,} honest answers among {told['requests']:,} requests equalled their hook-made twins, "
         f"memory {memory['growth']:+.1%}"
     )
-    assert figures in (root / "docs" / "reference" / "failures.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "reference" / "failures.md").read_text(encoding="utf-8")
+    assert figures in page
+    assert f"revision {told['revision'][:7]}" in page
 
 
 def test_importing_serving_needs_no_vllm():

@@ -72,14 +72,16 @@ def expected(steered, hidden):
     return out
 
 
-def is_open(gate, h):
-    """The tokens (1, tokens) at which a gate is open."""
+def is_open(gate, h, negated=False):
+    """The tokens (1, tokens) at which a gate, or its opposite, is open; a condition that reads nan is shut in both."""
     if isinstance(gate, Not):
-        return ~is_open(gate.gate, h)
+        return is_open(gate.gate, h, not negated)
     if isinstance(gate, Both | Either):
-        first, second = is_open(gate.first, h), is_open(gate.second, h)
-        return first & second if isinstance(gate, Both) else first | second
-    return gate.compare(gate.reading.values(h[None]))
+        first, second = is_open(gate.first, h, negated), is_open(gate.second, h, negated)
+        return first & second if isinstance(gate, Both) != negated else first | second
+    values = gate.reading.values(h[None])
+    met = values > gate.threshold if gate.fires_above else values < gate.threshold
+    return (~met if negated else met) & ~values.isnan()
 
 
 def control_of(layers=(1, 2), slots=1, rows=64):
@@ -651,6 +653,17 @@ def test_gates_of_tokens_equal_those_of_hooks(kind):
         torch.testing.assert_close(out[n], wanted, atol=2e-5, rtol=2e-5)
         opened += 0 < int((wanted != hidden[n]).any(1).sum()) < 6
     assert opened > 15
+
+
+def test_conditions_that_read_nan_are_shut_negated_or_not():
+    """One entry of each token is nan, so that all that is read is; every other entry shows whether it was steered."""
+    made = [vector().add(1.0, when=gate, bos=True) for gate in gates(make_sae("relu"))]
+    control, hidden = control_of(rows=256), normal(9, len(made), 8, WIDTH)
+    hidden[:, :, 2] = torch.nan
+    for n, item in enumerate(made):
+        control.load(str(n), item)
+    out = steer_batch(control, [steering(str(n)) for n in range(len(made))], hidden)
+    torch.testing.assert_close(out, hidden, atol=0, rtol=0, equal_nan=True)
 
 
 def test_gates_read_before_anything_acts_at_their_layer():

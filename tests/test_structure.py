@@ -35,21 +35,25 @@ FLOORS = (
     "directions",
     "transfer",
     "features",
+    "selection",
     "training",
     "learning",
     "evaluation",
+    "authoring",
     "conditional",
     "mechanisms",
+    "traces",
     "receipts",
     "export",
     "hub",
     "serving",
+    "play",
     "__init__",
     "cli",
     "__main__",
 )
-# methods of a vector load the hub when they are called
-ON_CALL = {("vector", "hub"), ("vector.steering_vector", "hub")}
+# methods of a vector load the hub when they are called, and one of a trace its page
+ON_CALL = {("vector", "hub"), ("vector.steering_vector", "hub"), ("traces.results", "traces.page")}
 
 
 def module_name(path):

@@ -58,6 +58,43 @@ def token_ids(tokenizer, preferences):
 
 
 @pytest.mark.parametrize("space", ["residual", "sae"])
+def test_relative_units_are_other_rates_and_first_values(space, wide, tokenizer):
+    """Adam moves a number by its rate whatever its unit, so that u times a number at rate r is a number at rate u·r."""
+    sae, ids = make_sae("relu"), [3, 11, 17, 20]
+    options: Any = {"space": "sae", "sae": sae, "features": ids} if space == "sae" else {"hookpoint": AT}
+    norms = []
+    for winner, *_ in token_ids(tokenizer, PREFERENCES):  # a start token stands first
+        seen: list[torch.Tensor] = []
+        handle = wide.model.layers[AT.layer].register_forward_hook(
+            lambda _m, _i, out, seen=seen: seen.append(out if isinstance(out, torch.Tensor) else out[0])
+        )
+        with torch.no_grad():
+            wide(torch.tensor([winner]))
+        handle.remove()
+        norms += [float(row.norm()) for row in seen[0][0][1:]]
+    squares = [float(sae.W_dec[j].pow(2).sum()) for j in ids] if space == "sae" else [1.0] * D_MODEL
+    unit = sorted(norms)[(len(norms) - 1) // 2] / math.sqrt(sum(squares))
+    relative = recipe("lm", relative=True, lr=0.05, init=0.02)
+    raw = recipe("lm", relative=False, lr=0.05 * unit, init=0.02 * unit)
+    got = fg.train(wide, tokenizer, PREFERENCES, objective=relative, **options)
+    expected = fg.train(wide, tokenizer, PREFERENCES, objective=raw, **options)
+    # Adam's 1e-8 beside gradients that have another unit here and there
+    assert torch.allclose(got.direction, expected.direction, rtol=1e-4, atol=1e-6)
+    assert float(got.direction.norm()) > 0
+
+
+def test_the_default_recipe_is_reps_in_relative_units(wide, tokenizer):
+    plain = fg.train(wide, tokenizer, PREFERENCES, hookpoint=AT)
+    named = fg.train(wide, tokenizer, PREFERENCES, hookpoint=AT, objective=fg.VectorTraining())
+    assert torch.equal(plain.direction, named.direction)
+    lm = fg.train(wide, tokenizer, PREFERENCES, hookpoint=AT, objective="lm_relative")
+    losses = [loss for _, loss in lm.provenance["training"]["losses"]]
+    assert losses[-1] < losses[0]
+    with pytest.raises(fg.DataError, match="norm 1"):
+        fg.VectorTraining(objective="reft_r1")
+
+
+@pytest.mark.parametrize("space", ["residual", "sae"])
 @pytest.mark.parametrize("name", ["lm", "bipo", "reps", "reft_r1", "simpo"])
 def test_training_is_the_naive_loop(name, space, wide, tokenizer):
     """The loss of each of three steps, and the vector after them, by loops over texts and tokens and Adam by hand."""
@@ -546,14 +583,14 @@ def test_the_command_writes_the_vector_that_the_function_returns(tmp_path):
     assert torch.equal(vector.direction, expected.direction)
     assert vector.features == pytest.approx(dict(expected.features))
     assert (told["features"], told["training"]["steps"]) == (5, 2)
-    with pytest.raises(fg.DataError, match="one of lm, lm_factors"):
+    with pytest.raises(fg.DataError, match="one of reps_relative, lm_relative, lm, lm_factors"):
         invoke("train", "love", "-o", out, "--objective", "dpo")
 
 
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"objective": "dpo"}, fg.DataError, "one of lm, lm_factors, bipo"),
+        ({"objective": "dpo"}, fg.DataError, "one of reps_relative, lm_relative, lm, lm_factors, bipo"),
         ({"space": "sae"}, fg.SelectionError, "pass sae="),
         ({"space": "dense"}, fg.DataError, "'residual' or 'sae'"),
         ({"hookpoint": None}, fg.DataError, "pass hookpoint=12"),
@@ -564,7 +601,7 @@ def test_the_command_writes_the_vector_that_the_function_returns(tmp_path):
         ({"space": "sae", "sae": make_sae(), "features": [99]}, fg.SelectionError, "99"),
         ({"space": "sae", "sae": make_sae(), "features": [1, 1]}, fg.SelectionError, "once"),
         ({"space": "sae", "sae": make_sae(), "features": 0}, fg.DataError, "features = 0"),
-        ({"space": "sae", "sae": make_sae(), "nonnegative": True}, fg.DataError, "only adds"),
+        ({"objective": "reps", "space": "sae", "sae": make_sae(), "nonnegative": True}, fg.DataError, "only adds"),
         ({"space": "sae", "sae": make_sae(d_model=16)}, fg.PairingError, "d_model 16"),
         ({"objective": recipe("lm", lr=1e6, factors=(1e6,))}, fg.SteeringError, "smaller strength"),
     ],
@@ -602,7 +639,7 @@ def test_published_constants():
         "lm_factors": (0.04, 6, 12, "linear", None, tuple(range(2, 21, 2)), 0.01),
         "bipo": (5e-4, 100, 4, "cosine", None, (1.0,), 0.0),
         "reps": (0.04, 18, 6, "linear", 1.0, tuple(range(2, 21, 2)), None),
-        "reft_r1": (0.01, 3, 6, "linear", 1.0, (1.0,), None),
+        "reft_r1": (0.01, 3, 3, "linear", 1.0, (1.0,), None),
     }
     for name, expected in constants.items():
         s = fg.VectorTraining.published(name)

@@ -18,6 +18,7 @@ from fgsteer.evaluation.judges.table import judge_names
 from fgsteer.interventions.scopes import SCOPES, describe_scopes
 from fgsteer.interventions.table import OPERATIONS
 from fgsteer.methods import specs
+from fgsteer.selection.names import RANKINGS
 
 
 def _shipped_models() -> list[str]:
@@ -39,6 +40,7 @@ CHOICES: Mapping[str, Callable[[], list[str]]] = {
     "shipped models": _shipped_models,
     "scopes": lambda: list(SCOPES),
     "token rules": lambda: list(TOKEN_RULES),
+    "rankings": lambda: list(RANKINGS),
 }
 # The texts that stand for {key} likewise. The character \b keeps the lines of a paragraph as they are.
 DESCRIPTIONS: Mapping[str, Callable[[], str]] = {

@@ -33,7 +33,7 @@ from fgsteer.errors.wording import count
 from fgsteer.storage.ranks import Ranks
 
 
-@app.command(short_help="Collect activation statistics of both sides of a contrast.")
+@app.command(short_help="Collect statistics of both sides of a contrast.")
 def collect(
     contrast: Annotated[
         str, typer.Argument(help=f"The contrast: the name of a shipped contrast set, or a {CONTRAST_KINDS} file.")

@@ -28,7 +28,7 @@ from fgsteer.errors import JudgeError
 from fgsteer.errors.limits import MAX_COUNT
 
 
-@app.command(name="eval", short_help="Run tasks of lm-evaluation-harness without and with steering.")
+@app.command(name="eval", short_help="Run lm-evaluation-harness without and with steering.")
 def evaluate(
     tasks: Annotated[
         str,

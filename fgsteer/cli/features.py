@@ -1,4 +1,4 @@
-"""``fgsteer features``: show the features of a vector, of ids, or of a word."""
+"""``fgsteer features``: show the features of a vector, of ids, of a word, or of a contrast set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import typer
 
 from fgsteer.cli.app import app
 from fgsteer.cli.examples import measure_excerpts
-from fgsteer.cli.loading import ModelOptions, check_device, check_fit, count_documents, load_model, load_sae
+from fgsteer.cli.loading import (
+    ModelOptions,
+    check_device,
+    check_fit,
+    count_documents,
+    load_effects,
+    load_model,
+    load_sae,
+)
 from fgsteer.cli.options import (
     DeviceOption,
     FieldOption,
@@ -21,13 +29,13 @@ from fgsteer.cli.options import (
     SaeOption,
     TrustOption,
 )
-from fgsteer.cli.printing import console, say, show
-from fgsteer.cli.values import check_unicode, writable
+from fgsteer.cli.printing import console, progress_bar, say, show
+from fgsteer.cli.values import check_unicode, parse_settings, writable
 from fgsteer.errors import DataError
 from fgsteer.errors.limits import MAX_COUNT
 
 
-@app.command(short_help="Show the features of a vector, of ids, or of a word.")
+@app.command(short_help="Show features of a vector, a word or a contrast set.")
 def features(
     file: Annotated[Path | None, typer.Argument(help="A vector that fgsteer build wrote.")] = None,
     feature: Annotated[
@@ -35,6 +43,24 @@ def features(
     ] = None,
     search: Annotated[
         str | None, typer.Option("--search", help="A word for which features are sought, instead of a vector.")
+    ] = None,
+    contrast: Annotated[
+        str | None,
+        typer.Option(
+            "--contrast", help="A contrast set for which features are ranked, instead of a vector: a name or a file."
+        ),
+    ] = None,
+    rank: Annotated[
+        str,
+        typer.Option("--rank", help="What ranks features for --contrast: {rankings}."),
+    ] = "max_auc",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the ranking, such as min_support=10; repeat for several."),
+    ] = None,
+    effects: Annotated[
+        str | None,
+        typer.Option("--effects", help="Effects for --rank causal_effect: a file, or one of {shipped models}."),
     ] = None,
     corpus: Annotated[
         Path | None, typer.Option(help="Show excerpts of this corpus, a file as fgsteer examples reads it.")
@@ -66,19 +92,18 @@ def features(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the features of a vector, of ids, or of a word: density, label, the tokens they raise, and excerpts.
+    """Show the features of a vector, of ids, of a word, or of a contrast set: density, label, tokens, excerpts.
 
-    A search that finds nothing ends with exit status 1.
+    A ranking for a contrast set chooses on one half of its texts and reports on the other. A search that finds
+    nothing ends with exit status 1.
     """
     import fgsteer as fg
     from fgsteer.features.cards import print_features, write_page
 
-    if sum(value is not None for value in (file, feature, search)) != 1:
-        names = {"a vector": file, "--feature": feature, "--search": search}
-        chosen = " and ".join(name for name, value in names.items() if value is not None)
-        raise DataError(
-            chosen or "neither a vector nor --feature nor --search", "one of a vector, --feature and --search"
-        )
+    _check_sources({"a vector": file, "--feature": feature, "--search": search, "--contrast": contrast})
+    if contrast is None and (settings or effects or rank != "max_auc"):
+        raise DataError("--rank, --set or --effects without --contrast", "a contrast set to rank features for")
+    ranked = None if contrast is None else _Ranked(contrast, rank, settings or [], effects, sae_id)
     if corpus is not None and examples is not None:
         raise DataError("both", "either --corpus or --examples", "both say where excerpts come from: leave one out")
     check_unicode(search)
@@ -109,7 +134,8 @@ def features(
         if corpus is not None:  # for a search, ids is None: the excerpts of every feature are needed
             shown = ids if vector is None else [row.id for row in vector.top_features(top)]
             known = measure_excerpts(corpus, field, parts, as_json, features=shown)
-        rows = _feature_rows(vector or ids, search, parts, known, top)
+        chosen = (vector or ids) if ranked is None else ranked.ids(*parts, top, result, as_json)
+        rows = _feature_rows(chosen, search, parts, known, top)
         result.update(sae=autoencoder.source, corpus=None if known is None else known.corpus)
     result["features"] = [row.as_dict() for row in rows]
     if html is not None:
@@ -120,6 +146,49 @@ def features(
     if search is not None and not rows:
         say(f"No feature was found for {search!r}. Try another word, --corpus or --labels.", err=True)
         raise typer.Exit(1)
+
+
+def _check_sources(sources: dict[str, Any]) -> None:
+    """Raises DataError unless features are asked for in one way."""
+    if sum(value is not None for value in sources.values()) != 1:
+        chosen = " and ".join(name for name, value in sources.items() if value is not None)
+        raise DataError(
+            chosen or f"neither {' nor '.join(sources)}", "one of a vector, --feature, --search and --contrast"
+        )
+
+
+class _Ranked:
+    """A ranking that is asked for; what it is made of is loaded before the model."""
+
+    def __init__(self, contrast: str, rank: str, settings: list[str], effects: str | None, sae_id: str | None) -> None:
+        import fgsteer as fg
+        from fgsteer.selection.names import RANKINGS
+
+        if rank not in RANKINGS:
+            raise DataError(f"--rank {rank:.60}", f"one of {', '.join(RANKINGS)} after --rank")
+        if (rank == "causal_effect") != (effects is not None):
+            raise DataError(f"--rank {rank} with{'out' if effects is None else ''} --effects", "both, or neither")
+        self.contrast, self.by = fg.load_contrast(contrast), rank
+        self.settings = parse_settings(settings)
+        self.effects = None if effects is None else load_effects(effects, sae_id)
+
+    def ids(self, model: Any, tokenizer: Any, sae: Any, top: int, result: dict[str, Any], as_json: bool) -> list[int]:
+        """The first features; the result is told of the ranking."""
+        import fgsteer as fg
+
+        with progress_bar("reading texts", None, as_json) as progress:
+            ranking = fg.rank_features(
+                model,
+                tokenizer,
+                sae,
+                self.contrast,
+                by=self.by,
+                effects=self.effects,
+                progress=progress,
+                **self.settings,
+            )
+        result.update(heading=ranking.about(), ranking=ranking.as_dict(top))
+        return ranking[:top]
 
 
 def _feature_ids(text: str) -> list[int]:

@@ -13,6 +13,7 @@ from fgsteer.cli.loading import (
     ModelOptions,
     interventions,
     load_model,
+    load_sae,
     load_steering_file,
     load_vector_files,
     note_default_strength,
@@ -32,7 +33,7 @@ from fgsteer.cli.options import (
 )
 from fgsteer.cli.printing import console, say, show
 from fgsteer.cli.strengths import DEFAULT_COST, describe_strength, given_strengths
-from fgsteer.cli.values import finite, present_scope, seed_in_range
+from fgsteer.cli.values import finite, present_scope, seed_in_range, traced_to, whole_numbers
 from fgsteer.errors import DataError
 from fgsteer.errors.limits import MAX_COUNT
 
@@ -105,6 +106,22 @@ def generate(
         str | None,
         typer.Option("--prefill", help="The text with which each answer of a chat begins. It implies --chat."),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            callback=traced_to,
+            help="A file for what steering did to each token: trace.html, a page, or trace.json, numbers. It shows "
+            "features of the SAE of --sae and --sae-id, by default of the one that ships with the model.",
+        ),
+    ] = None,
+    trace_features: Annotated[
+        str,
+        typer.Option(
+            "--trace-features",
+            help="The features that --trace shows, such as 12,40. By default the eight that change most.",
+        ),
+    ] = "",
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
@@ -112,9 +129,6 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Continue prompts, or answer them in a chat, without and with steering, and show both."""
-    import torch
-
-    import fgsteer as fg
     from fgsteer.likelihood.strengths import StrengthMeter
     from fgsteer.models.chat import is_chat_model
     from fgsteer.steering.generation import check_options, parse_prompts
@@ -130,6 +144,7 @@ def generate(
         )
     if saved and not vectors:
         strengths = [()]  # all that steers has its strength
+    traced_sae, features = _traced_features(trace, trace_features, sae, sae_id, model, len(strengths))
     if strengths and not coefficient:
         note_default_strength(vectors, operation)
 
@@ -148,26 +163,72 @@ def generate(
     if chats and chat is None:
         say("note: A chat model answers each prompt as a user's message; --no-chat continues it as a text.", err=True)
     scope = scope or ("reply" if chats else "all")
-    found = None
+    strength_found = None
     if vectors and not strengths:
         meter = StrengthMeter(*parts, vectors[0], lambda c: steering(c)[0], chat=chats)
-        found = meter.find(DEFAULT_COST if cost is None else cost).as_dict()
-        strengths = [(found["coefficient"],)]
+        strength_found = meter.find(DEFAULT_COST if cost is None else cost).as_dict()
+        strengths = [(strength_found["coefficient"],)]
 
-    def run(items: list[Any] | None) -> list[str]:
-        torch.manual_seed(seed)
-        entries = None if items is None else [items] * len(prompts)
-        texts: list[str] = fg.generate(*parts, conversations if chats else prompts, steering=entries, **options)
-        return texts
-
-    result: dict[str, Any] = {"prompts": prompts, "unsteered": run(None)}
-    texts = [run(steering(*strength)) for strength in strengths]
+    asked = (*parts, conversations if chats else prompts)
+    entries = [steering(*strength) for strength in strengths]
+    if trace is None:
+        unsteered, *texts = [_write(asked, items, seed, options) for items in (None, *entries)]
+    else:
+        items = entries[0] if entries else []
+        unsteered, *texts = _write_traced(trace, asked, items, traced_sae, features, seed, options)[: len(entries) + 1]
+    result: dict[str, Any] = {"prompts": prompts, "unsteered": unsteered}
     result |= {"steered": texts[0]} if len(texts) == 1 else {}
     rows = [{"coefficients": list(c), "texts": t} for c, t in zip(strengths, texts, strict=True)]
-    result |= {"strengths": rows, "found": found} if strengths else {}
+    result |= {"strengths": rows, "found": strength_found} if strengths else {}
     result |= {"scope": scope} if vectors else {}
     result |= {"system": system, "prefill": prefill} if chats else {}
+    result |= {"trace": str(trace)} if trace else {}
     show(result, as_json, _print_texts)
+
+
+def _write(asked: tuple[Any, ...], items: list[Any] | None, seed: int, options: dict[str, Any]) -> list[str]:
+    """The continuations under some interventions of what is asked: a model, its tokenizer, and prompts."""
+    import torch
+
+    import fgsteer as fg
+
+    torch.manual_seed(seed)
+    texts: list[str] = fg.generate(*asked, steering=None if items is None else [items] * len(asked[2]), **options)
+    return texts
+
+
+def _write_traced(
+    path: Path, asked: tuple[Any, ...], items: list[Any], sae: Any, features: Any, seed: int, options: dict[str, Any]
+) -> list[list[str]]:
+    """The same texts, unsteered and steered, whose trace is written to a file."""
+    import fgsteer as fg
+
+    model, tokenizer, prompts = asked
+    found = fg.trace(model, tokenizer, prompts, items, sae=sae, features=features, seed=seed, **options)
+    found.write(path)
+    return [[t.completion for t in found.texts if t.source == source] for source in ("unsteered", "steered")]
+
+
+def _traced_features(
+    trace: Path | None, features: str, sae: str | None, sae_id: str | None, model: str, strengths: int
+) -> tuple[Any, list[int] | None]:
+    """The SAE and the features of a trace, None where they are not named. Raises DataError."""
+    if trace is None:
+        if features:
+            raise DataError("--trace-features without --trace", "both", "add --trace trace.html, or leave it out")
+        return None, None
+    if strengths > 1:
+        raise DataError(
+            f"--trace with {strengths} strengths", "one strength, which is traced", "pass one number after -c"
+        )
+    from fgsteer.models.shipped import find_shipped
+
+    numbers = whole_numbers(features, "--trace-features") or None
+    if sae is None and sae_id is None and find_shipped(model) is None:
+        if numbers:
+            raise DataError("--trace-features without --sae", "the SAE whose features they are", "add --sae")
+        return None, None
+    return load_sae(sae, sae_id, model), numbers
 
 
 def _asks_for_chat(chat: bool | None, system: str | None, prefill: str | None) -> bool | None:

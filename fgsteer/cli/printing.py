@@ -75,7 +75,7 @@ def progress_lines(what: str, as_json: bool) -> Iterator[Report]:
         return
     began = said = time.monotonic()
 
-    def report_line(done: int, total: int | None = None) -> None:
+    def report_line(done: int, total: int | None = None, note: Any = None) -> None:
         nonlocal said
         now = time.monotonic()
         if now - said >= SECONDS_BETWEEN_LINES and done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,6 @@ from fgsteer.cli.values import hookpoints, parse_settings, present_scope, writab
 from fgsteer.cli.vector_reports import describe_vector, measure_strengths, print_vector
 from fgsteer.data.file_kinds import CONTRAST_KINDS
 from fgsteer.errors import DataError
-from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.storage.ranks import Ranks
 
 
@@ -47,10 +47,11 @@ def train(
         str,
         typer.Option(
             "--objective",
-            help="What is minimised: lm and lm_factors (the winning answers alone), bipo, reps and simpo (winning "
-            "against losing answers), or reft_r1 (both, at a strength that each text sets).",
+            help="What is minimised: reps_relative (winning against losing answers) and lm_relative (the winning ones "
+            "alone), which suit any model; or with the constants of papers lm and lm_factors, bipo, reps and simpo, or "
+            "reft_r1 (both, at a strength that each text sets).",
         ),
-    ] = "reps",
+    ] = "reps_relative",
     space: Annotated[
         str,
         typer.Option(
@@ -67,11 +68,13 @@ def train(
     sae: SaeOption = None,
     sae_id: SaeIdOption = None,
     features: Annotated[
-        int,
+        str,
         typer.Option(
-            "--features", min=0, max=MAX_COUNT, help="How many features are trained, those that differ most; 0 for all."
+            "--features",
+            help="Which features are trained: how many, those that differ most; 0 for all; or a selection, such as "
+            "spare:0.07, corrsteer:32 or ssv:128.",
         ),
-    ] = 256,
+    ] = "256",
     nonnegative: Annotated[
         bool, typer.Option("--nonnegative", help="Keep feature activations from becoming negative, as YaPO does.")
     ] = False,
@@ -100,7 +103,7 @@ def train(
 ) -> None:
     """Train a steering vector by gradient descent through the model, which stays as it is.
 
-    Rates, strengths and epochs are those that the objective was published with. The vector is written to a file, and
+    Rates, strengths and epochs are those of the objective's recipe. The vector is written to a file, and
     what its strengths cost is shown, as fgsteer build does.
     """
     import fgsteer as fg
@@ -108,6 +111,7 @@ def train(
     recipe = fg.VectorTraining.published(objective, **parse_settings(settings or []))
     data = fg.load_contrast(contrast)
     at = None if hookpoint is None else (hookpoints([hookpoint]) or [None])[0]
+    chosen = _features(features)
     check_device(device, dtype)
     if Ranks.from_env().world > 1:
         raise DataError("several processes for train", "one process", "train other vectors in the other processes")
@@ -124,7 +128,7 @@ def train(
             space=space,  # type: ignore[arg-type]
             hookpoint=at,
             sae=autoencoder,
-            features=features or None,
+            features=chosen,
             nonnegative=nonnegative,
             scope=scope,  # type: ignore[arg-type]
             batch_tokens=batch_tokens,
@@ -137,6 +141,16 @@ def train(
     if strengths:
         described |= measure_strengths(vector, "add", lambda: (language_model, tokenizer))
     show(described, as_json, _print_trained)
+
+
+def _features(text: str) -> Any:
+    """What ``fg.train`` takes: a number, a selection, or None for all. Raises SelectionError and DataError."""
+    from fgsteer.learning.selections import parse_selection
+
+    number = int(text) if re.fullmatch("[0-9]{1,15}", text) else text
+    features = None if number == 0 else number
+    parse_selection(features)
+    return features
 
 
 def _print_trained(v: dict[str, Any]) -> None:

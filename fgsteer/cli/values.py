@@ -25,6 +25,24 @@ def writable(path: Path | None) -> Path | None:
     return path
 
 
+def traced_to(path: Path | None) -> Path | None:
+    """The path, if a trace can be written there. Raises FormatError."""
+    from fgsteer.traces.results import check_trace_name
+
+    if path is not None:
+        check_trace_name(path)
+    return writable(path)
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    """The numbers of an option, such as 12,40; none of an empty one. Raises DataError."""
+    if not re.fullmatch(r"(\d{1,9}(,|$))*", text):
+        raise DataError(
+            f"{option} {text:.100}", f"whole numbers with commas between them after {option}, such as 12,40"
+        )
+    return [int(number) for number in text.split(",") if number]
+
+
 def unused(path: Path) -> Path:
     """The path, if a new folder can be written there. Raises FormatError."""
     new_folder_target(path)

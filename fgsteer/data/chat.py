@@ -39,6 +39,11 @@ def refuse_one_text(texts: object) -> None:
         raise DataError(f"{a(type(texts).__name__)} as texts", "a list of texts")
 
 
+def last_text(prompt: Text) -> str:
+    """A prompt as text: of a conversation, its last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def check_text(value: object, where: str, *, empty: bool = False) -> Text:
     """Return a value as a text or as messages of one text each.
 

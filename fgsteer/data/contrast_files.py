@@ -2,6 +2,7 @@
 
 load_contrast("wedding")          a set that ships with the package
 load_contrast("pairs.jsonl")      rows {"positive", "negative"} and the like
+save_contrast(contrast, "pairs.json")
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fgsteer.data.shipped import shipped_contrasts, shipped_path
 from fgsteer.errors import DataError, FormatError
 from fgsteer.errors.checks import describe_value
 from fgsteer.errors.wording import a
-from fgsteer.storage.json_files import read_json
+from fgsteer.storage.json_files import read_json, write_json
 
 Contrastable = ContrastSet | str | Path | Mapping[str, Any] | Sequence[Any]  # what as_contrast accepts
 
@@ -79,6 +80,36 @@ def load_contrast(source: Contrastable) -> ContrastSet:
     if isinstance(value, list):
         return ContrastSet(path.stem, pairs=[_row_pair(row, f"{path}, row {i}") for i, row in enumerate(value, 1)])
     raise DataError(f"{a(type(value).__name__)} in {path}", "an object of two lists, or a list of rows")
+
+
+def save_contrast(contrast: Contrastable, path: str | Path) -> None:
+    """Write a contrast set to a JSON file, which ``load_contrast`` loads again as the same texts.
+
+    Args:
+        contrast: A contrast set, or what ``collect`` takes.
+        path: The file, which ends in .json; one that is there is replaced.
+
+    Raises:
+        DataError: The path ends otherwise, or the set has pairs beside single texts, which no file holds together.
+        FormatError: The file cannot be written.
+    """
+    if Path(path).suffix.lower() != ".json":
+        raise DataError(f"{path} for a contrast set", "a name that ends in .json", "rename the file")
+    write_json(path, _as_rows(as_contrast(contrast)))
+
+
+def _as_rows(contrast: ContrastSet) -> dict[str, Any]:
+    """A set as ``load_contrast`` reads it. Raises DataError for pairs beside single texts."""
+    if contrast.pairs and (contrast.positives or contrast.negatives):
+        raise DataError(f"{contrast.name!r}, with pairs and single texts", "either pairs or single texts to write")
+    described = {"name": contrast.name} | ({"description": contrast.description} if contrast.description else {})
+    if contrast.pairs:
+        pairs = [{"prompt": p.prompt, "positive": p.positive, "negative": p.negative} for p in contrast.pairs]
+        texts: dict[str, Any] = {"pairs": [{k: v for k, v in pair.items() if v} for pair in pairs]}
+    else:
+        texts = {"positive": list(contrast.positives), "negative": list(contrast.negatives)}
+    held_out = {} if contrast.held_out is None else {"held_out": _as_rows(contrast.held_out)}
+    return {**described, **texts, **held_out}
 
 
 def as_contrast(contrast: Contrastable) -> ContrastSet:

@@ -6,7 +6,6 @@ fg.generate(model, tokenizer, prompts, steering=component_interventions(model, s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,9 +21,8 @@ from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.interventions.adding import Add
-from fgsteer.interventions.base import DirectionIntervention, Intervention, set_fields
-from fgsteer.interventions.kernel import Update
-from fgsteer.interventions.values import finite_number, unit_and_norm
+from fgsteer.interventions.base import Intervention
+from fgsteer.interventions.projecting import SubtractProjection
 from fgsteer.models.hookpoints import Hookpoint, blocks_of
 from fgsteer.models.unembedding import residual_direction, top_tokens
 from fgsteer.saes.sae import SAE
@@ -132,48 +130,6 @@ def _check_place(shift: ResidualShift, sae: SAE) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class SubtractProjection(DirectionIntervention):
-    """Subtracts a bounded multiple of the projection: ``h' = h − α·clip((v·h)/(v·v), −c, c)·v`` (arXiv 2502.09674).
-
-    Args:
-        direction: The direction v, (d_model,).
-        strength: The multiple α: 1 without a limit is ablation, a negative one amplifies.
-        limit: The bound c, 0 or more; infinite for none.
-
-    The other arguments are those of ``Intervention``.
-
-    Raises:
-        SteeringError: The direction is zero or not finite, or the strength is not finite.
-        DataError: The limit is below 0.
-        PairingError: The direction is not one floating-point vector.
-    """
-
-    strength: float = 1.0
-    limit: float = math.inf
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        unit_and_norm(self.direction)  # raises for a zero direction
-        set_fields(self, strength=finite_number("strength", self.strength))
-        check_range("limit", self.limit, 0, math.inf)
-
-    def update(self) -> Update:
-        """The update with w = v, read = (v·h)/(v·v), λ = α, α = 0, and bounds ±|α|c."""
-        unit, norm = unit_and_norm(self.direction)
-        row = self.direction.float()[None, None]
-        const = torch.zeros(1, 1, device=row.device)
-        most = torch.full_like(const, abs(self.strength) * self.limit) if self.strength else const
-        return Update(
-            write=row,
-            const=const,
-            lam=torch.full_like(const, self.strength),
-            read=(unit / norm)[None, None],
-            lo=-most,
-            hi=most,
-        )
-
-
 @checked
 def component_interventions(
     model: nn.Module,
@@ -223,5 +179,5 @@ def component_interventions(
             if kind == "constant":
                 made.append(Add(coefficient=-strength, **common))
             else:
-                made.append(SubtractProjection(strength=strength, limit=math.inf if limit is None else limit, **common))
+                made.append(SubtractProjection(strength=strength, limit=limit, **common))
     return made

@@ -2,6 +2,7 @@
 
     with reporting(progress, "collecting texts", total) as report:
         report(done)
+        report(done, total, note=lambda: f"loss {loss:.3f}")        beside a bar; it is called where a bar is shown
 
 This is the one place that decides. With ``progress=None`` there is a bar when standard error is a terminal, or when
 the code runs in a notebook; pipes, log files and tests get no output. ``progress=False`` silences it, and a function is
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from fgsteer.display.tables import html_text
@@ -23,7 +25,8 @@ from fgsteer.errors import ArgumentError
 from fgsteer.errors.escaping import escape_text
 from fgsteer.storage.ranks import Ranks
 
-Report = Callable[..., None]  # takes the number done and, where it is known late, the number in all
+Report = Callable[..., None]  # takes the number done and, where it is known late, the number in all, and a note
+Note = Callable[[], str] | None  # what is said beside a bar
 Progress = Report | bool | None  # the argument of the public functions
 
 SECONDS_BETWEEN_UPDATES = 0.25  # of a bar in a notebook
@@ -53,7 +56,7 @@ def reporting(progress: Progress, description: str, total: int | None = None) ->
     token = _REPORTING.set(True)
     try:
         if callable(progress):
-            yield progress
+            yield partial(_without_note, progress)
         elif progress is False or inside or not (in_notebook() or in_terminal()) or not _SCREEN.acquire(blocking=False):
             yield _nothing
         else:
@@ -81,8 +84,17 @@ def in_notebook() -> bool:
     return Console().is_jupyter
 
 
-def _nothing(done: int, total: int | None = None) -> None:
+def _nothing(done: int, total: int | None = None, note: Note = None) -> None:
     """Take a report, and show nothing."""
+
+
+def _without_note(progress: Report, *counts: int, note: Note = None) -> None:
+    """Call a function of the user with what is done, and how much there is if that is said."""
+    progress(*counts)
+
+
+def _with_note(description: str, note: Note) -> str:
+    return description if note is None else f"{description}, {escape_text(note(), keep='')}"
 
 
 @contextmanager
@@ -102,7 +114,11 @@ def _terminal_bar(description: str, total: int | None) -> Iterator[Report]:
     piped = sys.stdout is None or not sys.stdout.isatty()  # what is printed then belongs there, and not on the screen
     with Bars(*columns, console=screen, transient=True, redirect_stdout=not piped) as bars:
         task = bars.add_task(description, total=total)
-        yield lambda done, of=total: bars.update(task, completed=done, total=of)
+
+        def report(done: int, of: int | None = total, note: Note = None) -> None:
+            bars.update(task, completed=done, total=of, description=_with_note(description, note))
+
+        yield report
 
 
 @contextmanager
@@ -113,12 +129,12 @@ def _notebook_bar(description: str, total: int | None) -> Iterator[Report]:
     handle: Any = None
     updated = time.monotonic()
 
-    def report(done: int, of: int | None = total) -> None:
+    def report(done: int, of: int | None = total, note: Note = None) -> None:
         nonlocal handle, updated
         if time.monotonic() - updated < SECONDS_BETWEEN_UPDATES:
             return
         updated = time.monotonic()
-        bar = HTML(_bar_html(description, done, of))
+        bar = HTML(_bar_html(_with_note(description, note), done, of))
         if handle is None:
             handle = display(bar, display_id=True)
         else:

@@ -120,18 +120,18 @@ def rollout(
     *,
     may_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one continuation of every prompt under every intervention.
+    """Draw one continuation of every prompt under every entry.
 
     Args:
         model: A Hugging Face causal language model.
         prompts: The ids and the mask of the prompts, (prompts, tokens).
-        steering: The interventions, or lists of them to compose; None for the unsteered model.
+        steering: The entries: interventions, lists of them that compose, or None for the unsteered model.
         sampling: How continuations are drawn; nothing of the model's own generation config acts.
         number: The number of the rollout, which the random numbers depend on.
         may_end: Whether end-of-text is drawn as any other token; what follows it then means nothing.
 
     Returns:
-        Ids and mask, (interventions × prompts, tokens): by intervention, then prompt, the prompt's ids and then exactly
+        Ids and mask, (entries × prompts, tokens): by entry, then prompt, the prompt's ids and then exactly
         ``max_new_tokens`` new ones, end-of-text never among them unless it may be.
     """
     device = input_device(model)
@@ -174,8 +174,24 @@ def rollout_features(
 ) -> Float[Tensor, "interventions d_sae"]:
     """The mean feature activations of the texts that each intervention makes the model write.
 
-    The texts of ``rollout`` are read again by the unsteered model; activations are averaged over prompts and new
-    tokens. The arguments are those of ``rollout``, and the SAE whose features are read.
+    They are those of ``prompt_features``, averaged over prompts.
+    """
+    return prompt_features(model, prompts, sae, steering, sampling, number).mean(1)
+
+
+@torch.no_grad()
+def prompt_features(
+    model: PreTrainedModel,
+    prompts: tuple[Tensor, Tensor],
+    sae: SAE,
+    steering: Sequence[Entry],
+    sampling: Sampling,
+    number: int = 0,
+) -> Float[Tensor, "entries prompts d_sae"]:
+    """The mean feature activations of the text that each entry makes the model write after each prompt.
+
+    The texts of ``rollout`` are read again by the unsteered model; activations are averaged over new tokens. The
+    arguments are those of ``rollout``, and the SAE whose features are read.
     """
     ids, mask = rollout(model, prompts, steering, sampling, number)
     length = ids.shape[1]
@@ -185,4 +201,4 @@ def rollout_features(
     values = record(model, ids.gather(1, order), mask.gather(1, order), [sae.input_hookpoint])[sae.input_hookpoint]
     local = sae if sae.W_enc.device == values.device else sae.to(values.device)
     pooled = pool_features(local, values[new.to(values.device)], PoolingIndex.from_mask(new))
-    return pooled.view(len(steering), -1, sae.d_sae).mean(1)
+    return pooled.view(len(steering), -1, sae.d_sae)

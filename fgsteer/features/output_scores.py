@@ -10,7 +10,7 @@ arXiv 2505.20063). The model runs once per feature, with many features to a batc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,41 +76,90 @@ def output_scores(
         SelectionError: A feature is unknown, or a count is impossible.
         PairingError: The SAE does not fit the model.
     """
-    check_pairing(model, sae.hookpoint, sae.d_model, sae.model_name, "SAE")
     vocabulary = len(model.get_output_embeddings().weight)
-    if not 1 <= top_tokens <= vocabulary or batch_size < 1:
+    if not 1 <= top_tokens <= vocabulary:
         raise SelectionError(
-            f"top_tokens = {top_tokens} and batch_size = {batch_size}",
-            f"top_tokens from 1 to {vocabulary}, the vocabulary's size, and batch_size of at least 1",
-            "leave them out for 20 and 64",
+            f"top_tokens = {top_tokens}", f"from 1 to {vocabulary}, the vocabulary's size", "leave it out for 20"
         )
-    chosen = list(range(sae.d_sae)) if features is None else [feature_id(j, sae) for j in features]
-    ids = encode_prompts(tokenizer, [check_text(prompt, "the prompt")], prepend_bos=sae.prepend_bos)[0]
-    window = context_window(model)
-    if window is not None and ids.shape[1] > window:
-        raise DataError(
-            f"a prompt of {ids.shape[1]} tokens", f"at most {window} tokens, the model's window", "shorten the prompt"
-        )
-    ids = ids.to(input_device(model))
-    size = coefficient * _largest_activation(model, ids, sae)
+    amplified = AmplifiedFeatures(model, tokenizer, sae, prompt, coefficient)
     scores = torch.zeros(sae.d_sae, dtype=torch.float64)
-    with reporting(progress, "measuring output scores", len(chosen)) as report:
-        for start in range(0, len(chosen), batch_size):
-            part = chosen[start : start + batch_size]
-            directions = sae.W_dec[part]
-            # the last token is steered even where it is also the first
-            entries = [
-                Add(hookpoint=sae.hookpoint, direction=row, coefficient=size, scope="reply", bos=True)
-                for row in directions
-            ]
-            with steer(model, entries, per_row=True):
-                logits = model(input_ids=ids.expand(len(part), -1), use_cache=False).logits[:, -1].float()
-            lens = logit_lens(model, directions).topk(top_tokens).indices.to(logits.device)
-            best = logits.gather(1, lens).amax(1, keepdim=True)
-            rank_share = (logits > best).float().mean(1)  # r/|V|
-            scores[part] = ((1 - rank_share) * logits.softmax(1).gather(1, lens).amax(1)).cpu().double()
-            report(start + len(part))
+    for part, logits in amplified.logits(features, batch_size, progress):
+        lens = logit_lens(model, sae.W_dec[part]).topk(top_tokens).indices.to(logits.device)
+        best = logits.gather(1, lens).amax(1, keepdim=True)
+        rank_share = (logits > best).float().mean(1)  # r/|V|
+        scores[part] = ((1 - rank_share) * logits.softmax(1).gather(1, lens).amax(1)).cpu().double()
     return scores
+
+
+class AmplifiedFeatures:
+    """What a model says after a prompt while a feature is amplified at the prompt's last token.
+
+    ``h ← h + c·a·W_dec[j]``, where ``a`` is the largest activation of any feature there, so that every feature is
+    amplified alike.
+
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        sae: The SAE whose features are amplified.
+        prompt: The prompt.
+        coefficient: The c of the equation.
+
+    Raises:
+        DataError: The prompt has no token, is too long, or no feature fires on its last one.
+        PairingError: The SAE does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sae: SAE,
+        prompt: str,
+        coefficient: float,
+    ) -> None:
+        check_pairing(model, sae.hookpoint, sae.d_model, sae.model_name, "SAE")
+        ids = encode_prompts(tokenizer, [check_text(prompt, "the prompt")], prepend_bos=sae.prepend_bos)[0]
+        window = context_window(model)
+        if window is not None and ids.shape[1] > window:
+            raise DataError(
+                f"a prompt of {ids.shape[1]} tokens",
+                f"at most {window} tokens, the model's window",
+                "shorten the prompt",
+            )
+        self.model, self.sae, self.ids = model, sae, ids.to(input_device(model))
+        self.size = coefficient * _largest_activation(model, self.ids, sae)
+
+    def logits(
+        self, features: Iterable[int] | None, batch_size: int, progress: Progress = None
+    ) -> Iterator[tuple[list[int], Float[Tensor, "part vocabulary"]]]:
+        """Yield some features, None for all of them, and the logits of the next token under each, in float32.
+
+        Raises SelectionError for a feature that the SAE lacks, and for a batch of none.
+        """
+        if batch_size < 1:
+            raise SelectionError(f"batch_size = {batch_size}", "at least 1", "leave it out for 64")
+        sae = self.sae
+        chosen = list(range(sae.d_sae)) if features is None else [feature_id(j, sae) for j in features]
+        with reporting(progress, "amplifying features", len(chosen)) as report:
+            for start in range(0, len(chosen), batch_size):
+                part = chosen[start : start + batch_size]
+                # the last token is steered even where it is also the first
+                entries = [
+                    Add(hookpoint=sae.hookpoint, direction=row, coefficient=self.size, scope="reply", bos=True)
+                    for row in sae.W_dec[part]
+                ]
+                with steer(self.model, entries, per_row=True):
+                    found = self._next(len(part))
+                yield part, found
+                report(start + len(part))
+
+    def unsteered(self) -> Float[Tensor, "1 vocabulary"]:
+        """The logits of the next token without steering, in float32."""
+        return self._next(1)
+
+    def _next(self, rows: int) -> Tensor:
+        logits: Tensor = self.model(input_ids=self.ids.expand(rows, -1), use_cache=False).logits
+        return logits[:, -1].float()
 
 
 def _largest_activation(model: PreTrainedModel, ids: Tensor, sae: SAE) -> float:

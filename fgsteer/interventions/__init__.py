@@ -13,6 +13,7 @@ and replace what they read, as far as bounds say.
     projecting.py  those that set or bound projections
     rotating.py  rotation in a plane
     remapping.py  replacement by what a map between two models gives
+    scaling.py   multiplication by a number
     gates.py     the conditions under which one acts
     readings.py  what conditions and strengths go by
     features.py  those that change the activations of SAE features
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from fgsteer.interventions.projecting import ClampSubspace as ClampSubspace
     from fgsteer.interventions.remapping import Remap as Remap
     from fgsteer.interventions.rotating import Rotate as Rotate
+    from fgsteer.interventions.scaling import Scale as Scale
     from fgsteer.interventions.stacking import stack as stack
     from fgsteer.interventions.values import Scalar as Scalar
     from fgsteer.interventions.values import finite_number as finite_number
@@ -68,6 +70,7 @@ _MODULES = (
     "projecting",
     "remapping",
     "rotating",
+    "scaling",
     "stacking",
     "values",
 )

@@ -25,10 +25,11 @@ from fgsteer.interventions.adding import AdaptiveAdd, Add, AddByPrompt, AddKeepi
 from fgsteer.interventions.cached import CacheSteering, SteeringItem
 from fgsteer.interventions.features import ClampFeature
 from fgsteer.interventions.gates import Both, Condition, Either, Gate, Not, Reading
-from fgsteer.interventions.projecting import Ablate, Affine, Clamp, ClampSubspace
+from fgsteer.interventions.projecting import Ablate, Affine, Clamp, ClampSubspace, SubtractProjection
 from fgsteer.interventions.readings import Cosine, Feature, Preview, Probe, Projection, TanhCosine
 from fgsteer.interventions.remapping import Remap
 from fgsteer.interventions.rotating import Rotate
+from fgsteer.interventions.scaling import Scale
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.saes.sae import SAE
@@ -38,7 +39,8 @@ from fgsteer.storage.json_files import text_sha256
 FILE_KIND = "steering"
 _KEEP = "only these can be loaded again; keep your own class in your code"
 _ADDING = (Add, AddRelative, AddKeepingNorm, AdaptiveAdd, AddByPrompt)
-_KINDS = (*_ADDING, Ablate, Affine, Clamp, ClampSubspace, ClampFeature, Rotate, Remap, CacheSteering)
+_PROJECTING = (Ablate, Affine, Clamp, ClampSubspace, SubtractProjection)
+_KINDS = (*_ADDING, *_PROJECTING, ClampFeature, Rotate, Remap, Scale, CacheSteering)
 _READINGS = (Cosine, Feature, Preview, Probe, Projection, TanhCosine)
 KINDS: dict[str, type[SteeringItem]] = {kind.__name__: kind for kind in _KINDS}
 _HASHES: WeakKeyDictionary[SAE, str] = WeakKeyDictionary()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NoReturn, TypeVar, get_args
 
@@ -28,6 +29,13 @@ from fgsteer.models.hookpoints import Hookpoint
 Pooling = Literal["", "last", "mean", "max", "of_mean"]
 SelfReading = TypeVar("SelfReading", bound="Reading")
 Mask = Bool[Tensor, "batch tokens"]
+# of conditions that fire above their threshold or below it, and of the negated ones; each is False for nan
+COMPARISONS: dict[tuple[bool, bool], Callable[..., Tensor]] = {
+    (True, False): torch.gt,
+    (False, False): torch.lt,
+    (True, True): torch.le,
+    (False, True): torch.ge,
+}
 
 
 class Gate(ABC):
@@ -97,7 +105,7 @@ class Either(_Pair):
 
 @dataclass(frozen=True, eq=False)
 class Not(Gate):
-    """Open where a gate is shut."""
+    """Open where a gate is shut, other than by a reading that is nan: such a condition is shut, negated or not."""
 
     gate: Gate
 
@@ -131,9 +139,12 @@ class Condition(Gate):
         """The condition itself."""
         return (self,)
 
-    def compare(self, values: Float[Tensor, "batch tokens"]) -> Mask:
-        """Whether values are beyond the threshold. nan, as of a prompt without a token, never is."""
-        return values > self.threshold if self.fires_above else values < self.threshold
+    def compare(self, values: Float[Tensor, "batch tokens"], negated: bool = False) -> Mask:
+        """Whether values are beyond the threshold, or with ``negated`` on the other side of it or at it.
+
+        nan, as of a prompt without a token, is neither.
+        """
+        return COMPARISONS[self.fires_above, negated](values, self.threshold)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

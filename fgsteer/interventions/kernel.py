@@ -5,8 +5,7 @@ apply(h, vec.add(8.0).update()) is h + 8·v, in a new tensor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,10 +36,8 @@ class Update:
         hi: The most that each strength may be, (R, k); None where none is bounded from above.
         plane: A vector that is added once for each unit of the norm of what is read, (R, d_model).
         relative: The rows whose change is multiplied by the norm of h, (R,).
+        entrywise: The rows whose change is multiplied by h, entry by entry, (R,).
         keep_norm: The rows whose result is scaled to the norm of h, (R,).
-        fixed: The change itself, multiplied out, where nothing is read.
-        encoder: What reads the k features, where ``sae`` has more than those.
-        weights: ``−λ·read``, multiplied out, where h is projected: the strengths are ``const + weights · h``.
     """
 
     write: Float[Tensor, "rows k d_model"]
@@ -54,134 +51,218 @@ class Update:
     hi: Float[Tensor, "rows k"] | None = None
     plane: Float[Tensor, "rows d_model"] | None = None
     relative: Bool[Tensor, " rows"] | None = None
+    entrywise: Bool[Tensor, " rows"] | None = None
     keep_norm: Bool[Tensor, " rows"] | None = None
-    fixed: Float[Tensor, "rows 1 d_model"] | None = None
-    encoder: SelectedFeatures | None = None
-    weights: Float[Tensor, "rows k d_model"] | None = None
 
-    def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> Update:
-        """The same update for activations of a dtype on a device, each row repeated in place (beams, samples).
+    def prepare(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> ReadyUpdate:
+        """The update for activations of a dtype on a device, each row repeated in place (beams, samples).
 
         What reads stays in float32, in float64 for activations of float64; what reads nothing is multiplied out.
         """
         wide = torch.promote_types(dtype, torch.float32)
+        alone = len(self.write) == 1
 
-        def moved(part: Tensor) -> Tensor:
+        def moved(name: str) -> Tensor | None:
+            part: Tensor | None = getattr(self, name)
+            if part is None:
+                return None
             part = part.to(device, part.dtype if part.dtype == torch.bool else wide)
-            return part if repeats == 1 or len(self.write) == 1 else part.repeat_interleave(repeats, 0)
+            return part if repeats == 1 or alone else part.repeat_interleave(repeats, 0)
 
-        tensors: dict[str, Any] = {
-            f.name: moved(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        sae = None if self.sae is None else self.sae.to(device, wide)
-        encoder = None if sae is None or not self.features else SelectedFeatures(sae, self.features)
-        ready = replace(self, sae=sae, encoder=encoder, **tensors)
-        if ready.read is not None and ready.plane is None:
-            return replace(ready, weights=-ready.lam[..., None] * ready.read)
-        if ready.reads or ready.relative is not None:
+        def by_token(name: str) -> Tensor | None:
+            part = moved(name)
+            return None if part is None else part[0] if alone else part[:, None]
+
+        write, lam, read = moved("write"), by_token("lam"), moved("read")
+        assert write is not None
+        ready = ReadyUpdate(
+            write=write[0] if alone else write,
+            const=by_token("const"),  # type: ignore[arg-type]
+            lam=lam,  # type: ignore[arg-type]
+            source=self.source,
+            of_prompt=self.of_prompt,
+            lo=by_token("lo"),
+            hi=by_token("hi"),
+            plane=by_token("plane"),
+            relative=None if self.relative is None else moved("relative")[:, None, None],  # type: ignore[index]
+            entrywise=None if self.entrywise is None else moved("entrywise")[:, None, None],  # type: ignore[index]
+            keep_norm=None if self.keep_norm is None else moved("keep_norm")[:, None, None],  # type: ignore[index]
+        )
+        if self.sae is not None:
+            sae = self.sae.to(device, wide)
+            return replace(ready, sae=sae, encoder=SelectedFeatures(sae, self.features) if self.features else None)
+        if read is not None and self.plane is not None:
+            return replace(ready, read=(read[0] if alone else read).mT)
+        if read is not None:
+            return replace(ready, weights=-ready.lam[:, None] * read[0] if alone else -(ready.lam.mT * read).mT)
+        if self.of_prompt:
             return ready
-        fixed = ready.strengths(None)[:, None] @ ready.write
-        return replace(ready, fixed=fixed.to(dtype) if self.keep_norm is None else fixed)
+        fixed = (ready.bounded(ready.const) @ ready.write).view(-1, 1, self.write.shape[-1])
+        as_it_is = self.relative is None and self.entrywise is None and self.keep_norm is None
+        return replace(ready, fixed=fixed.to(dtype) if as_it_is else fixed)
 
     @property
     def source(self) -> Hookpoint | None:
         """Where it reads, if that is elsewhere than where it writes, as a transcoder does."""
         return None if self.sae is None else self.sae.reads
 
-    @property
-    def reads(self) -> bool:
-        """Whether the change depends on the activation's direction, or on the prompt."""
-        return self.read is not None or self.sae is not None or self.of_prompt
+    def change(
+        self, h: Float[Tensor, "batch tokens d_model"], source: Tensor | None = None, prompt: Tensor | None = None
+    ) -> Tensor:
+        """The change of h: that of the update as it is prepared for h."""
+        return self.prepare(h.device, h.dtype).change(h, source, prompt)
 
-    def strengths(self, values: Tensor | None) -> Tensor:
-        """What each w is multiplied by, given what is read, (…, k); (R, k) where nothing is."""
-        if values is None:
-            return self._bounded(self.const)
-        return self._bounded(torch.addcmul(self.const[:, None], self.lam[:, None], values, value=-1))
 
-    def _bounded(self, amounts: Tensor) -> Tensor:
-        """Amounts (R, k) or (batch, tokens, k) within the bounds."""
+@dataclass(frozen=True, eq=False)
+class ReadyUpdate:
+    """An update in the shapes that products take: of one row without its dimension, of several as (R, 1, k).
+
+    So that a token costs few and small operations, what is known before it comes is multiplied out.
+
+    Args:
+        write: The vectors w that are written, (k, d_model) or (R, k, d_model).
+        const: The constant part of each strength, (k,) or (R, 1, k).
+        lam: The weight of what is read, shaped as ``const``.
+        source: Where it reads, if that is elsewhere than where it writes.
+        of_prompt: Whether what is read is a number of the prompt.
+        lo: The least that each strength may be, shaped as ``const``; None where none is bounded from below.
+        hi: The most that each strength may be, shaped as ``const``; None where none is bounded from above.
+        plane: What is added for each unit of the norm of what is read, (d_model,) or (R, 1, d_model).
+        relative: The rows whose change is multiplied by the norm of h, (R, 1, 1).
+        entrywise: The rows whose change is multiplied by h, entry by entry, (R, 1, 1).
+        keep_norm: The rows whose result is scaled to the norm of h, (R, 1, 1).
+        sae: The SAE whose feature activations are read.
+        encoder: What reads its features, where it has more than those.
+        read: The vectors that h is projected on, where the norm of that counts too, (d_model, k) or (R, d_model, k).
+        weights: ``−λ·read``, where h is projected: the strengths are ``const + weights · h``. (k, d_model), as linear
+            layers have it, or (R, d_model, k).
+        fixed: The change itself, where nothing is read, (R, 1, d_model).
+    """
+
+    write: Tensor
+    const: Tensor
+    lam: Tensor
+    source: Hookpoint | None = None
+    of_prompt: bool = False
+    lo: Tensor | None = None
+    hi: Tensor | None = None
+    plane: Tensor | None = None
+    relative: Tensor | None = None
+    entrywise: Tensor | None = None
+    keep_norm: Tensor | None = None
+    sae: SAE | None = None
+    encoder: SelectedFeatures | None = None
+    read: Tensor | None = None
+    weights: Tensor | None = None
+    fixed: Tensor | None = None
+
+    def bounded(self, strengths: Tensor) -> Tensor:
+        """Strengths within the bounds."""
+        if self.lo is None and self.hi is None:
+            return strengths
+        if not torch.is_grad_enabled():
+            return torch.clamp(strengths, self.lo, self.hi)
         for bound, limit in ((self.lo, torch.maximum), (self.hi, torch.minimum)):
-            if bound is not None:
-                amounts = limit(amounts, bound[:, None] if amounts.ndim == 3 and len(bound) > 1 else bound)
-        return amounts
+            if bound is not None:  # at a bound half of the gradient is passed on, so that training can leave it
+                strengths = limit(strengths, bound)
+        return strengths
+
+    def amounts(
+        self, h: Float[Tensor, "batch tokens d_model"], source: Tensor | None = None, prompt: Tensor | None = None
+    ) -> Tensor:
+        """The strengths at each token of h, (batch, tokens, k) or broadcastable to it. As ``change`` has them.
+
+        What a row is ``relative`` to, the norm of h, is not in them.
+        """
+        if self.weights is not None:
+            return self.bounded(_linear(self._wide(h), self.weights, self.const))
+        if self.fixed is not None or (self.read is None and self.sae is None and not self.of_prompt):
+            return self.bounded(self.const)
+        values = self._values(h, source, prompt)
+        return self.bounded(torch.addcmul(self.const, self.lam, values, value=-1))
 
     def change(
         self, h: Float[Tensor, "batch tokens d_model"], source: Tensor | None = None, prompt: Tensor | None = None
     ) -> Tensor:
-        """The change of h, (batch, tokens, d_model) or broadcastable to it, in the dtype of ``write``.
+        """The change of h, (batch, tokens, d_model) or broadcastable to it, in the dtype of ``write`` or of h.
 
         ``source`` holds the activations at ``self.source``, where that is elsewhere, and ``prompt`` (batch, 1) what was
         read of prompts, where that counts. Raises SteeringError without.
         """
         if self.fixed is not None:
-            return self.fixed
-        if self.source is not None and source is None:
-            raise SteeringError(f"activations without those at {self.source}", "both", "pass source= to apply")
-        if self.of_prompt and prompt is None:
-            raise SteeringError("activations without what was read of their prompts", "both", "pass prompt= to apply")
-        wide = h.to(self.write.dtype)
-        values: Tensor | None = None
-        if self.weights is not None:
-            change = _times(self._bounded(_linear(wide, self.weights, self.const)), self.write)
-        elif (values := self._values(wide, source, prompt)) is None:
-            change = self.strengths(None)[:, None] @ self.write
+            change = self.fixed
+        elif self.weights is not None:
+            change = self._written(_linear(self._wide(h), self.weights, self.const))
         else:
-            change = _times(self.strengths(values), self.write)
+            values = self._values(h, source, prompt)
+            change = self._written(torch.addcmul(self.const, self.lam, values, value=-1))
             if self.plane is not None:
-                change = change + values.norm(dim=-1, keepdim=True) * self.plane[:, None]
-        if self.sae is not None and self.sae.input_norm != "none":
-            change = change * self.sae.input_scale(wide)
+                change = change + values.norm(dim=-1, keepdim=True) * self.plane
+            if self.sae is not None and self.sae.input_norm != "none":
+                change = change * self.sae.input_scale(self._wide(h))
         if self.relative is not None:
-            change = change * torch.where(self.relative[:, None, None], wide.norm(dim=-1, keepdim=True), 1.0)
+            change = change * torch.where(self.relative, self._wide(h).norm(dim=-1, keepdim=True), 1.0)
+        if self.entrywise is not None:
+            wide = self._wide(h)
+            change = change * torch.where(self.entrywise, wide, torch.ones_like(wide))
         return change
 
-    def _values(
-        self, wide: Float[Tensor, "batch tokens d_model"], source: Tensor | None, prompt: Tensor | None
-    ) -> Tensor | None:
-        """What is read, of activations in ``write``'s dtype or of prompts, (batch, tokens, k); None for nothing."""
+    def _wide(self, h: Tensor) -> Tensor:
+        """Activations in the dtype that is computed in."""
+        return h if h.dtype == self.write.dtype else h.to(self.write.dtype)
+
+    def _written(self, strengths: Tensor) -> Tensor:
+        """What is written with these strengths (…, k), within the bounds."""
+        strengths = self.bounded(strengths)
+        return strengths * self.write if self.write.shape[-2] == 1 else strengths @ self.write
+
+    def _values(self, h: Tensor, source: Tensor | None, prompt: Tensor | None) -> Tensor:
+        """What is read of activations or of prompts, (batch, tokens, k). Raises SteeringError where it is missing."""
         if self.of_prompt:
-            assert prompt is not None
+            if prompt is None:
+                raise SteeringError(
+                    "activations without what was read of their prompts", "both", "pass prompt= to apply"
+                )
             return prompt.to(self.write)[..., None]
-        wide = wide if source is None else source.to(self.write.dtype)
-        if self.encoder is not None:
-            return self.encoder.read(wide)
+        if self.source is not None:
+            if source is None:
+                raise SteeringError(f"activations without those at {self.source}", "both", "pass source= to apply")
+            h = source
+        wide = self._wide(h)
         if self.sae is not None:
-            return self.sae.encode_selected(wide, self.features) if self.features else self.sae.encode(wide)
-        return None if self.read is None else _times(wide, self.read.mT)
+            return self.sae.encode(wide) if self.encoder is None else self.encoder.read(wide)
+        assert self.read is not None
+        return wide @ self.read
 
 
-def _linear(
-    x: Float[Tensor, "batch tokens d_model"], weights: Float[Tensor, "rows k d_model"], const: Float[Tensor, "rows k"]
-) -> Float[Tensor, "batch tokens k"]:
-    """``const + weights · x``, with one matrix for all rows, or with one for each row."""
-    if len(weights) == 1:
-        return torch.nn.functional.linear(x, weights[0], const[0])
-    return torch.baddbmm(const[:, None], x, weights.mT)
-
-
-def _times(x: Float[Tensor, "batch tokens n"], matrices: Float[Tensor, "rows n m"]) -> Float[Tensor, "batch tokens m"]:
-    """The product of x with one matrix for all rows, or with one for each row."""
-    return x @ (matrices[0] if len(matrices) == 1 else matrices)
+def _linear(x: Float[Tensor, "batch tokens d_model"], weights: Tensor, const: Tensor) -> Tensor:
+    """``const + weights · x`` (batch, tokens, k), with one matrix for all rows, or with one for each row."""
+    if weights.ndim == 2:
+        return torch.nn.functional.linear(x, weights, const)
+    return torch.baddbmm(const, x, weights)
 
 
 def apply(
     h: Float[Tensor, "batch tokens d_model"],
-    update: Update,
+    update: Update | ReadyUpdate,
     where: Tensor | None = None,
     source: Tensor | None = None,
     prompt: Tensor | None = None,
 ) -> Tensor:
     """Add the update's change, cast to h's dtype, to ``h``: a new tensor, as h is not written to.
 
-    A mask ``where (batch, tokens)`` limits the change; elsewhere h comes back bit for bit. ``source`` holds what an
-    update reads that reads elsewhere than at h, and ``prompt`` (batch, 1) what one reads that reads prompts.
+    A mask ``where``, (batch, tokens) or (batch, tokens, 1), limits the change; elsewhere h comes back bit for bit.
+    ``source`` holds what an update reads that reads elsewhere than at h, and ``prompt`` (batch, 1) what one reads that
+    reads prompts.
     """
-    change = update.change(h, source, prompt)
+    ready = update.prepare(h.device, h.dtype) if isinstance(update, Update) else update
+    change = ready.change(h, source, prompt)
     moved = h + (change if change.dtype == h.dtype else change.to(h.dtype))
-    if update.keep_norm is not None:
-        moved = torch.where(update.keep_norm[:, None, None], _with_norm_of(h, change), moved)
-    return moved if where is None else torch.where(where[..., None], moved, h)
+    if ready.keep_norm is not None:
+        moved = torch.where(ready.keep_norm, _with_norm_of(h, change), moved)
+    if where is None:
+        return moved
+    return torch.where(where if where.ndim == 3 else where.unsqueeze(-1), moved, h)
 
 
 def _with_norm_of(h: Float[Tensor, "batch tokens d_model"], change: Tensor) -> Float[Tensor, "batch tokens d_model"]:

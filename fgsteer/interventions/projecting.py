@@ -5,6 +5,7 @@ Clamp(hookpoint=Hookpoint(6), direction=v, at_most=20.0)
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.errors import SteeringError
+from fgsteer.errors.checks import check_range
 from fgsteer.errors.wording import count
 from fgsteer.interventions.base import DirectionIntervention, Intervention, InterventionFields, set_fields
 from fgsteer.interventions.kernel import Update
@@ -26,6 +28,7 @@ from fgsteer.interventions.values import (
     bounds_or_target,
     check_equal_width,
     finite_matrix,
+    finite_number,
     finite_scalar,
     finite_vector,
     unit_and_norm,
@@ -246,4 +249,48 @@ def _check_independent(directions: Tensor) -> None:
             f"{count(len(units), 'direction')} that depend linearly on each other",
             "directions that span as many dimensions as there are directions",
             "leave out those that others make up, or orthogonalise them first",
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class SubtractProjection(DirectionIntervention):
+    """Subtracts a bounded multiple of the projection: ``h' = h − α·clip((v·h)/(v·v), −c, c)·v`` (arXiv 2502.09674).
+
+    Args:
+        direction: The direction v, (d_model,).
+        strength: The multiple α: 1 without a limit is ablation, a negative one amplifies.
+        limit: The bound c, 0 or more; None for none.
+
+    The other arguments are those of ``Intervention``.
+
+    Raises:
+        SteeringError: The direction is zero or not finite, or the strength is not finite.
+        DataError: The limit is below 0.
+        PairingError: The direction is not one floating-point vector.
+    """
+
+    strength: float = 1.0
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unit_and_norm(self.direction)  # raises for a zero direction
+        set_fields(self, strength=finite_number("strength", self.strength))
+        if self.limit is not None:
+            check_range("limit", self.limit, 0, math.inf)
+            set_fields(self, limit=None if self.limit == math.inf else float(self.limit))
+
+    def update(self) -> Update:
+        """The update with w = v, read = (v·h)/(v·v), λ = α, α = 0, and bounds ±|α|c."""
+        unit, norm = unit_and_norm(self.direction)
+        row = self.direction.float()[None, None]
+        const = torch.zeros(1, 1, device=row.device)
+        most = None if self.limit is None else torch.full_like(const, abs(self.strength) * self.limit)
+        return Update(
+            write=row,
+            const=const,
+            lam=torch.full_like(const, self.strength),
+            read=(unit / norm)[None, None],
+            lo=None if most is None else -most,
+            hi=most,
         )

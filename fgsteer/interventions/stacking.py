@@ -12,7 +12,7 @@ from typing import Any
 from fgsteer.interventions.base import Intervention
 from fgsteer.interventions.kernel import Update
 
-# what a row without it has of an update's part; read, plane, relative and keep_norm are 0
+# what a row without it has of an update's part; read, plane, relative, entrywise and keep_norm are 0
 UNBOUNDED = {"lo": -math.inf, "hi": math.inf}
 
 
@@ -45,12 +45,12 @@ def _stack_linear(updates: Mapping[int, Update], count: int) -> Update:
     """Updates of some of ``count`` rows as one, as wide as the widest; the other rows get w = 0."""
     parts: dict[str, Any] = {}
     widest = max(update.write.shape[1] for update in updates.values())
-    for name in ("write", "const", "lam", "read", "lo", "hi", "plane", "relative", "keep_norm"):
+    for name in ("write", "const", "lam", "read", "lo", "hi", "plane", "relative", "entrywise", "keep_norm"):
         values = {n: value[0] for n, update in updates.items() if (value := getattr(update, name)) is not None}
         if not values:
             continue
         sample = next(iter(values.values()))
-        by_term = name not in ("plane", "relative", "keep_norm")  # of shape (k, …)
+        by_term = name not in ("plane", "relative", "entrywise", "keep_norm")  # of shape (k, …)
         shape = (widest, *sample.shape[1:]) if by_term else sample.shape
         part = sample.new_full((count, *shape), UNBOUNDED.get(name, 0))
         for number, value in values.items():

@@ -166,6 +166,15 @@ INTERVENTIONS = (
         example="weight=W, bias=b, hookpoint=6",
     ),
     InterventionSpec(
+        "scale",
+        "Scale",
+        "coefficient",
+        "h + (α + θ·h)·h",
+        "Multiplies activations by 1 + α, or by a factor that each of them sets itself.",
+        of_vector=False,
+        example="width=a.d_model, coefficient=0.2, hookpoint=a.hookpoint",
+    ),
+    InterventionSpec(
         "clamp_feature",
         "ClampFeature",
         "targets",

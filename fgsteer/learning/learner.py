@@ -52,6 +52,7 @@ class Learner:
         self.held_out = [rows for n, rows in enumerate(examples) if held_out and n % HOLD_OUT]
         self.random = torch.Generator().manual_seed(settings.seed)
         self.weights = nn.Parameter(self._first_weights().to(device))
+        self.unit = self._typical_unit() if settings.relative else 1.0
         self.bias = nn.Parameter(torch.zeros((), device=device))
         self.optimizer = torch.optim.AdamW(self._parameters(), settings.lr, weight_decay=settings.weight_decay)
         self.steps_an_epoch = math.ceil(len(self.examples) / settings.batch)
@@ -71,6 +72,17 @@ class Learner:
         if init is not None:
             return torch.full((size,), float(init))
         return (2 * torch.rand(size, generator=self.random) - 1) / math.sqrt(size)  # nn.Linear's
+
+    @torch.no_grad()
+    def _typical_unit(self) -> float:
+        """The size of numbers whose direction is as long as an activation of the examples, if their signs are random.
+
+        That is the median ‖h‖ over √(Σᵢ ‖row i‖²), as products of different rows cancel; the median, as a first token
+        can be some hundred times as long as the others.
+        """
+        rows = [row for pair in [*self.examples, *self.held_out] for row in pair if row is not None]
+        norms = torch.cat([self.passes.activations(row).norm(dim=-1).cpu() for row in rows])
+        return float(norms.median()) / self.space.size_of_rows()
 
     def _parameters(self) -> list[nn.Parameter]:
         trains_bias = self.settings.objective == "reps" and self.settings.compat
@@ -163,6 +175,7 @@ class Learner:
     def entries(self, units: Sequence[Unit]) -> tuple[list[Intervention], Tensor]:
         """The intervention of each reading, and the sum of what ReFT-r1 reads of tokens besides the strongest."""
         weights = self.weights if self.mask is None else self.weights * self.mask
+        weights = self.unit * weights
         direction = self.space.direction(weights)
         rest = direction.new_zeros(())
         made: dict[Strength, Intervention] = {}
@@ -205,7 +218,7 @@ class Learner:
     @torch.no_grad()
     def result(self) -> tuple[Tensor, Tensor]:
         """The trained numbers and their direction; of ReFT-r1 at norm 1."""
-        weights = self.best if self.held_out_losses else self.weights.detach()
+        weights = self.unit * (self.best if self.held_out_losses else self.weights.detach())
         direction = self.space.direction(weights)
         if self.settings.objective == "reft_r1" and not self.settings.compat:
             weights = weights / direction.norm()

@@ -5,10 +5,14 @@ reps_loss(winner, loser, base_winner, base_loser, winner_tokens, loser_tokens)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+CURVE_POINTS = 50  # of the losses that a vector notes
 
 Values = Float[Tensor, " pairs"]
 
@@ -42,3 +46,10 @@ def strength_and_rest(readings: Float[Tensor, " tokens"], top: int) -> tuple[Flo
     """
     largest = torch.topk(readings, min(top, len(readings))).values
     return largest.mean(), readings.sum() - largest.sum()
+
+
+def loss_curve(losses: Sequence[float]) -> list[list[float]]:
+    """At most so many points (step, mean loss of the steps since the point before)."""
+    size = max(1, -(-len(losses) // CURVE_POINTS))
+    parts = [losses[start : start + size] for start in range(0, len(losses), size)]
+    return [[min(len(losses), (n + 1) * size), sum(part) / len(part)] for n, part in enumerate(parts)]

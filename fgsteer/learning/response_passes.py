@@ -25,6 +25,7 @@ from fgsteer.activations.prompt_ends import note_prompt_ends
 from fgsteer.activations.recording import record
 from fgsteer.activations.tokens import TokenReader, TokenRow, pad
 from fgsteer.data.chat import Text
+from fgsteer.learning.checkpointing import checkpointed_blocks
 from fgsteer.likelihood.lower_blocks import can_skip_blocks, has_plain_blocks, output_of_blocks, skip_blocks
 from fgsteer.likelihood.scoring import target_log_probabilities
 from fgsteer.models.hookpoints import Hookpoint, resolve, uncompiled
@@ -61,6 +62,7 @@ class ResponsePasses:
         hookpoint: Where it is steered; nothing may steer below.
         pairs: Pairs (prompt, answer), by whose number the rows are called.
         batch_tokens: The tokens in a pass, with padding; by default what suits the device.
+        checkpointing: Whether blocks above the hookpoint's are computed again for gradients.
 
     Raises:
         DataError: An answer has no token.
@@ -73,8 +75,10 @@ class ResponsePasses:
         hookpoint: Hookpoint,
         pairs: Sequence[tuple[Text, Text]],
         batch_tokens: int | None = None,
+        *,
+        checkpointing: bool = False,
     ) -> None:
-        self.model, self.hookpoint = model, hookpoint
+        self.model, self.hookpoint, self.checkpointing = model, hookpoint, checkpointing
         self.device = input_device(model)
         self.batch_tokens = batch_tokens or default_batch_tokens(self.device)
         self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
@@ -129,6 +133,8 @@ class ResponsePasses:
                 hidden = nn.utils.rnn.pad_sequence([kept_rows[row] for row in rows], batch_first=True)
                 depth = self._depth
                 stack.enter_context(skip_blocks(self.model, depth, replace_hidden_states(template, hidden)))
+            if self.checkpointing and torch.is_grad_enabled():
+                stack.enter_context(checkpointed_blocks(self.model, self.hookpoint.layer + 1))
             stack.enter_context(steer(self.model, list(entries), per_row=True))
             logits = self.model(input_ids=ids, attention_mask=attention, use_cache=False, **options).logits
         logits = logits if options else logits[:, -ids.shape[1] :]  # without those of virtual tokens

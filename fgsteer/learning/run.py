@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fgsteer.display.progress import Report
 from fgsteer.errors import DataError
 from fgsteer.interventions.base import Intervention
 from fgsteer.learning.learner import Learner
@@ -47,8 +49,11 @@ class Run:
     ) -> None:
         self.passes, self.learners, self.plan, self.checkpoint = passes, dict(learners), dict(plan), checkpoint
 
-    def run(self, report: Callable[[int, int], None]) -> None:
-        """Take all steps that are left; ``report`` is called with the steps that are done and those of all vectors."""
+    def run(self, report: Report, note: Callable[[Mapping[str, Learner]], str] | None = None) -> None:
+        """Take all steps that are left; ``report`` is called with the steps that are done and those of all vectors.
+
+        ``note`` says what is shown beside a bar, of the vectors as they are.
+        """
         if self.checkpoint is not None and self.checkpoint.exists():
             self._load()
         total = sum(learner.steps for learner in self.learners.values())
@@ -59,7 +64,8 @@ class Run:
                 if self.checkpoint is not None and time.monotonic() - saved >= CHECKPOINT_SECONDS:
                     self._save()
                     saved = time.monotonic()
-                report(sum(learner.step for learner in self.learners.values()), total)
+                said = None if note is None else partial(note, self.learners)
+                report(sum(learner.step for learner in self.learners.values()), total, note=said)
         if self.checkpoint is not None:
             self._save()
 
@@ -106,12 +112,14 @@ class Run:
                 torch.autograd.backward(torch.stack(terms).sum())
         return losses
 
+    def _by_name(self) -> list[Learner]:
+        """The vectors in the order in which a checkpoint has them, whatever the order in which they were given."""
+        return [self.learners[name] for name in sorted(self.learners)]
+
     def _save(self) -> None:
         assert self.checkpoint is not None
         tensors = {
-            f"{n}/{key}": value
-            for n, learner in enumerate(self.learners.values())
-            for key, value in learner.state().items()
+            f"{n}/{key}": value for n, learner in enumerate(self._by_name()) for key, value in learner.state().items()
         }
         write_tensors(self.checkpoint, tensors, kind=KIND, header={"plan": self.plan})
 
@@ -121,6 +129,6 @@ class Run:
         tensors, header = read_tensors(self.checkpoint, kind=KIND)
         check_same_plan(self.checkpoint, header.get("plan"), self.plan)
         with refuse_damaged(self.checkpoint, "a checkpoint of this run", "delete it, and the run starts over"):
-            for n, learner in enumerate(self.learners.values()):
+            for n, learner in enumerate(self._by_name()):
                 own = {key.split("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{n}/")}
                 learner.load(own)

@@ -1,4 +1,4 @@
-"""How a steering vector is trained: its objective, and the constants that each was published with.
+"""How a steering vector is trained: its objective, and the constants of fgsteer's own recipes and of published ones.
 
 VectorTraining.published("bipo", epochs=20)
 """
@@ -11,15 +11,18 @@ from typing import Any, Literal, get_args
 from fgsteer.errors import ArgumentError, DataError
 from fgsteer.errors.checks import check_flags, check_range
 from fgsteer.errors.limits import MAX_COUNT
+from fgsteer.errors.reprs import OneLineRepr
 
 Objective = Literal["lm", "bipo", "reps", "reft_r1", "simpo"]
 Schedule = Literal["linear", "cosine", "constant"]
 MAX_NUMBER = 1e6
 
 
-@dataclass(frozen=True)
-class VectorTraining:
-    """Settings of the training of a steering vector. ``VectorTraining.published`` gives those of a paper.
+@dataclass(frozen=True, repr=False)
+class VectorTraining(OneLineRepr):
+    """Settings of the training of a steering vector: by default the recipe "reps_relative", which suits any model.
+
+    ``VectorTraining.published`` gives those of a paper.
 
     Attributes:
         objective: What is minimised: "lm", "bipo", "reps", "reft_r1" or "simpo"; ``train`` says what each is.
@@ -41,8 +44,13 @@ class VectorTraining:
             trains an offset of the strength that is then dropped, and divides by the tokens of prompt and answer;
             "bipo" draws the sign of each batch on its own, so that signs are unbalanced; "reft_r1" leaves the last
             step's norm on the vector.
+        checkpointing: Whether the blocks above the hookpoint keep only what goes into them, and are computed again for
+            gradients: less memory, for a second forward pass of theirs.
         patience: Hold out every second example, measure the loss on these after each epoch, stop after so many epochs
             without a better one, and return the best; None trains on all examples to the end.
+        relative: Whether trained numbers are in units in which a vector of random signs is as long as the median
+            activation of the examples, so that lr and factors mean the same in every model and space; the papers'
+            constants are in the units of their own models.
         seed: The seed of first values, order, strengths and signs.
 
     Raises:
@@ -51,22 +59,24 @@ class VectorTraining:
     """
 
     objective: Objective = "reps"
-    lr: float = 0.04
-    epochs: int = 18
+    lr: float = 0.03
+    epochs: int = 6
     batch: int = 6
     schedule: Schedule = "linear"
     warm_up: int = 0
-    clip: float | None = None
+    clip: float | None = 1.0
     weight_decay: float = 0.0
     init: float | None = None
-    factors: tuple[float, ...] = (1.0,)
+    factors: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     dropout: float = 0.0
     beta: float = 1.0
     margin: float = 0.0
     top: int = 8
     l1: float = 0.005
     compat: bool = False
+    checkpointing: bool = False
     patience: int | None = None
+    relative: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,8 +98,10 @@ class VectorTraining:
         ):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low, high)
-        check_flags(compat=self.compat)
+        check_flags(compat=self.compat, checkpointing=self.checkpointing, relative=self.relative)
         self._check_factors()
+        if self.objective == "reft_r1" and self.relative:
+            raise DataError("relative=True for reft_r1", "relative=False, as it keeps the vector at norm 1")
         if self.objective == "reps" and self.init == 0:
             raise DataError("init = 0 for reps", "first values other than 0, as it divides by the norm of the vector")
 
@@ -108,14 +120,15 @@ class VectorTraining:
         """Return the settings of a recipe in ``RECIPES``, with changes.
 
         Args:
-            name: "lm", "lm_factors", "bipo", "reps", "reft_r1" or "simpo".
+            name: "reps_relative" or "lm_relative", which are fgsteer's own and suit any model, or one with the
+                constants of a paper: "lm", "lm_factors", "bipo", "reps", "reft_r1" or "simpo".
             **changes: Settings that are to be others, such as ``epochs=20``.
 
         Raises:
             DataError: There is no such recipe, or a value is out of range.
             ArgumentError: There is no such setting, or a value is of another type.
         """
-        if name not in RECIPES:
+        if not isinstance(name, str) or name not in RECIPES:
             raise DataError(f"objective = {name!r:.60}", f"one of {', '.join(RECIPES)}")
         if unknown := [key for key in changes if key not in cls.__dataclass_fields__ or key == "objective"]:
             names = ", ".join(key for key in cls.__dataclass_fields__ if key != "objective")
@@ -128,19 +141,32 @@ class VectorTraining:
 
 
 EVEN_TO_TWENTY = tuple(2.0 * n for n in range(1, 11))  # of RePS and its control
+_RAW = VectorTraining(objective="lm", clip=None, factors=(1.0,), relative=False)
 RECIPES = {
+    # fgsteer's own: rates, epochs and strengths, as shares of an activation's norm, chosen on six concepts
+    "reps_relative": VectorTraining(),
+    "lm_relative": VectorTraining(objective="lm", clip=None, init=0.0, factors=(1.0,)),
     # AxBench's Lang. (arXiv 2501.17148)
-    "lm": VectorTraining(objective="lm", lr=0.01, epochs=3, init=0.01),
+    "lm": replace(_RAW, objective="lm", lr=0.01, epochs=3, init=0.01),
     # the control of RePS (arXiv 2505.20809); batches of 6, two of them to a step
-    "lm_factors": VectorTraining(objective="lm", lr=0.04, epochs=6, batch=12, init=0.01, factors=EVEN_TO_TWENTY),
+    "lm_factors": replace(_RAW, objective="lm", lr=0.04, epochs=6, batch=12, init=0.01, factors=EVEN_TO_TWENTY),
     # arXiv 2406.00045, and with YaPO's features 2601.08441, of 20 epochs
-    "bipo": VectorTraining(
-        objective="bipo", lr=5e-4, epochs=100, batch=4, schedule="cosine", warm_up=100, init=0.0, beta=0.1, seed=11
+    "bipo": replace(
+        _RAW,
+        objective="bipo",
+        lr=5e-4,
+        epochs=100,
+        batch=4,
+        schedule="cosine",
+        warm_up=100,
+        init=0.0,
+        beta=0.1,
+        seed=11,
     ),
     # arXiv 2505.20809, as for Gemma-2-2B; for 9B it has lr 0.08 and dropout 0.1
-    "reps": VectorTraining(objective="reps", clip=1.0, factors=EVEN_TO_TWENTY),
-    # AxBench's ReFT-r1 (arXiv 2501.17148), as for Gemma-2-2B; for 9B it has lr 0.005
-    "reft_r1": VectorTraining(objective="reft_r1", lr=0.01, epochs=3, clip=1.0),
+    "reps": replace(_RAW, objective="reps", lr=0.04, epochs=18, clip=1.0, factors=EVEN_TO_TWENTY),
+    # AxBench's ReFT-r1 (arXiv 2501.17148), as for Gemma-2-2B; for 9B it has lr 0.005. Batches of 6 texts, two a pair
+    "reft_r1": replace(_RAW, objective="reft_r1", lr=0.01, epochs=3, batch=3, clip=1.0),
     # SimPO's loss (arXiv 2405.14734) with the schedule of RePS; β and γ are not those of a paper
-    "simpo": VectorTraining(objective="simpo", clip=1.0, factors=EVEN_TO_TWENTY),
+    "simpo": replace(_RAW, objective="simpo", lr=0.04, epochs=18, clip=1.0, factors=EVEN_TO_TWENTY),
 }

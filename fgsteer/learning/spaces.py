@@ -6,6 +6,7 @@ space.direction(weights)                        Σⱼ wⱼ W_dec[j]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Unpack
@@ -42,6 +43,10 @@ class ResidualSpace:
     def direction(self, weights: Float[Tensor, " size"]) -> Float[Tensor, " d_model"]:
         """The direction of trained numbers."""
         return weights
+
+    def size_of_rows(self) -> float:
+        """The root of the sum of the squared norms of what each number is multiplied by: here the unit vectors."""
+        return math.sqrt(self.size)
 
     def add(self, weights: Tensor, direction: Tensor, strength: Scalar) -> Intervention:
         """The intervention that adds the direction, so many times."""
@@ -100,6 +105,10 @@ class FeatureSpace:
     def direction(self, weights: Float[Tensor, " size"]) -> Float[Tensor, " d_model"]:
         """The sum of the decoder's rows."""
         return weights @ self.rows
+
+    def size_of_rows(self) -> float:
+        """The root of the sum of the squared norms of the decoder's rows."""
+        return float(self.rows.norm())
 
     def add(self, weights: Tensor, direction: Tensor, strength: Scalar) -> Intervention:
         """The intervention that adds the features' rows, so many times."""

@@ -1,6 +1,6 @@
 """Train steering vectors: one, or several in common batches.
 
-vector = train(model, tokenizer, "cheerful", objective="reps", hookpoint=12)
+vector = train(model, tokenizer, "cheerful", hookpoint=12)
 """
 
 from __future__ import annotations
@@ -15,32 +15,31 @@ from fgsteer.data.chat import Text
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError, SelectionError
-from fgsteer.errors.checks import check_flags, check_range, checked, describe_value, is_whole_number
-from fgsteer.errors.limits import MAX_COUNT
+from fgsteer.errors.checks import check_flags, checked, describe_value, is_whole_number
 from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.token_scopes import parse_scope
 from fgsteer.learning.examples import Trainable, examples_of, preference_set
 from fgsteer.learning.learner import Learner
+from fgsteer.learning.losses import loss_curve
 from fgsteer.learning.objectives import OBJECTIVES, Rows, Texts
 from fgsteer.learning.response_passes import ResponsePasses, device_at
 from fgsteer.learning.run import Run
+from fgsteer.learning.running_cost import TrainingNote
+from fgsteer.learning.selections import Features, FeatureSelection, parse_selection, selected_features
 from fgsteer.learning.settings import VectorTraining
 from fgsteer.learning.spaces import FeatureSpace, ResidualSpace, Space, check_space
 from fgsteer.methods.provenance import provenance
-from fgsteer.methods.selection import feature_contrast
 from fgsteer.models.fingerprints import run_fingerprint
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import check_pairing, model_identity, width_at
 from fgsteer.saes.fingerprints import sae_identity
 from fgsteer.saes.sae import SAE
-from fgsteer.statistics.collecting import collect
 from fgsteer.storage.locks import exclusive_lock
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CURVE_POINTS = 50  # of the losses that a vector notes
 FEATURES = 256  # that are trained by default
 
 
@@ -50,11 +49,11 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     data: Trainable,
     *,
-    objective: str | VectorTraining = "reps",
+    objective: str | VectorTraining = "reps_relative",
     space: Literal["residual", "sae"] = "residual",
     hookpoint: Hookpoint | str | int | None = None,
     sae: SAE | None = None,
-    features: int | Sequence[int] | None = FEATURES,
+    features: Features = FEATURES,
     nonnegative: bool = False,
     scope: Scope = "all",
     batch_tokens: int | None = None,
@@ -75,22 +74,26 @@ def train(
     | ``reft_r1`` | ``−log π(y)`` by token of both answers, at the strength that each text reads | arXiv 2501.17148 |
     | ``simpo`` | ``−log σ(β/n_w·log π(y_w) − β/n_l·log π(y_l) − γ)`` | arXiv 2405.14734 |
 
-    where ``c = max(log π₀(y_l) − log π₀(y_w), 1)``. Factors, rates and epochs are those of the papers. A vector is
-    trained in float32, whatever the dtype of the model.
+    where ``c = max(log π₀(y_l) − log π₀(y_w), 1)``. "reps_relative" and "lm_relative" are the third and the first
+    with rates and strengths in units of the activations, which suit any model; the other names have the factors,
+    rates and epochs of the papers. A vector is trained in float32, whatever the dtype of the model.
 
     Args:
         model: A Hugging Face causal language model.
         tokenizer: Its tokenizer.
         data: A ContrastSet, the name of a shipped one, a path or pairs, as ``collect`` takes them, or a list of
             preferences (prompt, winning answer, losing answer). Texts without pairs are paired in their order.
-        objective: "lm", "lm_factors", "bipo", "reps", "reft_r1" or "simpo", with the published settings; or settings,
-            such as ``VectorTraining.published("reps", epochs=6)``.
+        objective: "reps_relative" or "lm_relative"; or "lm", "lm_factors", "bipo", "reps", "reft_r1" or "simpo", with
+            the published settings; or settings, such as ``VectorTraining.published("reps", epochs=6)``.
         space: Whether the vector itself is trained ("residual"), or weights of an SAE's features ("sae"), from which
             the vector is ``Σⱼ wⱼ W_dec[j]``.
         hookpoint: Where the vector acts; by default where the SAE does.
         sae: The SAE, for space "sae".
-        features: Whose weights are trained: so many, those of the largest difference between the two sides' means; or
-            these ids; or None for all of the SAE's.
+        features: Whose weights are trained: so many, those of the largest difference between the two sides' means;
+            these ids; None for all of the SAE's; or a selection by name, with its number or without: "difference:256",
+            "spare:0.07" (a share of all mutual information with the side, arXiv 2410.15999), "corrsteer:32" (the
+            largest correlation of the largest activation with the side, arXiv 2508.12535) or "ssv:128" (the weights of
+            ``sae_ssv``, arXiv 2505.16188).
         nonnegative: For space "sae": whether feature activations are kept from becoming negative, as in YaPO
             (arXiv 2601.08441). ``fg.ClampFeature(plus=vector.features, …)`` applies such a vector as it was trained.
         scope: The tokens that are steered in training, as ``vector.add`` takes it.
@@ -134,11 +137,11 @@ def train_many(
     tokenizer: PreTrainedTokenizerBase,
     data: Mapping[str, Trainable],
     *,
-    objective: str | VectorTraining = "reps",
+    objective: str | VectorTraining = "reps_relative",
     space: Literal["residual", "sae"] = "residual",
     hookpoint: Hookpoint | str | int | None = None,
     sae: SAE | None = None,
-    features: int | Sequence[int] | None = FEATURES,
+    features: Features = FEATURES,
     nonnegative: bool = False,
     scope: Scope = "all",
     batch_tokens: int | None = None,
@@ -159,7 +162,7 @@ def train_many(
         space: As in ``train``.
         hookpoint: As in ``train``.
         sae: As in ``train``.
-        features: As in ``train``; those of the largest difference are each vector's own.
+        features: As in ``train``; those that are selected are each vector's own.
         nonnegative: As in ``train``.
         scope: As in ``train``.
         batch_tokens: As in ``train``.
@@ -179,10 +182,13 @@ def train_many(
     """
     chosen = objective if isinstance(objective, VectorTraining) else VectorTraining.published(objective)
     at = _place(model, space, hookpoint, sae, nonnegative)
+    if space == "residual" and not (is_whole_number(features) and features == FEATURES):
+        raise DataError(f"features={features!r:.60} for space 'residual'", "space='sae', whose features are trained")
     if chosen.objective == "reft_r1" and scope != "all":
         raise DataError(f"scope={scope!r} with reft_r1", "scope='all', as it reads every token", "leave scope out")
     if not isinstance(data, Mapping) or not data:
         raise DataError(f"{describe_value(data)} for data", "a dictionary of examples by name", "call train for one")
+    selection = parse_selection(features)
     contrasts = {name: preference_set(examples) for name, examples in data.items()}
     examples = {name: examples_of(contrast, chosen.objective) for name, contrast in contrasts.items()}
     _check_counts(examples, chosen)
@@ -192,7 +198,11 @@ def train_many(
         if space == "residual" or sae is None:
             spaces[name] = ResidualSpace(at, width_at(model, at), parse_scope(scope))
         else:
-            ids = _feature_ids(model, tokenizer, contrast, sae, features, batch_tokens)
+            ids = (
+                selected_features(model, tokenizer, contrast, sae, selection, batch_tokens)
+                if isinstance(selection, FeatureSelection)
+                else selection
+            )
             spaces[name] = FeatureSpace(sae, ids, device, parse_scope(scope), nonnegative=nonnegative)
         check_space(spaces[name], chosen.objective)
     rows: dict[str, list[Rows]] = {}
@@ -202,24 +212,25 @@ def train_many(
         for winner, loser in listed:
             rows[name].append((len(pairs), None if loser is None else len(pairs) + 1))
             pairs += [winner] if loser is None else [winner, loser]
-    passes = ResponsePasses(model, tokenizer, at, pairs, batch_tokens)
+    passes = ResponsePasses(model, tokenizer, at, pairs, batch_tokens, checkpointing=chosen.checkpointing)
     texts = _texts(passes, chosen)
     learners = {name: Learner(chosen, spaces[name], passes, texts, rows[name], device) for name in data}
     checkpoint = None if work is None else Path(work)
     plan = {} if checkpoint is None else _plan(model, tokenizer, chosen, contrasts, spaces, sae, at, scope)
-    if checkpoint is not None and fresh:
-        checkpoint.unlink(missing_ok=True)
     total = sum(learner.steps for learner in learners.values())
     run = Run(passes, learners, plan, checkpoint)
+    note = TrainingNote(model, tokenizer)
     what = "a vector" if len(data) == 1 else f"{len(data)} vectors"
     with reporting(progress, f"training {what} at {at}", total) as report:
         if checkpoint is None:
-            run.run(report)
+            run.run(report, note)
         else:
             with exclusive_lock(checkpoint):
-                run.run(report)
+                if fresh and checkpoint.is_file():
+                    checkpoint.unlink()
+                run.run(report, note)
     return {
-        name: _vector(model, learner, contrasts[name], spaces[name], sae, nonnegative=nonnegative)
+        name: _vector(model, learner, contrasts[name], spaces[name], sae, selection, nonnegative=nonnegative)
         for name, learner in learners.items()
     }
 
@@ -252,40 +263,6 @@ def _check_counts(examples: Mapping[str, Sequence[Any]], settings: VectorTrainin
             raise DataError(f"{describe_value(name)} as the name of a vector", "a text")
         if settings.patience is not None and len(listed) < 2:
             raise DataError(f"{len(listed)} example of {name!r} with patience", "at least 2, half to be held out")
-
-
-def _feature_ids(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    contrast: ContrastSet,
-    sae: SAE,
-    features: int | Sequence[int] | None,
-    batch_tokens: int | None,
-) -> list[int] | None:
-    """The features that are trained. Raises SelectionError where no feature differs between the sides."""
-    if features is None:
-        return None
-    if isinstance(features, Sequence):
-        if not all(map(is_whole_number, features)):
-            raise SelectionError(f"features={features!r:.60}", "a number of features, ids, or None for all")
-        return [int(j) for j in features]
-    check_range("features", features, 1, MAX_COUNT, whole=True)
-    stats = collect(
-        model,
-        tokenizer,
-        contrast,
-        sae=sae,
-        tokens="answer",
-        prepend_bos=None,
-        batch_tokens=batch_tokens,
-        progress=False,
-    )
-    size = feature_contrast(stats, sae).difference.abs()
-    ids = torch.sort(size, descending=True, stable=True).indices[:features]
-    ids = ids[size[ids] > 0]
-    if not len(ids):
-        raise SelectionError("no feature that differs between the sides", "at least one", "pass features=None for all")
-    return [int(j) for j in ids]
 
 
 def _texts(passes: ResponsePasses, settings: VectorTraining) -> Texts:
@@ -323,7 +300,14 @@ def _plan(
 
 
 def _vector(
-    model: PreTrainedModel, learner: Learner, contrast: ContrastSet, space: Space, sae: SAE | None, *, nonnegative: bool
+    model: PreTrainedModel,
+    learner: Learner,
+    contrast: ContrastSet,
+    space: Space,
+    sae: SAE | None,
+    selection: Any,
+    *,
+    nonnegative: bool,
 ) -> SteeringVector:
     """The vector of a training that has ended, with how it was made."""
     weights, direction = learner.result()
@@ -334,21 +318,16 @@ def _vector(
     settings |= {"space": "sae" if in_features else "residual", "scope": str(space.scope)}
     if in_features:
         settings |= {"trained_features": space.size, "nonnegative": nonnegative}
+        if isinstance(selection, FeatureSelection):
+            settings["selection"] = str(selection)
     record = provenance(objective, settings, sae=sae if in_features else None, features=features)
     record["model"] = model_identity(model)
     record["data"] = [
         {"name": contrast.name, "sha256": contrast.sha256, "count": [contrast.count(True), contrast.count(False)]}
     ]
-    record["training"] = {"steps": learner.step, "losses": _curve(learner.losses)}
+    record["training"] = {"steps": learner.step, "losses": loss_curve(learner.losses)}
     if learner.held_out_losses:
         record["training"]["held_out_losses"] = learner.held_out_losses
     if objective == "reft_r1":
         record["training"]["a_max"] = learner.largest_reading()
     return SteeringVector(direction.cpu(), space.hookpoint, features=features, provenance=record)
-
-
-def _curve(losses: Sequence[float]) -> list[list[float]]:
-    """At most so many points (step, mean loss of the steps since the point before)."""
-    size = max(1, -(-len(losses) // CURVE_POINTS))
-    parts = [losses[start : start + size] for start in range(0, len(losses), size)]
-    return [[min(len(losses), (n + 1) * size), sum(part) / len(part)] for n, part in enumerate(parts)]

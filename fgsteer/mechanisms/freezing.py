@@ -26,6 +26,7 @@ from fgsteer.mechanisms.agreement import Agreement, Faithful
 from fgsteer.mechanisms.attribution import SteeringAttribution
 from fgsteer.mechanisms.parts import BlockParts, block_parts
 from fgsteer.mechanisms.texts import first_block, logits_of, site_of, text_device
+from fgsteer.models.hookpoints import decoder_of
 from fgsteer.models.properties import eos_ids, input_device
 from fgsteer.steering.entries import Entry, interventions_of
 from fgsteer.steering.generation import parse_prompts, prompt_inputs
@@ -149,16 +150,37 @@ def parse_parts(freeze: Part | Sequence[Part]) -> tuple[Part, ...]:
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model compute attention weights outright for the block. Raises HookpointError where it cannot."""
-    before = model.config._attn_implementation
+    """Let the decoder compute attention weights outright for the block. Raises HookpointError where it cannot.
+
+    All its layers do, as they share a configuration; other parts of the model, such as one for images, stay as they
+    are. Each configuration gets its own setting back, whatever happens in the block.
+    """
+    decoder: Any = decoder_of(model)
+    before = [(config, config._attn_implementation) for config in _configs(decoder)]
     try:
-        model.set_attn_implementation("eager")
-    except ValueError as error:
-        raise HookpointError(f"{a(type(model).__name__)} without eager attention", "a model that has it") from error
-    try:
+        try:
+            decoder.set_attn_implementation("eager")
+        except ValueError as error:
+            raise HookpointError(f"{a(type(model).__name__)} without eager attention", "a model that has it") from error
         yield
     finally:
-        model.set_attn_implementation(before)
+        for config, implementation in before:  # outer ones first, as a setting reaches those inside too
+            config._attn_implementation = implementation
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configurations of a model's modules, each once, and those inside them after them."""
+    found: dict[int, Any] = {}
+
+    def add(config: Any) -> None:
+        if hasattr(config, "sub_configs") and id(config) not in found:
+            found[id(config)] = config
+            for name in config.sub_configs:
+                add(getattr(config, name, None))
+
+    for module in model.modules():
+        add(getattr(module, "config", None))
+    return list(found.values())
 
 
 class FrozenRun:

@@ -45,8 +45,8 @@ class MethodSpec:
         function: The function that returns the ``SteeringVector``, or "module:name" of it, which is imported when
             it is first used. It takes its inputs by name: ``stats`` (``ContrastStatistics``), ``sae``, ``effects``
             (``EffectApproximator``), ``features`` (ids), and keywords of its own with defaults. The benchmark can also
-            give ``hookpoint``, ``d_model`` and ``seed`` to a function that requires them. Empty for a condition
-            of the benchmark that applies no vector.
+            give ``hookpoint``, ``d_model`` and ``seed``, and ``model``, ``tokenizer`` and ``contrast`` for training,
+            to a function that requires them. Empty for a condition of the benchmark that applies no vector.
         needs: What it needs at a layer: "layer" (the statistics of the residual stream there), "sae" (an SAE of that
             layer too), or "effects" (the effects measured on that SAE too). "nothing" for a condition without a vector.
         offered: The commands that offer it: "build" (and ``fg.build``), "bench", and "sweep", for which the function
@@ -57,6 +57,8 @@ class MethodSpec:
         in_context: Whether the benchmark puts examples of the behavior before each prompt.
         paper: Where the method was published, such as "arXiv 2312.06681".
         instructs: Whether the benchmark asks for the behavior in a system message, which needs a chat template.
+        trains: Whether it trains through the model, which takes minutes where others take seconds: a benchmark runs it
+            only if it is named.
 
     Raises:
         ArgumentError: A field is not one of the values above.
@@ -74,6 +76,7 @@ class MethodSpec:
     in_context: bool = False
     paper: str = ""
     instructs: bool = False
+    trains: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
@@ -279,6 +282,24 @@ _BUILT_IN = (
         needs="effects",
         offered=("bench",),
         paper="arXiv 2501.09929",
+    ),
+    MethodSpec(
+        "trained",
+        "trained vector",
+        "A vector that is trained through the model to prefer the positive texts.",
+        function="fgsteer.learning.bench:trained",
+        needs="layer",
+        offered=("bench",),
+        trains=True,
+    ),
+    MethodSpec(
+        "trained_features",
+        "trained features",
+        "Weights of an SAE's features that are trained through the model to prefer the positive texts.",
+        function="fgsteer.learning.bench:trained_features",
+        needs="sae",
+        offered=("bench",),
+        trains=True,
     ),
     MethodSpec(
         "minus_bias",

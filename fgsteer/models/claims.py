@@ -31,6 +31,7 @@ from fgsteer.models.hookpoints import decoder_of
 _ALTERNATIVE = "hold a lock around both, or put the requests into one batch: generate(…, steering=[a, b, None])"
 # packages that run generators up to a yield in order to set something up
 _SETUP_PACKAGES = ("contextlib", "_pytest", "pytest_asyncio", "anyio")
+backward_pass = torch._C._current_graph_task_id  # the number of the backward pass that runs in this thread, or -1
 _lock = threading.Lock()
 _open: dict[int, list[Claim]] = {}  # the open blocks on a decoder, by its id, the outermost first
 _of_context: ContextVar[tuple[Claim, ...]] = ContextVar("fgsteer_claims", default=())  # that this context is inside of
@@ -169,11 +170,6 @@ def _overlap(what: str) -> SteeringError:
 def is_claimed(model: nn.Module) -> bool:
     """Tell whether any steer block is open on the model."""
     return id(decoder_of(model)) in _open
-
-
-def backward_pass() -> int:
-    """Return the number of the backward pass that runs in this thread, -1 where none does."""
-    return torch._C._current_graph_task_id()
 
 
 def _waits_for_backward(thread: int) -> bool:

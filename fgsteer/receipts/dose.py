@@ -14,6 +14,7 @@ import torch
 
 from fgsteer.activations.recording import record
 from fgsteer.activations.tokens import prompt_ids
+from fgsteer.data.chat import refuse_one_text
 from fgsteer.data.shipped import load_neutral
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_range, checked
@@ -88,6 +89,7 @@ def measure_dose(
     """
     check_range("context", context, 2, MAX_COUNT, whole=True)
     check_range("last", last, 1, MAX_COUNT, whole=True)
+    refuse_one_text(() if texts is None else texts)
     plain = list(load_neutral()[0] if texts is None else texts)
     if not any(text.strip() for text in plain):
         raise DataError("no texts", "at least one text to make a context of")

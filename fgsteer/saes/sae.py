@@ -38,8 +38,8 @@ PIECE_ELEMENTS = 1 << 18  # pre-activations that a JumpReLU handles at once: aff
 
 
 def _jumprelu(pre: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-    """Compute ``relu(pre) · 1[pre > threshold]``, on a CPU in place, in pieces that stay in its cache."""
-    if pre.device.type != "cpu" or not pre.numel():
+    """Compute ``relu(pre) · 1[pre > threshold]``, on a CPU in pieces that stay in its cache."""
+    if pre.device.type != "cpu" or pre.numel() <= PIECE_ELEMENTS:
         return pre.relu() * (pre > threshold)
     rows = pre.view(-1, pre.shape[-1])
     size = max(1, PIECE_ELEMENTS // rows.shape[1])
@@ -217,12 +217,12 @@ class SAE(OneLineRepr):
             return (pre + self.gate_bias > 0) * (pre * self.gate_scale + self.b_enc).relu()
         return pre.relu_()
 
-    def _pre(self, x: Tensor) -> Tensor:
-        """Compute the pre-activations of x."""
+    def pre_activations(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """Compute what φ is applied to, ``x̃ W_enc + b_enc``; of a gated SAE without the bias."""
         x = self._normalised(x.to(self.W_enc))[0]
         if self.activation == "gated":  # its bias belongs to the magnitude, not to the gate
             return x @ self.W_enc
-        return torch.addmm(self.b_enc, x.reshape(-1, self.d_model), self.W_enc).view(*x.shape[:-1], self.d_sae)
+        return torch.nn.functional.linear(x, self.W_enc.T, self.b_enc)
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
         """Compute feature activations ``φ(x̃ W_enc + b_enc)``, in the SAE's dtype and on its device.
@@ -237,7 +237,7 @@ class SAE(OneLineRepr):
             PairingError: The last dimension of x is not d_model.
         """
         self._check_width(x)
-        return self._activate(self._pre(x))
+        return self._activate(self.pre_activations(x))
 
     def encode_selected(
         self, x: Float[Tensor, "*batch d_model"], features: Sequence[int] | Tensor

@@ -16,7 +16,7 @@ from torch import Tensor
 from fgsteer.saes.sae import SAE
 
 RIVALS = 512  # features that are looked at first
-MARGIN = 1e-3  # of the largest activation: far above what products of other shapes round differently
+MARGIN = 1e-3  # of the largest of the rivals: far above what products of other shapes round differently
 
 
 class SelectedFeatures:
@@ -58,13 +58,12 @@ class SelectedFeatures:
         if self.part is None or torch.compiler.is_compiling() or x.requires_grad:
             return self._whole(x)
         assert self.sae.k is not None
-        acts = self.part.encode(x)
-        highest = acts[..., : self.count].amax(-1, keepdim=True)
-        ahead = acts[..., self.count :] > highest + MARGIN * acts.amax(-1, keepdim=True)
-        is_open = (highest[..., 0] > 0) & (ahead.sum(-1) < self.sae.k)
-        found = acts.new_zeros(*acts.shape[:-1], self.count)
-        if bool(is_open.any()):
-            found[is_open] = self._whole(x[is_open])
+        pre = self.part.pre_activations(x)
+        highest, rivals = pre[..., : self.count].amax(-1), pre[..., self.count :].topk(self.sae.k).values
+        is_shut = (highest <= 0) | (rivals[..., -1] > torch.add(highest, rivals[..., 0], alpha=MARGIN))
+        found = pre.new_zeros(*x.shape[:-1], self.count)
+        if not bool(is_shut.all()):  # nan is above and below nothing, so that where it is read all is encoded
+            found[~is_shut] = self._whole(x[~is_shut])
         return found
 
     def _whole(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n"]:

@@ -25,6 +25,7 @@ from fgsteer.interventions import (
 from fgsteer.interventions.projecting import ClampSubspace
 from fgsteer.interventions.remapping import Remap
 from fgsteer.interventions.rotating import Rotate
+from fgsteer.interventions.scaling import Scale
 from fgsteer.serving.feature_rows import rows_of_clamp
 from fgsteer.serving.gating import conditions_of
 from fgsteer.serving.rows import KEEP_NORM, PLAIN, RELATIVE, TableRows
@@ -52,9 +53,9 @@ def rows_of(item: SteeringVector | Intervention) -> TableRows:
             rows = rows_of_clamp(item)
         elif isinstance(item, AdaptiveAdd):
             rows = _rows_of_adaptive(item)
-        elif isinstance(item, Remap):
+        elif isinstance(item, Remap | Scale):
             raise SteeringError(
-                "a Remap in vLLM, which would need more rows of the table than the model is wide",
+                f"a {type(item).__name__} in vLLM, which would need as many rows of the table as the model is wide",
                 "a change along a few vectors",
                 "steer with fgsteer.steer, which can do all",
             )

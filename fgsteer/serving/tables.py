@@ -104,7 +104,8 @@ class Table(nn.Module):
             stream = flat.float() if rest is None else flat.float() + rest
             read = torch.addmm(self.bias, stream, self.read.T)
             acts = torch.where(self._fires(stream, read), read, 0.0)
-            holds = self._holds(stream, acts) if holds is None else holds  # gates read before anything here acts
+            if holds is None:  # gates read before anything here acts; nan meets no condition, negated or not
+                holds = self._holds(stream, acts) & ~read.isnan()
             flat = self._steer(flat, stream, acts, holds, slot)
         return flat.view_as(hidden)
 

@@ -8,6 +8,7 @@ In the order in which data flows:
     positions.py      which tokens of a pass belong to a scope
     gating.py         what gates read in a pass, and where they are open
     previews.py       prompts that are read ahead, in a pass that nothing steers
+    watching.py       ``watch``: what updates were given in a pass, and what they gave
     groups.py         the updates of a block: what acts together, at which hookpoint, for which rows and tokens
     caching.py        steering of the cache: a prompt in two parts, and the change between them
     hooks.py          ``steer``: the hooks that apply updates, set and taken off
@@ -15,7 +16,8 @@ In the order in which data flows:
     shadows.py        functions set on a module for a while, over its own
     recomputation.py  gradient checkpointing, which runs layers again
     generation.py     ``generate``: texts that a steered model writes
+    answers.py        greedy answers with their tokens, in batches
     splicing.py       ``splice``: other hidden states in the place of a model's own
-    streaming.py      ``stream``: one text, as it is written
+    streaming.py      ``stream``: one text, as it is written, or its tokens
     comparison.py     ``compare``: texts unsteered and steered, side by side
 """

@@ -9,16 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fgsteer.data.chat import Text
+from fgsteer.data.chat import Text, last_text
 from fgsteer.display.tables import table_html
-from fgsteer.errors.checks import check_range, checked
+from fgsteer.errors.checks import checked
 from fgsteer.errors.escaping import escape_text
-from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.steering.entries import Steering
-from fgsteer.steering.generation import generate, parse_prompts
+from fgsteer.steering.generation import generate, parse_prompts, seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,23 +75,11 @@ def compare(
     Raises:
         ArgumentError, DataError, SteeringError: As ``generate`` does.
     """
-    check_range("seed", seed, -MAX_COUNT, MAX_COUNT, whole=True)
     texts: list[tuple[str, ...]] = []
     for entries in (None, steering):
-        with torch.random.fork_rng(_devices(model)):
-            torch.manual_seed(seed)
+        with seeded(model, seed):
             texts.append(tuple(generate(model, tokenizer, prompts, steering=entries, per_row=per_row, **options)))
     listed = parse_prompts(prompts)
     copies = len(texts[0]) // len(listed) if listed else 0
-    asked = tuple(_last_text(prompt) for prompt in listed for _ in range(copies))
+    asked = tuple(last_text(prompt) for prompt in listed for _ in range(copies))
     return Comparison(asked, *texts)
-
-
-def _devices(model: PreTrainedModel) -> list[torch.device]:
-    """The GPUs that the model draws random numbers on."""
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
-
-
-def _last_text(prompt: Text) -> str:
-    """A prompt as text: of a conversation, its last message."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]

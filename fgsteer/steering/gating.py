@@ -2,7 +2,7 @@
 
     readings = Readings(positions)
     gate = readings.add(item.when)
-    readings.take(hookpoint, h)             in the hook at a hookpoint, before anything there acts
+    readings.places_at(hookpoint)           what the hook at a hookpoint reads, before anything there acts
     gate.open_for(h)                        the tokens at which the gate is open
 
 One reading is read once in a pass, so that all gates that share it decide alike. Gates are made into objects that hold
@@ -12,7 +12,7 @@ numbers as tensors, so that compiled graphs serve other thresholds too.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fgsteer.errors import SteeringError
 from fgsteer.errors.wording import count
-from fgsteer.interventions.gates import Both, Condition, Either, Gate, Mask, Not, Reading, pool
+from fgsteer.interventions.gates import COMPARISONS, Both, Condition, Either, Gate, Not, Reading, pool
 from fgsteer.interventions.readings import Feature, Preview
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.saes.sae import SAE
@@ -62,32 +62,50 @@ class Readings:
             self.sources.append(found)
         return found
 
-    def add(self, gate: Gate | None) -> GateNode | None:
-        """The gate of an intervention, as the hooks evaluate it. Raises SteeringError for a gate of one's own."""
+    def add(self, gate: Gate | None, negated: bool = False) -> GateNode | None:
+        """The gate of an intervention, or its opposite, as hooks evaluate it.
+
+        A negation is one of its conditions, none of which is met where it reads nan. Raises SteeringError for a gate of
+        one's own.
+        """
         if gate is None:
             return None
-        if isinstance(gate, Both | Either):
-            if conditions := _same_features(gate, type(gate)):
-                place = self.place(conditions[0].reading, tuple(c.reading.feature for c in conditions))
-                thresholds = torch.tensor([condition.threshold for condition in conditions])
-                kind = "all" if isinstance(gate, Both) else "any"
-                return GateNode(kind, place=place, threshold=thresholds, above=conditions[0].fires_above)
-            return GateNode("and" if isinstance(gate, Both) else "or", self.add(gate.first), self.add(gate.second))
         if isinstance(gate, Not):
-            return GateNode("not", self.add(gate.gate))
+            return self.add(gate.gate, not negated)
+        if isinstance(gate, Both | Either):
+            needs_all = isinstance(gate, Both) != negated
+            if conditions := _same_features(gate, type(gate)):
+                return self._comparison(conditions, negated, needs_all)
+            return GateNode(needs_all, self.add(gate.first, negated), self.add(gate.second, negated))
         if not isinstance(gate, Condition):
             raise SteeringError(
                 f"a gate of the class {type(gate).__name__}",
                 "readings that are compared with thresholds and combined by &, | and ~",
                 "write a reading of your own, with values(h), instead of a gate",
             )
-        place = self.place(gate.reading)
-        return GateNode("read", place=place, threshold=torch.tensor(gate.threshold), above=gate.fires_above)
+        return self._comparison([gate], negated)
 
-    def place(self, reading: Reading, several: tuple[int, ...] = ()) -> Place:
+    def _comparison(self, conditions: Sequence[Condition], negated: bool, needs_all: bool = False) -> GateNode:
+        """The comparison of one reading, or of features of one SAE, with thresholds.
+
+        A feature whose activation is its pre-activation where that is above some number ≥ 0, and 0 elsewhere, is above
+        a threshold ≥ 0 where the pre-activation is above both, so that its activation need not be computed.
+        """
+        first, thresholds = conditions[0], torch.tensor([condition.threshold for condition in conditions])
+        compare, reading = COMPARISONS[first.fires_above, negated], first.reading
+        if not isinstance(reading, Feature) or reading.pooling:
+            return GateNode(needs_all, place=self.place(reading), threshold=thresholds[0], compare=compare)
+        ids, sae = tuple(c.reading.feature for c in conditions), reading.sae  # type: ignore[attr-defined]
+        is_linear = sae.activation in ("relu", "jumprelu") and sae.input_norm == "none"
+        raw = is_linear and first.fires_above and bool((thresholds >= 0).all())
+        if raw and sae.threshold is not None:
+            thresholds = torch.maximum(thresholds, sae.threshold[list(ids)].to(thresholds))
+        return GateNode(needs_all, place=self.place(reading, ids, raw), threshold=thresholds, compare=compare)
+
+    def place(self, reading: Reading, several: tuple[int, ...] = (), raw: bool = False) -> Place:
         """Where a reading is noted: one place for all that share it, or for several features of one SAE."""
         for place in self.places:
-            if place.reading is reading and place.several == several:
+            if place.reading is reading and place.several == several and place.is_raw == raw:
                 return place
         if reading.pooling and self.prompt is None:
             self.prompt = ScopeMask("prompt", bos=False)
@@ -95,14 +113,16 @@ class Readings:
         if isinstance(reading, Preview) and self.whole is None:
             self.whole = ScopeMask("prompt", bos=True)
             self.positions.masks = [*self.positions.masks, self.whole]
-        features = self._features(reading.sae, several or (reading.feature,)) if isinstance(reading, Feature) else None
-        self.places.append(Place(self, reading, features, several))
+        features = None
+        if isinstance(reading, Feature):
+            features = self._features(reading.sae, several or (reading.feature,), raw)
+        self.places.append(Place(self, reading, features, several, raw))
         return self.places[-1]
 
-    def _features(self, sae: SAE, ids: tuple[int, ...]) -> _Features:
-        features = next((one for one in self.features if one.sae is sae), None)
+    def _features(self, sae: SAE, ids: tuple[int, ...], raw: bool) -> _Features:
+        features = next((one for one in self.features if one.sae is sae and one.is_raw == raw), None)
         if features is None:
-            features = _Features(sae)
+            features = _Features(sae, raw)
             self.features.append(features)
         features.ids.extend(feature for feature in ids if feature not in features.ids)
         return features
@@ -127,22 +147,28 @@ class Readings:
                 "open the block before the prompt is read, and one block for each conversation",
             )
 
+    def go_on(self) -> None:
+        """Forget what was read of the tokens of the last pass, and keep what was read of prompts."""
+        for place in self.places:
+            if not place.reading.pooling:
+                place.value = None
+        for features in self.features:
+            features.seen = features.acts = None
+        for source in self.sources:
+            source.value = None
+
     def end_pass(self, cache: Any) -> None:
         """Note the cache that a pass over prompts has filled, so that decisions are not taken for those of others."""
         if self.prompt is not None and not self.prompt.empty and not torch.compiler.is_compiling():
             self.cache = None if cache is None else weakref.ref(cache)
 
-    def take(self, hookpoint: Hookpoint, h: Tensor) -> None:
-        """Read the activations (batch, tokens, d_model) that come to a hookpoint, before anything there acts."""
-        for place in self.places:
-            if place.reading.hookpoint == hookpoint and not isinstance(place.reading, Preview):
-                place.value = place.read(h)
+    def places_at(self, hookpoint: Hookpoint) -> list[Place]:
+        """What is read of the activations that come to a hookpoint, before anything there acts."""
+        return [p for p in self.places if p.reading.hookpoint == hookpoint and not isinstance(p.reading, Preview)]
 
-    def keep(self, hookpoint: Hookpoint, h: Tensor) -> None:
-        """Keep the activations (batch, tokens, d_model) that go on from a hookpoint, after what acts there."""
-        for source in self.sources:
-            if source.hookpoint == hookpoint:
-                source.value = h
+    def sources_at(self, hookpoint: Hookpoint) -> list[Source]:
+        """What is kept of the activations that go on from a hookpoint, after what acts there."""
+        return [source for source in self.sources if source.hookpoint == hookpoint]
 
 
 @dataclass(eq=False)
@@ -165,45 +191,56 @@ class Source:
 
 @dataclass(eq=False)
 class GateNode:
-    """A gate, or a part of one.
+    """A gate, or a part of one: two others, or what is read at a place, compared with a threshold.
 
-    "and", "or" and "not" are of other nodes, "read" compares with a threshold, and "any" and "all" compare several
-    features with one threshold each.
+    Of both others, or of several features with a threshold each, all must be met, or any.
     """
 
-    kind: str
+    needs_all: bool
     first: GateNode | None = None
     second: GateNode | None = None
     place: Place | None = None
     threshold: Tensor | None = None
-    above: bool = True
+    compare: Callable[..., Tensor] = torch.gt
     kept: Tensor | None = None  # a reading of prompts, and what was decided by it
     decision: Tensor | None = None
 
-    def open_for(self, h: Tensor) -> Mask:
-        """The tokens (batch, tokens) of these activations at which it is open."""
+    @property
+    def is_of_prompts(self) -> bool:
+        """Whether all of it was decided when the prompts were read."""
         if self.place is not None:
-            return self._decide(self.place, h.device).expand(h.shape[:2])
-        assert self.first is not None
-        first = self.first.open_for(h)
-        if self.kind == "not":
-            return ~first
-        assert self.second is not None
-        second = self.second.open_for(h)
-        return first & second if self.kind == "and" else first | second
+            return bool(self.place.reading.pooling)
+        return all(node.is_of_prompts for node in (self.first, self.second) if node is not None)
 
-    def _decide(self, place: Place, device: torch.device) -> Mask:
+    def prepare(self, device: torch.device) -> None:
+        """Move thresholds to a device, but for single numbers, which may stay on the CPU."""
+        if self.threshold is not None and self.threshold.ndim and self.threshold.device != device:
+            self.threshold = self.threshold.to(device)
+        for node in (self.first, self.second):
+            if node is not None:
+                node.prepare(device)
+
+    def open_for(self, h: Tensor) -> Tensor:
+        """The tokens (batch, tokens, 1) of these activations at which it is open, or the rows (batch, 1, 1)."""
+        if self.place is not None:
+            return self._decide(self.place, h.device)
+        assert self.first is not None
+        assert self.second is not None
+        first, second = self.first.open_for(h), self.second.open_for(h)
+        return first & second if self.needs_all else first | second
+
+    def _decide(self, place: Place, device: torch.device) -> Tensor:
         """The comparison of what was read in this pass, which is made once for each reading of prompts."""
         value = place.noted()
         if self.kept is value and self.decision is not None:
             return self.decision
+        self.prepare(device)
         assert self.threshold is not None
-        if self.threshold.ndim and self.threshold.device != device:  # a number may stay on the CPU
-            self.threshold = self.threshold.to(device)
-        here = value.to(device)
-        met = here > self.threshold if self.above else here < self.threshold
-        if self.kind in ("any", "all"):
-            met = met.any(-1) if self.kind == "any" else met.all(-1)
+        met = self.compare(value.to(device), self.threshold)
+        if not self.threshold.ndim:
+            met = met.unsqueeze(-1)
+        elif len(self.threshold) > 1:
+            met = met.all(-1, keepdim=True) if self.needs_all else met.any(-1, keepdim=True)
         if place.reading.pooling and not torch.compiler.is_compiling():
             self.kept, self.decision = value, met
         return met
@@ -229,8 +266,10 @@ class Place:
     owner: Readings
     reading: Reading
     features: _Features | None
-    several: tuple[int, ...] = ()  # the features, where several are read together
+    several: tuple[int, ...] = ()  # the features, where they are read together
+    is_raw: bool = False  # whether their pre-activations are read
     ready: Reading | None = None
+    device: torch.device | None = None  # of ``ready``
     value: Tensor | None = None  # (batch, tokens), with features (batch, tokens, n), or (batch, 1), of the running pass
     kept: Tensor | None = None  # (batch, 1), of the prompts
 
@@ -277,10 +316,17 @@ class Place:
             return self.features.read(self.several or self.reading.feature, h)
         return self._ready(h).values(h)
 
+    def prepare(self, device: torch.device) -> None:
+        """Have what is read with where the activations are."""
+        if self.features is not None:
+            self.features.prepare(device)
+        if (self.features is None or self.reading.pooling) and self.device != device:
+            self.ready, self.device = self.reading.to(device), device
+
     def _ready(self, h: Tensor) -> Reading:
         """The reading with its tensors where the activations are."""
-        if self.ready is None or self.ready.device != h.device:
-            self.ready = self.reading.to(h.device)
+        self.prepare(h.device)
+        assert self.ready is not None
         return self.ready
 
     def refuse_parts(self) -> None:
@@ -299,20 +345,37 @@ class _Features:
     """The features of one SAE that gates read: encoded together, once for the activations of a pass."""
 
     sae: SAE
+    is_raw: bool  # whether pre-activations are read
     ids: list[int] = field(default_factory=list)
-    encode: Callable[[Tensor], Tensor] | None = None
+    encoder: SelectedFeatures | SAE | None = None
+    weight: Tensor | None = None  # of pre-activations, (n, d_model)
     device: torch.device | None = None
     seen: Tensor | None = None
     acts: Tensor | None = None
 
+    def prepare(self, device: torch.device) -> None:
+        """Make the encoder of the features, on the device of what will be read."""
+        if self.device == device:
+            return
+        wide = self.sae.to(device, torch.float32)
+        competes = wide.activation == "topk"
+        self.encoder = SelectedFeatures(wide, self.ids) if competes else wide.restrict(self.ids)
+        self.weight = self.encoder.W_enc.T.contiguous() if self.is_raw and isinstance(self.encoder, SAE) else None
+        self.device = device
+
+    def _encode(self, h: Tensor) -> Tensor:
+        if isinstance(self.encoder, SelectedFeatures):
+            return self.encoder.read(h)
+        assert self.encoder is not None
+        if self.weight is not None:
+            return torch.nn.functional.linear(h, self.weight, self.encoder.b_enc)
+        return self.encoder.encode(h)
+
     def read(self, feature: int | tuple[int, ...], h: Tensor) -> Tensor:
         """The activations of a feature at each token, (batch, tokens), or of several, (batch, tokens, n)."""
         if self.seen is not h or self.acts is None:
-            if self.encode is None or self.device != h.device:
-                wide, self.device = self.sae.to(h.device, torch.float32), h.device
-                competes = wide.activation == "topk"
-                self.encode = SelectedFeatures(wide, self.ids).read if competes else wide.restrict(self.ids).encode
-            self.acts, self.seen = self.encode(h.float()), h
+            self.prepare(h.device)
+            self.acts, self.seen = self._encode(h.float()), h
         if isinstance(feature, int):
             return self.acts[..., self.ids.index(feature)]
         if list(feature) == self.ids:

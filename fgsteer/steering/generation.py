@@ -5,9 +5,11 @@ generate(model, tokenizer, ["I think", "The sea"], steering=[vec.add(8.0), None]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -71,18 +73,43 @@ def generate(
         SteeringError: There are other numbers of entries than prompts, or a ``CacheSteering`` meets a prompt of one
             token or a cache that is static, quantised, recurrent or switched off.
     """
-    check_options(options)
     texts = parse_prompts(prompts)
-    if not texts:
-        return []
-    per_row = is_per_prompt(steering, len(texts), per_row)
-    inputs = prompt_inputs(model, tokenizer, texts, options.get("max_new_tokens"))
+    _, ids = generate_ids(model, tokenizer, texts, steering=steering, per_row=per_row, **options)
+    return list(tokenizer.batch_decode(ids, skip_special_tokens=True)) if texts else []
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    *,
+    steering: Steering = None,
+    per_row: bool | None = None,
+    **options: Any,
+) -> tuple[list[list[int]], Int[Tensor, "rows new_tokens"]]:
+    """The token ids of prompts that ``parse_prompts`` has checked, and of what ``generate`` writes after each."""
+    check_options(options)
+    if not prompts:
+        return [], torch.empty(0, 0, dtype=torch.long)
+    per_row = is_per_prompt(steering, len(prompts), per_row)
+    inputs = prompt_inputs(model, tokenizer, prompts, options.get("max_new_tokens"))
     if tokenizer.pad_token_id is not None:
         options.setdefault("pad_token_id", tokenizer.pad_token_id)
     with steer(model, steering, per_row=per_row):
         output = model.generate(**inputs, **options)
-    ids = output if isinstance(output, Tensor) else output.sequences
-    return list(tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    ids: Tensor = output if isinstance(output, Tensor) else output.sequences
+    read, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    return [row[real].tolist() for row, real in zip(read, mask, strict=True)], ids[:, read.shape[1] :]
+
+
+@contextmanager
+def seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """A block whose random numbers begin at a seed; the caller's are left as they are."""
+    check_range("seed", seed, -MAX_COUNT, MAX_COUNT, whole=True)
+    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states, reshape_by_token
@@ -34,11 +35,12 @@ from fgsteer.steering.blocks import Block
 from fgsteer.steering.caching import CacheChanges
 from fgsteer.steering.entries import Steering, checked_rows
 from fgsteer.steering.gating import Readings
-from fgsteer.steering.groups import UpdateGroup, check_amounts, group_by_update
+from fgsteer.steering.groups import Site, UpdateGroup, check_amounts, group_by_update
 from fgsteer.steering.positions import Positions, parse_prompt_lengths
 from fgsteer.steering.previews import Previews
 from fgsteer.steering.recomputation import Recomputation
 from fgsteer.steering.shadows import as_new_function, refuse, refuse_copies, shadow
+from fgsteer.steering.watching import watcher_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +85,8 @@ class SteeringHooks:
         masks = list({id(group.tokens): group.tokens for group in self.groups}.values())
         self.positions = Positions(masks, start_token_finder(model), self.rows, prompt_lengths, pass_key(model))
         self.readings = Readings(self.positions)
-        for group in self.groups:
+        for number, group in enumerate(self.groups):
+            group.number, group.watcher = number, watcher_of(self.positions.key)
             group.node, group.source = self.readings.add(group.gate), self.readings.source(group.update.source)
             group.place = None if group.reading is None else self.readings.place(group.reading)
         self.previews = Previews(model, self.readings)
@@ -117,21 +120,21 @@ class SteeringHooks:
             groups_at.setdefault(group.hookpoint, []).append(group)
         for hookpoint in dict.fromkeys([*groups_at, *self.readings.hookpoints]):
             groups = groups_at.get(hookpoint, [])
+            site = Site(groups, self.readings.places_at(hookpoint), self.readings.sources_at(hookpoint))
             module, is_input = resolve(self.model, hookpoint)
             # first in line, so that hidden states which others record are the steered ones
             if is_input:
-                hook = self._input_hook(hookpoint, groups)
+                hook = self._input_hook(site)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
             else:
-                handle = module.register_forward_hook(self._output_hook(hookpoint, groups), prepend=True)
+                handle = module.register_forward_hook(self._output_hook(site), prepend=True)
             hooks.callback(handle.remove)
             self.handles.append(handle)
             shadow(module, "forward", as_new_function(module.forward), hooks)
             changed[id(module)] = module
             weight = next(module.parameters(), None)
             if weight is not None and weight.is_floating_point() and not weight.is_meta:
-                for group in groups:  # before any pass, so that no graph holds it
-                    group.prepare(weight.device, weight.dtype)
+                site.prepare(weight.device, weight.dtype)
         if callable(getattr(self.model, "generate", None)):
             shadow(self.model, "generate", self._noting_prompt(self.model.generate), hooks)  # type: ignore[arg-type]
         for name in _THREADED_GENERATION:
@@ -150,14 +153,18 @@ class SteeringHooks:
     def _begin_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the decoder is about to run on."""
         if reads_ahead(self.positions.key):
+            self.positions.goes_on = False
             return
         self.recomputation.begin()
-        self.cache_changes.check_pass()
-        if not (torch.compiler.is_compiling() or self.positions.generating):
-            self.warn_replaced()
         arguments = dict(zip(self.decoder_arguments, args, strict=False)) | kwargs if args else kwargs
-        ids = arguments.get("input_ids")
+        ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         tokens: Tensor = arguments["inputs_embeds"] if ids is None else ids
+        if not is_compiling() and self.positions.go_on(tokens, arguments.get("past_key_values"), mask):
+            self.readings.go_on()
+            return
+        self.cache_changes.check_pass()
+        if not (is_compiling() or self.positions.generating):
+            self.warn_replaced()
         batch = tokens.shape[0]
         if self.rows > 1 and (batch % self.rows if self.positions.generating else batch != self.rows):
             raise SteeringError(
@@ -168,15 +175,14 @@ class SteeringHooks:
         self._refuse_mixed_rows(arguments, batch, tokens.shape[1])
         cache = next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
         virtual = virtual_tokens(self.model) if self.is_peft else 0
-        mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
-        self.positions.begin_pass(tokens, cache, mask, position_ids, virtual)
+        self.positions.begin_pass(tokens, cache, mask, arguments.get("position_ids"), virtual)
         self.readings.begin_pass(cache)
         self.previews.begin_pass(ids)
         self.any_pass = True
 
     def _end_pass(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         """Note the cache that the decoder filled."""
-        if not self.positions.generating:
+        if not (self.positions.goes_on or self.positions.generating):
             self.readings.end_pass(
                 next((c for n in CACHE_ARGUMENTS if (c := getattr(output, n, None)) is not None), None)
             )
@@ -194,31 +200,33 @@ class SteeringHooks:
                 "generate for one prompt at a time, or pass use_cache=False",
             )
 
-    def _apply(self, hookpoint: Hookpoint, groups: Sequence[UpdateGroup], h: Tensor) -> Tensor:
-        """Apply the groups in order to hidden states of any layout, after what gates read of them."""
+    def _apply(self, site: Site, h: Tensor) -> Tensor:
+        """Apply what acts at a site to hidden states of any layout."""
+        batch, length = self.positions.batch, self.positions.pass_columns
+        repeats = 1 if self.rows == 1 else batch // self.rows
+        fits = h.shape[:-1] == (batch, length)
+        if not is_compiling() and self.positions.goes_on and fits and self.recomputation.is_same_pass():
+            return site.go_on(h, repeats)
         if reads_ahead(self.positions.key):
             return h
         self.recomputation.check()  # a pass may have begun before the hooks were set
-        batch, length = self.positions.batch, self.positions.pass_columns
-        repeats = 1 if self.rows == 1 else batch // self.rows
-        changed = h if h.shape[:-1] == (batch, length) else reshape_by_token(h, batch, length)
-        self.readings.take(hookpoint, changed)
-        for group in groups:
-            changed = group.apply_to(changed, repeats)
-        self.readings.keep(hookpoint, changed)
-        return changed if changed.shape == h.shape else changed.reshape(h.shape)
+        if fits:
+            return site.apply_to(h, repeats)
+        return site.apply_to(reshape_by_token(h, batch, length), repeats).reshape(h.shape)
 
-    def _output_hook(self, hookpoint: Hookpoint, groups: Sequence[UpdateGroup]) -> Callable[..., Any]:
+    def _output_hook(self, site: Site) -> Callable[..., Any]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            return replace_hidden_states(output, self._apply(hookpoint, groups, hidden_states_of(output)))
+            if isinstance(output, Tensor):
+                return self._apply(site, output)
+            return replace_hidden_states(output, self._apply(site, hidden_states_of(output)))
 
         return hook
 
-    def _input_hook(self, hookpoint: Hookpoint, groups: Sequence[UpdateGroup]) -> Callable[..., Any]:
+    def _input_hook(self, site: Site) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if args:
-                return (self._apply(hookpoint, groups, args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": self._apply(hookpoint, groups, kwargs["hidden_states"])}
+                return (self._apply(site, args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": self._apply(site, kwargs["hidden_states"])}
 
         return hook
 

@@ -12,8 +12,9 @@ device: every token is a generated one.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import torch
@@ -24,6 +25,26 @@ from fgsteer.errors import SteeringError
 from fgsteer.errors.wording import count
 from fgsteer.interventions.scopes import counted, is_of_prompt
 from fgsteer.steering.masks import Landmarks, ScopeMask
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """A pass over one generated token of each row.
+
+    Args:
+        cache: A weak reference to the cache that it went on from.
+        layer: The layer of the cache that counts its columns.
+        shape: The shape of its tokens.
+    """
+
+    cache: weakref.ref[Any]
+    layer: int
+    shape: torch.Size
+
+    def columns(self, cache: Any) -> int:
+        """The columns that the cache holds now."""
+        count: int = cache.layers[self.layer].get_seq_length()
+        return count
 
 
 class Positions:
@@ -59,6 +80,8 @@ class Positions:
         self.starts: Tensor | None = None  # rows whose first token was met and is a start token, (batch, 1)
         self.virtual = 0  # leading columns that hold no text
         self.mask: Tensor | None = None  # (batch, columns so far) of this pass, 1 where real
+        self.decoded: Decoded | None = None  # the last pass, where the next may go on from it
+        self.goes_on = False  # whether the running pass does so
 
     def begin_generate(self, prompt_columns: int, prompt_mask: Tensor | None, virtual: int = 0) -> None:
         """Note that a call of ``generate`` begins, on a prompt of so many columns after ``virtual`` ones without text.
@@ -71,7 +94,7 @@ class Positions:
                 "only forward passes over prompt and completion in such a block",
                 "leave prompt_lengths out: generate knows where its prompts end",
             )
-        self.generating, self.prompt_is_cached = True, False
+        self.generating, self.prompt_is_cached, self.decoded = True, False, None
         self.columns_before = self.pass_columns = 0
         self.virtual, self.prompt_columns = virtual, virtual + prompt_columns
         self.prompt_mask = prompt_mask if prompt_mask is None else _after_virtual(prompt_mask, virtual)
@@ -79,7 +102,22 @@ class Positions:
     def end_generate(self) -> None:
         """Note that a call of ``generate`` ends."""
         self.generating = False
-        self.prompt_columns = self.prompt_mask = None
+        self.prompt_columns = self.prompt_mask = self.decoded = None
+
+    def go_on(self, tokens: Tensor, cache: Any, attention_mask: Any) -> bool:
+        """Tell whether a pass that begins is over one more generated token of the rows of the last pass.
+
+        Then all holds that was found out of the last one, and nothing needs to be told to the masks.
+        """
+        self.goes_on, last = False, self.decoded
+        if last is None or cache is None or last.shape != tokens.shape or last.cache() is not cache:
+            return False
+        before: int = last.columns(cache)
+        plain = not self.generating and (attention_mask is not None or noted_prompt_ends(self.key) is not None)
+        if plain or before < (self.prompt_columns or 0):
+            return False
+        self.goes_on, self.columns_before = True, before
+        return True
 
     def begin_pass(
         self, tokens: Tensor, cache: Any, attention_mask: Any, position_ids: Any = None, virtual: int = 0
@@ -89,6 +127,7 @@ class Positions:
         ``virtual`` columns of a plain pass or its cache come before all text. Raises SteeringError where the prompt
         lengths that the caller named do not fit the pass.
         """
+        self.decoded, self.goes_on = None, False
         self.pass_prompt_lengths = None if self.generating else self._plain_prompt_lengths()
         self._check_batch()
         start = cached_columns(cache)
@@ -109,6 +148,8 @@ class Positions:
         self.prompt_is_cached = start + self.pass_columns >= self.prompt_columns
         if start >= max(1, self.prompt_columns) and (self.generating or self.mask is None):
             self._mask_generated()
+            if self.pass_columns == 1 and self.pass_prompt_lengths is None and not torch.compiler.is_compiling():
+                self.decoded = _decoded(tokens, cache)
             return
         if self.generating:  # beams and several sequences of a prompt share its mask
             mask = self.prompt_mask
@@ -323,6 +364,14 @@ def cached_columns(cache: Any) -> int | Tensor | None:
                 return columns
     states = [getattr(layer, "has_previous_state", False) for layer in layers]
     return None if any(any(s.values()) if isinstance(s, dict) else s for s in states) else 0
+
+
+def _decoded(tokens: Tensor, cache: Any) -> Decoded | None:
+    """The pass over tokens after those of a cache, where a layer of it counts them."""
+    for number, layer in enumerate(getattr(cache, "layers", None) or ()):
+        if hasattr(layer, "get_seq_length") and layer.get_seq_length():
+            return Decoded(weakref.ref(cache), number, tokens.shape)
+    return None
 
 
 def _positions_by_row(position_ids: Any, tokens: Tensor) -> Tensor | None:

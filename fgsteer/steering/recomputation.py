@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ class Recomputation:
         if not torch.compiler.is_compiling():
             self.claim.check()
             self.backward = backward_pass()
+
+    def is_same_pass(self) -> bool:
+        """Tell whether what runs belongs to the pass that began last: neither another thread's, nor computed again."""
+        return get_ident() == self.claim.thread and backward_pass() == self.backward
 
     def check(self) -> None:
         """Raises SteeringError where no pass may run, or where a module runs again whose positions were not kept."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from contextvars import copy_context
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,21 @@ def stream(
         HookpointError: The model does not have the hookpoint.
         PairingError: An intervention has another width than the model.
     """
+    return _settled_pieces(tokenizer, stream_tokens(model, tokenizer, prompt, steering=steering, **options))
+
+
+def stream_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    *,
+    steering: Steering = None,
+    **options: Any,
+) -> Generator[list[int]]:
+    """Generate the continuation of one prompt, steered, and yield its tokens' ids as they come.
+
+    The arguments, what closing does and the errors are those of ``stream``.
+    """
     check_options(options)
     inputs = prompt_inputs(model, tokenizer, [check_text(prompt, "prompt", empty=True)], options.get("max_new_tokens"))
     per_row = is_per_prompt(steering, 1, None)
@@ -89,24 +104,24 @@ def stream(
             )
     if tokenizer.pad_token_id is not None:
         options.setdefault("pad_token_id", tokenizer.pad_token_id)
-    return _settled_pieces(model, tokenizer, dict(inputs), steering, per_row, options)
+    return _generated(_Worker(model, dict(inputs), steering, per_row, options))
 
 
-def _settled_pieces(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: dict[str, Any],
-    steering: Steering,
-    per_row: bool | None,
-    options: dict[str, Any],
-) -> Iterator[str]:
-    """Decode what a thread generates, all of it anew each time, as a text is not the sum of its tokens."""
-    worker = _Worker(model, inputs, steering, per_row, options)
-    ids: list[int] = []
-    yielded = 0
+def _generated(worker: _Worker) -> Generator[list[int]]:
+    """Start a worker with the first token that is asked for, and end it with the last."""
     worker.thread.start()
     try:
-        for tokens in worker:
+        yield from worker
+    finally:
+        worker.stop()
+
+
+def _settled_pieces(tokenizer: PreTrainedTokenizerBase, generated: Generator[list[int]]) -> Iterator[str]:
+    """Decode tokens as they come, all of them anew each time, as a text is not the sum of its tokens."""
+    ids: list[int] = []
+    yielded = 0
+    with closing(generated):
+        for tokens in generated:
             ids += tokens
             text = str(tokenizer.decode(ids, skip_special_tokens=True))
             settled = _UNSETTLED.search(text).start()  # type: ignore[union-attr]
@@ -116,8 +131,6 @@ def _settled_pieces(
         text = str(tokenizer.decode(ids, skip_special_tokens=True))
         if len(text) > yielded:
             yield text[yielded:]
-    finally:
-        worker.stop()
 
 
 class _Worker:

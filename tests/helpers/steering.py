@@ -44,6 +44,8 @@ def naive_everywhere(rows, item):
         given = (item.weight, item.bias, item.hidden_weight, item.hidden_bias)
         weight, bias, hidden_weight, hidden_bias = (None if p is None else p.double().numpy() for p in given)
         return reference.remap(rows, weight, bias, hidden_weight, hidden_bias, item.strength)
+    if isinstance(item, fg.Scale):
+        return reference.scale(rows, item.coefficient, None if item.read is None else item.read.double().numpy())
     v = item.direction.double().numpy()
     if isinstance(item, fg.Clamp) and item.target is None:
         bounds = {name: b for name in ("at_least", "at_most") if (b := getattr(item, name)) is not None}

@@ -43,6 +43,15 @@ def add(h, v, c, where=None):
     return out
 
 
+def scale(h, alpha, theta=None, where=None):
+    """(1 + alpha + theta . h) h (arXiv 2410.04962)."""
+    out = np.array(h, dtype=np.float64)
+    for token in _tokens(out, where):
+        factor = 1 + alpha + (0.0 if theta is None else _dot(theta, out[token]))
+        out[token] = [factor * x for x in out[token]]
+    return out
+
+
 def ablate(h, r, where=None):
     """h - (r-hat . h) r-hat (arXiv 2406.11717)."""
     out = np.array(h, dtype=np.float64)

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import torch
 
+END = 2  # end-of-text of the tiny models, which is never drawn
+
 
 def _run(model, block, ids, vector, first):
     """Logits (T, V) and block output (T, d) of one row without cache; vector is added from position ``first`` on."""
@@ -58,7 +60,7 @@ def effect(model, block, encode, prompts, vector, noise, sampling, rollouts):
                 ids = list(prompt)
                 for step in range(sampling.max_new_tokens):
                     logits, _ = _run(model, block, ids, steering, 1)
-                    values = [float(v) for v in logits[-1]]
+                    values = [-math.inf if token == END else float(v) for token, v in enumerate(logits[-1])]
                     g = [float(v) for v in noise(rollout, step)[number]]
                     ids.append(pick(values, g, sampling.temperature, sampling.top_k, sampling.top_p))
                 _, hidden = _run(model, block, ids, None, 1)

@@ -37,6 +37,7 @@ def texts(vector: fg.SteeringVector) -> list[str]:
         fg.ClampSubspace(hookpoint=2, directions=torch.stack([direction, direction + 1])),
         fg.Remap(hookpoint=2, weight=torch.eye(192), bias=direction, strength=0.5),
         fg.Rotate(hookpoint=2, direction=direction, other=direction + 1, by=20.0, scope="last_prompt"),
+        fg.Scale(hookpoint=2, width=192, coefficient=0.1),
         fg.Clamp(hookpoint="blocks.2.hook_resid_post", direction=direction, target=2.0, bos=True),
         fg.Affine(hookpoint=fg.Hookpoint(2), direction=direction, reference=direction, alpha=torch.tensor(1.0)),
     ]

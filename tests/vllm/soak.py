@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -227,6 +228,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def revision() -> str:
+    """The commit of the checkout that is measured, "" outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
@@ -250,6 +257,7 @@ def main() -> None:
         "command": f"python -m tests.vllm.soak --minutes {options.minutes:g} --clients {options.clients}",
         "minutes": options.minutes,
         "clients": options.clients,
+        "revision": revision(),
         "versions": versions(),
         "requests": sum(soak.counts.values()),
         "by_status": dict(sorted(soak.counts.items())),

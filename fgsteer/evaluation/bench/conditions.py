@@ -39,8 +39,9 @@ def bench_methods() -> tuple[str, ...]:
 
 
 def default_methods() -> tuple[str, ...]:
-    """The methods that a benchmark runs unless others are named: those that every tokenizer serves."""
-    return tuple(name for name in bench_methods() if not spec(name, "bench").instructs)
+    """The methods that a benchmark runs unless others are named: those without training, for every tokenizer."""
+    rows = [spec(name, "bench") for name in bench_methods()]
+    return tuple(row.name for row in rows if not row.instructs and not row.trains)
 
 
 def check_methods(methods: Iterable[str]) -> None:
@@ -163,6 +164,9 @@ class ConceptConditions:
             "hookpoint": self._hookpoint,
             "d_model": lambda _: self.model.config.get_text_config().hidden_size,
             "seed": self._seed,
+            "model": lambda _: self.model,
+            "tokenizer": lambda _: self.tokenizer,
+            "contrast": lambda _: self.contrast,
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SelectionWarning)  # 40 texts a side: said in the report's plan

@@ -35,7 +35,7 @@ class BenchPlan(OneLineRepr):
     Args:
         concepts: Names of shipped contrast sets, or of those passed to ``Bench(contrasts=...)``.
         methods: Names of methods of the table that the benchmark offers; by default all but those that need a chat
-            template.
+            template and those that are trained.
         layers: The layers of every method that steers, or {method: its layers}.
         ce_rises: Costs at which strength is set: nats a token by which the cross-entropy of neutral texts rises.
         kls: Costs at which strength is set in place of ``ce_rises``: nats a text of KL on the steered model's own text

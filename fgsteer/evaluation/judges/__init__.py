@@ -6,6 +6,7 @@ learning      what judges learn from held-out texts, and how they are validated
 keywords      a word of the concept, or not
 embedding     logistic regression on sentence embeddings
 endpoint      a chat model behind an OpenAI-compatible address
+asking        puts questions to it, several at a time
 chat_client   asks it, again where that can help
 answer_cache  the scores in its answers, and the file that keeps them
 """

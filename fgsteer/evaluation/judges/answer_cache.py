@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -47,12 +48,14 @@ class AnswerCache:
 
     Args:
         path: The file, or None to keep scores in memory only.
+        parse: Finds the score in an answer, and raises BrokenAnswerError for one without.
 
     Raises:
         FormatError: The file cannot be read or written, or is not such a cache.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path | None = None, parse: Callable[[str], int] = parse_score) -> None:
+        self.parse = parse
         self.scores: dict[str, int] = {}
         self._path = None if path is None else Path(path)
         self._lock = Lock()
@@ -73,7 +76,7 @@ class AnswerCache:
         for line in data.split(b"\n"):
             try:
                 row = parse_json(line)
-                self.scores[str(row["key"])] = parse_score(str(row["score"]))
+                self.scores[str(row["key"])] = self.parse(str(row["score"]))
             except (ValueError, LookupError, TypeError, BrokenAnswerError):
                 continue
         self._torn = not data.endswith(b"\n") and bool(data)

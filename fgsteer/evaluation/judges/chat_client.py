@@ -10,6 +10,7 @@ large is refused.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import ipaddress
 import json
@@ -18,12 +19,14 @@ import random
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from threading import Event
-from typing import Any, NoReturn
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any, NoReturn, TypeVar
 from urllib.request import AbstractHTTPHandler, OpenerDirector, ProxyHandler, Request
 
 from fgsteer.errors import JudgeError
@@ -39,6 +42,7 @@ LONGEST_TIMEOUT_SECONDS = 86_400.0  # of an attempt
 LONGEST_WAIT_SECONDS = 600.0  # of a Retry-After that is waited out
 LARGEST_ANSWER_BYTES = 2 << 20  # with headers: a score takes some hundred, long reasoning some 100,000
 LONGEST_QUOTE_CHARACTERS = 300  # of what a server says
+T = TypeVar("T")
 
 
 class BrokenAnswerError(Exception):
@@ -286,6 +290,43 @@ class ChatClient:
         # cut before the key is looked for, which takes time, and again after, so that no part of the key is left
         beginning = " ".join(words.split())[: 40 * LONGEST_QUOTE_CHARACTERS]
         return redact(self._key.value, beginning)[:LONGEST_QUOTE_CHARACTERS]
+
+
+def ask_all(questions: Sequence[T], ask: Callable[[T, Event], None], concurrency: int) -> None:
+    """Ask every question, so many at a time; after the first failure, which is raised, no new one is asked.
+
+    ``ask`` takes a question and the event that is then set. The threads are daemons, for which an exiting process does
+    not wait: Ctrl-C ends at once.
+    """
+    left, stop = deque(questions), Event()
+    done: SimpleQueue[Exception | None] = SimpleQueue()
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):  # none is left
+            while not stop.is_set():
+                question = left.popleft()
+                try:
+                    ask(question, stop)
+                    done.put(None)
+                except Exception as error:
+                    done.put(error)
+                    stop.set()
+
+    threads: list[Thread] = []
+    try:
+        for _ in range(min(concurrency, len(questions))):
+            threads.append(Thread(target=work, daemon=True))
+            threads[-1].start()
+        for _ in questions:
+            if (error := done.get()) is not None:
+                raise error
+    except Exception:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        raise
+    finally:
+        stop.set()
 
 
 def _request_fields(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,13 +11,9 @@ asks only what the first had no answer to.
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -25,11 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.data.shipped import shipped_path
-from fgsteer.errors import JudgeError
-from fgsteer.errors.checks import describe_value, is_whole_number
 from fgsteer.errors.escaping import json_text
-from fgsteer.evaluation.judges.answer_cache import HIGHEST_SCORE, LOWEST_SCORE, AnswerCache, parse_score
-from fgsteer.evaluation.judges.chat_client import OPENAI, BrokenAnswerError, ChatClient
+from fgsteer.evaluation.judges.answer_cache import HIGHEST_SCORE, LOWEST_SCORE, AnswerCache
+from fgsteer.evaluation.judges.asking import Asker
+from fgsteer.evaluation.judges.chat_client import OPENAI, ChatClient
 from fgsteer.evaluation.judges.protocols import check_texts
 from fgsteer.evaluation.judges.table import JudgeOptions
 from fgsteer.evaluation.metrics.answers import with_prompts
@@ -111,13 +106,8 @@ class EndpointJudge:
         backoff: float = 1.0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        if not (is_whole_number(concurrency) and is_whole_number(answers) and concurrency >= 1 and answers >= 1):
-            raise JudgeError(
-                f"concurrency = {describe_value(concurrency)} and answers = {describe_value(answers)}",
-                "two whole numbers of at least 1",
-            )
         self.name = f"endpoint:{model}"
-        self._client = ChatClient(
+        client = ChatClient(
             model,
             base_url=base_url,
             api_key=api_key,
@@ -126,15 +116,13 @@ class EndpointJudge:
             backoff=backoff,
             options=options,
         )
-        self._cache = AnswerCache(cache)
+        self._asker = Asker(client, AnswerCache(cache), concurrency=concurrency, answers=answers)
         self._behaviors = dict(behaviors or {})
-        self._concurrency = concurrency
-        self._answers = answers
 
     @property
     def identity(self) -> dict[str, Any]:
         """What its scores depend on; the address as a hash, since it may hold a secret."""
-        client = self._client
+        client = self._asker.client
         asked = [client.url, client.model, client.options, self._behaviors, _BEHAVIOR, _COHERENCE]
         return {"name": self.name, "asks": text_sha256(asked)}
 
@@ -173,7 +161,7 @@ class EndpointJudge:
             output_price: Price of a million tokens of answers.
         """
         prompts = {_prompt(text, about) for text in check_texts(texts) for about in (self._behavior(concept), None)}
-        new = [prompt for prompt in prompts if self._key(prompt) not in self._cache.scores]
+        new = [prompt for prompt in prompts if not self._asker.is_known(prompt)]
         input_tokens = sum(-(-len(prompt) // CHARACTERS_PER_TOKEN) for prompt in new)
         output_tokens = TOKENS_PER_ANSWER * len(new)
         cost = (input_tokens * input_price + output_tokens * output_price) / 1e6
@@ -186,72 +174,12 @@ class EndpointJudge:
             described = read_json(path).get("description")
         return described or concept
 
-    def _key(self, prompt: str) -> str:
-        client = self._client
-        return text_sha256([client.url, client.model, client.options, prompt])
-
     def _scores(self, texts: Sequence[str], behavior: str | None) -> Float[Tensor, " texts"]:
         """Every text's score, of a behavior or of coherence, from the cache or the endpoint."""
         texts = check_texts(texts)
         prompts = [_prompt(text, behavior) for text in texts]
-        keys = list(map(self._key, prompts))
-        asked = {question[0]: question for question in zip(keys, prompts, texts, strict=True)}
-        self._ask_all([question for key, question in asked.items() if key not in self._cache.scores])
-        scores = torch.tensor([self._cache.scores[key] for key in keys], dtype=torch.float32)
+        scores = torch.tensor(self._asker.scores(prompts, texts), dtype=torch.float32)
         return (scores - LOWEST_SCORE) / (HIGHEST_SCORE - LOWEST_SCORE)
-
-    def _ask_all(self, questions: Sequence[tuple[str, str, str]]) -> None:
-        """Ask every question and keep its score; after the first failure no new question is asked.
-
-        The threads are daemons, for which an exiting process does not wait: Ctrl-C ends at once.
-        """
-        left, stop = deque(questions), Event()
-        done: SimpleQueue[Exception | None] = SimpleQueue()
-
-        def work() -> None:
-            with contextlib.suppress(IndexError):  # none is left
-                while not stop.is_set():
-                    question = left.popleft()
-                    try:
-                        self._ask(*question, stop)
-                        done.put(None)
-                    except Exception as error:
-                        done.put(error)
-
-        threads: list[Thread] = []
-        try:
-            for _ in range(min(self._concurrency, len(questions))):
-                threads.append(Thread(target=work, daemon=True))
-                threads[-1].start()
-            for _ in questions:
-                if (error := done.get()) is not None:
-                    raise error
-        except Exception:
-            stop.set()
-            for thread in threads:
-                thread.join()
-            raise
-        finally:
-            stop.set()
-
-    def _ask(self, key: str, prompt: str, text: str, stop: Event) -> None:
-        """Ask for one score and keep it. Raises JudgeError naming the text."""
-        broken = ""
-        for _ in range(self._answers):
-            if stop.is_set():
-                return
-            try:
-                self._cache.add(key, parse_score(self._client.ask(prompt, stop)))
-                return
-            except BrokenAnswerError as error:
-                broken = self._client.quote(str(error))
-            except JudgeError as error:
-                raise JudgeError(f"The text {text!r:.80} got no score. {error}") from error
-        raise JudgeError(
-            f"The text {text!r:.80} got no score in {self._answers} answers; the last answer was {broken!r:.80}.",
-            'an answer {"score": n} with a whole number n from 1 to 10',
-            "use a model that follows instructions better",
-        )
 
 
 def make(options: JudgeOptions) -> EndpointJudge:

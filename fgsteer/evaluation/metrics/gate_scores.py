@@ -65,15 +65,15 @@ def gate_decisions(
     return torch.cat(opened)
 
 
-def _open(gate: Gate, values: Mapping[int, Tensor], shape: torch.Size) -> Tensor:
-    """The tokens at which a gate is open, given what each reading is."""
+def _open(gate: Gate, values: Mapping[int, Tensor], shape: torch.Size, negated: bool = False) -> Tensor:
+    """The tokens at which a gate, or its opposite, is open, given what each reading is."""
     if isinstance(gate, Condition):
-        return gate.compare(values[id(gate.reading)]).expand(shape)
+        return gate.compare(values[id(gate.reading)], negated).expand(shape)
     if isinstance(gate, Not):
-        return ~_open(gate.gate, values, shape)
+        return _open(gate.gate, values, shape, not negated)
     assert isinstance(gate, Both | Either)
-    first, second = _open(gate.first, values, shape), _open(gate.second, values, shape)
-    return first & second if isinstance(gate, Both) else first | second
+    first, second = _open(gate.first, values, shape, negated), _open(gate.second, values, shape, negated)
+    return first & second if isinstance(gate, Both) != negated else first | second
 
 
 @checked

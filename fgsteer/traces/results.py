@@ -1,0 +1,90 @@
+"""A trace, as a value, as JSON and as a page.
+
+found.texts[0].tokens[5].kl_steered_unsteered
+found.write("trace.json")
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fgsteer.display.tables import Table
+from fgsteer.errors import FormatError
+from fgsteer.errors.reprs import OneLineRepr
+from fgsteer.storage.atomic import atomic_write
+from fgsteer.storage.json_files import write_json
+from fgsteer.traces.page import trace_page
+from fgsteer.traces.parts import TracedFeature, TracedIntervention, TracedText
+
+
+@dataclass(frozen=True, repr=False)
+class Trace(OneLineRepr):
+    """What steering did to each token of some texts.
+
+    Args:
+        prompts: The prompts, of a conversation its last message.
+        texts: Each prompt with its completions.
+        interventions: What steered.
+        features: The features whose activations the tokens hold.
+        hookpoint: Where the features are read, "" without an SAE.
+        settings: What was asked for, as plain JSON.
+    """
+
+    prompts: tuple[str, ...]
+    texts: tuple[TracedText, ...]
+    interventions: tuple[TracedIntervention, ...]
+    features: tuple[TracedFeature, ...] = ()
+    hookpoint: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The trace as plain JSON: its fields, by name. A number that is not finite is None."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+    def page(self) -> str:
+        """The trace as one HTML page that stands alone, without a script."""
+        return trace_page(self)
+
+    def write(self, path: str | Path) -> None:
+        """Write a file in full or not at all: a page where its name ends in .html, JSON where it ends in .json.
+
+        Raises FormatError for another name, or where the file cannot be written.
+        """
+        suffix = check_trace_name(path)
+        if suffix == ".json":
+            write_json(path, self.as_dict())
+            return
+        text = self.page()
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(text.encode("utf-8", "replace"))
+
+    def __str__(self) -> str:
+        parts = [str(Table(self.texts))]
+        parts += [str(Table(self.features))] if self.features else []
+        return "\n\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        return Table(self.texts)._repr_html_() + (Table(self.features)._repr_html_() if self.features else "")
+
+
+def check_trace_name(path: str | Path) -> str:
+    """The ending of a file for a trace, ".html" or ".json". Raises FormatError for any other."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".html", ".json"):
+        raise FormatError(
+            f"{str(path)!r:.100} as the file of a trace", "a name that ends in .html or .json", "name it trace.html"
+        )
+    return suffix
+
+
+def _plain(value: Any) -> Any:
+    """A value for JSON: tuples as lists, numbers that are not finite as None."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

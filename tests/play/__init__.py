@@ -1,0 +1,1 @@
+"""The page of ``fgsteer play`` in a browser; ``make test-play`` runs it."""
