@@ -23,7 +23,7 @@ from fgsteer.activations.recording import record
 from fgsteer.errors.checks import check_range
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.base import Intervention
-from fgsteer.models.properties import check_window, input_device, special_ids
+from fgsteer.models.properties import check_window, eos_ids, input_device
 from fgsteer.saes.sae import SAE
 from fgsteer.steering.entries import Entry
 from fgsteer.steering.generation import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
@@ -92,11 +92,6 @@ def choose(
     return ids.gather(-1, best)[:, 0]
 
 
-def ruled_out(model: PreTrainedModel) -> list[int]:
-    """The ids of end-of-text that a rollout never draws: those of the model's generation config."""
-    return sorted(special_ids(("eos_token_id",), getattr(model, "generation_config", None)))
-
-
 @contextmanager
 def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
     """A block in which ``model.generate`` ignores the model's settings: penalties, biases, beams, ends of text."""
@@ -140,7 +135,7 @@ def rollout(
     check_window(
         model, length + sampling.max_new_tokens, f"a prompt of {length} tokens and {sampling.max_new_tokens} new ones"
     )
-    ends = [] if may_end else ruled_out(model)
+    ends = [] if may_end else sorted(eos_ids(model))
 
     def keep_chosen(so_far: Tensor, logits: Tensor) -> Tensor:
         if ends:

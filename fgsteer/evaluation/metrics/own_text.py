@@ -22,7 +22,7 @@ from fgsteer.activations.batches import default_batch_tokens
 from fgsteer.activations.prompt_ends import note_prompt_ends
 from fgsteer.activations.tokens import pad, prompt_ids
 from fgsteer.data.chat import Text
-from fgsteer.effects.rollouts import Sampling, rollout, ruled_out
+from fgsteer.effects.rollouts import Sampling, rollout
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_flags, check_range, checked
 from fgsteer.errors.limits import MAX_COUNT
@@ -208,7 +208,7 @@ def own_texts(
         plain * len(entries),
         tails,
         by_row,
-        excluded=() if may_end else ruled_out(model),
+        excluded=() if may_end else eos_ids(model),
         batch_tokens=batch_tokens,
     )
     rows = [tail[keep].tolist() for tail, keep in zip(tails, kept, strict=True)]
