@@ -157,7 +157,7 @@ def base_rate(run: Run, concept: str) -> Interval | None:
     if not settings:
         return None
     behavior = over_prompts([run.values(settings[0], measure="behavior")])
-    return behavior if behavior.mean else wilson(0, behavior.clusters)
+    return behavior if behavior.mean else wilson(0.0, behavior.clusters)
 
 
 def compare(run: Run, method: str, baseline: str = BASELINE, matched: float | None = None) -> Interval:
