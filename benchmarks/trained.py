@@ -2,11 +2,9 @@
 
 The recipe of training was chosen on the six concepts of ``subject.TUNING_CONCEPTS``. Others are measured here: all
 methods at one layer, each concept at the cost that is best on one half of the prompts, with scores of the other half.
-Trained vectors are measured at lower costs too, as the same cost of neutral text leaves them stronger than others.
 Beside the scores stands what training takes: seconds a vector, alone and several in common batches.
 
     python benchmarks/trained.py --model smollm2      at the layer of the best SAE method in tuning.json
-    python benchmarks/trained.py --low trained        only one method's lower costs, beside the scores that are there
     python benchmarks/trained.py --seconds            only how long training takes, beside the scores that are there
     python benchmarks/trained.py --docs               puts the tables into docs/guides/train.md
 
@@ -21,8 +19,8 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +45,6 @@ COMPARED = (
     ("trained_features", "trained"),
     ("trained", "caa"),
 )
-LOW = (0.03125, 0.0625, 0.125)  # nats a token, at which trained vectors are measured too
 TOGETHER = 4  # vectors in common batches
 
 
@@ -114,24 +111,11 @@ def publish_docs() -> None:
             GUIDE.write_text(published(GUIDE, f"trained {name}", table(read_json(path))), "utf-8")
 
 
-def measure(subject: Subject, plan: BenchPlan, path: Path, *, fresh: bool) -> None:
-    """Write a run, or go on with it."""
+def measure(subject: Subject, layer: int, plan: BenchPlan, work: Path, *, fresh: bool) -> dict[str, Any]:
+    """The scores of all methods, concept by concept in one file that a stopped run goes on with."""
+    path = work / "trained.jsonl"
     subject.bench(plan).run(path, progress=lambda done, of: print(done, of, flush=True), fresh=fresh)
-
-
-def whole_command(options: Sequence[str]) -> list[str]:
-    """The options of the command that measures all, of which ``--low`` does a part."""
-    if "--low" not in options:
-        return list(options)
-    place = options.index("--low")
-    return [*options[:place], *options[place + 2 :]]
-
-
-def measured(work: Path) -> fg.Run:
-    """All that was measured: the run of all methods, and those of lower costs that are there."""
-    run = fg.load_run(work / "trained.jsonl")
-    lower = [fg.load_run(path) for path in sorted(work.glob("low-*.jsonl"))]
-    return fg.Run(run.header, [*run.records, *(record for other in lower for record in other.records)])
+    return scores(fg.load_run(path))
 
 
 def parse() -> argparse.Namespace:
@@ -142,7 +126,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--concepts", type=int, default=6, help="how many of the concepts that chose nothing")
     parser.add_argument("--prompts", type=int, default=12, help="prompts of each half")
     parser.add_argument("--cost", type=float, action="append", help="nats a token; by default 0.25, 0.5 and 1")
-    parser.add_argument("--low", choices=METHODS[-2:], help="only measure this method at lower costs too")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of timing")
     parser.add_argument("--seconds", action="store_true", help="only time training, beside the scores that are there")
     parser.add_argument("--fresh", action="store_true", help="start over")
@@ -175,17 +158,12 @@ def main() -> None:
         work = ROOT / "build" / "trained" / subject.name
         for needed in (work, folder):
             needed.mkdir(parents=True, exist_ok=True)
-        if not arguments.low:
-            measure(subject, plan, work / "trained.jsonl", fresh=arguments.fresh)
-        for method in [arguments.low] if arguments.low else METHODS[-2:]:
-            lower = replace(plan, methods=(method,), ce_rises=LOW)
-            measure(subject, lower, work / f"low-{method}.jsonl", fresh=arguments.fresh)
         content = {
             "model": subject.name,
             "layer": layer,
-            "command": shlex.join(["python", "benchmarks/trained.py", *whole_command(sys.argv[1:])]),
+            "command": shlex.join(["python", "benchmarks/trained.py", *sys.argv[1:]]),
             "plan": json.loads(json.dumps(asdict(plan))),
-            "scores": scores(measured(work)),
+            "scores": measure(subject, layer, plan, work, fresh=arguments.fresh),
         }
     write_json(out, content)
     (folder / "trained.md").write_text(f"# Trained vectors: {content['model']}\n\n{table(content)}", "utf-8")

@@ -53,7 +53,7 @@ FLOORS = (
     "__main__",
 )
 # methods of a vector load the hub when they are called, and one of a trace its page
-ON_CALL = {("vector", "hub"), ("vector.steering_vector", "hub"), ("traces.results", "traces.page")}
+ON_CALL = {("vector", "hub"), ("vector.steering_vector", "hub")}
 
 
 def module_name(path):

@@ -323,7 +323,7 @@ def test_what_would_be_left_unread_is_refused(llama, tokenizer, tmp_path):
     with pytest.raises(fg.DataError, match="for space 'residual'"):
         fg.train(llama, tokenizer, CONTRAST, hookpoint=1, features=[1, 2])
     with pytest.raises(fg.DataError, match="objective"):
-        fg.train(llama, tokenizer, CONTRAST, hookpoint=1, objective=["reps"])  # type: ignore[arg-type]
+        fg.train(llama, tokenizer, CONTRAST, hookpoint=1, objective=["reps"])
     with pytest.raises(fg.FormatError):
         fg.train(llama, tokenizer, CONTRAST, hookpoint=1, work=tmp_path, fresh=True, progress=False)
     with pytest.raises(fg.ArgumentError, match="features"):

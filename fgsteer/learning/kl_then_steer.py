@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -171,7 +171,7 @@ def _student(model: nn.Module, settings: KLThenSteerTraining) -> Iterator[Studen
     """
     required = {id(p): p.requires_grad for p in model.parameters()}
     training = model.training
-    teacher, student = None, model
+    teacher, student = None, cast(Any, model)  # PEFT's models have methods of their own
     if settings.rank is None:
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
         model.requires_grad_(True)
