@@ -275,7 +275,7 @@ def test_losers_are_the_models_own_answers_of_as_many_tokens(llama, tokenizer):
     longer = fg.losing_answers(llama, tokenizer, winners, max_new_tokens=6)
     assert all(len(str(pair.negative).split()) <= 6 for pair in longer.pairs)
     assert str(longer.pairs[1].negative).startswith(str(found.pairs[1].negative)), "greedy answers grow at their end"
-    vector = fg.train(llama, tokenizer, found, objective=fg.VectorTraining.published("reps", epochs=1), hookpoint=1)
+    vector = fg.train(llama, tokenizer, found, objective=fg.VectorTraining.recipe("reps", epochs=1), hookpoint=1)
     assert vector.norm > 0
 
 

@@ -176,7 +176,7 @@ def test_trained_vectors_are_those_of_train_and_run_where_they_are_named(parts):
     settings: dict[str, Any] = {"epochs": 1, "batch": 8}
     chosen = {"trained": settings, "trained_features": {**settings, "objective": "bipo", "features": 8}}
     love = ConceptConditions(model, tokenizer, contrast, saes, effects, chosen)
-    reps, bipo = (fg.VectorTraining.published(name, **settings) for name in ("reps_relative", "bipo"))
+    reps, bipo = (fg.VectorTraining.recipe(name, **settings) for name in ("reps_relative", "bipo"))
     dense = fg.train(model, tokenizer, contrast, objective=reps, hookpoint=layer)
     sparse = fg.train(model, tokenizer, contrast, objective=bipo, space="sae", sae=sae, features=8)
     assert torch.equal(love.vector("trained", layer).direction, dense.direction)

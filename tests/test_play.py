@@ -266,7 +266,7 @@ def test_the_events_of_a_run_say_what_steering_did(session):
     assert {FEATURE, 5} <= {f["id"] for f in tokens[0]["features"]}
     moved = events[-1]
     assert moved["predicted_by"] == ""
-    assert "without a gate" in moved["why"]
+    assert moved["why"] == "Effects predict what adding a vector does, not ClampFeature."
     assert moved["rows"][0]["error"] is not None
     page = act(session, "page", run=events[0]["run"])[0]
     html = base64.b64decode(page["content"]).decode()

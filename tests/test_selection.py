@@ -165,7 +165,7 @@ def test_a_ranking_is_a_sequence_of_ids(sae):
 
 def test_a_ranking_goes_into_training(llama, tokenizer, sae):
     ranking = fg.rank_features(llama, tokenizer, sae, SET)
-    quick = fg.VectorTraining.published("lm", epochs=1, init=0.5)
+    quick = fg.VectorTraining.recipe("lm", epochs=1, init=0.5)
     vector = fg.train(llama, tokenizer, SET, objective=quick, space="sae", sae=sae, features=ranking[:3])
     assert set(vector.features) == set(ranking[:3])
 
@@ -479,9 +479,7 @@ def test_a_mask_takes_what_helps_and_leaves_what_harms(llama, tokenizer):
     without_gradients = [p.grad is None for p in llama.parameters()]  # other tests may leave some
     """One candidate writes what raises the winners' likelihood most, the other its opposite."""
     sae = make_sae()
-    vector = fg.train(
-        llama, tokenizer, SET, objective=fg.VectorTraining.published("lm", epochs=12, lr=0.05), hookpoint=1
-    )
+    vector = fg.train(llama, tokenizer, SET, objective=fg.VectorTraining.recipe("lm", epochs=12, lr=0.05), hookpoint=1)
     stats = fg.collect(llama, tokenizer, fg.ContrastSet("x", positives=TEXTS[::2], negatives=OTHERS[::2]), sae=sae)
     d = stats.at("feature")[1].difference
     W_dec = sae.W_dec.clone()

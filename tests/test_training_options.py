@@ -99,7 +99,7 @@ def test_ssv_is_what_the_closed_form_weights(llama, tokenizer, sae, read):
 
 
 def test_difference_is_the_number(llama, tokenizer, sae, read):
-    settings = fg.VectorTraining.published("lm", epochs=1, init=0.05)
+    settings = fg.VectorTraining.recipe("lm", epochs=1, init=0.05)
     options: Any = {"objective": settings, "space": "sae", "sae": sae}
     by_number = fg.train(llama, tokenizer, CONTRAST, features=7, **options)
     by_name = fg.train(llama, tokenizer, CONTRAST, features="difference:7", **options)
@@ -110,7 +110,7 @@ def test_difference_is_the_number(llama, tokenizer, sae, read):
 
 @pytest.mark.parametrize("name", ["difference", "spare", "corrsteer", "ssv"])
 def test_selections_are_trained(name, llama, tokenizer, sae):
-    settings = fg.VectorTraining.published("lm", epochs=1, init=0.05)
+    settings = fg.VectorTraining.recipe("lm", epochs=1, init=0.05)
     vector = fg.train(llama, tokenizer, CONTRAST, objective=settings, space="sae", sae=sae, features=name)
     assert set(vector.features) == set(chosen(llama, tokenizer, sae, name))
     assert vector.provenance["hyperparameters"]["selection"] == str(parse_selection(name))
@@ -207,7 +207,7 @@ def test_checkpointing_trains_the_same_vector(llama, tokenizer):
     options: Any = {"epochs": 2, "init": 0.02}
     vectors = [
         fg.train(
-            llama, tokenizer, CONTRAST, objective=fg.VectorTraining.published("reps", checkpointing=on, **options),
+            llama, tokenizer, CONTRAST, objective=fg.VectorTraining.recipe("reps", checkpointing=on, **options),
             hookpoint=0,
         )
         for on in (False, True)
@@ -253,7 +253,7 @@ def test_a_bar_shows_loss_and_cost(llama, tokenizer, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("RANK", raising=False)
-    settings = fg.VectorTraining.published("simpo", epochs=2, init=0.3)
+    settings = fg.VectorTraining.recipe("simpo", epochs=2, init=0.3)
     vector = fg.train(llama, tokenizer, CONTRAST, objective=settings, hookpoint=1)
     last = vector.provenance["training"]["losses"][-1][1]
     assert re.search(rf"loss {last:.3f}, neutral text [+-]\d+\.\d{{3}} nats a token", terminal.getvalue())
@@ -277,7 +277,7 @@ def test_the_cost_is_the_rise_of_the_cross_entropy(llama, tokenizer, monkeypatch
 
     monkeypatch.setattr("fgsteer.learning.train.TrainingNote", Spy)
     monkeypatch.setattr("fgsteer.display.progress._without_note", lambda _, *__, note: note())
-    settings = fg.VectorTraining.published("simpo", epochs=2, init=0.3, factors=(2.0, 4.0, 9.0))
+    settings = fg.VectorTraining.recipe("simpo", epochs=2, init=0.3, factors=(2.0, 4.0, 9.0))
     fg.train(llama, tokenizer, CONTRAST, objective=settings, hookpoint=1, progress=lambda *_: None)
     (said, rise, weights, due), (_, later, _, still) = notes
     texts = fg.load_neutral()[0][:8]
@@ -299,7 +299,7 @@ def test_the_cost_is_that_of_the_vector_in_its_units(llama, tokenizer, monkeypat
 
     monkeypatch.setattr("fgsteer.learning.train.TrainingNote", Spy)
     monkeypatch.setattr("fgsteer.display.progress._without_note", lambda _, *__, note: note())
-    settings = fg.VectorTraining.published("lm_relative", epochs=2)
+    settings = fg.VectorTraining.recipe("lm_relative", epochs=2)
     vector = fg.train(llama, tokenizer, CONTRAST, objective=settings, hookpoint=1, progress=lambda *_: None)
     texts = fg.load_neutral()[0][:8]
     base = fg.cross_entropy(llama, tokenizer, texts)

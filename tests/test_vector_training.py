@@ -42,7 +42,7 @@ def wide():
 def recipe(name, **changes):
     """Published settings, from fixed first values, on all examples in each step, at one strength."""
     fixed: dict[str, Any] = {"batch": 8, "schedule": "linear", "warm_up": 0, "init": 0.02, "epochs": 3}
-    return fg.VectorTraining.published(name, **{**fixed, **changes})
+    return fg.VectorTraining.recipe(name, **{**fixed, **changes})
 
 
 def token_ids(tokenizer, preferences):
@@ -258,7 +258,7 @@ def test_reft_vector_has_norm_1_and_its_largest_reading(wide, tokenizer):
     vector = fg.train(wide, tokenizer, PREFERENCES, objective="reft_r1", hookpoint=AT)
     assert vector.norm == pytest.approx(1.0, abs=1e-6)
     last = fg.train(
-        wide, tokenizer, PREFERENCES, objective=fg.VectorTraining.published("reft_r1", compat=True), hookpoint=AT
+        wide, tokenizer, PREFERENCES, objective=fg.VectorTraining.recipe("reft_r1", compat=True), hookpoint=AT
     )
     assert last.norm > 1 + 1e-6, "a step adds what is orthogonal"
     peak = 0.0
@@ -429,7 +429,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(stop_at, patience, llam
 @pytest.mark.parametrize("name", ["reps", "reft_r1", "bipo"])
 def test_several_vectors_at_once_are_those_of_one_at_a_time(name, space, wide, tokenizer):
     """With other numbers of examples, so that one goes on alone; each has the random numbers that it has alone."""
-    settings = fg.VectorTraining.published(name, epochs=3, batch=2, init=None if name == "reps" else 0.1)
+    settings = fg.VectorTraining.recipe(name, epochs=3, batch=2, init=None if name == "reps" else 0.1)
     options: Any = {"objective": settings, "batch_tokens": 64}
     options |= (
         {"hookpoint": AT} if space == "residual" else {"space": "sae", "sae": make_sae(), "features": [3, 11, 17]}
@@ -559,7 +559,7 @@ def test_a_trained_vector_is_a_file(llama, tokenizer, tmp_path):
     assert loaded.features == pytest.approx(dict(vector.features))
     provenance = json.loads(json.dumps(dict(loaded.provenance)))
     assert provenance["method"] == "reps"
-    assert provenance["hyperparameters"]["factors"] == list(fg.VectorTraining.published("reps").factors)
+    assert provenance["hyperparameters"]["factors"] == list(fg.VectorTraining.recipe("reps").factors)
     assert provenance["model"]["layers"] == 3
     assert not vector.direction.requires_grad
 
@@ -576,7 +576,7 @@ def test_the_command_writes_the_vector_that_the_function_returns(tmp_path):
     told = json.loads(result.stdout)
     vector = SteeringVector.load(out)
     model, tokenizer = fg.load_model("default", device="cpu")
-    recipe = fg.VectorTraining.published("simpo", epochs=2, factors=(4.0, 8.0))
+    recipe = fg.VectorTraining.recipe("simpo", epochs=2, factors=(4.0, 8.0))
     expected = fg.train(
         model, tokenizer, PREFERENCES, objective=recipe, space="sae", sae=fg.load_sae("default"), features=5
     )
@@ -629,7 +629,7 @@ def test_refusals(options, error, match, llama, tokenizer):
 )
 def test_settings_out_of_range(changes, match):
     with pytest.raises((fg.DataError, fg.ArgumentError), match=match):
-        fg.VectorTraining.published("reps", **changes)
+        fg.VectorTraining.recipe("reps", **changes)
 
 
 def test_published_constants():
@@ -642,10 +642,10 @@ def test_published_constants():
         "reft_r1": (0.01, 3, 3, "linear", 1.0, (1.0,), None),
     }
     for name, expected in constants.items():
-        s = fg.VectorTraining.published(name)
+        s = fg.VectorTraining.recipe(name)
         assert (s.lr, s.epochs, s.batch, s.schedule, s.clip, s.factors, s.init) == expected
         assert (s.weight_decay, s.dropout, s.compat) == (0, 0, False)
-    bipo, reft = fg.VectorTraining.published("bipo"), fg.VectorTraining.published("reft_r1")
+    bipo, reft = fg.VectorTraining.recipe("bipo"), fg.VectorTraining.recipe("reft_r1")
     assert (bipo.beta, bipo.warm_up, bipo.seed, reft.top, reft.l1) == (0.1, 100, 11, 8, 0.005)
 
 

@@ -108,7 +108,7 @@ def train(
     """
     import fgsteer as fg
 
-    recipe = fg.VectorTraining.published(objective, **parse_settings(settings or []))
+    recipe = fg.VectorTraining.recipe(objective, **parse_settings(settings or []))
     data = fg.load_contrast(contrast)
     at = None if hookpoint is None else (hookpoints([hookpoint]) or [None])[0]
     chosen = _features(features)

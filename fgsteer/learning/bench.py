@@ -28,7 +28,7 @@ def trained(
     **settings: Any,
 ) -> SteeringVector:
     """``train`` in the residual stream, with the settings of an objective's recipe and changes. Raises as it does."""
-    recipe = VectorTraining.published(objective, **settings)
+    recipe = VectorTraining.recipe(objective, **settings)
     return train(model, tokenizer, contrast, objective=recipe, hookpoint=hookpoint)
 
 
@@ -43,5 +43,5 @@ def trained_features(
     **settings: Any,
 ) -> SteeringVector:
     """``train`` in the space of an SAE, with the settings of an objective's recipe and changes. Raises as it does."""
-    recipe = VectorTraining.published(objective, **settings)
+    recipe = VectorTraining.recipe(objective, **settings)
     return train(model, tokenizer, contrast, objective=recipe, space="sae", sae=sae, features=features)

@@ -1,6 +1,6 @@
 """How a steering vector is trained: its objective, and the constants of fgsteer's own recipes and of published ones.
 
-VectorTraining.published("bipo", epochs=20)
+VectorTraining.recipe("bipo", epochs=20)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_NUMBER = 1e6
 class VectorTraining(OneLineRepr):
     """Settings of the training of a steering vector: by default the recipe "reps_relative", which suits any model.
 
-    ``VectorTraining.published`` gives those of a paper.
+    ``VectorTraining.recipe`` gives those of a paper.
 
     Attributes:
         objective: What is minimised: "lm", "bipo", "reps", "reft_r1" or "simpo"; ``train`` says what each is.
@@ -116,7 +116,7 @@ class VectorTraining(OneLineRepr):
         object.__setattr__(self, "factors", tuple(map(float, self.factors)))
 
     @classmethod
-    def published(cls, name: str, **changes: Any) -> VectorTraining:
+    def recipe(cls, name: str, **changes: Any) -> VectorTraining:
         """Return the settings of a recipe in ``RECIPES``, with changes.
 
         Args:

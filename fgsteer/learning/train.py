@@ -84,7 +84,7 @@ def train(
         data: A ContrastSet, the name of a shipped one, a path or pairs, as ``collect`` takes them, or a list of
             preferences (prompt, winning answer, losing answer). Texts without pairs are paired in their order.
         objective: "reps_relative" or "lm_relative"; or "lm", "lm_factors", "bipo", "reps", "reft_r1" or "simpo", with
-            the published settings; or settings, such as ``VectorTraining.published("reps", epochs=6)``.
+            the published settings; or settings, such as ``VectorTraining.recipe("reps", epochs=6)``.
         space: Whether the vector itself is trained ("residual"), or weights of an SAE's features ("sae"), from which
             the vector is ``Σⱼ wⱼ W_dec[j]``.
         hookpoint: Where the vector acts; by default where the SAE does.
@@ -180,7 +180,7 @@ def train_many(
         HookpointError: As in ``train``.
         SteeringError: As in ``train``.
     """
-    chosen = objective if isinstance(objective, VectorTraining) else VectorTraining.published(objective)
+    chosen = objective if isinstance(objective, VectorTraining) else VectorTraining.recipe(objective)
     at = _place(model, space, hookpoint, sae, nonnegative)
     if space == "residual" and not (is_whole_number(features) and features == FEATURES):
         raise DataError(f"features={features!r:.60} for space 'residual'", "space='sae', whose features are trained")

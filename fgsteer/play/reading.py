@@ -7,7 +7,6 @@ feature_movement(session, written, sae_key)                  features that rose 
 from __future__ import annotations
 
 import math
-import statistics
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from fgsteer.play.plan import FeatureItem, Plan
 from fgsteer.play.session import PlaySession
 from fgsteer.play.turns import Events
 from fgsteer.play.writing import COLUMNS, Column, Written
+from fgsteer.traces.changes import correlation, predicted_changes
 from fgsteer.traces.parts import TracedText, TracedToken
 from fgsteer.traces.results import Trace
 from fgsteer.traces.trace import trace
@@ -160,10 +160,10 @@ def feature_movement(session: PlaySession, written: Written, key: str) -> dict[s
         }
         for j in shown
     ]
-    agreement = None if predicted is None else _correlation(predicted[fires], observed[fires])
+    agreement = None if predicted is None else correlation(predicted[fires], observed[fires])
     return {
         "rows": sorted(rows, key=lambda row: -row["observed"]),
-        "correlation": agreement,
+        "correlation": None if agreement is None or not math.isfinite(agreement) else agreement,
         "predicted_by": "" if predicted is None else "effects",
         "why": why,
         "seeds": len(differences),
@@ -202,30 +202,20 @@ def _mean_features(session: PlaySession, key: str, prompt: Text, text: str) -> T
 
 def _predicted(session: PlaySession, written: Written, key: str) -> tuple[Tensor | None, str]:
     """The predicted effect on each feature, or None and why there is none."""
-    effects, plan = session.effects(key), written.plan
+    effects, chat = session.effects(key), written.plan.chat
     if effects is None:
         return None, "No effects were measured on this SAE (fgsteer effects measures them)."
-    total = torch.zeros(effects.M.shape[0])
-    for item in written.steering["steered"]:
-        if not isinstance(item, Add | AddRelative) or item.when is not None:
-            return None, "Predicted are vectors that are added without a gate."
-        if item.hookpoint != effects.hookpoint:
-            return None, f"Predicted are vectors that are added at {effects.hookpoint}, where effects were measured."
-        total += _added(session, item, plan)
-    return effects.predict(total), ""
+    items = [_at_usual_norm(session, item, chat=chat) for item in written.steering["steered"]]
+    predicted, note = predicted_changes(items, effects)
+    return (None if predicted is None else predicted.float()), f"{note[:1].upper()}{note[1:]}." if note else ""
 
 
-def _added(session: PlaySession, item: Add | AddRelative, plan: Plan) -> Tensor:
-    """What an item adds to an activation of the usual norm."""
-    direction = item.direction.detach().float().cpu()
-    if isinstance(item, Add):
-        return direction * float(item.coefficient)
-    vector = SteeringVector(direction, item.hookpoint).unit()
-    return vector.direction * float(item.coefficient) * activation_norm(session, item.hookpoint, vector, chat=plan.chat)
-
-
-def _correlation(a: Tensor, b: Tensor) -> float | None:
-    """Pearson's correlation; None where one of them does not vary."""
-    if len(a) < 3 or not a.std() > 0 or not b.std() > 0:
-        return None
-    return statistics.correlation(a.double().tolist(), b.double().tolist())
+def _at_usual_norm(session: PlaySession, item: Intervention, *, chat: bool) -> Intervention:
+    """An addition in shares of ‖h‖ as one to an activation of the usual norm; others as they are."""
+    if not isinstance(item, AddRelative):
+        return item
+    vector = SteeringVector(item.direction.detach().float().cpu(), item.hookpoint).unit()
+    amount = float(item.coefficient) * activation_norm(session, item.hookpoint, vector, chat=chat)
+    return Add(
+        direction=vector.direction, coefficient=amount, hookpoint=item.hookpoint, scope=item.scope, when=item.when
+    )

@@ -196,7 +196,7 @@ def feature_changes(
     how = Sampling() if sampling is None else sampling
     acts = _activations(model, tokenizer, texts, items, sae, rollouts, how)
     clusters = acts.mean(0) if by_prompt else acts.mean(1)  # (clusters, 2, d_sae)
-    predicted, note = _prediction(items, effects)
+    predicted, note = predicted_changes(items, effects)
     changes = clusters[:, 1] - clusters[:, 0]
     observed = changes.mean(0)
     measured, chooser = clusters[1::2], changes[::2].mean(0)
@@ -210,8 +210,8 @@ def feature_changes(
         rose,
         fell,
         asked,
-        None if predicted is None else _correlation(predicted, observed),
-        _correlation(changes[::2].mean(0), changes[1::2].mean(0)),
+        None if predicted is None else correlation(predicted, observed),
+        correlation(changes[::2].mean(0), changes[1::2].mean(0)),
         "prompts" if by_prompt else "seeds",
         len(clusters) - len(measured),
         len(measured),
@@ -244,8 +244,8 @@ def _activations(
     return torch.stack(found)
 
 
-def _prediction(items: Sequence[Any], effects: EffectApproximator | None) -> tuple[Tensor | None, str]:
-    """What the effects predict, in float64, or None; and a note on it."""
+def predicted_changes(items: Sequence[Any], effects: EffectApproximator | None) -> tuple[Tensor | None, str]:
+    """What the effects predict of interventions together, in float64, or None; and a note on it."""
     if effects is None:
         return None, "no effect approximator was given"
     for item in items:
@@ -288,7 +288,7 @@ def _row(sae: SAE, feature: int, clusters: Tensor, predicted: Tensor | None) -> 
     )
 
 
-def _correlation(first: Tensor, second: Tensor) -> float:
+def correlation(first: Tensor, second: Tensor) -> float:
     """Pearson's correlation; nan where one of them is constant."""
     a, b = first - first.mean(), second - second.mean()
     norms = a.norm() * b.norm()

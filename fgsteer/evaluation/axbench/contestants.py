@@ -104,7 +104,7 @@ def available(*, sae: bool, effects: bool) -> tuple[str, ...]:
 def recipe(row: Contestant, settings: Mapping[str, Any], seed: int) -> VectorTraining:
     """The training of a trained method, with changes. Raises ArgumentError, DataError for settings it does not have."""
     own = {key: value for key, value in settings.items() if key != "features" or row.space != "sae"}
-    return VectorTraining.published(row.objective, **{"seed": seed, **own})
+    return VectorTraining.recipe(row.objective, **{"seed": seed, **own})
 
 
 def check_settings(settings: Any) -> None:
