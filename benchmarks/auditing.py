@@ -11,22 +11,17 @@ float32 and in bfloat16. One more is both tuned and folded, which no comparison 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from subject import ORGANISMS, ROOT, load_organism, published, results_folder, share
+from subject import ORGANISMS, ROOT, load_organism, run_benchmark, share
 
 import fgsteer as fg
-from fgsteer.storage.json_files import read_json, write_json
 
 PAGE = ROOT / "docs" / "guides" / "refusal.md"
 DTYPES = ("float32", "bfloat16")
@@ -203,23 +198,5 @@ def recall(rows: list[Mapping[str, Any]]) -> list[float]:
     return share(sum(row["kind"] in FOUND for row in hidden), len(hidden))
 
 
-def main() -> None:
-    """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder of the results")
-    parser.add_argument("--docs", action="store_true", help="only put the tables into docs/guides/refusal.md")
-    arguments = parser.parse_args()
-    folder = arguments.out or results_folder("smollm2")
-    if not arguments.docs:
-        content = {"command": shlex.join(["python", "benchmarks/auditing.py", *sys.argv[1:]]), **measure()}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "auditing.json", content)
-        (folder / "auditing.md").write_text(table(content), "utf-8")
-    text = table(read_json(folder / "auditing.json"))
-    if arguments.docs:
-        PAGE.write_text(published(PAGE, "auditing", text), "utf-8")
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark("auditing", __doc__, PAGE, measure, table)

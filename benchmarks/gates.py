@@ -10,18 +10,13 @@ behind it leaves the others bit for bit as they were.
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from subject import ROOT, TUNING_CONCEPTS, published, results_folder
+from subject import ROOT, TUNING_CONCEPTS, run_benchmark
 
 import fgsteer as fg
-from fgsteer.storage.json_files import read_json, write_json
 
 PAGE = ROOT / "docs" / "guides" / "conditional.md"
 PROMPTS = 20  # of either kind, for each concept
@@ -90,23 +85,5 @@ def table(content: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder of the results")
-    parser.add_argument("--docs", action="store_true", help="only put the table into docs/guides/conditional.md")
-    arguments = parser.parse_args()
-    folder = arguments.out or results_folder("default")
-    if not arguments.docs:
-        command = shlex.join(["python", "benchmarks/gates.py", *sys.argv[1:]])
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "gates.json", {"command": command, **measure()})
-        (folder / "gates.md").write_text(table(read_json(folder / "gates.json")), "utf-8")
-    text = table(read_json(folder / "gates.json"))
-    if arguments.docs:
-        PAGE.write_text(published(PAGE, "gates", text), "utf-8")
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark("gates", __doc__, PAGE, measure, table, model="default")

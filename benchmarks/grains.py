@@ -10,20 +10,15 @@ a token, on held-out pairs, with 95 % intervals over pairs (bootstrap), beside a
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from subject import ROOT, published, results_folder
+from subject import ROOT, run_benchmark
 
 import fgsteer as fg
-from fgsteer.storage.json_files import read_json, write_json
 
 PAGE = ROOT / "docs" / "guides" / "methods.md"
 CONTRAST, LAYER = "cheerful", 14
@@ -107,24 +102,5 @@ def table(content: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder of the results")
-    parser.add_argument("--docs", action="store_true", help="only put the table into docs/guides/methods.md")
-    arguments = parser.parse_args()
-    folder = arguments.out or results_folder("smollm2")
-    if not arguments.docs:
-        command = shlex.join(["python", "benchmarks/grains.py", *sys.argv[1:]])
-        content = {"command": command, **measure()}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "grains.json", content)
-        (folder / "grains.md").write_text(table(content), "utf-8")
-    text = table(read_json(folder / "grains.json"))
-    if arguments.docs:
-        PAGE.write_text(published(PAGE, "grains", text), "utf-8")
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark("grains", __doc__, PAGE, measure, table)

@@ -7,8 +7,11 @@ model, tokenizer = load_organism("refusal")                          a model org
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +23,7 @@ from fgsteer.errors import DataError
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.plan import BenchPlan
 from fgsteer.evaluation.metrics.intervals import wilson
+from fgsteer.storage.json_files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -138,3 +142,33 @@ def published(path: Path, mark: str, text: str) -> str:
     page = path.read_text("utf-8")
     marks = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
     return marks.sub(lambda match: f"{match[1]}{text}{match[2]}", page)
+
+
+def run_benchmark(
+    name: str,
+    description: str,
+    page: Path,
+    measure: Callable[[], Mapping[str, Any]],
+    table: Callable[[Mapping[str, Any]], str],
+    model: str = "smollm2",
+) -> None:
+    """The command of a benchmark without options of its own: measure, write NAME.json and NAME.md, print the table.
+
+    With ``--docs`` it only puts the table that the results give between the page's marks NAME.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--docs", action="store_true", help=f"only put the table into {page.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    folder = arguments.out or results_folder(model)
+    if not arguments.docs:
+        command = shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+        content = {"command": command, **measure()}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{name}.json", content)
+    text = table(read_json(folder / f"{name}.json"))
+    if arguments.docs:
+        page.write_text(published(page, name, text), "utf-8")
+    else:
+        (folder / f"{name}.md").write_text(text, "utf-8")
+    print(text)

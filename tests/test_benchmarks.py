@@ -232,10 +232,10 @@ def test_methods_are_added_to_results(script, tmp_path):
 
 
 def test_the_guide_says_what_the_gates_measured(script):
-    gates = script("gates")
-    content = json.loads((gates.results_folder("default") / "gates.json").read_text("utf-8"))
+    gates, subject = script("gates"), script("subject")
+    content = json.loads((subject.results_folder("default") / "gates.json").read_text("utf-8"))
     table = gates.table(content)
-    assert gates.published(gates.PAGE, "gates", table) == gates.PAGE.read_text("utf-8")
+    assert subject.published(gates.PAGE, "gates", table) == gates.PAGE.read_text("utf-8")
     assert set(content["rows"]) == set(gates.NAMES)
     for rows in content["rows"].values():
         for row in rows:
