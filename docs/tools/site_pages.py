@@ -273,17 +273,17 @@ def systems() -> list[dict[str, Any]]:
 
 
 def systems_table() -> str:
-    """Every system with its functions, its tests, and what was measured."""
+    """Every system with what was measured, its functions, and its tests."""
     return markdown(
-        "system | functions and commands | tests | measured",
+        "system | measured | functions and commands | tests",
         (
             (
                 f"[{row['system']}](../{row['page']}) ([arXiv {row['paper']}](https://arxiv.org/abs/{row['paper']}))",
+                measured(row),
                 ", ".join(
                     [*(f"`fg.{name}`" for name in row["names"]), *(f"`fgsteer {name}`" for name in row["commands"])]
                 ),
                 ", ".join(f"`{path}`" for path in row["tests"]),
-                measured(row),
             )
             for row in systems()
         ),

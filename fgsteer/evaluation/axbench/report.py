@@ -115,9 +115,13 @@ def _about(content: Mapping[str, Any]) -> list[str]:
 
 
 def _rows(content: Mapping[str, Any]) -> list[str]:
-    """The table, best score first, or without scores best detection first; columns without a figure are left out."""
+    """The table, best score first, or without scores best detection first; columns without a figure are left out.
+
+    Published scores stand beside scores alone: beside detection they would be read as published detection.
+    """
     own = column_of(content["model"], content["layer"])
     columns = [own] if own else list(COLUMNS)
+    columns = columns if any(row["score"] for row in content["methods"]) else []
     table = [_cells(row, columns) for row in sorted(content["methods"], key=_standing, reverse=True)]
     shown = [name for name in table[0] if any(cells[name] for cells in table)]
     lines = [f"| {' | '.join(shown)} |", "|---" * len(shown) + "|"]
@@ -139,7 +143,7 @@ def _cells(row: Mapping[str, Any], columns: Sequence[PublishedColumn]) -> dict[s
         "AUROC": _number(found.get("auroc")),
         "without hard negatives": _number(found.get("auroc_plain")),
         "accuracy": _number(found.get("hard_average")),
-        **{f"published {column.name}": _number(published["scores"].get(column.name)) for column in columns},
+        **{f"published score, {column.name}": _number(published["scores"].get(column.name)) for column in columns},
         "published AUROC": _number(published["auroc"]),
     }
 
