@@ -509,6 +509,18 @@ def test_early_stopping_returns_the_best(wide, tokenizer):
     assert loss == pytest.approx(held_out[best], rel=1e-5)
 
 
+def test_a_held_out_loss_that_is_no_number_ends_the_training(wide, tokenizer, monkeypatch):
+    real = run.Run._losses
+
+    def broken(self, batches):
+        found = real(self, batches)
+        return found if torch.is_grad_enabled() else dict.fromkeys(found, math.nan)
+
+    monkeypatch.setattr(run.Run, "_losses", broken)
+    with pytest.raises(fg.DataError, match="nan on the held-out examples of 'vector' after step 1"):
+        fg.train(wide, tokenizer, PREFERENCES, objective=recipe("lm", patience=2), hookpoint=AT)
+
+
 def test_learning_rates():
     """Linear and cosine after a warm-up, by hand."""
     assert [learning.rate("linear", step, 6, 2) for step in range(6)] == [0, 0.5, 1, 0.75, 0.5, 0.25]

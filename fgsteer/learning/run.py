@@ -72,18 +72,14 @@ class Run:
     def _step(self, active: Mapping[str, Learner]) -> None:
         losses = self._losses({name: learner.begin_step() for name, learner in active.items()})
         for name, learner in active.items():
-            if not math.isfinite(losses[name]):
-                raise DataError(
-                    f"a loss of {losses[name]} at step {learner.step} of {name!r}",
-                    "a finite loss",
-                    "lower lr or the factors",
-                )
+            _check_loss(losses[name], f"at step {learner.step} of {name!r}")
             learner.end_step(losses[name])
         ended = {name: learner for name, learner in active.items() if learner.held_out and learner.epoch_ended}
         if ended:
             with torch.no_grad():
                 losses = self._losses({name: learner.held_out_units() for name, learner in ended.items()})
             for name, learner in ended.items():
+                _check_loss(losses[name], f"on the held-out examples of {name!r} after step {learner.step}")
                 learner.note_held_out(losses[name])
 
     def _losses(self, batches: Mapping[str, Sequence[Unit]]) -> dict[str, float]:
@@ -132,3 +128,9 @@ class Run:
             for n, learner in enumerate(self._by_name()):
                 own = {key.split("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{n}/")}
                 learner.load(own)
+
+
+def _check_loss(loss: float, where: str) -> None:
+    """Raises DataError for a loss that is not finite, which no later one would be better than."""
+    if not math.isfinite(loss):
+        raise DataError(f"a loss of {loss} {where}", "a finite loss", "lower lr or the factors")
