@@ -21,8 +21,9 @@ BIN := .venv/bin
 demo: .venv/smollm2
 	$(BIN)/fgsteer demo
 
+# two processes with a thread each, since most of the time goes into Python
 test: .venv/tested lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/tested
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """How fast fgsteer is, beside the least that the work takes and beside steering-vectors and repeng, in one run.
 
-What: reading activations, encoding, memory, steered generation, measuring effects, starting up. Contenders take
-turns; a ratio is a contender's time over the first one's in the same turn, given as median and quartiles. Results
+What: reading activations, encoding, memory, steered generation, measuring effects, training, starting up. Contenders
+take turns; a ratio is a contender's time over the first one's in the same turn, given as median and quartiles. Results
 that must be the same are compared, and the exit status is 1 where they are not.
 Why: times of two runs, or of two machines, tell little; ratios within one run do.
 
@@ -12,8 +12,8 @@ Why: times of two runs, or of two machines, tell little; ratios within one run d
     python benchmarks/speed.py --docs       puts the tables of results/speed.json into docs/benchmarks.md
     sh benchmarks/peers.sh build/peers      makes an environment with the peers; build/peers/bin/python runs this in it
 
-Parts, in timing/: clock.py (turns), subjects.py (models, texts), peers.py, reading.py, steering.py, processes.py,
-serving.py.
+Parts, in timing/: clock.py (turns), subjects.py (models, texts), peers.py, reading.py, steering.py, training.py,
+processes.py, serving.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import peers, processes, reading, serving, steering
+from timing import peers, processes, reading, serving, steering, training
 from timing.bench import Bench
 from timing.clock import Clock, Row, facts
 from timing.subjects import MODELS
@@ -48,6 +48,7 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "step": steering.step,
     "generate": steering.generate,
     "effects": steering.effects,
+    "train": training.train,
     "start": processes.start,
     "serving": serving.serving,
 }

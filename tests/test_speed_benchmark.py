@@ -88,7 +88,7 @@ def test_every_addition_changes_what_is_written(speed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("section", ["memory", "start", "effects"])
+@pytest.mark.parametrize("section", ["memory", "start", "effects", "train"])
 def test_sections_on_the_default(speed, tmp_path, section):
     out = tmp_path / "speed.json"
     assert speed.main(["--quick", "--only", section, "--models", "default", "--out", str(out)]) == 0

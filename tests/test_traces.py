@@ -385,6 +385,16 @@ def test_nothing_changes_without_steering(llama, tokenizer, sae):
         fg.feature_changes(llama, tokenizer, sae, FOUR, None, rollouts=0)
 
 
+def test_what_rounding_makes_is_no_change(llama, tokenizer, sae, monkeypatch):
+    acts = torch.rand(2, 4, 1, sae.d_sae, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    after = acts * (1 + 1e-7 * torch.linspace(-1, 1, sae.d_sae).double())  # of float32's size
+    after[..., 5] += 1e-3
+    after[..., 9] -= 1e-3
+    monkeypatch.setattr("fgsteer.traces.changes._activations", lambda *_: torch.cat([acts, after], 2))
+    found = fg.feature_changes(llama, tokenizer, sae, FOUR, vector().add(1.0), rollouts=2, sampling=HOW)
+    assert ([row.id for row in found.rose], [row.id for row in found.fell]) == ([5], [9])
+
+
 def test_command_line(tmp_path):
     vec = fg.from_features(fg.load_sae("default"), [232]).unit()
     vec.save(tmp_path / "sea.safetensors")

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 LEAST_CLUSTERS = 4  # two to choose features on, two to measure them on
 MOST_ROLLOUTS = 1024
 ROWS_AT_ONCE = 64  # rows of a batch; another number draws other texts
+ROUNDING = 64 * torch.finfo(torch.float32).eps
+"""Changes below this share of the largest mean activation are none: rows of one batch round differently."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -202,9 +204,10 @@ def feature_changes(
     measured, chooser = clusters[1::2], changes[::2].mean(0)
     if chosen is not None:
         measured, chooser = clusters, torch.zeros_like(observed)
+    least = ROUNDING * float(clusters.abs().max())
     rose, fell, asked = (
         Table(_row(sae, j, measured, predicted) for j in ids)
-        for ids in (_largest(chooser, top), _largest(-chooser, top), chosen or [])
+        for ids in (_largest(chooser, top, least), _largest(-chooser, top, least), chosen or [])
     )
     return FeatureChanges(
         rose,
@@ -263,9 +266,9 @@ def predicted_changes(items: Sequence[Any], effects: EffectApproximator | None) 
     return effects.predict(torch.as_tensor(vector)).double().cpu(), note
 
 
-def _largest(values: Tensor, top: int) -> list[int]:
-    """The features of the largest values above 0, largest first."""
-    chosen: list[int] = values.topk(min(top, int((values > 0).sum()))).indices.tolist()
+def _largest(values: Tensor, top: int, least: float) -> list[int]:
+    """The features of the largest values above the least, largest first."""
+    chosen: list[int] = values.topk(min(top, int((values > least).sum()))).indices.tolist()
     return chosen
 
 
