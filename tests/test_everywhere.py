@@ -1,4 +1,4 @@
-"""Every operation in every way that a model runs: in mixed batches, static caches, bfloat16, split, compiled, any family.
+"""Every operation in every way that a model runs: mixed batches, static caches, bfloat16, split, compiled; any family.
 
 Texts are forced, so that logits of the same tokens are compared, those of a prompt and of some steps of decoding.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import CompileConfig, LogitsProcessor
 
 import fgsteer as fg
@@ -41,7 +40,7 @@ class Forced(LogitsProcessor):
         return only
 
 
-def logits(model: nn.Module, inputs: Any, steering: Any, **options: Any) -> torch.Tensor:
+def logits(model: Any, inputs: Any, steering: Any, **options: Any) -> torch.Tensor:
     """Those of the prompt's last token and of all forced ones but the last, (rows, steps, vocabulary)."""
     options |= {"max_new_tokens": len(FORCED), "do_sample": False, "output_logits": True}
     forced = [Forced(inputs["input_ids"].shape[1])]
@@ -50,7 +49,7 @@ def logits(model: nn.Module, inputs: Any, steering: Any, **options: Any) -> torc
     return torch.stack(out.logits, 1)
 
 
-def split(model: nn.Module, folder: Path) -> nn.Module:
+def split(model: Any, folder: Path) -> Any:
     """A copy whose middle block stays on disk, which accelerate's hooks bring in for each pass."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate splits models")
     model = copy.deepcopy(model)
@@ -176,7 +175,7 @@ ACTS_ON_ALL = [
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAMILIES, *STEERED, *OTHER_FAMILIES])
 def test_every_family_takes_every_operation(family):
-    """What blocks pass on is what the kernel makes of it, bit for bit; scopes and gates choose tokens, in any family."""
+    """What blocks pass on is what the kernel makes of it, bit for bit, at the tokens of the prompt."""
     model, inputs = model_of(family), batch(word_tokenizer())
     ids, real = inputs["input_ids"], inputs["attention_mask"]
     for what in ACTS_ON_ALL:

@@ -20,10 +20,9 @@ def train(bench: Bench) -> Iterator[Row]:
     model, tokenizer = fg.load_model("default", device=str(bench.clock.device), dtype=bench.dtype)
     concepts = CONCEPTS[:2] if bench.quick else CONCEPTS
     contrasts = {name: fg.load_contrast(name) for name in concepts}
-    recipe = fg.VectorTraining.recipe("reps_relative", epochs=EPOCHS)
-    for space in ("residual", "sae"):
-        options: dict[str, Any] = {"objective": recipe, "space": space}
-        options |= {"sae": fg.load_sae("default")} if space == "sae" else {"hookpoint": fg.load_sae("default").hookpoint}
+    recipe, sae = fg.VectorTraining.recipe("reps_relative", epochs=EPOCHS), fg.load_sae("default")
+    for space, place in (("residual", {"hookpoint": sae.hookpoint}), ("sae", {"sae": sae})):
+        options: dict[str, Any] = {"objective": recipe, "space": space, **place}
         case = Case("train", "default", f"{space}, {EPOCHS} epoch", 60 * len(concepts), "vectors/min", _apart, 0.01)
         contenders = [
             Contender(ALONE, partial(_alone, model, tokenizer, contrasts, options)),
