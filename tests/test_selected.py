@@ -51,6 +51,17 @@ def test_selected_features_are_those_of_all(topk, features, shape):
     assert torch.equal(got > 0, wanted > 0)
 
 
+@pytest.mark.parametrize("k", [1, 2, K])
+def test_tokens_one_by_one_are_read_as_together(topk, k):
+    sae = replace(topk, k=k)
+    x = torch.randn(60, WIDTH, generator=torch.Generator().manual_seed(4))
+    x[7] = torch.nan
+    for features in ([0], [5, 900], [3000, 3500, 4000]):
+        reader, wanted = SelectedFeatures(sae, features), sae.encode(x)[:, features]
+        got = torch.cat([reader.read(token[None]) for token in x])
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)  # as above
+
+
 def test_few_tokens_are_encoded_whole(topk, encoded):
     x = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(2))
     quiet = [3000, 3500, 4000]

@@ -16,15 +16,15 @@ from torch import Tensor
 from fgsteer.saes.sae import SAE
 
 RIVALS = 512  # features that are looked at first
-MARGIN = 1e-3  # of the largest of the rivals: far above what products of other shapes round differently
+MARGIN = 1e-3  # of the largest of them: far above what products of other shapes round differently
 
 
 class SelectedFeatures:
     """Reads some features of a TopK SAE at each token.
 
-    A feature is inactive where its own pre-activation is not above 0, or where k others are larger. To find k of those
-    it is mostly enough to look at the features that fire most often, so only tokens at which that leaves it open are
-    encoded whole. This saves time where tokens come one by one, on a CPU; elsewhere every token is encoded whole.
+    A feature is inactive where k others are larger, all of them above 0. To find k of those it is mostly enough to look
+    at the features that fire most often, so only tokens at which that leaves it open are encoded whole. This saves time
+    where tokens come one by one, on a CPU; elsewhere every token is encoded whole.
 
     Args:
         sae: The SAE, on the device and in the dtype of what is read.
@@ -59,9 +59,12 @@ class SelectedFeatures:
             return self._whole(x)
         assert self.sae.k is not None
         pre = self.part.pre_activations(x)
-        highest, rivals = pre[..., : self.count].amax(-1), pre[..., self.count :].topk(self.sae.k).values
-        is_shut = (highest <= 0) | (rivals[..., -1] > torch.add(highest, rivals[..., 0], alpha=MARGIN))
+        highest, top = pre[..., : self.count].amax(-1), pre.topk(self.sae.k).values
         found = pre.new_zeros(*x.shape[:-1], self.count)
+        if highest.numel() == 1:  # one token: numbers are compared sooner than tensors
+            others = top.flatten().tolist()
+            return found if others[-1] > max(float(highest), 0.0) + MARGIN * others[0] else self._whole(x)
+        is_shut = top[..., -1] > torch.add(highest.clamp(min=0.0), top[..., 0], alpha=MARGIN)
         if not bool(is_shut.all()):  # nan is above and below nothing, so that where it is read all is encoded
             found[~is_shut] = self._whole(x[~is_shut])
         return found
