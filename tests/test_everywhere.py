@@ -16,10 +16,18 @@ from transformers import CompileConfig, LogitsProcessor
 
 import fgsteer as fg
 from fgsteer.interventions import apply
+from tests.helpers.operations import examples
 from tests.helpers.steering import batch
-from tests.helpers.tiny import FAMILIES, LAYERS, model_of, tiny_model, word_tokenizer
-from tests.test_engines import examples
-from tests.test_families import OTHER_FAMILIES, STEERED
+from tests.helpers.tiny import (
+    FAMILIES,
+    HYBRIDS,
+    LAYERS,
+    MORE_FAMILIES,
+    OTHER_FAMILIES,
+    model_of,
+    tiny_model,
+    word_tokenizer,
+)
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "exports.md"
 FORCED = (7, 21, 12)  # the new tokens
@@ -173,7 +181,7 @@ ACTS_ON_ALL = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*FAMILIES, *STEERED, *OTHER_FAMILIES])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES, *HYBRIDS, *OTHER_FAMILIES])
 def test_every_family_takes_every_operation(family):
     """What blocks pass on is what the kernel makes of it, bit for bit, at the tokens of the prompt."""
     model, inputs = model_of(family), batch(word_tokenizer())
