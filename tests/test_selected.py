@@ -62,6 +62,25 @@ def test_tokens_one_by_one_are_read_as_together(topk, k):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)  # as above
 
 
+@pytest.mark.parametrize("has_density", [True, False])
+def test_what_is_compared_with_thresholds_is_read_where_it_is_near_them(topk, encoded, has_density):
+    sae = topk if has_density else replace(topk, density=None)
+    x = torch.randn(300, WIDTH, generator=torch.Generator().manual_seed(5))
+    x[9] = torch.nan
+    features, floors = [0, 3, 500], [1.5, 1.0, 2.0]
+    wanted = sae.encode(x)[:, features]
+    encoded.clear()
+    for got in (
+        SelectedFeatures(sae, features, floors).read(x),
+        torch.cat([SelectedFeatures(sae, features, floors).read(token[None]) for token in x]),
+    ):
+        for compare in (torch.gt, torch.ge, torch.lt, torch.le):
+            assert torch.equal(compare(got, torch.tensor(floors)), compare(wanted, torch.tensor(floors)))
+        near = (wanted >= torch.tensor(floors)).any(1) | wanted.isnan().any(1)
+        torch.testing.assert_close(got[near], wanted[near], rtol=1e-5, atol=1e-6, equal_nan=True)  # as above
+    assert 0 < sum(encoded) < 0.75 * 2 * len(x)  # both times together
+
+
 def test_few_tokens_are_encoded_whole(topk, encoded):
     x = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(2))
     quiet = [3000, 3500, 4000]

@@ -131,6 +131,9 @@ def _steered(subject: Subject, batch: int) -> Iterator[tuple[str, tuple[Any, boo
     yield "steer, AdaptiveAdd", (fg.AdaptiveAdd(direction=v.direction, read=w.direction, hookpoint=v.hookpoint), False)
     fires = [fg.Feature(subject.sae, feature) > 0.0 for feature in targets]
     yield "steer, a gate on 8 features", (v.add(when=reduce(or_, fires)), False)
+    if subject.sae.activation == "topk":  # few of whose activations are as low
+        much = [fg.Feature(subject.sae, feature) > 10.0 for feature in targets]
+        yield "steer, a gate on 8 features above 10 (topk)", (v.add(when=reduce(or_, much)), False)
     yield "steer, a gate on the prompt", (v.add(when=fg.Cosine(v).mean() > -1.0), False)
 
 

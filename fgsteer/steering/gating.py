@@ -11,6 +11,7 @@ numbers as tensors, so that compiled graphs serve other thresholds too.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -100,6 +101,7 @@ class Readings:
         raw = is_linear and first.fires_above and bool((thresholds >= 0).all())
         if raw and sae.threshold is not None:
             thresholds = torch.maximum(thresholds, sae.threshold[list(ids)].to(thresholds))
+        self._features(sae, ids, raw).compare(ids, thresholds.tolist())
         return GateNode(needs_all, place=self.place(reading, ids, raw), threshold=thresholds, compare=compare)
 
     def place(self, reading: Reading, several: tuple[int, ...] = (), raw: bool = False) -> Place:
@@ -116,6 +118,8 @@ class Readings:
         features = None
         if isinstance(reading, Feature):
             features = self._features(reading.sae, several or (reading.feature,), raw)
+            if not several:
+                features.compare([reading.feature], [0.0])
         self.places.append(Place(self, reading, features, several, raw))
         return self.places[-1]
 
@@ -347,6 +351,7 @@ class _Features:
     sae: SAE
     is_raw: bool  # whether pre-activations are read
     ids: list[int] = field(default_factory=list)
+    floors: dict[int, float] = field(default_factory=dict)  # the lowest thresholds that features are compared with
     encoder: SelectedFeatures | SAE | None = None
     weight: Tensor | None = None  # of pre-activations, (n, d_model)
     device: torch.device | None = None
@@ -359,9 +364,15 @@ class _Features:
             return
         wide = self.sae.to(device, torch.float32)
         competes = wide.activation == "topk"
-        self.encoder = SelectedFeatures(wide, self.ids) if competes else wide.restrict(self.ids)
+        floors = [self.floors[feature] for feature in self.ids]
+        self.encoder = SelectedFeatures(wide, self.ids, floors) if competes else wide.restrict(self.ids)
         self.weight = self.encoder.W_enc.T.contiguous() if self.is_raw and isinstance(self.encoder, SAE) else None
         self.device = device
+
+    def compare(self, features: Sequence[int], thresholds: Sequence[float]) -> None:
+        """Note thresholds that the activations of features are compared with; 0 where they are used by themselves."""
+        for feature, threshold in zip(features, thresholds, strict=True):
+            self.floors[feature] = max(0.0, min(threshold, self.floors.get(feature, math.inf)))
 
     def _encode(self, h: Tensor) -> Tensor:
         if isinstance(self.encoder, SelectedFeatures):
