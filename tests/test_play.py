@@ -391,6 +391,43 @@ def test_a_vector_from_elsewhere_replaces_none(with_vector):
     assert torch.equal(fg.SteeringVector.load(with_vector.folder / "sea.safetensors").direction, own.direction)
 
 
+def test_a_reopened_page_names_no_file_that_is_not_there(with_vector):
+    """What a share file brings is in memory alone, until it is saved."""
+    plan = plan_of({"kind": "vector", "name": "tide", "amount": 3.0})
+    content = encode_vector(fg.from_features(with_vector.sae(SAE), [5]))
+    shared = {"kind": "fgsteer play", "version": 1, "plan": plan.as_json(), "vectors": {"tide": content}}
+    opened = parse_plan(act(with_vector, "open", share=shared)[0]["plan"])
+    python = code.python_code(with_vector, opened)
+    assert code.UNSAVED in python
+    assert "fg.SteeringVector.load('tide.safetensors')" in python
+    assert not list(with_vector.folder.glob("tide*"))
+    with_vector.add_vector("tide", with_vector.vector("tide"))
+    python = code.python_code(with_vector, opened)
+    assert code.UNSAVED not in python
+    assert repr(str(with_vector.folder / "tide.safetensors")) in python
+    assert (with_vector.folder / "tide.safetensors").is_file()
+
+
+def test_a_vector_is_taken_off_the_list_and_its_file_stays(with_vector, monkeypatch):
+    monkeypatch.setattr("fgsteer.play.session.MAX_VECTORS", len(with_vector.vectors))
+    own = with_vector.vector("sea")
+    with pytest.raises(fg.DataError, match="off the list"):
+        act(with_vector, "add-vector", name="tides", content=encode_vector(own * 2.0))
+    with_vector.kept("curve", "of the old one", list)
+    told = act(with_vector, "forget-vector", name="sea")[0]
+    assert "sea" not in told["vectors"]
+    added = act(with_vector, "add-vector", name="tides", content=encode_vector(own * 2.0))[0]
+    assert "tides" in added["vectors"]
+    assert with_vector.kept("curve", "of the old one", lambda: "measured anew") == "measured anew"
+    assert torch.equal(fg.SteeringVector.load(with_vector.folder / "sea.safetensors").direction, own.direction)
+    with_vector.forget_vector("tides")
+    with pytest.raises(fg.DataError, match="another file"):  # it was the page's no longer
+        with_vector.add_vector("sea", own * 3.0)
+    for name in ("sea", "../sea", "", 5):
+        with pytest.raises(fg.DataError):
+            act(with_vector, "forget-vector", name=name)
+
+
 def test_a_file_that_is_no_vector_is_not_written_over(with_vector):
     path = with_vector.folder / "model.safetensors"
     path.write_bytes(b"weights")

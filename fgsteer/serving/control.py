@@ -108,6 +108,10 @@ class Control:
             if not is_inline(name)
         }
 
+    def stages(self, asked: RequestedSteering) -> tuple[Stage, ...]:
+        """What a steering of a request does, one step after the other. Raises SteeringError as ``admit`` does."""
+        return self._loaded(asked).stages
+
     def load_encoders(self) -> None:
         """Send the encoders of TopK SAEs to the workers. Raises SteeringError for an SAE of another width."""
         for encoder in self._encoders:

@@ -41,8 +41,12 @@ async function measure(item, begin = false) {
   changed("items");
 }
 
-function remove(item) {
-  state.items = state.items.filter((other) => other !== item);
+const remove = (item) => removeWhere((other) => other === item);
+
+export function removeWhere(isGone) {
+  const before = state.items.length;
+  state.items = state.items.filter((item) => !isGone(item));
+  if (state.items.length === before) return;
   changed("items");
   settled();
 }
