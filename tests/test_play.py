@@ -700,6 +700,10 @@ class Served(BaseHTTPRequestHandler):
         self.seen.append(("POST", self.path, body))
         if body.get("prompt") == "fail":
             return self._answer(b"the key is SECRETKEY, no", 400)
+        if body.get("prompt") == "refuse":
+            return self._answer(b'{"error": {"message": "No table at layer 2 for SECRETKEY.", "code": 401}}', 401)
+        if body.get("prompt") == "break":
+            return self._answer(b'data: {"error": {"message": "The engine died of SECRETKEY."}}\n\n')
         key = "delta" if "messages" in body else "text"
         parts = [{"choices": [{key: {"content": word} if key == "delta" else word}]} for word in (" the", " sea")]
         lines = "".join(f"data: {json.dumps(part)}\n\n" for part in parts) + "data: [DONE]\n\n"
@@ -743,6 +747,14 @@ def test_a_server_writes_the_texts(session, server, tmp_path):
         with pytest.raises(fg.SteeringError) as raised:
             texts_of(session, plan_of(feature(), prompt="fail"))
         assert "SECRETKEY" not in str(raised.value)
+        for prompt, said in (
+            ("refuse", "401: No table at layer 2 for [^ ]+ Pass the key"),
+            ("break", "off: The engine died"),
+        ):
+            with pytest.raises(fg.SteeringError, match=said) as raised:
+                texts_of(session, plan_of(feature(), prompt=prompt))
+            assert "SECRETKEY" not in str(raised.value)
+            assert "{" not in str(raised.value)
         loads = sum(seen[0] == "PUT" for seen in Served.seen)
         texts_of(session, plan_of(feature(), prompt="again"))
         assert sum(seen[0] == "PUT" for seen in Served.seen) == loads + 1, "a server that fails may have lost it"

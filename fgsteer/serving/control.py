@@ -199,7 +199,7 @@ class Control:
                 raise HookpointError(
                     f"{name} at layer {rows.layer}",
                     f"something at one of the layers {', '.join(map(str, self.layers))}",
-                    "this engine has no table at other layers: start it with this layer among layers=",
+                    "this engine has no table at other layers: start it with this layer (layers=, or --layers)",
                 )
 
     def _too_many(self, what: str) -> SteeringError:
