@@ -23,7 +23,7 @@ from fgsteer.evaluation.metrics.coherence import distinct_share
 from fgsteer.evaluation.metrics.intervals import mean_interval
 from fgsteer.play.actions import ACTIONS, FIRST_PROMPT
 from fgsteer.play.building import build_intervention
-from fgsteer.play.measuring import _dose_at, strength_curve
+from fgsteer.play.measuring import dose_at, strength_curve
 from fgsteer.play.plan import parse_item
 from fgsteer.play.session import PlaySession, sae_sources
 
@@ -68,7 +68,7 @@ def strengths(session: PlaySession, item: Any) -> dict[str, float]:
     """The dose at which each rule begins, of those that this feature has."""
     curve = strength_curve(session, item, chat=False)
     points = [(point["dose"], point["cost"]) for point in curve["points"]]
-    by_cost = {f"{cost:g} nats a token": _dose_at(points, cost) for cost in COSTS}
+    by_cost = {f"{cost:g} nat{'' if cost == 1 else 's'} a token": dose_at(points, cost) for cost in COSTS}
     by_dose = {f"{dose:g} ‖h‖": dose for dose in DOSES}
     return {"nothing": 0.0} | {name: dose for name, dose in (by_cost | by_dose).items() if dose is not None}
 

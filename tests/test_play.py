@@ -245,8 +245,8 @@ def test_a_curve_of_costs_is_that_of_cross_entropy(session):
         assert point["cost"] == pytest.approx(rise, abs=1e-4)  # batches of other sizes round otherwise
     assert [point["dose"] for point in curve["points"]] == list(DOSES)
     costs = [point["cost"] for point in curve["points"]]
-    below = max(n for n, cost in enumerate(costs) if cost < 0.5)
-    assert DOSES[below] < curve["usual"] < DOSES[below + 1]
+    below = max(n for n, cost in enumerate(costs) if cost < 1.0)
+    assert DOSES[below] < curve["worse"] < DOSES[below + 1]
     assert strength_curve(session, dataclasses.replace(item, amount=-1.0), chat=False)["points"][0]["dose"] < 0
 
 
