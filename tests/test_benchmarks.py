@@ -60,7 +60,12 @@ def test_a_blind_reading_draws_evenly_and_hides_the_condition(run, script):
 def test_the_page_of_play_says_what_the_results_say(script):
     play = script("play")
     result = json.loads((play.results_folder("smollm2") / "play.json").read_text("utf-8"))
-    assert play.published(play.PAGE, "play", play.report(result)) == play.PAGE.read_text("utf-8")
+    page = play.PAGE.read_text("utf-8")
+    assert play.published(play.PAGE, "play", play.report(result)) == page
+    start = script("play_start")
+    content = json.loads((play.results_folder("smollm2") / "play_start.json").read_text("utf-8"))
+    assert "<!-- play_start -->" in page
+    assert play.published(play.PAGE, "play_start", start.table(content)) == page
 
 
 def test_what_was_read_is_correlated_by_rank(run, script, monkeypatch):

@@ -245,8 +245,8 @@ def test_a_curve_of_costs_is_that_of_cross_entropy(session):
         assert point["cost"] == pytest.approx(rise, abs=1e-4)  # batches of other sizes round otherwise
     assert [point["dose"] for point in curve["points"]] == list(DOSES)
     costs = [point["cost"] for point in curve["points"]]
-    below = max(n for n, cost in enumerate(costs) if cost < 0.5)
-    assert DOSES[below] < curve["usual"] < DOSES[below + 1]
+    below = max(n for n, cost in enumerate(costs) if cost < 1.0)
+    assert DOSES[below] < curve["worse"] < DOSES[below + 1]
     assert strength_curve(session, dataclasses.replace(item, amount=-1.0), chat=False)["points"][0]["dose"] < 0
 
 
@@ -389,6 +389,43 @@ def test_a_vector_from_elsewhere_replaces_none(with_vector):
     added = act(with_vector, "add-vector", name="sea", content=encode_vector(own * 3.0))[0]
     assert added["name"] == "sea-3"
     assert torch.equal(fg.SteeringVector.load(with_vector.folder / "sea.safetensors").direction, own.direction)
+
+
+def test_a_reopened_page_names_no_file_that_is_not_there(with_vector):
+    """What a share file brings is in memory alone, until it is saved."""
+    plan = plan_of({"kind": "vector", "name": "tide", "amount": 3.0})
+    content = encode_vector(fg.from_features(with_vector.sae(SAE), [5]))
+    shared = {"kind": "fgsteer play", "version": 1, "plan": plan.as_json(), "vectors": {"tide": content}}
+    opened = parse_plan(act(with_vector, "open", share=shared)[0]["plan"])
+    python = code.python_code(with_vector, opened)
+    assert code.UNSAVED in python
+    assert "fg.SteeringVector.load('tide.safetensors')" in python
+    assert not list(with_vector.folder.glob("tide*"))
+    with_vector.add_vector("tide", with_vector.vector("tide"))
+    python = code.python_code(with_vector, opened)
+    assert code.UNSAVED not in python
+    assert repr(str(with_vector.folder / "tide.safetensors")) in python
+    assert (with_vector.folder / "tide.safetensors").is_file()
+
+
+def test_a_vector_is_taken_off_the_list_and_its_file_stays(with_vector, monkeypatch):
+    monkeypatch.setattr("fgsteer.play.session.MAX_VECTORS", len(with_vector.vectors))
+    own = with_vector.vector("sea")
+    with pytest.raises(fg.DataError, match="off the list"):
+        act(with_vector, "add-vector", name="tides", content=encode_vector(own * 2.0))
+    with_vector.kept("curve", "of the old one", list)
+    told = act(with_vector, "forget-vector", name="sea")[0]
+    assert "sea" not in told["vectors"]
+    added = act(with_vector, "add-vector", name="tides", content=encode_vector(own * 2.0))[0]
+    assert "tides" in added["vectors"]
+    assert with_vector.kept("curve", "of the old one", lambda: "measured anew") == "measured anew"
+    assert torch.equal(fg.SteeringVector.load(with_vector.folder / "sea.safetensors").direction, own.direction)
+    with_vector.forget_vector("tides")
+    with pytest.raises(fg.DataError, match="another file"):  # it was the page's no longer
+        with_vector.add_vector("sea", own * 3.0)
+    for name in ("sea", "../sea", "", 5):
+        with pytest.raises(fg.DataError):
+            act(with_vector, "forget-vector", name=name)
 
 
 def test_a_file_that_is_no_vector_is_not_written_over(with_vector):
@@ -663,6 +700,10 @@ class Served(BaseHTTPRequestHandler):
         self.seen.append(("POST", self.path, body))
         if body.get("prompt") == "fail":
             return self._answer(b"the key is SECRETKEY, no", 400)
+        if body.get("prompt") == "refuse":
+            return self._answer(b'{"error": {"message": "No table at layer 2 for SECRETKEY.", "code": 401}}', 401)
+        if body.get("prompt") == "break":
+            return self._answer(b'data: {"error": {"message": "The engine died of SECRETKEY."}}\n\n')
         key = "delta" if "messages" in body else "text"
         parts = [{"choices": [{key: {"content": word} if key == "delta" else word}]} for word in (" the", " sea")]
         lines = "".join(f"data: {json.dumps(part)}\n\n" for part in parts) + "data: [DONE]\n\n"
@@ -706,6 +747,14 @@ def test_a_server_writes_the_texts(session, server, tmp_path):
         with pytest.raises(fg.SteeringError) as raised:
             texts_of(session, plan_of(feature(), prompt="fail"))
         assert "SECRETKEY" not in str(raised.value)
+        for prompt, said in (
+            ("refuse", "401: No table at layer 2 for [^ ]+ Pass the key"),
+            ("break", "off: The engine died"),
+        ):
+            with pytest.raises(fg.SteeringError, match=said) as raised:
+                texts_of(session, plan_of(feature(), prompt=prompt))
+            assert "SECRETKEY" not in str(raised.value)
+            assert "{" not in str(raised.value)
         loads = sum(seen[0] == "PUT" for seen in Served.seen)
         texts_of(session, plan_of(feature(), prompt="again"))
         assert sum(seen[0] == "PUT" for seen in Served.seen) == loads + 1, "a server that fails may have lost it"

@@ -286,7 +286,7 @@ def test_page_shows_texts_and_runs_nothing(llama, tokenizer, sae, tmp_path):
     assert not {"script", "img", "iframe", "link", "a", "object"} & set(checker.tags)
     assert not [name for name, _ in checker.attributes if name.startswith("on")]
     assert "http" not in page.replace("http://evil.example", "").replace("http://b.c", "")
-    assert checker.tags.count("input") == 3 + len(found.features)
+    assert checker.tags.count("input") == 4 + len(found.features)
     for text in found.texts[1:]:
         assert all(f"“{token.text}”" in checker.text for token in text.tokens)
     found.write(tmp_path / "trace.html")

@@ -231,6 +231,12 @@ def add_vector(session: PlaySession, body: dict[str, Any]) -> Events:
     yield {"event": "vectors", "vectors": sorted(session.vectors), "name": name}
 
 
+def forget_vector(session: PlaySession, body: dict[str, Any]) -> Events:
+    """Take a vector off the page's list, which holds a limited number of them; a file of it stays."""
+    session.forget_vector(_text(body, "name", plans.MAX_NAME_CHARS))
+    yield {"event": "vectors", "vectors": sorted(session.vectors)}
+
+
 def share(session: PlaySession, body: dict[str, Any]) -> Events:
     """The share file: everything that is set on the page, with the vectors that it names."""
     plan = parse_plan(body.get("plan"))
@@ -329,6 +335,7 @@ ACTIONS: dict[str, Action] = {
     "steering": steering_file,
     "save-vector": vector_file,
     "add-vector": add_vector,
+    "forget-vector": forget_vector,
     "share": share,
     "open": open_share,
     "page": page,

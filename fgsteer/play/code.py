@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
 from typing import Any
 
 from fgsteer.errors import FgsteerError
@@ -22,6 +21,7 @@ from fgsteer.serving.request import steering as request_of
 
 STEERING_FILE = "steering.safetensors"
 SERVED_NAME = "page"
+UNSAVED = "# “Save the vector”, under how it acts, downloads this file."
 _WIDTH = 88  # of a line that stands alone
 
 
@@ -93,10 +93,9 @@ def _python_item(
     if isinstance(item, FeatureItem):
         return [f"{name} = fg.from_features({saes[item.sae]}, [{item.feature}], normalize=True)"], call
     if isinstance(item, VectorItem):
-        path = (
-            Path(f"{item.name}.safetensors") if session.folder is None else session.folder / f"{item.name}.safetensors"
-        )
-        return [f"{name} = fg.SteeringVector.load({str(path)!r})"], call
+        path = session.file_of(item.name)
+        first = [] if path else [UNSAVED]
+        return [*first, f"{name} = fg.SteeringVector.load({str(path or f'{item.name}.safetensors')!r})"], call
     assert isinstance(item, ContrastItem)
     return _python_contrast(item, name, saes), call
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from fgsteer.errors import DataError
 from fgsteer.interventions import Intervention
-from fgsteer.likelihood.calibration import CE_RISE
 from fgsteer.likelihood.scoring import cross_entropies
 from fgsteer.likelihood.strengths import StrengthMeter, neutral_texts
 from fgsteer.models.hookpoints import Hookpoint
@@ -22,10 +21,8 @@ from fgsteer.vector import SteeringVector
 
 DOSES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 """Of the activations' norm: the strengths whose costs are measured."""
-USUAL_COST = CE_RISE
-"""Nats per token at which the page begins: the vector steers clearly, and the text is still fluent."""
 WORSE_COST, COLLAPSE_COST = 1.0, 2.0
-"""Nats per token from which the language suffers, and from which none is left."""
+"""Nats per token from which the language suffers, below which the page begins; and from which no language is left."""
 
 
 def activation_norm(session: PlaySession, at: Hookpoint, vector: SteeringVector, *, chat: bool) -> float:
@@ -59,12 +56,12 @@ def costs_of(session: PlaySession, entries: list[list[Intervention]], *, chat: b
 
 
 def strength_curve(session: PlaySession, item: Item, *, chat: bool) -> dict[str, Any]:
-    """What strengths of an item cost, where it adds something: at which it steers clearly, suffers, and collapses.
+    """What strengths of an item cost, where it adds something: at which language suffers, and at which it collapses.
 
     Returns:
         ``unit`` (the amount of dose 1), ``points`` (dose, amount, cost), and the doses at which the cost, between the
-        measured ones a straight line, reaches ``USUAL_COST``, ``WORSE_COST`` and ``COLLAPSE_COST``; None where none
-        does. Doses have the sign of the item's amount.
+        measured ones a straight line, reaches ``WORSE_COST`` and ``COLLAPSE_COST``, as ``worse`` and ``collapse``; None
+        where none does. Doses have the sign of the item's amount.
     """
     sign = -1.0 if item.amount < 0 else 1.0
     key = replace(item, amount=sign, on=True)
@@ -80,13 +77,13 @@ def strength_curve(session: PlaySession, item: Item, *, chat: bool) -> dict[str,
         "unit": unit,
         "points": [{"dose": sign * dose, "amount": sign * dose * unit, "cost": cost} for dose, cost in points],
         **{
-            name: None if (dose := _dose_at(points, cost)) is None else sign * dose
-            for name, cost in (("usual", USUAL_COST), ("worse", WORSE_COST), ("collapse", COLLAPSE_COST))
+            name: None if (dose := dose_at(points, cost)) is None else sign * dose
+            for name, cost in (("worse", WORSE_COST), ("collapse", COLLAPSE_COST))
         },
     }
 
 
-def _dose_at(points: list[tuple[float, float]], cost: float) -> float | None:
+def dose_at(points: list[tuple[float, float]], cost: float) -> float | None:
     """The dose at which a cost is first reached, by straight lines between measured points from (0, 0) on."""
     before = (0.0, 0.0)
     for point in points:

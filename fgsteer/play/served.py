@@ -29,6 +29,7 @@ from fgsteer.storage.json_files import parse_json
 TIMEOUT_SECONDS = 120.0
 MAX_ANSWER_BYTES = 2 << 20
 MAX_LINE_BYTES = 1 << 16
+MAX_REASON_CHARS = 500
 MAX_LOADED = 8
 """The most steerings that stay loaded on the server; the oldest is unloaded then."""
 
@@ -90,7 +91,7 @@ class SteeringServer:
         try:
             with closing(self._events("/v1/chat/completions" if plan.chat else "/v1/completions", body)) as events:
                 for event in events:
-                    text += _new_text(event)
+                    text += _new_text(event, self.key)
                     yield text, ()
         except SteeringError:  # a server that was started anew has nothing loaded: the next request loads it again
             self._loaded = [loaded for loaded in self._loaded if loaded != name]
@@ -131,8 +132,10 @@ class SteeringServer:
             ) from None
         if not 200 <= answer.status < 300:  # redirects too, which are not followed
             connection.close()
-            said = redact(self.key, refused.decode(errors="replace"))[:300]
-            raise SteeringError(f"status {answer.status} of the server: {said}", "a server that loads and steers")
+            said = redact(self.key, _reason(refused))[:MAX_REASON_CHARS].rstrip(".")
+            keys = "pass the key of its --admin-key, or else of its --api-key, as --server-key"
+            hint = keys if answer.status in (401, 403) else ""
+            raise SteeringError(f"The server refused with status {answer.status}: {said}.", "", hint)
         return connection, answer
 
     def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
@@ -158,10 +161,20 @@ class SteeringServer:
                     yield event
 
 
-def _new_text(event: dict[str, Any]) -> str:
+def _reason(content: bytes) -> str:
+    """What a server says of an error: the message in its JSON, or else all of it."""
+    try:
+        said = parse_json(content)["error"]
+        return str(said["message"] if isinstance(said, dict) else said)
+    except (ValueError, LookupError, TypeError):
+        return content.decode(errors="replace")
+
+
+def _new_text(event: dict[str, Any], key: str) -> str:
     """What an event adds to the text. Raises SteeringError for an event that says what went wrong."""
     if "error" in event:
-        raise SteeringError(f"an error of the server: {str(event['error'])[:300]}")
+        said = redact(key, _reason(json.dumps(event).encode()))[:MAX_REASON_CHARS]
+        raise SteeringError(f"The server broke off: {said}")
     try:
         choice = (event.get("choices") or [{}])[0]
         delta = choice.get("delta")

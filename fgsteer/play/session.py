@@ -142,7 +142,7 @@ class PlaySession:
             )
         check_pairing(self.model, vector.hookpoint, vector.d_model, "", "vector")
         if name not in self.vectors and len(self.vectors) >= MAX_VECTORS:
-            raise DataError(f"{len(self.vectors)} vectors", f"at most {MAX_VECTORS}", "start anew with other vectors")
+            raise DataError(f"{len(self.vectors)} vectors", f"at most {MAX_VECTORS}", "take one off the list first")
         if save and self.folder is not None:
             path = self.folder / f"{name}.safetensors"
             if name not in self._files and path.exists():
@@ -152,6 +152,17 @@ class PlaySession:
         if name in self.vectors:
             self._kept.pop("curve", None)  # what the vector of this name cost that was here before
         self.vectors[name] = vector
+
+    def forget_vector(self, name: str) -> None:
+        """Take a vector off the list; a file of it stays. Raises DataError for an unknown name."""
+        self.vector(name)
+        del self.vectors[name]
+        self._files.discard(name)
+        self._kept.pop("curve", None)  # another vector may come under this name
+
+    def file_of(self, name: str) -> Path | None:
+        """The file in the folder that holds the vector of a name; None for one that is not saved there."""
+        return self.folder / f"{name}.safetensors" if self.folder is not None and name in self._files else None
 
     def take_vector(self, name: str, vector: SteeringVector, *, save: bool = True) -> str:
         """Keep a vector from elsewhere, and return its name: the given one, or with a number where another has that.

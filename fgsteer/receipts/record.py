@@ -6,12 +6,10 @@ fg.load_receipt("receipt.json").facts()["relative dose"]
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from fgsteer.display.tables import Cell, facts_html
 from fgsteer.errors import FormatError
@@ -24,6 +22,7 @@ from fgsteer.receipts.refusals import Refusals
 from fgsteer.receipts.rerouting import Rerouting
 from fgsteer.receipts.retention import Change, Retention
 from fgsteer.storage.json_files import read_json, write_json
+from fgsteer.storage.json_values import value_of
 from fgsteer.vector import SteeringVector
 
 PROVENANCE = "receipt"  # the key under which a vector's provenance holds one
@@ -181,34 +180,5 @@ def load_receipt(path: str | Path) -> Receipt:
 
 def parse_receipt(value: Any) -> Receipt:
     """The receipt of its plain JSON. Raises TypeError, ValueError for anything else."""
-    receipt: Receipt = _parsed(Receipt, value, "receipt")
+    receipt: Receipt = value_of(Receipt, value, "receipt")
     return receipt
-
-
-def _parsed(kind: Any, value: Any, name: str) -> Any:
-    """A value of an annotation, from plain JSON. Raises TypeError, ValueError."""
-    if get_origin(kind) in (UnionType, Union):
-        kinds = [one for one in get_args(kind) if one is not NoneType]
-        return None if value is None else _parsed(kinds[0], value, name)
-    if is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{name} is no object")
-        hints = get_type_hints(kind)
-        return kind(**{f.name: _parsed(hints[f.name], value[f.name], f.name) for f in fields(kind) if f.name in value})
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple):
-            raise TypeError(f"{name} is no list")
-        entries = get_args(kind)
-        each: list[Any] = [entries[0]] * len(value) if entries[-1] is Ellipsis else list(entries)
-        return tuple(_parsed(one, entry, name) for one, entry in zip(each, value, strict=True))
-    if get_origin(kind) is dict:
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{name} is no object")
-        return {str(key): _parsed(get_args(kind)[1], entry, name) for key, entry in value.items()}
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is not finite")
-        return float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r:.40}")
-    return value

@@ -9,7 +9,8 @@ vLLM is needed to run it (``pip install 'fgsteer[vllm]'``), and not to import it
 
     offline.py  ``steered_llm``: a ``vllm.LLM`` with steering
     server.py   ``fgsteer serve``: vLLM's OpenAI-compatible server with steering
-    http.py     the addresses that load vectors, and what they refuse
+    http.py     the addresses that load vectors and trace, and what they refuse
+    tracing.py  a request for a text with its trace
     request.py  ``steering``: what a request asks for
     control.py  what is served by name, and the plan of a request
     admission.py  the door of the engine, which every request passes

@@ -108,6 +108,10 @@ class Control:
             if not is_inline(name)
         }
 
+    def stages(self, asked: RequestedSteering) -> tuple[Stage, ...]:
+        """What a steering of a request does, one step after the other. Raises SteeringError as ``admit`` does."""
+        return self._loaded(asked).stages
+
     def load_encoders(self) -> None:
         """Send the encoders of TopK SAEs to the workers. Raises SteeringError for an SAE of another width."""
         for encoder in self._encoders:
@@ -195,7 +199,7 @@ class Control:
                 raise HookpointError(
                     f"{name} at layer {rows.layer}",
                     f"something at one of the layers {', '.join(map(str, self.layers))}",
-                    "this engine has no table at other layers: start it with this layer among layers=",
+                    "this engine has no table at other layers: start it with this layer (layers=, or --layers)",
                 )
 
     def _too_many(self, what: str) -> SteeringError:

@@ -1,8 +1,8 @@
 """Middleware around vLLM's HTTP server: addresses to load vectors, and a check that requests for steering are steered.
 
 ``GET /v1/steering`` lists what is loaded, ``PUT /v1/steering/NAME`` (body: a vector's file) loads, ``DELETE
-/v1/steering/NAME`` unloads. A ``POST`` that asks for steering but would not be steered, such as a beam search, is
-answered with status 400.
+/v1/steering/NAME`` unloads, and ``POST /v1/steering/trace`` writes a text with its trace. Any other ``POST`` that asks
+for steering but would not be steered, such as a beam search, is answered with status 400.
 
     app.add_middleware(SteeringMiddleware, started=lambda: plugin.started)
 """
@@ -14,24 +14,31 @@ import hashlib
 import json
 import secrets
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fgsteer.errors import FgsteerError, SteeringError
 from fgsteer.serving.admission import OUTCOME, SteeringOutcome
 from fgsteer.serving.control import Control
+from fgsteer.serving.inline import inline_chars
 from fgsteer.serving.request import steering_keys
 from fgsteer.serving.rows import check_name
+from fgsteer.serving.tracing import MAX_TRACED_CHARS, parse_trace_request, trace_request
 
 PATH = "/v1/steering"
+TRACE_PATH = f"{PATH}/trace"
 MAX_UPLOADS = 4
 """How many uploads may be under way at the same time."""
+MAX_TRACES = 2
+"""How many traces may be under way at the same time."""
 UPLOAD_SECONDS = 60.0
 """How long the body of an upload may take to arrive."""
 MAX_HEADER_BYTES = 4 << 20
 """The largest header of a vector's file: its features and its provenance."""
+UPLOADED = "the file of a vector, or of a clamp with no more features than a table of this server has rows (--rows)"
 UNSTEERED = (
     "This request asks for steering but was not steered. Expected a request to /v1/completions or /v1/chat/completions "
     "without beam search, with the steer keys in vllm_xargs. Send such a request, or leave the steer keys out."
@@ -41,6 +48,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,11 +88,18 @@ class StartedServer:
     control: Control
     access: Access
     upload_bytes: int
+    client: Any = None
+    """The engine's client, which writes traces."""
 
 
 def upload_bytes(rows: int, d_model: int) -> int:
     """The size of the largest upload that can be loaded: every row of a table in float64, and a header."""
     return 8 * rows * (2 * d_model + 3) + MAX_HEADER_BYTES
+
+
+def trace_bytes(d_model: int) -> int:
+    """The size of the largest request for a trace: a vector in it, and a prompt with every character as an escape."""
+    return inline_chars(d_model) + 16 * MAX_TRACED_CHARS
 
 
 class _RefusedError(Exception):
@@ -100,14 +115,17 @@ class SteeringMiddleware:
 
     def __init__(self, app: App, started: Callable[[], StartedServer | None]) -> None:
         self.app, self.started = app, started
-        self.uploads = 0
+        self.uploads = self.traces = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer requests for vectors, check the answers to requests for steering, and pass on everything else."""
         path = str(scope.get("path", "")).removeprefix(scope.get("root_path", ""))
         if scope["type"] == "http" and (path == PATH or path.startswith(f"{PATH}/")):
             try:
-                content = await self._answer(scope, receive, path.removeprefix(PATH).removeprefix("/"))
+                if (scope["method"], path) == ("POST", TRACE_PATH):
+                    content = await self._trace(scope, receive)
+                else:
+                    content = await self._answer(scope, receive, path.removeprefix(PATH).removeprefix("/"))
             except _RefusedError as error:
                 await send_json(send, error.status, str(error))
             else:
@@ -119,14 +137,11 @@ class SteeringMiddleware:
 
     async def _answer(self, scope: Message, receive: Receive, name: str) -> dict[str, Any]:
         """Do what a request for vectors asks, and return what is then loaded. Raises _RefusedError."""
-        started, method = self.started(), scope["method"]
-        if started is None:
-            raise _RefusedError(503, "The server has not started yet. Try again.")
-        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        started, method, headers = self._started(), scope["method"], headers_of(scope)
         if refusal := started.access.refusal(method, headers.get("authorization", "")):
             raise _RefusedError(*refusal)
         if method not in (("PUT", "DELETE") if name else ("GET",)):
-            expected = f"GET {PATH}, PUT {PATH}/NAME or DELETE {PATH}/NAME"
+            expected = f"GET {PATH}, PUT {PATH}/NAME, DELETE {PATH}/NAME or POST {TRACE_PATH}"
             raise _RefusedError(405, f"Expected {expected}, got the method {method} for this address.")
         try:
             if method == "PUT":
@@ -138,13 +153,53 @@ class SteeringMiddleware:
             raise _RefusedError(400, str(error)) from error
         return {"loaded": started.control.hookpoints(), "layers": list(started.control.layers)}
 
+    def _started(self) -> StartedServer:
+        """The server, once it has started. Raises _RefusedError before."""
+        if (started := self.started()) is None:
+            raise _RefusedError(503, "The server has not started yet. Try again.")
+        return started
+
+    async def _trace(self, scope: Message, receive: Receive) -> dict[str, Any]:
+        """The trace that a request asks for. A client that leaves ends it.
+
+        It needs no more than a completion does: the server's key, where it has one, which vLLM has checked before.
+
+        Raises _RefusedError for what makes no sense or is not loaded, and for too many at a time.
+        """
+        started = self._started()
+        most = trace_bytes(started.control.engine.config.model_config.get_hidden_size())
+        body = await read_body(receive, headers_of(scope).get("content-length", ""), most, "a prompt and steer keys")
+        if self.traces >= MAX_TRACES:
+            raise _RefusedError(503, f"{self.traces} traces are under way, and no more can be. Try again later.")
+        self.traces += 1
+        try:
+            asked = parse_trace_request(body)
+            async with self._leased(asked.steering.get("steer_vector")):
+                return await _while_there(receive, trace_request(started.client, started.control, asked))
+        except FgsteerError as error:
+            raise _RefusedError(400, str(error)) from error
+        finally:
+            self.traces -= 1
+
+    @asynccontextmanager
+    async def _leased(self, vector: str | None) -> AsyncIterator[None]:
+        """Keep the vector that a request carries, if it does, loaded. Raises _RefusedError where it does not load."""
+        name, refusal = ("", "") if vector is None else await self._lease(vector)
+        if refusal:
+            raise _RefusedError(400, refusal)
+        try:
+            yield
+        finally:
+            if name and (started := self.started()):
+                started.control.leases.give_back(name)
+
     async def _load(self, started: StartedServer, name: str, length: str, receive: Receive) -> None:
         """Load the body of a request. Raises _RefusedError as ``read_body`` does, and for too many at a time."""
         if self.uploads >= MAX_UPLOADS:
             raise _RefusedError(503, f"{self.uploads} uploads are under way, and no more can be. Try again later.")
         self.uploads += 1
         try:
-            content = await read_body(receive, length, started.upload_bytes)
+            content = await read_body(receive, length, started.upload_bytes, UPLOADED)
             await asyncio.to_thread(load_upload, started.control, name, content)
         finally:
             self.uploads -= 1
@@ -200,6 +255,26 @@ class SteeringMiddleware:
             return "", str(error)
 
 
+async def _while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What some work gives. A client that leaves meanwhile cancels it. Raises _RefusedError then."""
+
+    async def leave() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.ensure_future(work)
+    tasks = (working, asyncio.ensure_future(leave()))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _RefusedError(400, "The client closed the connection.")
+        return working.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class Asked(NamedTuple):
     """Whether the body of a POST asks for steering, why it is refused at once, if it is, and the vector in it."""
 
@@ -234,13 +309,14 @@ def asks_for_steering(body: bytes) -> Asked:
     return Asked(bool(asked), UNSTEERED if refused else "", vectors[0] if vectors else None)
 
 
-async def read_body(receive: Receive, length: str, max_bytes: int) -> bytes:
+def headers_of(scope: Message) -> dict[str, str]:
+    """The headers of a request, by their names in small letters."""
+    return {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+
+
+async def read_body(receive: Receive, length: str, max_bytes: int, expected: str) -> bytes:
     """The body of a request. Raises _RefusedError for one that is too long, takes too long or is cut off."""
-    too_long = _RefusedError(
-        413,
-        f"The body has more than {max_bytes:,} bytes. Expected the file of a vector, or of a clamp with no more "
-        "features than a table of this server has rows (--rows).",
-    )
+    too_long = _RefusedError(413, f"The body has more than {max_bytes:,} bytes. Expected {expected}.")
     if length.isdecimal() and int(length[:20]) > max_bytes:
         raise too_long
     content = bytearray()

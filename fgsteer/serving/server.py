@@ -103,7 +103,7 @@ class Plugin:
         attach(engine_client, control.admit)
         await asyncio.to_thread(start_serving, control, stages_by_name(self.vectors or {}, self.saes))
         width = control.engine.config.model_config.get_hidden_size()
-        self.started = StartedServer(control, self.access, upload_bytes(settings["rows"], width))
+        self.started = StartedServer(control, self.access, upload_bytes(settings["rows"], width), engine_client)
 
 
 def set_engine_options(args: Any, model: str, settings: Mapping[str, Any]) -> None:

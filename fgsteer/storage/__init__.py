@@ -3,6 +3,7 @@
 atomic.py      files and folders that are written in full or not at all
 files.py       files of tensors with a header and a hash
 json_files.py  JSON, read without trust
+json_values.py  frozen dataclasses from plain JSON
 lines.py       files of lines, plain or compressed
 targets.py     where a file or folder may be written
 locks.py       one writer at a time

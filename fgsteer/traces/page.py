@@ -11,13 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Protocol
 
 from fgsteer.display.pages import SHADES, standalone_page, visible
+from fgsteer.errors.wording import count
 from fgsteer.evaluation.page_parts import STYLE, card_markup, escaped, facts_markup, table_markup
 from fgsteer.traces.parts import NextToken, TracedFeature, TracedIntervention, TracedText, TracedToken
 
 MOST_VIEWS = 16  # of features that colours can show; all are in the tables
+UNKNOWN = "–"
 SIGN = {"steered": "what the steered model wrote", "unsteered": "what the unsteered model wrote", "given": "as given"}
 
 _STYLE = (
@@ -113,10 +116,13 @@ def trace_page(found: TraceParts) -> str:
 
 
 def _views(found: TraceParts) -> list[_View]:
+    tokens = [token for text in found.texts for token in text.tokens]
     views = [
-        _View("kl", "KL(steered‖unsteered)", lambda token: token.kl_steered_unsteered or 0.0, "nats"),
+        _View("kl", "KL(steered‖unsteered)", lambda token: _known(token.kl_steered_unsteered), "nats"),
+        _View("likelier", "made likelier", lambda token: token.log_ratio, "nats"),
         _View("dose", "dose", lambda token: token.dose, "‖h′ − h‖/‖h‖"),
     ]
+    views = [view for view in views if any(math.isfinite(view.value(token)) for token in tokens)]
 
     def of_feature(place: int) -> Callable[[TracedToken], float]:
         return lambda token: token.features_after[place]
@@ -125,6 +131,10 @@ def _views(found: TraceParts) -> list[_View]:
         label = f"{feature.id} {_short(feature.label, 24)}".strip()
         views.append(_View(f"f{place}", label, of_feature(place), "activation after steering"))
     return views
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _scale(view: _View, found: TraceParts) -> float:
@@ -144,7 +154,9 @@ def _choices(found: TraceParts, views: Sequence[_View], scales: dict[str, float]
     """The radio buttons, and what the strongest colour of each means."""
     gated = any(item.gate for item in found.interventions)
     names = [(view.name, view.label) for view in views]
-    names[2:2] = [("gate", "gate" if gated else "where it acts")]
+    if any(token.actions for text in found.texts for token in text.tokens):
+        before_features = len(names) - len(found.features[:MOST_VIEWS])
+        names.insert(before_features, ("gate", "gate" if gated else "where it acts"))
     buttons = "".join(
         f'<label><input type="radio" name="view" id="view-{name}"{" checked" if not place else ""}>'
         f"{escaped(label)}</label>"
@@ -170,11 +182,15 @@ def _text(found: TraceParts, text: TracedText, views: Sequence[_View], scales: d
         _token(found, token, place >= text.prompt_tokens, views, scales) for place, token in enumerate(text.tokens)
     )
     cells = text.cells()
-    summary = (
-        f"{cells['tokens']} tokens, KL(steered‖unsteered) {text.kl_steered_unsteered:.3g} nats in all, "
-        f"mean log-probability {_number(cells['log-probability before'])} before and "
-        f"{_number(cells['log-probability after'])} after, mean dose {_number(text.mean_dose)}"
-    )
+    whole = {
+        "KL(steered‖unsteered) in all": text.kl_steered_unsteered,
+        "log p after − log p before in all": text.log_ratio,
+        "mean log-probability before": cells["log-probability before"],
+        "and after": cells["log-probability after"],
+        "mean dose": text.mean_dose,
+    }
+    known = [f"{name} {shown}" for name, value in whole.items() if (shown := _number(value)) != UNKNOWN]
+    summary = ", ".join([count(len(text.written), "token"), *known])
     return (
         f'<h3>{escaped(SIGN[text.source].capitalize())}</h3><p class="legend">{escaped(summary)}</p>'
         f'<div class="text">{tokens}</div>'
@@ -204,12 +220,14 @@ def _tip(found: TraceParts, token: TracedToken) -> str:
             ("log-probability", _number(token.log_probability_before), _number(token.log_probability_after)),
             *_ranks(token.top_before, token.top_after),
         ]
-        lines.append(
-            f"KL(steered‖unsteered) {_number(token.kl_steered_unsteered)}, "
-            f"KL(unsteered‖steered) {_number(token.kl_unsteered_steered)} nats"
-        )
+        if token.kl_steered_unsteered is not None:
+            lines.append(
+                f"KL(steered‖unsteered) {_number(token.kl_steered_unsteered)}, "
+                f"KL(unsteered‖steered) {_number(token.kl_unsteered_steered)} nats"
+            )
         lines.append(_plain_table(("in its place", "before", "after"), rows))
-    lines.append(f"dose {_number(token.dose)}")
+    if math.isfinite(token.dose):
+        lines.append(f"dose {_number(token.dose)}")
     acts = [
         (
             f"{number}. {item.kind} at {item.hookpoint}",
@@ -217,7 +235,7 @@ def _tip(found: TraceParts, token: TracedToken) -> str:
             _number(action.strength) if action.acts else "–",
             _number(action.dose),
         )
-        for number, (item, action) in enumerate(zip(found.interventions, token.actions, strict=True), 1)
+        for number, (item, action) in enumerate(zip(found.interventions, token.actions, strict=False), 1)
     ]
     if acts:
         lines.append(_plain_table(("what steered", "gate", "strength", "dose"), acts))
@@ -233,11 +251,13 @@ def _tip(found: TraceParts, token: TracedToken) -> str:
 
 def _ranks(before: Sequence[NextToken], after: Sequence[NextToken]) -> Iterable[tuple[str, str, str]]:
     """The likeliest tokens of both models by rank, with their probabilities."""
-    for rank, (old, new) in enumerate(zip(before, after, strict=True), 1):
+    for rank, (old, new) in enumerate(zip_longest(before, after), 1):
         yield f"likeliest {rank}", _likely(old), _likely(new)
 
 
-def _likely(token: NextToken) -> str:
+def _likely(token: NextToken | None) -> str:
+    if token is None or not token.log_probability <= 1e-3:  # rounding may leave a little above 0
+        return UNKNOWN
     return f"“{token.text}” {math.exp(token.log_probability):.1%}"
 
 
@@ -277,7 +297,7 @@ def _interventions(found: TraceParts) -> str:
 
 
 def _number(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else "–"
+    return f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else UNKNOWN
 
 
 def _short(text: str, most: int) -> str:

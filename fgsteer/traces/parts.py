@@ -59,7 +59,7 @@ class TracedToken(OneLineRepr):
     "Before" is the unsteered model and "after" the steered one, both on the same tokens up to here. Log-probabilities,
     divergences and the likeliest tokens are of the distribution from which this token was drawn, which the token before
     it predicts; the first token of a text has none. ``KL(p‖q) = Σ_v p(v) (log p(v) − log q(v))`` over the whole
-    vocabulary, in nats.
+    vocabulary, in nats; a server knows none.
 
     Args:
         id: Its id.
@@ -73,8 +73,8 @@ class TracedToken(OneLineRepr):
         top_before: The likeliest tokens in its place under the unsteered model, most likely first.
         top_after: The same under the steered model.
         dose: How far all interventions together moved the activation, ``‖h′ − h‖/‖h‖``, at the hookpoint where that is
-            largest; h is what came to that hookpoint in the steered pass.
-        actions: What each intervention did, in the order of ``Trace.interventions``.
+            largest; h is what came to that hookpoint in the steered pass. It is nan where a server wrote the trace.
+        actions: What each intervention did, in the order of ``Trace.interventions``; none where a server wrote it.
         features_before: The activation of each feature of ``Trace.features`` in the unsteered pass.
         features_after: The same in the steered pass.
     """
@@ -92,6 +92,12 @@ class TracedToken(OneLineRepr):
     actions: tuple[TokenAction, ...] = ()
     features_before: tuple[float, ...] = ()
     features_after: tuple[float, ...] = ()
+
+    @property
+    def log_ratio(self) -> float:
+        """``log p_after − log p_before``: how much likelier steering made the token, in nats; nan where not known."""
+        before, after = self.log_probability_before, self.log_probability_after
+        return math.nan if before is None or after is None else after - before
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,12 +125,23 @@ class TracedText(OneLineRepr):
 
     @property
     def kl_steered_unsteered(self) -> float:
-        """The sum of KL(steered‖unsteered) over the completion's tokens, in nats.
+        """The sum of KL(steered‖unsteered) over the completion's tokens, in nats; nan where a server wrote the trace.
 
         On text that the steered model wrote, sampled at temperature 1 and without truncation, it is an unbiased
         estimate of what steering costs a text of so many tokens.
         """
-        return math.fsum(token.kl_steered_unsteered or 0.0 for token in self.written)
+        known = [value for token in self.written if (value := token.kl_steered_unsteered) is not None]
+        return math.fsum(known) if known or not self.written else math.nan
+
+    @property
+    def log_ratio(self) -> float:
+        """The sum of ``log p_after − log p_before`` over the completion's tokens, in nats; nan where none is known.
+
+        On text that the steered model wrote, sampled at temperature 1 and without truncation, its mean over texts is
+        that of ``kl_steered_unsteered``; of a single text it is noisier.
+        """
+        known = [value for token in self.written if not math.isnan(value := token.log_ratio)]
+        return math.fsum(known) if known else math.nan
 
     @property
     def mean_dose(self) -> float:
@@ -143,8 +160,8 @@ class TracedText(OneLineRepr):
             "tokens": len(self.written),
             "log-probability before": before,
             "log-probability after": after,
-            "KL(steered‖unsteered)": self.kl_steered_unsteered,
-            "dose": self.mean_dose,
+            "KL(steered‖unsteered)": _cell(self.kl_steered_unsteered),
+            "dose": _cell(self.mean_dose),
             "completion": self.completion,
         }
 
@@ -187,6 +204,11 @@ class TracedFeature(OneLineRepr):
     def cells(self) -> dict[str, Cell]:
         """What a table shows of it."""
         return {"feature": self.id, "label": self.label, "before": self.mean_before, "after": self.mean_after}
+
+
+def _cell(value: float) -> Cell:
+    """A number for a table; None, which tables leave out, where it is not known."""
+    return None if math.isnan(value) else value
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -2,6 +2,7 @@
 
 found.texts[0].tokens[5].kl_steered_unsteered
 found.write("trace.json")
+fg.Trace.from_dict(json.loads(answer)).write("trace.html")       # what a server answered, or a file holds
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fgsteer.errors import FormatError
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.json_files import write_json
+from fgsteer.storage.json_values import value_of
 from fgsteer.traces.page import trace_page
 from fgsteer.traces.parts import TracedFeature, TracedIntervention, TracedText
 
@@ -44,6 +46,26 @@ class Trace(OneLineRepr):
         """The trace as plain JSON: its fields, by name. A number that is not finite is None."""
         plain: dict[str, Any] = _plain(asdict(self))
         return plain
+
+    @classmethod
+    def from_dict(cls, plain: Any) -> Trace:
+        """The trace of what ``as_dict`` gives, which a file of JSON or the answer of ``fgsteer serve`` holds.
+
+        Raises FormatError for anything else.
+        """
+        try:
+            found: Trace = value_of(cls, plain, "trace", nan_for_null=True)
+        except (TypeError, ValueError, KeyError) as error:
+            raise FormatError(f"This is no trace: {error!s:.200}.", "what Trace.as_dict() gives") from error
+        for text in found.texts:
+            for token in text.tokens:
+                sizes = {len(token.features_before), len(token.features_after)}
+                if sizes != {len(found.features)} or len(token.actions) not in (0, len(found.interventions)):
+                    raise FormatError(
+                        "a trace whose tokens hold other features or interventions than it has itself",
+                        "what Trace.as_dict() gives",
+                    )
+        return found
 
     def page(self) -> str:
         """The trace as one HTML page that stands alone, without a script."""

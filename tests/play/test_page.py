@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import fgsteer as fg
+from fgsteer.play.served import SteeringServer
 from fgsteer.play.session import PlaySession, sae_sources
 
 pytestmark = pytest.mark.play
@@ -132,7 +133,8 @@ def test_search_add_slide_write_compare(opened):
     assert "water" in page.inner_text("#found .facts")
     shot(page, "found")
     find_and_add(page)
-    assert re.search(r"costs about 0\.\d+ nats", page.inner_text("#items"))
+    assert re.search(r"costs about (0\.9\d*|1) nats", page.inner_text("#items")), "the end of the green zone"
+    assert page.locator("#items .warn, #items .bad").count() == 0
     assert "nats a token of neutral text" in page.inner_text("#cost")
     first = steered(page)
     assert first.startswith("She looked out of the window and")
@@ -230,12 +232,34 @@ def test_save_share_and_open_again(opened, session, tmp_path):
     again.wait_for_selector(WRITTEN)
     assert again.input_value("#prompt") == "At dawn"
     assert steered(again) == text
+    again.click("#saved summary")
+    assert "wave" in again.locator("#vector option").all_inner_texts()
+    again.select_option("#vector", "wave")
+    again.click("#add-vector")
+    until(again, "document.querySelectorAll('#items > li').length === 2")
+    again.wait_for_selector(WRITTEN)
+    again.click("#forget-vector")
+    until(again, "document.querySelectorAll('#items > li').length === 1")
+    assert "wave" not in again.locator("#vector option").all_inner_texts()
+    assert (session.folder / "wave.safetensors").is_file()
+    again.wait_for_selector(WRITTEN)
     damaged = tmp_path / "damaged.json"
     damaged.write_text(json.dumps({**json.loads(files["#share"].read_text()), "plan": {"items": [{"kind": SCRIPT}]}}))
     again.set_input_files("#open-file", damaged)
     again.wait_for_selector("#error:not([hidden])")
     assert "kind of an item" in again.inner_text("#error")
     assert again.title() == "fgsteer play"
+
+
+def test_a_server_that_is_down_is_said_in_words(opened, session, monkeypatch):
+    monkeypatch.setattr(session, "server", SteeringServer("http://127.0.0.1:9"))
+    page = opened()
+    assert page.inner_text("#server") == "written by http://127.0.0.1:9"
+    page.fill("#prompt", "A prompt that nothing has been written for")
+    page.click("#write")
+    page.wait_for_selector("#error:not([hidden])")
+    assert "Expected a running fgsteer serve" in page.inner_text("#error")
+    assert page.inner_text("#status") == ""
 
 
 def test_by_keyboard_alone(opened):

@@ -6,15 +6,19 @@ import json
 import random
 import re
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
 
+import fgsteer as fg
+from fgsteer.play.plan import Plan
+from fgsteer.play.served import SteeringServer
 from fgsteer.serving import steering
 from tests.vllm import hostile
-from tests.vllm.cases import PROMPTS, cases, check, continue_with_hooks, served
-from tests.vllm.server import ADMIN, call, complete, completion, save_served, serving
+from tests.vllm.cases import PROMPTS, cases, check, continue_with_hooks, model, served
+from tests.vllm.server import ADMIN, KEY, call, complete, completion, save_served, serving
 from tests.vllm.soak import Soak
 
 pytestmark = pytest.mark.vllm
@@ -184,6 +188,77 @@ def test_chat_and_responses_are_steered(url):
         assert status == 200, reply
         texts.append(reply["output"][0]["content"][0]["text"])
     assert texts[0].strip() == told["choices"][0]["text"].strip() != texts[1].strip()
+
+
+@pytest.mark.parametrize("label", ["add", "generated", "a file of several", "gated"])
+def test_a_trace_is_that_of_the_library(url, label):
+    case = next(c for c in cases() if c.label == label)
+    asked = {"prompt": case.prompt, "max_tokens": 12, "vllm_xargs": case.extra}
+    status, answer = call(f"{url}/v1/steering/trace", asked)
+    assert status == 200, answer
+    found = fg.Trace.from_dict(answer)
+    expected = fg.trace(*model(), case.prompt, case.item, max_new_tokens=12, do_sample=False).texts[0]
+    (text,) = found.texts
+    assert [token.id for token in text.tokens] == [token.id for token in expected.tokens]
+    assert [token.text for token in text.tokens] == [token.text for token in expected.tokens]
+    assert (text.completion, text.prompt_tokens) == (expected.completion, expected.prompt_tokens)
+    for ours, theirs in zip(text.tokens[1:], expected.tokens[1:], strict=True):
+        for name in ("before", "after"):
+            # as ``check``: float32's rounding over 5 layers, in kernels of other sums
+            assert abs(getattr(ours, f"log_probability_{name}") - getattr(theirs, f"log_probability_{name}")) < 2e-4
+            likely, likely_too = getattr(ours, f"top_{name}"), getattr(theirs, f"top_{name}")
+            for one, other in zip(likely, likely_too, strict=True):  # ranks of near ties may change, not their values
+                assert abs(one.log_probability - other.log_probability) < 2e-4
+            assert likely[0].text == likely_too[0].text
+    assert abs(text.log_ratio - expected.log_ratio) < len(text.written) * 4e-4 < abs(text.log_ratio)
+    assert "<table>" in found.page()
+
+
+def test_what_makes_no_trace_is_refused_and_a_client_that_leaves_ends_its_own(url):
+    good = {"prompt": PROMPTS[0], "max_tokens": 200, "vllm_xargs": steering("middle")}
+    for change, word in (
+        ({"vllm_xargs": {"steer": "nothing"}}, "one of"),
+        ({"vllm_xargs": {"steer": "middle", "steer_scale": 1e39}}, "overflow"),
+        ({"vllm_xargs": None}, "steer keys"),
+        ({"max_tokens": 1000}, "tokens"),
+        ({"prompt": [10**6]}, "token id"),
+        ({"logprobs": 5}, "keys among"),
+    ):
+        status, told = call(f"{url}/v1/steering/trace", good | change)
+        assert (status, word in told["error"]["message"]) == (400, True), told
+    assert call(f"{url}/v1/steering/trace", good, key="wrong")[0] == 401
+    where, body = urlsplit(url), json.dumps(good).encode()
+    head = f"POST /v1/steering/trace HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    for _ in range(4):
+        with socket.create_connection((where.hostname, where.port)) as wire:
+            wire.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            time.sleep(0.2)
+    for _ in range(50):
+        status, told = call(f"{url}/v1/steering/trace", good | {"max_tokens": 4})
+        if status == 200:
+            break
+        time.sleep(0.1)
+    assert status == 200, told
+    carried = good | {"max_tokens": 4, "vllm_xargs": steering(served()["middle"])}
+    assert call(f"{url}/v1/steering/trace", carried)[1]["texts"] == told["texts"]
+
+
+def test_the_page_of_play_is_written_by_the_server(url):
+    server, item = SteeringServer(url, ADMIN), served()["middle"].add(1.0)
+    for temperature, seed in ((0.0, 0), (0.8, 3)):
+        plan = Plan(prompt=PROMPTS[1], max_new_tokens=12, temperature=temperature)
+        texts = [[text for text, _ in server.pieces(plan, entry, seed)][-1] for entry in ([item], [])]
+        body = {"model": "default", "prompt": plan.prompt, "max_tokens": 12, "temperature": temperature, "seed": seed}
+        asked = [body | {"vllm_xargs": steering("middle")}, body]
+        told = [call(f"{url}/v1/completions", one)[1]["choices"][0]["text"] for one in asked]
+        assert texts == told
+        assert texts[0] != texts[1]
+    chat = Plan(prompt=PROMPTS[1], chat=True, max_new_tokens=8)
+    assert [text for text, _ in server.pieces(chat, [item], 0)][-1]
+    with pytest.raises(fg.FgsteerError, match="401"):
+        list(SteeringServer(url, "wrong").pieces(plan, [item], 0))
+    with pytest.raises(fg.FgsteerError, match="layer 1"):  # at which this server has no table
+        list(server.pieces(plan, [fg.SteeringVector(item.direction, fg.Hookpoint(1)).add(1.0)], 0))
 
 
 def test_no_accepted_request_changes_an_unsteered_one(url, tmp_path):

@@ -169,7 +169,7 @@ function inspect(place, n) {
     const rows = top.flatMap(([text, logp]) => {
       const bar = el("span");
       bar.style.setProperty("width", `${100 * Math.exp(logp)}%`);
-      return [el("b", { class: text === token.text ? "own" : "" }, text), el("div", { class: "bar" }, bar), el("span", {}, `${number(100 * Math.exp(logp), 2)} %`)];
+      return [el("b", { class: text === token.text ? "own" : "" }, text.replaceAll("\n", "⏎")), el("div", { class: "bar" }, bar), el("span", {}, `${number(100 * Math.exp(logp), 2)} %`)];
     });
     const mine = own === null ? "" : ` (this one ${number(100 * Math.exp(own), 2)} %)`;
     return el("div", {}, el("h3", {}, title + mine), el("div", { class: "top" }, ...rows));

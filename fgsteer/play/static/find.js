@@ -1,7 +1,7 @@
 // Ways to find what steers: features by word or text, their cards, contrasts, saved vectors.
 import { ask } from "./api.js";
 import { $, base64Of, el, number, options } from "./dom.js";
-import { add } from "./items.js";
+import { add, removeWhere } from "./items.js";
 import { state } from "./state.js";
 
 export function start() {
@@ -28,6 +28,7 @@ export function start() {
     const name = $("vector").value;
     if (name) add({ kind: "vector", name }, name);
   });
+  $("forget-vector").addEventListener("click", forgetVector);
   $("vector-file").addEventListener("change", loadVector);
   options($("example"), [["", "your own texts"], ...state.about.contrasts.map((name) => [name, name])], "");
   options($("method"), state.about.methods.map((row) => [row.name, row.label]), "fgaa");
@@ -122,7 +123,15 @@ function buildContrast() {
 
 export function showVectors(names) {
   options($("vector"), names.length ? names.map((name) => [name, name]) : [["", "none yet"]], $("vector").value);
-  $("add-vector").disabled = !names.length;
+  $("add-vector").disabled = $("forget-vector").disabled = !names.length;
+}
+
+async function forgetVector() {
+  const name = $("vector").value;
+  const found = await ask("forget-vector", { name }, "vectors");
+  if (!found) return;
+  removeWhere((item) => item.kind === "vector" && item.name === name);
+  showVectors(found.vectors);
 }
 
 async function loadVector() {

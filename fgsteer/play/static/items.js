@@ -4,8 +4,8 @@ import { $, bytesOf, download, el, number, options } from "./dom.js";
 import { showCard, showVectors } from "./find.js";
 import { addItem, changed, plainItem, plan, state, subscribe } from "./state.js";
 
-const LOWEST = -1, HIGHEST = 1.5;
-const FIRST_DOSE = 0.25;
+const LOWEST = -1, HIGHEST = 1.5, STEP = 0.01; // of the slider, in ‖h‖
+const FIRST_DOSE = 0.5; // where no measured one costs so much
 const EDIT_WORDS = { off: "off", set: "set to", at_least: "at least", at_most: "at most", plus: "plus", times: "times" };
 
 export function start() {
@@ -13,7 +13,7 @@ export function start() {
   render();
 }
 
-// Add an item; where it has a dose, find out what strengths cost and begin where neutral text loses half a nat a token.
+// Add an item; where it has a dose, find out what strengths cost, and begin at the end of the green zone.
 export async function add(entry, label) {
   const item = addItem(entry, label);
   $("items").lastElementChild.scrollIntoView({ block: "nearest" });
@@ -37,12 +37,19 @@ async function measure(item, begin = false) {
     return;
   }
   item.ui.curve = found;
-  if (begin && !item.amount) item.amount = rounded((found.usual ?? FIRST_DOSE) * found.unit);
+  if (begin && !item.amount) item.amount = rounded(startOf(found) * found.unit);
   changed("items");
 }
 
-function remove(item) {
-  state.items = state.items.filter((other) => other !== item);
+// The dose at which a slider begins: the last step of the green zone.
+const startOf = (curve) => (curve.worse === null ? FIRST_DOSE : Math.max(STEP, Math.ceil(curve.worse / STEP - 1) * STEP));
+
+const remove = (item) => removeWhere((other) => other === item);
+
+export function removeWhere(isGone) {
+  const before = state.items.length;
+  state.items = state.items.filter((item) => !isGone(item));
+  if (state.items.length === before) return;
   changed("items");
   settled();
 }
@@ -88,7 +95,7 @@ function itemCard(item) {
 function doseSlider(item) {
   const curve = item.ui.curve;
   const id = `slider-${item.ui.id}`;
-  const slider = el("input", { id, type: "range", min: LOWEST, max: HIGHEST, step: 0.01, "aria-label": `Dose of ${nameOf(item)}, in units of the activations' norm`, disabled: !curve });
+  const slider = el("input", { id, type: "range", min: LOWEST, max: HIGHEST, step: STEP, "aria-label": `Dose of ${nameOf(item)}, in units of the activations' norm`, disabled: !curve });
   const output = el("output", { for: id });
   const says = el("div", { class: "says" });
   const zones = el("div", { class: "zones", "aria-hidden": "true" });
@@ -99,7 +106,8 @@ function doseSlider(item) {
     const collapsed = curve && cost === null ? curve.collapse !== null && Math.abs(dose) > Math.abs(curve.collapse) : cost >= 2;
     says.className = collapsed ? "says bad" : cost >= 1 ? "says warn" : "says";
     const price = cost === null ? "beyond what was measured" : `costs about ${number(Math.max(cost, 0), 2)} nats a token`;
-    says.textContent = curve ? `${price}${collapsed ? ": no language is left" : cost >= 1 ? ": the language suffers" : ""}` : "measuring what strengths cost…";
+    const length = `${Math.round(100 * Math.abs(dose))} % of the activations’ length`;
+    says.textContent = curve ? `${length}, ${price}${collapsed ? ": no language is left" : cost >= 1 ? ": the language suffers" : ""}` : "measuring what strengths cost…";
     slider.setAttribute("aria-valuetext", `${output.textContent}, ${says.textContent}`);
   };
   if (curve) {
@@ -282,7 +290,7 @@ export function drawCost(cost) {
   $("cost").hidden = false;
   const share = Math.min(1, Math.max(0, cost / 2.5));
   $("cost").querySelector(".meter span").style.setProperty("width", `${100 * (1 - share)}%`);
-  const verdict = cost >= 2 ? "collapse: no language is left" : cost >= 1 ? "the language suffers" : cost >= 0.1 ? "it steers, and the text stays fluent" : "hardly any effect";
+  const verdict = cost >= 2 ? "collapse: no language is left" : cost >= 1 ? "the language suffers" : cost >= 0.1 ? "it steers, and neutral text stays fluent" : "hardly any effect";
   const text = `All together cost ${number(Math.max(cost, 0), 3)} nats a token of neutral text: ${verdict}.`;
   $("cost").querySelector("p").textContent = text;
   $("cost").querySelector(".meter").setAttribute("aria-label", text);
