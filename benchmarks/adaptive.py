@@ -1,0 +1,203 @@
+"""A strength that depends on the token (PSR) against the same vectors added to every token, at one cost.
+
+From the written replies of a shipped contrast, with an instruction that asks for such replies, vectors are built or
+trained for one layer of SmolLM2, or for five. All are brought to the strength at which the model's own answers to some
+questions have a KL of KL nats a token; other questions are then answered, which the benchmark's embedding judge and
+coherence score, and log p(wanted reply) − log p(plain reply) is measured on held-out pairs. Nothing else is chosen.
+
+    python benchmarks/adaptive.py             writes results/smollm2/adaptive.json and adaptive.md
+    python benchmarks/adaptive.py --docs      puts the table into docs/guides/train.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from beginnings import like, strength
+from grains import margins
+from subject import ROOT, over_items, run_benchmark, with_interval
+
+import fgsteer as fg
+from fgsteer.data.shipped import load_chat_prompts
+from fgsteer.evaluation.metrics.intervals import mean_interval, paired_differences
+from fgsteer.learning.changes import answer_changes
+from fgsteer.likelihood.passes import TextPasses
+from fgsteer.likelihood.scoring import mean_kl_divergences
+
+PAGE = ROOT / "docs" / "guides" / "train.md"
+ASKING = {"cheerful": "Reply in a cheerful and enthusiastic way. "}
+LAYER, LAYERS = 14, (6, 10, 14, 18, 22)
+KL = 0.25  # nats a token of the model's own answers
+CALIBRATED, REPORTED, PAIRS = 6, 24, 12  # questions of either half, and held-out pairs
+NEW_TOKENS = 24
+STEPS = {"ll": 40, "mse": 600}
+NAMES = {
+    "unsteered": "unsteered",
+    "asked": "the instruction, unsteered",
+    "caa": "CAA",
+    "mse": "S-PSR, mse",
+    "mse, constant": "its u at every token",
+    "ll": "S-PSR, ll",
+    "ll, constant": "its u at every token",
+    "several": "A-PSR, mse, five layers",
+    "several, constant": "mean changes of five layers",
+    "random": "a random vector",
+}
+COMPARED = (("mse", "mse, constant"), ("ll", "ll, constant"), ("several", "several, constant"))
+Make = Callable[[float], Any]
+"""From a strength to an entry of ``steering``."""
+
+
+def every_token(directions: Mapping[fg.Hookpoint, torch.Tensor]) -> Make:
+    """Directions that are added to every token of a reply."""
+    vectors = [fg.SteeringVector(direction, at) for at, direction in directions.items()]
+    return lambda c: [vector.add(c, scope="reply") for vector in vectors]
+
+
+def by_token(vectors: Sequence[fg.SteeringVector]) -> Make:
+    """Vectors that are added as strongly as each token of a reply asks for."""
+    return lambda c: [vector.adaptive_add(c, scope="reply") for vector in vectors]
+
+
+def build(model: Any, tokenizer: Any, contrast: fg.ContrastSet) -> tuple[dict[str, Make], dict[str, float]]:
+    """What is compared, at strengths near 1, and the share of tokens at which a trained strength is above 0."""
+    instruction = ASKING[contrast.name]
+    triples = [(pair.prompt, asked(pair.prompt, instruction), pair.positive) for pair in contrast.pairs]
+    at, places = fg.Hookpoint(LAYER), [fg.Hookpoint(layer) for layer in LAYERS]
+    one, several = (answer_changes(model, tokenizer, triples, where).changes for where in ([at], places))
+    mean = {place: torch.cat(found).mean(0) for place, found in {**one}.items()}
+    stats = fg.collect(model, tokenizer, list(contrast.pairs), hookpoints=[at], tokens="answer", progress=False)
+    makes = {
+        "caa": every_token({at: fg.caa(stats).direction}),
+        "several, constant": every_token({place: torch.cat(found).mean(0) for place, found in several.items()}),
+        "random": every_token({at: like(mean[at], 0)}),
+    }
+    shares: dict[str, float] = {}
+    for name, objective, where in (("mse", "mse", [at]), ("ll", "ll", [at]), ("several", "mse", places)):
+        settings = fg.AdaptiveTraining(objective, steps=STEPS[objective], hold_out=True)  # type: ignore[arg-type]
+        vectors = fg.train_adaptive(model, tokenizer, triples, hookpoints=where, objective=settings, progress=False)
+        makes[name] = by_token(vectors)
+        shares[name] = sum(v.provenance["training"]["active_share"] for v in vectors) / len(vectors)
+        if name != "several":
+            (vector,) = vectors
+            makes[f"{name}, constant"] = every_token({at: vector.direction * mean[at].norm()})
+        print(name, shares[name], vectors[0].provenance["training"].get("held_out_losses"), flush=True)
+    return makes, shares
+
+
+def asked(prompt: Any, instruction: str) -> list[dict[str, str]]:
+    """A question with an instruction before it."""
+    (message,) = prompt
+    return [{**message, "content": instruction + message["content"]}]
+
+
+def answer(model: Any, tokenizer: Any, prompts: Sequence[Any], steering: Any = None) -> list[str]:
+    """Sampled answers, from one seed."""
+    torch.manual_seed(0)
+    entries = None if steering is None else [steering] * len(prompts)
+    return fg.generate(
+        model, tokenizer, prompts, steering=entries, max_new_tokens=NEW_TOKENS, do_sample=True, top_p=0.9
+    )
+
+
+def measure() -> dict[str, Any]:
+    """Every contrast."""
+    model, tokenizer = fg.load_model("smollm2", dtype="bfloat16", device="cpu")
+    judge = fg.EmbeddingJudge()
+    prompts = load_chat_prompts()
+    first, prompts = prompts[:CALIBRATED], prompts[CALIBRATED:][:REPORTED]
+    passes = TextPasses(model, tokenizer, list(zip(first, answer(model, tokenizer, first), strict=True)), keep=True)
+    plain = answer(model, tokenizer, prompts)
+    coherence = fg.Coherence.fit(model, tokenizer, plain, prompts=prompts)
+    contrasts: dict[str, Any] = {}
+    for name, instruction in ASKING.items():
+        contrast = fg.load_contrast(name)
+        assert contrast.held_out is not None
+        makes, shares = build(model, tokenizer, contrast)
+        entries: dict[str, Any] = {"unsteered": None}
+        found: dict[str, tuple[float, float]] = {}
+        for label, make in makes.items():
+            found[label] = strength(
+                lambda c, make=make: mean_kl_divergences(passes, [make(c)])[0],
+                1.0,
+                KL,  # type: ignore[misc]
+            )
+            entries[label] = make(found[label][0])
+            print(name, label, found[label], flush=True)
+        held_out = contrast.held_out.pairs[:PAIRS]
+        moved = margins(model, tokenizer, held_out, list(entries.values()))
+        texts = {label: answer(model, tokenizer, prompts, entry) for label, entry in entries.items()}
+        texts["asked"] = answer(model, tokenizer, [asked(prompt, instruction) for prompt in prompts])
+        rows: dict[str, Any] = {}
+        for label, own in texts.items():
+            number = list(entries).index(label) if label in entries else None
+            rows[label] = {
+                "behavior": [float(x) for x in judge.score(own, name)],
+                "coherence": [float(x) for x in coherence.score(own, prompts)],
+                "moved": None if number is None else (moved[number] - moved[0]).tolist(),
+                "strength": found[label][0] if label in found else None,
+                "kl": found[label][1] if label in found else None,
+                "active_share": shares.get(label),
+                "texts": own[:3],
+            }
+            print(name, label, own[0], flush=True)
+        contrasts[name] = rows
+    return {
+        "kl": KL,
+        "layer": LAYER,
+        "layers": list(LAYERS),
+        "calibrated": CALIBRATED,
+        "reported": len(prompts),
+        "contrasts": contrasts,
+    }
+
+
+def scores(row: Mapping[str, Any], what: str) -> dict[int, float]:
+    """A number for each question: behavior, coherence, or both multiplied (BCS)."""
+    if what != "bcs":
+        return dict(enumerate(row[what]))
+    return {n: b * c for n, (b, c) in enumerate(zip(row["behavior"], row["coherence"], strict=True))}
+
+
+def over_contrasts(rows: Sequence[Mapping[int, float]]) -> list[float]:
+    """The mean over contrasts, with an interval over questions."""
+    return list(mean_interval(rows, lambda number: number))
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """Every way to steer, by what is written and how held-out replies' likelihood moves, in Markdown."""
+    contrasts = content["contrasts"]
+    lines = [
+        f"| | behavior × coherence | behavior | coherence | moved margin, {', '.join(contrasts)} | tokens with λ > 0 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label, title in NAMES.items():
+        rows = [contrast[label] for contrast in contrasts.values()]
+        bcs = with_interval(over_contrasts([scores(row, "bcs") for row in rows]))
+        others = [f"{over_contrasts([scores(row, what) for row in rows])[0]:.2f}" for what in ("behavior", "coherence")]
+        moved = ""
+        if rows[0]["strength"] is not None:
+            moved = "; ".join(with_interval(over_items(row["moved"]), "+.2f") for row in rows)
+        shares = "" if rows[0]["active_share"] is None else ", ".join(f"{row['active_share']:.2f}" for row in rows)
+        lines.append(f"| {title} | {bcs} | {' | '.join(others)} | {moved} | {shares} |")
+    lines += [
+        "",
+        f"At block {content['layer']} of SmolLM2, or blocks {', '.join(map(str, content['layers']))}, all at "
+        f"{content['kl']:g} nats a token of KL on the model's own answers; {content['reported']} other questions, "
+        "with 95 % intervals over questions. By-token less constant, behavior × coherence:",
+        "",
+    ]
+    for one, other in COMPARED:
+        gains = [
+            paired_differences(scores(rows[one], "bcs"), scores(rows[other], "bcs")) for rows in contrasts.values()
+        ]
+        mean, low, high = over_contrasts(gains)
+        verdict = "no winner" if low <= 0 <= high else "a win" if mean > 0 else "a loss"
+        lines.append(f"- {NAMES[one]}: {with_interval((mean, low, high), '+.3f')}, {verdict}.")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_benchmark("adaptive", __doc__, PAGE, measure, table)
