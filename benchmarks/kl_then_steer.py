@@ -1,12 +1,12 @@
 """KL-then-steer: whether a model that was trained to stay as it is under steering pays less for the same behavior.
 
-The model is trained on its own texts while random ones of ten shipped concepts are steered. Then vectors of six other
-concepts are built, from the model as it was and from the trained one, for one layer. Both are brought to the same
-push, that is the change of log p of a concept's texts less that of its other texts, and reported is what neutral texts
-cost more than in the untouched model. The rate of training and strengths are set on one half of the texts, and the other half is reported; the
-two models are compared at equal strength too, and with a random vector of the same norm.
+The embedded default is trained on its own texts while random ones of ten shipped concepts are steered. Then vectors of
+six other concepts are built, from the model as it was and from the trained one, for one layer. Both are brought to the
+same push, that is the change of log p of a concept's texts less that of its other texts, and reported is what neutral
+texts cost more than in the untouched model. The rate of training and strengths are chosen on one half of the texts, and
+the other half is reported; the two models are compared at one strength too, and with a random vector of the same norm.
 
-    python benchmarks/kl_then_steer.py             writes results/smollm2/kl_then_steer.json and kl_then_steer.md
+    python benchmarks/kl_then_steer.py             writes results/kl_then_steer.json and kl_then_steer.md
     python benchmarks/kl_then_steer.py --docs      puts the table into docs/guides/train.md
 """
 
