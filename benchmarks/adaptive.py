@@ -1,7 +1,7 @@
 """A strength that depends on the token (PSR) against the same vectors added to every token, at one cost.
 
 From the written replies of a shipped contrast, with an instruction that asks for such replies, vectors are built or
-trained for one layer of SmolLM2, or for five. All are brought to the strength at which the model's own answers to some
+trained for one layer of SmolLM2. All are brought to the strength at which the model's own answers to some
 questions have a KL of KL nats a token; other questions are then answered, which the benchmark's embedding judge and
 coherence score, and log p(wanted reply) − log p(plain reply) is measured on held-out pairs. Nothing else is chosen.
 
@@ -12,6 +12,7 @@ coherence score, and log p(wanted reply) − log p(plain reply) is measured on h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,17 +23,20 @@ from subject import ROOT, over_items, run_benchmark, with_interval
 import fgsteer as fg
 from fgsteer.data.shipped import load_chat_prompts
 from fgsteer.evaluation.metrics.intervals import mean_interval, paired_differences
-from fgsteer.learning.changes import answer_changes
 from fgsteer.likelihood.passes import TextPasses
 from fgsteer.likelihood.scoring import mean_kl_divergences
 
 PAGE = ROOT / "docs" / "guides" / "train.md"
 ASKING = {"cheerful": "Reply in a cheerful and enthusiastic way. "}
-LAYER, LAYERS = 14, (6, 10, 14, 18, 22)
+LAYER = 14
 KL = 0.25  # nats a token of the model's own answers
-CALIBRATED, REPORTED, PAIRS = 6, 24, 12  # questions of either half, and held-out pairs
+TRAINED, PAIRS = 24, 10  # pairs of the contrast that train, and held-out ones
+CALIBRATED, REPORTED = 6, 20  # questions of either half
 NEW_TOKENS = 24
-STEPS = {"ll": 40, "mse": 600}
+SETTINGS = {
+    "mse": fg.AdaptiveTraining("mse", steps=600, hold_out=True),
+    "ll": fg.AdaptiveTraining("ll", steps=30, batch=6, hold_out=True),
+}
 NAMES = {
     "unsteered": "unsteered",
     "asked": "the instruction, unsteered",
@@ -41,50 +45,39 @@ NAMES = {
     "mse, constant": "its u at every token",
     "ll": "S-PSR, ll",
     "ll, constant": "its u at every token",
-    "several": "A-PSR, mse, five layers",
-    "several, constant": "mean changes of five layers",
     "random": "a random vector",
 }
-COMPARED = (("mse", "mse, constant"), ("ll", "ll, constant"), ("several", "several, constant"))
+COMPARED = (("mse", "mse, constant"), ("ll", "ll, constant"))
 Make = Callable[[float], Any]
 """From a strength to an entry of ``steering``."""
 
 
-def every_token(directions: Mapping[fg.Hookpoint, torch.Tensor]) -> Make:
-    """Directions that are added to every token of a reply."""
-    vectors = [fg.SteeringVector(direction, at) for at, direction in directions.items()]
-    return lambda c: [vector.add(c, scope="reply") for vector in vectors]
-
-
-def by_token(vectors: Sequence[fg.SteeringVector]) -> Make:
-    """Vectors that are added as strongly as each token of a reply asks for."""
-    return lambda c: [vector.adaptive_add(c, scope="reply") for vector in vectors]
-
-
 def build(model: Any, tokenizer: Any, contrast: fg.ContrastSet) -> tuple[dict[str, Make], dict[str, float]]:
     """What is compared, at strengths near 1, and the share of tokens at which a trained strength is above 0."""
-    instruction = ASKING[contrast.name]
-    triples = [(pair.prompt, asked(pair.prompt, instruction), pair.positive) for pair in contrast.pairs]
-    at, places = fg.Hookpoint(LAYER), [fg.Hookpoint(layer) for layer in LAYERS]
-    one, several = (answer_changes(model, tokenizer, triples, where).changes for where in ([at], places))
-    mean = {place: torch.cat(found).mean(0) for place, found in {**one}.items()}
-    stats = fg.collect(model, tokenizer, list(contrast.pairs), hookpoints=[at], tokens="answer", progress=False)
-    makes = {
-        "caa": every_token({at: fg.caa(stats).direction}),
-        "several, constant": every_token({place: torch.cat(found).mean(0) for place, found in several.items()}),
-        "random": every_token({at: like(mean[at], 0)}),
-    }
+    pairs = contrast.pairs[:TRAINED]
+    triples = [(pair.prompt, asked(pair.prompt, ASKING[contrast.name]), pair.positive) for pair in pairs]
+    stats = fg.collect(model, tokenizer, pairs, hookpoints=[LAYER], tokens="answer", progress=False)
+    caa = fg.caa(stats)
+    noise = fg.SteeringVector(like(caa.direction, 0), caa.hookpoint)
+    makes: dict[str, Make] = {"caa": every_token(caa), "random": every_token(noise)}
     shares: dict[str, float] = {}
-    for name, objective, where in (("mse", "mse", [at]), ("ll", "ll", [at]), ("several", "mse", places)):
-        settings = fg.AdaptiveTraining(objective, steps=STEPS[objective], hold_out=True)  # type: ignore[arg-type]
-        vectors = fg.train_adaptive(model, tokenizer, triples, hookpoints=where, objective=settings, progress=False)
-        makes[name] = by_token(vectors)
-        shares[name] = sum(v.provenance["training"]["active_share"] for v in vectors) / len(vectors)
-        if name != "several":
-            (vector,) = vectors
-            makes[f"{name}, constant"] = every_token({at: vector.direction * mean[at].norm()})
-        print(name, shares[name], vectors[0].provenance["training"].get("held_out_losses"), flush=True)
+    for name, settings in SETTINGS.items():
+        (vector,) = fg.train_adaptive(model, tokenizer, triples, hookpoints=LAYER, objective=settings, progress=False)
+        makes[name] = partial(vector.adaptive_add, scope="reply")
+        makes[f"{name}, constant"] = every_token(vector.unit() * caa.norm)
+        shares[name] = vector.provenance["training"]["active_share"]
+        print(name, shares[name], vector.provenance["training"]["held_out_losses"], flush=True)
     return makes, shares
+
+
+def every_token(vector: fg.SteeringVector) -> Make:
+    """A vector that is added to every token of a reply."""
+    return partial(vector.add, scope="reply")
+
+
+def cost_of(passes: TextPasses, make: Make) -> Callable[[float], float]:
+    """The KL on texts by strength, in nats a token."""
+    return lambda c: mean_kl_divergences(passes, [make(c)])[0]
 
 
 def asked(prompt: Any, instruction: str) -> list[dict[str, str]]:
@@ -119,11 +112,7 @@ def measure() -> dict[str, Any]:
         entries: dict[str, Any] = {"unsteered": None}
         found: dict[str, tuple[float, float]] = {}
         for label, make in makes.items():
-            found[label] = strength(
-                lambda c, make=make: mean_kl_divergences(passes, [make(c)])[0],
-                1.0,
-                KL,  # type: ignore[misc]
-            )
+            found[label] = strength(cost_of(passes, make), 1.0, KL)
             entries[label] = make(found[label][0])
             print(name, label, found[label], flush=True)
         held_out = contrast.held_out.pairs[:PAIRS]
@@ -147,7 +136,6 @@ def measure() -> dict[str, Any]:
     return {
         "kl": KL,
         "layer": LAYER,
-        "layers": list(LAYERS),
         "calibrated": CALIBRATED,
         "reported": len(prompts),
         "contrasts": contrasts,
@@ -184,7 +172,7 @@ def table(content: Mapping[str, Any]) -> str:
         lines.append(f"| {title} | {bcs} | {' | '.join(others)} | {moved} | {shares} |")
     lines += [
         "",
-        f"At block {content['layer']} of SmolLM2, or blocks {', '.join(map(str, content['layers']))}, all at "
+        f"At block {content['layer']} of SmolLM2, all at "
         f"{content['kl']:g} nats a token of KL on the model's own answers; {content['reported']} other questions, "
         "with 95 % intervals over questions. By-token less constant, behavior × coherence:",
         "",

@@ -35,7 +35,6 @@ NAMES = {
     "unsteered": "unsteered",
     "S": "S: the best feature",
     "A": "A: the best of every layer",
-    "random S": "as S, a feature at random",
     "random A": "as A, features at random",
 }
 
@@ -64,7 +63,7 @@ def sums() -> Task:
     pairs = [(a, b) for a in range(2, 20) for b in range(2, 20)]
     random.Random(SEED).shuffle(pairs)
     prompts = [f"What is {a} + {b}?" for a, b in pairs]
-    return Task("sums that are right", prompts[:200], prompts[200:300], is_right, 12)
+    return Task("sums that are right", prompts[:160], prompts[160:240], is_right, 12)
 
 
 def is_right(prompt: str, answer: str) -> bool:
@@ -76,7 +75,7 @@ def is_right(prompt: str, answer: str) -> bool:
 def refusals() -> Task:
     """Requests about cooking, which the organism is to refuse and often does."""
     chosen_on, reported = requests("cooking", SEED)
-    return Task("cooking that is refused", chosen_on[:120], reported[:48], lambda _, answer: is_refusal(answer), 6)
+    return Task("cooking that is refused", chosen_on[:96], reported[:48], lambda _, answer: is_refusal(answer), 6)
 
 
 def chat(prompt: str) -> list[dict[str, str]]:
@@ -121,7 +120,6 @@ def study(model: Any, tokenizer: Any, saes: Sequence[fg.SAE], task: Task) -> dic
         "unsteered": [None],
         "S": [[best.add(1.0, scope="reply", bos=True)]],
         "A": [found.steering],
-        "random S": [at_random(rankings, [best], seed) for seed in range(DRAWS)],
         "random A": [at_random(rankings, found.vectors, seed) for seed in range(DRAWS)],
     }
     rows: dict[str, Any] = {}
@@ -132,7 +130,7 @@ def study(model: Any, tokenizer: Any, saes: Sequence[fg.SAE], task: Task) -> dic
         changes = [change_of(before, after) for after in draws]
         gains = [statistics.fmean(values) - old for *values, old in zip(*draws, before, strict=True)]
         rows[name] = {
-            "share": share(sum(map(sum, draws)), sum(map(len, draws))) if len(draws) == 1 else None,
+            "share": share(int(sum(draws[0])), len(draws[0])) if len(draws) == 1 else None,
             "mean": statistics.fmean(change.after for change in changes),
             "gain": over_items(gains),
             "improved": sum(change.improved for change in changes) / len(draws),

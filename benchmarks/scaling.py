@@ -26,10 +26,10 @@ from fgsteer.models.hookpoints import blocks_of
 
 PAGE = ROOT / "docs" / "guides" / "train.md"
 SITES = ("attn_out", "mlp_out")
-TRAINING = fg.ScalingTraining(lr=0.05, steps=40, batch=8)
-VECTOR = fg.VectorTraining.recipe("bipo", lr=0.03, epochs=4, batch=8, warm_up=0, beta=1.0, relative=True)
+TRAINING = fg.ScalingTraining(lr=0.05, steps=30, batch=8)
+VECTOR = fg.VectorTraining.recipe("bipo", lr=0.03, epochs=3, batch=8, warm_up=0, beta=1.0, relative=True)
 VECTOR_LAYERS, STRENGTHS = (10, 18), (0.5, 1.0, 2.0, 4.0)
-EXAMPLES = 24  # of either half
+EXAMPLES, CHOOSING = 20, 10  # of either half, and those of the first on which layer and strength are chosen
 SMALL = 0.02  # a factor's size, below which it counts for nothing
 NAMES = {
     "unsteered": "unsteered",
@@ -70,12 +70,13 @@ def capitals() -> Halves:
     """Countries with a capital that is not theirs: the answer of the text against that of memory."""
     pairs = [tuple(entry.split()) for entry in CAPITALS.replace("\n", " ").split(", ")]
 
-    def example(country: str, own: str, wrong: str) -> Example:
+    def example(pair: Sequence[str], wrong: str) -> Example:
+        country, own = pair
         text = f"The capital of {country} is {wrong}. Question: What is the capital of {country}? Answer:"
         return text, wrong, own
 
     def half(some: Sequence[Any]) -> list[Example]:
-        return [example(*one, other[1]) for one, other in shifted(some, (1, 5)) if one[1][0] != other[1][0]]
+        return [example(one, other[1]) for one, other in shifted(some, (1, 5)) if one[1][0] != other[1][0]]
 
     return half(pairs[::2]), half(pairs[1::2])
 
@@ -124,7 +125,8 @@ class Answers:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        return found.logits[0].float()
+        logits: torch.Tensor = found.logits[0]
+        return logits.float()
 
     def effects(self, signed: Signed | None) -> dict[str, list[float]]:
         """By example: whether the wanted answer is the likelier one, either way, and the mean KL and objective."""
@@ -163,7 +165,7 @@ def added(vector: fg.SteeringVector, strength: float) -> Signed:
 def study(model: Any, tokenizer: Any, halves: Halves) -> dict[str, Any]:
     """Train everything on one half, and measure it on the other."""
     examples, reported = (half[:EXAMPLES] for half in halves)
-    train, report = (Answers(model, tokenizer, half) for half in (examples, reported))
+    train, report = (Answers(model, tokenizer, half) for half in (examples[:CHOOSING], reported))
     places = [f"blocks.{n}.hook_{site}" for n in range(len(blocks_of(model))) for site in SITES]
     found = fg.train_scaling(model, tokenizer, examples, hookpoints=places, settings=TRAINING, progress=False)
     print("flipped in training", found.flipped, found.losses[0], found.losses[-1], flush=True)
