@@ -40,12 +40,12 @@ SETTINGS = {
 NAMES = {
     "unsteered": "unsteered",
     "asked": "the instruction, unsteered",
-    "caa": "CAA",
+    "caa": "CAA, every token",
     "mse": "S-PSR, mse",
-    "mse, constant": "its u at every token",
+    "mse, constant": "u of mse, every token",
     "ll": "S-PSR, ll",
-    "ll, constant": "its u at every token",
-    "random": "a random vector",
+    "ll, constant": "u of ll, every token",
+    "random": "a random vector, every token",
 }
 COMPARED = (("mse", "mse, constant"), ("ll", "ll, constant"))
 Make = Callable[[float], Any]
@@ -89,9 +89,8 @@ def asked(prompt: Any, instruction: str) -> list[dict[str, str]]:
 def answer(model: Any, tokenizer: Any, prompts: Sequence[Any], steering: Any = None) -> list[str]:
     """Sampled answers, from one seed."""
     torch.manual_seed(0)
-    entries = None if steering is None else [steering] * len(prompts)
     return fg.generate(
-        model, tokenizer, prompts, steering=entries, max_new_tokens=NEW_TOKENS, do_sample=True, top_p=0.9
+        model, tokenizer, prompts, steering=steering, max_new_tokens=NEW_TOKENS, do_sample=True, top_p=0.9
     )
 
 
