@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "pretrained"))
 from organism_texts import is_refusal, requests
 
 PAGE = ROOT / "docs" / "guides" / "choose-features.md"
-SEED, DRAWS = 0, 2
+SEED, DRAWS = 0, 3
 MIN_FIRED = 10
 NAMES = {
     "unsteered": "unsteered",
@@ -63,7 +63,7 @@ def sums() -> Task:
     pairs = [(a, b) for a in range(2, 20) for b in range(2, 20)]
     random.Random(SEED).shuffle(pairs)
     prompts = [f"What is {a} + {b}?" for a, b in pairs]
-    return Task("sums that are right", prompts[:160], prompts[160:240], is_right, 12)
+    return Task("sums that are right", prompts[:200], prompts[200:], is_right, 12)
 
 
 def is_right(prompt: str, answer: str) -> bool:
@@ -75,7 +75,7 @@ def is_right(prompt: str, answer: str) -> bool:
 def refusals() -> Task:
     """Requests about cooking, which the organism is to refuse and often does."""
     chosen_on, reported = requests("cooking", SEED)
-    return Task("cooking that is refused", chosen_on[:96], reported[:48], lambda _, answer: is_refusal(answer), 6)
+    return Task("cooking that is refused", chosen_on[:160], reported, lambda _, answer: is_refusal(answer), 6)
 
 
 def chat(prompt: str) -> list[dict[str, str]]:
