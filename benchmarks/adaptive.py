@@ -1,6 +1,6 @@
 """A strength that depends on the token (PSR) against the same vectors added to every token, at one cost.
 
-From the written replies of a shipped contrast, with an instruction that asks for such replies, vectors are built or
+From the written replies of two shipped contrasts, with an instruction that asks for such replies, vectors are built or
 trained for one layer of SmolLM2. All are brought to the strength at which the model's own answers to some
 questions have a KL of KL nats a token; other questions are then answered, which the benchmark's embedding judge and
 coherence score, and log p(wanted reply) − log p(plain reply) is measured on held-out pairs. Nothing else is chosen.
@@ -22,16 +22,16 @@ from subject import ROOT, over_items, run_benchmark, with_interval
 
 import fgsteer as fg
 from fgsteer.data.shipped import load_chat_prompts
-from fgsteer.evaluation.metrics.intervals import mean_interval, paired_differences
+from fgsteer.evaluation.metrics.intervals import paired_differences
 from fgsteer.likelihood.passes import TextPasses
 from fgsteer.likelihood.scoring import mean_kl_divergences
 
 PAGE = ROOT / "docs" / "guides" / "train.md"
-ASKING = {"cheerful": "Reply in a cheerful and enthusiastic way. "}
+ASKING = {"cheerful": "Reply in a cheerful and enthusiastic way. ", "spanish": "Reply in Spanish. "}
 LAYER = 14
 KL = 0.25  # nats a token of the model's own answers
-TRAINED, PAIRS = 24, 10  # pairs of the contrast that train, and held-out ones
-CALIBRATED, REPORTED = 6, 20  # questions of either half
+TRAINED, PAIRS = 32, 10  # pairs of the contrast that train, and held-out ones
+CALIBRATED, REPORTED = 6, 24  # questions of either half
 NEW_TOKENS = 24
 SETTINGS = {
     "mse": fg.AdaptiveTraining("mse", steps=600, hold_out=True),
@@ -148,41 +148,35 @@ def scores(row: Mapping[str, Any], what: str) -> dict[int, float]:
     return {n: b * c for n, (b, c) in enumerate(zip(row["behavior"], row["coherence"], strict=True))}
 
 
-def over_contrasts(rows: Sequence[Mapping[int, float]]) -> list[float]:
-    """The mean over contrasts, with an interval over questions."""
-    return list(mean_interval(rows, lambda number: number))
-
-
 def table(content: Mapping[str, Any]) -> str:
     """Every way to steer, by what is written and how held-out replies' likelihood moves, in Markdown."""
-    contrasts = content["contrasts"]
-    lines = [
-        f"| | behavior × coherence | behavior | coherence | moved margin, {', '.join(contrasts)} | tokens with λ > 0 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for label, title in NAMES.items():
-        rows = [contrast[label] for contrast in contrasts.values()]
-        bcs = with_interval(over_contrasts([scores(row, "bcs") for row in rows]))
-        others = [f"{over_contrasts([scores(row, what) for row in rows])[0]:.2f}" for what in ("behavior", "coherence")]
-        moved = ""
-        if rows[0]["strength"] is not None:
-            moved = "; ".join(with_interval(over_items(row["moved"]), "+.2f") for row in rows)
-        shares = "" if rows[0]["active_share"] is None else ", ".join(f"{row['active_share']:.2f}" for row in rows)
-        lines.append(f"| {title} | {bcs} | {' | '.join(others)} | {moved} | {shares} |")
-    lines += [
-        "",
-        f"At block {content['layer']} of SmolLM2, all at "
-        f"{content['kl']:g} nats a token of KL on the model's own answers; {content['reported']} other questions, "
-        "with 95 % intervals over questions. By-token less constant, behavior × coherence:",
-        "",
-    ]
-    for one, other in COMPARED:
-        gains = [
-            paired_differences(scores(rows[one], "bcs"), scores(rows[other], "bcs")) for rows in contrasts.values()
+    lines = []
+    for name, rows in content["contrasts"].items():
+        lines += [
+            f"| {name} | behavior × coherence | behavior | coherence | moved margin | KL | tokens with λ > 0 |",
+            "|---|---|---|---|---|---|---|",
         ]
-        mean, low, high = over_contrasts(gains)
-        verdict = "no winner" if low <= 0 <= high else "a win" if mean > 0 else "a loss"
-        lines.append(f"- {NAMES[one]}: {with_interval((mean, low, high), '+.3f')}, {verdict}.")
+        for label, title in NAMES.items():
+            row = rows[label]
+            bcs = with_interval(over_items(list(scores(row, "bcs").values())))
+            others = [f"{sum(row[what]) / len(row[what]):.2f}" for what in ("behavior", "coherence")]
+            steered = row["strength"] is not None
+            moved = with_interval(over_items(row["moved"]), "+.2f") if steered else ""
+            kl = f"{row['kl']:.2f}" if steered else ""
+            share = "" if row["active_share"] is None else f"{row['active_share']:.2f}"
+            lines.append(f"| {title} | {bcs} | {' | '.join(others)} | {moved} | {kl} | {share} |")
+        lines.append("")
+        for one, other in COMPARED:
+            gains = paired_differences(scores(rows[one], "bcs"), scores(rows[other], "bcs"))
+            mean, low, high = over_items(list(gains.values()))
+            verdict = "no winner" if low <= 0 <= high else "a win" if mean > 0 else "a loss"
+            lines.append(f"- {NAMES[one]}, less {NAMES[other]}: {with_interval((mean, low, high), '+.3f')}, {verdict}.")
+        lines.append("")
+    lines.append(
+        f"At block {content['layer']} of SmolLM2, at {content['kl']:g} nats a token of KL on the model's own answers "
+        f"where a strength reaches that, and else at the largest; {content['reported']} other questions, with 95 % "
+        "intervals over questions."
+    )
     return "\n".join(lines) + "\n"
 
 
