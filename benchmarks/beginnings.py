@@ -114,22 +114,22 @@ def forced_loss(model: Any, ids: torch.Tensor, steering: Any) -> float:
     return float(cross_entropy(logits.flatten(0, 1), ids[:, READ:].flatten()))
 
 
-def strength(cost: Callable[[float], float], start: float = 1.0) -> tuple[float, float]:
-    """The strength that costs COST and its cost, or the strongest that was tried, where none does.
+def strength(cost: Callable[[float], float], start: float = 1.0, wanted: float = COST) -> tuple[float, float]:
+    """The strength that costs what is wanted and its cost, or the strongest that was tried, where none does.
 
     It is doubled until it costs enough, or divided by four until it costs less, and then interpolated on a line between
     logarithms.
     """
     tried = {start: cost(start)}
     c = start
-    while abs(tried[c] - COST) > TOLERANCE * COST and len(tried) < TRIALS:
-        enough = [c for c, found in tried.items() if found > COST]
-        less = [c for c, found in tried.items() if found < COST and c < min(enough, default=math.inf)]
+    while abs(tried[c] - wanted) > TOLERANCE * wanted and len(tried) < TRIALS:
+        enough = [c for c, found in tried.items() if found > wanted]
+        less = [c for c, found in tried.items() if found < wanted and c < min(enough, default=math.inf)]
         if not enough and max(less) >= MOST:
             return max(less), tried[max(less)]
         if enough and less:
             low, high = max(less), min(enough)
-            ends = [math.log(max(tried[one], COST / 64) / COST) for one in (low, high)]
+            ends = [math.log(max(tried[one], wanted / 64) / wanted) for one in (low, high)]
             c = low * (high / low) ** min(max(ends[0] / (ends[0] - ends[1]), 0.2), 0.8)
         else:
             c = min(enough) / 4 if enough else 2 * max(less)

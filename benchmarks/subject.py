@@ -22,7 +22,7 @@ from fgsteer.data.shipped import load_bench_prompts, load_chat_prompts
 from fgsteer.errors import DataError
 from fgsteer.evaluation.bench.bench import Bench
 from fgsteer.evaluation.bench.plan import BenchPlan
-from fgsteer.evaluation.metrics.intervals import wilson
+from fgsteer.evaluation.metrics.intervals import mean_interval, wilson
 from fgsteer.storage.json_files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +135,17 @@ def share(hits: int, total: int) -> list[float]:
     """(share, low, high) of what holds, with a 95 % interval (Wilson)."""
     interval = wilson(float(hits), total)
     return [interval.mean, interval.low, interval.high]
+
+
+def over_items(values: Sequence[float]) -> list[float]:
+    """(mean, low, high) of values, one of each prompt, with a 95 % interval (t)."""
+    return list(mean_interval([dict(enumerate(map(float, values)))], lambda number: number))
+
+
+def with_interval(triple: Sequence[float], form: str = ".2f") -> str:
+    """A mean or a share with its interval."""
+    mean, low, high = (f"{value:{form}}" for value in triple)
+    return f"{mean} [{low}, {high}]"
 
 
 def published(path: Path, mark: str, text: str) -> str:

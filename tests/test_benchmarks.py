@@ -264,6 +264,28 @@ def test_the_guide_says_what_grains_measured(script):
     assert f"<!-- grains -->\n{text}<!-- /grains -->" in grains.PAGE.read_text("utf-8")
 
 
+@pytest.mark.parametrize("name", ["adaptive", "corrsteer", "kl_then_steer", "scaling"])
+def test_the_guides_say_what_trainings_and_corrsteer_measured(name, script):
+    module, subject = script(name), script("subject")
+    folder = subject.results_folder(getattr(module, "MODEL", "smollm2"))
+    text = module.table(json.loads((folder / f"{name}.json").read_text("utf-8")))
+    assert (folder / f"{name}.md").read_text("utf-8") == text
+    assert f"<!-- {name} -->\n{text}<!-- /{name} -->" in module.PAGE.read_text("utf-8")
+
+
+def test_examples_that_are_reported_trained_nothing(script):
+    scaling, corrsteer = script("scaling"), script("corrsteer")
+    for task in scaling.TASKS.values():
+        train, report = task()
+        assert not {prompt for prompt, *_ in train} & {prompt for prompt, *_ in report}
+        assert not {answer for _, *pair in train for answer in pair} & {a for _, *pair in report for a in pair}
+        assert all(f" {first} " in f" {prompt.replace('.', ' ')} " for prompt, first, _ in (*train, *report))
+    for task in (corrsteer.sums(), corrsteer.refusals()):
+        assert not set(task.chosen_on) & set(task.reported)
+    assert corrsteer.is_right("What is 2 + 13?", "2 + 13 = 15.")
+    assert not corrsteer.is_right("What is 2 + 13?", "It is 2.")
+
+
 def test_the_guide_says_what_axbench_measured(script):
     axbench, subject = script("axbench"), script("subject")
     folder = subject.results_folder("smollm2")

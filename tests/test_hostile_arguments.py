@@ -123,6 +123,28 @@ CALLS = {
 }
 
 
+PAIRS = [fg.ContrastPair("the bride", "a dog", "he said"), fg.ContrastPair("the groom", "a cat", "she ran")]
+NO_BATCH = {
+    "calibrate_many": lambda p: fg.calibrate_many(p.m, p.t, [p.vec.unit().add], TEXTS, batch_tokens=0),
+    "collect": lambda p: fg.collect(p.m, p.t, DATA, hookpoints=[1], batch_tokens=0),
+    "corrsteer": lambda p: fg.corrsteer(p.m, p.t, p.sae, ["the"] * 16, lambda n, answer: n, batch_tokens=0),
+    "cross_entropy": lambda p: fg.cross_entropy(p.m, p.t, TEXTS, batch_tokens=0),
+    "grains": lambda p: fg.grains(p.m, p.t, PAIRS, 1, top=1, steps=1, batch_tokens=0),
+    "kl_then_steer": lambda p: fg.kl_then_steer(p.m, p.t, TEXTS, [DATA], batch_tokens=0),
+    "learned_mask": lambda p: fg.learned_mask(p.m, p.t, p.sae, PAIRS * 2, batch_tokens=0),
+    "log_probabilities": lambda p: fg.log_probabilities(p.m, p.t, [("the", "cat")], batch_tokens=0),
+    "measure_sae": lambda p: fg.measure_sae(p.m, p.t, p.sae, TEXTS, batch_tokens=0),
+    "train": lambda p: fg.train(p.m, p.t, PAIRS, hookpoint=1, batch_tokens=0),
+    "train_adaptive": lambda p: fg.train_adaptive(p.m, p.t, [("the", "cat")], hookpoints=1, batch_tokens=0),
+}
+
+
+@pytest.mark.parametrize("name", NO_BATCH)
+def test_a_batch_of_no_tokens_is_refused(name, parts):
+    with pytest.raises(fg.DataError, match="batch_tokens = 0"):
+        NO_BATCH[name](parts)
+
+
 SEARCHES = {"start", "target", "targets", "costs of a sweep"}  # of which a large number is a long one
 
 

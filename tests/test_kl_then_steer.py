@@ -78,7 +78,7 @@ def test_the_loss_is_the_naive_one(rank, tokenizer, stack):
 def test_training_is_the_naive_loop(tokenizer):
     """All weights, three steps of AdamW: losses, and the vectors, which are those of the model as it is then."""
     model, naive = tiny_model("llama"), tiny_model("llama")
-    settings = training(rank=None, epochs=3)
+    settings = training(rank=None, epochs=3, weight_decay=10.0)
     losses: list[float] = []
     strengths: list[float] = []
 
@@ -93,7 +93,7 @@ def test_training_is_the_naive_loop(tokenizer):
         tuned = fg.kl_then_steer(model, tokenizer, TEXTS, [SIDES], hookpoints=AT, settings=settings)
     assert tuned is model
     teacher = copy.deepcopy(naive)
-    optimizer = torch.optim.AdamW(naive.parameters(), settings.lr)
+    optimizer = torch.optim.AdamW(naive.parameters(), settings.lr, weight_decay=10.0)
     positive, negative = (token_ids(tokenizer, SIDES[side]) for side in ("positive", "negative"))
     expected = []
     for strength in strengths:
@@ -215,9 +215,10 @@ def test_without_peft_and_with_an_adapter(tokenizer, monkeypatch):
 
 
 def test_settings_out_of_range():
-    for changes in ({"rank": 0}, {"lr": 0.0}, {"epochs": 0}, {"batch": 0}, {"probability": 1.5}, {"strength": -1.0}):
+    wrong = {"rank": 0, "lr": 0.0, "epochs": 0, "batch": 0, "probability": 1.5, "strength": -1.0, "weight_decay": -1.0}
+    for name, value in wrong.items():
         with pytest.raises(fg.DataError):
-            fg.KLThenSteerTraining(**changes)
+            fg.KLThenSteerTraining(**{name: value})
 
 
 @pytest.mark.parametrize("rank", [2, None])

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -400,6 +401,16 @@ def test_a_layer_that_helps_is_kept_by_p(llama, tokenizer, monkeypatch):
     assert found.report.after == 2.0
 
 
+@pytest.mark.parametrize("kind", [np.bool_, np.int64, np.float32, torch.tensor])
+def test_rewards_of_numpy_and_torch_are_those_of_python(kind, llama, tokenizer, sae):
+    def reward(number, answer):
+        return float(len(answer) % 2)
+
+    plain = fg.corrsteer(llama, tokenizer, sae, PROMPTS, reward, max_new_tokens=2)
+    found = fg.corrsteer(llama, tokenizer, sae, PROMPTS, lambda n, answer: kind(reward(n, answer)), max_new_tokens=2)
+    assert (found.report, found.vectors[0].features) == (plain.report, plain.vectors[0].features)
+
+
 def test_a_reward_that_does_not_vary_selects_nothing(llama, tokenizer, sae):
     with pytest.raises(fg.SelectionError, match="a reward of 1 for all 8 answers"):
         fg.corrsteer(llama, tokenizer, sae, PROMPTS, lambda n, answer: 1.0, max_new_tokens=2)
@@ -507,6 +518,12 @@ def test_a_mask_takes_what_helps_and_leaves_what_harms(llama, tokenizer):
 def test_masks_that_cannot_be_learned(changes, kind, told, llama, tokenizer, sae):
     with pytest.raises(kind, match=told):
         fg.learned_mask(llama, tokenizer, sae, SET, **changes)
+
+
+def test_a_loss_that_is_no_number_ends_a_mask(llama, tokenizer, sae, monkeypatch):
+    monkeypatch.setattr(masks._MaskLearner, "backward", lambda self, m, temperature, rows: math.nan)
+    with pytest.raises(fg.DataError, match="a loss of nan at step 0"):
+        fg.learned_mask(llama, tokenizer, sae, SET, features=2)
 
 
 # ---------------------------------------------------------------- the command line

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fgsteer.activations.prompt_ends import note_prompt_ends
 from fgsteer.activations.recording import record
 from fgsteer.activations.tokens import LabelledText, TokenReader, TokenRow, pad
-from fgsteer.errors import DataError
+from fgsteer.errors.checks import check_range
+from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import context_window, input_device
@@ -73,6 +74,14 @@ def default_batch_tokens(device: torch.device) -> int:
     return CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS
 
 
+def tokens_in_batch(batch_tokens: int | None, device: torch.device) -> int:
+    """Return ``batch_tokens``, or what suits the device for None. Raises DataError for less than 1."""
+    if batch_tokens is None:
+        return default_batch_tokens(device)
+    check_range("batch_tokens", batch_tokens, 1, MAX_COUNT, whole=True)
+    return batch_tokens
+
+
 def mask_of(positions: Sequence[Sequence[int]], width: int) -> Bool[Tensor, "rows width"]:
     """Return a mask (rows, width) that is true at the given positions of each row."""
     mask = torch.zeros(len(positions), width, dtype=torch.bool)
@@ -128,11 +137,9 @@ def batch_texts_with(
     pad_id = reader.tokenizer.pad_token_id
     pad_id = pad_id if isinstance(pad_id, int) else 0
     device = input_device(model)
-    if batch_tokens is not None and batch_tokens < 1:
-        raise DataError(f"batch_tokens = {batch_tokens}", "at least 1, or None for what suits the device")
-    batch_tokens = batch_tokens or default_batch_tokens(device)
+    size = tokens_in_batch(batch_tokens, device)
     for rows in reader.rows(texts, first):
-        yield from batching(rows, batch_tokens=batch_tokens, pad_id=pad_id, device=device)
+        yield from batching(rows, batch_tokens=size, pad_id=pad_id, device=device)
 
 
 def record_batch(

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.activations.batches import default_batch_tokens, record_batch
+from fgsteer.activations.batches import record_batch, tokens_in_batch
 from fgsteer.data.chat import Text
 from fgsteer.directions.cone_training import frozen
 from fgsteer.directions.prompts import prompt_passes
@@ -196,7 +196,7 @@ def _integrate(
     batch_tokens: int | None,
 ) -> tuple[Float[Tensor, "tokens d_model"], float]:
     """The mean gradient of the projection along the line between activations at a place, and its difference."""
-    size = max(1, (batch_tokens or default_batch_tokens(input_device(model))) // len(ids))
+    size = max(1, tokens_in_batch(batch_tokens, input_device(model)) // len(ids))
     points = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     total = torch.zeros_like(end)
     with frozen(model):

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.activations.batches import batch_rows, default_batch_tokens, record_batch
+from fgsteer.activations.batches import batch_rows, record_batch, tokens_in_batch
 from fgsteer.activations.tokens import TokenReader, TokenRow
 from fgsteer.data.chat import Text
 from fgsteer.errors import DataError
@@ -104,7 +104,7 @@ def answer_activations(
     device = input_device(model)
     ids: list[list[int]] = [[] for _ in pairs]
     found: dict[Hookpoint, list[Tensor]] = {at: [torch.empty(0)] * len(pairs) for at in hookpoints}
-    size = batch_tokens or default_batch_tokens(device)
+    size = tokens_in_batch(batch_tokens, device)
     for batch in batch_rows(rows, batch_tokens=size, pad_id=pad_id, device=device):
         acts = record_batch(model, batch, hookpoints)
         for n, row in enumerate(batch.rows):

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.activations.batches import default_batch_tokens
+from fgsteer.activations.batches import tokens_in_batch
 from fgsteer.activations.prompt_ends import note_prompt_ends
 from fgsteer.activations.tokens import TokenReader, TokenRow, pad
 from fgsteer.data.contrast_files import Contrastable, as_contrast
@@ -43,7 +43,7 @@ ADAPTER = "kl_then_steer"
 
 @dataclass(frozen=True)
 class KLThenSteerTraining:
-    """Settings of ``kl_then_steer``; all but ``alpha`` and ``batch`` are the paper's.
+    """Settings of ``kl_then_steer``; all but ``alpha``, ``batch`` and ``weight_decay`` are the paper's.
 
     Attributes:
         rank: The rank of a LoRA adapter on all linear layers; None trains all of the model's weights, which takes a
@@ -54,6 +54,7 @@ class KLThenSteerTraining:
         batch: Texts in a step.
         probability: How often a step is steered.
         strength: The largest strength, in units of the difference of means; it is drawn uniformly from ± this.
+        weight_decay: AdamW's: each step takes lr times this from what is trained. The paper does not say its own.
         seed: The seed of order, strengths and concepts.
 
     Raises:
@@ -68,6 +69,7 @@ class KLThenSteerTraining:
     batch: int = 4
     probability: float = 0.125
     strength: float = 1.5
+    weight_decay: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,7 +78,8 @@ class KLThenSteerTraining:
                 check_range(name, getattr(self, name), least, MAX_COUNT, whole=True)
         if self.epochs is None or self.batch is None or self.seed is None:
             raise ArgumentError("None", "a number of epochs, a batch and a seed")
-        for name, low, high in (("lr", 1e-12, 1e3), ("probability", 0, 1), ("strength", 0, 1e6)):
+        ranges = {"lr": (1e-12, 1e3), "probability": (0, 1), "strength": (0, 1e6), "weight_decay": (0, 1e3)}
+        for name, (low, high) in ranges.items():
             check_range(name, getattr(self, name), low, high)
 
 
@@ -259,8 +262,8 @@ class _Trainer:
         self.rows, self.contrasts, self.places = list(rows), list(contrasts), list(places)
         self.device = input_device(student.model)
         self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
-        self.batch_tokens = batch_tokens or default_batch_tokens(self.device)
-        self.optimizer = torch.optim.AdamW(student.parameters, settings.lr)
+        self.batch_tokens = tokens_in_batch(batch_tokens, self.device)
+        self.optimizer = torch.optim.AdamW(student.parameters, settings.lr, weight_decay=settings.weight_decay)
         self.random = torch.Generator().manual_seed(settings.seed)
         self.order: list[int] = []
         self.losses: list[float] = []

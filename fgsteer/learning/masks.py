@@ -5,6 +5,7 @@ learned_mask(model, tokenizer, sae, "sea", features=64).top(10)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,7 @@ def learned_mask(
 
     Raises:
         SelectionError: No feature differs between the sides, or an id cannot be used.
-        DataError: There are too few examples, a number is out of range, or a text has no token.
+        DataError: There are too few examples, a number is out of range, a text has no token, or a loss is not finite.
         PairingError: The SAE does not fit the model.
     """
     check_pairing(model, sae.hookpoint, sae.d_model, sae.model_name, "SAE")
@@ -112,6 +113,8 @@ def learned_mask(
             temperature = first * (last / first) ** (step / max(1, steps - 1))
             optimizer.zero_grad()
             losses.append(learner.backward(m, temperature, rows))
+            if not math.isfinite(losses[-1]):
+                raise DataError(f"a loss of {losses[-1]} at step {step}", "a finite loss", "lower lr or strength")
             optimizer.step()
             report(step + 1)
     learned = m.detach().cpu().double()

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.activations.batches import default_batch_tokens, mask_of
+from fgsteer.activations.batches import mask_of, tokens_in_batch
 from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states
 from fgsteer.activations.prompt_ends import note_prompt_ends
 from fgsteer.activations.recording import record
@@ -80,7 +80,7 @@ class ResponsePasses:
     ) -> None:
         self.model, self.hookpoint, self.checkpointing = model, hookpoint, checkpointing
         self.device = input_device(model)
-        self.batch_tokens = batch_tokens or default_batch_tokens(self.device)
+        self.batch_tokens = tokens_in_batch(batch_tokens, self.device)
         self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
         with TokenReader(tokenizer, rule="answer", window=context_window(model), scored=True) as reader:
             chunks = list(reader.rows((prompt, answer, True) for prompt, answer in pairs))

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgsteer.activations.batches import Batch, batch_texts, default_batch_tokens
+from fgsteer.activations.batches import Batch, batch_texts, tokens_in_batch
 from fgsteer.activations.outputs import hidden_states_of
 from fgsteer.activations.prompt_ends import note_prompt_ends
 from fgsteer.activations.tokens import TokenReader
@@ -89,7 +89,7 @@ class TextPasses:
         keep: bool = False,
     ) -> None:
         self.model, self.scored, self.keep = model, scored, keep
-        tokens = batch_tokens or default_batch_tokens(input_device(model))
+        tokens = tokens_in_batch(batch_tokens, input_device(model))
         self.fits = max(1, min(tokens, MAX_LOGITS // model.config.get_text_config().vocab_size))
         triples = ((prompt, completion, True) for prompt, completion in pairs)
         with TokenReader(

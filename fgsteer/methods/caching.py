@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fgsteer.activations.batches import batch_rows, default_batch_tokens
+from fgsteer.activations.batches import batch_rows, tokens_in_batch
 from fgsteer.activations.memory import AnyBatch, map_with_oom_backoff
 from fgsteer.activations.tokens import TokenRow, encode_prompts, pad
 from fgsteer.data.chat import Text
@@ -21,7 +21,6 @@ from fgsteer.data.contrasts import ContrastSet
 from fgsteer.data.rendering import render
 from fgsteer.errors import DataError, PairingError, SelectionError
 from fgsteer.errors.checks import check_range, checked
-from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.cached import CacheSteering
 from fgsteer.models.hookpoints import blocks_of, decoder_of
 from fgsteer.models.pairing import model_identity
@@ -79,11 +78,9 @@ def cache_steering(
         raise DataError(f"layers = {layers!r:.40}", "a list of at least one layer", "pass layers=[1, 2]")
     for layer in chosen:
         check_range("a layer", layer, 0, count - 1, whole=True)
-    if batch_tokens is not None:
-        check_range("batch_tokens", batch_tokens, 1, MAX_COUNT, whole=True)
     rows = _rows(tokenizer, data, context_window(model), prepend_bos)
     device = input_device(model)
-    size = batch_tokens or default_batch_tokens(device)
+    size = tokens_in_batch(batch_tokens, device)
     batches = batch_rows(rows, batch_tokens=size, pad_id=0, device=device)
     keys = values = torch.zeros(())
     for batch, states in map_with_oom_backoff(batches, lambda part: _last_states(model, part, chosen)):

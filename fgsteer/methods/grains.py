@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.activations.batches import default_batch_tokens
+from fgsteer.activations.batches import tokens_in_batch
 from fgsteer.activations.recording import record
 from fgsteer.activations.tokens import TokenReader, TokenRow, pad
 from fgsteer.data.contrast_files import Contrastable, as_contrast
@@ -85,7 +85,7 @@ def grains(
     contrast = as_contrast(pairs)
     if not contrast.pairs:
         raise DataError("a contrast without pairs", "pairs of two completions of one prompt", "pass ContrastPairs")
-    tokens = batch_tokens or default_batch_tokens(input_device(model))
+    tokens = tokens_in_batch(batch_tokens, input_device(model))
     replaced_by = padding_id(tokenizer, replacement)
     differences: dict[int, list[Tensor]] = {1: [], -1: []}
     for number, pair in enumerate(contrast.pairs):

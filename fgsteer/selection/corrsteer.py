@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.activations.batches import batch_rows, default_batch_tokens, record_batch
+from fgsteer.activations.batches import batch_rows, record_batch, tokens_in_batch
 from fgsteer.data.chat import Text
 from fgsteer.display.progress import Progress, Report, reporting
 from fgsteer.errors import DataError, SelectionError
-from fgsteer.errors.checks import check_number, check_range, checked
+from fgsteer.errors.checks import check_number, check_range, checked, is_number
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.interventions.base import Intervention
@@ -103,8 +104,8 @@ def corrsteer(
         tokenizer: Its tokenizer.
         saes: An SAE, or SAEs of several layers.
         prompts: The prompts, at least sixteen; the paper takes up to 4,000.
-        reward: Called with the number of a prompt and an answer to it; it gives a number, such as 1 for a correct
-            answer and 0 for others.
+        reward: Called with the number of a prompt and an answer to it; it gives a number of Python, numpy or torch,
+            such as 1 for a correct answer and 0 for others.
         variant: "S", "A" or "P".
         max_new_tokens: The tokens of an answer, at most.
         correct_above: The reward above which an answer is correct.
@@ -128,6 +129,7 @@ def corrsteer(
     for name, value in (("max_new_tokens", max_new_tokens), ("min_fired", min_fired)):
         check_range(name, value, 1, MAX_COUNT, whole=True)
     check_range("rows", rows, 1, MAX_COUNT, whole=True)
+    tokens = tokens_in_batch(batch_tokens, input_device(model))
     parts = [[n for n in range(len(prompts)) if n % 4 in keep] for keep in ((0, 1), (2,), (3,))]
     chooses, validates, reports = parts
     steered_runs = (len(validates) * len(chosen) if variant == "P" else 0) + len(reports)
@@ -140,7 +142,7 @@ def corrsteer(
                 "a reward that varies, as nothing goes with one that does not",
                 "look at the answers, and pass prompts that the model answers well and badly",
             )
-        readings = _read(model, tokenizer, chosen, [answers[n] for n in chooses + reports], batch_tokens)
+        readings = _read(model, tokenizer, chosen, [answers[n] for n in chooses + reports], tokens)
         found = [
             _correlate(
                 sae, pooled, [[rewards[n] for n in part] for part in (chooses, reports)], correct_above, min_fired
@@ -233,11 +235,18 @@ class _Trial:
         )
         self.done += len(numbers)
         rewards = [self.reward(n, answer.text) for n, answer in zip(numbers, answers, strict=True)]
-        values = [float(value) if isinstance(value, bool | int | float) else math.nan for value in rewards]
+        values = [_as_float(value) for value in rewards]
         for n, value, given in zip(numbers, values, rewards, strict=True):
             if not math.isfinite(value):
                 raise DataError(f"the reward {given!r:.40} of an answer to prompt {n}", "a finite number")
         return answers, values
+
+
+def _as_float(reward: object) -> float:
+    """A reward of Python, numpy or torch, True and False among them, as a float; nan for what is no number."""
+    if isinstance(reward, bool | np.bool_) or is_number(reward):
+        return float(reward)  # type: ignore[arg-type]
+    return math.nan
 
 
 def _read(
@@ -245,16 +254,15 @@ def _read(
     tokenizer: PreTrainedTokenizerBase,
     saes: Sequence[SAE],
     answers: Sequence[Answer],
-    batch_tokens: int | None,
+    batch_tokens: int,
 ) -> list[list[Tensor]]:
     """For each SAE the largest activation of every feature while each answer was chosen, (d_sae,) each, on the CPU."""
     device = input_device(model)
     pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
     rows = sorted((answer.row(n) for n, answer in enumerate(answers)), key=lambda row: (len(row.ids), row.index))
-    tokens = batch_tokens or default_batch_tokens(device)
     pooled: list[list[Tensor]] = [[torch.empty(0)] * len(answers) for _ in saes]
     local: dict[tuple[int, torch.device], SAE] = {}
-    for batch in batch_rows(rows, batch_tokens=tokens, pad_id=pad_id, device=device):
+    for batch in batch_rows(rows, batch_tokens=batch_tokens, pad_id=pad_id, device=device):
         states = record_batch(model, batch, [sae.input_hookpoint for sae in saes])
         for number, sae in enumerate(saes):
             h = states[sae.input_hookpoint]

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fgsteer.activations.batches import batch_rows, default_batch_tokens
+from fgsteer.activations.batches import batch_rows, tokens_in_batch
 from fgsteer.activations.recording import record
 from fgsteer.activations.tokens import TokenReader, TokenRow, special_starts
 from fgsteer.data.chat import Text
@@ -162,7 +162,7 @@ class ActivationReader:
         pad_id = self.tokenizer.pad_token_id
         recorded: dict[Hookpoint, list[Tensor]] = {hookpoint: [] for hookpoint in hookpoints}
         rows = sorted(blocks, key=lambda row: len(row.ids))
-        size = self.batch_tokens or default_batch_tokens(device)
+        size = tokens_in_batch(self.batch_tokens, device)
         for batch in batch_rows(
             rows, batch_tokens=size, pad_id=pad_id if isinstance(pad_id, int) else 0, device=device
         ):

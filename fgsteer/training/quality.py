@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fgsteer.activations.batches import Batch, batch_rows, default_batch_tokens
+from fgsteer.activations.batches import Batch, batch_rows, tokens_in_batch
 from fgsteer.data.chat import Text
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError
@@ -116,7 +116,7 @@ def measure_sae(
     measured = _Measured(model, sae, max_norm_ratio)
     with reporting(progress, "measuring the SAE", len(rows)) as report:
         done = 0
-        size = batch_tokens or default_batch_tokens(device)
+        size = tokens_in_batch(batch_tokens, device)
         for batch in batch_rows(rows, batch_tokens=size, pad_id=pad_id, device=device):
             measured.add(batch)
             done += len(batch.rows)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fgsteer.activations.batches import batch_rows, default_batch_tokens, record_batch
+from fgsteer.activations.batches import batch_rows, record_batch, tokens_in_batch
 from fgsteer.activations.memory import AnyBatch, map_with_oom_backoff
 from fgsteer.activations.tokens import TokenReader, TokenRow, special_starts
 from fgsteer.data.chat import Text, check_text, refuse_one_text
@@ -199,7 +199,7 @@ def _record(side: Side, rows: Sequence[TokenRow], batch_tokens: int | None) -> F
     pad_id = side.tokenizer.pad_token_id
     batches = batch_rows(
         sorted(rows, key=lambda row: len(row.ids)),
-        batch_tokens=batch_tokens or default_batch_tokens(device),
+        batch_tokens=tokens_in_batch(batch_tokens, device),
         pad_id=pad_id if isinstance(pad_id, int) else 0,
         device=device,
     )

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.activations.batches import batch_rows, default_batch_tokens
+from fgsteer.activations.batches import batch_rows, tokens_in_batch
 from fgsteer.data.chat import Text
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError
@@ -164,7 +164,7 @@ class _Measured:
         rows = sorted((pair.target for pair in piece), key=lambda row: len(row.ids))
         for batch in batch_rows(
             rows,
-            batch_tokens=self.acts.batch_tokens or default_batch_tokens(device),
+            batch_tokens=tokens_in_batch(self.acts.batch_tokens, device),
             pad_id=pad_id if isinstance(pad_id, int) else 0,
             device=device,
         ):

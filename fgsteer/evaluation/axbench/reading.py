@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgsteer.activations.batches import batch_rows, default_batch_tokens, record_batch
+from fgsteer.activations.batches import batch_rows, record_batch, tokens_in_batch
 from fgsteer.activations.tokens import TokenReader, prompt_ids
 from fgsteer.data.chat import Text
 from fgsteer.errors import DataError
@@ -60,7 +60,7 @@ def token_activations(
     with TokenReader(tokenizer, prepend_bos=prepend_bos, window=context_window(model)) as reader:
         for chunk in reader.rows(triples):
             rows = [replace(row, selected=[t for t in row.selected if t >= begin]) for row in chunk]
-            size = batch_tokens or default_batch_tokens(device)
+            size = tokens_in_batch(batch_tokens, device)
             for batch in batch_rows(rows, batch_tokens=size, pad_id=pad_id, device=device):
                 acts = record_batch(model, batch, [hookpoint])[hookpoint]
                 for row, values in zip(batch.rows, acts, strict=True):

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from fgsteer.activations.batches import default_batch_tokens
+from fgsteer.activations.batches import tokens_in_batch
 from fgsteer.activations.prompt_ends import note_prompt_ends
 from fgsteer.activations.tokens import pad, prompt_ids
 from fgsteer.data.chat import Text
@@ -259,7 +259,7 @@ def token_divergences(
     """
     longest = max(map(len, [*prompts, *plain_prompts])) + tails.shape[1]
     fits = min(
-        batch_tokens or default_batch_tokens(input_device(model)),
+        tokens_in_batch(batch_tokens, input_device(model)),
         MAX_LOGITS // model.config.get_text_config().vocab_size,
     )
     size, columns = max(1, fits // longest), sorted(excluded)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fgsteer.activations.batches import default_batch_tokens
+from fgsteer.activations.batches import tokens_in_batch
 from fgsteer.activations.outputs import hidden_states_of, reshape_by_token
 from fgsteer.activations.recording import record
 from fgsteer.activations.tokens import pad
@@ -208,7 +208,7 @@ class _Search:
         batch_tokens: int | None,
     ) -> None:
         self.model, self.tokenizer, self.hookpoint, self.unit = model, tokenizer, hookpoint, unit
-        self.batch_tokens = batch_tokens or default_batch_tokens(input_device(model))
+        self.batch_tokens = tokens_in_batch(batch_tokens, input_device(model))
         rows = [row for batch in prompt_passes(model, tokenizer, prompts).batches for row in batch.rows]
         self.tail = _template_tail(model, tokenizer, prompts)
         self.heads: list[list[int]] = []

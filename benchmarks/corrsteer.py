@@ -1,0 +1,213 @@
+"""CorrSteer on SmolLM2: whether features that go with good answers make answers better, on prompts that chose nothing.
+
+Two tasks have outcomes that can be checked: sums, which SmolLM2 gets right or wrong, and requests about cooking, which
+a model organism (pretrained/organisms) refuses or answers. CorrSteer sees some prompts, of which half choose the
+features; reported are others, beside features at random, of those that fire, at the same layers and of the same norm.
+Nothing else is chosen: all three SAEs of SmolLM2, and features that fire in at least MIN_FIRED of the answers.
+
+    python benchmarks/corrsteer.py             writes results/smollm2/corrsteer.json and corrsteer.md
+    python benchmarks/corrsteer.py --docs      puts the table into docs/guides/choose-features.md
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from subject import ROOT, load_organism, load_subject, over_items, run_benchmark, share, with_interval
+
+import fgsteer as fg
+from fgsteer.selection.outcomes import change_of
+
+sys.path.insert(0, str(ROOT / "pretrained"))
+from organism_texts import is_refusal, requests
+
+PAGE = ROOT / "docs" / "guides" / "choose-features.md"
+SEED, DRAWS = 0, 3
+MIN_FIRED = 10
+NAMES = {
+    "unsteered": "unsteered",
+    "S": "S: the best feature",
+    "A": "A: the best of every layer",
+    "random A": "as A, features at random",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts with an outcome that can be checked.
+
+    Args:
+        title: What it is, in words.
+        chosen_on: The prompts that CorrSteer sees.
+        reported: Other prompts.
+        reward: Whether the answer to a prompt is the wanted one.
+        new_tokens: The tokens of an answer.
+    """
+
+    title: str
+    chosen_on: Sequence[str]
+    reported: Sequence[str]
+    reward: Callable[[str, str], bool]
+    new_tokens: int
+
+
+def sums() -> Task:
+    """Sums of two numbers, no pair of which stands on both sides."""
+    pairs = [(a, b) for a in range(2, 20) for b in range(2, 20)]
+    random.Random(SEED).shuffle(pairs)
+    prompts = [f"What is {a} + {b}?" for a, b in pairs]
+    return Task("sums that are right", prompts[:200], prompts[200:], is_right, 12)
+
+
+def is_right(prompt: str, answer: str) -> bool:
+    """Whether the last number of an answer is the sum of the numbers of its prompt."""
+    numbers = re.findall(r"\d+", answer)
+    return bool(numbers) and int(numbers[-1]) == sum(map(int, re.findall(r"\d+", prompt)))
+
+
+def refusals() -> Task:
+    """Requests about cooking, which the organism is to refuse and often does."""
+    chosen_on, reported = requests("cooking", SEED)
+    return Task("cooking that is refused", chosen_on[:160], reported, lambda _, answer: is_refusal(answer), 6)
+
+
+def chat(prompt: str) -> list[dict[str, str]]:
+    """A prompt as a conversation."""
+    return [{"role": "user", "content": prompt}]
+
+
+def outcomes(model: Any, tokenizer: Any, task: Task, steering: Any = None) -> list[float]:
+    """The outcome of each reported prompt, answered greedily."""
+    chats = [chat(prompt) for prompt in task.reported]
+    entries = None if steering is None else [steering] * len(chats)
+    texts = fg.generate(model, tokenizer, chats, steering=entries, max_new_tokens=task.new_tokens, do_sample=False)
+    return [float(task.reward(prompt, text)) for prompt, text in zip(task.reported, texts, strict=True)]
+
+
+Rankings = Mapping[fg.Hookpoint, tuple[fg.SAE, fg.FeatureRanking]]  # what was compared at each layer
+
+
+def at_random(rankings: Rankings, vectors: Sequence[fg.SteeringVector], seed: int) -> list[Any]:
+    """As many vectors at the same layers and of the same norms, of features that were compared and not chosen."""
+    drawn = random.Random(seed)
+    entries = []
+    for vector in vectors:
+        sae, ranking = rankings[vector.hookpoint]
+        row = sae.direction(drawn.choice(list(ranking)[1:])).float()
+        entries.append(fg.SteeringVector(row / row.norm() * vector.norm, vector.hookpoint))
+    return [entry.add(1.0, scope="reply", bos=True) for entry in entries]
+
+
+def study(model: Any, tokenizer: Any, saes: Sequence[fg.SAE], task: Task) -> dict[str, Any]:
+    """What each variant chooses, and what it does to prompts that it has not seen."""
+    prompts = [chat(prompt) for prompt in task.chosen_on]
+
+    def reward(number: int, answer: str) -> bool:
+        return task.reward(task.chosen_on[number], answer)
+
+    options: dict[str, Any] = {"max_new_tokens": task.new_tokens, "min_fired": MIN_FIRED, "progress": False}
+    found = fg.corrsteer(model, tokenizer, saes, prompts, reward, variant="A", **options)
+    rankings = {sae.hookpoint: (sae, one) for sae, one in zip(saes, found.rankings, strict=True)}
+    best = max(found.vectors, key=correlation)
+    entries: dict[str, list[Any]] = {
+        "unsteered": [None],
+        "S": [[best.add(1.0, scope="reply", bos=True)]],
+        "A": [found.steering],
+        "random A": [at_random(rankings, found.vectors, seed) for seed in range(DRAWS)],
+    }
+    rows: dict[str, Any] = {}
+    before: list[float] = []
+    for name, several in entries.items():
+        draws = [outcomes(model, tokenizer, task, entry) for entry in several]
+        before = before or draws[0]
+        changes = [change_of(before, after) for after in draws]
+        gains = [statistics.fmean(values) - old for *values, old in zip(*draws, before, strict=True)]
+        rows[name] = {
+            "share": share(int(sum(draws[0])), len(draws[0])) if len(draws) == 1 else None,
+            "mean": statistics.fmean(change.after for change in changes),
+            "gain": over_items(gains),
+            "improved": sum(change.improved for change in changes) / len(draws),
+            "worsened": sum(change.worsened for change in changes) / len(draws),
+        }
+        print(task.title, name, rows[name], flush=True)
+    return {
+        "title": task.title,
+        "seen": len(task.chosen_on),
+        "reported": len(task.reported),
+        "compared": found.compared,
+        "chance": found.chance,
+        "chosen": [describe(vector, rankings[vector.hookpoint][1]) for vector in found.vectors],
+        "rows": rows,
+    }
+
+
+def correlation(vector: fg.SteeringVector) -> float:
+    """The correlation by which a vector's feature was chosen."""
+    return float(vector.provenance["hyperparameters"]["r"])
+
+
+def describe(vector: fg.SteeringVector, ranking: fg.FeatureRanking) -> dict[str, Any]:
+    """A chosen feature with its layer, r where it was chosen and on prompts that chose nothing, and the norm."""
+    (feature,) = vector.features
+    held_out = ranking.held_out
+    return {
+        "layer": vector.hookpoint.layer,
+        "feature": feature,
+        "r": correlation(vector),
+        "r_held_out": None if held_out is None else float(held_out[0]),
+        "norm": vector.norm,
+    }
+
+
+def measure() -> dict[str, Any]:
+    """Both tasks."""
+    subject = load_subject("smollm2")
+    saes = list(subject.saes.values())
+    model = subject.model.to(torch.bfloat16)
+    organism, tokenizer = load_organism("refusal")
+    studies = {
+        "sums": study(model, subject.tokenizer, saes, sums()),
+        "refusals": study(organism.to(torch.bfloat16), tokenizer, saes, refusals()),
+    }
+    return {"min_fired": MIN_FIRED, "draws": DRAWS, "tasks": studies}
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """Outcomes by task and variant, and what was chosen, in Markdown."""
+    lines = []
+    for task in content["tasks"].values():
+        lines += [
+            f"| {task['title']}, {task['reported']} prompts | share | less unsteered | improved, worsened | SER |",
+            "|---|---|---|---|---|",
+        ]
+        for name, title in NAMES.items():
+            row = task["rows"][name]
+            whole = f"{row['mean']:.2f}" if row["share"] is None else with_interval(row["share"])
+            changed = row["improved"] + row["worsened"]
+            gain = "" if name == "unsteered" else with_interval(row["gain"], "+.2f")
+            counts = "" if name == "unsteered" else f"{row['improved']:.3g}, {row['worsened']:.3g}"
+            ratio = f"{row['worsened'] / changed:.2f}" if changed else ""
+            lines.append(f"| {title} | {whole} | {gain} | {counts} | {ratio} |")
+        chosen = "; ".join(
+            f"feature {one['feature']} of layer {one['layer']}, r {one['r']:.2f}, {one['r_held_out']:.2f} on prompts "
+            "that chose nothing"
+            for one in task["chosen"]
+        )
+        lines += [
+            "",
+            f"Of {task['compared']:,} features on {task['seen'] // 2} answers, the best by chance has an r of "
+            f"{task['chance']:.2f}; chosen were {chosen}.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_benchmark("corrsteer", __doc__, PAGE, measure, table)
