@@ -19,7 +19,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ COMPARED = (
     ("trained", "caa"),
 )
 TOGETHER = 4  # vectors in common batches
+COSTS = (0.03, 0.06, 0.125, 0.25, 0.5, 1.0)  # nats a token
 
 
 def seconds_of_training(subject: Subject, layer: int, repeats: int) -> dict[str, Any]:
@@ -74,8 +75,34 @@ def scores(run: fg.Run) -> dict[str, dict[str, list[list[Any]]]]:
     return found
 
 
+def curves(run: fg.Run) -> dict[str, dict[str, list[float]]]:
+    """{method: {cost: [behavior, coherence]}}: means over all texts of the half "report"."""
+    texts: dict[tuple[str, float], list[Any]] = {}
+    for record in run.records:
+        if record.half == "report" and record.ce_rise is not None:
+            texts.setdefault((record.method, record.ce_rise), []).append(record)
+    found: dict[str, dict[str, list[float]]] = {}
+    for (method, cost), own in sorted(texts.items(), key=lambda item: item[0][1]):
+        means = [statistics.fmean(getattr(record, measure) for record in own) for measure in ("behavior", "coherence")]
+        found.setdefault(method, {})[str(cost)] = means
+    return found
+
+
+def curve_table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    """Behavior and coherence by cost, in lines of Markdown."""
+    costs = list(next(iter(found.values())))
+    lines = [
+        f"| behavior / coherence | {' | '.join(f'{cost} nats' for cost in costs)} |",
+        "|---" * (len(costs) + 1) + "|",
+    ]
+    for method, by_cost in found.items():
+        cells = [f"{behavior:.2f} / {coherence:.2f}" for behavior, coherence in by_cost.values()]
+        lines.append(f"| {method_name(method)} | {' | '.join(cells)} |")
+    return lines
+
+
 def table(content: Mapping[str, Any]) -> str:
-    """Each method's mean BCS, the differences with intervals over prompts, and the seconds, in Markdown."""
+    """Mean BCS by method, differences with intervals over prompts, behavior by cost, and the seconds, in Markdown."""
     by_method = {
         method: {name: {Unit(p, s): bcs for p, s, bcs in units} for name, units in concepts.items()}
         for method, concepts in content["scores"].items()
@@ -92,7 +119,9 @@ def table(content: Mapping[str, Any]) -> str:
         verdict = "no winner" if gain.low <= 0 <= gain.high else "a win" if gain.mean > 0 else "a loss"
         words = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]".replace("-", "−")
         lines.append(f"- {method_name(one)} less {method_name(other)}: {words}, {verdict}.")
+    lines += ["", *curve_table(content["curves"])]
     if "seconds" in content:
+        lines.append("")
         took = content["seconds"]
         alone, together, ratio = (statistics.median(took[key]) for key in ("alone", "together", "ratios"))
         spread = f"{min(took['ratios']):.2f} to {max(took['ratios']):.2f}"
@@ -111,11 +140,12 @@ def publish_docs() -> None:
             GUIDE.write_text(published(GUIDE, f"trained {name}", table(read_json(path))), "utf-8")
 
 
-def measure(subject: Subject, layer: int, plan: BenchPlan, work: Path, *, fresh: bool) -> dict[str, Any]:
-    """The scores of all methods, concept by concept in one file that a stopped run goes on with."""
+def measure(subject: Subject, plan: BenchPlan, work: Path, *, fresh: bool) -> dict[str, Any]:
+    """Scores and curves of all methods, concept by concept in one file that a stopped run goes on with."""
     path = work / "trained.jsonl"
     subject.bench(plan).run(path, progress=lambda done, of: print(done, of, flush=True), fresh=fresh)
-    return scores(fg.load_run(path))
+    run = fg.load_run(path)
+    return {"scores": scores(run), "curves": curves(run)}
 
 
 def parse() -> argparse.Namespace:
@@ -125,7 +155,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layer", type=int, help="by default that of the best SAE method in tuning.json")
     parser.add_argument("--concepts", type=int, default=6, help="how many of the concepts that chose nothing")
     parser.add_argument("--prompts", type=int, default=12, help="prompts of each half")
-    parser.add_argument("--cost", type=float, action="append", help="nats a token; by default 0.25, 0.5 and 1")
+    parser.add_argument("--cost", type=float, action="append", help="nats a token; six by default")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of timing")
     parser.add_argument("--seconds", action="store_true", help="only time training, beside the scores that are there")
     parser.add_argument("--fresh", action="store_true", help="start over")
@@ -151,7 +181,7 @@ def main() -> None:
             tuple(concepts[: arguments.concepts]),
             methods=METHODS,
             layers=(layer,),
-            ce_rises=tuple(arguments.cost or (0.25, 0.5, 1.0)),
+            ce_rises=tuple(arguments.cost or COSTS),
             matched=None,
             prompts=arguments.prompts,
         )
@@ -163,7 +193,7 @@ def main() -> None:
             "layer": layer,
             "command": shlex.join(["python", "benchmarks/trained.py", *sys.argv[1:]]),
             "plan": json.loads(json.dumps(asdict(plan))),
-            "scores": measure(subject, layer, plan, work, fresh=arguments.fresh),
+            **measure(subject, plan, work, fresh=arguments.fresh),
         }
     write_json(out, content)
     (folder / "trained.md").write_text(f"# Trained vectors: {content['model']}\n\n{table(content)}", "utf-8")
