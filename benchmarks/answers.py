@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
-import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from subject import PAGE, ROOT, published, results_folder
+from subject import PAGE, ROOT, command_of, published, results_folder
 
 import fgsteer as fg
 from fgsteer.activations.recording import record
@@ -236,7 +234,7 @@ def main() -> None:
         return
     model, tokenizer = fg.load_model(arguments.model)
     work = arguments.work or ROOT / "build" / "answers" / name
-    command = shlex.join(["python", "benchmarks/answers.py", *sys.argv[1:]])
+    command = command_of("answers")
     done = read_json(path)["sweeps"] if path.is_file() and not arguments.fresh else {}
     norms = {str(layer): norm for layer, norm in residual_norms(model, tokenizer).items()}
     for needed in (folder, work):

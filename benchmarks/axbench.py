@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from subject import ROOT, published, results_folder
+from subject import ROOT, command_of, published, results_folder
 
 import fgsteer as fg
 from fgsteer.data.shipped import load_chat_prompts
@@ -192,7 +190,7 @@ def main() -> None:
     folder = results_folder("smollm2")
     if not arguments.docs:
         result = run(arguments, arguments.work)
-        command = " ".join(["python", "benchmarks/axbench.py", *map(shlex.quote, sys.argv[1:])])
+        command = command_of("axbench")
         write_json(folder / "axbench.json", {"command": command, **result.content})
     text = page(read_json(folder / "axbench.json"))
     (folder / "axbench.md").write_text(text, "utf-8")

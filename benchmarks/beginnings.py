@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from subject import ROOT, published, results_folder
+from subject import ROOT, command_of, published, results_folder
 from torch.nn.functional import cross_entropy
 
 import fgsteer as fg
@@ -207,7 +205,7 @@ def main() -> None:
     if arguments.docs:
         PAGE.write_text(published(PAGE, "beginnings", table(content)), "utf-8")
         return
-    content["command"] = shlex.join(["python", "benchmarks/beginnings.py", *sys.argv[1:]])
+    content["command"] = command_of("beginnings")
     model, tokenizer = fg.load_model("smollm2", dtype="bfloat16", device="cpu")
     judge = fg.EmbeddingJudge()
     for concept in WORDS:

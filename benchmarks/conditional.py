@@ -15,7 +15,6 @@ Conditions that are done are kept in conditional.part.json, from which a run tha
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from subject import ROOT, load_organism, published, results_folder, share
+from subject import ROOT, command_of, load_organism, published, results_folder, share
 
 import fgsteer as fg
 from fgsteer.storage.json_files import read_json, write_json
@@ -224,7 +223,7 @@ def main() -> None:
         began = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / "conditional.part.json"
-        command = shlex.join(["python", "benchmarks/conditional.py", *sys.argv[1:]])
+        command = command_of("conditional")
         write_json(folder / "conditional.json", {"command": command, **measure(part, arguments.seed)})
         part.unlink()
         print(f"{time.monotonic() - began:.0f} s")

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
-import sys
 import threading
 import time
 import urllib.request
@@ -22,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from subject import ROOT, published, results_folder
+from subject import ROOT, command_of, published, results_folder
 
 import fgsteer as fg
 from fgsteer.play.actions import FIRST_PROMPT
@@ -140,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         PAGE.write_text(published(PAGE, "play", report(read_json(path))), "utf-8")
         return
     torch.set_num_threads(1)
-    command = shlex.join(["python", "benchmarks/play.py", *(sys.argv[1:] if arguments is None else arguments)])
+    command = command_of("play", arguments)
     result = {
         "command": command,
         "model": {"smollm2": "SmolLM2-135M-Instruct"}.get(options.model, options.model),

@@ -22,8 +22,6 @@ records, table.md, report.html and pictures.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +38,7 @@ from subject import (
     TUNING_CONCEPTS,
     Behaviors,
     Subject,
+    command_of,
     load_behaviors,
     load_subject,
     published,
@@ -463,7 +462,7 @@ def main() -> None:
     plan = BenchPlan(concepts, methods=("unsteered",), ce_rises=costs, prompts=prompts, **texts)
     print(estimate(tuning, methods, plan), flush=True)
     if not arguments.estimate:
-        command = shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]])
+        command = command_of("quality")
         measure(tuning, methods, plan, folder, command, add=arguments.add)
         if Ranks.from_env().rank == 0:
             publish(folder, subject)

@@ -11,7 +11,6 @@ neither words nor templates with what it was taught.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from subject import ROOT, load_organism, published, results_folder, share
+from subject import ROOT, command_of, load_organism, published, results_folder, share
 
 import fgsteer as fg
 from fgsteer.storage.json_files import read_json, write_json
@@ -185,7 +184,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         found.vector.save(folder / "refusal.safetensors")
         content = {
-            "command": shlex.join(["python", "benchmarks/refusal.py", *sys.argv[1:]]),
+            "command": command_of("refusal"),
             "requests": {"built_from": BUILT_FROM, "chosen_on": CHOSEN_ON, "reported": REPORTED},
             "by_rule": by_rule,
             "chosen": vars(found.chosen),

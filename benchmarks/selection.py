@@ -13,15 +13,13 @@ beside a feature that is drawn from those that fire.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from subject import ROOT, published, results_folder
+from subject import ROOT, command_of, published, results_folder
 
 import fgsteer as fg
 from fgsteer.selection.separation import auroc
@@ -151,7 +149,7 @@ def main() -> None:
     folder = arguments.out or results_folder(NAME)
     path = folder / "selection.json"
     if not arguments.docs:
-        command = shlex.join(["python", "benchmarks/selection.py", *sys.argv[1:]])
+        command = command_of("selection")
         folder.mkdir(parents=True, exist_ok=True)
         content: dict[str, Any] = {
             "command": command,

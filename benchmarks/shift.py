@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 import re
-import shlex
 import sys
 import time
 from dataclasses import replace
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from cones import refused
-from subject import ROOT, load_organism, published, results_folder
+from subject import ROOT, command_of, load_organism, published, results_folder
 
 import fgsteer as fg
 from fgsteer.directions.shift import last_states
@@ -228,7 +227,7 @@ def main() -> None:
     folder = arguments.out or results_folder("smollm2")
     if not arguments.docs:
         began = time.monotonic()
-        command = shlex.join(["python", "benchmarks/shift.py", *sys.argv[1:]])
+        command = command_of("shift")
         content = {"command": command, **measure(arguments.seed)}
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "shift.json", content)

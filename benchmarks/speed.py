@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from subject import command_of
 from timing import peers, processes, reading, serving, steering, training
 from timing.bench import Bench
 from timing.clock import Clock, Row, facts
@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
     turns = options.repetitions or (2 if options.quick else 7)
     clock = Clock(device, turns, at_least=0.0 if options.quick else 0.02)
     bench = Bench(clock, options.models, dtype, options.quick, found)
-    command = shlex.join(["python", "benchmarks/speed.py", *(a for a in argv if not _of_out(a, argv))])
+    command = command_of("speed", argv)
     run: dict[str, Any] = {"command": command, "facts": facts(device, dtype), "missing": missing}
     run |= {"sections": options.only, "rows": []}
     for section in options.only:
@@ -175,12 +175,6 @@ def main(argv: Sequence[str]) -> int:
     summary = digest(run)
     print(json.dumps(summary))
     return 0 if summary["agree"] else 1
-
-
-def _of_out(argument: str, argv: Sequence[str]) -> bool:
-    """Whether an argument says where to write, which is nobody's business."""
-    place = list(argv).index(argument)
-    return argument.startswith("--out") or (place > 0 and argv[place - 1] == "--out")
 
 
 if __name__ == "__main__":

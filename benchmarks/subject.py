@@ -148,6 +148,16 @@ def with_interval(triple: Sequence[float], form: str = ".2f") -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def command_of(name: str, arguments: Sequence[str] | None = None) -> str:
+    """The command that runs a benchmark, by default this one, without where it writes, which is nobody's business."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    kept, places = [], ("--out", "--work")
+    for before, argument in zip([None, *given], given, strict=False):
+        if argument.split("=")[0] not in places and before not in places:
+            kept.append(argument)
+    return shlex.join(["python", f"benchmarks/{name}.py", *kept])
+
+
 def published(path: Path, mark: str, text: str) -> str:
     """A page's text with ``text`` between the marks, as it should be."""
     page = path.read_text("utf-8")
@@ -173,7 +183,7 @@ def run_benchmark(
     arguments = parser.parse_args()
     folder = arguments.out or results_folder(model)
     if not arguments.docs:
-        command = shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+        command = command_of(name)
         content = {"command": command, **measure()}
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{name}.json", content)

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from subject import PAGE, ROOT, Subject, load_subject, published, results_folder
+from subject import PAGE, ROOT, Subject, command_of, load_subject, published, results_folder
 
 import fgsteer as fg
 from fgsteer.evaluation.bench.bench import Bench
@@ -209,7 +207,7 @@ def main() -> None:
         )
         variants = [name for name in VARIANTS if name == "CAA" or not arguments.variant or name in arguments.variant]
         scores = study(subject, layer, plan, variants, work, arguments.fresh)
-        command = shlex.join(["python", "benchmarks/texts.py", *sys.argv[1:]])
+        command = command_of("texts")
         plain = json.loads(json.dumps(asdict(plan)))
         content = {"model": subject.name, "layer": layer, "command": command, "plan": plain, "scores": scores}
         write_json(folder / "texts.json", content)

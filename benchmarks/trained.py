@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -25,7 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from subject import ROOT, TUNING_CONCEPTS, Subject, load_behaviors, load_subject, published, results_folder
+from subject import (
+    ROOT,
+    TUNING_CONCEPTS,
+    Subject,
+    command_of,
+    load_behaviors,
+    load_subject,
+    published,
+    results_folder,
+)
 from texts import best_layer
 
 import fgsteer as fg
@@ -191,7 +198,7 @@ def main() -> None:
         content = {
             "model": subject.name,
             "layer": layer,
-            "command": shlex.join(["python", "benchmarks/trained.py", *sys.argv[1:]]),
+            "command": command_of("trained"),
             "plan": json.loads(json.dumps(asdict(plan))),
             **measure(subject, plan, work, fresh=arguments.fresh),
         }

@@ -414,3 +414,12 @@ def test_the_guide_says_what_receipts_measured(script):
     for row in content["receipts"].values():
         assert row["dose"]["last"] == 256
         assert row["own_text"]["max_new_tokens"] == receipts.NEW_TOKENS
+
+
+def test_the_command_of_a_result_leaves_out_where_it_is_written(script, monkeypatch):
+    command_of = script("subject").command_of
+    given = ["--out", "/a b", "--cost", "0.5", "--work=/c", "--fresh", "--work", "d", "a word"]
+    assert command_of("x", given) == "python benchmarks/x.py --cost 0.5 --fresh 'a word'"
+    monkeypatch.setattr("sys.argv", ["x.py", "--docs"])
+    assert command_of("x") == "python benchmarks/x.py --docs"
+    assert command_of("x", []) == "python benchmarks/x.py"
