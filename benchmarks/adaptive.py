@@ -153,7 +153,7 @@ def table(content: Mapping[str, Any]) -> str:
     lines = []
     for name, rows in content["contrasts"].items():
         lines += [
-            f"| {name} | behavior × coherence | behavior | coherence | moved margin | KL | tokens with λ > 0 |",
+            f"| {name} | behavior × coherence | behavior | coherence | moved margin | KL | λ > 0 in training replies |",
             "|---|---|---|---|---|---|---|",
         ]
         for label, title in NAMES.items():

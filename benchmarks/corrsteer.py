@@ -59,7 +59,7 @@ class Task:
 
 
 def sums() -> Task:
-    """Sums of two numbers, no pair of which stands on both sides."""
+    """Sums of two numbers; the same numbers in the other order may stand on the other side."""
     pairs = [(a, b) for a in range(2, 20) for b in range(2, 20)]
     random.Random(SEED).shuffle(pairs)
     prompts = [f"What is {a} + {b}?" for a, b in pairs]

@@ -536,3 +536,13 @@ def test_features_are_ranked_on_the_command_line(tmp_path):
     assert told["ranking"]["by"] == "max_auc"
     assert [row["id"] for row in told["features"]] == [row["id"] for row in told["ranking"]["features"]]
     assert told["features"][0]["id"] == 2326, "the shipped feature of the sea"
+
+
+def test_rewards_are_numbers_of_any_kind():
+    from fgsteer.selection.corrsteer import _as_float
+
+    whole = torch.tensor([1.0], requires_grad=True)
+    for one in (True, 1, 1.0, np.bool_(True), np.array(True), np.array([1.0]), torch.tensor(True), whole):
+        assert _as_float(one) == 1.0
+    for none in ("1", None, np.array([1.0, 2.0]), torch.ones(2), np.array(["a"])):
+        assert math.isnan(_as_float(none))

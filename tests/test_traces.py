@@ -417,3 +417,14 @@ def test_command_line(tmp_path):
     ):
         with pytest.raises(fg.FgsteerError, match=why):
             invoke(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("prompt", 99), ("prompt", -1), ("prompt_tokens", -5), ("prompt_tokens", 999)]
+)
+def test_a_text_of_no_prompt_is_no_trace(llama, tokenizer, name, value):
+    plain = fg.trace(llama, tokenizer, PROMPTS[0], vector().add(1.0), max_new_tokens=2).as_dict()
+    assert fg.Trace.from_dict(plain).as_dict() == plain
+    plain["texts"][0][name] = value
+    with pytest.raises(fg.FormatError, match="prompt"):
+        fg.Trace.from_dict(plain)

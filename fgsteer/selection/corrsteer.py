@@ -244,6 +244,9 @@ class _Trial:
 
 def _as_float(reward: object) -> float:
     """A reward of Python, numpy or torch, True and False among them, as a float; nan for what is no number."""
+    if isinstance(reward, np.ndarray | torch.Tensor):
+        values = np.asarray(reward.detach().cpu() if isinstance(reward, torch.Tensor) else reward)
+        reward = values.item() if values.size == 1 else None
     if isinstance(reward, bool | np.bool_) or is_number(reward):
         return float(reward)  # type: ignore[arg-type]
     return math.nan

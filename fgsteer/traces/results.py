@@ -58,6 +58,11 @@ class Trace(OneLineRepr):
         except (TypeError, ValueError, KeyError) as error:
             raise FormatError(f"This is no trace: {error!s:.200}.", "what Trace.as_dict() gives") from error
         for text in found.texts:
+            if not (0 <= text.prompt < len(found.prompts) and 0 <= text.prompt_tokens <= len(text.tokens)):
+                raise FormatError(
+                    f"a text of prompt {text.prompt} with {text.prompt_tokens} tokens of it",
+                    f"one of {len(found.prompts)} prompts, and no more tokens than the {len(text.tokens)} of the text",
+                )
             for token in text.tokens:
                 sizes = {len(token.features_before), len(token.features_after)}
                 if sizes != {len(found.features)} or len(token.actions) not in (0, len(found.interventions)):
