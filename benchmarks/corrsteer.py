@@ -59,17 +59,18 @@ class Task:
 
 
 def sums() -> Task:
-    """Sums of two numbers; the same numbers in the other order may stand on the other side."""
-    pairs = [(a, b) for a in range(2, 20) for b in range(2, 20)]
-    random.Random(SEED).shuffle(pairs)
+    """Sums of two numbers, each pair once, in one of its orders."""
+    draw = random.Random(SEED)
+    pairs = [draw.sample((a, b), 2) for a in range(2, 23) for b in range(2, a + 1)]
+    draw.shuffle(pairs)
     prompts = [f"What is {a} + {b}?" for a, b in pairs]
-    return Task("sums that are right", prompts[:200], prompts[200:], is_right, 12)
+    return Task("sums that are right", prompts[:140], prompts[140:], is_right, 28)
 
 
 def is_right(prompt: str, answer: str) -> bool:
-    """Whether the last number of an answer is the sum of the numbers of its prompt."""
-    numbers = re.findall(r"\d+", answer)
-    return bool(numbers) and int(numbers[-1]) == sum(map(int, re.findall(r"\d+", prompt)))
+    """Whether the number that an answer names first, after "=" or "is", is the sum of the numbers of its prompt."""
+    named = re.search(r"(?:=|\bis\b)\D*(\d+)", answer) or re.fullmatch(r"\D*(\d+)\D*", answer)
+    return named is not None and int(named[1]) == sum(map(int, re.findall(r"\d+", prompt)))
 
 
 def refusals() -> Task:
@@ -132,11 +133,12 @@ def study(model: Any, tokenizer: Any, saes: Sequence[fg.SAE], task: Task) -> dic
         rows[name] = {
             "share": share(int(sum(draws[0])), len(draws[0])) if len(draws) == 1 else None,
             "mean": statistics.fmean(change.after for change in changes),
+            "gains": gains,
             "gain": over_items(gains),
             "improved": sum(change.improved for change in changes) / len(draws),
             "worsened": sum(change.worsened for change in changes) / len(draws),
         }
-        print(task.title, name, rows[name], flush=True)
+        print(task.title, name, {key: value for key, value in rows[name].items() if key != "gains"}, flush=True)
     return {
         "title": task.title,
         "seen": len(task.chosen_on),
@@ -200,7 +202,12 @@ def table(content: Mapping[str, Any]) -> str:
             "that chose nothing"
             for one in task["chosen"]
         )
+        rows = task["rows"]
+        less = over_items([a - b for a, b in zip(rows["A"]["gains"], rows["random A"]["gains"], strict=True)])
+        verdict = "no winner" if less[1] <= 0 <= less[2] else "a win" if less[0] > 0 else "a loss"
         lines += [
+            "",
+            f"A less features at random: {with_interval(less, '+.3f')}, {verdict}.",
             "",
             f"Of {task['compared']:,} features on {task['seen'] // 2} answers, the best by chance has an r of "
             f"{task['chance']:.2f}; chosen were {chosen}.",

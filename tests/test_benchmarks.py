@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -284,6 +285,13 @@ def test_examples_that_are_reported_trained_nothing(script):
         assert not set(task.chosen_on) & set(task.reported)
     assert corrsteer.is_right("What is 2 + 13?", "2 + 13 = 15.")
     assert not corrsteer.is_right("What is 2 + 13?", "It is 2.")
+    assert corrsteer.is_right("What is 2 + 13?", "To add 2 and 13, you do 2 + 13 = 15. Then 4.")
+    assert not corrsteer.is_right("What is 2 + 13?", "To add 2 and 13, you simply")
+    sums = corrsteer.sums()
+    chosen_on, reported = (
+        {frozenset(re.findall(r"\d+", text)) for text in part} for part in (sums.chosen_on, sums.reported)
+    )
+    assert not chosen_on & reported
 
 
 def test_the_guide_says_what_axbench_measured(script):

@@ -428,3 +428,10 @@ def test_a_text_of_no_prompt_is_no_trace(llama, tokenizer, name, value):
     plain["texts"][0][name] = value
     with pytest.raises(fg.FormatError, match="prompt"):
         fg.Trace.from_dict(plain)
+
+
+def test_numbers_whose_sums_are_not_finite_are_no_trace(llama, tokenizer):
+    plain = fg.trace(llama, tokenizer, PROMPTS[0], vector().add(1.0), max_new_tokens=2).as_dict()
+    plain["texts"][0]["tokens"][-1]["kl_steered_unsteered"] = 1.7e308
+    with pytest.raises(fg.FormatError, match="kl_steered_unsteered"):
+        fg.Trace.from_dict(plain)

@@ -38,7 +38,7 @@ class SelectedFeatures:
         self.columns = torch.tensor(list(features), device=sae.W_enc.device)
         self.on_cpu = sae.W_enc.device.type == "cpu"
         self.floors = torch.tensor(floors) if self.on_cpu and floors and any(floors) else None
-        self.own = _part(sae, self.columns)
+        self.own = sae if self.floors is None else _part(sae, self.columns)
         self.part: SAE | None = None
         if sae.density is None or sae.k is None or not self.on_cpu:
             return

@@ -168,12 +168,12 @@ class SteeringMiddleware:
         """
         started = self._started()
         most = trace_bytes(started.control.engine.config.model_config.get_hidden_size())
-        body = await read_body(receive, headers_of(scope).get("content-length", ""), most, "a prompt and steer keys")
         if self.traces >= MAX_TRACES:
             raise _RefusedError(503, f"{self.traces} traces are under way, and no more can be. Try again later.")
         self.traces += 1
         try:
-            asked = parse_trace_request(body)
+            length = headers_of(scope).get("content-length", "")
+            asked = parse_trace_request(await read_body(receive, length, most, "a prompt and steer keys"))
             async with self._leased(asked.steering.get("steer_vector")):
                 return await _while_there(receive, trace_request(started.client, started.control, asked))
         except FgsteerError as error:

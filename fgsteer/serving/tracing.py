@@ -10,6 +10,7 @@ text that is sampled at temperature 1, ``TracedText.log_ratio`` estimates the di
 
 from __future__ import annotations
 
+import asyncio
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -142,7 +143,10 @@ async def trace_request(client: Any, control: Control, asked: TraceRequest) -> d
     written = list(steered.outputs[0].token_ids)
     unsteered = await _answer(client, [*ids, *written], {}, max_tokens=1)
     after = [*steered.prompt_logprobs, *steered.outputs[0].logprobs]
-    text = _traced_text(tokenizer, [*ids, *written], len(ids), unsteered.prompt_logprobs, after)
+    # a long text takes a quarter of a second, which others' streams need not wait
+    text = await asyncio.to_thread(
+        _traced_text, tokenizer, [*ids, *written], len(ids), unsteered.prompt_logprobs, after
+    )
     settings = {"max_tokens": asked.max_tokens, "temperature": asked.temperature, "seed": asked.seed}
     return Trace(
         prompts=(asked.prompt if isinstance(asked.prompt, str) else str(tokenizer.decode(ids)),),

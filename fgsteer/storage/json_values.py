@@ -6,12 +6,13 @@ value_of(Receipt, read_json("receipt.json"), "receipt")
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+LARGEST = 1e100
 
 
 def value_of(kind: Any, value: Any, name: str, *, nan_for_null: bool = False) -> Any:
@@ -66,8 +67,8 @@ def _plain_value(kind: type, value: Any, name: str, nan_for_null: bool) -> Any:
     if kind is float and value is None and nan_for_null:
         return math.nan
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not abs(value) <= sys.float_info.max:  # a whole number of JSON may be larger
-            raise ValueError(f"{name} is not finite")
+        if not abs(value) <= LARGEST:
+            raise ValueError(f"{name} is not finite, or too large for sums of it to be")
         return float(value)
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise TypeError(f"{name} is {value!r:.40}")
