@@ -67,13 +67,14 @@ class Chat:
                     chat.open += 1
                     chat.most_open = max(chat.most_open, chat.open)
                 try:
-                    self.send(reply(text, number))
-                finally:
+                    answer = reply(text, number)
+                    time.sleep(answer.delay)
+                finally:  # before a byte goes out: with the last one the client may open its next
                     with lock:
                         chat.open -= 1
+                self.send(answer)
 
             def send(self, reply):
-                time.sleep(reply.delay)
                 if reply.drop:
                     self.close_connection = True
                     return
