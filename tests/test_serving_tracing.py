@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 import sys
@@ -48,6 +49,7 @@ class FakeClient:
 
     async def generate(self, prompt, params, number):
         ids, extra = list(prompt["prompt_token_ids"]), params.extra_args
+        assert params.output_kind == "the last alone"  # each of the others would hold all log-probabilities again
         self.asked.append((len(ids), params, number))
         if self.refusal:
             raise ClientError(self.refusal)
@@ -78,6 +80,8 @@ class FakeClient:
 def vllm(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
     monkeypatch.setitem(sys.modules, "vllm.exceptions", SimpleNamespace(VLLMClientError=ClientError))
+    kinds = SimpleNamespace(FINAL_ONLY="the last alone")
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", SimpleNamespace(RequestOutputKind=kinds))
 
 
 @pytest.fixture
@@ -219,6 +223,13 @@ def test_what_makes_no_trace_is_the_clients_error(client, body, says):
     assert client.asked == []
 
 
+def test_a_prompt_of_no_tokens_is_the_clients_error(client):
+    client.tokenizer = SimpleNamespace(encode=lambda text: [])
+    status, told = asyncio.run(ask(door_of(client), asked(prompt="\u200b")))
+    assert (status, "no tokens" in told["error"]["message"]) == (400, True)
+    assert client.asked == []
+
+
 def test_what_the_engine_refuses_is_the_clients_error(client):
     client.refusal = "Activations would overflow."
     status, told = asyncio.run(ask(door_of(client), asked()))
@@ -302,6 +313,7 @@ def test_defaults_are_greedy():
         {"features": [{"id": 1, "label": "x", "mean_before": 0.0, "mean_after": 0.0}]},
         {"texts": [{"prompt": 0, "source": "elsewhere", "completion": "", "prompt_tokens": 0, "tokens": []}]},
         {"interventions": [{"kind": 1}]},
+        {"settings": {"deep": functools.reduce(lambda inner, _: [inner], range(400), {"x": 1})}},
     ],
     ids=lambda change: str(change)[:48],
 )

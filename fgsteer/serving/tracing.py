@@ -129,7 +129,9 @@ async def trace_request(client: Any, control: Control, asked: TraceRequest) -> d
         )
     ids = tokenizer.encode(asked.prompt) if isinstance(asked.prompt, str) else list(asked.prompt)
     most = min(MAX_TRACED_TOKENS, config.max_model_len - 1)  # to read a text, an engine must write one token more
-    if not 0 <= min(ids, default=0) <= max(ids, default=0) < config.get_vocab_size():
+    if not ids:
+        raise DataError("a prompt of no tokens", "a prompt that the model's tokenizer makes tokens of")
+    if not 0 <= min(ids) <= max(ids) < config.get_vocab_size():
         raise DataError("a token id that the model does not have", f"ids from 0 to {config.get_vocab_size() - 1}")
     if len(ids) + asked.max_tokens > most:
         raise DataError(
@@ -175,8 +177,10 @@ async def _answer(client: Any, ids: Sequence[int], steering: Mapping[str, Any], 
     """The last output of a request, with the log-probabilities of all its tokens. Raises SteeringError if refused."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMClientError
+    from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(
+        output_kind=RequestOutputKind.FINAL_ONLY,
         logprobs=TOP_TOKENS,
         prompt_logprobs=TOP_TOKENS,
         detokenize=False,
@@ -185,7 +189,7 @@ async def _answer(client: Any, ids: Sequence[int], steering: Mapping[str, Any], 
     )
     outputs = client.generate({"prompt_token_ids": list(ids)}, params, f"trace-{secrets.token_hex(8)}")
     try:
-        return [output async for output in outputs][-1]
+        return [output async for output in outputs][-1]  # the only one
     except VLLMClientError as error:
         raise SteeringError(str(error.args[0])) from error
 

@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 LARGEST = 1e100
+LEVELS = 64  # of lists and objects inside each other, which copies go down by recursion
 
 
 def value_of(kind: Any, value: Any, name: str, *, nan_for_null: bool = False) -> Any:
@@ -33,6 +34,7 @@ def value_of(kind: Any, value: Any, name: str, *, nan_for_null: bool = False) ->
 
     origin = get_origin(kind)
     if kind is Any:
+        _check_depth(value, name)
         return value
     if origin in (UnionType, Union):
         kinds = [one for one in get_args(kind) if one is not NoneType]
@@ -60,6 +62,15 @@ def value_of(kind: Any, value: Any, name: str, *, nan_for_null: bool = False) ->
 
 
 _hints = cache(get_type_hints)
+
+
+def _check_depth(value: Any, name: str, levels: int = LEVELS) -> None:
+    """Raises ValueError for lists and objects inside each other, more than so many levels deep."""
+    if isinstance(value, Mapping | list | tuple):
+        if not levels:
+            raise ValueError(f"{name} is nested more than {LEVELS} levels deep")
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            _check_depth(entry, name, levels - 1)
 
 
 def _plain_value(kind: type, value: Any, name: str, nan_for_null: bool) -> Any:
