@@ -45,7 +45,7 @@ def truncated_passes(subject: Subject, batches: Sequence[Any]) -> None:
 def collect(bench: Bench) -> Iterator[Row]:
     """Reading both sides of a contrast, in tokens a second."""
     for subject in bench.subjects():
-        large = subject.name == "llama-100m" and bench.on_cpu
+        large = subject.name in ("llama-100m", "smollm2") and bench.on_cpu
         count, asked = (4, 1) if bench.quick else (8, 8) if large else (32, 16)
         yield from _collect(bench, subject, f"{count} pairs", text_pairs(count))
         yield from _collect(bench, subject, f"{asked} A/B pairs", answer_pairs(asked))

@@ -25,7 +25,13 @@ from timing.subjects import Subject, directions, prompt_ids
 NEW_TOKENS = 32
 STEPS, IN_A_ROW = 61, 0.05  # turns, of so many seconds of decoding steps in a row, as steps of a text are
 CELLS = ((1, 8), (8, 8), (64, 8), (1, 256), (8, 256), (64, 256))  # batch, prompt tokens
-CPU_CELLS = {"default": CELLS[:5], "llama": CELLS[:2], "gpt2": CELLS[1:2], "llama-100m": CELLS[:1]}
+CPU_CELLS = {
+    "default": CELLS[:5],
+    "llama": CELLS[:2],
+    "gpt2": CELLS[1:2],
+    "llama-100m": CELLS[:1],
+    "smollm2": CELLS[:1],
+}
 UNSTEERED, ADD, ADD_ALL = "unsteered", "steer, 1 layer", "steer, all layers"
 
 

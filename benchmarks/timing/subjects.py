@@ -15,7 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import fgsteer as fg
 
-MODELS = ("default", "llama", "gpt2", "llama-100m")
+SHIPPED = ("default", "smollm2")
+MODELS = ("default", "llama", "gpt2", "llama-100m", "smollm2")
 SHAPES = {"llama": (8, 256, 704), "gpt2": (8, 256, 1024), "llama-100m": (12, 768, 2048)}  # layers, d_model, d_mlp
 SMALL = (3, 64, 128)
 HEAD, CONTEXT, EXPANSION = 64, 512, 16
@@ -47,11 +48,11 @@ class Subject:
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> Subject:
-    """The embedded default, or a model of random weights under the same tokenizer; ``quick`` makes those tiny."""
+    """A shipped model, or one of random weights under the default's tokenizer; ``quick`` makes those tiny."""
     disable_progress_bar()
-    model, tokenizer = fg.load_model("default")
-    if name == "default":
-        sae = fg.load_sae("default")
+    model, tokenizer = fg.load_model(name if name in SHIPPED else "default")
+    if name in SHIPPED:
+        sae = fg.load_sae(name)
     else:
         layers, width, mlp = SMALL if quick else SHAPES[name]
         model = random_model(name, layers, width, mlp, model.config.vocab_size)
