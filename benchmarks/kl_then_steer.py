@@ -162,12 +162,13 @@ def table(content: Mapping[str, Any]) -> str:
     lines.append(f"| trained, unsteered | | {content['unsteered']:+.3f} |")
     mean, low, high = over_items(extra(concepts, 1))
     verdict = "no winner" if low <= 0 <= high else "a win" if mean < 0 else "a loss"
+    by_rate = ", ".join(f"{more:+.3f} (trained at a rate of {rate})" for rate, more in content["rates"].items())
     ratio = statistics.fmean(one["same_push"] / one["strength"] for one in concepts.values())
     lines += [
         "",
         f"Of {len(concepts)} concepts that were not trained on, at block {content['layer']} of {content['model']}, "
-        f"with 95 % intervals over concepts; the rate {content['settings']['lr']:g} of {', '.join(content['rates'])} "
-        "pays least on the texts that choose. At the same push the trained model pays "
+        f"with 95 % intervals over concepts. On the texts that choose, the trained model pays {by_rate} nats a token more "
+        f"at the same push; the rate {content['settings']['lr']:g} was taken. On the others it pays "
         f"{with_interval((mean, low, high), '+.3f')} nats a token more: {verdict}. It takes {ratio:.2f} times the "
         "strength.",
     ]
