@@ -170,6 +170,9 @@ def table(content: Mapping[str, Any]) -> str:
             gains = paired_differences(scores(rows[one], "bcs"), scores(rows[other], "bcs"))
             mean, low, high = over_items(list(gains.values()))
             verdict = "no winner" if low <= 0 <= high else "a win" if mean > 0 else "a loss"
+            kls = [rows[label]["kl"] for label in (one, other)]
+            if min(kls) < 0.9 * max(kls):  # a strategy whose strength cannot reach the cost
+                verdict = "but at {:.2f} nats and at {:.2f}, which compares nothing".format(*kls)
             lines.append(f"- {NAMES[one]}, less {NAMES[other]}: {with_interval((mean, low, high), '+.3f')}, {verdict}.")
         lines.append("")
     lines.append(
