@@ -167,8 +167,8 @@ def table(content: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Of {len(concepts)} concepts that were not trained on, at block {content['layer']} of {content['model']}, "
-        f"with 95 % intervals over concepts. On the texts that choose, the trained model pays {by_rate} nats a token more "
-        f"at the same push; the rate {content['settings']['lr']:g} was taken. On the others it pays "
+        f"with 95 % intervals over concepts. On the texts that choose, the trained model pays {by_rate} nats a token "
+        f"more at the same push; the rate {content['settings']['lr']:g} was taken. On the others it pays "
         f"{with_interval((mean, low, high), '+.3f')} nats a token more: {verdict}. It takes {ratio:.2f} times the "
         "strength.",
     ]
