@@ -10,7 +10,7 @@ import torch
 import fgsteer as fg
 from fgsteer.saes.density import FeatureDensity
 from fgsteer.saes.sae import SAE
-from fgsteer.saes.selected import SelectedFeatures
+from fgsteer.saes.selected import LEARNT_FROM, QUICK, SelectedFeatures
 
 WIDTH, WIDE, K = 16, 4096, 8
 
@@ -95,6 +95,45 @@ def test_every_token_is_encoded_whole_where_nothing_says_who_fires(topk, encoded
     SelectedFeatures(replace(topk, density=None), [3]).read(x)
     SelectedFeatures(topk, [3]).read(x.requires_grad_())
     assert encoded == [5, 5]
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 100])
+def test_the_first_tokens_tell_which_rivals_are_above_the_features(topk, encoded, at_once):
+    x = torch.randn(400, WIDTH, generator=torch.Generator().manual_seed(6))
+    features = [20, 900, 4000]
+    reader, wanted = SelectedFeatures(replace(topk, density=None), features), topk.encode(x)[:, features]
+    encoded.clear()
+    got = torch.cat([reader.read(part) for part in x.split(at_once)])
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)  # products of other shapes round differently
+    assert torch.equal(got > 0, wanted > 0)
+    assert int((wanted > 0).any(1).sum()) <= sum(encoded) < 300
+    above = dict.fromkeys(range(WIDE), 0)
+    first = x.split(at_once)[: -(-LEARNT_FROM[0] // at_once)]
+    for token in torch.cat([part[-LEARNT_FROM[1] :] for part in first]):
+        pre = topk.pre_activations(token).tolist()
+        highest = max(0.0, *(pre[feature] for feature in features))
+        for feature in set(above) - set(features):
+            above[feature] += pre[feature] > highest
+    (part,) = reader.parts
+    least = min(above[feature] for feature in _ids(topk, part)[len(features) :])
+    assert least >= sorted(above.values(), reverse=True)[QUICK]
+    assert _ids(topk, part)[: len(features)] == features
+
+
+def _ids(sae, part):
+    """Which features of an SAE a part has, by their rows, of which no two are equal."""
+    return [int((sae.W_dec == row).all(1).nonzero()) for row in part.W_dec]
+
+
+def test_a_feature_that_is_not_above_zero_needs_no_rivals(topk, encoded):
+    sae = replace(topk, b_enc=topk.b_enc - 3.0, density=None)  # where few are above 0, fewer than k
+    x = torch.randn(100, WIDTH, generator=torch.Generator().manual_seed(7))
+    wanted = sae.encode(x)[:, [5, 3000]]
+    encoded.clear()
+    got = SelectedFeatures(sae, [5, 3000]).read(x)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)  # products of other shapes round differently
+    near = (sae.pre_activations(x)[:, [5, 3000]] > -0.01).any(1).sum()  # more than the margin below 0
+    assert (wanted > 0).any(1).sum() <= sum(encoded) <= near < 50
 
 
 def test_equal_pre_activations_are_left_to_the_encoder(topk):

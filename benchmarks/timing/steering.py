@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial, reduce
+from itertools import cycle
 from operator import or_
 from typing import Any
 
@@ -23,6 +24,7 @@ from timing.clock import Case, Contender, Row
 from timing.subjects import Subject, directions, prompt_ids
 
 NEW_TOKENS = 32
+PROMPT_TOKENS, NEXT_TOKENS = 64, 32  # before a step, and those that come in turn
 STEPS, IN_A_ROW = 61, 0.05  # turns, of so many seconds of decoding steps in a row, as steps of a text are
 CELLS = ((1, 8), (8, 8), (64, 8), (1, 256), (8, 256), (64, 256))  # batch, prompt tokens
 CPU_CELLS = {
@@ -145,17 +147,18 @@ def _steered(subject: Subject, batch: int) -> Iterator[tuple[str, tuple[Any, boo
 
 @torch.no_grad()
 def _stepper(subject: Subject, batch: int, items: Any, by_row: bool, held: ExitStack) -> Callable[[], Any]:
-    """One more token for each row, again and again the same, by modules of their own over the same weights."""
+    """One more token for each row, in turn of many, by modules of their own over the same weights."""
     weights = [*subject.model.parameters(), *subject.model.buffers()]
     model = copy.deepcopy(subject.model, {id(weight): weight for weight in weights})
     cache = DynamicCache(config=model.config)
-    ids = prompt_ids(subject, batch, 65)
+    ids = prompt_ids(subject, batch, PROMPT_TOKENS + NEXT_TOKENS)
+    tokens = cycle(ids[:, PROMPT_TOKENS:].split(1, dim=1))
     held.enter_context(fg.steer(model, items, per_row=by_row))  # before the prompt, which gates read
-    model(input_ids=ids[:, :-1], past_key_values=cache)
+    model(input_ids=ids[:, :PROMPT_TOKENS], past_key_values=cache)
 
     @torch.no_grad()
     def run() -> None:
-        model(input_ids=ids[:, -1:], past_key_values=cache)
+        model(input_ids=next(tokens), past_key_values=cache)
         cache.crop(-1)
 
     return run
