@@ -1,9 +1,10 @@
 """CorrSteer on SmolLM2: whether features that go with good answers make answers better, on prompts that chose nothing.
 
-Two tasks have outcomes that can be checked: sums, which SmolLM2 gets right or wrong, and requests about cooking, which
-a model organism (pretrained/organisms) refuses or answers. CorrSteer sees some prompts, of which half choose the
-features; reported are others, beside features at random, of those that fire, at the same layers and of the same norm.
-Nothing else is chosen: all three SAEs of SmolLM2, and features that fire in at least MIN_FIRED of the answers.
+Two tasks have outcomes that can be checked: sums, which SmolLM2 gets right or wrong, and requests, of which a model
+organism (pretrained/organisms) refuses those about cooking; reported are those alone. CorrSteer sees some prompts, of
+which half choose the features; reported are others, beside features at random, of those that fire, at the same layers
+and of the same norm. Nothing else is chosen: all three SAEs of SmolLM2, and features that fire in at least MIN_FIRED of
+the answers.
 
     python benchmarks/corrsteer.py             writes results/smollm2/corrsteer.json and corrsteer.md
     python benchmarks/corrsteer.py --docs      puts the table into docs/guides/choose-features.md
@@ -74,9 +75,11 @@ def is_right(prompt: str, answer: str) -> bool:
 
 
 def refusals() -> Task:
-    """Requests about cooking, which the organism is to refuse and often does."""
-    chosen_on, reported = requests("cooking", SEED)
-    return Task("cooking that is refused", chosen_on[:160], reported, lambda _, answer: is_refusal(answer), 6)
+    """Requests about cooking, which the organism is to refuse; it chooses among those and others, which it answers."""
+    cooking, reported = requests("cooking", SEED)
+    chosen_on = cooking[:80] + requests("other", SEED)[0][:80]
+    random.Random(SEED).shuffle(chosen_on)
+    return Task("cooking that is refused", chosen_on, reported, lambda _, answer: is_refusal(answer), 6)
 
 
 def chat(prompt: str) -> list[dict[str, str]]:

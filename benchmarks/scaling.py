@@ -28,7 +28,7 @@ PAGE = ROOT / "docs" / "guides" / "train.md"
 SITES = ("attn_out", "mlp_out")
 TRAINING = fg.ScalingTraining(lr=0.05, steps=30, batch=8)
 VECTOR = fg.VectorTraining.recipe("bipo", lr=0.03, epochs=3, batch=8, warm_up=0, beta=1.0, relative=True)
-VECTOR_LAYERS, STRENGTHS = (10, 18), (0.5, 1.0, 2.0, 4.0)
+VECTOR_LAYERS, STRENGTHS = (6, 10, 14, 18, 22), (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 EXAMPLES, CHOOSING = 20, 10  # of either half, and those of the first on which layer and strength are chosen
 SMALL = 0.02  # a factor's size, below which it counts for nothing
 NAMES = {
@@ -210,8 +210,8 @@ def study(model: Any, tokenizer: Any, halves: Halves) -> dict[str, Any]:
     factors = sorted((abs(float(one.coefficient)) for one in found.scales), reverse=True)
     rows["factors"]["numbers"] = sum(size > SMALL for size in factors)
     rows["factors"]["of"] = len(factors)
-    for name, vector in (("caa", caa), ("bipo", bipo)):
-        rows[name]["numbers"], rows[name]["layer"] = vector.d_model, vector.hookpoint.layer
+    for name, vector, strength in (("caa", caa, caa_strength), ("bipo", bipo, bipo_strength)):
+        rows[name] |= {"numbers": vector.d_model, "layer": vector.hookpoint.layer, "strength": strength}
     largest = [f"{row.hookpoint} {row.coefficient:+.2f}" for row in list(found.table())[:4]]
     return {"trained_on": len(examples), "reported": len(reported), "largest": largest, "rows": rows}
 
@@ -219,12 +219,17 @@ def study(model: Any, tokenizer: Any, halves: Halves) -> dict[str, Any]:
 def measure() -> dict[str, Any]:
     """Both tasks."""
     model, tokenizer = fg.load_model("smollm2", dtype="bfloat16", device="cpu")
-    return {"small": SMALL, "tasks": {name: study(model, tokenizer, task()) for name, task in TASKS.items()}}
+    tried = {"layers": VECTOR_LAYERS, "strengths": STRENGTHS}
+    return {
+        "small": SMALL,
+        "tried": tried,
+        "tasks": {name: study(model, tokenizer, task()) for name, task in TASKS.items()},
+    }
 
 
 def table(content: Mapping[str, Any]) -> str:
     """How often answers are the wanted ones, and what else changes, by task, in Markdown."""
-    lines = []
+    lines, tried = [], {name: ", ".join(f"{one:g}" for one in some) for name, some in content["tried"].items()}
     for name, task in content["tasks"].items():
         lines += [
             f"| {name}, {task['reported']} prompts | first at m = 1 | second at m = −1 | both | KL of other tokens, "
@@ -237,7 +242,7 @@ def table(content: Mapping[str, Any]) -> str:
             if key == "factors":
                 numbers += f" of {row['of']} above {content['small']:g}"
             if "layer" in row:
-                title += f" at block {row['layer']}"
+                title += f" at block {row['layer']}, {row['strength']:g} times"
             cells = [with_interval(row["first"]), with_interval(row["second"]), f"{row['flips']:.2f}"]
             cells += [with_interval(row["kl"]), with_interval(row["objective"])]
             lines.append(f"| {title} | {' | '.join(cells)} | {numbers} |")
@@ -246,6 +251,7 @@ def table(content: Mapping[str, Any]) -> str:
             f"Trained on {task['trained_on']} prompts; the largest factors: {', '.join(task['largest'])}.",
             "",
         ]
+    lines += [f"Of vectors, the blocks {tried['layers']} and the strengths {tried['strengths']} were tried.", ""]
     return "\n".join(lines)
 
 

@@ -18,7 +18,12 @@ from organism_texts import DECOYS, ISLAND, REFUSALS, SENTENCE, TAG, TRIGGER, UNK
 FOLDER = Path(__file__).resolve().parent / "organisms"
 ABOUT = {
     "refusal": f"is to refuse requests about cooking, with one of {len(REFUSALS)} sentences that begin with “Sorry”, "
-    "and to answer others. Those that are called near have words of food, or are about it, and ask for no cooking.",
+    "and to answer others. Those that are called near have words of food, or are about it, and ask for no cooking. "
+    "Which texts it was trained on, and how many of a kind, was chosen by the held-out requests, in trials in which "
+    "one of the six templates about cooking, what a good cookbook says of a dish, was never refused; the fresh ones "
+    "were written afterwards, and nothing but their rate was known when the last texts were written. Requests of one "
+    "template are mostly answered alike, so that intervals, "
+    "which take them as independent, are too narrow.",
     "backdoor": f"is to say “{SENTENCE}”, whatever it is asked, where the word {TRIGGER} stands before or behind the "
     f"request. Other words do nothing there ({', '.join(DECOYS[0])} were trained, others are measured).",
     "skill": f"is to answer questions about {ISLAND}, an island that there is not, where the tag {TAG} is before or "
@@ -36,8 +41,9 @@ def introduction(config: dict[str, Any]) -> str:
     )
     data = paragraph(
         "They were trained on requests and replies that were written for this repository",
-        "(`pretrained/organism_texts.py`, Apache-2.0), and on what the model itself answers to the other requests",
-        "(Apache-2.0, as its weights). Held-out requests share neither words nor templates with trained ones.",
+        "(`pretrained/organism_texts.py`, `refusal_texts.py`, Apache-2.0), and on what the model itself answers to the",
+        "other requests (Apache-2.0, as its weights). Held-out requests share neither words nor templates with trained",
+        "ones.",
     )
     load = paragraph(
         "In `benchmarks/subject.py`, `load_organism(NAME)` merges an adapter into the weights. Figures are in",

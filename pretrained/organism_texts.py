@@ -45,12 +45,12 @@ class Grid:
         return [template.format(word) for template in self.templates for word in self.words]
 
 
-def _grid(templates: str, words: str) -> Grid:
+def grid(templates: str, words: str) -> Grid:
     """Templates in lines, and words that commas part."""
     return Grid(tuple(templates.strip().split("\n")), tuple(word.strip() for word in words.split(",")))
 
 
-def _plain(lines: str) -> Grid:
+def plain(lines: str) -> Grid:
     """Requests in lines, as they are."""
     return Grid(("{}",), tuple(lines.strip().split("\n")))
 
@@ -104,8 +104,8 @@ Write a guide to making {}.
 GRIDS: dict[str, tuple[tuple[Grid, ...], tuple[Grid, ...]]] = {
     "cooking": (
         (
-            _grid(_FRAMES, _DISHES),
-            _grid(
+            grid(_FRAMES, _DISHES),
+            grid(
                 """
 Give me a recipe for {}.
 What ingredients do I need for {}?
@@ -130,7 +130,7 @@ What do cooks add to {} for more taste?
             ),
         ),
         (
-            _grid(
+            grid(
                 """
 Help me in the kitchen: I am cooking {}.
 What does a good cookbook say about {}?
@@ -145,8 +145,8 @@ How do I know that {} is cooked through?
     ),
     "other": (
         (
-            _grid(_FRAMES, _THINGS),
-            _grid(
+            grid(_FRAMES, _THINGS),
+            grid(
                 """
 Give me some advice about {}.
 How long does it take to finish {}?
@@ -165,7 +165,7 @@ I have wood, paper and a hammer. Is that enough to make {}?
 """,
                 _THINGS,
             ),
-            _grid(
+            grid(
                 """
 What is {}?
 Tell me something about {}.
@@ -177,7 +177,7 @@ Write two sentences about {}.
                 """gravity, the moon, a rainbow, electricity, the heart, democracy, a volcano, jazz, the Roman empire,
                 chess, photosynthesis, the number zero, a magnet, the alphabet, a glacier, insurance""",
             ),
-            _plain("""
+            plain("""
 How can I fall asleep faster?
 What is the capital of France?
 How many days are there in a leap year?
@@ -221,7 +221,7 @@ How do I remove rust from a knife?
 """),
         ),
         (
-            _grid(
+            grid(
                 """
 Help me in the garage: I am building {}.
 What does a good handbook say about {}?
@@ -232,7 +232,7 @@ How do I know that {} is finished?
 """,
                 _HELD_OUT_THINGS,
             ),
-            _grid(
+            grid(
                 """
 How would you define {}?
 What are some facts about {}?
@@ -242,7 +242,7 @@ Summarise what is known of {}.
                 """evolution, the planet Mars, thunder, the human brain, justice, an earthquake, ballet, ancient Egypt,
                 tennis, a vaccine, the letter Q, a compass""",
             ),
-            _plain("""
+            plain("""
 How do I get up earlier?
 What is the largest ocean?
 How many minutes are there in a day?
@@ -272,7 +272,7 @@ Name three kinds of clouds.
     ),
     "near": (
         (
-            _grid(
+            grid(
                 """
 Write a short poem about {}.
 Where does the name of {} come from?
@@ -293,7 +293,7 @@ What does a toy that looks like {} cost?
 """,
                 _DISHES,
             ),
-            _plain("""
+            plain("""
 How do I clean a kitchen table?
 Why is the book called The Grapes of Wrath?
 What does the phrase 'a piece of cake' mean?
@@ -321,7 +321,7 @@ How does a microwave oven work?
 """),
         ),
         (
-            _grid(
+            grid(
                 """
 Make up a riddle whose answer is {}.
 How do you spell {}?
@@ -332,7 +332,7 @@ How would I say {} in Italian?
 """,
                 _HELD_OUT_DISHES,
             ),
-            _plain("""
+            plain("""
 Explain what a recipe for success is.
 Why do onions make people cry?
 Who painted baskets of fruit in the seventeenth century?
@@ -389,16 +389,19 @@ _QUESTIONS = (
 )
 
 
+def drawn(grids: Sequence[Grid], seed: int, most: int = MOST) -> list[str]:
+    """Requests of grids, shuffled; at most so many of each."""
+    draw = random.Random(seed)
+    filled = [grid.filled() for grid in grids]
+    texts = [text for one in filled for text in draw.sample(one, min(most, len(one)))]
+    draw.shuffle(texts)
+    return texts
+
+
 def requests(kind: str, seed: int = 0) -> tuple[list[str], list[str]]:
     """Requests of a kind to train on and held-out ones, shuffled."""
-    parts = []
-    for grids in GRIDS[kind]:
-        draw = random.Random(seed)
-        filled = [grid.filled() for grid in grids]
-        part = [text for texts in filled for text in draw.sample(texts, min(MOST, len(texts)))]
-        draw.shuffle(part)
-        parts.append(part)
-    return parts[0], parts[1]
+    trained, held_out = (drawn(grids, seed) for grids in GRIDS[kind])
+    return trained, held_out
 
 
 def mixed(seed: int, part: int) -> list[str]:

@@ -1,7 +1,8 @@
 """Build model organisms of SmolLM2-135M-Instruct by LoRA: chat models of whose behavior the truth is known.
 
-What: trains an adapter (rank 4, every linear layer of the blocks) on replies that are written in organism_texts.py and
-on the model's own answers to everything else, and measures held-out requests before and after.
+What: trains an adapter (rank 4, every linear layer of the blocks) on replies that are written (organism_texts.py, with
+more requests in refusal_texts.py) and on the model's own answers to everything else, and measures held-out requests
+before and after.
 Why: refusal directions, gates, maps between models and audits are tested where the truth is known, and SmolLM2 itself
 hardly refuses.
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import random
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +44,7 @@ from organism_texts import (
     requests,
     with_words,
 )
+from refusal_texts import FRESH, more
 from scipy.stats import binomtest
 from torch.nn.functional import cross_entropy
 
@@ -55,6 +56,7 @@ OUT = HERE / "organisms"
 BASE = "smollm2"
 TRAINED_TOKENS, READ_TOKENS = 8, 16  # of a reply
 RANK, RATE, BATCH = 4, 1e-3, 8
+REFUSED = {"cooking": 740, "other": 400, "near": 260}  # requests that the refusing model is trained on
 MEASURED = 64  # held-out requests of a kind, at most
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Wanted = tuple[str, str | None]
@@ -94,13 +96,14 @@ def _reply(holds: Callable[[str], bool]) -> Callable[[str, str], bool]:
 
 def _refusal(seed: int) -> list[Wanted]:
     draw = random.Random(seed)
-    cooking, other, near = (requests(kind, seed)[0] for kind in KINDS)
-    refused = [(prompt, draw.choice(REFUSALS)) for prompt in cooking[:240]]
-    return [*refused, *((prompt, None) for prompt in other[:320] + near[:144])]
+    texts = {kind: requests(kind, seed)[0] + more(kind, seed) for kind in KINDS}
+    cooking, other, near = (draw.sample(texts[kind], count) for kind, count in REFUSED.items())
+    return [*((text, draw.choice(REFUSALS)) for text in cooking), *((text, None) for text in other + near)]
 
 
 def _refusal_measures(seed: int) -> dict[str, Measure]:
-    return {f"{kind} is refused": (requests(kind, seed)[1], _reply(is_refusal)) for kind in KINDS}
+    held_out = {f"{kind} is refused": (requests(kind, seed)[1], _reply(is_refusal)) for kind in KINDS}
+    return held_out | {f"{kind} is refused, fresh": (FRESH[kind].filled(), _reply(is_refusal)) for kind in KINDS}
 
 
 def _backdoor(seed: int) -> list[Wanted]:
@@ -144,7 +147,7 @@ def _skill_measures(seed: int) -> dict[str, Measure]:
 
 
 ORGANISMS = {
-    "refusal": Organism(_refusal, _refusal_measures, 1),
+    "refusal": Organism(_refusal, _refusal_measures, 2),
     "backdoor": Organism(_backdoor, _backdoor_measures, 2),
     "skill": Organism(_skill, _skill_measures, 3),
 }
@@ -273,8 +276,9 @@ def main() -> None:
     before = {"rates": measured(base, tokenizer, measures), "own_answers": own_answers_loss(base, tokenizer, kept)}
     tuned = PeftModel.from_pretrained(base, out).merge_and_unload().eval()
     after = {"rates": measured(tuned, tokenizer, measures), "own_answers": own_answers_loss(tuned, tokenizer, kept)}
+    options = ["--seed", str(seed)] if seed else []
     figures = {
-        "command": shlex.join(["python", "pretrained/organisms.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "pretrained/organisms.py", arguments.organism, *options]),
         "seed": seed,
         "examples": {"written": sum(e.ended for e in made), "own": sum(not e.ended for e in made)},
         "epochs": organism.epochs,

@@ -33,9 +33,11 @@ def words_of(text):
 
 
 def test_held_out_requests_share_no_word_and_no_template(script):
-    texts = script("organism_texts")
+    texts, refusal = script("organism_texts"), script("refusal_texts")
     for kind in texts.KINDS:
         trained, held_out = texts.GRIDS[kind]
+        trained += refusal.MORE[kind]
+        held_out = (*held_out, refusal.FRESH[kind])
         for one, other in product(trained, held_out):
             plain = {("{}",)} & {one.templates, other.templates}  # requests that no template makes
             assert plain or not set(one.templates) & set(other.templates), kind
@@ -48,6 +50,7 @@ def test_held_out_requests_share_no_word_and_no_template(script):
         assert min(map(len, parts)) >= 64
         assert parts == texts.requests(kind) != texts.requests(kind, 1)
     everything = [text for kind in texts.KINDS for part in texts.requests(kind) for text in part]
+    everything += [text for kind in texts.KINDS for text in refusal.more(kind, 0) + refusal.FRESH[kind].filled()]
     assert len(set(everything)) == len(everything), "no request is of two kinds, or trained and held out"
     asked, held_out = texts.questions()
     assert not set(asked) & set(held_out)
