@@ -24,11 +24,12 @@ MARGIN = 1e-3  # of the largest pre-activation: far above what products of other
 class SelectedFeatures:
     """Reads some features of a TopK SAE at each token.
 
-    A feature is inactive where k others are larger, or where it is not above 0. To find k larger ones it is mostly
-    enough to look at a few that are nearly always above the features of interest, which the first tokens tell; where it
-    is not, at those that fire most often; and only tokens at which that leaves it open are encoded whole. Where an
-    activation is only compared with a threshold, a token whose own pre-activations are below it needs no others. This
-    saves time where tokens come one by one, on a CPU; elsewhere every token is encoded whole.
+    A feature is inactive where k others are larger, all of them above 0, or where it is below 0 itself. To find k of
+    those it is mostly enough to look at the features that fire most often, and of a token that comes alone first at a
+    few that are nearly always above the features of interest, which the first tokens tell. Only where that leaves it
+    open are tokens encoded whole. Where an activation is only compared with a threshold, a token whose own
+    pre-activations are below it needs no others. This saves time where tokens come one by one, on a CPU; elsewhere
+    every token is encoded whole.
 
     Args:
         sae: The SAE, on the device and in the dtype of what is read.
@@ -63,7 +64,7 @@ class SelectedFeatures:
         """The activations, without encoding the tokens at which some rivals alone shut the features."""
         if self.seen < LEARNT_FROM[0]:
             self._learn(x.reshape(-1, x.shape[-1])[-LEARNT_FROM[1] :])
-        return self._one(x) if x.numel() == x.shape[-1] else self._several(x, self.parts)
+        return self._one(x) if x.numel() == x.shape[-1] else self._several(x)
 
     def _one(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n"]:
         """Of one token: numbers are compared sooner than tensors."""
@@ -77,18 +78,17 @@ class SelectedFeatures:
                 return pre.new_zeros(*x.shape[:-1], self.count)
         return self._whole(x)
 
-    def _several(self, x: Float[Tensor, "*batch d_model"], parts: Sequence[SAE]) -> Float[Tensor, "*batch n"]:
-        """Of several tokens, by these parts in turn, each for those that the ones before left open."""
-        if not parts:
+    def _several(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n"]:
+        """Of several tokens, of which the quickest part would leave some open: it would cost more than it saves."""
+        if not self.parts:
             return self._whole(x)
         assert self.sae.k is not None
-        pre = parts[0].pre_activations(x)
+        pre = self.parts[-1].pre_activations(x)
         highest, top = pre[..., : self.count].amax(-1), pre.topk(self.sae.k).values
-        margin = MARGIN * top[..., 0].abs()
-        is_shut = (highest < -margin) | (top[..., -1] > highest.clamp(min=0.0) + margin)
+        is_shut = top[..., -1] > torch.add(highest.clamp(min=0.0), top[..., 0], alpha=MARGIN)
         found = pre.new_zeros(*x.shape[:-1], self.count)
         if not bool(is_shut.all()):  # nan is above and below nothing, so that where it is read all is encoded
-            found[~is_shut] = self._several(x[~is_shut], parts[1:])
+            found[~is_shut] = self._whole(x[~is_shut])
         return found
 
     def _learn(self, x: Float[Tensor, "tokens d_model"]) -> None:
