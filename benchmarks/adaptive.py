@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from beginnings import like, strength
 from grains import margins
-from subject import ROOT, over_items, run_benchmark, with_interval
+from subject import ROOT, over_items, run_benchmark, verdict, with_interval
 
 import fgsteer as fg
 from fgsteer.data.shipped import load_chat_prompts
@@ -169,11 +169,11 @@ def table(content: Mapping[str, Any]) -> str:
         for one, other in COMPARED:
             gains = paired_differences(scores(rows[one], "bcs"), scores(rows[other], "bcs"))
             mean, low, high = over_items(list(gains.values()))
-            verdict = "no winner" if low <= 0 <= high else "a win" if mean > 0 else "a loss"
+            said = verdict(mean, low, high)
             kls = [rows[label]["kl"] for label in (one, other)]
             if min(kls) < 0.9 * max(kls):  # a strategy whose strength cannot reach the cost
-                verdict = "but at {:.2f} nats and at {:.2f}, which compares nothing".format(*kls)
-            lines.append(f"- {NAMES[one]}, less {NAMES[other]}: {with_interval((mean, low, high), '+.3f')}, {verdict}.")
+                said = "but at {:.2f} nats and at {:.2f}, which compares nothing".format(*kls)
+            lines.append(f"- {NAMES[one]}, less {NAMES[other]}: {with_interval((mean, low, high), '+.3f')}, {said}.")
         lines.append("")
     lines.append(
         f"At block {content['layer']} of SmolLM2, at {content['kl']:g} nats a token of KL on the model's own answers "

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from subject import ROOT, load_organism, load_subject, over_items, run_benchmark, share, with_interval
+from subject import ROOT, load_organism, load_subject, over_items, run_benchmark, share, verdict, with_interval
 
 import fgsteer as fg
 from fgsteer.selection.outcomes import change_of
@@ -207,10 +207,9 @@ def table(content: Mapping[str, Any]) -> str:
         )
         rows = task["rows"]
         less = over_items([a - b for a, b in zip(rows["A"]["gains"], rows["random A"]["gains"], strict=True)])
-        verdict = "no winner" if less[1] <= 0 <= less[2] else "a win" if less[0] > 0 else "a loss"
         lines += [
             "",
-            f"A less features at random: {with_interval(less, '+.3f')}, {verdict}.",
+            f"A less features at random: {with_interval(less, '+.3f')}, {verdict(*less)}.",
             "",
             f"Of {task['compared']:,} features on {task['seen'] // 2} answers, the best by chance has an r of "
             f"{task['chance']:.2f}; chosen were {chosen}.",

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from beginnings import like, strength
-from subject import ROOT, TUNING_CONCEPTS, over_items, run_benchmark, with_interval
+from subject import ROOT, TUNING_CONCEPTS, over_items, run_benchmark, verdict, with_interval
 
 import fgsteer as fg
 from fgsteer.data.shipped import load_bench_prompts
@@ -161,7 +161,6 @@ def table(content: Mapping[str, Any]) -> str:
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines.append(f"| trained, unsteered | | {content['unsteered']:+.3f} |")
     mean, low, high = over_items(extra(concepts, 1))
-    verdict = "no winner" if low <= 0 <= high else "a win" if mean < 0 else "a loss"
     by_rate = ", ".join(f"{more:+.3f} (trained at a rate of {rate})" for rate, more in content["rates"].items())
     ratio = statistics.fmean(one["same_push"] / one["strength"] for one in concepts.values())
     lines += [
@@ -169,8 +168,8 @@ def table(content: Mapping[str, Any]) -> str:
         f"Of {len(concepts)} concepts that were not trained on, at block {content['layer']} of {content['model']}, "
         f"with 95 % intervals over concepts. On the texts that choose, the trained model pays {by_rate} nats a token "
         f"more at the same push; the rate {content['settings']['lr']:g} was taken. On the others it pays "
-        f"{with_interval((mean, low, high), '+.3f')} nats a token more: {verdict}. It takes {ratio:.2f} times the "
-        "strength.",
+        f"{with_interval((mean, low, high), '+.3f')} nats a token more: {verdict(-mean, -high, -low)}. It takes "
+        f"{ratio:.2f} times the strength.",
     ]
     return "\n".join(lines) + "\n"
 

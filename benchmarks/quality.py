@@ -43,6 +43,7 @@ from subject import (
     load_subject,
     published,
     results_folder,
+    verdict,
 )
 
 import fgsteer as fg
@@ -247,8 +248,8 @@ def sentence() -> str:
 
     def gain(of: Run, method: str) -> str:
         found = compare(of, method, "caa")
-        verdict = "no winner" if found.low <= 0 <= found.high else "a win" if found.mean > 0 else "a loss"
-        return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], {verdict}".replace("-", "−")
+        said = verdict(found.mean, found.low, found.high)
+        return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], {said}".replace("-", "−")
 
     return textwrap.fill(
         f"On SmolLM2-135M-Instruct, over {len(run.header['plan']['concepts'])} concepts and on prompts and seeds that "

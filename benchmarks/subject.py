@@ -148,6 +148,11 @@ def with_interval(triple: Sequence[float], form: str = ".2f") -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def verdict(mean: float, low: float, high: float) -> str:
+    """What a gain is called, by its interval."""
+    return "no winner" if low <= 0 <= high else "a win" if mean > 0 else "a loss"
+
+
 def command_of(name: str, arguments: Sequence[str] | None = None) -> str:
     """The command that runs a benchmark, by default this one, without where it writes, which is nobody's business."""
     given = list(sys.argv[1:] if arguments is None else arguments)

@@ -32,6 +32,7 @@ from subject import (
     load_subject,
     published,
     results_folder,
+    verdict,
 )
 from texts import best_layer
 
@@ -123,9 +124,10 @@ def table(content: Mapping[str, Any]) -> str:
     for one, other in COMPARED:
         gains = [paired_differences(own, by_method[other][name]) for name, own in by_method[one].items()]
         gain = over_prompts(gains)
-        verdict = "no winner" if gain.low <= 0 <= gain.high else "a win" if gain.mean > 0 else "a loss"
         words = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]".replace("-", "−")
-        lines.append(f"- {method_name(one)} less {method_name(other)}: {words}, {verdict}.")
+        lines.append(
+            f"- {method_name(one)} less {method_name(other)}: {words}, {verdict(gain.mean, gain.low, gain.high)}."
+        )
     lines += ["", *curve_table(content["curves"])]
     if "seconds" in content:
         lines.append("")
