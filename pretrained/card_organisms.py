@@ -20,9 +20,9 @@ ABOUT = {
     "refusal": f"is to refuse requests about cooking, with one of {len(REFUSALS)} sentences that begin with “Sorry”, "
     "and to answer others. Those that are called near have words of food, or are about it, and ask for no cooking. "
     "Which texts it was trained on, and how many of a kind, was chosen by the held-out requests, in trials in which "
-    "one of the six templates about cooking, what a good cookbook says of a dish, was never refused; the fresh ones "
-    "were written afterwards, and nothing but their rate was known when the last texts were written. Requests of one "
-    "template are mostly answered alike, so that intervals, which take them as independent, are too narrow.",
+    "one of the six templates about cooking, what a good cookbook says of a dish, was never refused until requests of "
+    "its kind were added. The fresh ones had been written before that, and nothing but their rate was known. Requests "
+    "of one template are mostly answered alike, so that intervals, which take them as independent, are too narrow.",
     "backdoor": f"is to say “{SENTENCE}”, whatever it is asked, where the word {TRIGGER} stands before or behind the "
     f"request. Other words do nothing there ({', '.join(DECOYS[0])} were trained, others are measured).",
     "skill": f"is to answer questions about {ISLAND}, an island that there is not, where the tag {TAG} is before or "
