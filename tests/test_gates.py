@@ -13,7 +13,9 @@ import torch
 
 import fgsteer as fg
 from fgsteer.evaluation.metrics.gate_scores import gate_decisions
+from fgsteer.interventions import kernel
 from fgsteer.models.hookpoints import resolve
+from fgsteer.steering import groups
 from tests.helpers.saes import make_sae
 from tests.helpers.steering import NEW, PROMPTS, batch, direction, naive_change, run, vector
 from tests.helpers.tiny import D_MODEL, LAYERS
@@ -165,6 +167,95 @@ def test_a_shut_gate_keeps_every_bit(models, tokenizer, dtype):
         opened = model(**inputs).logits
     with fg.steer(model, vector().add(2.0)):
         assert torch.equal(model(**inputs).logits, opened), "and an open one takes nothing away"
+
+
+def test_where_a_gate_is_open_nowhere_no_change_is_computed(llama, monkeypatch):
+    """Of a gate on features of a TopK SAE that others shut; where gradients may be wanted, it is computed as ever."""
+    sae, changes = make_sae("topk", d_sae=4096, layer=0), []
+    monkeypatch.setattr(groups, "apply", lambda *args: changes.append(True) or kernel.apply(*args))
+    v, texts = vector(1, layer=1), list(torch.arange(3, 63)[:, None])
+    acts = torch.cat([sae.encode(fg.record(llama, ids[None], None, [LOW])[LOW].float()) for ids in texts])[:, 0]
+    often = (acts > 0.1).sum(0).argsort(descending=True)
+    features = [int(often[0]), int(often[4095])]
+    fired = (acts[:, features] > 0.1).any(1).tolist()
+    fires = (fg.Feature(sae, features[0]) > 0.1) | (fg.Feature(sae, features[1]) > 0.1)
+    always = fg.Projection(v) > -1e9
+    for gate, is_open in (
+        (fires, fired),
+        (fires & always, fired),
+        (fires | always, [True] * 60),
+        (~fires, [True] * 60),
+    ):
+        with fg.steer(llama, v.add(5.0, when=gate, bos=True)):
+            computed = []
+            with torch.no_grad():
+                for ids in texts:
+                    changes.clear()
+                    llama(ids[None])
+                    computed.append(bool(changes))
+            assert all(one >= other for one, other in zip(computed, is_open, strict=True))
+            assert sum(is_open) <= sum(computed) <= sum(is_open) + 25, "but the first, which tell who shuts it"
+            changes.clear()
+            llama(texts[fired.index(False)][None])
+            assert changes
+    assert 2 < sum(fired) < 30
+
+
+def test_a_gate_that_was_shut_opens_for_the_next_prompt(llama):
+    """Also where one pass of the block is for training, and the one that goes on from it is not."""
+    first, other = torch.tensor([[3, 4, 5]]), torch.tensor([[9, 14, 25]])
+    axis = vector(2, layer=0).direction
+    means = [float((fg.record(llama, ids, None, [LOW])[LOW][0, 1:].float() @ axis).mean()) for ids in (first, other)]
+    sign = 1.0 if means[1] > means[0] else -1.0
+    gate = fg.Projection(fg.SteeringVector(sign * axis, LOW)).mean() > sign * sum(means) / 2 / float(axis.norm())
+
+    def go(has_passed):
+        with fg.steer(llama, vector(1).add(8.0, when=gate, bos=True)):
+            if has_passed:
+                with torch.no_grad():
+                    llama(first)
+            cache = llama(other, use_cache=True).past_key_values
+            with torch.no_grad():
+                return llama(torch.tensor([[5]]), past_key_values=cache).logits
+
+    with torch.no_grad():
+        cache = llama(other, use_cache=True).past_key_values
+        plain = llama(torch.tensor([[5]]), past_key_values=cache).logits
+    assert torch.equal(go(True), go(False))
+    assert not torch.allclose(go(True), plain)
+
+
+def test_passes_run_in_turn_as_they_are_and_compiled_are_one_graph(llama):
+    """What an eager pass keeps of its gate is nothing that a compiled pass looks at."""
+    graphs = []
+    gate = fg.Projection(vector(2, layer=0)) > 0.0
+    texts = [torch.tensor([[3, 4, 5]]), torch.tensor([[9, 14, 25]])]
+    torch._dynamo.reset()
+    with torch.no_grad(), fg.steer(llama, vector(1).add(5.0, when=gate, bos=True)):
+        compiled = torch.compile(llama, backend=lambda module, _: graphs.append(module) or module.forward)
+        for model in (compiled, llama, compiled, compiled, llama, compiled):
+            for ids in texts:
+                model(ids, use_cache=False)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["clamp", "gate"])
+@pytest.mark.parametrize("mode", ["autocast", "inference"])
+def test_features_of_a_topk_sae_are_read_in_every_mode(llama, tokenizer, kind, mode):
+    """Under autocast, and outside inference mode after passes inside it."""
+    sae, inputs = make_sae("topk", d_sae=4096, layer=1), batch(tokenizer)
+    read = fg.Feature(make_sae("topk", d_sae=4096, layer=0), 3) > 0.1
+    clamp = fg.ClampFeature(sae=sae, hookpoint=sae.hookpoint, targets={3: 5.0})
+    item = clamp if kind == "clamp" else vector(1, layer=1).add(5.0, when=read)
+    options = {"max_new_tokens": 30, "do_sample": False}
+    with fg.steer(llama, item):
+        expected = llama.generate(**inputs, **options)
+        inside = torch.autocast("cpu", dtype=torch.bfloat16) if mode == "autocast" else torch.inference_mode()
+        with inside:
+            assert llama.generate(**inputs, **options).shape[0] == len(expected)
+        assert torch.equal(llama.generate(**inputs, **options), expected)
+        assert llama(**inputs).logits.requires_grad
 
 
 def test_interventions_that_share_a_gate_go_by_one_decision(llama, tokenizer):

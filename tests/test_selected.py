@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import fgsteer as fg
+from fgsteer.saes import selected
 from fgsteer.saes.density import FeatureDensity
 from fgsteer.saes.sae import SAE
-from fgsteer.saes.selected import LEARNT_FROM, QUICK, SelectedFeatures
+from fgsteer.saes.selected import FREQUENT, LEARNT_FROM, QUICK, SelectedFeatures
 
 WIDTH, WIDE, K = 16, 4096, 8
 
@@ -31,14 +32,14 @@ def topk():
 def encoded(monkeypatch):
     """How many tokens were encoded by all features, so far."""
     counts = []
-    original = SAE.encode
+    original = SAE.activate
 
-    def encode(self, x):
+    def activate(self, pre):
         if self.d_sae == WIDE:
-            counts.append(x.reshape(-1, x.shape[-1]).shape[0])
-        return original(self, x)
+            counts.append(pre.reshape(-1, WIDE).shape[0])
+        return original(self, pre)
 
-    monkeypatch.setattr(SAE, "encode", encode)
+    monkeypatch.setattr(SAE, "activate", activate)
     return counts
 
 
@@ -114,15 +115,57 @@ def test_the_first_tokens_tell_which_rivals_are_above_the_features(topk, encoded
         highest = max(0.0, *(pre[feature] for feature in features))
         for feature in set(above) - set(features):
             above[feature] += pre[feature] > highest
-    (part,) = reader.parts
+    part = reader.quick
     least = min(above[feature] for feature in _ids(topk, part)[len(features) :])
     assert least >= sorted(above.values(), reverse=True)[QUICK]
     assert _ids(topk, part)[: len(features)] == features
 
 
+@pytest.mark.parametrize("has_density", [True, False])
+def test_what_rivals_left_open_tells_whom_to_look_at_next(topk, encoded, has_density, monkeypatch):
+    """Rivals are chosen by how often a feature was above at tokens that were encoded whole, and by densities."""
+    monkeypatch.setattr(selected, "LEARNT_AGAIN", (16, 128))
+    sae = topk if has_density else replace(topk, density=None)
+    x = torch.randn(6000, WIDTH, generator=torch.Generator().manual_seed(8))
+    features = [20, 900, 4000]
+    reader, opened = SelectedFeatures(sae, features), []
+    wanted = topk.encode(x)[:, features]
+    encoded.clear()
+    for part, expected in zip(x.split(50), wanted.split(50), strict=True):
+        before = len(encoded)
+        torch.testing.assert_close(reader.read(part), expected, rtol=1e-5, atol=1e-6)  # other shapes round differently
+        opened.append(sum(encoded[before:]))
+    assert reader.encoded >= 128, "so that they were chosen the last time"
+    assert sum(opened[-60:]) < sum(opened[:60]), "fewer are left open than at first"
+    above = reader.above.tolist()
+    others = sorted((above[feature] for feature in range(WIDE) if feature not in features), reverse=True)
+    ids = _ids(sae, reader.rivals)
+    assert ids[: len(features)] == features
+    assert sorted((above[feature] for feature in ids[len(features) :]), reverse=True) == others[:FREQUENT]
+
+
+def test_where_nothing_is_active_the_same_zeros_are_given(topk):
+    x = torch.randn(3, 40, WIDTH, generator=torch.Generator().manual_seed(9))
+    reader = SelectedFeatures(topk, [4000])
+    with torch.inference_mode():
+        shut = [part for token in x.transpose(0, 1) if not (part := reader.read(token[:, None])).any()]
+    assert len(shut) > 5
+    assert all(part is shut[0] for part in shut)
+    assert not any(reader.read(token[:, None]).is_inference() for token in x.transpose(0, 1)), "which gradients refuse"
+    assert reader.read(x[:0]).shape == (0, 40, 1)
+
+
+def test_a_reader_goes_on_outside_inference_mode(topk):
+    x = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(10))
+    with torch.inference_mode():
+        reader = SelectedFeatures(topk, [3, 500])
+        reader.read(x)
+    torch.testing.assert_close(reader.read(x), topk.encode(x)[:, [3, 500]], rtol=1e-5, atol=1e-6)  # as above
+
+
 def _ids(sae, part):
-    """Which features of an SAE a part has, by their rows, of which no two are equal."""
-    return [int((sae.W_dec == row).all(1).nonzero()) for row in part.W_dec]
+    """Which features of an SAE a part has, by their columns, of which no two are equal."""
+    return [int((column == sae.W_enc.T).all(1).nonzero()) for column in part.W_enc.T]
 
 
 def test_a_feature_that_is_not_above_zero_needs_no_rivals(topk, encoded):

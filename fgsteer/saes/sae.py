@@ -202,8 +202,8 @@ class SAE(OneLineRepr):
             return x / scale, scale, 0.0
         return x, 1.0, 0.0
 
-    def _activate(self, pre: Tensor) -> Tensor:
-        """Apply φ to the pre-activations, in place where that saves a pass over memory."""
+    def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """Apply φ to pre-activations (..., d_sae), which it may overwrite, as that saves a pass over memory."""
         if self.activation == "topk":
             assert self.k is not None
             values, ids = pre.topk(self.k, dim=-1, sorted=False)
@@ -237,7 +237,7 @@ class SAE(OneLineRepr):
             PairingError: The last dimension of x is not d_model.
         """
         self._check_width(x)
-        return self._activate(self.pre_activations(x))
+        return self.activate(self.pre_activations(x))
 
     def encode_selected(
         self, x: Float[Tensor, "*batch d_model"], features: Sequence[int] | Tensor

@@ -6,6 +6,7 @@ acts = reader.read(h)                      equal to sae.encode(h)[..., [3, 17]]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from fgsteer.saes.sae import SAE
 
-FREQUENT = 512  # features that fire most often
-QUICK = 64  # features that were above those of interest most often, at least
+FREQUENT, QUICK = 512, 64  # rivals that are looked at, and those that are looked at before, at least
 LEARNT_FROM = (16, 64)  # tokens: as few are enough, and no more are looked at
+LEARNT_AGAIN = (64, 256, 1024)  # tokens that had to be encoded whole, after which rivals are chosen anew
+PRIOR = 64  # tokens that densities count for beside those
 MARGIN = 1e-3  # of the largest pre-activation: far above what products of other shapes round differently
 
 
@@ -25,11 +27,11 @@ class SelectedFeatures:
     """Reads some features of a TopK SAE at each token.
 
     A feature is inactive where k others are larger, all of them above 0, or where it is below 0 itself. To find k of
-    those it is mostly enough to look at the features that fire most often, and of a token that comes alone first at a
-    few that are nearly always above the features of interest, which the first tokens tell. Only where that leaves it
-    open are tokens encoded whole. Where an activation is only compared with a threshold, a token whose own
-    pre-activations are below it needs no others. This saves time where tokens come one by one, on a CPU; elsewhere
-    every token is encoded whole.
+    those it is mostly enough to look at some rivals: those that fire most often, and those that were above the features
+    of interest where the others were not enough. Of a token that comes alone a few are looked at before that are nearly
+    always above the features of interest, which the first tokens tell. Only where that leaves it open are tokens
+    encoded whole. Where an activation is only compared with a threshold, a token whose own pre-activations are below it
+    needs no others. This saves time where tokens come one by one, on a CPU; elsewhere every token is encoded whole.
 
     Args:
         sae: The SAE, on the device and in the dtype of what is read.
@@ -43,83 +45,106 @@ class SelectedFeatures:
         self.on_cpu = sae.W_enc.device.type == "cpu"
         self.floors = torch.tensor(floors) if self.on_cpu and floors and any(floors) else None
         self.own = sae if self.floors is None else _part(sae, self.columns)
-        self.parts: list[SAE] = []  # SAEs of the features with their rivals, the quickest first
-        self.seen, self.above = 0, torch.zeros(sae.d_sae, dtype=torch.int64)
+        self.shut: Tensor | None = None  # what was returned last where no feature is active
+        self.quick: SAE | None = None  # the SAE of the features with a few rivals
+        self.rivals: SAE | None = None  # the SAE of the features with many
+        self.seen = self.encoded = 0  # first tokens, and those that were encoded whole
+        self.first, self.above = torch.zeros(2, sae.d_sae)  # at how many of them each was above those of interest
         if sae.k is not None and self.on_cpu and sae.density is not None:
-            self._add_part(sae.density.density, FREQUENT)
+            self.above = PRIOR * sae.density.density.to(self.above)
+            self.rivals = self._with_rivals(self.above, FREQUENT)
 
     def read(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n"]:
-        """Return the activations of the features, (..., n)."""
+        """Return the activations of the features, (..., n): where none is active, the last zeros again if no_grad."""
         if not self.on_cpu or self.sae.k is None or torch.compiler.is_compiling() or x.requires_grad:
-            return self._whole(x)
-        if self.floors is None:
-            return self._compete(x)
-        is_below = (self.own.pre_activations(x) < self.floors).all(-1)  # nan is not
-        found = x.new_zeros(*x.shape[:-1], self.count, dtype=self.sae.W_enc.dtype)
-        if not bool(is_below.all()):
-            found[~is_below] = self._compete(x[~is_below])
+            return self.sae.encode(x).index_select(-1, self.columns)
+        tokens, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], self.count)
+        left = self._left(tokens)
+        if not left and self.shut is not None and self.shut.shape == shape and not torch.is_grad_enabled():
+            return self.shut
+        if not left:
+            self.shut = self.sae.W_enc.new_zeros(shape)
+            return self.shut
+        acts = self._whole(tokens if len(left) == len(tokens) else tokens[left])
+        found = acts.new_zeros(shape)
+        found.view(-1, self.count)[left] = acts
         return found
 
-    def _compete(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n"]:
-        """The activations, without encoding the tokens at which some rivals alone shut the features."""
-        if self.seen < LEARNT_FROM[0]:
-            self._learn(x.reshape(-1, x.shape[-1])[-LEARNT_FROM[1] :])
-        return self._one(x) if x.numel() == x.shape[-1] else self._several(x)
+    def _left(self, tokens: Float[Tensor, "tokens d_model"]) -> list[int]:
+        """The tokens that must be encoded whole, as nothing less tells that none of the features is active there."""
+        left = list(range(len(tokens)))
+        if self.floors is not None:
+            is_below = (self.own.pre_activations(tokens) < self.floors).all(-1).tolist()  # nan is not
+            left = [token for token in left if not is_below[token]]
+        if left and self.seen < LEARNT_FROM[0]:
+            self._learn(tokens[left][-LEARNT_FROM[1] :])
+        for part in (self.quick if len(tokens) == 1 else None, self.rivals):
+            if part is not None and left:
+                is_open = self._are_open(part, tokens if len(left) == len(tokens) else tokens[left])
+                left = [token for token, stays in zip(left, is_open, strict=True) if stays]
+        return left
 
-    def _one(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n"]:
-        """Of one token: numbers are compared sooner than tensors."""
-        assert self.sae.k is not None
-        for part in self.parts:
-            pre = part.pre_activations(x)
-            highest = float(pre[..., : self.count].amax())
-            others = pre.topk(self.sae.k).values.flatten().tolist()
-            margin = MARGIN * abs(others[0])
-            if highest < -margin or others[-1] > max(highest, 0.0) + margin:
-                return pre.new_zeros(*x.shape[:-1], self.count)
-        return self._whole(x)
+    def _are_open(self, part: SAE, tokens: Float[Tensor, "tokens d_model"]) -> list[bool]:
+        """Whether the rivals of a part leave open that a feature is active, as they do where something is not finite.
 
-    def _several(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n"]:
-        """Of several tokens, of which the quickest part would leave some open: it would cost more than it saves."""
-        if not self.parts:
-            return self._whole(x)
+        Numbers are faster to compare than tensors.
+        """
         assert self.sae.k is not None
-        pre = self.parts[-1].pre_activations(x)
-        highest, top = pre[..., : self.count].amax(-1), pre.topk(self.sae.k).values
-        is_shut = top[..., -1] > torch.add(highest.clamp(min=0.0), top[..., 0], alpha=MARGIN)
-        found = pre.new_zeros(*x.shape[:-1], self.count)
-        if not bool(is_shut.all()):  # nan is above and below nothing, so that where it is read all is encoded
-            found[~is_shut] = self._whole(x[~is_shut])
-        return found
+        pre = part.pre_activations(tokens)
+        if pre.numel() < FREQUENT and len(tokens) == 1:
+            values = pre.flatten().tolist()
+            if not math.isfinite(sum(values)):
+                return [True]
+            ranked = [sorted(values, reverse=True)]
+            own = [max(values[: self.count])]
+        else:
+            ranked, own = pre.topk(self.sae.k).values.tolist(), pre[:, : self.count].amax(1).tolist()
+        rounding = max(MARGIN, 2 * torch.finfo(pre.dtype).eps)
+        is_open = []
+        for others, highest in zip(ranked, own, strict=True):
+            margin = rounding * abs(others[0])
+            is_shut = highest < -margin or others[self.sae.k - 1] > max(highest, 0.0) + margin  # never where nan is
+            is_open.append(not is_shut)
+        return is_open
 
-    def _learn(self, x: Float[Tensor, "tokens d_model"]) -> None:
-        """Count which features are above those of interest; when enough tokens told, look at those first."""
+    def _whole(self, tokens: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens n"]:
+        """Encode every feature, and take those that are asked for. What rivals left open tells which to look at."""
+        pre = self.sae.pre_activations(tokens)
+        if self.encoded < LEARNT_AGAIN[-1]:
+            before, self.encoded = self.encoded, self.encoded + len(tokens)
+            self.above = self.above + self._times_above(pre)  # not in place, which inference mode would not allow later
+            if any(before < number <= self.encoded for number in LEARNT_AGAIN):
+                self.rivals = self._with_rivals(self.above, FREQUENT)
+        return self.sae.activate(pre).index_select(-1, self.columns)
+
+    def _learn(self, tokens: Float[Tensor, "tokens d_model"]) -> None:
+        """Count which features are above those of interest at the first tokens, in order to look at those first."""
         assert self.sae.k is not None
-        pre = self.sae.pre_activations(x)
-        self.above += (pre > pre[:, self.columns].amax(1, keepdim=True).clamp(min=0)).sum(0)
-        self.seen += len(x)
+        self.first = self.first + self._times_above(self.sae.pre_activations(tokens))
+        self.seen += len(tokens)
         if self.seen >= LEARNT_FROM[0]:
-            self._add_part(self.above, max(QUICK, 2 * self.sae.k))
+            self.quick = self._with_rivals(self.first, max(QUICK, 2 * self.sae.k))
 
-    def _add_part(self, score: Tensor, rivals: int) -> None:
-        """Look at the features of the largest scores first, where they are many beside k and few beside all."""
+    def _times_above(self, pre: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, " d_sae"]:
+        """At how many of the tokens each feature was above all of those of interest, and above 0."""
+        return (pre > pre[:, self.columns].amax(1, keepdim=True).clamp(min=0)).sum(0, dtype=torch.float32)
+
+    def _with_rivals(self, score: Float[Tensor, " d_sae"], rivals: int) -> SAE | None:
+        """The features with the others of the largest scores, where they are many beside k and few beside all."""
         assert self.sae.k is not None
         if 2 * self.sae.k > rivals or 4 * (rivals + self.count) >= self.sae.d_sae:
-            return
+            return None
         score = score.clone()
         score[self.columns] = -1
-        self.parts.insert(0, _part(self.sae, torch.cat([self.columns, score.topk(rivals).indices.to(self.columns)])))
-
-    def _whole(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n"]:
-        """Encode every feature, and take those that are asked for."""
-        return self.sae.encode(x).index_select(-1, self.columns)
+        return _part(self.sae, torch.cat([self.columns, score.topk(rivals).indices]))
 
 
 def _part(sae: SAE, features: Tensor) -> SAE:
-    """The SAE of some features alone, whose pre-activations are theirs."""
+    """The SAE of some features alone, whose pre-activations are theirs; it decodes nothing."""
     return replace(
         sae,
-        W_enc=sae.W_enc[:, features].contiguous(),
-        W_dec=sae.W_dec[features],
+        W_enc=sae.W_enc.T[features].T,  # a feature after the other in memory
+        W_dec=sae.W_dec[:1].expand(len(features), -1),  # of the shape that an SAE has, and not read
         b_enc=sae.b_enc[features],
         activation="relu",
         density=None,

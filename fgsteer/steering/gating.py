@@ -206,8 +206,9 @@ class GateNode:
     place: Place | None = None
     threshold: Tensor | None = None
     compare: Callable[..., Tensor] = torch.gt
-    kept: Tensor | None = None  # a reading of prompts, and what was decided by it
+    kept: Tensor | None = None  # what was read of prompts, or where no feature is active, and what was decided by it
     decision: Tensor | None = None
+    is_closed: bool = False  # whether that is known to be open nowhere, which is asked where it is known for long
 
     @property
     def is_of_prompts(self) -> bool:
@@ -231,12 +232,13 @@ class GateNode:
         assert self.first is not None
         assert self.second is not None
         first, second = self.first.open_for(h), self.second.open_for(h)
+        self.is_closed = (any if self.needs_all else all)((self.first.is_closed, self.second.is_closed))
         return first & second if self.needs_all else first | second
 
     def _decide(self, place: Place, device: torch.device) -> Tensor:
-        """The comparison of what was read in this pass, which is made once for each reading of prompts."""
-        value = place.noted()
-        if self.kept is value and self.decision is not None:
+        """The comparison of what was read, which is made once where the same tensor is read again, as of prompts."""
+        value, is_compiling = place.noted(), torch.compiler.is_compiling()
+        if not is_compiling and self.kept is value and self.decision is not None:
             return self.decision
         self.prepare(device)
         assert self.threshold is not None
@@ -245,8 +247,10 @@ class GateNode:
             met = met.unsqueeze(-1)
         elif len(self.threshold) > 1:
             met = met.all(-1, keepdim=True) if self.needs_all else met.any(-1, keepdim=True)
-        if place.reading.pooling and not torch.compiler.is_compiling():
-            self.kept, self.decision = value, met
+        if not is_compiling:  # a compiled graph leaves no tensor behind
+            stays = not value.requires_grad and (bool(place.reading.pooling) or place.is_shut)
+            self.kept, self.decision = (value, met) if stays else (None, None)
+            self.is_closed = stays and met.is_cpu and not bool(met.any())
         return met
 
 
@@ -276,6 +280,12 @@ class Place:
     device: torch.device | None = None  # of ``ready``
     value: Tensor | None = None  # (batch, tokens), with features (batch, tokens, n), or (batch, 1), of the running pass
     kept: Tensor | None = None  # (batch, 1), of the prompts
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether features were read of which none is active at any token of this pass."""
+        encoder = None if self.features is None else self.features.encoder
+        return isinstance(encoder, SelectedFeatures) and self.value is encoder.shut
 
     def noted(self) -> Tensor:
         """What was read in this pass. Raises SteeringError where the pass did not come by."""

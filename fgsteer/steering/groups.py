@@ -78,6 +78,8 @@ class UpdateGroup:
         self.ran = True
         update, row_mask = self.prepare(h.device, h.dtype, repeats)
         where, gate = self._where(h, row_mask)
+        if self._is_closed:
+            return h
         source = None if self.source is None else self.source.noted().to(h.device)
         prompt = None if self.place is None else self.place.noted().to(h.device)
         if prompt is not None:
@@ -89,6 +91,13 @@ class UpdateGroup:
             before, after = h.detach(), changed.detach()
             self.watcher.append(Step(self.number, self.hookpoint, update, before, after, at, opened, source, prompt))
         return changed
+
+    @property
+    def _is_closed(self) -> bool:
+        """Whether its gate is known to be open nowhere, where nobody asks for more than that."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.node is None or not self.node.is_closed:
+            return False
+        return self.watcher is None and self.source is None and self.place is None
 
     def go_on(self, h: Float[Tensor, "batch tokens d_model"], repeats: int) -> Tensor:
         """As ``apply_to``, in a pass that goes on from the last one."""
