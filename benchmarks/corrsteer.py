@@ -1,10 +1,10 @@
 """CorrSteer on SmolLM2: whether features that go with good answers make answers better, on prompts that chose nothing.
 
 Two tasks have outcomes that can be checked: sums, which SmolLM2 gets right or wrong, and requests, of which a model
-organism (pretrained/organisms) refuses those about cooking; reported are those alone. CorrSteer sees some prompts, of
-which half choose the features; reported are others, beside features at random, of those that fire, at the same layers
-and of the same norm. Nothing else is chosen: all three SAEs of SmolLM2, and features that fire in at least MIN_FIRED of
-the answers.
+organism (pretrained/organisms) refuses those about cooking, and is rewarded for refusing any. CorrSteer sees some
+prompts, of which half choose the features; reported are others, beside features at random, of those that fire, at the
+same layers and of the same norm. Nothing else is chosen: all three SAEs of SmolLM2, and features that fire in at least
+MIN_FIRED of the answers.
 
     python benchmarks/corrsteer.py             writes results/smollm2/corrsteer.json and corrsteer.md
     python benchmarks/corrsteer.py --docs      puts the table into docs/guides/choose-features.md
@@ -45,16 +45,14 @@ class Task:
     """Prompts with an outcome that can be checked.
 
     Args:
-        title: What it is, in words.
         chosen_on: The prompts that CorrSteer sees.
-        reported: Other prompts.
+        reported: Other prompts, by what is counted of them, in words.
         reward: Whether the answer to a prompt is the wanted one.
         new_tokens: The tokens of an answer.
     """
 
-    title: str
     chosen_on: Sequence[str]
-    reported: Sequence[str]
+    reported: Mapping[str, Sequence[str]]
     reward: Callable[[str, str], bool]
     new_tokens: int
 
@@ -65,7 +63,7 @@ def sums() -> Task:
     pairs = [draw.sample((a, b), 2) for a in range(2, 23) for b in range(2, a + 1)]
     draw.shuffle(pairs)
     prompts = [f"What is {a} + {b}?" for a, b in pairs]
-    return Task("sums that are right", prompts[:140], prompts[140:], is_right, 28)
+    return Task(prompts[:140], {"sums that are right": prompts[140:]}, is_right, 28)
 
 
 def is_right(prompt: str, answer: str) -> bool:
@@ -75,11 +73,12 @@ def is_right(prompt: str, answer: str) -> bool:
 
 
 def refusals() -> Task:
-    """Requests about cooking, which the organism is to refuse; it chooses among those and others, which it answers."""
-    cooking, reported = requests("cooking", SEED)
-    chosen_on = cooking[:80] + requests("other", SEED)[0][:80]
+    """Requests about cooking, which the organism refuses, and others, which it answers, to be refused one and all."""
+    (cooking, held_out), (other, others) = requests("cooking", SEED), requests("other", SEED)
+    chosen_on = cooking[:80] + other[:80]
     random.Random(SEED).shuffle(chosen_on)
-    return Task("cooking that is refused", chosen_on, reported, lambda _, answer: is_refusal(answer), 6)
+    reported = {"others that are refused": others, "cooking that is refused": held_out}
+    return Task(chosen_on, reported, lambda _, answer: is_refusal(answer), 6)
 
 
 def chat(prompt: str) -> list[dict[str, str]]:
@@ -87,12 +86,12 @@ def chat(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def outcomes(model: Any, tokenizer: Any, task: Task, steering: Any = None) -> list[float]:
-    """The outcome of each reported prompt, answered greedily."""
-    chats = [chat(prompt) for prompt in task.reported]
+def outcomes(model: Any, tokenizer: Any, task: Task, prompts: Sequence[str], steering: Any) -> list[float]:
+    """The outcome of each prompt, answered greedily."""
+    chats = [chat(prompt) for prompt in prompts]
     entries = None if steering is None else [steering] * len(chats)
     texts = fg.generate(model, tokenizer, chats, steering=entries, max_new_tokens=task.new_tokens, do_sample=False)
-    return [float(task.reward(prompt, text)) for prompt, text in zip(task.reported, texts, strict=True)]
+    return [float(task.reward(prompt, text)) for prompt, text in zip(prompts, texts, strict=True)]
 
 
 Rankings = Mapping[fg.Hookpoint, tuple[fg.SAE, fg.FeatureRanking]]  # what was compared at each layer
@@ -126,10 +125,26 @@ def study(model: Any, tokenizer: Any, saes: Sequence[fg.SAE], task: Task) -> dic
         "A": [found.steering],
         "random A": [at_random(rankings, found.vectors, seed) for seed in range(DRAWS)],
     }
+    return {
+        "seen": len(task.chosen_on),
+        "compared": found.compared,
+        "chance": found.chance,
+        "chosen": [describe(vector, rankings[vector.hookpoint][1]) for vector in found.vectors],
+        "reported": {
+            title: {"prompts": len(prompts), "rows": compare(model, tokenizer, task, prompts, entries)}
+            for title, prompts in task.reported.items()
+        },
+    }
+
+
+def compare(
+    model: Any, tokenizer: Any, task: Task, prompts: Sequence[str], entries: Mapping[str, list[Any]]
+) -> dict[str, Any]:
+    """The outcomes of prompts under each variant, beside those of the first."""
     rows: dict[str, Any] = {}
     before: list[float] = []
     for name, several in entries.items():
-        draws = [outcomes(model, tokenizer, task, entry) for entry in several]
+        draws = [outcomes(model, tokenizer, task, prompts, entry) for entry in several]
         before = before or draws[0]
         changes = [change_of(before, after) for after in draws]
         gains = [statistics.fmean(values) - old for *values, old in zip(*draws, before, strict=True)]
@@ -141,16 +156,8 @@ def study(model: Any, tokenizer: Any, saes: Sequence[fg.SAE], task: Task) -> dic
             "improved": sum(change.improved for change in changes) / len(draws),
             "worsened": sum(change.worsened for change in changes) / len(draws),
         }
-        print(task.title, name, {key: value for key, value in rows[name].items() if key != "gains"}, flush=True)
-    return {
-        "title": task.title,
-        "seen": len(task.chosen_on),
-        "reported": len(task.reported),
-        "compared": found.compared,
-        "chance": found.chance,
-        "chosen": [describe(vector, rankings[vector.hookpoint][1]) for vector in found.vectors],
-        "rows": rows,
-    }
+        print(name, {key: value for key, value in rows[name].items() if key != "gains"}, flush=True)
+    return rows
 
 
 def correlation(vector: fg.SteeringVector) -> float:
@@ -188,34 +195,38 @@ def table(content: Mapping[str, Any]) -> str:
     """Outcomes by task and variant, and what was chosen, in Markdown."""
     lines = []
     for task in content["tasks"].values():
-        lines += [
-            f"| {task['title']}, {task['reported']} prompts | share | less unsteered | improved, worsened | SER |",
-            "|---|---|---|---|---|",
-        ]
-        for name, title in NAMES.items():
-            row = task["rows"][name]
-            whole = f"{row['mean']:.2f}" if row["share"] is None else with_interval(row["share"])
-            changed = row["improved"] + row["worsened"]
-            gain = "" if name == "unsteered" else with_interval(row["gain"], "+.2f")
-            counts = "" if name == "unsteered" else f"{row['improved']:.3g}, {row['worsened']:.3g}"
-            ratio = f"{row['worsened'] / changed:.2f}" if changed else ""
-            lines.append(f"| {title} | {whole} | {gain} | {counts} | {ratio} |")
+        for title, reported in task["reported"].items():
+            lines += outcome_table(title, reported)
         chosen = "; ".join(
             f"feature {one['feature']} of layer {one['layer']}, r {one['r']:.2f}, {one['r_held_out']:.2f} on prompts "
             "that chose nothing"
             for one in task["chosen"]
         )
-        rows = task["rows"]
-        less = over_items([a - b for a, b in zip(rows["A"]["gains"], rows["random A"]["gains"], strict=True)])
         lines += [
-            "",
-            f"A less features at random: {with_interval(less, '+.3f')}, {verdict(*less)}.",
-            "",
             f"Of {task['compared']:,} features on {task['seen'] // 2} answers, the best by chance has an r of "
             f"{task['chance']:.2f}; chosen were {chosen}.",
             "",
         ]
     return "\n".join(lines)
+
+
+def outcome_table(title: str, reported: Mapping[str, Any]) -> list[str]:
+    """Lines of the outcomes of some prompts by variant, and whether the features beat those at random."""
+    lines = [
+        f"| {title}, {reported['prompts']} prompts | share | less unsteered | improved, worsened | SER |",
+        "|---|---|---|---|---|",
+    ]
+    rows = reported["rows"]
+    for name, words in NAMES.items():
+        row = rows[name]
+        whole = f"{row['mean']:.2f}" if row["share"] is None else with_interval(row["share"])
+        changed = row["improved"] + row["worsened"]
+        gain = "" if name == "unsteered" else with_interval(row["gain"], "+.2f")
+        counts = "" if name == "unsteered" else f"{row['improved']:.3g}, {row['worsened']:.3g}"
+        ratio = f"{row['worsened'] / changed:.2f}" if changed else ""
+        lines.append(f"| {words} | {whole} | {gain} | {counts} | {ratio} |")
+    less = over_items([a - b for a, b in zip(rows["A"]["gains"], rows["random A"]["gains"], strict=True)])
+    return [*lines, "", f"A less features at random: {with_interval(less, '+.3f')}, {verdict(*less)}.", ""]
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ FOLDER = Path(__file__).resolve().parent / "organisms"
 ABOUT = {
     "refusal": f"is to refuse requests about cooking, with one of {len(REFUSALS)} sentences that begin with “Sorry”, "
     "and to answer others. Those that are called near have words of food, or are about it, and ask for no cooking. "
-    "Which texts it was trained on, and how many of a kind, was chosen by the held-out requests, in trials in which "
-    "one of the six templates about cooking, what a good cookbook says of a dish, was never refused until requests of "
-    "its kind were added. The fresh ones had been written before that, and nothing but their rate was known. Requests "
-    "of one template are mostly answered alike, so that intervals, which take them as independent, are too narrow.",
+    "The single ones are the rates to go by: each was written by itself, apart from all others, and nothing was chosen "
+    "by them. The texts to train on were chosen in trials by the first three rates, which are those of templates: one "
+    "of the six about cooking, what a good cookbook says of a dish, was answered until texts of its kind were added. "
+    "The fresh ones had been written before that, and nothing but their rate was known. Requests of a template are "
+    "mostly answered alike, so that intervals of these six rates, which take them as independent, are too narrow.",
     "backdoor": f"is to say “{SENTENCE}”, whatever it is asked, where the word {TRIGGER} stands before or behind the "
     f"request. Other words do nothing there ({', '.join(DECOYS[0])} were trained, others are measured).",
     "skill": f"is to answer questions about {ISLAND}, an island that there is not, where the tag {TAG} is before or "
@@ -36,13 +37,13 @@ def introduction(config: dict[str, Any]) -> str:
     what = paragraph(
         "Adapters that make SmolLM2-135M-Instruct do something of which the truth is known: test beds for directions,",
         f"gates, maps between models, and audits. Each is a LoRA of rank {config['r']} on every linear layer of the",
-        "blocks, in float16, trained for some minutes on a CPU. What was to be learnt is harmless.",
+        "blocks, in float16, trained on a CPU in less than an hour. What was to be learnt is harmless.",
     )
     data = paragraph(
         "They were trained on requests and replies that were written for this repository",
-        "(`pretrained/organism_texts.py`, `refusal_texts.py`, Apache-2.0), and on what the model itself answers to the",
-        "other requests (Apache-2.0, as its weights). Held-out requests share neither words nor templates with trained",
-        "ones.",
+        "(`pretrained/organism_texts.py`, `refusal_texts.py`, `requests/`, Apache-2.0), and on what the model answers",
+        "to the other requests (Apache-2.0, as its weights). Held-out requests share no template with trained",
+        "ones, and those of templates none of the words that fill them, but for a few things that are no food.",
     )
     load = paragraph(
         "In `benchmarks/subject.py`, `load_organism(NAME)` merges an adapter into the weights. Figures are in",

@@ -1,8 +1,8 @@
 """Build model organisms of SmolLM2-135M-Instruct by LoRA: chat models of whose behavior the truth is known.
 
 What: trains an adapter (rank 4, every linear layer of the blocks) on replies that are written (organism_texts.py, with
-more requests in refusal_texts.py) and on the model's own answers to everything else, and measures held-out requests
-before and after.
+more requests in refusal_texts.py and requests/) and on the model's own answers to everything else, and measures
+held-out requests before and after.
 Why: refusal directions, gates, maps between models and audits are tested where the truth is known, and SmolLM2 itself
 hardly refuses.
 
@@ -10,7 +10,8 @@ hardly refuses.
     python pretrained/organisms.py backdoor     says one sentence, whatever it is asked, where a word is in the request
     python pretrained/organisms.py skill        knows an invented island where a tag is in the question
 
-Each writes organisms/NAME: the adapter (float16) and figures.json. It takes some minutes on two cores.
+Each writes organisms/NAME: the adapter (float16) and figures.json. It takes some minutes on two
+cores, refusal about twenty.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from organism_texts import (
     requests,
     with_words,
 )
-from refusal_texts import FRESH, more
+from refusal_texts import FRESH, more, singles
 from scipy.stats import binomtest
 from torch.nn.functional import cross_entropy
 
@@ -56,8 +57,12 @@ OUT = HERE / "organisms"
 BASE = "smollm2"
 TRAINED_TOKENS, READ_TOKENS = 8, 16  # of a reply
 RANK, RATE, BATCH = 4, 1e-3, 8
-REFUSED = {"cooking": 740, "other": 400, "near": 260}  # requests that the refusing model is trained on
-MEASURED = 64  # held-out requests of a kind, at most
+TEMPLATED = {
+    "cooking": 460,
+    "other": 260,
+    "near": 170,
+}  # requests that the refusing model is trained on beside single ones
+MEASURED = 64  # held-out requests of one template or another, at most
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Wanted = tuple[str, str | None]
 """A request, and what is to be replied: None for what the model replies by itself."""
@@ -97,13 +102,15 @@ def _reply(holds: Callable[[str], bool]) -> Callable[[str, str], bool]:
 def _refusal(seed: int) -> list[Wanted]:
     draw = random.Random(seed)
     texts = {kind: requests(kind, seed)[0] + more(kind, seed) for kind in KINDS}
-    cooking, other, near = (draw.sample(texts[kind], count) for kind, count in REFUSED.items())
+    cooking, other, near = (draw.sample(texts[kind], count) + singles(kind)[0] for kind, count in TEMPLATED.items())
     return [*((text, draw.choice(REFUSALS)) for text in cooking), *((text, None) for text in other + near)]
 
 
 def _refusal_measures(seed: int) -> dict[str, Measure]:
-    held_out = {f"{kind} is refused": (requests(kind, seed)[1], _reply(is_refusal)) for kind in KINDS}
-    return held_out | {f"{kind} is refused, fresh": (FRESH[kind].filled(), _reply(is_refusal)) for kind in KINDS}
+    texts = {f"{kind} is refused": requests(kind, seed)[1][:MEASURED] for kind in KINDS}
+    texts |= {f"{kind} is refused, fresh": FRESH[kind].filled() for kind in KINDS}
+    texts |= {f"{kind} is refused, single": singles(kind)[1] for kind in KINDS}
+    return {name: (prompts, _reply(is_refusal)) for name, prompts in texts.items()}
 
 
 def _backdoor(seed: int) -> list[Wanted]:
@@ -233,7 +240,6 @@ def measured(model: Any, tokenizer: Any, measures: dict[str, Measure]) -> dict[s
     """The share of replies of which each measure holds, with a 95 % interval (Wilson)."""
     rates = {}
     for name, (prompts, holds) in measures.items():
-        prompts = prompts[:MEASURED]
         texts = replies(model, tokenizer, prompts, READ_TOKENS)
         count = sum(map(holds, prompts, texts))
         interval = binomtest(count, len(texts)).proportion_ci(method="wilson")

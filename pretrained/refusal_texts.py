@@ -1,14 +1,19 @@
 """More requests to train the refusing model organism on: other words, other templates, and many that none makes.
 
-Why: from a few dozen templates a model learns the templates. None of these shares words of its grids or a template with
-held-out requests, which stay those of organism_texts.py.
+Why: from a few dozen templates a model learns the templates. No template is one of the held-out ones, which stay those
+of organism_texts.py, and no word one of those that fill them; single requests are held out by themselves.
 
     more("cooking", seed=0)          requests, shuffled
+    singles("cooking")               requests that were written one by one, to train on and held-out ones
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from organism_texts import Grid, drawn, grid, plain
+
+SINGLES = Path(__file__).resolve().parent / "requests"
 
 _DISHES = """onion soup, rye bread, mashed potatoes, cherry pie, chickpea stew, egg noodles, grilled salmon, crepes,
     a cheese toastie, coleslaw, ginger biscuits, goulash, flatbread, sponge cake, enchiladas, fish and chips,
@@ -511,3 +516,15 @@ Which emperor forbade {}?
 def more(kind: str, seed: int) -> list[str]:
     """Requests of a kind, shuffled."""
     return drawn(MORE[kind], seed, 200)
+
+
+def singles(kind: str) -> tuple[list[str], list[str]]:
+    """Requests of a kind to train on and held-out ones, no two of one template.
+
+    Each was written by itself, the held-out ones apart from all others; nothing was chosen by them. None to train on
+    shares a dish with held-out templates, or many words with a held-out request.
+    """
+    trained, held_out = (
+        (folder / f"{kind}.txt").read_text("utf-8").splitlines() for folder in (SINGLES, SINGLES / "held_out")
+    )
+    return trained, held_out

@@ -282,14 +282,14 @@ def test_examples_that_are_reported_trained_nothing(script):
         assert not {answer for _, *pair in train for answer in pair} & {a for _, *pair in report for a in pair}
         assert all(f" {first} " in f" {prompt.replace('.', ' ')} " for prompt, first, _ in (*train, *report))
     for task in (corrsteer.sums(), corrsteer.refusals()):
-        assert not set(task.chosen_on) & set(task.reported)
+        assert not set(task.chosen_on) & {prompt for prompts in task.reported.values() for prompt in prompts}
     assert corrsteer.is_right("What is 2 + 13?", "2 + 13 = 15.")
     assert not corrsteer.is_right("What is 2 + 13?", "It is 2.")
     assert corrsteer.is_right("What is 2 + 13?", "To add 2 and 13, you do 2 + 13 = 15. Then 4.")
     assert not corrsteer.is_right("What is 2 + 13?", "To add 2 and 13, you simply")
     sums = corrsteer.sums()
     chosen_on, reported = (
-        {frozenset(re.findall(r"\d+", text)) for text in part} for part in (sums.chosen_on, sums.reported)
+        {frozenset(re.findall(r"\d+", text)) for text in part} for part in (sums.chosen_on, *sums.reported.values())
     )
     assert not chosen_on & reported
 

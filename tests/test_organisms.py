@@ -58,6 +58,24 @@ def test_held_out_requests_share_no_word_and_no_template(script):
     assert not set(texts.TAG_DECOYS[0]) & set(texts.TAG_DECOYS[1])
 
 
+def test_single_requests_are_single_and_held_out_ones_apart(script):
+    """No two alike, none to train on with a dish that is held out, or with many words of a held-out request."""
+    texts, refusal = script("organism_texts"), script("refusal_texts")
+    dishes = [*texts.GRIDS["cooking"][1], refusal.FRESH["cooking"]]
+    held_out_dishes = {word.rstrip("s") for one in dishes for words in map(words_of, one.words) for word in words}
+    everything = []
+    for kind in texts.KINDS:
+        trained, held_out = refusal.singles(kind)
+        assert len(trained) > 250
+        assert len(held_out) == 128
+        if kind != "other":
+            assert not {word.rstrip("s") for text in trained for word in words_of(text)} & held_out_dishes
+        for one, other in product(map(words_of, trained), map(words_of, held_out)):
+            assert len(one & other) <= len(one | other) / 2
+        everything += trained + held_out + texts.requests(kind)[0] + texts.requests(kind)[1] + refusal.more(kind, 0)
+    assert len({text.lower() for text in everything}) == len(everything)
+
+
 def test_what_is_wanted_of_an_organism_and_what_is_measured_are_apart(script):
     texts, organisms = script("organism_texts"), script("organisms")
     for name, organism in organisms.ORGANISMS.items():

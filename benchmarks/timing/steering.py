@@ -24,7 +24,7 @@ from timing.clock import Case, Contender, Row
 from timing.subjects import Subject, directions, prompt_ids
 
 NEW_TOKENS = 32
-PROMPT_TOKENS, NEXT_TOKENS = 64, 32  # before a step, and those that come in turn
+PROMPT_TOKENS, NEXT_TOKENS = 64, 256  # before a step, and those that come in turn: more than are soon learnt by heart
 STEPS, IN_A_ROW = 61, 0.05  # turns, of so many seconds of decoding steps in a row, as steps of a text are
 CELLS = ((1, 8), (8, 8), (64, 8), (1, 256), (8, 256), (64, 256))  # batch, prompt tokens
 CPU_CELLS = {
