@@ -60,10 +60,9 @@ class SelectedFeatures:
             return self.sae.encode(x).index_select(-1, self.columns)
         tokens, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], self.count)
         left = self._left(tokens)
-        if not left and self.shut is not None and self.shut.shape == shape and not torch.is_grad_enabled():
-            return self.shut
         if not left:
-            self.shut = self.sae.W_enc.new_zeros(shape)
+            if self.shut is None or self.shut.shape != shape or torch.is_grad_enabled():
+                self.shut = self.sae.W_enc.new_zeros(shape)
             return self.shut
         acts = self._whole(tokens if len(left) == len(tokens) else tokens[left])
         found = acts.new_zeros(shape)
