@@ -296,7 +296,7 @@ def texts() -> dict[str, Reader]:
         "labels": Reader({"f.json": as_json({"1": "weddings", "7": "the sea"})}, labels),
         "labels, export": Reader({"f.json": as_json({"explanations": rows})}, labels),
         "labels, lines": Reader({"f.jsonl": lines(*rows)}, labels),
-        "labels, gzip": Reader({"f.jsonl.gz": gzip.compress(lines(*rows))}, labels),
+        "labels, gzip": Reader({"f.jsonl.gz": gzip.compress(lines(*rows), mtime=0)}, labels),
         "contrast": Reader({"f.json": as_json({"name": "n", **sides, "held_out": sides})}, contrast),
         "contrast, rows": Reader({"f.json": as_json(pairs)}, contrast),
         "contrast, lines": Reader({"f.jsonl": lines(*pairs)}, contrast),
@@ -454,7 +454,7 @@ def damaged(files: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
     change = rng.choice((in_bytes, in_json, in_json))
     data = files[name]
     if name.endswith(".gz") and rng.random() < 0.5:
-        return {**files, name: gzip.compress(change(gzip.decompress(data), rng))}
+        return {**files, name: gzip.compress(change(gzip.decompress(data), rng), mtime=0)}
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         data = change(data, rng)
     return {**files, name: data}
