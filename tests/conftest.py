@@ -46,3 +46,14 @@ def family_model(request, models):
 @pytest.fixture
 def sae():
     return make_sae()
+
+
+@pytest.fixture(autouse=True)
+def leave_shared_models_as_they_were(models):
+    """After each test: what it did to the models that others use too would decide how those end, by their order."""
+    yield
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    for model in models.values():
+        assert not model.training
+        assert all(parameter.requires_grad for parameter in model.parameters())

@@ -15,7 +15,7 @@ from fgsteer.learning import running_cost
 from fgsteer.learning.response_passes import ResponsePasses
 from fgsteer.learning.selections import parse_selection, selected_features
 from tests.helpers.saes import make_sae
-from tests.helpers.tiny import D_MODEL, model_of, tiny_model
+from tests.helpers.tiny import D_MODEL, tiny_model
 from tests.reference import selections as reference
 
 AT = fg.Hookpoint(0)
@@ -160,7 +160,7 @@ def log_probabilities(model, tokenizer, at, v, **options):
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post", "attn_out", "mlp_out"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "qwen2"])
 def test_checkpointing_changes_no_gradient(family, site, tokenizer):
-    model, at = model_of(family).requires_grad_(False), fg.Hookpoint(0, site)
+    model, at = tiny_model(family).requires_grad_(False), fg.Hookpoint(0, site)
     v = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0)).requires_grad_()
     expected = log_probabilities(model, tokenizer, at, v)
     found = log_probabilities(model, tokenizer, at, v, checkpointing=True)

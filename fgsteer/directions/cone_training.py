@@ -10,13 +10,12 @@ import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fgsteer.data.chat import Text
@@ -30,6 +29,7 @@ from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import count
 from fgsteer.methods.provenance import provenance
+from fgsteer.models.gradients import frozen, gradients_on
 from fgsteer.models.pairing import check_pairing, model_identity
 from fgsteer.vector import SteeringVector
 
@@ -93,6 +93,7 @@ class ConeSettings:
 
 
 @checked
+@gradients_on()
 def train_refusal_direction(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -125,6 +126,7 @@ def train_refusal_direction(
 
 
 @checked
+@gradients_on()
 def train_cone(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -249,20 +251,6 @@ def _about(model: PreTrainedModel, settings: ConeSettings, dimension: int, sampl
     used = {"samples": samples} if dimension > 1 else {}
     about = provenance("rdo", {"dimension": dimension, **used, **plain, **numbers})
     return {**about, "model": model_identity(model)}
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """A block in which no parameter of a model requires grad, and passes do."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 class _Trainer:

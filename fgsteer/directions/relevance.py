@@ -19,13 +19,13 @@ from torch import Tensor
 
 from fgsteer.activations.batches import record_batch, tokens_in_batch
 from fgsteer.data.chat import Text
-from fgsteer.directions.cone_training import frozen
 from fgsteer.directions.prompts import prompt_passes
 from fgsteer.directions.shift import ResidualShift
 from fgsteer.errors import DataError, PairingError
 from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
+from fgsteer.models.gradients import frozen, gradients_on
 from fgsteer.models.hookpoints import Hookpoint, decoder_of
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import input_device, virtual_tokens
@@ -65,6 +65,7 @@ class TokenRelevance(OneLineRepr):
 
 
 @checked
+@gradients_on()
 def token_relevance(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -113,6 +114,7 @@ def token_relevance(
 
 
 @checked
+@gradients_on()
 def component_effects(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -27,8 +27,9 @@ from fgsteer.interventions.token_scopes import parse_scope
 from fgsteer.learning.changes import AnswerActivations, answer_activations, answer_changes
 from fgsteer.learning.learner import rate
 from fgsteer.learning.losses import loss_curve
-from fgsteer.learning.response_passes import ResponsePasses, device_at, frozen
+from fgsteer.learning.response_passes import ResponsePasses, device_at
 from fgsteer.methods.provenance import provenance
+from fgsteer.models.gradients import frozen, gradients_on
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import model_identity, width_at
 from fgsteer.steering.hooks import steer
@@ -133,6 +134,7 @@ class TokenStrength(nn.Module):
 
 
 @checked
+@gradients_on()
 def train_adaptive(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -10,8 +10,8 @@ the blocks above it, forward and backward, on the answers that it draws.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,19 +38,6 @@ if TYPE_CHECKING:
 
 MAX_KEPT_BYTES = 1 << 31  # of outputs of lower blocks; where they are more, nothing is kept
 T = TypeVar("T")
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter of the model require grad in the block, so that a backward pass computes none of theirs."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 class ResponsePasses:

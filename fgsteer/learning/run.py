@@ -20,7 +20,8 @@ from fgsteer.errors import DataError
 from fgsteer.interventions.base import Intervention
 from fgsteer.learning.learner import Learner
 from fgsteer.learning.objectives import Unit
-from fgsteer.learning.response_passes import ResponsePasses, frozen
+from fgsteer.learning.response_passes import ResponsePasses
+from fgsteer.models.gradients import frozen
 from fgsteer.storage.files import read_tensors, refuse_damaged, write_tensors
 from fgsteer.storage.plans import check_same_plan
 

@@ -34,6 +34,7 @@ from fgsteer.mechanisms.texts import (
     site_of,
     text_device,
 )
+from fgsteer.models.gradients import gradients_on
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.steering.entries import Entry
 
@@ -111,6 +112,7 @@ class SteeringAttribution(OneLineRepr):
 
 
 @checked
+@gradients_on()
 def attribute_steering(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -224,7 +226,6 @@ class _Job:
     steps: int
     edges: bool
 
-    @torch.enable_grad()
     def attribute(self, text: SteeredText) -> _Found | None:
         """The effects in one text; None where no position counts."""
         ids = text_device(self.model, text)

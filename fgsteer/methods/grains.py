@@ -24,6 +24,7 @@ from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.methods.prompt_pairs import padding_id
 from fgsteer.methods.provenance import provenance
+from fgsteer.models.gradients import gradients_on
 from fgsteer.models.hookpoints import Hookpoint, resolve
 from fgsteer.models.pairing import model_identity
 from fgsteer.models.properties import context_window, input_device, warn_of_dropout
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 
 @checked
+@gradients_on()
 def grains(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -174,7 +176,6 @@ def _rows(
     return rows[0], rows[1]
 
 
-@torch.enable_grad()
 def _integrated_gradients(
     model: nn.Module, row: TokenRow, width: int, steps: int, batch_tokens: int
 ) -> Float[Tensor, " width"]:

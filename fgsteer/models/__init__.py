@@ -10,6 +10,7 @@ chat.py          whether a model chats
 properties.py    a model's width, window, device, and its special and virtual tokens
 names.py         one name for all spellings of a model's
 pairing.py       whether a vector or an SAE was made for the model that is loaded
+gradients.py     gradients where the caller has turned them off, and none of a model's weights
 fingerprints.py  what the results of a resumable run depend on
 claims.py        which thread and task may run a model that is being steered
 unembedding.py   the tokens whose logits a direction raises

@@ -18,6 +18,7 @@ from fgsteer.data.chat import Text
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked
+from fgsteer.models.gradients import gradients_on
 from fgsteer.models.hookpoints import Hookpoint, resolve
 from fgsteer.models.pairing import model_identity
 from fgsteer.models.properties import input_device
@@ -48,6 +49,7 @@ HELD_OUT = 100  # texts that are kept for the quality report by default
 NOTES = "training.json"  # beside the weights: how they were made
 
 
+@gradients_on()
 def fit_sae(
     source: ActivationSource,
     hookpoint: Hookpoint | str,
@@ -110,6 +112,7 @@ def fit_sae(
 
 
 @checked
+@gradients_on()
 def train_sae(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

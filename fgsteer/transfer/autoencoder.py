@@ -59,7 +59,6 @@ class Layers(NamedTuple):
     hidden_bias: Float[Tensor, " hidden"]
 
 
-@torch.enable_grad()
 def train_autoencoder(
     x: Float[Tensor, "tokens d_source"],
     y: Float[Tensor, "tokens d_target"],

@@ -17,6 +17,7 @@ from fgsteer.effects.ridge import LinearMoments, ridge_path
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_flags, check_range, checked
 from fgsteer.errors.wording import count
+from fgsteer.models.gradients import gradients_on
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import model_identity, width_at
 from fgsteer.statistics.sinks import MASSIVE
@@ -36,6 +37,7 @@ RIDGES = tuple(10 ** (step / 2) for step in range(-20, 5))
 
 
 @checked
+@gradients_on()
 def fit_transfer(
     model_a: PreTrainedModel,
     tokenizer_a: PreTrainedTokenizerBase,

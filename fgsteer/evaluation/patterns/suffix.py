@@ -32,6 +32,7 @@ from fgsteer.evaluation.metrics.intervals import Interval, mean_interval, wilson
 from fgsteer.evaluation.patterns.styles import pairs_of
 from fgsteer.interventions.values import unit_and_norm
 from fgsteer.models.chat import is_chat_model
+from fgsteer.models.gradients import gradients_on
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import input_device
@@ -99,6 +100,7 @@ class SuffixSearch(OneLineRepr):
 
 
 @checked
+@gradients_on()
 def find_suffix(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -326,7 +328,7 @@ class _Search:
         def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             reach(hidden_states_of(output))
 
-        with ExitStack() as stack, torch.enable_grad():
+        with ExitStack() as stack:
             stack.callback(embedding.register_forward_hook(embed).remove)
             if is_input:
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
