@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import fgsteer as fg
-from fgsteer.directions.cone_training import frozen
 from fgsteer.directions.cones import orthant_weights, orthonormal, tangent
 from fgsteer.directions.removal import ablate_everywhere
 from fgsteer.directions.targets import first_sentence, reply_logits, write_targets
 from fgsteer.interventions import apply
+from fgsteer.models.gradients import frozen
 from tests.helpers.steering import vector
 from tests.helpers.tiny import D_MODEL, tiny_model
 from tests.reference import cones as reference

@@ -159,7 +159,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     for source in (theirs, tmp_path):
         with pytest.raises(fg.FormatError, match=r"W_dec of .* nan"):
             fg.load_sae(source)
-    with pytest.raises(fg.FormatError, match="sae_id = 5"):
+    with pytest.raises(fg.ArgumentError, match=r"got 5 \(int\) for sae_id"):
         fg.load_sae("gpt2-small-res-jb", 5)
     with pytest.raises(fg.HookpointError, match=r"hookpoint = 3\.5"):
         fg.Hookpoint.parse(3.5)

@@ -57,7 +57,8 @@ class ConceptCone(OneLineRepr):
 
     def __post_init__(self) -> None:
         basis = finite_matrix("basis", self.basis)
-        error = float((basis.double() @ basis.double().T - torch.eye(len(basis), dtype=torch.float64)).abs().max())
+        rows = basis.double()
+        error = float((rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).abs().max())
         if error > ORTHONORMAL:
             raise PairingError(
                 f"rows whose products are up to {error:.2g} from those of orthonormal ones",
@@ -128,6 +129,7 @@ class ConceptCone(OneLineRepr):
         write_tensors(path, {"basis": self.basis}, kind="cone", header=header)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path, model: nn.Module | None = None) -> ConceptCone:
         """Load a file that ``save`` wrote.
 

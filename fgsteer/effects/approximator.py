@@ -90,6 +90,7 @@ class EffectApproximator:
         return f"EffectApproximator(at {self.hookpoint}, {sizes}{fitted})"
 
     @classmethod
+    @checked
     def fit(
         cls,
         vectors: Float[Tensor, "n d_model"],
@@ -199,6 +200,7 @@ class EffectApproximator:
         figures["cosine_to_decoder"] = float(cosine)
         return cls(M, b, sae.hookpoint, sae.sha256, {**figures, "plan": plan.describe(model, sae)})
 
+    @checked
     def predict(self, vector: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
         """The predicted effect ``x M + b``.
 
@@ -210,6 +212,7 @@ class EffectApproximator:
         """
         return vector.to(self.M) @ self.M + self.b
 
+    @checked
     def project(
         self,
         target: Float[Tensor, " d_sae"],
@@ -300,6 +303,7 @@ class EffectApproximator:
         write_tensors(path, {"M": self.M, "b": self.b}, kind="effects", header=header)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> EffectApproximator:
         """Load a file that ``save`` wrote. Raises FormatError for one that is missing, damaged or of another kind."""
         tensors, header = read_tensors(path, kind="effects")
@@ -313,6 +317,7 @@ class EffectApproximator:
             )
 
 
+@checked
 def load_effects(source: str | Path = DEFAULT, sae_id: str | None = None) -> EffectApproximator:
     """Load an effect approximator.
 

@@ -20,6 +20,7 @@
 An error says what was expected, what came, the likely cause, and what to change. The files beside this one:
 
     checks.py    checks the types and ranges of arguments before any work
+    defaults.py  torch's default dtype and device, as they are at first while a public function runs
     wording.py   articles and plurals for messages
     reprs.py     one-line reprs
     escaping.py  texts that are not trusted, made safe for a terminal, JSON and Markdown

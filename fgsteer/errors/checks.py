@@ -1,4 +1,4 @@
-"""Check the types of arguments before a public function does any work.
+"""Check the types of arguments before a public function does any work, which is done under torch's usual defaults.
 
 What is expected of an argument is what its annotation says, where that is one of the annotations known here.
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _contextlib as no_grad
 
 from fgsteer.errors import ArgumentError, DataError
+from fgsteer.errors.defaults import has_usual_defaults, usual_defaults
 from fgsteer.errors.wording import a
 
 P = ParamSpec("P")
@@ -196,7 +197,7 @@ def _describe_call(name: str, parameters: Sequence[inspect.Parameter]) -> str:
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that its arguments are checked by their annotations before it runs."""
+    """Decorate a function: its arguments are checked by their annotations, and it runs under torch's usual defaults."""
     return checked_after(())(function)
 
 
@@ -238,7 +239,10 @@ def checked_after(former: Sequence[str]) -> Callable[[Callable[P, R]], Callable[
             for name, value in arguments.items():
                 if parameters[name].annotation == "PreTrainedTokenizerBase":
                     arguments[name] = as_tokenizer(value)
-            return function(*bound.args, **bound.kwargs)
+            if has_usual_defaults():
+                return function(*bound.args, **bound.kwargs)
+            with usual_defaults():
+                return function(*bound.args, **bound.kwargs)
 
         return with_checks
 

@@ -104,7 +104,7 @@ class ClampFeature(Intervention):
         for feature in self.features:
             ways = {name: edits[feature] for name, edits in self.edits.items() if feature in edits}
             if list(ways) == ["at_least", "at_most"]:
-                low, high = (float(torch.as_tensor(bound).detach()) for bound in ways.values())
+                low, high = (float(torch.as_tensor(bound, device="cpu").detach()) for bound in ways.values())
                 if low > high:
                     raise SteeringError(
                         f"feature {feature} at least {low:g} and at most {high:g}",

@@ -284,7 +284,7 @@ class SubtractProjection(DirectionIntervention):
         """The update with w = v, read = (v·h)/(v·v), λ = α, α = 0, and bounds ±|α|c."""
         unit, norm = unit_and_norm(self.direction)
         row = self.direction.float()[None, None]
-        const = torch.zeros(1, 1, device=row.device)
+        const = torch.zeros(1, 1, dtype=torch.float32, device=row.device)
         most = None if self.limit is None else torch.full_like(const, abs(self.strength) * self.limit)
         return Update(
             write=row,

@@ -97,9 +97,9 @@ class Remap(Intervention):
         """
         W, b, s = self.weight.float(), self.bias.float(), self.strength
         if s == 0:
-            nothing = torch.zeros(1, 1, device=W.device)
-            return Update(write=torch.zeros(1, 1, len(b), device=W.device), const=nothing, lam=nothing)
-        eye = torch.eye(len(b), device=W.device)
+            nothing = torch.zeros(1, 1, dtype=W.dtype, device=W.device)
+            return Update(write=torch.zeros(1, 1, len(b), dtype=W.dtype, device=W.device), const=nothing, lam=nothing)
+        eye = torch.eye(len(b), dtype=W.dtype, device=W.device)
         if self.hidden_weight is None or self.hidden_bias is None:
             const = s * b[None]
             return Update(write=eye[None], const=const, lam=torch.full_like(const, -s), read=(W - eye)[None])

@@ -70,8 +70,8 @@ class Scale(Intervention):
 
     def update(self) -> Update:
         """The update with w = 1 in every entry, read = θ·h, λ = −1 and α, whose change is multiplied by h entrywise."""
-        device = self.read.device if self.read is not None else None
-        row = torch.ones(1, 1, self.width, device=device)
+        device = "cpu" if self.read is None else self.read.device
+        row = torch.ones(1, 1, self.width, dtype=torch.float32, device=device)
         const = as_tensor(self.coefficient, row)
         every = torch.ones(1, dtype=torch.bool, device=row.device)
         if self.read is None:

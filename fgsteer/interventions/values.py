@@ -161,4 +161,5 @@ def unit_and_norm(direction: Tensor) -> tuple[Tensor, Tensor]:
 
 def as_tensor(value: Scalar, like: Tensor) -> Tensor:
     """A number as a tensor (1, 1) with the dtype and on the device of another."""
-    return (value.to(like) if isinstance(value, Tensor) else torch.tensor(value).to(like)).reshape(1, 1)
+    number = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
+    return number.to(like).reshape(1, 1)

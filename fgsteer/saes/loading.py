@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from fgsteer.errors import FgsteerError, FormatError, MissingError, PairingError
+from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import a
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.shipped import DEFAULT, SHIPPED, find_shipped
@@ -59,6 +60,7 @@ _hub_lock = threading.RLock()
 T = TypeVar("T")
 
 
+@checked
 def load_sae(
     source: Any = DEFAULT,
     sae_id: str | None = None,
@@ -94,8 +96,6 @@ def load_sae(
     """
     if isinstance(source, SAE):
         return source.to(device)
-    if sae_id is not None and not isinstance(sae_id, str):
-        raise FormatError(f"sae_id = {sae_id!r}", "a text, such as blocks.5.hook_resid_pre")
     options = LoadOptions(None if hookpoint is None else Hookpoint.parse(hookpoint), norm_scaling_factor)
     return _check_finite(_load(source, sae_id, options)).to(device)
 

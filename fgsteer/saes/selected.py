@@ -43,13 +43,15 @@ class SelectedFeatures:
         self.sae, self.count = sae, len(features)
         self.columns = torch.tensor(list(features), device=sae.W_enc.device)
         self.on_cpu = sae.W_enc.device.type == "cpu"
-        self.floors = torch.tensor(floors) if self.on_cpu and floors and any(floors) else None
+        has_floors = self.on_cpu and any(floors or ())
+        self.floors = torch.tensor(floors, dtype=torch.float32, device="cpu") if has_floors else None
         self.own = sae if self.floors is None else _part(sae, self.columns)
         self.shut: Tensor | None = None  # what was returned last where no feature is active
         self.quick: SAE | None = None  # the SAE of the features with a few rivals
         self.rivals: SAE | None = None  # the SAE of the features with many
         self.seen = self.encoded = 0  # first tokens, and those that were encoded whole
-        self.first, self.above = torch.zeros(2, sae.d_sae)  # at how many of them each was above those of interest
+        # at how many of them each was above those of interest
+        self.first, self.above = torch.zeros(2, sae.d_sae, dtype=torch.float32, device="cpu")
         if sae.k is not None and self.on_cpu and sae.density is not None:
             self.above = PRIOR * sae.density.density.to(self.above)
             self.rivals = self._with_rivals(self.above, FREQUENT)

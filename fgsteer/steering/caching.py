@@ -54,7 +54,7 @@ class CacheChanges:
     ) -> None:
         self.model, self.positions = model, positions
         steerings = [[i for i in items if isinstance(i, CacheSteering) and not i.changes_nothing] for items in rows]
-        self.is_steered = torch.tensor([bool(items) for items in steerings])
+        self.is_steered = torch.tensor([bool(items) for items in steerings], device="cpu")
         layers = sorted({layer for items in steerings for item in items for layer in item.layers})
         self.layers = {layer: _change_of(layer, steerings) for layer in layers}
         for layer, change in self.layers.items():

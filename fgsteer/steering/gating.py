@@ -92,7 +92,8 @@ class Readings:
         A feature whose activation is its pre-activation where that is above some number ≥ 0, and 0 elsewhere, is above
         a threshold ≥ 0 where the pre-activation is above both, so that its activation need not be computed.
         """
-        first, thresholds = conditions[0], torch.tensor([condition.threshold for condition in conditions])
+        first, numbers = conditions[0], [condition.threshold for condition in conditions]
+        thresholds = torch.tensor(numbers, dtype=torch.float32, device="cpu")
         compare, reading = COMPARISONS[first.fires_above, negated], first.reading
         if not isinstance(reading, Feature) or reading.pooling:
             return GateNode(needs_all, place=self.place(reading), threshold=thresholds[0], compare=compare)

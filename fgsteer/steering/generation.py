@@ -90,7 +90,7 @@ def generate_ids(
     """The token ids of prompts that ``parse_prompts`` has checked, and of what ``generate`` writes after each."""
     check_options(options)
     if not prompts:
-        return [], torch.empty(0, 0, dtype=torch.long)
+        return [], torch.empty(0, 0, dtype=torch.long, device="cpu")
     per_row = is_per_prompt(steering, len(prompts), per_row)
     inputs = prompt_inputs(model, tokenizer, prompts, options.get("max_new_tokens"))
     if tokenizer.pad_token_id is not None:

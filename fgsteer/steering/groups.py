@@ -222,7 +222,7 @@ def group_by_update(rows: Sequence[Sequence[Intervention]]) -> list[UpdateGroup]
         trained = any(item is not None and item.trained for item in column)
         for number, (update, numbers) in enumerate(stack(column)):
             remake = partial(_restack, column, number) if trained else None
-            row_mask = torch.zeros(len(rows), dtype=torch.bool)
+            row_mask = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
             row_mask[numbers] = True
             needs_row_mask = len(rows) > 1 and len(update.write) == 1
             groups.append(

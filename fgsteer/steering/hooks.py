@@ -301,7 +301,7 @@ class SteeringHooks:
             return next((value for value in values if value is not None), None)
 
         pad, eos = setting("pad_token_id"), setting("eos_token_id")
-        ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+        ends = [] if eos is None else torch.as_tensor(eos, device="cpu").flatten().tolist()
         if pad is None or int(pad) in ends or ids.ndim != 2 or ids.is_floating_point():
             return None
         return ids.ne(pad)

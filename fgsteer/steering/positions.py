@@ -346,7 +346,7 @@ def parse_prompt_lengths(lengths: Sequence[int] | Tensor | None) -> Tensor | Non
     for number in lengths:
         if isinstance(number, bool) or not isinstance(number, SupportsIndex) or operator.index(number) < 0:
             raise SteeringError(f"{number!r:.40} among prompt_lengths", expected)
-    return torch.tensor([operator.index(number) for number in lengths])
+    return torch.tensor([operator.index(number) for number in lengths], device="cpu")
 
 
 def cached_columns(cache: Any) -> int | Tensor | None:

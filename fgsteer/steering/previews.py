@@ -38,7 +38,7 @@ def read_ahead(
         chosen = [p for p in previews if (p.appended, p.position) == (appended, position)]
         places = [part.hookpoint for preview in chosen for part in preview.parts]
         states = states_ahead(model, prompts, places, appended, position)
-        has = torch.tensor([[len(row) + position >= 0] for row in prompts])
+        has = torch.tensor([[len(row) + position >= 0] for row in prompts], device="cpu")
         for preview in chosen:
             h = torch.stack([states[part.hookpoint] for part in preview.parts], 1)
             found[id(preview)] = torch.where(has, preview.values(h).mean(1, keepdim=True), torch.nan)
@@ -60,9 +60,9 @@ def states_ahead(
     padded, attention = (tensor.to(input_device(model)) for tensor in pad(rows, 0))
     with reading_ahead(model):
         states = record(model, padded, attention, places)
-    number = torch.arange(len(rows))
-    column = torch.tensor([max(0, len(row) + position) for row in prompts])
-    last = torch.tensor([len(row) - 1 for row in rows])
+    number = torch.arange(len(rows), device="cpu")
+    column = torch.tensor([max(0, len(row) + position) for row in prompts], device="cpu")
+    last = torch.tensor([len(row) - 1 for row in rows], device="cpu")
 
     def at(h: Tensor, columns: Tensor) -> Tensor:
         return h[number.to(h.device), columns.to(h.device)].float().cpu()

@@ -49,6 +49,7 @@ HELD_OUT = 100  # texts that are kept for the quality report by default
 NOTES = "training.json"  # beside the weights: how they were made
 
 
+@checked
 @gradients_on()
 def fit_sae(
     source: ActivationSource,

@@ -239,7 +239,7 @@ class SteeringVector(Applied):
             "provenance": dict(self.provenance),
         }
         if self.read is not None:
-            header["bias"] = float(torch.as_tensor(self.bias).detach())
+            header["bias"] = float(torch.as_tensor(self.bias, dtype=torch.float64, device="cpu").detach())
         write_tensors(path, tensors, kind="vector", header=header)
 
     def save_pretrained(self, folder: str | Path, *, run: MeasuredRun | None = None, method: str | None = None) -> None:
@@ -291,6 +291,7 @@ class SteeringVector(Applied):
         return push(self, repo_id, run, method, token=token, private=private, **upload)
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         source: str | Path,
@@ -318,6 +319,7 @@ class SteeringVector(Applied):
         return cls.load(fetch(source, filename, revision, token), model)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path, model: nn.Module | None = None) -> SteeringVector:
         """Load a file that ``save`` wrote.
 

@@ -31,7 +31,7 @@ from fgsteer.data.shipped import load_neutral, shipped_contrasts, shipped_path
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.effects.approximator import EffectApproximator
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import warn
+from fgsteer.errors.checks import checked, warn
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.evaluation.bench.conditions import ConceptConditions, Make, bench_methods, steers
 from fgsteer.evaluation.bench.generators import Generator, TransformersGenerator
@@ -206,6 +206,7 @@ class Bench(OneLineRepr):
         generator = self.generator or TransformersGenerator(self.model, self.tokenizer)
         return generator(prompts, steering, self.plan.sampling, number)
 
+    @checked
     def generate_texts(self, batch: Batch) -> list[str]:
         """Generate the texts of the batch's conditions, by condition, then prompt."""
         return [written.text for written in self._written(batch)]
@@ -233,6 +234,7 @@ class Bench(OneLineRepr):
             return [Written(text) for text in self._generate(prompts, steering, number)]
         return write_own(self.model, self.tokenizer, prompts, plain, steering, self.plan.sampling, number)
 
+    @checked
     def records(self, batch: Batch) -> list[EvalRecord]:
         """The batch's texts with their scores; a text at the matched cost is listed for both comparisons.
 
@@ -331,6 +333,7 @@ class Bench(OneLineRepr):
             "identity": identity,
         }
 
+    @checked
     def run(
         self,
         path: str | Path,

@@ -19,6 +19,7 @@ from torch.nn.functional import normalize, softplus
 
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.errors import DataError, FormatError, JudgeError
+from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.judges.learning import ContrastsByName, judging_texts, validation_auc
 from fgsteer.evaluation.judges.protocols import check_texts
@@ -78,6 +79,7 @@ class EmbeddingJudge:
         weights = weights_sha256(encoder) if isinstance(encoder, nn.Module) else type(encoder).__name__
         return {"name": self.name, "weights": weights, "contrasts": self._contrasts.identity}
 
+    @checked
     def score(self, texts: Sequence[str], concept: str) -> Float[Tensor, " texts"]:
         """Probability that each text shows the concept.
 
@@ -101,10 +103,12 @@ class EmbeddingJudge:
         shown = torch.tensor([bool(text.strip()) for text in texts])
         return (probability * shown).float()
 
+    @checked
     def validate(self, concept: str) -> float:
         """``validation_auc`` on the concept's training sentences, which vectors are built from but it never saw."""
         return validation_auc(self, self._contrasts[concept])
 
+    @checked
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "texts d"]:
         """Unit embeddings, (texts, d) float32. Raises JudgeError, FormatError."""
         new = [text for text in dict.fromkeys(texts) if text not in self._embeddings]

@@ -20,6 +20,7 @@ from fgsteer.data.contrast_files import load_contrast
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.data.shipped import load_neutral, shipped_contrasts
 from fgsteer.errors import DataError
+from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.judges.protocols import Judge
 
@@ -91,6 +92,7 @@ def auc(positive: Float[Tensor, "p *columns"], negative: Float[Tensor, "n *colum
     return (difference.sign() + 1).mean((0, 1)) / 2
 
 
+@checked
 def validation_auc(judge: Judge, contrast: ContrastSet) -> float:
     """Area under the ROC curve of a judge on the sentences of a contrast set, its held-out part aside.
 

@@ -213,6 +213,7 @@ class Steerability(OneLineRepr):
         return float((self.slopes < 0).double().mean())
 
 
+@checked
 def steerability(
     coefficients: Sequence[float] | Float[Tensor, " coefficients"],
     differences: Float[Tensor, "coefficients samples"],

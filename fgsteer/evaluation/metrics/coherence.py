@@ -123,6 +123,7 @@ class Coherence(OneLineRepr):
         distinct = torch.tensor([statistics.fmean(share) for share in shares], dtype=torch.float64)
         return cls(model, tokenizer, float(losses.nanmean()), distinct, joint)
 
+    @checked
     def measure(self, texts: Sequence[str], prompts: Sequence[Text] | None = None) -> CoherenceScores:
         """Coherence of each text, and the two measures that it is made of.
 
@@ -151,10 +152,12 @@ class Coherence(OneLineRepr):
         """What runs call this judge of coherence."""
         return "unsteered"
 
+    @checked
     def coherence(self, texts: Sequence[str], prompts: Sequence[Text] | None = None) -> Float[Tensor, " texts"]:
         """The same as ``score``: what a benchmark asks of a ``CoherenceJudge``."""
         return self.score(texts, prompts)
 
+    @checked
     def score(self, texts: Sequence[str], prompts: Sequence[Text] | None = None) -> Float[Tensor, " texts"]:
         """Coherence of each text, (texts,) float64 in [0, 1]; see the class."""
         return self.measure(texts, prompts).coherence

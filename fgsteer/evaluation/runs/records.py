@@ -16,7 +16,7 @@ from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from fgsteer.errors import DataError, FormatError
-from fgsteer.errors.checks import describe_value
+from fgsteer.errors.checks import checked, describe_value
 from fgsteer.errors.reprs import OneLineRepr
 from fgsteer.errors.wording import a, count
 from fgsteer.evaluation.metrics.intervals import COMPLETE
@@ -274,6 +274,7 @@ class Run(OneLineRepr):
         return Run(self.header, records)
 
 
+@checked
 def load_run(path: str | Path) -> Run:
     """Load a run from its file of JSON lines: a header, then records.
 
