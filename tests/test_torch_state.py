@@ -178,6 +178,7 @@ CALLS = {
     "scale": steered(lambda p: fg.Scale(width=D_MODEL, coefficient=0.7, hookpoint=AT)),
     "select_direction": selected,
     "sta": lambda p: [fg.sta(p.stats, p.sae).direction],
+    "stream": lambda p: ["".join(map(str, fg.stream(p.m, p.t, "the man", steering=p.v.add(3.1), max_new_tokens=6)))],
     "token strength": steered(
         lambda p: fg.AdaptiveAdd(
             direction=p.v.direction, read=p.other.direction, bias=0.1, coefficient=1.7, hookpoint=AT
