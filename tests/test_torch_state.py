@@ -7,14 +7,17 @@ is "meta", whose tensors hold nothing: whatever were made there without a word w
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from tempfile import TemporaryDirectory
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 
 import fgsteer as fg
+from fgsteer.errors.defaults import has_usual_defaults, usual_defaults
 from tests.helpers.saes import make_sae
 from tests.helpers.steering import vector
 from tests.helpers.tiny import D_MODEL, WORDS, tiny_model, word_tokenizer
@@ -124,6 +127,10 @@ def effects(p: Parts) -> Any:
     return [found.M, found.b, again.M, again.predict(p.other.direction), again.project(p.other.direction)]
 
 
+def draws(p: Parts) -> Any:
+    return [fg.Sampling(seed=3).noise(0, 1, 2, 5)]
+
+
 def judged(p: Parts) -> Any:
     judge = fg.KeywordJudge({"x": ["bride", "wedding"]})
     return [judge.score(["a bride", "the dog ran", "the wedding bride"], "x")]
@@ -160,6 +167,8 @@ CALLS = {
     "cone": lambda p: [v.direction for v in fg.ConceptCone(p.basis, AT, 1.0).sample(3)],
     "effects": effects,
     "keywords": judged,
+    "noise": draws,
+    "preview": steered(lambda p: p.v.add(3.1, when=fg.Preview([fg.Projection(p.other)], appended=[5]) > 0.1)),
     "features": lambda p: [fg.from_features(p.sae, {1: 2.1, 3: 1.0}).direction],
     "fgaa": lambda p: [fg.fgaa(p.stats, p.sae, bos_share=None, max_density=None).direction],
     "gate": steered(lambda p: p.v.add(3.1, when=(fg.Feature(p.sae, 3) > 0.1) & (fg.Feature(p.sae, 4) > 0.3))),
@@ -233,3 +242,46 @@ def expected(call: str) -> list[Any]:
 @pytest.mark.parametrize("call", CALLS)
 def test_results_are_the_same_in_every_state(call, state):
     assert found_in(call, STATES[state]) == expected(call)
+
+
+THROUGH_THE_MODEL = [
+    "attribute_steering", "component_effects", "find_suffix", "grains", "kl_then_steer", "learned_mask",
+    "token_relevance", "train", "train_adaptive", "train_cone", "train_many", "train_refusal_direction",
+    "train_scaling",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", THROUGH_THE_MODEL)
+def test_no_gradient_goes_through_a_model_made_in_inference_mode(call):
+    parts = Parts()
+    with torch.inference_mode():
+        parts.m = tiny_model("llama")
+        with pytest.raises(fg.DataError, match="made inside"):
+            CALLS[call](parts)
+    assert all(parameter.requires_grad for parameter in parts.m.parameters())
+
+
+def test_the_default_dtype_of_threads_comes_back_after_the_last():
+    """Of two calls that overlap, neither takes float32 from the other, and what the caller had comes back."""
+    seen = []
+    with default_dtype(torch.float64), ThreadPoolExecutor() as pool:
+        entered, left = Event(), Event()
+
+        def first() -> None:
+            with usual_defaults():
+                entered.set()
+                left.wait(10)
+
+        def second() -> None:
+            entered.wait(10)
+            assert not has_usual_defaults(), "as the first call will set another default back"
+            with usual_defaults():
+                left.set()
+                one.result()
+                seen.append(torch.get_default_dtype())
+
+        one = pool.submit(first)
+        pool.submit(second).result()
+        assert torch.get_default_dtype() == torch.float64
+    assert seen == [torch.float32]
+    assert has_usual_defaults()

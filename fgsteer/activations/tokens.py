@@ -236,9 +236,9 @@ def pad(
     rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"] = "right"
 ) -> tuple[Int[Tensor, "rows longest"], Int[Tensor, "rows longest"]]:
     """Return (ids, attention mask), each (rows, longest), of rows filled up to the longest."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, pad_id, side)
-    lengths = torch.tensor([len(row) for row in rows])[:, None]
-    place = torch.arange(ids.shape[1])
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row, device="cpu") for row in rows], True, pad_id, side)
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")[:, None]
+    place = torch.arange(ids.shape[1], device="cpu")
     return ids, (place < lengths if side == "right" else place >= ids.shape[1] - lengths).long()
 
 

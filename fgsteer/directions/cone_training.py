@@ -29,7 +29,7 @@ from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import count
 from fgsteer.methods.provenance import provenance
-from fgsteer.models.gradients import frozen, gradients_on
+from fgsteer.models.gradients import frozen, through_model
 from fgsteer.models.pairing import check_pairing, model_identity
 from fgsteer.vector import SteeringVector
 
@@ -93,7 +93,7 @@ class ConeSettings:
 
 
 @checked
-@gradients_on()
+@through_model
 def train_refusal_direction(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -126,7 +126,7 @@ def train_refusal_direction(
 
 
 @checked
-@gradients_on()
+@through_model
 def train_cone(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -129,7 +129,6 @@ class ConceptCone(OneLineRepr):
         write_tensors(path, {"basis": self.basis}, kind="cone", header=header)
 
     @classmethod
-    @checked
     def load(cls, path: str | Path, model: nn.Module | None = None) -> ConceptCone:
         """Load a file that ``save`` wrote.
 

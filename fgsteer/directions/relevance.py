@@ -25,7 +25,7 @@ from fgsteer.errors import DataError, PairingError
 from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.models.gradients import frozen, gradients_on
+from fgsteer.models.gradients import frozen, through_model
 from fgsteer.models.hookpoints import Hookpoint, decoder_of
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import input_device, virtual_tokens
@@ -65,7 +65,7 @@ class TokenRelevance(OneLineRepr):
 
 
 @checked
-@gradients_on()
+@through_model
 def token_relevance(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -114,7 +114,7 @@ def token_relevance(
 
 
 @checked
-@gradients_on()
+@through_model
 def component_effects(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -200,7 +200,6 @@ class EffectApproximator:
         figures["cosine_to_decoder"] = float(cosine)
         return cls(M, b, sae.hookpoint, sae.sha256, {**figures, "plan": plan.describe(model, sae)})
 
-    @checked
     def predict(self, vector: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
         """The predicted effect ``x M + b``.
 
@@ -212,7 +211,6 @@ class EffectApproximator:
         """
         return vector.to(self.M) @ self.M + self.b
 
-    @checked
     def project(
         self,
         target: Float[Tensor, " d_sae"],
@@ -303,7 +301,6 @@ class EffectApproximator:
         write_tensors(path, {"M": self.M, "b": self.b}, kind="effects", header=header)
 
     @classmethod
-    @checked
     def load(cls, path: str | Path) -> EffectApproximator:
         """Load a file that ``save`` wrote. Raises FormatError for one that is missing, damaged or of another kind."""
         tensors, header = read_tensors(path, kind="effects")

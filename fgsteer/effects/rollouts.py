@@ -69,7 +69,9 @@ class Sampling:
         """Standard Gumbel noise for one step, one row per prompt, the same on every device."""
         seed = (self.seed * 1_000_003 + rollout) * 1_000_003 + step
         generator = torch.Generator().manual_seed(seed & (2**63 - 1))
-        return -torch.empty(prompts, vocabulary).exponential_(generator=generator).log()
+        return (
+            -torch.empty(prompts, vocabulary, dtype=torch.float32, device="cpu").exponential_(generator=generator).log()
+        )
 
 
 def choose(

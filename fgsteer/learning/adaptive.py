@@ -29,7 +29,7 @@ from fgsteer.learning.learner import rate
 from fgsteer.learning.losses import loss_curve
 from fgsteer.learning.response_passes import ResponsePasses, device_at
 from fgsteer.methods.provenance import provenance
-from fgsteer.models.gradients import frozen, gradients_on
+from fgsteer.models.gradients import frozen, through_model
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import model_identity, width_at
 from fgsteer.steering.hooks import steer
@@ -134,7 +134,7 @@ class TokenStrength(nn.Module):
 
 
 @checked
-@gradients_on()
+@through_model
 def train_adaptive(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -29,7 +29,7 @@ from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.adding import Add
 from fgsteer.likelihood.scoring import Scored, scored_pairs
-from fgsteer.models.gradients import gradients_on
+from fgsteer.models.gradients import through_model
 from fgsteer.models.hookpoints import Hookpoint, blocks_of
 from fgsteer.models.properties import context_window, input_device
 from fgsteer.statistics.collecting import collect
@@ -85,7 +85,7 @@ class KLThenSteerTraining:
 
 
 @checked
-@gradients_on()
+@through_model
 def kl_then_steer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

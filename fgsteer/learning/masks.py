@@ -23,7 +23,7 @@ from fgsteer.interventions.token_scopes import parse_scope
 from fgsteer.learning.examples import Trainable, preference_set
 from fgsteer.learning.response_passes import ResponsePasses, device_at
 from fgsteer.methods.selection import feature_contrast, feature_id
-from fgsteer.models.gradients import frozen, gradients_on
+from fgsteer.models.gradients import frozen, through_model
 from fgsteer.models.pairing import check_pairing
 from fgsteer.saes.sae import SAE
 from fgsteer.selection.pooled import halves_of
@@ -37,7 +37,7 @@ HOTTEST, COLDEST = 1e-2, 1e-7  # temperatures of the mask
 
 
 @checked
-@gradients_on()
+@through_model
 def learned_mask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

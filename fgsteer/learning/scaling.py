@@ -34,7 +34,7 @@ from fgsteer.interventions.scopes import Scope
 from fgsteer.interventions.token_scopes import parse_scope
 from fgsteer.learning.learner import rate
 from fgsteer.learning.response_passes import device_at
-from fgsteer.models.gradients import frozen, gradients_on
+from fgsteer.models.gradients import frozen, through_model
 from fgsteer.models.hookpoints import Hookpoint, uncompiled
 from fgsteer.models.pairing import width_at
 from fgsteer.models.properties import context_window, input_device, virtual_tokens
@@ -146,7 +146,7 @@ class ActivationScaling(OneLineRepr):
 
 
 @checked
-@gradients_on()
+@through_model
 def train_scaling(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -30,7 +30,7 @@ from fgsteer.learning.settings import VectorTraining
 from fgsteer.learning.spaces import FeatureSpace, ResidualSpace, Space, check_space
 from fgsteer.methods.provenance import provenance
 from fgsteer.models.fingerprints import run_fingerprint
-from fgsteer.models.gradients import gradients_on
+from fgsteer.models.gradients import through_model
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.models.pairing import check_pairing, model_identity, width_at
 from fgsteer.saes.fingerprints import sae_identity
@@ -45,7 +45,7 @@ FEATURES = 256  # that are trained by default
 
 
 @checked
-@gradients_on()
+@through_model
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -134,7 +134,7 @@ def train(
 
 
 @checked
-@gradients_on()
+@through_model
 def train_many(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -34,7 +34,7 @@ from fgsteer.mechanisms.texts import (
     site_of,
     text_device,
 )
-from fgsteer.models.gradients import gradients_on
+from fgsteer.models.gradients import through_model
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.steering.entries import Entry
 
@@ -112,7 +112,7 @@ class SteeringAttribution(OneLineRepr):
 
 
 @checked
-@gradients_on()
+@through_model
 def attribute_steering(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

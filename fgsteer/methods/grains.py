@@ -24,7 +24,7 @@ from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.methods.prompt_pairs import padding_id
 from fgsteer.methods.provenance import provenance
-from fgsteer.models.gradients import gradients_on
+from fgsteer.models.gradients import through_model
 from fgsteer.models.hookpoints import Hookpoint, resolve
 from fgsteer.models.pairing import model_identity
 from fgsteer.models.properties import context_window, input_device, warn_of_dropout
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @checked
-@gradients_on()
+@through_model
 def grains(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgsteer.errors.checks import checked
 from fgsteer.errors.escaping import escape_text
 from fgsteer.errors.reprs import OneLineRepr, short_repr
 from fgsteer.errors.wording import count
@@ -93,7 +92,6 @@ class FeatureExamples(OneLineRepr):
         """The row of each feature: {feature id: row}."""
         return {feature: row for row, feature in enumerate(self.features.tolist())}
 
-    @checked
     def of(self, feature: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Excerpt, ...]:
         """Return a feature's excerpts, strongest first; none for one that never fired or was not measured."""
         row = self.rows.get(feature)
@@ -112,11 +110,10 @@ class FeatureExamples(OneLineRepr):
             int(self.documents[row, slot]),
         )
 
-    @checked
     def largest(self, d_sae: int) -> Float[Tensor, " d_sae"]:
         """Return each feature's largest activation in the corpus, (d_sae,); without an excerpt, the largest of all."""
         peaks = self.activations[:, 0, self.tokens.shape[2] // 2]
-        largest = torch.zeros(d_sae).index_copy_(0, self.features, peaks)
+        largest = torch.zeros(d_sae, dtype=peaks.dtype, device=peaks.device).index_copy_(0, self.features, peaks)
         return largest.where(largest > 0, peaks.max())
 
     def check(self, sae: Identified) -> FeatureExamples:
@@ -131,7 +128,6 @@ class FeatureExamples(OneLineRepr):
         write_tensors(path, {name: getattr(self, name) for name in _TENSORS}, kind="examples", header=header)
 
     @classmethod
-    @checked
     def load(cls, path: str | Path) -> FeatureExamples:
         """Load a file that ``save`` wrote. Raises FormatError for any other, or a damaged one."""
         tensors, header = read_tensors(path, kind="examples")

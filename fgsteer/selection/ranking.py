@@ -69,7 +69,6 @@ class FeatureRanking(OneLineRepr, Sequence[int]):
     labels: Mapping[int, str] = field(default_factory=dict, repr=False)
 
     @classmethod
-    @checked
     def of(
         cls,
         by: str,
@@ -137,7 +136,6 @@ class FeatureRanking(OneLineRepr, Sequence[int]):
         pairs = zip(self.ids[:n], self.scores[:n].tolist(), held_out, strict=False)
         return Table(RankedFeature(j, score, other, self.labels.get(j, "")) for j, score, other in pairs)
 
-    @checked
     def pairs(self) -> list[tuple[int, float]]:
         """(id, score) of every feature, best first."""
         return list(zip(self.ids, self.scores.tolist(), strict=True))

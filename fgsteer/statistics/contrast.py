@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fgsteer.display.tables import Cell, table_html, title_html
 from fgsteer.errors import PairingError
-from fgsteer.errors.checks import checked
 from fgsteer.errors.reprs import MAX_SHOWN_ENTRIES, OneLineRepr
 from fgsteer.models.hookpoints import Hookpoint
 from fgsteer.statistics.moments import Moments, Space, key_name, load_moments, moment_tensors, parse_key
@@ -194,7 +193,6 @@ class ContrastStatistics(OneLineRepr):
         write_tensors(path, tensors, kind="statistics", header=header)
 
     @classmethod
-    @checked
     def load(cls, path: str | Path) -> ContrastStatistics:
         """Load a file that ``save`` wrote. Raises FormatError for any other, or a damaged one."""
         tensors, header = read_tensors(path, kind="statistics")

@@ -333,7 +333,6 @@ class TransferMap(OneLineRepr):
         write_tensors(path, tensors, kind=FILE_KIND, header=header)
 
     @classmethod
-    @checked
     def load(cls, path: str | Path) -> TransferMap:
         """Load a file that ``save`` wrote. Raises FormatError for one that is missing, damaged or of another kind."""
         tensors, header = read_tensors(path, kind=FILE_KIND)

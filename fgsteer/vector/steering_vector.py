@@ -291,7 +291,6 @@ class SteeringVector(Applied):
         return push(self, repo_id, run, method, token=token, private=private, **upload)
 
     @classmethod
-    @checked
     def from_pretrained(
         cls,
         source: str | Path,
@@ -319,7 +318,6 @@ class SteeringVector(Applied):
         return cls.load(fetch(source, filename, revision, token), model)
 
     @classmethod
-    @checked
     def load(cls, path: str | Path, model: nn.Module | None = None) -> SteeringVector:
         """Load a file that ``save`` wrote.
 

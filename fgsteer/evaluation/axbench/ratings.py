@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch.nn.functional import cosine_similarity
 
 from fgsteer.data.contrasts import ContrastSet
-from fgsteer.errors.checks import checked
 from fgsteer.errors.escaping import json_text
 from fgsteer.evaluation.axbench.files import NEGATIVE, POSITIVE, AxBenchConcept
 from fgsteer.evaluation.axbench.protocol import HIGHEST_RATING
@@ -57,11 +56,9 @@ class Rater(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """All that its ratings depend on, as plain JSON."""
 
-    @checked
     def prepare(self, concepts: Sequence[AxBenchConcept], unsteered: Sequence[RatedAnswer]) -> Mapping[str, Any]:
         """Get ready for these concepts, given the unsteered model's answers; return what results say of the rater."""
 
-    @checked
     def rate(self, concept: AxBenchConcept, answers: Sequence[RatedAnswer]) -> list[Ratings]:
         """Rate answers."""
 
@@ -148,12 +145,10 @@ class EndpointRater:
         asked = [client.url, client.model, client.options, _CONCEPT, _INSTRUCTION, _FLUENCY, _FORM]
         return {"name": self.name, "asks": text_sha256(asked)}
 
-    @checked
     def prepare(self, concepts: Sequence[AxBenchConcept], unsteered: Sequence[RatedAnswer]) -> dict[str, Any]:
         """Nothing is to be prepared."""
         return {}
 
-    @checked
     def rate(self, concept: AxBenchConcept, answers: Sequence[RatedAnswer]) -> list[Ratings]:
         """Ask for the three ratings of each answer. Raises JudgeError, naming the answer that got none."""
         questions = [
@@ -195,7 +190,6 @@ class EmbeddingRater:
         """What its ratings depend on."""
         return self._judge.identity
 
-    @checked
     def prepare(self, concepts: Sequence[AxBenchConcept], unsteered: Sequence[RatedAnswer]) -> dict[str, Any]:
         """Learn the concepts. Returns c̄, and the judge's AUROC on the training outputs, which it never saw.
 
@@ -230,7 +224,6 @@ class EmbeddingRater:
         cosines = cosine_similarity(texts, asked).clamp(min=0).tolist()
         return [value if answer.text.strip() else 0.0 for value, answer in zip(cosines, answers, strict=True)]
 
-    @checked
     def rate(self, concept: AxBenchConcept, answers: Sequence[RatedAnswer]) -> list[Ratings]:
         """Rate answers; see the class."""
         shown = self._judge.score([answer.text for answer in answers], f"axbench-{concept.id}").tolist()

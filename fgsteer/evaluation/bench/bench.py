@@ -188,6 +188,7 @@ class Bench(OneLineRepr):
                     yield Batch(half, seed, tuple(conditions[start : start + size]))
 
     @property
+    @checked
     def fitted_coherence(self) -> Coherence:
         """``Coherence`` fitted on unsteered samples of all prompts, which have seeds of their own."""
         plan, prompts = self.plan, [prompt for half in HALVES for prompt in self.plan.prompts_of(half)]

@@ -19,7 +19,6 @@ from torch.nn.functional import normalize, softplus
 
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.errors import DataError, FormatError, JudgeError
-from fgsteer.errors.checks import checked
 from fgsteer.errors.wording import count
 from fgsteer.evaluation.judges.learning import ContrastsByName, judging_texts, validation_auc
 from fgsteer.evaluation.judges.protocols import check_texts
@@ -79,7 +78,6 @@ class EmbeddingJudge:
         weights = weights_sha256(encoder) if isinstance(encoder, nn.Module) else type(encoder).__name__
         return {"name": self.name, "weights": weights, "contrasts": self._contrasts.identity}
 
-    @checked
     def score(self, texts: Sequence[str], concept: str) -> Float[Tensor, " texts"]:
         """Probability that each text shows the concept.
 
@@ -98,17 +96,15 @@ class EmbeddingJudge:
         texts = check_texts(texts)
         weights, bias = self._fit(concept)
         if not texts:
-            return torch.zeros(0)
+            return torch.zeros(0, dtype=torch.float32, device="cpu")
         probability = torch.sigmoid(self.embed(texts).double() @ weights + bias)
-        shown = torch.tensor([bool(text.strip()) for text in texts])
+        shown = torch.tensor([bool(text.strip()) for text in texts], device="cpu")
         return (probability * shown).float()
 
-    @checked
     def validate(self, concept: str) -> float:
         """``validation_auc`` on the concept's training sentences, which vectors are built from but it never saw."""
         return validation_auc(self, self._contrasts[concept])
 
-    @checked
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "texts d"]:
         """Unit embeddings, (texts, d) float32. Raises JudgeError, FormatError."""
         new = [text for text in dict.fromkeys(texts) if text not in self._embeddings]
@@ -137,9 +133,10 @@ class EmbeddingJudge:
         if concept not in self._fits:
             parts = judging_texts(self._contrasts[concept])
             n = len(parts[0])
-            weight = torch.cat([torch.full((len(p),), n / len(p) / k) for p, k in zip(parts, (1, 2, 2), strict=True)])
+            shares = [n / len(part) / k for part, k in zip(parts, (1, 2, 2), strict=True) for _ in part]
+            weight = torch.tensor(shares, dtype=torch.float32, device="cpu")
             x = self.embed([text for part in parts for text in part]).double()
-            y = (torch.arange(len(x)) < n).double()
+            y = (torch.arange(len(x), device=x.device) < n).double()
             self._fits[concept] = logistic(x, y, weight.double(), RIDGE)
         return self._fits[concept]
 

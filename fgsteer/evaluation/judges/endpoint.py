@@ -21,7 +21,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgsteer.data.shipped import shipped_path
-from fgsteer.errors.checks import checked
 from fgsteer.errors.escaping import json_text
 from fgsteer.evaluation.judges.answer_cache import HIGHEST_SCORE, LOWEST_SCORE, AnswerCache
 from fgsteer.evaluation.judges.asking import Asker
@@ -127,12 +126,10 @@ class EndpointJudge:
         asked = [client.url, client.model, client.options, self._behaviors, _BEHAVIOR, _COHERENCE]
         return {"name": self.name, "asks": text_sha256(asked)}
 
-    @checked
     def score(self, texts: Sequence[str], concept: str) -> Float[Tensor, " texts"]:
         """How much each text shows the concept, ``(score − 1)/9``, (texts,). Raises JudgeError, DataError."""
         return self._scores(texts, self._behavior(concept))
 
-    @checked
     def coherence(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Float[Tensor, " texts"]:
         """How coherent each text is, ``(score − 1)/9``.
 
@@ -181,7 +178,7 @@ class EndpointJudge:
         """Every text's score, of a behavior or of coherence, from the cache or the endpoint."""
         texts = check_texts(texts)
         prompts = [_prompt(text, behavior) for text in texts]
-        scores = torch.tensor(self._asker.scores(prompts, texts), dtype=torch.float32)
+        scores = torch.tensor(self._asker.scores(prompts, texts), dtype=torch.float32, device="cpu")
         return (scores - LOWEST_SCORE) / (HIGHEST_SCORE - LOWEST_SCORE)
 
 

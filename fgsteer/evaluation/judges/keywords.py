@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.errors import DataError
-from fgsteer.errors.checks import checked
 from fgsteer.evaluation.judges.learning import ContrastsByName, judging_texts, validation_auc
 from fgsteer.evaluation.judges.protocols import check_texts
 from fgsteer.evaluation.judges.table import JudgeOptions
@@ -63,14 +62,13 @@ class KeywordJudge:
             )
         return words
 
-    @checked
     def score(self, texts: Sequence[str], concept: str) -> Float[Tensor, " texts"]:
         """1 where a keyword of the concept occurs in a text, else 0, (texts,). Raises DataError."""
         words = "|".join(re.escape(word.strip()) for word in self.keywords(concept))
         pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
-        return torch.tensor([1.0 if pattern.search(text) else 0.0 for text in check_texts(texts)])
+        found = [1.0 if pattern.search(text) else 0.0 for text in check_texts(texts)]
+        return torch.tensor(found, dtype=torch.float32, device="cpu")
 
-    @checked
     def validate(self, concept: str) -> float:
         """``validation_auc`` on the concept's training sentences."""
         return validation_auc(self, self._contrasts[concept])

@@ -49,8 +49,9 @@ class CoherenceJudge(Protocol):
 def check_texts(texts: Sequence[str]) -> list[str]:
     """The texts as a list. Raises DataError for one string, or for an entry that is not a string."""
     refuse_one_text(texts)
+    texts = list(texts)
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"{a(type(text).__name__)} as texts[{number}]", "a text")
         check_unicode(text, f"texts[{number}]")
-    return list(texts)
+    return texts

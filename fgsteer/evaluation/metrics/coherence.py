@@ -152,12 +152,10 @@ class Coherence(OneLineRepr):
         """What runs call this judge of coherence."""
         return "unsteered"
 
-    @checked
     def coherence(self, texts: Sequence[str], prompts: Sequence[Text] | None = None) -> Float[Tensor, " texts"]:
         """The same as ``score``: what a benchmark asks of a ``CoherenceJudge``."""
         return self.score(texts, prompts)
 
-    @checked
     def score(self, texts: Sequence[str], prompts: Sequence[Text] | None = None) -> Float[Tensor, " texts"]:
         """Coherence of each text, (texts,) float64 in [0, 1]; see the class."""
         return self.measure(texts, prompts).coherence

@@ -32,7 +32,7 @@ from fgsteer.evaluation.metrics.intervals import Interval, mean_interval, wilson
 from fgsteer.evaluation.patterns.styles import pairs_of
 from fgsteer.interventions.values import unit_and_norm
 from fgsteer.models.chat import is_chat_model
-from fgsteer.models.gradients import gradients_on
+from fgsteer.models.gradients import through_model
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import input_device
@@ -100,7 +100,7 @@ class SuffixSearch(OneLineRepr):
 
 
 @checked
-@gradients_on()
+@through_model
 def find_suffix(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
