@@ -239,9 +239,7 @@ def checked_after(former: Sequence[str]) -> Callable[[Callable[P, R]], Callable[
             for name, value in arguments.items():
                 if parameters[name].annotation == "PreTrainedTokenizerBase":
                     arguments[name] = as_tokenizer(value)
-            if has_usual_defaults():
-                return function(*bound.args, **bound.kwargs)
-            with usual_defaults():
+            with contextlib.nullcontext() if has_usual_defaults() else usual_defaults():
                 return function(*bound.args, **bound.kwargs)
 
         return with_checks
