@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from fgsteer.errors.interrupts import whole_contextmanager
 from fgsteer.models.hookpoints import decoder_of
 from fgsteer.models.properties import input_device
 
@@ -26,7 +26,7 @@ def pass_key(model: nn.Module) -> PassKey:
     return id(decoder_of(model)), threading.get_ident()
 
 
-@contextmanager
+@whole_contextmanager
 def note_prompt_ends(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
     """Note where prompts end in passes over prompts and completions at once, for every ``steer`` block on the model.
 
@@ -49,7 +49,7 @@ def noted_prompt_ends(key: PassKey) -> Int[Tensor, " batch"] | None:
     return _ends.get(key)
 
 
-@contextmanager
+@whole_contextmanager
 def reading_ahead(model: nn.Module) -> Iterator[None]:
     """Note that this thread's passes of the model read prompts ahead: no block steers them, and no other hook acts."""
     key = pass_key(model)

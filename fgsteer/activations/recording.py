@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve
 from fgsteer.models.properties import check_window, virtual_tokens, warn_of_dropout
+from fgsteer.models.registering import registered
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -86,27 +88,23 @@ def record(
         # the pass goes on, and Falcon adds to its MLP's output in place
         recorded[hookpoint] = recorded[hookpoint].clone()
 
-    with ExitStack() as stack:
-        for hookpoint in wanted:
-            module, is_input = resolve(model, hookpoint)
-            if is_input:
+    def before(at: Hookpoint, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(at, args[0] if args else kwargs["hidden_states"])
 
-                def before(
-                    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at: Hookpoint = hookpoint
-                ) -> None:
-                    keep(at, args[0] if args else kwargs["hidden_states"])
+    def after(at: Hookpoint, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        keep(at, hidden_states_of(output))
 
-                handle = module.register_forward_pre_hook(before, with_kwargs=True)
-            else:
-
-                def after(_: nn.Module, __: tuple[Any, ...], output: Any, at: Hookpoint = hookpoint) -> None:
-                    keep(at, hidden_states_of(output))
-
-                handle = module.register_forward_hook(after)
-            stack.callback(handle.remove)
+    hooks = []
+    for hookpoint in wanted:
+        module, is_input = resolve(model, hookpoint)
+        if is_input:
+            hooks.append(partial(module.register_forward_pre_hook, partial(before, hookpoint), with_kwargs=True))
+        else:
+            hooks.append(partial(module.register_forward_hook, partial(after, hookpoint)))
+    with registered(hooks):
         with suppress(_AllRecorded):
             run(input_ids=ids, attention_mask=attention, **_cache_arguments(model, ids, attention, cache))
-    return recorded
+        return dict(recorded)  # a call, at which Ctrl-C is raised that came while the pass was dropped
 
 
 def _cache_arguments(model: nn.Module, ids: Tensor, attention: Tensor | None, cache: Cache | None) -> dict[str, Any]:

@@ -10,7 +10,6 @@ the same Gumbel noise: token = argmax(log p + g), so texts part only where steer
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from fgsteer.activations.pooling import PoolingIndex, pool_features
 from fgsteer.activations.recording import record
 from fgsteer.errors.checks import check_range
+from fgsteer.errors.interrupts import whole_contextmanager
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.base import Intervention
 from fgsteer.models.properties import check_window, eos_ids, input_device
@@ -94,7 +94,7 @@ def choose(
     return ids.gather(-1, best)[:, 0]
 
 
-@contextmanager
+@whole_contextmanager
 def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
     """A block in which ``model.generate`` ignores the model's settings: penalties, biases, beams, ends of text."""
     from transformers import GenerationConfig

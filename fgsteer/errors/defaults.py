@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from threading import Lock
 
 import torch
+
+from fgsteer.errors.interrupts import whole_contextmanager
 
 _lock = Lock()
 _callers: list[torch.dtype] = []  # of calls that run now, the default dtype that is set back after the last of them
@@ -18,7 +20,7 @@ def has_usual_defaults() -> bool:
     return usual and not _callers
 
 
-@contextmanager
+@whole_contextmanager
 def usual_defaults() -> Iterator[None]:
     """A block in which tensors that name neither are float32 and on the CPU.
 

@@ -5,7 +5,7 @@ orthogonalize(model, vector).save_pretrained("without-refusal")
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fgsteer.activations.recording import record
 from fgsteer.errors import HookpointError, PairingError, SteeringError
 from fgsteer.errors.checks import checked
+from fgsteer.errors.interrupts import whole_contextmanager
 from fgsteer.errors.wording import a
 from fgsteer.export.weights import check_weights, linear_writer
 from fgsteer.interventions import unit_and_norm
@@ -190,19 +191,27 @@ def _without(tensor: Tensor, basis: Float[Tensor, "n d_model"], dim: int) -> Ten
     return (wide - (wide @ r.T) @ r).movedim(-1, dim).to(tensor.dtype)
 
 
+@whole_contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """A block without dropout, which would write to the stream what it likes; each module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def _check_result(model: PreTrainedModel, basis: Float[Tensor, "n d_model"]) -> None:
     """Raises SteeringError where the direction is in the stream all the same, as what else writes to it has put it."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     blocks = len(blocks_of(model))
     places = [Hookpoint(0, "resid_pre"), *(Hookpoint(layer, "resid_post") for layer in range(blocks))]
-    most, training = min(LEFT * torch.finfo(next(model.parameters()).dtype).eps, MOST_LEFT), model.training
-    model.eval()  # dropout would write what it likes
-    try:
-        with torch.no_grad():
-            acts = record(model, ids.to(input_device(model)), None, places)
-    finally:
-        model.train(training)
+    most = min(LEFT * torch.finfo(next(model.parameters()).dtype).eps, MOST_LEFT)
+    with _in_eval_mode(model):
+        acts = record(model, ids.to(input_device(model)), None, places)
     for place, h in acts.items():
         wide = h.double().cpu()
         share = float(((wide @ basis.T).norm(dim=-1) / wide.norm(dim=-1).clamp(min=1e-30)).amax())

@@ -8,8 +8,8 @@ loss.backward()
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
@@ -17,11 +17,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fgsteer.models.hookpoints import blocks_of, uncompiled
-from fgsteer.steering.shadows import shadow
+from fgsteer.steering.shadows import shadowed
 
 
-@contextmanager
-def checkpointed_blocks(model: nn.Module, first: int) -> Iterator[None]:
+def checkpointed_blocks(model: nn.Module, first: int) -> AbstractContextManager[None]:
     """Let this thread's passes keep of each block from ``first`` on only what goes into it, for the backward pass.
 
     The backward pass may come after the block of code. Hooks of a block itself, as steering at its output or input
@@ -40,7 +39,5 @@ def checkpointed_blocks(model: nn.Module, first: int) -> Iterator[None]:
 
         return forward
 
-    with ExitStack() as stack:
-        for block in map(uncompiled, blocks_of(model)[first:]):
-            shadow(block, "forward", again(block.forward), stack)
-        yield
+    blocks = map(uncompiled, blocks_of(model)[first:])
+    return shadowed((block, "forward", again(block.forward)) for block in blocks)

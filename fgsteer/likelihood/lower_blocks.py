@@ -11,8 +11,7 @@ rotary embeddings are the model's own, and the lower blocks hand on what they re
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
 
@@ -24,7 +23,7 @@ from fgsteer.interventions.readings import Preview
 from fgsteer.models.hookpoints import blocks_of, decoder_of, uncompiled, why_not_added
 from fgsteer.models.properties import virtual_tokens
 from fgsteer.steering.entries import Entry, interventions_of
-from fgsteer.steering.shadows import shadow
+from fgsteer.steering.shadows import shadowed
 
 
 class _Reached(Exception):  # noqa: N818
@@ -67,31 +66,29 @@ def output_of_blocks(
     model: nn.Module, ids: Int[Tensor, "batch tokens"], attention: Int[Tensor, "batch tokens"], depth: int
 ) -> Any:
     """What the ``depth``-th block returns; the pass stops there. None where that is more than a residual stream."""
-    with ExitStack() as stack:
-        block = uncompiled(blocks_of(model)[depth - 1])
-        original, this_thread = block.forward, threading.get_ident()
+    block = uncompiled(blocks_of(model)[depth - 1])
+    original, this_thread = block.forward, threading.get_ident()
 
-        @wraps(original)
-        def stop(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            if threading.get_ident() != this_thread:
-                return output
-            raise _Reached(output)
+    @wraps(original)
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if threading.get_ident() != this_thread:
+            return output
+        raise _Reached(output)
 
-        shadow(block, "forward", stop, stack)
+    with shadowed([(block, "forward", stop)]):
         try:
             decoder_of(model)(input_ids=ids, attention_mask=attention, use_cache=False)
         except _Reached as reached:
             output = reached.output
         else:
             return None
-    others = output[1:] if isinstance(output, tuple | list) else ()
-    plain = hidden_states_of(output).shape[:-1] == ids.shape and all(other is None for other in others)
-    return output if plain else None
+        others = output[1:] if isinstance(output, tuple | list) else ()
+        plain = hidden_states_of(output).shape[:-1] == ids.shape and all(other is None for other in others)
+        return output if plain else None
 
 
-@contextmanager
-def skip_blocks(model: nn.Module, depth: int, output: Any, times: int = 1) -> Iterator[None]:
+def skip_blocks(model: nn.Module, depth: int, output: Any, times: int = 1) -> AbstractContextManager[None]:
     """Let this thread's passes in the block go on from what the ``depth``-th block returned, its rows ``times`` over.
 
     Hooks on the skipped blocks run as they would, on what these hand on.
@@ -111,7 +108,5 @@ def skip_blocks(model: nn.Module, depth: int, output: Any, times: int = 1) -> It
 
         return forward
 
-    with ExitStack() as stack:
-        for number, block in enumerate(map(uncompiled, blocks_of(model)[:depth]), 1):
-            shadow(block, "forward", hand_on(block, number == depth), stack)
-        yield
+    blocks = enumerate(map(uncompiled, blocks_of(model)[:depth]), 1)
+    return shadowed((block, "forward", hand_on(block, number == depth)) for number, block in blocks)

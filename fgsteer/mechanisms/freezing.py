@@ -7,7 +7,7 @@ generate_frozen(model, tokenizer, ["I think that"], vec.add(8.0), freeze=["qk"])
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ from fgsteer.data.chat import Text
 from fgsteer.display.tables import Table
 from fgsteer.errors import DataError, HookpointError
 from fgsteer.errors.checks import check_range, checked
+from fgsteer.errors.interrupts import whole_contextmanager
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import a
 from fgsteer.mechanisms.agreement import Agreement, Faithful
@@ -28,6 +29,7 @@ from fgsteer.mechanisms.parts import BlockParts, block_parts
 from fgsteer.mechanisms.texts import first_block, logits_of, site_of, text_device
 from fgsteer.models.hookpoints import decoder_of
 from fgsteer.models.properties import eos_ids, input_device
+from fgsteer.models.registering import registered
 from fgsteer.steering.entries import Entry, interventions_of
 from fgsteer.steering.generation import parse_prompts, prompt_inputs
 from fgsteer.steering.hooks import steer
@@ -148,7 +150,7 @@ def parse_parts(freeze: Part | Sequence[Part]) -> tuple[Part, ...]:
     return tuple(name for name in PARTS if name in names)  # type: ignore[misc]
 
 
-@contextmanager
+@whole_contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let the decoder compute attention weights outright for the block. Raises HookpointError where it cannot.
 
@@ -227,8 +229,7 @@ class FrozenRun:
         self.kept[key] = h.clone()
         return h
 
-    @contextmanager
-    def _keeping_weights(self, parts: Sequence[BlockParts]) -> Iterator[None]:
+    def _keeping_weights(self, parts: Sequence[BlockParts]) -> AbstractContextManager[None]:
         """Hooks that keep the attention weights that attention modules return beside their output."""
 
         def keep(layer: int, module: nn.Module, _: Any, output: Any) -> None:
@@ -237,12 +238,7 @@ class FrozenRun:
                 raise _other_attention(module, "that returns no weights")
             self.kept["qk", layer] = weights
 
-        handles = [part.attention.register_forward_hook(partial(keep, part.layer)) for part in parts]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return registered(partial(part.attention.register_forward_hook, partial(keep, part.layer)) for part in parts)
 
     def _check(self, part: BlockParts) -> None:
         """Raises HookpointError where the heads' outputs are not the weights times the values."""

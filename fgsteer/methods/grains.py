@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from fgsteer.models.gradients import through_model
 from fgsteer.models.hookpoints import Hookpoint, resolve
 from fgsteer.models.pairing import model_identity
 from fgsteer.models.properties import context_window, input_device, warn_of_dropout
+from fgsteer.models.registering import registered
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -207,11 +209,8 @@ def _embedded_pass(
         return held[1]
 
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    handle = embedding.register_forward_hook(scale)
-    try:
+    with registered([partial(embedding.register_forward_hook, scale)]):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    finally:
-        handle.remove()
     return held[0], held[1], logits
 
 

@@ -11,6 +11,7 @@ properties.py    a model's width, window, device, and its special and virtual to
 names.py         one name for all spellings of a model's
 pairing.py       whether a vector or an SAE was made for the model that is loaded
 gradients.py     gradients where the caller has turned them off, and none of a model's weights
+registering.py   forward hooks that come off with a block
 fingerprints.py  what the results of a resumable run depend on
 claims.py        which thread and task may run a model that is being steered
 unembedding.py   the tokens whose logits a direction raises

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -11,12 +10,13 @@ import torch
 from torch import nn
 
 from fgsteer.errors import DataError
+from fgsteer.errors.interrupts import whole_contextmanager
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@contextmanager
+@whole_contextmanager
 def gradients_on() -> Iterator[None]:
     """A block, or as a decorator a function, in which gradients are taken, inside no_grad and inference_mode too."""
     with torch.inference_mode(False), torch.enable_grad():
@@ -45,7 +45,7 @@ def through_model(function: Callable[P, R]) -> Callable[P, R]:
     return with_gradients
 
 
-@contextmanager
+@whole_contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """A block in which no parameter of the model requires grad, so that a backward pass computes none of theirs."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -7,7 +7,6 @@ risk.relative                   1 where it moves attention no more than any dire
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from fgsteer.mechanisms.parts import BlockParts, block_parts, norm_linear, proje
 from fgsteer.models.hookpoints import decoder_of
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import check_window, input_device
+from fgsteer.models.registering import registered
 from fgsteer.steering.splicing import splice_modules
 from fgsteer.vector import SteeringVector
 
@@ -215,12 +215,9 @@ def _keys_and_weights(
         weights[layer] = found[0]
 
     ids = torch.tensor([row], device=input_device(model))
-    with ExitStack() as stack:
-        changes = [(part.readers["k"][0].module, False, partial(keep_keys, part.layer)) for part in parts]
-        stack.enter_context(splice_modules(changes))
-        for part in parts:
-            handle = part.attention.register_forward_hook(partial(keep_weights, part.layer))
-            stack.callback(handle.remove)
+    changes = [(part.readers["k"][0].module, False, partial(keep_keys, part.layer)) for part in parts]
+    hooks = [partial(part.attention.register_forward_hook, partial(keep_weights, part.layer)) for part in parts]
+    with splice_modules(changes), registered(hooks):
         decoder_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return {part.layer: (keys[part.layer].reshape(len(row), -1), weights[part.layer]) for part in parts}
 

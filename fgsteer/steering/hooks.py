@@ -243,8 +243,9 @@ class SteeringHooks:
             self.warn_replaced()
             prompt = self._prompt(args, kwargs)
             self.cache_changes.check_prompt(*prompt)
-            positions.begin_generate(*prompt, virtual_tokens(self.model))
+            virtual = virtual_tokens(self.model)
             try:
+                positions.begin_generate(*prompt, virtual)
                 return original(*args, **kwargs)
             finally:
                 positions.end_generate()

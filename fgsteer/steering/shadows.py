@@ -2,11 +2,12 @@
 
 shadow(model, "generate", steered, hooks)
 refuse_copies(model, hooks)
+with shadowed([(model, "generate", steered)]): ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import wraps
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from fgsteer.errors import SteeringError
+from fgsteer.errors.interrupts import whole_contextmanager
 
 
 def shadow(module: nn.Module, name: str, value: Callable[..., Any], hooks: ExitStack) -> None:
@@ -32,6 +34,15 @@ def shadow(module: nn.Module, name: str, value: Callable[..., Any], hooks: ExitS
         delattr(module, name) if below is None else setattr(module, name, below)
 
     hooks.callback(undo)
+
+
+@whole_contextmanager
+def shadowed(changes: Iterable[tuple[nn.Module, str, Callable[..., Any]]]) -> Iterator[None]:
+    """Set functions on modules for the block, each given as a module, a name there and the function."""
+    with ExitStack() as stack:
+        for module, name, value in changes:
+            shadow(module, name, value, stack)
+        yield
 
 
 def as_new_function(forward: Callable[..., Any]) -> Callable[..., Any]:

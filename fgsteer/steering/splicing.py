@@ -6,8 +6,9 @@ with splice(model, sae.hookpoint, lambda h: sae.decode(sae.encode(h))):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states
 from fgsteer.activations.prompt_ends import thread_reads_ahead
 from fgsteer.models.hookpoints import Hookpoint, resolve
+from fgsteer.models.registering import registered
 
 Change = tuple[nn.Module, bool, Callable[[Tensor], Tensor]]  # a module, whether its input is changed, and how
 
@@ -33,17 +35,14 @@ def splice(model: nn.Module, hookpoint: Hookpoint, replace: Callable[[Tensor], T
     return splice_modules([(*resolve(model, hookpoint), replace)])
 
 
-@contextmanager
-def splice_modules(changes: Iterable[Change]) -> Iterator[None]:
+def splice_modules(changes: Iterable[Change]) -> AbstractContextManager[None]:
     """Replace inputs or outputs of modules for the block, in every forward pass."""
-    with ExitStack() as stack:
-        for module, is_input, replace in changes:
-            if is_input:
-                handle = module.register_forward_pre_hook(_before(replace), with_kwargs=True)
-            else:
-                handle = module.register_forward_hook(_after(replace))
-            stack.callback(handle.remove)
-        yield
+    return registered(
+        partial(module.register_forward_pre_hook, _before(replace), with_kwargs=True)
+        if is_input
+        else partial(module.register_forward_hook, _after(replace))
+        for module, is_input, replace in changes
+    )
 
 
 def _before(replace: Callable[[Tensor], Tensor]) -> Callable[..., Any]:

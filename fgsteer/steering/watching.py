@@ -8,7 +8,6 @@ steps[0].after - steps[0].before
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from fgsteer.activations.prompt_ends import PassKey, pass_key
+from fgsteer.errors.interrupts import whole_contextmanager
 from fgsteer.interventions.kernel import ReadyUpdate
 from fgsteer.models.hookpoints import Hookpoint
 
@@ -55,7 +55,7 @@ class Step:
         return amounts if self.where is None else torch.where(self.where[..., None], amounts, 0.0)
 
 
-@contextmanager
+@whole_contextmanager
 def watch(model: nn.Module) -> Iterator[list[Step]]:
     """A block that lists what ``steer`` blocks do which are entered inside it, on this model in this thread.
 

@@ -7,8 +7,9 @@ print(found.suffix, found.flips, found.random_flips)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,7 @@ from fgsteer.models.gradients import through_model
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import input_device
+from fgsteer.models.registering import registered
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -328,15 +330,16 @@ class _Search:
         def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             reach(hidden_states_of(output))
 
-        with ExitStack() as stack:
-            stack.callback(embedding.register_forward_hook(embed).remove)
-            if is_input:
-                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            else:
-                stack.callback(module.register_forward_hook(after).remove)
+        hooks = [
+            partial(embedding.register_forward_hook, embed),
+            partial(module.register_forward_pre_hook, before, with_kwargs=True)
+            if is_input
+            else partial(module.register_forward_hook, after),
+        ]
+        with registered(hooks):
             with suppress(_Reached):
                 decoder_of(self.model)(input_ids=ids, attention_mask=mask, use_cache=False)
-        return seen["embedded"], seen["h"]
+            return seen.pop("embedded"), seen.pop("h")  # calls, at which Ctrl-C is raised as in ``record``
 
 
 def _with_suffix(prompt: Text, suffix: str) -> Text:
