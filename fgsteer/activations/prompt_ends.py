@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from fgsteer.errors.interrupts import whole_contextmanager
+from fgsteer.errors.changes import Changes, temporary_change
 from fgsteer.models.hookpoints import decoder_of
 from fgsteer.models.properties import input_device
 
@@ -26,22 +27,15 @@ def pass_key(model: nn.Module) -> PassKey:
     return id(decoder_of(model)), threading.get_ident()
 
 
-@whole_contextmanager
-def note_prompt_ends(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
+@temporary_change
+def note_prompt_ends(changes: Changes, model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
     """Note where prompts end in passes over prompts and completions at once, for every ``steer`` block on the model.
 
     ``lengths`` has an entry for each row of the batch: the columns, padding included, before its first completion
     token. It does not matter whether the ``steer`` block is around this one or inside.
     """
-    key = pass_key(model)
-    before, _ends[key] = _ends.get(key), torch.tensor(lengths, device=input_device(model))
-    try:
-        yield
-    finally:
-        if before is None:
-            del _ends[key]
-        else:
-            _ends[key] = before
+    changes.set_item(_ends, pass_key(model), torch.tensor(lengths, device=input_device(model)))
+    yield
 
 
 def noted_prompt_ends(key: PassKey) -> Int[Tensor, " batch"] | None:
@@ -49,15 +43,13 @@ def noted_prompt_ends(key: PassKey) -> Int[Tensor, " batch"] | None:
     return _ends.get(key)
 
 
-@whole_contextmanager
-def reading_ahead(model: nn.Module) -> Iterator[None]:
+@temporary_change
+def reading_ahead(changes: Changes, model: nn.Module) -> Iterator[None]:
     """Note that this thread's passes of the model read prompts ahead: no block steers them, and no other hook acts."""
     key = pass_key(model)
+    changes.undo_by(partial(_ahead.discard, key))
     _ahead.add(key)
-    try:
-        yield
-    finally:
-        _ahead.discard(key)
+    yield
 
 
 def reads_ahead(key: PassKey) -> bool:

@@ -24,7 +24,7 @@ from fgsteer.errors import DataError
 from fgsteer.errors.checks import checked
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve
 from fgsteer.models.properties import check_window, virtual_tokens, warn_of_dropout
-from fgsteer.models.registering import registered
+from fgsteer.models.registering import Hook, registered
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -94,13 +94,10 @@ def record(
     def after(at: Hookpoint, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         keep(at, hidden_states_of(output))
 
-    hooks = []
+    hooks: list[Hook] = []
     for hookpoint in wanted:
         module, is_input = resolve(model, hookpoint)
-        if is_input:
-            hooks.append(partial(module.register_forward_pre_hook, partial(before, hookpoint), with_kwargs=True))
-        else:
-            hooks.append(partial(module.register_forward_hook, partial(after, hookpoint)))
+        hooks.append((module, is_input, partial(before if is_input else after, hookpoint)))
     with registered(hooks):
         with suppress(_AllRecorded):
             run(input_ids=ids, attention_mask=attention, **_cache_arguments(model, ids, attention, cache))

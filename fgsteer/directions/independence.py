@@ -7,7 +7,6 @@ print(found.total)          0 where neither depends on the other
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,11 +22,11 @@ from fgsteer.directions.prompts import prompt_passes
 from fgsteer.directions.removal import ablate_everywhere
 from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.reprs import OneLineRepr
-from fgsteer.models.hookpoints import Hookpoint, blocks_of
+from fgsteer.models.hookpoints import Hookpoint, blocks_of, resolve
 from fgsteer.models.properties import input_device
 from fgsteer.steering.entries import Steering
 from fgsteer.steering.hooks import steer
-from fgsteer.steering.splicing import splice
+from fgsteer.steering.splicing import splice_modules
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -137,9 +136,8 @@ def _last_states(
         states[layer] = h[:, -width:][torch.arange(len(last)), last.to(h.device)]  # without virtual tokens
         return h
 
-    with steer(model, steering), ExitStack() as stack:
-        for layer in range(blocks):
-            stack.enter_context(splice(model, Hookpoint(layer, "resid_pre"), partial(keep, layer)))
+    inputs = [(*resolve(model, Hookpoint(layer, "resid_pre")), partial(keep, layer)) for layer in range(blocks)]
+    with steer(model, steering), splice_modules(inputs):
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     wide = torch.promote_types(states[0].dtype, torch.float32)
     return torch.stack([states[layer].to(states[0].device, wide) for layer in range(blocks)])

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fgsteer.activations.pooling import PoolingIndex, pool_features
 from fgsteer.activations.recording import record
+from fgsteer.errors.changes import Changes, temporary_change
 from fgsteer.errors.checks import check_range
-from fgsteer.errors.interrupts import whole_contextmanager
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.base import Intervention
 from fgsteer.models.properties import check_window, eos_ids, input_device
@@ -94,17 +94,13 @@ def choose(
     return ids.gather(-1, best)[:, 0]
 
 
-@whole_contextmanager
-def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+@temporary_change
+def _without_own_settings(changes: Changes, model: PreTrainedModel) -> Iterator[None]:
     """A block in which ``model.generate`` ignores the model's settings: penalties, biases, beams, ends of text."""
     from transformers import GenerationConfig
 
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
+    changes.set_attribute(model, "generation_config", GenerationConfig())
+    yield
 
 
 @torch.no_grad()

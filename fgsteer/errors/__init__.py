@@ -19,13 +19,13 @@
 
 An error says what was expected, what came, the likely cause, and what to change. The files beside this one:
 
-    checks.py      checks the types and ranges of arguments before any work
-    defaults.py    torch's default dtype and device, as they are at first while a public function runs
-    interrupts.py  signals wait while something that outlives a call is changed
-    wording.py     articles and plurals for messages
-    reprs.py       one-line reprs
-    escaping.py    texts that are not trusted, made safe for a terminal, JSON and Markdown
-    limits.py      limits of numbers
+    checks.py    checks the types and ranges of arguments before any work
+    defaults.py  torch's default dtype and device, as they are at first while a public function runs
+    changes.py   changes of what outlives a call, undone whatever ends the block that they are for
+    wording.py   articles and plurals for messages
+    reprs.py     one-line reprs
+    escaping.py  texts that are not trusted, made safe for a terminal, JSON and Markdown
+    limits.py    limits of numbers
 """
 
 from __future__ import annotations

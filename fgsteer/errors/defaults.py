@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import nullcontext
+from functools import partial
 from threading import Lock
 
 import torch
 
-from fgsteer.errors.interrupts import whole_contextmanager
+from fgsteer.errors.changes import Changes, temporary_change
 
 _lock = Lock()
-_callers: list[torch.dtype] = []  # of calls that run now, the default dtype that is set back after the last of them
+_callers: dict[object, torch.dtype] = {}  # of calls that run now, the default dtype that is set back after the last
 
 
 def has_usual_defaults() -> bool:
@@ -20,25 +21,24 @@ def has_usual_defaults() -> bool:
     return usual and not _callers
 
 
-@whole_contextmanager
-def usual_defaults() -> Iterator[None]:
+@temporary_change
+def usual_defaults(changes: Changes) -> Iterator[None]:
     """A block in which tensors that name neither are float32 and on the CPU.
 
     torch's default dtype is that of all threads: while one is in such a block it is float32 for all of them, and
     for what the block calls, such as a model whose own code relies on another default.
     """
-    with ExitStack() as stack:
-        with _lock:
-            _callers.append(_callers[0] if _callers else torch.get_default_dtype())
-            torch.set_default_dtype(torch.float32)
-        stack.callback(_leave)
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
+    caller = object()
+    changes.undo_by(partial(_leave, caller))
+    with _lock:
+        _callers[caller] = next(iter(_callers.values()), torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+    with torch.device("cpu") if torch.get_default_device().type != "cpu" else nullcontext():
         yield
 
 
-def _leave() -> None:
+def _leave(caller: object) -> None:
     with _lock:
-        dtype = _callers.pop()
-        if not _callers:
-            torch.set_default_dtype(dtype)
+        if set(_callers) == {caller}:
+            torch.set_default_dtype(_callers[caller])
+        _callers.pop(caller, None)

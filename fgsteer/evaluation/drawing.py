@@ -13,12 +13,12 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fgsteer.display.pages import LIGHT, visible
 from fgsteer.errors import DataError
-from fgsteer.errors.interrupts import whole_contextmanager
 from fgsteer.evaluation.metrics.intervals import Interval
 from fgsteer.storage.atomic import atomic_write
 from fgsteer.storage.targets import make_folder
@@ -71,7 +71,7 @@ class Picture(NamedTuple):
     figure: Figure
 
 
-@whole_contextmanager
+@contextmanager
 def drawing_style() -> Iterator[None]:
     """Draw with matplotlib's defaults and this module's style, whatever the user has set; theirs come back."""
     import matplotlib

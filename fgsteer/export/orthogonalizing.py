@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fgsteer.activations.recording import record
 from fgsteer.errors import HookpointError, PairingError, SteeringError
+from fgsteer.errors.changes import Changes, temporary_change
 from fgsteer.errors.checks import checked
-from fgsteer.errors.interrupts import whole_contextmanager
 from fgsteer.errors.wording import a
 from fgsteer.export.weights import check_weights, linear_writer
 from fgsteer.interventions import unit_and_norm
@@ -191,16 +191,12 @@ def _without(tensor: Tensor, basis: Float[Tensor, "n d_model"], dim: int) -> Ten
     return (wide - (wide @ r.T) @ r).movedim(-1, dim).to(tensor.dtype)
 
 
-@whole_contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+@temporary_change
+def _in_eval_mode(changes: Changes, model: nn.Module) -> Iterator[None]:
     """A block without dropout, which would write to the stream what it likes; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    for module in model.modules():
+        changes.set_attribute(module, "training", False)
+    yield
 
 
 def _check_result(model: PreTrainedModel, basis: Float[Tensor, "n d_model"]) -> None:

@@ -26,7 +26,6 @@ from fgsteer.data.contrasts import ContrastSet
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import ArgumentError, DataError, MissingError
 from fgsteer.errors.checks import check_range, checked
-from fgsteer.errors.interrupts import whole_contextmanager
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.adding import Add
 from fgsteer.likelihood.scoring import Scored, scored_pairs
@@ -169,7 +168,7 @@ class Student:
             yield self.model if self.teacher is None else self.teacher
 
 
-@whole_contextmanager
+@contextmanager
 def _student(model: nn.Module, settings: KLThenSteerTraining) -> Iterator[Student]:
     """The model as it is trained; afterwards it is in eval mode, and none of its weights requires another gradient.
 

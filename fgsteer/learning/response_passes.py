@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -113,16 +113,16 @@ class ResponsePasses:
         if self._picks_columns:
             kept, column = torch.unique(column, return_inverse=True)
             options["logits_to_keep"] = kept.to(self.device)
-        with ExitStack() as stack:
-            stack.enter_context(note_prompt_ends(self.model, [row.prompt_length for row in chosen]))
-            if self._lower is not None:
-                template, kept_rows = self._lower
-                hidden = nn.utils.rnn.pad_sequence([kept_rows[row] for row in rows], batch_first=True)
-                depth = self._depth
-                stack.enter_context(skip_blocks(self.model, depth, replace_hidden_states(template, hidden)))
-            if self.checkpointing and torch.is_grad_enabled():
-                stack.enter_context(checkpointed_blocks(self.model, self.hookpoint.layer + 1))
-            stack.enter_context(steer(self.model, list(entries), per_row=True))
+        lower: AbstractContextManager[None] = nullcontext()
+        upper: AbstractContextManager[None] = nullcontext()
+        if self._lower is not None:
+            template, kept_rows = self._lower
+            hidden = nn.utils.rnn.pad_sequence([kept_rows[row] for row in rows], batch_first=True)
+            lower = skip_blocks(self.model, self._depth, replace_hidden_states(template, hidden))
+        if self.checkpointing and torch.is_grad_enabled():
+            upper = checkpointed_blocks(self.model, self.hookpoint.layer + 1)
+        ends = note_prompt_ends(self.model, [row.prompt_length for row in chosen])
+        with ends, lower, upper, steer(self.model, list(entries), per_row=True):
             logits = self.model(input_ids=ids, attention_mask=attention, use_cache=False, **options).logits
         logits = logits if options else logits[:, -ids.shape[1] :]  # without those of virtual tokens
         scored = logits[owner.to(logits.device), column.to(logits.device)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -323,10 +323,8 @@ class _Trainer:
         if self._picks_columns:
             kept, columns = torch.unique(columns, return_inverse=True)
             options["logits_to_keep"] = kept.to(self.device)
-        with ExitStack() as stack:
-            stack.enter_context(note_prompt_ends(self.model, [len(row.ids) for row in rows]))
-            if steering:
-                stack.enter_context(steer(self.model, list(steering)))
+        steered = steer(self.model, list(steering)) if steering else nullcontext()
+        with note_prompt_ends(self.model, [len(row.ids) for row in rows]), steered:
             logits = self.model(input_ids=ids, attention_mask=attention, use_cache=False, **options).logits
         logits = logits if options else logits[:, -ids.shape[1] :]  # without those of virtual tokens
         last: Tensor = logits[torch.arange(len(rows), device=logits.device), columns.to(logits.device)]

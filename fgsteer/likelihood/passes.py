@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -173,11 +173,8 @@ class TextPasses:
             kept, columns = torch.unique(columns, return_inverse=True)
             options["logits_to_keep"] = kept.to(ids.device)
         output = self._output(number, rows, merge, depth) if depth else None
-        with ExitStack() as stack:
-            stack.enter_context(note_prompt_ends(model, rows.ends * times))
-            if output is not None:
-                stack.enter_context(skip_blocks(model, depth, output, times))
-            stack.enter_context(steer(model, steering, per_row=times > 1))
+        lower = nullcontext() if output is None else skip_blocks(model, depth, output, times)
+        with note_prompt_ends(model, rows.ends * times), lower, steer(model, steering, per_row=times > 1):
             logits: Tensor = model(input_ids=ids, attention_mask=attention, use_cache=False, **options).logits
         logits = logits if options else logits[:, -ids.shape[1] :]  # without those of virtual tokens
         by_entry = logits.view(times, len(rows.ends), *logits.shape[1:])
@@ -188,10 +185,8 @@ class TextPasses:
         kept = self._outputs.setdefault((number, merge), {})
         if depth not in kept:
             below = max((d for d in kept if d < depth), default=0)
-            with ExitStack() as stack:
-                stack.enter_context(note_prompt_ends(self.model, rows.ends))
-                if below:
-                    stack.enter_context(skip_blocks(self.model, below, kept[below]))
+            lower = skip_blocks(self.model, below, kept[below]) if below else nullcontext()
+            with note_prompt_ends(self.model, rows.ends), lower:
                 output = output_of_blocks(self.model, rows.ids, rows.attention, depth)
             if output is None:
                 return None

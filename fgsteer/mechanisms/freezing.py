@@ -19,8 +19,8 @@ from fgsteer.activations.tokens import pad
 from fgsteer.data.chat import Text
 from fgsteer.display.tables import Table
 from fgsteer.errors import DataError, HookpointError
+from fgsteer.errors.changes import Changes, temporary_change
 from fgsteer.errors.checks import check_range, checked
-from fgsteer.errors.interrupts import whole_contextmanager
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.errors.wording import a
 from fgsteer.mechanisms.agreement import Agreement, Faithful
@@ -150,24 +150,21 @@ def parse_parts(freeze: Part | Sequence[Part]) -> tuple[Part, ...]:
     return tuple(name for name in PARTS if name in names)  # type: ignore[misc]
 
 
-@whole_contextmanager
-def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+@temporary_change
+def eager_attention(changes: Changes, model: PreTrainedModel) -> Iterator[None]:
     """Let the decoder compute attention weights outright for the block. Raises HookpointError where it cannot.
 
     All its layers do, as they share a configuration; other parts of the model, such as one for images, stay as they
     are. Each configuration gets its own setting back, whatever happens in the block.
     """
     decoder: Any = decoder_of(model)
-    before = [(config, config._attn_implementation) for config in _configs(decoder)]
+    for config in reversed(_configs(decoder)):  # the outer ones get theirs back first: it reaches those inside too
+        changes.undo_by(partial(setattr, config, "_attn_implementation", config._attn_implementation))
     try:
-        try:
-            decoder.set_attn_implementation("eager")
-        except ValueError as error:
-            raise HookpointError(f"{a(type(model).__name__)} without eager attention", "a model that has it") from error
-        yield
-    finally:
-        for config, implementation in before:  # outer ones first, as a setting reaches those inside too
-            config._attn_implementation = implementation
+        decoder.set_attn_implementation("eager")
+    except ValueError as error:
+        raise HookpointError(f"{a(type(model).__name__)} without eager attention", "a model that has it") from error
+    yield
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -238,7 +235,7 @@ class FrozenRun:
                 raise _other_attention(module, "that returns no weights")
             self.kept["qk", layer] = weights
 
-        return registered(partial(part.attention.register_forward_hook, partial(keep, part.layer)) for part in parts)
+        return registered((part.attention, False, partial(keep, part.layer)) for part in parts)
 
     def _check(self, part: BlockParts) -> None:
         """Raises HookpointError where the heads' outputs are not the weights times the values."""

@@ -6,8 +6,8 @@ texts = read_texts(model, tokenizer, ["I think that"], vec.add(8.0), max_new_tok
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -172,18 +172,13 @@ def logits_of(model: nn.Module, ids: Int[Tensor, "rows tokens"], last: int) -> F
     return logits[:, -last - 1 : -1]
 
 
-@contextmanager
-def from_block(model: nn.Module, ids: Int[Tensor, "1 tokens"], first: int, rows: int) -> Iterator[None]:
+def from_block(model: nn.Module, ids: Int[Tensor, "1 tokens"], first: int, rows: int) -> AbstractContextManager[None]:
     """Let passes over ``rows`` copies of a text begin at a block, from what the blocks below give, where they can."""
     output = None
     if first and can_skip_blocks(model):
         with torch.no_grad():
             output = output_of_blocks(model, ids, torch.ones_like(ids), first)
-    if output is None:
-        yield
-        return
-    with skip_blocks(model, first, output, rows):
-        yield
+    return nullcontext() if output is None else skip_blocks(model, first, output, rows)
 
 
 def text_device(model: nn.Module, text: SteeredText) -> Int[Tensor, "1 tokens"]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -209,7 +208,7 @@ def _embedded_pass(
         return held[1]
 
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    with registered([partial(embedding.register_forward_hook, scale)]):
+    with registered([(embedding, False, scale)]):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return held[0], held[1], logits
 

@@ -6,9 +6,9 @@ of one context nest. Two requests never mix, even if they are generators: no blo
 held by a generator that has yielded.
 
     claim = Claim(model)
-    claim.take(hooks)
+    claim.take(changes)
     claim.check()
-    hooks.close()
+    changes.undo()
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import asyncio
 import inspect
 import sys
 import threading
-from contextlib import ExitStack
 from contextvars import ContextVar
 from types import FrameType
 
@@ -26,6 +25,7 @@ from torch import nn
 from torch.autograd.graph import _engine_run_backward
 
 from fgsteer.errors import SteeringError
+from fgsteer.errors.changes import Changes
 from fgsteer.models.hookpoints import decoder_of
 
 _ALTERNATIVE = "hold a lock around both, or put the requests into one batch: generate(…, steering=[a, b, None])"
@@ -38,26 +38,25 @@ _of_context: ContextVar[tuple[Claim, ...]] = ContextVar("fgsteer_claims", defaul
 
 
 class Claim:
-    """One block's hold on a model, from ``take`` until the stack that it was given closes."""
+    """One block's hold on a model, from ``take`` until the changes that it was given are undone."""
 
     def __init__(self, model: nn.Module) -> None:
         self.decoder = id(decoder_of(model))
         self.thread = threading.get_ident()
         self.open = False
-        self.hooks: ExitStack | None = None  # reachable while open: a collected handle of a hook cannot remove it
         self.overlapped = False  # whether a block around this one was left before it
         self.failure: SteeringError | None = None  # of another thread, for the thread that opened the block
         self.generator: FrameType | None = None  # whose code opened the block
         self.task: asyncio.Task[object] | None = None  # in which that generator ran
 
-    def take(self, hooks: ExitStack) -> None:
+    def take(self, changes: Changes) -> None:
         """Open the block, inside the blocks of this context. Raises SteeringError while another one holds it."""
-        hooks.callback(self._release)  # first, so that an interrupt leaves no claim behind
+        changes.undo_by(self._release)
         with _lock:
             for other in _open.get(self.decoder, ()):
                 other.check("a second steer block")
                 other.check_resumed()
-            self.open, self.hooks = True, hooks
+            self.open = True
             self.generator, self.task = _generator(), _task()
             _open.setdefault(self.decoder, []).append(self)
         _of_context.set((*(claim for claim in _of_context.get() if claim.open), self))
@@ -66,17 +65,16 @@ class Claim:
         """Close the block; those that were opened inside it and are still open run no further pass."""
         with _lock:
             blocks = _open.get(self.decoder, [])
-            if self not in blocks:
-                return
-            inner = blocks[blocks.index(self) + 1 :]
-            blocks.remove(self)
-            if not blocks:
-                del _open[self.decoder]
-            self.open, self.hooks, self.generator, self.task = False, None, None, None
+            inner = blocks[blocks.index(self) + 1 :] if self in blocks else []
             for claim in inner:
                 claim.overlapped = True
             if inner and self.failure is None:
                 self.failure = _overlap("a steer block that was left before one that was opened inside it")
+            self.open, self.generator, self.task = False, None, None
+            if left := [claim for claim in blocks if claim is not self]:
+                _open[self.decoder] = left
+            else:
+                _open.pop(self.decoder, None)
         _of_context.set(tuple(claim for claim in _of_context.get() if claim is not self))
 
     def left(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -10,13 +11,13 @@ import torch
 from torch import nn
 
 from fgsteer.errors import DataError
-from fgsteer.errors.interrupts import whole_contextmanager
+from fgsteer.errors.changes import Changes, temporary_change
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@whole_contextmanager
+@contextmanager
 def gradients_on() -> Iterator[None]:
     """A block, or as a decorator a function, in which gradients are taken, inside no_grad and inference_mode too."""
     with torch.inference_mode(False), torch.enable_grad():
@@ -45,14 +46,10 @@ def through_model(function: Callable[P, R]) -> Callable[P, R]:
     return with_gradients
 
 
-@whole_contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+@temporary_change
+def frozen(changes: Changes, model: nn.Module) -> Iterator[None]:
     """A block in which no parameter of the model requires grad, so that a backward pass computes none of theirs."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            changes.set_attribute(parameter, "requires_grad", False)
+    yield

@@ -216,7 +216,7 @@ def _keys_and_weights(
 
     ids = torch.tensor([row], device=input_device(model))
     changes = [(part.readers["k"][0].module, False, partial(keep_keys, part.layer)) for part in parts]
-    hooks = [partial(part.attention.register_forward_hook, partial(keep_weights, part.layer)) for part in parts]
+    hooks = [(part.attention, False, partial(keep_weights, part.layer)) for part in parts]
     with splice_modules(changes), registered(hooks):
         decoder_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return {part.layer: (keys[part.layer].reshape(len(row), -1), weights[part.layer]) for part in parts}

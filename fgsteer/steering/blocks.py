@@ -1,6 +1,6 @@
 """A block of steering: a context manager that is entered once, or a decorator.
 
-Block(lambda: steered(model, …))
+Block(lambda changes: steered(changes, model, …))
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fgsteer.errors import SteeringError
-from fgsteer.errors.interrupts import WholeBlock
+from fgsteer.errors.changes import TemporaryChange
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 _SUSPENDING = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
-class Block(WholeBlock[T]):
+class Block(TemporaryChange[T]):
     """A context manager that is entered once, or a decorator of a function: what ``steer`` returns."""
 
     def _entered_again(self) -> SteeringError:

@@ -1,14 +1,13 @@
 """Steering of the cache under ``generate``: a prompt is read in two parts, and what is cached is changed between them.
 
-changes = CacheChanges(model, [[cache_steering], []], positions, readings)
-changes.install(hooks)          from here on, the model's forward reads prompts in two parts
+cache_changes = CacheChanges(model, [[cache_steering], []], positions, readings)
+cache_changes.install(changes)    from here on, the model's forward reads prompts in two parts
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fgsteer.errors import PairingError, SteeringError
+from fgsteer.errors.changes import Changes
 from fgsteer.errors.wording import a
 from fgsteer.interventions.cached import CacheSteering, SteeringItem
 from fgsteer.models.properties import d_model, virtual_tokens
@@ -74,12 +74,12 @@ class CacheChanges:
     def __bool__(self) -> bool:
         return bool(self.layers)
 
-    def install(self, hooks: ExitStack) -> None:
-        """Let the model read prompts in two parts, until the stack closes."""
+    def install(self, changes: Changes) -> None:
+        """Let the model read prompts in two parts, until the changes are undone."""
         if self:
             base = getattr(self.model, "get_base_model", None)  # PEFT's, whose forward generate runs
             module = base() if callable(base) else self.model
-            shadow(module, "forward", self._in_parts(module.forward), hooks)
+            shadow(module, "forward", self._in_parts(module.forward), changes)
 
     def check_pass(self) -> None:
         """Raises SteeringError for a pass outside of ``generate``."""

@@ -6,6 +6,7 @@ generate(model, tokenizer, ["I think", "The sea"], steering=[vec.add(8.0), None]
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,6 @@ from fgsteer.activations.tokens import encode_prompts
 from fgsteer.data.chat import Text, check_text
 from fgsteer.errors import DataError
 from fgsteer.errors.checks import check_range, checked, describe_value
-from fgsteer.errors.interrupts import whole_contextmanager
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.models.properties import check_window, context_window, input_device
 from fgsteer.steering.entries import Steering, is_per_prompt
@@ -102,7 +102,7 @@ def generate_ids(
     return [row[real].tolist() for row, real in zip(read, mask, strict=True)], ids[:, read.shape[1] :]
 
 
-@whole_contextmanager
+@contextmanager
 def seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """A block whose random numbers begin at a seed; the caller's are left as they are."""
     check_range("seed", seed, -MAX_COUNT, MAX_COUNT, whole=True)

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from fgsteer.activations.outputs import hidden_states_of, replace_hidden_states, reshape_by_token
 from fgsteer.activations.prompt_ends import pass_key, reads_ahead
 from fgsteer.errors import SteeringError, UntouchedWarning
+from fgsteer.errors.changes import Changes
 from fgsteer.errors.checks import checked, warn
 from fgsteer.errors.wording import count
 from fgsteer.interventions.base import Intervention
@@ -31,6 +31,7 @@ from fgsteer.interventions.cached import SteeringItem
 from fgsteer.models.claims import Claim
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve, uncompiled
 from fgsteer.models.properties import input_device, start_token_finder, virtual_tokens, warn_of_dropout
+from fgsteer.models.registering import register
 from fgsteer.steering.blocks import Block
 from fgsteer.steering.caching import CacheChanges
 from fgsteer.steering.entries import Steering, checked_rows
@@ -100,20 +101,18 @@ class SteeringHooks:
         self.links: list[Link] = []
         self.decoder_arguments = [n for n in inspect.signature(decoder_of(model).forward).parameters if n != "self"]
 
-    def install(self, hooks: ExitStack) -> None:
-        """Set every hook; all come off when the stack closes."""
+    def install(self, changes: Changes) -> None:
+        """Set every hook, until the changes are undone."""
         if not (self.groups or self.cache_changes):
             return
-        self.claim.take(hooks)
-        self.cache_changes.install(hooks)
+        self.claim.take(changes)
+        self.cache_changes.install(changes)
         decoder = decoder_of(self.model)
-        handle = decoder.register_forward_pre_hook(self._begin_pass, with_kwargs=True)
-        hooks.callback(handle.remove)
-        self.handles.append(handle)
+        self.handles.append(register(changes, decoder, True, self._begin_pass))
         if self.readings.prompt is not None:
-            hooks.callback(decoder.register_forward_hook(self._end_pass).remove)
-        shadow(decoder, "forward", as_new_function(decoder.forward), hooks)
-        self.recomputation.install(decoder, hooks)
+            register(changes, decoder, False, self._end_pass)
+        shadow(decoder, "forward", as_new_function(decoder.forward), changes)
+        self.recomputation.install(decoder, changes)
         changed = {id(module): module for module in (self.model, decoder)}
         groups_at: dict[Hookpoint, list[UpdateGroup]] = {}
         for group in self.groups:
@@ -122,33 +121,28 @@ class SteeringHooks:
             groups = groups_at.get(hookpoint, [])
             site = Site(groups, self.readings.places_at(hookpoint), self.readings.sources_at(hookpoint))
             module, is_input = resolve(self.model, hookpoint)
+            hook = self._input_hook(site) if is_input else self._output_hook(site)
             # first in line, so that hidden states which others record are the steered ones
-            if is_input:
-                hook = self._input_hook(site)
-                handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-            else:
-                handle = module.register_forward_hook(self._output_hook(site), prepend=True)
-            hooks.callback(handle.remove)
-            self.handles.append(handle)
-            shadow(module, "forward", as_new_function(module.forward), hooks)
+            self.handles.append(register(changes, module, is_input, hook, prepend=True))
+            shadow(module, "forward", as_new_function(module.forward), changes)
             changed[id(module)] = module
             weight = next(module.parameters(), None)
             if weight is not None and weight.is_floating_point() and not weight.is_meta:
                 site.prepare(weight.device, weight.dtype)
         if callable(getattr(self.model, "generate", None)):
-            shadow(self.model, "generate", self._noting_prompt(self.model.generate), hooks)  # type: ignore[arg-type]
+            shadow(self.model, "generate", self._noting_prompt(self.model.generate), changes)  # type: ignore[arg-type]
         for name in _THREADED_GENERATION:
             refuse(
                 self.model,
                 name,
-                hooks,
+                changes,
                 f"{name} on a model that is being steered, which generates in a thread of its own",
                 "generation in the thread that steers",
                 "call model.generate, or fgsteer.generate with one entry per prompt",
             )
         self.links = _links(self.model, list(changed.values()))
         for module in changed.values():
-            refuse_copies(module, hooks)
+            refuse_copies(module, changes)
 
     def _begin_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the decoder is about to run on."""
@@ -348,7 +342,7 @@ def steer(
     per_row: bool | None = None,
     prompt_lengths: Sequence[int] | Tensor | None = None,
 ) -> Block[PreTrainedModel]:
-    """Steer every forward pass of the model inside the block; the hooks always come off.
+    """Steer every forward pass of the model inside the block.
 
     The prompt is what ``generate`` was given, and in other forward passes what was fed to an empty cache. Under
     ``generate`` entries belong to prompts, and beams or several sequences of a prompt share its entry. Nested blocks on
@@ -357,6 +351,9 @@ def steer(
     Models may be compiled, before or inside the block; another block that differs in its numbers alone compiles
     nothing. Gradients flow through the block to the model and to values that require grad, with gradient checkpointing
     too.
+
+    The hooks come off whatever ends the block. Ctrl-C during an operator that is the last of it, such as ``a @ b``, is
+    raised by Python when the block is over and before it is left: they then come off with the traceback.
 
     A block belongs to the thread that enters it, and to its asyncio task with those started inside: meanwhile, steer
     blocks and forward passes of others on that model raise SteeringError (not passes that are compiled as a whole), and
@@ -386,14 +383,16 @@ def steer(
     Warns UntouchedWarning when an intervention touched no token, a prompt lacked a position of its scope or a steered
     module was replaced inside the block, and FgsteerWarning of a model in train mode with dropout.
     """
-    return Block(partial(_steered, model, steering, per_row, prompt_lengths))
+    return Block(lambda changes: _steered(changes, model, steering, per_row, prompt_lengths))
 
 
-@contextmanager
 def _steered(
-    model: PreTrainedModel, steering: Steering, per_row: bool | None, prompt_lengths: Sequence[int] | Tensor | None
+    changes: Changes,
+    model: PreTrainedModel,
+    steering: Steering,
+    per_row: bool | None,
+    prompt_lengths: Sequence[int] | Tensor | None,
 ) -> Iterator[PreTrainedModel]:
-    """One block. As a generator it is closed, and its hooks come off, also where it is dropped without being left."""
     warn_of_dropout(model)
     rows, lengths = checked_rows(model, steering, per_row), parse_prompt_lengths(prompt_lengths)
     if lengths is not None and len(rows) > 1 and len(rows) != len(lengths):
@@ -405,12 +404,13 @@ def _steered(
     block_hooks = SteeringHooks(uncompiled(model), rows, None if lengths is None else lengths.to(input_device(model)))
     check_amounts(model, block_hooks.groups)
     try:
-        with ExitStack() as hooks:
-            block_hooks.install(hooks)
-            yield model
-            block_hooks.warn_replaced()
+        block_hooks.install(changes)
+        yield model
+        block_hooks.warn_replaced()
     except GeneratorExit:  # the generator that the block stands in is closed, which is a way to leave it
+        changes.undo()
         block_hooks.claim.report()
         raise
+    changes.undo()
     block_hooks.claim.report()
     block_hooks.warn_untouched()

@@ -5,13 +5,13 @@ computed, when a block's hooks may hold another pass's positions, or be gone. Ea
 is therefore given the positions that it first ran with.
 
     recomputation = Recomputation(positions, claim)
-    recomputation.install(decoder, hooks)
+    recomputation.install(decoder, changes)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import wraps
 from threading import get_ident
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fgsteer.errors import SteeringError
+from fgsteer.errors.changes import Changes
 from fgsteer.models.claims import Claim, backward_pass
 from fgsteer.steering.gating import Readings
 from fgsteer.steering.positions import Positions
@@ -61,12 +62,12 @@ class Recomputation:
                 "move both into the block, or train without gradient checkpointing",
             )
 
-    def install(self, decoder: nn.Module, hooks: ExitStack) -> None:
-        """Keep the positions of everything that the decoder checkpoints, until the stack closes."""
+    def install(self, decoder: nn.Module, changes: Changes) -> None:
+        """Keep the positions of everything that the decoder checkpoints, until the changes are undone."""
         for module in decoder.modules():
             checkpoint = vars(module).get(_CHECKPOINT)
             if callable(checkpoint):
-                shadow(module, _CHECKPOINT, self._with_positions(checkpoint), hooks)
+                shadow(module, _CHECKPOINT, self._with_positions(checkpoint), changes)
 
     def _with_positions(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         """The checkpointing function, which keeps the positions of the pass that it is called in."""

@@ -1,28 +1,26 @@
 """Functions set on a module itself, over those of its class, and taken off in any order.
 
-shadow(model, "generate", steered, hooks)
-refuse_copies(model, hooks)
+shadow(model, "generate", steered, changes)
+refuse_copies(model, changes)
 with shadowed([(model, "generate", steered)]): ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
 from torch import nn
 
 from fgsteer.errors import SteeringError
-from fgsteer.errors.interrupts import whole_contextmanager
+from fgsteer.errors.changes import Changes, temporary_change
 
 
-def shadow(module: nn.Module, name: str, value: Callable[..., Any], hooks: ExitStack) -> None:
-    """Set a function on the module itself until the stack closes; what others set meanwhile stays in place."""
+def shadow(module: nn.Module, name: str, value: Callable[..., Any], changes: Changes) -> None:
+    """Set a function on the module itself until the changes are undone; what others set meanwhile stays in place."""
     shadow_set = _Shadow(vars(module).get(name), value)
     value.__dict__["_fgsteer_shadow"] = shadow_set
-    setattr(module, name, value)
 
     def undo() -> None:
         shadow_set.gone = True
@@ -33,16 +31,16 @@ def shadow(module: nn.Module, name: str, value: Callable[..., Any], hooks: ExitS
             below = under.below
         delattr(module, name) if below is None else setattr(module, name, below)
 
-    hooks.callback(undo)
+    changes.undo_by(undo)
+    setattr(module, name, value)
 
 
-@whole_contextmanager
-def shadowed(changes: Iterable[tuple[nn.Module, str, Callable[..., Any]]]) -> Iterator[None]:
+@temporary_change
+def shadowed(changes: Changes, functions: Iterable[tuple[nn.Module, str, Callable[..., Any]]]) -> Iterator[None]:
     """Set functions on modules for the block, each given as a module, a name there and the function."""
-    with ExitStack() as stack:
-        for module, name, value in changes:
-            shadow(module, name, value, stack)
-        yield
+    for module, name, value in functions:
+        shadow(module, name, value, changes)
+    yield
 
 
 def as_new_function(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,22 +66,22 @@ def _shadow_of(function: Any) -> _Shadow | None:
     return mark if isinstance(mark, _Shadow) and mark.value is function else None
 
 
-def refuse(module: nn.Module, name: str, hooks: ExitStack, got: str, expected: str, change: str) -> None:
-    """Make a method of the module raise SteeringError until the stack closes, where it has such a method."""
+def refuse(module: nn.Module, name: str, changes: Changes, got: str, expected: str, change: str) -> None:
+    """Make a method of the module raise SteeringError until the changes are undone, where it has such a method."""
 
     def refused(*_: Any, **__: Any) -> Any:
         raise SteeringError(got, expected, change)
 
     if callable(getattr(module, name, None)):
-        shadow(module, name, refused, hooks)
+        shadow(module, name, refused, changes)
 
 
-def refuse_copies(module: nn.Module, hooks: ExitStack) -> None:
-    """Refuse to copy or pickle a module until the stack closes: ``copy`` and ``pickle`` ask it for its state."""
+def refuse_copies(module: nn.Module, changes: Changes) -> None:
+    """Refuse to copy or pickle a module until the changes are undone: ``copy`` and ``pickle`` ask it for its state."""
     refuse(
         module,
         "__getstate__",
-        hooks,
+        changes,
         f"a copy of a {type(module).__name__} that is being steered, by copy, pickle or torch.save",
         "a copy that is made before or after the block",
         "inside the block weights alone may be saved, by state_dict() or save_pretrained(folder)",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,10 +37,7 @@ def splice(model: nn.Module, hookpoint: Hookpoint, replace: Callable[[Tensor], T
 def splice_modules(changes: Iterable[Change]) -> AbstractContextManager[None]:
     """Replace inputs or outputs of modules for the block, in every forward pass."""
     return registered(
-        partial(module.register_forward_pre_hook, _before(replace), with_kwargs=True)
-        if is_input
-        else partial(module.register_forward_hook, _after(replace))
-        for module, is_input, replace in changes
+        (module, is_input, (_before if is_input else _after)(replace)) for module, is_input, replace in changes
     )
 
 

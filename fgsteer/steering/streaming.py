@@ -109,8 +109,8 @@ def stream_tokens(
 
 def _generated(worker: _Worker) -> Generator[list[int]]:
     """Start a worker with the first token that is asked for, and end it with the last."""
-    worker.thread.start()
     try:
+        worker.thread.start()
         yield from worker
     finally:
         worker.stop()
@@ -154,6 +154,8 @@ class _Worker:
     def _run(self) -> None:
         from transformers import StoppingCriteriaList
 
+        if self._asked_to_end.is_set():  # before it began
+            return
         own_criteria = self._options.pop("stopping_criteria", None) or ()
         criteria = StoppingCriteriaList([*own_criteria, self._is_over])
         try:
@@ -187,7 +189,8 @@ class _Worker:
     def stop(self) -> None:
         """End generation at the next token, and wait for it."""
         self._asked_to_end.set()
-        if threading.current_thread() is not self.thread:  # which may collect an iterator that was dropped
+        # it may not have started, and it may collect an iterator that was dropped
+        if self.thread.is_alive() and threading.current_thread() is not self.thread:
             self.thread.join()
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from fgsteer.activations.prompt_ends import PassKey, pass_key
-from fgsteer.errors.interrupts import whole_contextmanager
+from fgsteer.errors.changes import Changes, temporary_change
 from fgsteer.interventions.kernel import ReadyUpdate
 from fgsteer.models.hookpoints import Hookpoint
 
@@ -55,23 +55,16 @@ class Step:
         return amounts if self.where is None else torch.where(self.where[..., None], amounts, 0.0)
 
 
-@whole_contextmanager
-def watch(model: nn.Module) -> Iterator[list[Step]]:
+@temporary_change
+def watch(changes: Changes, model: nn.Module) -> Iterator[list[Step]]:
     """A block that lists what ``steer`` blocks do which are entered inside it, on this model in this thread.
 
     Steps of updates whose scope holds no token of a pass are left out. The list grows with every pass; clear it between
     passes.
     """
-    key = pass_key(model)
-    outer, steps = _watchers.get(key), []  # type: tuple[list[Step] | None, list[Step]]
-    _watchers[key] = steps
-    try:
-        yield steps
-    finally:
-        if outer is None:
-            del _watchers[key]
-        else:
-            _watchers[key] = outer
+    steps: list[Step] = []
+    changes.set_item(_watchers, pass_key(model), steps)
+    yield steps
 
 
 def watcher_of(key: PassKey) -> list[Step] | None:

@@ -10,9 +10,11 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+
+from fgsteer.errors.changes import Changes, temporary_change
 
 CONNECT_SECONDS = 5.0
 _switch = threading.RLock()
@@ -42,8 +44,7 @@ def describe_unreachable() -> str:
     return f"it is not in the Hugging Face cache, and {constants.ENDPOINT} cannot be reached: check the network"
 
 
-@contextmanager
-def hub_or_cache(source: object) -> Iterator[bool]:
+def hub_or_cache(source: object) -> AbstractContextManager[bool]:
     """Run the block on the Hugging Face cache alone where the hub cannot be reached; give whether it can.
 
     A ``source`` that is a path of this machine needs no hub, and no connection is tried.
@@ -51,11 +52,18 @@ def hub_or_cache(source: object) -> Iterator[bool]:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or os.path.exists(str(source)) or hub_is_reachable():
-        yield not constants.HF_HUB_OFFLINE
-        return
+        return nullcontext(enter_result=not constants.HF_HUB_OFFLINE)
+    return _offline()
+
+
+@temporary_change
+def _offline(changes: Changes) -> Iterator[bool]:
+    """A block in which huggingface_hub makes no connection; it gives False."""
+    from huggingface_hub import constants
+
     with _switch:
-        offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+        changes.set_attribute(constants, "HF_HUB_OFFLINE", True)
         try:
             yield False
         finally:
-            constants.HF_HUB_OFFLINE = offline
+            changes.undo()  # before another thread goes on

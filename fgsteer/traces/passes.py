@@ -7,7 +7,6 @@ compare_next_tokens(before.logits, after.logits, row.ids, top=5)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +50,12 @@ def run_text(model: PreTrainedModel, row: Row, items: Sequence[Intervention], ho
     """One pass over prompt and completion at once, steered as if the prompt were read and the completion written."""
     ids = torch.tensor([row.ids], device=input_device(model))
     mask = torch.ones_like(ids)
-    with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled graph lists no steps
-        stack.enter_context(note_prompt_ends(model, [row.prompt_tokens]))
-        steps = stack.enter_context(watch(model))
-        stack.enter_context(steer(model, list(items), per_row=False))
+    with (
+        torch.compiler.set_stance("force_eager"),  # a compiled graph lists no steps
+        note_prompt_ends(model, [row.prompt_tokens]),
+        watch(model) as steps,
+        steer(model, list(items), per_row=False),
+    ):
         states = None if hookpoint is None else record(model, ids, mask, [hookpoint])[hookpoint][0]
         steps.clear()  # those of the pass that recorded
         logits = uncompiled(model)(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, -len(row.ids) :]

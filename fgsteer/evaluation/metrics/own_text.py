@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -291,10 +291,8 @@ def _next_log_probabilities(
         kept, columns = torch.unique(columns, return_inverse=True)
         options["logits_to_keep"] = kept.to(input_device(model))
     device = input_device(model)
-    with ExitStack() as stack:
-        stack.enter_context(note_prompt_ends(model, lengths))
-        if entries is not None:
-            stack.enter_context(steer(model, list(entries), per_row=True))
+    steered = nullcontext() if entries is None else steer(model, list(entries), per_row=True)
+    with note_prompt_ends(model, lengths), steered:
         logits: Tensor = model(
             input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **options
         ).logits

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +36,7 @@ from fgsteer.models.gradients import through_model
 from fgsteer.models.hookpoints import Hookpoint, decoder_of, resolve
 from fgsteer.models.pairing import check_pairing
 from fgsteer.models.properties import input_device
-from fgsteer.models.registering import registered
+from fgsteer.models.registering import Hook, registered
 from fgsteer.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -330,12 +329,7 @@ class _Search:
         def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             reach(hidden_states_of(output))
 
-        hooks = [
-            partial(embedding.register_forward_hook, embed),
-            partial(module.register_forward_pre_hook, before, with_kwargs=True)
-            if is_input
-            else partial(module.register_forward_hook, after),
-        ]
+        hooks: list[Hook] = [(embedding, False, embed), (module, is_input, before if is_input else after)]
         with registered(hooks):
             with suppress(_Reached):
                 decoder_of(self.model)(input_ids=ids, attention_mask=mask, use_cache=False)
