@@ -15,6 +15,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +24,12 @@ import fgsteer as fg
 from fgsteer.activations import prompt_ends
 from fgsteer.activations.recording import record
 from fgsteer.effects.rollouts import _without_own_settings
+from fgsteer.errors import defaults
 from fgsteer.errors.changes import Changes, TemporaryChange, temporary_change
 from fgsteer.errors.defaults import usual_defaults
 from fgsteer.export.orthogonalizing import _in_eval_mode
 from fgsteer.learning.checkpointing import checkpointed_blocks
+from fgsteer.learning.kl_then_steer import KLThenSteerTraining, _student
 from fgsteer.likelihood.lower_blocks import output_of_blocks, skip_blocks
 from fgsteer.mechanisms.freezing import eager_attention
 from fgsteer.mechanisms.texts import from_block
@@ -94,6 +97,12 @@ JOBS = {
     "_without_own_settings": lambda m: inside(lambda: _without_own_settings(m)),
     "_in_eval_mode": lambda m: inside(lambda: _in_eval_mode(m)),
     "hub_or_cache": lambda m: inside(lambda: network.hub_or_cache("someone/something")),
+    "_student, all weights": lambda m: inside(
+        lambda: _student(m, KLThenSteerTraining(rank=None)), ArithmeticError("of the training")
+    ),
+    "_student, an adapter": lambda m: inside(
+        lambda: _student(m, KLThenSteerTraining(rank=2)), ArithmeticError("of the training")
+    ),
     "record": lambda m: partial(record, m, IDS, None, [fg.Hookpoint(0), fg.Hookpoint(0, "mlp_out")]),
     "output_of_blocks": lambda m: partial(output_of_blocks, m, IDS, torch.ones_like(IDS), 1),
     "log_probabilities": lambda m: partial(
@@ -112,6 +121,7 @@ def state_of(model):
     import huggingface_hub.constants
 
     modules = list(model.named_modules())
+    locks: list[Any] = [network._switch, claims._lock, defaults._lock]
     return {
         "modes": [(name, m.training) for name, m in modules],
         "hooks": [(name, list(m._forward_hooks.values()), list(m._forward_pre_hooks.values())) for name, m in modules],
@@ -124,7 +134,9 @@ def state_of(model):
         "ends": dict(prompt_ends._ends),
         "ahead": set(prompt_ends._ahead),
         "watchers": dict(watching._watchers),
-        "dtype": torch.get_default_dtype(),
+        "modules": [(name, type(m).__name__) for name, m in modules],
+        "defaults": (torch.get_default_dtype(), torch.get_default_device()),
+        "locks": [lock._is_owned() for lock in locks],
         "hub": huggingface_hub.constants.HF_HUB_OFFLINE,
     }
 
@@ -197,10 +209,13 @@ def to_be_changed(name, model, monkeypatch):
     monkeypatch.setattr(network, "hub_is_reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     model.train("mode" in name)
-    torch.set_default_dtype(torch.float64 if "defaults" in name else torch.float32)
+    if "defaults" in name:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
     yield
     model.eval()
     torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
 
 
 @pytest.mark.usefixtures("to_be_changed")
@@ -321,7 +336,7 @@ def test_a_change_is_undone_where_its_block_is_dropped(model):
 
 
 def test_hooks_come_off_by_what_they_are(model):
-    """One hook set twice on a module comes off with both, and others' stay, with what they are given."""
+    """Others' stay, also those of the same function, with what they are given."""
     given = []
 
     def other(*args):
@@ -329,7 +344,7 @@ def test_hooks_come_off_by_what_they_are(model):
 
     handle = model.register_forward_pre_hook(other, with_kwargs=True)
     before = state_of(model)
-    with registered([(model, True, lambda *_: None), (model, False, lambda *_: None)]):
+    with registered([(model, True, other), (model, False, lambda *_: None)]):
         assert state_of(model) != before
     assert state_of(model) == before
     model(IDS)

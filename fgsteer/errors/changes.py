@@ -13,7 +13,7 @@ before it is made, and undoing goes on where an exception broke it off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Generator, Iterator, MutableMapping
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from functools import partial, wraps
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
@@ -74,8 +74,9 @@ class TemporaryChange(ContextDecorator, Generic[T]):
     """
 
     def __init__(self, change: Callable[[Changes], Iterator[T]]) -> None:
-        self._change, self._changes = change, Changes()
-        self._block: AbstractContextManager[T] | None = None
+        self._change, self._changes, self._was_entered = change, Changes(), False
+        self._generator = generator = _changed(change, self._changes)
+        self._block: AbstractContextManager[T] = contextmanager(lambda: generator)()
 
     def _recreate_cm(self) -> TemporaryChange[T]:
         """The block of one call of a function that this one decorates."""
@@ -85,10 +86,10 @@ class TemporaryChange(ContextDecorator, Generic[T]):
         return RuntimeError("a context manager that is entered once was entered again")
 
     def __enter__(self) -> T:
-        if self._block is not None:
+        if self._was_entered:
             raise self._entered_again()
+        self._was_entered = True
         try:
-            self._block = _changed(self._change, self._changes)
             value = self._block.__enter__()
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
@@ -96,17 +97,17 @@ class TemporaryChange(ContextDecorator, Generic[T]):
         return value
 
     def __exit__(self, *error: Any) -> bool | None:
-        swallows = None
         try:
-            if self._block is not None:
-                swallows = self._block.__exit__(*error)
-        finally:  # where the generator was not reached, or was broken off
-            self._changes.undo()
+            swallows = self._block.__exit__(*error)
+        finally:
+            try:
+                self._generator.close()  # where it was not reached
+            finally:
+                self._changes.undo()  # where it was broken off
         return swallows
 
 
-@contextmanager
-def _changed(change: Callable[[Changes], Iterator[T]], changes: Changes) -> Iterator[T]:
+def _changed(change: Callable[[Changes], Iterator[T]], changes: Changes) -> Generator[T]:
     try:
         yield from change(changes)
     finally:  # also where the block is dropped, which closes its generator

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from threading import Lock
+from threading import RLock
 
 import torch
 
 from fgsteer.errors.changes import Changes, temporary_change
 
-_lock = Lock()
+_lock = RLock()
 _callers: dict[object, torch.dtype] = {}  # of calls that run now, the default dtype that is set back after the last
 
 

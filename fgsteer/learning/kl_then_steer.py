@@ -25,6 +25,7 @@ from fgsteer.data.contrast_files import Contrastable, as_contrast
 from fgsteer.data.contrasts import ContrastSet
 from fgsteer.display.progress import Progress, reporting
 from fgsteer.errors import ArgumentError, DataError, MissingError
+from fgsteer.errors.changes import Changes, temporary_change
 from fgsteer.errors.checks import check_range, checked
 from fgsteer.errors.limits import MAX_COUNT
 from fgsteer.interventions.adding import Add
@@ -168,37 +169,41 @@ class Student:
             yield self.model if self.teacher is None else self.teacher
 
 
-@contextmanager
-def _student(model: nn.Module, settings: KLThenSteerTraining) -> Iterator[Student]:
+@temporary_change
+def _student(changes: Changes, model: nn.Module, settings: KLThenSteerTraining) -> Iterator[Student]:
     """The model as it is trained; afterwards it is in eval mode, and none of its weights requires another gradient.
 
-    After an exception it is the model that it was.
+    After an exception, such as Ctrl-C, it is the model that it was: half-trained weights look like trained ones.
     """
-    required = {id(p): p.requires_grad for p in model.parameters()}
-    training = model.training
-    teacher, student = None, cast(Any, model)  # PEFT's models have methods of their own
-    if settings.rank is None:
-        teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    modules = [(module, dict(module._modules), module.training) for module in model.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    teacher = None if settings.rank is not None else copy.deepcopy(model).eval().requires_grad_(False)
+    is_trained = False
+
+    def give_back() -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        if not is_trained:
+            if teacher is not None:
+                model.load_state_dict(teacher.state_dict())
+            for module, inside, _ in modules:
+                module._modules.update(inside)  # in the place of layers with an adapter
+            vars(model).pop("peft_config", None)
+        if teacher is not None or not is_trained:
+            for module, _, training in modules:
+                module.training = training
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
+
+    changes.undo_by(give_back)
+    student = cast(Any, model)  # PEFT's models have methods of their own
+    if teacher is not None:
         model.requires_grad_(True)
     else:
         student = _with_adapter(model, settings)
     student.eval()  # dropout would be a difference from the teacher that nothing can learn away
-    try:
-        yield Student(student, [p for p in student.parameters() if p.requires_grad], teacher)
-    except BaseException:  # also Ctrl-C: half-trained weights look like trained ones
-        if teacher is not None:
-            model.load_state_dict(teacher.state_dict())
-        else:
-            student.unload()
-            vars(model).pop("peft_config", None)
-        raise
-    finally:
-        for parameter in model.parameters():
-            parameter.grad = None
-            if id(parameter) in required:
-                parameter.requires_grad_(required[id(parameter)])
-        if settings.rank is None:
-            model.train(training)
+    yield Student(student, [p for p in student.parameters() if p.requires_grad], teacher)
+    is_trained = True
 
 
 def _with_adapter(model: nn.Module, settings: KLThenSteerTraining) -> Any:

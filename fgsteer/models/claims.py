@@ -32,7 +32,7 @@ _ALTERNATIVE = "hold a lock around both, or put the requests into one batch: gen
 # packages that run generators up to a yield in order to set something up
 _SETUP_PACKAGES = ("contextlib", "_pytest", "pytest_asyncio", "anyio")
 backward_pass = torch._C._current_graph_task_id  # the number of the backward pass that runs in this thread, or -1
-_lock = threading.Lock()
+_lock = threading.RLock()  # a block may be dropped, and collected, while another one is entered
 _open: dict[int, list[Claim]] = {}  # the open blocks on a decoder, by its id, the outermost first
 _of_context: ContextVar[tuple[Claim, ...]] = ContextVar("fgsteer_claims", default=())  # that this context is inside of
 
